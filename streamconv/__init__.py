@@ -1,0 +1,50 @@
+"""Converts published checkpoints to Hugging Face's format by streaming, and proves the result.
+
+Importing it imports neither torch nor transformers; `verify` does when it is called.
+"""
+
+from streamconv._version import __version__
+from streamconv.checkpoint import Checkpoint, open_checkpoint
+from streamconv.convert import Conversion, convert, plan
+from streamconv.errors import (
+    CorruptError,
+    MappingError,
+    NotACheckpointError,
+    OutputError,
+    SourceError,
+    SourceMissingError,
+    StreamconvError,
+    TruncatedError,
+    UnsafePickleError,
+    UsageError,
+)
+from streamconv.plan import Plan
+from streamconv.synth import synth
+from streamconv.tensors import SourceTensor, TensorInfo
+from streamconv.verify import Rung, Verification, verify
+
+__all__ = [
+    "Checkpoint",
+    "Conversion",
+    "CorruptError",
+    "MappingError",
+    "NotACheckpointError",
+    "OutputError",
+    "Plan",
+    "Rung",
+    "SourceError",
+    "SourceMissingError",
+    "SourceTensor",
+    "StreamconvError",
+    "TensorInfo",
+    "TruncatedError",
+    "UnsafePickleError",
+    "UsageError",
+    "Verification",
+    "__version__",
+    "convert",
+    "open_checkpoint",
+    "plan",
+    "synth",
+    "verify",
+]

@@ -1,0 +1,61 @@
+"""Where bytes come from: a local file now, an address later."""
+
+import os
+from pathlib import Path
+
+from streamconv.errors import SourceError, SourceMissingError, TruncatedError
+
+
+class LocalFile:
+    """A file opened for reading at offsets; safe to use from several threads."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            # preadv, not mmap: touched pages of a mapping count in RSS, a reused buffer does not grow.
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        except FileNotFoundError:
+            raise SourceMissingError(f"{path}: there is no such file.") from None
+        except OSError as error:
+            raise SourceError(f"{path} cannot be opened: {error.strerror}.") from error
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def read_at(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from ``offset`` on.
+
+        Raises:
+            TruncatedError: the file ends within the range.
+            SourceError: the disk reports an error.
+        """
+        at = 0
+        while at < len(buffer):
+            try:
+                count = os.preadv(self._file.fileno(), [buffer[at:]], offset + at)
+            except OSError as error:
+                raise SourceError(
+                    f"{self.path} cannot be read at byte {offset + at:,}: {error.strerror}."
+                ) from error
+            if not count:
+                raise TruncatedError(
+                    f"{self.path} ends at byte {offset + at:,}, within its contents: "
+                    "it was cut short or is being changed. Fetch it again."
+                )
+            at += count
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset`` on; errors as `read_at`'s."""
+        data = bytearray(length)
+        self.read_at(offset, memoryview(data))
+        return bytes(data)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Ask the system to have these bytes ready soon. A hint: it never fails."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        self._file.close()

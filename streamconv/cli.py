@@ -1,0 +1,310 @@
+"""The command line: parse the user's words, call one function, print. Nothing else prints or exits."""
+
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import streamconv
+from streamconv._version import __version__
+from streamconv.convert import Conversion, record_verification
+from streamconv.errors import StreamconvError, UsageError
+from streamconv.families import all_families, find_model
+from streamconv.plan import Plan
+from streamconv.progress import ProgressReport
+from streamconv.verify import Verification
+
+DEFAULT_MODEL = "dinov2_vitg14"
+EXIT_CODES = """\b
+Exit codes: 0 done, and all that was verified is right; 1 verification found a difference;
+2 wrong usage; 3 the source cannot be converted; 4 the output cannot be written; 130 interrupted."""
+
+app = typer.Typer(
+    help="Converts published checkpoints to Hugging Face's format by streaming, and proves the result.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+"""rich_markup_mode None: typer then needs no rich for its help, which keeps the conversion small."""
+
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, or a checkpoint file.")]
+Head = Annotated[Path | None, typer.Option(metavar="FILE", help="A linear head's file, for a classifier from files.")]
+Labels = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The classes' names: JSON, or a line each. [default: ImageNet's for 1000 classes]"),
+]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The largest size of one file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to verify on; auto takes a GPU if there is one.")]
+Image = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to verify on. [default: one of the project's own]")]
+Seed = Annotated[int, typer.Option(help="Of the random weights.")]
+
+
+@app.command()
+def run(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[SOURCE]", help=f"A model's name, or a checkpoint file. [default: {DEFAULT_MODEL}]")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", "--pytorch_dump_folder_path", metavar="DIR", help="[default: the published name]"),
+    ] = None,
+    device: Device = "auto",
+    head: Head = None,
+    labels: Labels = None,
+    max_shard_size: ShardSize = "5GB",
+    image: Image = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Convert only.")] = False,
+    as_json: Json = False,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Make a random checkpoint of the model, and convert that.")] = False,
+    seed: Seed = 0,
+    model_name: Annotated[str | None, typer.Option("--model_name", metavar="NAME", help="The same as SOURCE.")] = None,
+) -> None:
+    """Convert a checkpoint and verify the result."""
+    if source is not None and model_name is not None:
+        _fail(UsageError("SOURCE and --model_name are the same. Give one of them."))
+    name = source or model_name or DEFAULT_MODEL
+    with _errors(), _synthetic(name, output, seed, head) if synthetic else _as_given(name, head) as (path, head_path, folder):
+        converted = _convert(path, output or folder, head_path, labels, max_shard_size, as_json)
+        found = None if no_verify else _verify(converted.output, path, head_path, device, image, as_json)
+    if as_json:
+        _print_json({**_conversion_dict(converted), "verification": found.as_dict() if found else None})
+    elif found is None:
+        print("not verified: --no-verify")
+    if found is not None and not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")],
+    head: Head = None,
+    labels: Labels = None,
+    max_shard_size: ShardSize = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint into a folder that transformers loads."""
+    with _errors():
+        converted = _convert(source, output, head, labels, max_shard_size, as_json)
+    if as_json:
+        _print_json(_conversion_dict(converted))
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that streamconv converted into.")],
+    source: Source,
+    head: Head = None,
+    device: Device = "auto",
+    image: Image = None,
+    as_json: Json = False,
+) -> None:
+    """Prove a converted folder against its source: every byte, the loading, and what the model computes."""
+    with _errors():
+        found = _verify(folder, source, head, device, image, as_json)
+    if as_json:
+        _print_json(found.as_dict())
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(source: Source, head: Head = None, max_shard_size: ShardSize = "5GB", as_json: Json = False) -> None:
+    """Show what would be written: mapping, shards, bytes. No weight is read."""
+    with _errors():
+        planned = streamconv.plan(source, head=head, max_shard_size=max_shard_size)
+    if as_json:
+        _print_json(_plan_dict(planned))
+        return
+    width = max(len(move.source) for move in planned.moves)
+    for move in planned.moves:
+        print(f"{move.source:{width}}  {move.tensor.info!s:24}  -> {', '.join(move.targets)}")
+    print()
+    for shard in planned.shards:
+        print(f"{shard.filename}  {len(shard.tensors)} tensors, {shard.size:,} bytes")
+    print(f"{_title(planned)}: {planned.parameters:,} parameters, {planned.size:,} bytes to write")
+
+
+@app.command()
+def models() -> None:
+    """List the models: names, sizes, files, published names."""
+    rows = [("model", "published as", "weights", "files")]
+    for family in all_families():
+        for model in family.models:
+            files = " + ".join(file.filename for file in (model.backbone, model.head) if file)
+            rows.append((model.name, model.published_name, _megabytes(sum(info.nbytes for info in family.sources(model.geometry).values())), files))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for name, published, size, files in rows:
+        print(f"{name:{widths[0]}}  {published:{widths[1]}}  {size:>{widths[2]}}  {files}")
+
+
+@app.command()
+def synth(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The checkpoint to write; a head goes beside it.")],
+    seed: Seed = 0,
+) -> None:
+    """Write a random checkpoint in the model's original layout, exact in names and shapes."""
+    with _errors():
+        written = streamconv.synth(model, file, seed=seed)
+    for path in (written.backbone, written.head):
+        if path is not None:
+            print(f"{path}  {path.stat().st_size:,} bytes")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"streamconv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+def _convert(
+    source: str, folder: Path | None, head: Path | None, labels: Path | None, max_shard_size: str, as_json: bool
+) -> Conversion:
+    with ProgressReport("bytes") as progress:
+        done = streamconv.convert(
+            source, folder, head=head, labels=labels, max_shard_size=max_shard_size, progress=progress
+        )
+    if not as_json:
+        state = "was converted already and is left as it is" if done.was_finished else "converted"
+        print(f"{_title(done.plan)}: {state}, {done.plan.weights:,} bytes of weights in {done.output}{_slash(done.output)}")
+        for name, digest in done.shards.items():
+            print(f"  {name}  sha256 {digest}")
+        if not done.is_crc_checked:
+            print("  the source carries no CRC-32s, so that its bytes could not be checked for damage")
+        if done.labels_from:
+            print(f"  labels from {done.labels_from}")
+    return done
+
+
+def _verify(
+    folder: Path, source: str, head: Path | None, device: str, image: Path | None, as_json: bool
+) -> Verification:
+    with ProgressReport("steps") as progress:
+        found = streamconv.verify(folder, source, head=head, device=device, image=image, progress=progress)
+    record_verification(folder, found.as_dict())
+    if not as_json:
+        _print_verification(found)
+    return found
+
+
+def _print_verification(found: Verification) -> None:
+    for rung in found.rungs:
+        verdict = {True: "ok", False: "FAILED", None: "not run"}[rung.passed]
+        print(f"{rung.name:8}{verdict:8}{rung.proves}")
+        if rung.numbers.get("largest") is not None:
+            print(f"{'':16}largest difference {rung.numbers['largest']:.3g} on {found.device}, allowed {rung.numbers['tolerance']:g}")
+        for problem in rung.problems:
+            print(f"{'':16}{problem}")
+    if found.predictions:
+        print("Predicted class:")
+        for label, share in found.predictions:
+            print(f"  {share:6.1%}  {label}")
+    print("Looks ok!" if found.passed else "The output is not what the source says. Do not use it.")
+
+
+@contextmanager
+def _as_given(name: str, head: Path | None) -> Iterator[tuple[str, Path | None, Path | None]]:
+    yield name, head, None
+
+
+@contextmanager
+def _synthetic(
+    name: str, output: Path | None, seed: int, head: Path | None
+) -> Iterator[tuple[str, Path | None, Path | None]]:
+    """A random checkpoint for as long as it is needed, on the disk that the output goes to."""
+    if head is not None:
+        raise UsageError("--synthetic makes its own head. Leave --head out.")
+    _, model = find_model(name)
+    folder = output or Path(model.published_name)
+    near = next(path for path in folder.absolute().parents if path.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".streamconv-", dir=near) as temporary:
+        print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)
+        made = streamconv.synth(name, Path(temporary, model.backbone.filename), seed=seed)
+        yield str(made.backbone), made.head, folder
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Our own errors become one message and an exit code; all others are bugs, and show their traceback."""
+    try:
+        yield
+    except StreamconvError as error:
+        _fail(error)
+
+
+def _fail(error: StreamconvError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise typer.Exit(error.exit_code)
+
+
+def _title(planned: Plan) -> str:
+    return planned.model.name if planned.model else f"a {planned.family.name} model of its own sizes"
+
+
+def _slash(folder: Path) -> str:
+    return "" if str(folder).endswith("/") else "/"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def _plan_dict(planned: Plan) -> dict[str, Any]:
+    return {
+        "model": planned.model.name if planned.model else None,
+        "architecture": planned.architecture,
+        "parameters": planned.parameters,
+        "bytes": planned.size,
+        "shards": [{"file": s.filename, "bytes": s.size, "tensors": [n for n, _ in s.tensors]} for s in planned.shards],
+        "mapping": [
+            {"source": m.source, "dtype": m.tensor.info.dtype, "shape": list(m.tensor.info.shape), "targets": m.targets}
+            for m in planned.moves
+        ],
+        "config": planned.config,
+        "fingerprint": planned.fingerprint,
+    }
+
+
+def _conversion_dict(done: Conversion) -> dict[str, Any]:
+    sizes = {shard.filename: shard.size for shard in done.plan.shards}
+    return {
+        "output": str(done.output),
+        "model": done.plan.model.name if done.plan.model else None,
+        "architecture": done.plan.architecture,
+        "bytes": done.plan.size,
+        "shards": [{"file": name, "bytes": sizes[name], "sha256": digest} for name, digest in done.shards.items()],
+        "was_finished": done.was_finished,
+        "is_crc_checked": done.is_crc_checked,
+        "labels_from": done.labels_from,
+    }
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """The console script. SIGTERM ends it as Ctrl-C does, so that no unfinished file stays behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to start over", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,150 @@
+"""A conversion from beginning to end; the only place that knows the order of its steps."""
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from streamconv import output
+from streamconv._version import __version__
+from streamconv.crc import RecordChecks
+from streamconv.errors import UsageError
+from streamconv.labels import imagenet_labels, read_labels
+from streamconv.plan import INDEX_NAME, Plan, make_plan
+from streamconv.sources import OpenSource, Source, locate, opened
+from streamconv.streaming import write_shard
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many bytes or steps of it are done, and how many there are."""
+
+Path_ = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did. ``shards`` are sha256 digests by file name, in hexadecimal."""
+
+    output: Path
+    plan: Plan
+    shards: dict[str, str]
+    was_finished: bool
+    is_crc_checked: bool
+    labels_from: str | None
+
+
+def plan(
+    source: Path_, *, head: Path_ | None = None, labels: Path_ | None = None, max_shard_size: int | str = "5GB"
+) -> Plan:
+    """What `convert` would write; no weight is read and nothing is written. Arguments and errors are its."""
+    with opened(locate(source, head)) as source_files:
+        return _plan(source_files, labels, max_shard_size)[0]
+
+
+def convert(
+    source: Path_,
+    output_folder: Path_ | None = None,
+    *,
+    head: Path_ | None = None,
+    labels: Path_ | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert a checkpoint into a folder that transformers loads.
+
+    Args:
+        source: A model's name (its file in torch.hub's folder is taken) or a checkpoint file.
+        output_folder: Where to; by default the name that the model was published under.
+        head: A linear head's file, for a classifier from files.
+        labels: A file of the classes' names; by default ImageNet's for 1000 classes.
+        max_shard_size: Bytes, or "500MB", "5GB".
+        progress: Told of the bytes written.
+
+    Raises:
+        UsageError, SourceError, OutputError: before anything is written, but for faults of the disk
+            and for a damaged source, which leave no unfinished file.
+    """
+    with opened(locate(source, head)) as source_files:
+        plan, labels_from = _plan(source_files, labels, max_shard_size)
+        folder = Path(output_folder) if output_folder is not None else default_folder(plan, source_files.source)
+        names = [shard.filename for shard in plan.shards] + list(plan.files) + [INDEX_NAME] * (plan.index is not None)
+        manifest = {
+            "model": plan.model.name if plan.model else None,
+            "source": source_files.describe(),
+            "plan": plan.fingerprint,
+        }
+        finished = output.claim(folder, manifest, names, plan.size)
+        if finished is not None:
+            shards = {name: shard["sha256"] for name, shard in finished["shards"].items()}
+            return Conversion(folder, plan, shards, True, source_files.is_checkable, finished["labels_from"])
+        try:
+            shards = _write(plan, folder, progress or _ignore)
+            for name, data in plan.files.items():
+                output.write_file(folder / name, data)
+            manifest |= {
+                "complete": True,
+                "architecture": plan.architecture,
+                "shards": {s.filename: {"size": s.size, "sha256": shards[s.filename]} for s in plan.shards},
+                "is_crc_checked": source_files.is_checkable,
+                "labels_from": labels_from,
+                "versions": {"streamconv": __version__, "python": platform.python_version()},
+                "verification": None,
+            }
+            output.write_manifest(folder, manifest)
+            if plan.index is not None:  # last: with it, the folder is a model
+                output.write_file(folder / INDEX_NAME, plan.index)
+        except BaseException:
+            output.release(folder, names)
+            raise
+        return Conversion(folder, plan, shards, False, source_files.is_checkable, labels_from)
+
+
+def default_folder(plan: Plan, source: Source) -> Path:
+    """The name that the model was published under.
+
+    Raises:
+        UsageError: it is no published model.
+    """
+    if plan.model is None:
+        raise UsageError(f"{source.backbone} is no published model, so the output needs a name. Give -o DIR.")
+    return Path(plan.model.published_name)
+
+
+def record_verification(folder: Path, verification: dict[str, Any]) -> None:
+    """Keep what a verification found in the folder's manifest, where it has one."""
+    manifest = output.read_manifest(folder)
+    if manifest is not None:
+        output.write_manifest(folder, {**manifest, "verification": verification})
+
+
+def _plan(source: OpenSource, labels: Path_ | None, max_shard_size: int | str) -> tuple[Plan, str | None]:
+    names: Sequence[str] | None = None
+    labels_from = None
+    if source.source.head is not None:
+        if labels is not None:
+            names, labels_from = read_labels(Path(labels)), fspath(labels)
+        elif source.tensors["linear_head.bias"].info.shape == (1000,):
+            names, labels_from = imagenet_labels()
+    elif labels is not None:
+        raise UsageError("Labels are for a classifier. Name a _1layer model, or give its --head.")
+    plan = make_plan(source.tensors, source.where, names, max_shard_size, source.source.model)
+    return plan, labels_from
+
+
+def _write(plan: Plan, folder: Path, progress: Progress) -> dict[str, str]:
+    done, total, checks = 0, plan.weights, RecordChecks()
+    digests = {}
+    for shard in plan.shards:
+
+        def advance(count: int, filename: str = shard.filename) -> None:
+            nonlocal done
+            done += count
+            progress(filename, done, total)
+
+        digests[shard.filename] = write_shard(shard, folder / shard.filename, checks, advance)
+    return digests
+
+
+def _ignore(what: str, done: int, total: int) -> None:
+    pass

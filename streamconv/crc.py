@@ -1,0 +1,93 @@
+"""CRC-32 of a record from the CRC-32s of its pieces, read in any order.
+
+zlib computes a piece's; Python's zlib module lacks crc32_combine. A CRC-32 is a polynomial over
+GF(2) modulo `_POLYNOMIAL`, so appending n bytes multiplies what came before by x^(8n).
+"""
+
+import zlib
+from functools import lru_cache
+
+from streamconv.errors import CorruptError
+from streamconv.tensors import Record, SourceTensor
+
+_POLYNOMIAL = 0xEDB88320  # IEEE 802.3's, bits reversed: the highest bit is x^0
+_ONE, _X = 1 << 31, 1 << 30
+_READ_BYTES = 1 << 20
+
+
+def combine(first: int, second: int, second_length: int) -> int:
+    """The CRC-32 of two byte strings joined, from theirs. ``second_length`` is in bytes."""
+    return _multiply(_shift(second_length), first) ^ second
+
+
+@lru_cache(maxsize=1024)
+def _shift(length: int) -> int:
+    """x^(8 * length), by squaring."""
+    result, power, bits = _ONE, _X, 8 * length
+    while bits:
+        if bits & 1:
+            result = _multiply(power, result)
+        power = _multiply(power, power)
+        bits >>= 1
+    return result
+
+
+def _multiply(a: int, b: int) -> int:
+    product, bit = 0, _ONE
+    while bit:
+        if a & bit:
+            product ^= b
+        b = (b >> 1) ^ _POLYNOMIAL if b & 1 else b >> 1
+        bit >>= 1
+    return product
+
+
+class RecordChecks:
+    """Collects the CRC-32s of pieces as they are read, and settles whole records against the file's."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[Record, list[tuple[int, int, int]]] = {}
+        self._names: dict[Record, str] = {}
+        self._settled: set[Record] = set()
+
+    def add(self, name: str, piece: SourceTensor, data: memoryview) -> None:
+        """Take note of ``data``, the bytes of ``piece``, which belongs to the tensor ``name``."""
+        if piece.record.crc32 is None or piece.record in self._settled:
+            return
+        pieces = self._pieces.setdefault(piece.record, [])
+        self._names.setdefault(piece.record, name)
+        if piece.is_contiguous:
+            pieces.append((piece.offset, len(data), zlib.crc32(data)))
+
+    def settle(self) -> None:
+        """Check every record seen so far. One that was not read exactly once, whole, is read again.
+
+        Raises:
+            CorruptError: names the tensor and its place in the file.
+        """
+        for record, pieces in self._pieces.items():
+            if _crc_of(record, pieces) != record.crc32:
+                raise CorruptError(
+                    f"{record.file.name} is damaged: {self._names[record]} (record {record.name}, bytes "
+                    f"{record.range.start:,} to {record.range.end:,}) does not match its CRC-32. Fetch the file again."
+                )
+        self._settled |= self._pieces.keys()
+        self._pieces.clear()
+
+
+def _crc_of(record: Record, pieces: list[tuple[int, int, int]]) -> int:
+    crc, at = 0, 0
+    for offset, length, piece_crc in sorted(pieces):
+        if offset != at:
+            return _read_crc(record)
+        crc, at = combine(crc, piece_crc, length), at + length
+    return crc if at == record.range.length else _read_crc(record)
+
+
+def _read_crc(record: Record) -> int:
+    crc, buffer = 0, memoryview(bytearray(_READ_BYTES))
+    for at in range(record.range.start, record.range.end, _READ_BYTES):
+        part = buffer[: min(_READ_BYTES, record.range.end - at)]
+        record.file.read_at(at, part)
+        crc = zlib.crc32(part, crc)
+    return crc

@@ -1,0 +1,57 @@
+"""Every error that streamconv raises on purpose, as one tree.
+
+Each message says what is wrong, where, and the mend. ``exit_code`` is what the command line
+exits with; 1 is kept for a verification that found a difference, which is a result and no error.
+"""
+
+from collections.abc import Iterable
+
+
+class StreamconvError(Exception):
+    """Base of all. ``exit_code`` is the command line's exit code."""
+
+    exit_code = 2
+
+
+class UsageError(StreamconvError):
+    """What was asked for does not exist: an unknown model, device, size or label file."""
+
+
+class SourceError(StreamconvError):
+    """The source cannot be read, or is not what it should be. Nothing was written."""
+
+    exit_code = 3
+
+
+class SourceMissingError(SourceError):
+    """There is no file where the source was looked for."""
+
+
+class NotACheckpointError(SourceError):
+    """The file is in no format that streamconv reads."""
+
+
+class TruncatedError(SourceError):
+    """The file ends before its contents do: a download that was cut short."""
+
+
+class UnsafePickleError(SourceError):
+    """The checkpoint's pickle asks for code to run. It was not run."""
+
+
+class CorruptError(SourceError):
+    """Bytes of the source do not match its own description or checksums."""
+
+
+class MappingError(SourceError):
+    """Tensors are missing, unexpected or misshaped. ``problems`` lists every one."""
+
+    def __init__(self, summary: str, problems: Iterable[str]):
+        self.problems = tuple(problems)
+        super().__init__("\n  ".join([summary, *self.problems]))
+
+
+class OutputError(StreamconvError):
+    """The output cannot be written where it was asked for."""
+
+    exit_code = 4

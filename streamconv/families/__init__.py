@@ -1,0 +1,115 @@
+"""What streamconv knows of each family of models: one module a family, found by listing the package.
+
+A family module has a ``FAMILY``. Its rules say which tensors there are and what becomes of them;
+the rest is the model's configuration from its shapes, and the names it was published under.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from streamconv.errors import MappingError, UsageError
+from streamconv.mapping import Rule, expand
+from streamconv.tensors import TensorInfo
+
+# A linear head's keys, `weight` and `bias`, stand in the source under this prefix.
+HEAD_PREFIX = "linear_head."
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model of one geometry looks like on both sides.
+
+    ``count`` is how many values a rule's ``{i}`` takes; ``config`` is config.json but for dtype
+    and labels; ``dims`` gives the rules' symbols their numbers.
+    """
+
+    rules: tuple[Rule, ...]
+    dims: Mapping[str, int]
+    count: int
+    architecture: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as its authors published it: the name that torch.hub keeps it under, and its address."""
+
+    filename: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published model. ``geometry`` is the family's own type, compared with what a file's shapes say."""
+
+    name: str
+    published_name: str
+    geometry: Any
+    backbone: RemoteFile
+    head: RemoteFile | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """``geometry`` reads sizes from tensor shapes, ``layout`` turns them into rules and configuration.
+
+    ``in_memory_name`` is what transformers calls a target once it is loaded: it saves, and so cuts
+    shards, in the order of those names.
+    """
+
+    name: str
+    signature: frozenset[str]
+    models: tuple[Model, ...]
+    geometry: Callable[[Mapping[str, TensorInfo]], Any]
+    layout: Callable[[Any], Layout]
+    image_processor: Mapping[str, Any]
+    in_memory_name: Callable[[str], str]
+
+    def sources(self, geometry: Any) -> dict[str, TensorInfo]:
+        """Every tensor of a float32 checkpoint of these sizes; a head's stand under `HEAD_PREFIX`."""
+        layout = self.layout(geometry)
+        keys = expand(layout.rules, layout.dims, layout.count)
+        return {key: TensorInfo("F32", shape) for key, (_, shape, _) in keys.items()}
+
+
+@cache
+def all_families() -> Sequence[Family]:
+    modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
+    return tuple(module.FAMILY for module in modules)
+
+
+def find_family(infos: Mapping[str, TensorInfo], where: str) -> Family:
+    """The family of whose signature the most keys are here, so that `mapping.apply` can list the rest.
+
+    Raises:
+        MappingError: no family has more than half of its signature here.
+    """
+    nearest = min(all_families(), key=lambda family: len(family.signature - infos.keys()))
+    missing = sorted(nearest.signature - infos.keys())
+    if 2 * len(missing) >= len(nearest.signature):
+        known = ", ".join(family.name for family in all_families())
+        held = ", ".join(list(infos)[:3]) + ", …" * (len(infos) > 3) or "no tensor"
+        raise MappingError(
+            f"{where} is no checkpoint of a model that streamconv knows ({known}). It holds {held}; "
+            f"for {nearest.name} it lacks:",
+            missing,
+        )
+    return nearest
+
+
+def find_model(name: str) -> tuple[Family, Model]:
+    """
+    Raises:
+        UsageError: there is no such model; offers the nearest names.
+    """
+    models = {model.name: (family, model) for family in all_families() for model in family.models}
+    if name in models:
+        return models[name]
+    near = difflib.get_close_matches(name, models, n=3, cutoff=0.5)
+    offer = f"Did you mean {' or '.join(near)}?" if near else "`streamconv models` lists them."
+    raise UsageError(f"{name} is neither a file nor a model that streamconv knows. {offer}")

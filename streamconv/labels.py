@@ -1,0 +1,70 @@
+"""The names of a classifier's classes: from the user, from the Hub, or from torchvision."""
+
+import ast
+import importlib.util
+import json
+from pathlib import Path
+
+from streamconv.errors import UsageError
+
+HUB_DATASET, HUB_FILE = "huggingface/label-files", "imagenet-1k-id2label.json"
+
+
+def read_labels(path: Path) -> list[str]:
+    """Labels in class order: a JSON list or object of id to label, or a text with one label a line.
+
+    Raises:
+        UsageError: the file is not there, or is none of these.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The labels in {path} cannot be read: {error}.") from error
+    if path.suffix != ".json":
+        return text.splitlines()
+    try:
+        labels = json.loads(text)
+        if isinstance(labels, dict):
+            labels = [labels[str(i)] for i in range(len(labels))]
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{path} is no JSON of labels ({error}): {{\"0\": …, \"1\": …}} or a list.") from error
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UsageError(f"{path} is no JSON of labels: {{\"0\": …, \"1\": …}} or a list of strings.")
+    return labels
+
+
+def imagenet_labels() -> tuple[list[str], str]:
+    """ImageNet's 1000 labels and where they came from.
+
+    The Hub's file, as the original script has it; without a network, torchvision's list, whose
+    names are shorter ("tench" for "tench, Tinca tinca").
+    """
+    hub = _hub_labels()
+    if hub is not None:
+        return hub, f"{HUB_DATASET} on the Hub"
+    return _torchvision_labels(), f"torchvision's list, since {HUB_DATASET} on the Hub cannot be reached"
+
+
+def _hub_labels() -> list[str] | None:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    # The file never changes, so that a cached one needs no question to the Hub.
+    path = try_to_load_from_cache(HUB_DATASET, HUB_FILE, repo_type="dataset")
+    if not isinstance(path, str):
+        try:
+            path = hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset")
+        except (OSError, ValueError):  # no network, offline mode: every error of the Hub's is one of these
+            return None
+    return read_labels(Path(path))
+
+
+def _torchvision_labels() -> list[str]:
+    """Read from torchvision's source: importing torchvision would import torch."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError("There are no labels: the Hub cannot be reached and torchvision is missing. Give --labels.")
+    source = Path(spec.submodule_search_locations[0], "models", "_meta.py").read_text("utf-8")
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_IMAGENET_CATEGORIES":
+            return list(ast.literal_eval(statement.value))
+    raise UsageError("There are no labels: the Hub cannot be reached and torchvision has none. Give --labels.")

@@ -1,0 +1,215 @@
+"""The plan: every byte that will be written, decided from the indexes alone. Pure data, no I/O.
+
+Shards and their index are laid out as transformers' save_pretrained (5.x) lays them out, headers
+as the safetensors library writes them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from streamconv.errors import MappingError, SourceError, UsageError
+from streamconv.families import Family, Model, find_family
+from streamconv.mapping import apply, expand
+from streamconv.tensors import DTYPE_SIZES, SourceTensor
+
+INDEX_NAME = "model.safetensors.index.json"
+PIECE_BYTES = 1 << 20  # what is read and written at once
+
+_TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its header's bytes, then ``tensors`` in this order without holes."""
+
+    filename: str
+    header: bytes
+    tensors: tuple[tuple[str, SourceTensor], ...]
+
+    @property
+    def size(self) -> int:
+        """Of the whole file, in bytes."""
+        return len(self.header) + sum(tensor.info.nbytes for _, tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Move:
+    """One source tensor and what becomes of it: renamed, or cut along dim 0 into several."""
+
+    source: str
+    tensor: SourceTensor
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``files`` are the small files by name; ``model`` is None where no published model has these sizes;
+    ``geometry`` is the family's own description of them."""
+
+    family: Family
+    model: Model | None
+    geometry: Any
+    architecture: str
+    moves: tuple[Move, ...]
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    files: Mapping[str, bytes]
+    index: bytes | None
+
+    @property
+    def size(self) -> int:
+        """Of everything that will be written but the manifest, in bytes."""
+        return sum(s.size for s in self.shards) + sum(map(len, self.files.values())) + len(self.index or b"")
+
+    @property
+    def weights(self) -> int:
+        """Bytes of tensors, headers apart."""
+        return sum(tensor.info.nbytes for shard in self.shards for _, tensor in shard.tensors)
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.info.nbytes // t.info.itemsize for shard in self.shards for _, t in shard.tensors)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over every output byte's origin: headers, where each tensor comes from, small files."""
+        digest = sha256(json.dumps([[name, data.decode()] for name, data in self.files.items()]).encode())
+        for shard in self.shards:
+            digest.update(shard.filename.encode() + shard.header)
+            for _, tensor in shard.tensors:
+                digest.update(f"{tensor.record.name}\0{tensor.offset}\0{tensor.strides}\0".encode())
+        return digest.hexdigest()
+
+
+def make_plan(
+    tensors: Mapping[str, SourceTensor],
+    where: str,
+    labels: Sequence[str] | None = None,
+    max_shard_size: int | str = "5GB",
+    model: Model | None = None,
+) -> Plan:
+    """Decide the whole output.
+
+    Args:
+        tensors: A checkpoint's; a linear head's stand under `families.HEAD_PREFIX`.
+        where: The source's name for messages.
+        labels: A classifier's, one a class; None gives transformers' LABEL_0 and so on.
+        max_shard_size: Bytes, or words as huggingface_hub reads them: "500MB", "5GB".
+        model: The published model that the checkpoint is said to be.
+
+    Raises:
+        MappingError: the tensors are not exactly those of a known model; lists every difference.
+        UsageError: the shard size or the number of labels is no good.
+    """
+    infos = {name: tensor.info for name, tensor in tensors.items()}
+    family = find_family(infos, where)
+    geometry = family.geometry(infos)
+    found = next((known for known in family.models if known.geometry == geometry), None)
+    if model is not None and model is not found:
+        if found is not None:
+            raise MappingError(f"{where} is not {model.name}:", [f"its shapes are those of {found.name}"])
+        geometry, found = model.geometry, model  # so that what is listed is measured against the model asked for
+    layout = family.layout(geometry)
+    targets = apply(layout.rules, tensors, layout.dims, layout.count, where)
+    _refuse_unstreamable(targets)
+
+    dtype = next(iter(targets.values())).info.dtype
+    if dtype not in _TORCH_DTYPES:
+        raise MappingError(f"{where} cannot become a model:", [f"its tensors are {dtype}, which is no model's dtype"])
+    config = {"architectures": [layout.architecture], "dtype": _TORCH_DTYPES[dtype], **layout.config}
+    classes = layout.dims.get("K", 0)
+    if classes:
+        config |= _label_config(labels, classes)
+
+    ordered = sorted(targets.items(), key=lambda item: _natural_key(family.in_memory_name(item[0])))
+    shards, index = _lay_out(dict(ordered), max_shard_size)
+    expected = expand(layout.rules, layout.dims, layout.count)
+    return Plan(
+        family=family,
+        model=found,
+        geometry=geometry,
+        architecture=layout.architecture,
+        moves=tuple(
+            Move(key, tensors[key], tuple(target.format(i=i) for target in rule.targets))
+            for key, (rule, _, i) in expected.items()
+        ),
+        shards=shards,
+        config=config,
+        files={"config.json": to_json(config), "preprocessor_config.json": to_json(family.image_processor)},
+        index=index,
+    )
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """As transformers writes its JSON files."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _label_config(labels: Sequence[str] | None, classes: int) -> dict[str, Any]:
+    names = list(labels) if labels is not None else [f"LABEL_{i}" for i in range(classes)]
+    if len(names) != classes:
+        raise UsageError(f"There are {len(names)} labels for {classes} classes. Give one label a class, in order.")
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def _refuse_unstreamable(targets: Mapping[str, SourceTensor]) -> None:
+    problems = []
+    for name, tensor in targets.items():
+        if not tensor.is_contiguous:
+            try:
+                next(tensor.split(PIECE_BYTES))
+            except SourceError as error:
+                problems.append(f"{name}: {error}")
+    if problems:
+        raise MappingError("Some tensors are laid out so that they cannot be streamed:", problems)
+
+
+def _natural_key(name: str) -> list[tuple[int, int | str, int]]:
+    """Sorts the parts of a dotted name, numbers and trailing numbers as numbers, as transformers 5 does."""
+    key: list[tuple[int, int | str, int]] = []
+    for part in name.split("."):
+        text = part.rstrip("0123456789")
+        number = part[len(text) :]
+        key.append((1, text, int(number) if number else -1) if text else (0, int(number or 0), 0))
+    return key
+
+
+def _lay_out(targets: dict[str, SourceTensor], max_shard_size: int | str) -> tuple[tuple[Shard, ...], bytes | None]:
+    try:
+        split = split_state_dict_into_shards_factory(
+            targets,
+            get_storage_size=lambda tensor: tensor.info.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise UsageError(f"{max_shard_size!r} is no shard size: {error}. Write it as 500MB or 5GB.") from error
+    shards = tuple(
+        make_shard(filename, {name: targets[name] for name in names})
+        for filename, names in split.filename_to_tensors.items()
+    )
+    if not split.is_sharded:
+        return shards, None
+    parameters = sum(t.info.nbytes // t.info.itemsize for t in targets.values())
+    metadata = {"total_parameters": parameters, **split.metadata}
+    return shards, to_json({"metadata": metadata, "weight_map": split.tensor_to_filename})
+
+
+def make_shard(filename: str, tensors: Mapping[str, SourceTensor]) -> Shard:
+    """A file as safetensors.torch.save_file(…, metadata={"format": "pt"}) lays it out: by dtype, then name."""
+    rank = {dtype: i for i, dtype in enumerate(DTYPE_SIZES)}
+    ordered = sorted(tensors.items(), key=lambda item: (-rank[item[1].info.dtype], item[0].encode()))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in ordered:
+        info = tensor.info
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [at, at + info.nbytes]}
+        at += info.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return Shard(filename, len(text).to_bytes(8, "little") + text, tuple(ordered))

@@ -1,0 +1,69 @@
+"""Random checkpoints in a model's original layout, exact in names and shapes, in bounded memory.
+
+They show and test the whole job where no weights can be had. The same seed gives the same file.
+"""
+
+import math
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+
+from streamconv.errors import OutputError
+from streamconv.families import HEAD_PREFIX, Model, find_model
+from streamconv.output import require_space, whole_file
+from streamconv.pth import write_pth
+from streamconv.sources import Source
+from streamconv.tensors import TensorInfo
+
+CHUNK_ELEMENTS = 1 << 20
+
+
+def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> Source:
+    """Write a random checkpoint of a published model; a classifier's head goes beside it.
+
+    Raises:
+        UsageError: there is no such model.
+        OutputError: a file is there already, or cannot be written.
+    """
+    family, found = find_model(model)
+    backbone = Path(path)
+    head = head_path(backbone) if found.head else None
+    for file in (backbone, head):
+        if file is not None and file.exists():
+            raise OutputError(f"{file} is there already. Choose another name, or delete it.")
+        if file is not None and not file.parent.is_dir():
+            raise OutputError(f"{file.parent} is no folder. Make it first.")
+    infos = family.sources(found.geometry)
+    _write(backbone, {name: info for name, info in infos.items() if not name.startswith(HEAD_PREFIX)}, seed)
+    if head is not None:
+        head_infos = {n.removeprefix(HEAD_PREFIX): info for n, info in infos.items() if n.startswith(HEAD_PREFIX)}
+        _write(head, head_infos, seed + 1)
+    return Source(backbone, head, found)
+
+
+def head_path(backbone: Path) -> Path:
+    """Beside the backbone, named as Meta names them: x_pretrain.pth and x_linear_head.pth."""
+    return backbone.with_name(f"{backbone.stem.removesuffix('_pretrain')}_linear_head{backbone.suffix}")
+
+
+def _write(path: Path, infos: dict[str, TensorInfo], seed: int) -> None:
+    order = {name: i for i, name in enumerate(infos)}
+    require_space(path.parent, sum(info.nbytes for info in infos.values()))
+    with whole_file(path) as file, file.stream() as stream:
+        write_pth(stream, path.stem, infos, lambda name: _values(name, infos[name], seed, order[name]))
+
+
+def _values(name: str, info: TensorInfo, seed: int, number: int) -> Iterator[bytes]:
+    """Normal values at the scale that keeps activations near 1, so that outputs are finite and vary."""
+    import numpy as np
+
+    random = np.random.default_rng([seed, number])
+    mean, scale = 0.0, 0.02
+    if len(info.shape) == 1 and not name.endswith("bias"):  # a norm's weight or a layer scale
+        mean, scale = 1.0, 0.1
+    elif info.shape[0] > 1 and len(info.shape) > 1:  # a layer's weight
+        scale = math.prod(info.shape[1:]) ** -0.5
+    count = math.prod(info.shape)
+    for start in range(0, count, CHUNK_ELEMENTS):
+        values = random.standard_normal(min(CHUNK_ELEMENTS, count - start), dtype=np.float32)
+        yield (values * np.float32(scale) + np.float32(mean)).tobytes()

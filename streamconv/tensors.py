@@ -1,0 +1,188 @@
+"""A tensor before anyone reads it: what it is, and where its bytes lie.
+
+Strides are in elements and offsets in bytes, as ``torch._utils._rebuild_tensor_v2`` and the zip
+record have them. Everything here is arithmetic; the only I/O is ``read_at`` of the file behind.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Protocol
+
+from streamconv.errors import SourceError
+
+# safetensors' dtype codes in its own order (it lays tensors out by it, last first), and bytes per element.
+DTYPE_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "C64": 8, "F64": 8, "I64": 8, "U64": 8,
+}  # fmt: skip
+
+# A strided tensor is gathered from memory; this bounds what a piece of it may span.
+MAX_SPAN_BYTES = 16 << 20
+
+
+class ByteSource(Protocol):
+    """A file, wherever it is, that can be read at an offset."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def read_at(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from ``offset`` on, or raise `SourceError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """``dtype`` is a safetensors code such as ``"F32"``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPE_SIZES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A stretch of a file that is checked as one: a torch storage, or a safetensors tensor.
+
+    ``crc32`` is None where the file carries no checksum for it.
+    """
+
+    file: ByteSource
+    name: str
+    range: ByteRange
+    crc32: int | None = None
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides in elements: (2, 3, 4) gives (12, 4, 1)."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A tensor in a checkpoint, unread. ``offset`` is in bytes from the record's start."""
+
+    info: TensorInfo
+    record: Record
+    offset: int
+    strides: tuple[int, ...]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its bytes in row-major order are one range of the record."""
+        dims = zip(self.info.shape, self.strides, contiguous_strides(self.info.shape), strict=True)
+        return self.info.nbytes == 0 or all(n == 1 or have == want for n, have, want in dims)
+
+    @property
+    def span(self) -> int:
+        """Bytes from the first element to behind the last one, as they lie in the record."""
+        if not self.info.nbytes:
+            return 0
+        last = sum((n - 1) * s for n, s in zip(self.info.shape, self.strides, strict=True))
+        return (last + 1) * self.info.itemsize
+
+    def rows(self, start: int, stop: int) -> "SourceTensor":
+        """``tensor[start:stop]`` along dim 0, still unread."""
+        return replace(
+            self,
+            info=TensorInfo(self.info.dtype, (stop - start, *self.info.shape[1:])),
+            offset=self.offset + start * self.strides[0] * self.info.itemsize,
+        )
+
+    def split(self, max_bytes: int) -> Iterator["SourceTensor"]:
+        """Pieces of at most ``max_bytes`` that make up the row-major bytes, in order.
+
+        A contiguous tensor is cut anywhere, a strided one between rows of whatever depth is needed.
+
+        Raises:
+            SourceError: a row of a strided tensor spans more than `MAX_SPAN_BYTES` of its storage;
+                reading that for every row would take forever.
+        """
+        itemsize = self.info.itemsize
+        if self.is_contiguous:
+            count = math.prod(self.info.shape)
+            flat = replace(self, info=TensorInfo(self.info.dtype, (count,)), strides=(1,))
+            step = max(1, max_bytes // itemsize)
+            yield from (flat.rows(i, min(i + step, count)) for i in range(0, count, step))
+            return
+        row = replace(self, info=TensorInfo(self.info.dtype, self.info.shape[1:]), strides=self.strides[1:])
+        if row.span > MAX_SPAN_BYTES:
+            raise SourceError(
+                f"{self.record.file.name}: the tensor {self.info} in {self.record.name} has strides "
+                f"{list(self.strides)}, so that one row spans {row.span:,} bytes; it cannot be streamed. "
+                "Save it again after tensor.contiguous()."
+            )
+        count, pitch = self.info.shape[0], self.strides[0] * itemsize
+        if row.info.nbytes > max_bytes:
+            for i in range(count):
+                yield from replace(row, offset=self.offset + i * pitch).split(max_bytes)
+            return
+        step = max_bytes // row.info.nbytes
+        if pitch:
+            step = min(step, 1 + (MAX_SPAN_BYTES - row.span) // pitch)
+        yield from (self.rows(i, min(i + step, count)) for i in range(0, count, step))
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Write the row-major bytes into ``buffer``, which is ``info.nbytes`` long."""
+        start = self.record.range.start + self.offset
+        if self.is_contiguous:
+            if buffer.nbytes:
+                self.record.file.read_at(start, buffer)
+            return
+        memory = memoryview(bytearray(self.span))
+        self.record.file.read_at(start, memory)
+        _gather(memory, self.info, self.strides, buffer)
+
+    def tobytes(self) -> bytes:
+        """The row-major bytes, all of them in memory."""
+        data = bytearray(self.info.nbytes)
+        view, at = memoryview(data), 0
+        for piece in self.split(MAX_SPAN_BYTES):
+            piece.read_into(view[at : at + piece.info.nbytes])
+            at += piece.info.nbytes
+        return bytes(data)
+
+
+def _gather(memory: memoryview, info: TensorInfo, strides: tuple[int, ...], out: memoryview) -> None:
+    """Copy a strided tensor out of ``memory``, one innermost run at a time.
+
+    A memoryview slices with a step but not with step 0, so an expanded innermost dimension is
+    repeated instead. Elements are moved as unsigned integers of their size: no value is looked at.
+    """
+    code = {1: "B", 2: "H", 4: "I", 8: "Q"}[info.itemsize]
+    source, target = memory.cast(code), out.cast(code)
+    *outer, run = info.shape
+    *outer_strides, step = strides
+    for row, index in enumerate(product(*map(range, outer))):
+        first = sum(i * s for i, s in zip(index, outer_strides, strict=True))
+        if step:
+            target[row * run : (row + 1) * run] = source[first : first + (run - 1) * step + 1 : step]
+        else:
+            for i in range(run):
+                target[row * run + i] = source[first]

@@ -1,0 +1,38 @@
+"""The load rung: transformers builds the model and finds every tensor that it wants, and no other."""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from streamconv.plan import Plan
+from streamconv.verify import Rung
+
+PROVES = "transformers loads every tensor; none is missing, unexpected or misshaped"
+# What it calls the lists that must be empty; "error_msgs" is left out where a version has none.
+LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def check_load(folder: Path, plan: Plan) -> Rung:
+    """Load ``folder`` as its user will. A load that only logs its missing tensors does not pass."""
+    try:
+        model, info = load_model(folder, plan)
+    except Exception as error:  # whatever transformers makes of a wrong folder is the finding
+        return Rung("load", False, PROVES, (f"{type(error).__name__}: {error}",))
+    problems = [f"{kind}: {name}" for kind in LISTS for name in sorted(map(str, info.get(kind, ())))]
+    problems += [f"left on the meta device: {name}" for name, value in model.named_parameters() if value.is_meta]
+    if type(model).__name__ != plan.architecture:
+        problems.append(f"the model is a {type(model).__name__}, not a {plan.architecture}")
+    return Rung("load", not problems, PROVES, tuple(problems), {"parameters": model.num_parameters()})
+
+
+def load_model(folder: Path, plan: Plan) -> tuple[Any, dict[str, Any]]:
+    """The model in evaluation mode and transformers' loading report.
+
+    Its weights stay mapped from the file: a CPU needs no memory for them but the page cache.
+    """
+    auto = transformers.AutoModelForImageClassification if "Classification" in plan.architecture else transformers.AutoModel
+    model, info = auto.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, dtype="auto", attn_implementation="sdpa"
+    )
+    return model.eval(), info
