@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import typer
 import streamconv
 from streamconv._version import __version__
 from streamconv.convert import Conversion, record_verification
-from streamconv.errors import StreamconvError, UsageError
+from streamconv.errors import OutputError, StreamconvError, UsageError
 from streamconv.families import all_families, find_model
 from streamconv.plan import Plan
 from streamconv.progress import ProgressReport
@@ -39,23 +40,32 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, o
 Head = Annotated[Path | None, typer.Option(metavar="FILE", help="A linear head's file, for a classifier from files.")]
 Labels = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="The classes' names: JSON, or a line each. [default: ImageNet's for 1000 classes]"),
+    typer.Option(
+        metavar="FILE", help="The classes' names: JSON, or a line each. [default: ImageNet's for 1000 classes]"
+    ),
 ]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The largest size of one file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
-Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to verify on; auto takes a GPU if there is one.")]
-Image = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to verify on. [default: one of the project's own]")]
+Device = Annotated[
+    str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to verify on; auto takes a GPU if there is one.")
+]
+Image = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A picture to verify on. [default: one of the project's own]")
+]
 Seed = Annotated[int, typer.Option(help="Of the random weights.")]
 
 
 @app.command()
 def run(
     source: Annotated[
-        str | None, typer.Argument(metavar="[SOURCE]", help=f"A model's name, or a checkpoint file. [default: {DEFAULT_MODEL}]")
+        str | None,
+        typer.Argument(metavar="[SOURCE]", help=f"A model's name, or a checkpoint file. [default: {DEFAULT_MODEL}]"),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", "--pytorch_dump_folder_path", metavar="DIR", help="[default: the published name]"),
+        typer.Option(
+            "--output", "-o", "--pytorch_dump_folder_path", metavar="DIR", help="[default: the published name]"
+        ),
     ] = None,
     device: Device = "auto",
     head: Head = None,
@@ -64,7 +74,9 @@ def run(
     image: Image = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Convert only.")] = False,
     as_json: Json = False,
-    synthetic: Annotated[bool, typer.Option("--synthetic", help="Make a random checkpoint of the model, and convert that.")] = False,
+    synthetic: Annotated[
+        bool, typer.Option("--synthetic", help="Make a random checkpoint of the model, and convert that.")
+    ] = False,
     seed: Seed = 0,
     model_name: Annotated[str | None, typer.Option("--model_name", metavar="NAME", help="The same as SOURCE.")] = None,
 ) -> None:
@@ -72,7 +84,13 @@ def run(
     if source is not None and model_name is not None:
         _fail(UsageError("SOURCE and --model_name are the same. Give one of them."))
     name = source or model_name or DEFAULT_MODEL
-    with _errors(), _synthetic(name, output, seed, head) if synthetic else _as_given(name, head) as (path, head_path, folder):
+    with _errors():
+        if not no_verify:
+            _check_ahead(device, image)
+    with (
+        _errors(),
+        _synthetic(name, output, seed, head) if synthetic else _as_given(name, head) as (path, head_path, folder),
+    ):
         converted = _convert(path, output or folder, head_path, labels, max_shard_size, as_json)
         found = None if no_verify else _verify(converted.output, path, head_path, device, image, as_json)
     if as_json:
@@ -141,7 +159,8 @@ def models() -> None:
     for family in all_families():
         for model in family.models:
             files = " + ".join(file.filename for file in (model.backbone, model.head) if file)
-            rows.append((model.name, model.published_name, _megabytes(sum(info.nbytes for info in family.sources(model.geometry).values())), files))
+            weights = sum(info.nbytes for info in family.sources(model.geometry).values())
+            rows.append((model.name, model.published_name, f"{weights / 1e6:,.0f} MB", files))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for name, published, size, files in rows:
         print(f"{name:{widths[0]}}  {published:{widths[1]}}  {size:>{widths[2]}}  {files}")
@@ -169,7 +188,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -177,13 +198,13 @@ def _options(
 def _convert(
     source: str, folder: Path | None, head: Path | None, labels: Path | None, max_shard_size: str, as_json: bool
 ) -> Conversion:
-    with ProgressReport("bytes") as progress:
+    with ProgressReport() as progress:
         done = streamconv.convert(
             source, folder, head=head, labels=labels, max_shard_size=max_shard_size, progress=progress
         )
     if not as_json:
         state = "was converted already and is left as it is" if done.was_finished else "converted"
-        print(f"{_title(done.plan)}: {state}, {done.plan.weights:,} bytes of weights in {done.output}{_slash(done.output)}")
+        print(f"{_title(done.plan)}: {state}, {done.plan.weights:,} bytes of weights in {done.output}")
         for name, digest in done.shards.items():
             print(f"  {name}  sha256 {digest}")
         if not done.is_crc_checked:
@@ -196,20 +217,35 @@ def _convert(
 def _verify(
     folder: Path, source: str, head: Path | None, device: str, image: Path | None, as_json: bool
 ) -> Verification:
-    with ProgressReport("steps") as progress:
+    with ProgressReport() as progress:
         found = streamconv.verify(folder, source, head=head, device=device, image=image, progress=progress)
-    record_verification(folder, found.as_dict())
+    try:
+        record_verification(folder, found.as_dict())
+    except OutputError as error:
+        print(f"note: the finding is not kept: {error}", file=sys.stderr)
     if not as_json:
         _print_verification(found)
     return found
+
+
+def _check_ahead(device: str, image: Path | None) -> None:
+    """Refuse a device or an image that does not exist before converting, without importing torch here."""
+    if device in ("auto", "cpu") and image is None:
+        return
+    command = [sys.executable, "-m", "streamconv.verify.devices", device, *([str(image)] if image else [])]
+    asked = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if asked.returncode:
+        raise UsageError(asked.stderr.strip())
 
 
 def _print_verification(found: Verification) -> None:
     for rung in found.rungs:
         verdict = {True: "ok", False: "FAILED", None: "not run"}[rung.passed]
         print(f"{rung.name:8}{verdict:8}{rung.proves}")
-        if rung.numbers.get("largest") is not None:
-            print(f"{'':16}largest difference {rung.numbers['largest']:.3g} on {found.device}, allowed {rung.numbers['tolerance']:g}")
+        numbers = rung.numbers
+        if numbers.get("largest") is not None:
+            found_and_allowed = f"largest difference {numbers['largest']:.3g}, allowed {numbers['tolerance']:g}"
+            print(f"{'':16}{len(numbers['differences'])} states on {found.device}: {found_and_allowed}")
         for problem in rung.problems:
             print(f"{'':16}{problem}")
     if found.predictions:
@@ -247,6 +283,9 @@ def _errors() -> Iterator[None]:
         yield
     except StreamconvError as error:
         _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to start over", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _fail(error: StreamconvError) -> NoReturn:
@@ -256,14 +295,6 @@ def _fail(error: StreamconvError) -> NoReturn:
 
 def _title(planned: Plan) -> str:
     return planned.model.name if planned.model else f"a {planned.family.name} model of its own sizes"
-
-
-def _slash(folder: Path) -> str:
-    return "" if str(folder).endswith("/") else "/"
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"
 
 
 def _plan_dict(planned: Plan) -> dict[str, Any]:
@@ -303,8 +334,4 @@ def _print_json(value: dict[str, Any]) -> None:
 def main() -> None:
     """The console script. SIGTERM ends it as Ctrl-C does, so that no unfinished file stays behind."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        app()
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to start over", file=sys.stderr)
-        sys.exit(130)
+    app()

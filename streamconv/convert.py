@@ -1,7 +1,7 @@
 """A conversion from beginning to end; the only place that knows the order of its steps."""
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -13,11 +13,9 @@ from streamconv.crc import RecordChecks
 from streamconv.errors import UsageError
 from streamconv.labels import imagenet_labels, read_labels
 from streamconv.plan import INDEX_NAME, Plan, make_plan
+from streamconv.progress import Progress, ignore_progress
 from streamconv.sources import OpenSource, Source, locate, opened
 from streamconv.streaming import write_shard
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many bytes or steps of it are done, and how many there are."""
 
 Path_ = str | PathLike[str]
 
@@ -69,7 +67,7 @@ def convert(
         plan, labels_from = _plan(source_files, labels, max_shard_size)
         folder = Path(output_folder) if output_folder is not None else default_folder(plan, source_files.source)
         names = [shard.filename for shard in plan.shards] + list(plan.files) + [INDEX_NAME] * (plan.index is not None)
-        manifest = {
+        manifest: dict[str, Any] = {
             "model": plan.model.name if plan.model else None,
             "source": source_files.describe(),
             "plan": plan.fingerprint,
@@ -79,7 +77,7 @@ def convert(
             shards = {name: shard["sha256"] for name, shard in finished["shards"].items()}
             return Conversion(folder, plan, shards, True, source_files.is_checkable, finished["labels_from"])
         try:
-            shards = _write(plan, folder, progress or _ignore)
+            shards = _write(plan, folder, progress or ignore_progress)
             for name, data in plan.files.items():
                 output.write_file(folder / name, data)
             manifest |= {
@@ -140,11 +138,7 @@ def _write(plan: Plan, folder: Path, progress: Progress) -> dict[str, str]:
         def advance(count: int, filename: str = shard.filename) -> None:
             nonlocal done
             done += count
-            progress(filename, done, total)
+            progress(f"writing {filename}", done, total, "bytes")
 
         digests[shard.filename] = write_shard(shard, folder / shard.filename, checks, advance)
     return digests
-
-
-def _ignore(what: str, done: int, total: int) -> None:
-    pass

@@ -27,9 +27,9 @@ def read_labels(path: Path) -> list[str]:
         if isinstance(labels, dict):
             labels = [labels[str(i)] for i in range(len(labels))]
     except (ValueError, KeyError) as error:
-        raise UsageError(f"{path} is no JSON of labels ({error}): {{\"0\": …, \"1\": …}} or a list.") from error
+        raise UsageError(f'{path} is no JSON of labels ({error}): {{"0": …, "1": …}} or a list.') from error
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise UsageError(f"{path} is no JSON of labels: {{\"0\": …, \"1\": …}} or a list of strings.")
+        raise UsageError(f'{path} is no JSON of labels: {{"0": …, "1": …}} or a list of strings.')
     return labels
 
 

@@ -55,9 +55,9 @@ def apply(
         MappingError: source keys that are missing, that no rule knows, or whose shape is another.
     """
     expected = expand(rules, dims, count)
-    problems = [
-        f"missing: {key} {list(shape)}" for key, (_, shape, _) in expected.items() if key not in tensors
-    ] + [f"unexpected: {key} {list(tensors[key].info.shape)}" for key in tensors if key not in expected]
+    problems = [f"missing: {key} {list(shape)}" for key, (_, shape, _) in expected.items() if key not in tensors] + [
+        f"unexpected: {key} {list(tensors[key].info.shape)}" for key in tensors if key not in expected
+    ]
     targets: dict[str, SourceTensor] = {}
     for key, (rule, shape, i) in expected.items():
         if key not in tensors:

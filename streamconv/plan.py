@@ -5,6 +5,7 @@ as the safetensors library writes them.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,7 +19,7 @@ from streamconv.mapping import apply, expand
 from streamconv.tensors import DTYPE_SIZES, SourceTensor
 
 INDEX_NAME = "model.safetensors.index.json"
-PIECE_BYTES = 1 << 20  # what is read and written at once
+PIECE_BYTES = 512 << 10  # what is read and written at once: it stays in the cache of a CPU
 
 _TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -180,6 +181,8 @@ def _natural_key(name: str) -> list[tuple[int, int | str, int]]:
 
 
 def _lay_out(targets: dict[str, SourceTensor], max_shard_size: int | str) -> tuple[tuple[Shard, ...], bytes | None]:
+    if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?\s*[kKmMgGtT]?[bB]?", str(max_shard_size)):
+        raise UsageError(f"{max_shard_size!r} is no shard size. Write it as 500MB or 5GB.")
     try:
         split = split_state_dict_into_shards_factory(
             targets,

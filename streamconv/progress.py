@@ -2,47 +2,71 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
+
+Progress = Callable[[str, int, int, str], None]
+"""Called with what is being done, how much of it is done, how much there is, and the unit: "bytes" or "steps"."""
 
 QUIET_SECONDS = 10.0  # between the lines of a log
 
 
-class ProgressReport:
-    """Call it with what is being done and how far; use it in a ``with`` statement."""
+def ignore_progress(what: str, done: int, total: int, unit: str) -> None:
+    """For callers who want no reports."""
 
-    def __init__(self, unit: str):
-        self._unit, self._what, self._last = unit, "", time.monotonic()
-        self._bar = _bar(unit) if sys.stderr.isatty() else None
-        self._task = None if self._bar is None else self._bar.add_task("", total=None)
+
+class ProgressReport:
+    """Call it with what is being done, how far, of how much, in which unit; use it in a ``with`` statement."""
+
+    def __init__(self) -> None:
+        self._what, self._last = "", 0.0
+        self._bar: Any = None
+        self._task: Any = None
 
     def __enter__(self) -> "ProgressReport":
-        if self._bar is not None:
+        if sys.stderr.isatty():
+            self._bar = _bar()
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, unit: str) -> None:
+        is_new, self._what = what != self._what, what
         if self._bar is not None:
-            self._bar.update(self._task, description=what, completed=done, total=total)
-        elif what != self._what or time.monotonic() - self._last >= QUIET_SECONDS:
+            if is_new:
+                if self._task is not None:
+                    self._bar.remove_task(self._task)
+                self._task = self._bar.add_task(what, amount="")
+            speed = self._bar.tasks[0].speed
+            rate = f"  {speed / 1e6:,.0f} MB/s" if unit == "bytes" and speed else ""
+            self._bar.update(self._task, completed=done, total=total, amount=_amount(done, total, unit) + rate)
+        elif is_new:
             self._last = time.monotonic()
-            print(f"{what}: {_amount(done, self._unit)} of {_amount(total, self._unit)}", file=sys.stderr, flush=True)
-        self._what = what
+            print(what, file=sys.stderr, flush=True)
+        elif time.monotonic() - self._last >= QUIET_SECONDS:
+            self._last = time.monotonic()
+            print(f"{what}: {_amount(done, total, unit)}", file=sys.stderr, flush=True)
 
 
-def _amount(count: int, unit: str) -> str:
-    return f"{count / 1e6:,.0f} MB" if unit == "bytes" else str(count)
+def _amount(done: int, total: int, unit: str) -> str:
+    return f"{done / 1e6:,.0f}/{total / 1e6:,.0f} MB" if unit == "bytes" else f"{done}/{total} {unit}"
 
 
-def _bar(unit: str):  # type: ignore[no-untyped-def]
+def _bar() -> Any:
     """rich costs 3 MB and 60 ms: only a terminal pays for it."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as Speed
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    amount = (DownloadColumn(), Speed()) if unit == "bytes" else (MofNCompleteColumn(),)
-    columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True), transient=True)

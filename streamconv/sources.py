@@ -24,8 +24,8 @@ class Source:
 def hub_folder() -> Path:
     """Where torch.hub keeps checkpoints (https://docs.pytorch.org/docs/stable/hub.html), torch unimported."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")
-    return Path(os.path.expanduser(home), "hub", "checkpoints")
+    home = os.environ.get("TORCH_HOME") or f"{cache}/torch"
+    return Path(home).expanduser() / "hub" / "checkpoints"
 
 
 def locate(source: str | os.PathLike[str], head: str | os.PathLike[str] | None = None) -> Source:

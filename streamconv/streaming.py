@@ -15,7 +15,7 @@ from streamconv.output import whole_file
 from streamconv.plan import PIECE_BYTES, Shard
 from streamconv.tensors import SourceTensor
 
-RING_BUFFERS = 4
+RING_BUFFERS = 8
 SYNC_BYTES = 32 << 20  # a 64 MB cgroup holds two of these, and no more dirty pages are ever wanted
 
 

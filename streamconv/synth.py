@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from streamconv.errors import OutputError
-from streamconv.families import HEAD_PREFIX, Model, find_model
+from streamconv.families import HEAD_PREFIX, find_model
 from streamconv.output import require_space, whole_file
 from streamconv.pth import write_pth
 from streamconv.sources import Source

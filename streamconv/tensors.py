@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Protocol
+from typing import Literal, Protocol
 
 from streamconv.errors import SourceError
 
@@ -175,7 +175,8 @@ def _gather(memory: memoryview, info: TensorInfo, strides: tuple[int, ...], out:
     A memoryview slices with a step but not with step 0, so an expanded innermost dimension is
     repeated instead. Elements are moved as unsigned integers of their size: no value is looked at.
     """
-    code = {1: "B", 2: "H", 4: "I", 8: "Q"}[info.itemsize]
+    codes: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+    code = codes[info.itemsize]
     source, target = memory.cast(code), out.cast(code)
     *outer, run = info.shape
     *outer_strides, step = strides

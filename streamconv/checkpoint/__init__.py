@@ -45,7 +45,9 @@ class Checkpoint(Mapping[str, SourceTensor]):
     def __enter__(self) -> "Checkpoint":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):  # type: ignore[no-untyped-def]
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -64,7 +66,9 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     path = Path(path)
     paths = safetensors.files_of(path) if path.is_dir() else [path]
     with ExitStack() as opened:
-        files, tensors, fingerprints = [], {}, []
+        files: list[LocalFile] = []
+        tensors: dict[str, SourceTensor] = {}
+        fingerprints: list[str] = []
         for each in paths:
             file = LocalFile(each)
             opened.callback(file.close)

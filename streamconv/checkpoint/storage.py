@@ -36,9 +36,7 @@ class LocalFile:
             try:
                 count = os.preadv(self._file.fileno(), [buffer[at:]], offset + at)
             except OSError as error:
-                raise SourceError(
-                    f"{self.path} cannot be read at byte {offset + at:,}: {error.strerror}."
-                ) from error
+                raise SourceError(f"{self.path} cannot be read at byte {offset + at:,}: {error.strerror}.") from error
             if not count:
                 raise TruncatedError(
                     f"{self.path} ends at byte {offset + at:,}, within its contents: "

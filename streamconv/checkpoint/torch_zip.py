@@ -43,12 +43,19 @@ class _Name(str):
     __slots__ = ()
 
 
+class _Handle(int):
+    """Stands for a described tensor while the pickle is read: BUILD finds nothing in it to set."""
+
+    __slots__ = ()
+
+
 class _Index(pickle.Unpickler):
-    """Turns ``data.pkl`` into descriptions."""
+    """Turns ``data.pkl`` into descriptions, kept in ``tensors`` where the pickle cannot reach them."""
 
     def __init__(self, data: bytes, storage: Callable[[str, str, int], Record], where: str):
         super().__init__(io.BytesIO(data))
         self._storage, self._where = storage, where
+        self.tensors: list[SourceTensor] = []
         self._functions: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor_v2,
@@ -78,19 +85,17 @@ class _Index(pickle.Unpickler):
 
     def _tensor_v2(
         self, storage: Any, offset: int, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
-    ) -> SourceTensor:
+    ) -> _Handle:
         dtype, record = storage
         return self._tensor(dtype, record, offset, shape, strides, metadata)
 
     def _tensor_v3(
         self, storage: Any, offset: int, shape: Any, strides: Any, requires_grad: Any, hooks: Any, dtype: Any,
         metadata: Any = None,
-    ) -> SourceTensor:  # fmt: skip
+    ) -> _Handle:  # fmt: skip
         return self._tensor(_V3_DTYPES[dtype], storage[1], offset, shape, strides, metadata)
 
-    def _tensor(
-        self, dtype: str, record: Record, offset: Any, shape: Any, strides: Any, metadata: Any
-    ) -> SourceTensor:
+    def _tensor(self, dtype: str, record: Record, offset: Any, shape: Any, strides: Any, metadata: Any) -> _Handle:
         numbers = (offset, *shape, *strides)
         if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"offset {offset!r}, shape {shape!r} and strides {strides!r} describe no tensor")
@@ -99,15 +104,14 @@ class _Index(pickle.Unpickler):
                 f"{self._where} holds a tensor whose values are a lazy view of its bytes ({', '.join(metadata)}). "
                 "Save it again after tensor.resolve_conj().resolve_neg()."
             )
-        tensor = SourceTensor(
-            TensorInfo(dtype, tuple(shape)), record, offset * DTYPE_SIZES[dtype], tuple(strides)
-        )
-        if tensor.offset + tensor.span > record.range.length:
+        tensor = SourceTensor(TensorInfo(dtype, tuple(shape)), record, offset * DTYPE_SIZES[dtype], tuple(strides))
+        if tensor.info.nbytes and tensor.offset + tensor.span > record.range.length:
             raise ValueError(
                 f"a tensor {tensor.info} at element {offset} reaches beyond its storage {record.name} "
                 f"of {record.range.length} bytes"
             )
-        return tensor
+        self.tensors.append(tensor)
+        return _Handle(len(self.tensors) - 1)
 
 
 class _Records:
@@ -201,27 +205,29 @@ def read_index(file: LocalFile) -> tuple[dict[str, SourceTensor], str]:
 
     pickled = records.read(pickles[0])
     try:
-        contents = _Index(pickled, storage, str(file.path)).load()
+        index = _Index(pickled, storage, str(file.path))
+        contents = index.load()
     except SourceError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise CorruptError(f"{file.path}: its data.pkl is damaged or not of torch.save: {error}.") from error
-    return _flat(contents, file), records.fingerprint(pickled)
+    return _flat(contents, index.tensors, file), records.fingerprint(pickled)
 
 
-def _flat(contents: Any, file: LocalFile) -> dict[str, SourceTensor]:
+def _flat(contents: Any, tensors: list[SourceTensor], file: LocalFile) -> dict[str, SourceTensor]:
     if not isinstance(contents, dict):
         raise NotACheckpointError(f"{file.path} holds a {_kind(contents)}, not a dict of tensors.")
-    others = [f"{key!r}: {_kind(value)}" for key, value in contents.items() if not isinstance(value, SourceTensor)]
+    items = dict.items(contents)  # not contents.items: BUILD may have set that
+    others = [f"{key!r}: {_kind(value)}" for key, value in items if not isinstance(value, _Handle)]
     if others:
         raise NotACheckpointError(
             f"{file.path} holds more than tensors ({', '.join(others[:5])}{', …' if len(others) > 5 else ''}). "
             "Save the model's flat state dict alone."
         )
-    names = [key for key in contents if not isinstance(key, str)]
+    names = [key for key, _ in items if type(key) is not str]
     if names:
         raise NotACheckpointError(f"{file.path} names a tensor {names[0]!r}, which is no string.")
-    return dict(contents)
+    return {key: tensors[value] for key, value in items}
 
 
 def _kind(value: Any) -> str:

@@ -5,7 +5,7 @@ Importing this room imports no torch; its rungs do when they run.
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -15,9 +15,8 @@ from streamconv.check import check_bytes
 from streamconv.errors import OutputError, SourceError
 from streamconv.families import HEAD_PREFIX
 from streamconv.plan import INDEX_NAME, Plan, make_plan
+from streamconv.progress import Progress, ignore_progress
 from streamconv.sources import OpenSource, locate, opened
-
-Progress = Callable[[str, int, int], None]
 
 GPU_TOLERANCE = 1e-3  # the original script's; on a CPU nothing but 0.0 passes
 
@@ -76,21 +75,21 @@ def verify(
         UsageError: the device or the image does not exist.
         SourceError: the source, or the output as a source of tensors, cannot be read.
     """
-    folder, report = Path(output_folder), progress or (lambda what, done, total: None)
+    folder, report = Path(output_folder), progress or ignore_progress
     if not folder.is_dir():
         raise OutputError(f"{folder} is no folder. Name the folder that streamconv converted into.")
     with opened(locate(source, head)) as source_files:
         plan = _plan_of(folder, source_files)
-        bytes_rung = _bytes(folder, plan, source_files, report)
         # torch takes seconds to import: only now that the source proved to be one.
+        report("starting torch and transformers", 0, 1, "steps")
         from streamconv.verify import load, parity
         from streamconv.verify.devices import choose_device, versions
+        from streamconv.verify.image import open_image
 
-        chosen = choose_device(device)
-        picture = parity.open_image(image)
-        report("load", 0, 1)
+        chosen, picture = choose_device(device), open_image(image)
+        bytes_rung = _bytes(folder, plan, source_files, report)
+        report("loading with transformers", 0, 1, "steps")
         loaded = load.check_load(folder, plan)
-        report("load", 1, 1)
         if not loaded.passed:
             skipped = Rung("parity", None, "not run: transformers did not load the model")
             return Verification((bytes_rung, loaded, skipped), str(chosen), versions())
@@ -106,7 +105,7 @@ def _plan_of(folder: Path, source: OpenSource) -> Plan:
         labels = _labels_in(config)
     plan = make_plan(source.tensors, source.where, labels, sys.maxsize, source.source.model)
     if not (folder / INDEX_NAME).exists() and not (folder / plan.shards[0].filename).exists():
-        raise SourceError(f"{folder} holds neither {plan.shards[0].filename} nor {INDEX_NAME}: no model was written here.")
+        raise SourceError(f"{folder} holds neither {plan.shards[0].filename} nor {INDEX_NAME}: no model is there.")
     return plan
 
 
@@ -124,7 +123,7 @@ def _bytes(folder: Path, plan: Plan, source: OpenSource, report: Progress) -> Ru
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        report("bytes", done, plan.weights)
+        report("comparing bytes", done, plan.weights, "bytes")
 
     found = check_bytes(folder, plan, advance)
     crc = "every source record matches its CRC-32" if source.is_checkable else "the source carries no CRC-32s to check"

@@ -1,4 +1,11 @@
-"""The device that a verification runs on, and the versions that it ran with."""
+"""The device that a verification runs on, and the versions that it ran with.
+
+As a program, ``python -m streamconv.verify.devices DEVICE [IMAGE]`` says whether both exist: the
+command line asks it before a conversion, in a process of its own, so that the conversion's stays
+free of torch.
+"""
+
+import sys
 
 import accelerate
 import torch
@@ -7,6 +14,7 @@ import transformers
 
 from streamconv._version import __version__
 from streamconv.errors import UsageError
+from streamconv.verify.image import open_image
 
 
 def choose_device(name: str) -> torch.device:
@@ -37,3 +45,11 @@ def choose_device(name: str) -> torch.device:
 def versions() -> dict[str, str]:
     packages = (torch, torchvision, transformers, accelerate)
     return {"streamconv": __version__, **{package.__name__: package.__version__ for package in packages}}
+
+
+if __name__ == "__main__":
+    try:
+        choose_device(sys.argv[1])
+        open_image(sys.argv[2] if len(sys.argv) > 2 else None)
+    except UsageError as error:
+        sys.exit(str(error))

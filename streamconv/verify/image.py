@@ -1,10 +1,29 @@
-"""A picture of the project's own, so that a verification needs no network and no one's photograph."""
+"""The picture to verify on: the user's, or one of the project's own, so that no network is needed."""
+
+from os import PathLike
 
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import functional
 
+from streamconv.errors import UsageError
+
 WIDTH, HEIGHT = 640, 480
+
+
+def open_image(path: str | PathLike[str] | None) -> Image.Image:
+    """The user's picture in RGB, or the project's own.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    if path is None:
+        return make_image()
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise UsageError(f"The image {path} cannot be read: {error}.") from error
 
 
 def make_image() -> Image.Image:
@@ -24,4 +43,4 @@ def make_image() -> Image.Image:
         draw.rectangle([x + 8, 300, x + 14, 345], (84, 60, 40))
         draw.ellipse([x - 8, 240, x + 30, 312], (34, 90 + x // 6, 44))
     grain = torch.randn(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 0.03
-    return functional.to_pil_image((functional.to_tensor(image) + grain).clamp(0, 1))
+    return functional.to_pil_image((functional.to_tensor(image) + grain).clamp(0, 1))  # type: ignore[no-any-return]

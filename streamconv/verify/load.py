@@ -1,9 +1,12 @@
 """The load rung: transformers builds the model and finds every tensor that it wants, and no other."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.utils import logging
 
 from streamconv.plan import Plan
 from streamconv.verify import Rung
@@ -31,8 +34,22 @@ def load_model(folder: Path, plan: Plan) -> tuple[Any, dict[str, Any]]:
 
     Its weights stay mapped from the file: a CPU needs no memory for them but the page cache.
     """
-    auto = transformers.AutoModelForImageClassification if "Classification" in plan.architecture else transformers.AutoModel
-    model, info = auto.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True, dtype="auto", attn_implementation="sdpa"
-    )
+    is_classifier = "Classification" in plan.architecture
+    auto = transformers.AutoModelForImageClassification if is_classifier else transformers.AutoModel
+    with _no_progress_bar():
+        model, info = auto.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype="auto", attn_implementation="sdpa"
+        )
     return model.eval(), info
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers' own, beside which ours could not be read."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -5,8 +5,7 @@ of the conversion. The models take turns, so that a device holds one at a time.
 """
 
 import importlib
-from collections.abc import Callable, Iterator
-from os import PathLike
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from streamconv.errors import UsageError
 from streamconv.families import HEAD_PREFIX
 from streamconv.plan import Plan
+from streamconv.progress import Progress
 from streamconv.sources import Source
 from streamconv.verify import GPU_TOLERANCE, Rung
-from streamconv.verify.image import make_image
 from streamconv.verify.load import load_model
 
 PROVES = "the original graph and transformers compute the same from the same picture, in every layer"
 TOP = 5
-
-
-def open_image(path: str | PathLike[str] | None) -> Image.Image:
-    """The user's picture in RGB, or the project's own.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    if path is None:
-        return make_image()
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise UsageError(f"The image {path} cannot be read: {error}.") from error
 
 
 @torch.inference_mode()
@@ -50,7 +33,7 @@ def check_parity(
     source: Source,
     image: Image.Image,
     device: torch.device,
-    report: Callable[[str, int, int], None],
+    report: Progress,
 ) -> tuple[Rung, tuple[tuple[str, float], ...]]:
     """Run both models on ``image`` and compare every state; a classifier's best labels come beside."""
     tolerance = 0.0 if device.type == "cpu" else GPU_TOLERANCE
@@ -61,7 +44,7 @@ def check_parity(
         nonlocal steps
         for name, state in states:
             steps += name.startswith(("embeddings", "layer", "cls"))
-            report("parity", steps, total)
+            report("comparing what both models compute", steps, total, "steps")
             yield name, state
 
     originals = {name: state.cpu() for name, state in counted(_original_states(plan, source, pixels))}

@@ -1,0 +1,78 @@
+"""CRC-32s put together from pieces are zlib's."""
+
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import streamconv
+from streamconv import CorruptError
+from streamconv.crc import RecordChecks, combine
+from streamconv.tensors import SourceTensor
+
+
+@given(st.binary(), st.binary())
+def test_combining_is_appending(first: bytes, second: bytes) -> None:
+    assert combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
+
+
+def test_combining_works_for_gigabytes() -> None:
+    zeros = bytes(1 << 20)
+    crc = zlib.crc32(b"x")
+    expected = crc
+    for _ in range(1 << 10):
+        expected = zlib.crc32(zeros, expected)
+    many = 0
+    for _ in range(1 << 10):
+        many = zlib.crc32(zeros, many)
+    assert combine(crc, many, 1 << 30) == expected
+
+
+def read(checks: RecordChecks, name: str, tensor: SourceTensor) -> None:
+    for piece in tensor.split(64):
+        checks.add(name, piece, memoryview(piece.tobytes()))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1], [0, 0, 1, 2]], ids=str)
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_record_is_checked_in_whatever_order_and_share_it_is_read(
+    tmp_path: Path, order: list[int], is_damaged: bool
+) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"x": torch.randn(30, 7)}, path)
+    if is_damaged:  # in rows that only some of the orders read
+        data = bytearray(path.read_bytes())
+        with streamconv.open_checkpoint(path) as checkpoint:
+            data[checkpoint["x"].record.range.start + 30] ^= 1
+        path.write_bytes(data)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        checks = RecordChecks()
+        for part in order:
+            read(checks, "the name", checkpoint["x"].rows(10 * part, 10 * part + 10))
+        if is_damaged:
+            with pytest.raises(CorruptError, match="the name"):
+                checks.settle()
+        else:
+            checks.settle()
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_strided_tensors_have_their_records_checked_too(tmp_path: Path, is_damaged: bool) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"x": torch.randn(20, 20)[:, ::2]}, path)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        last = checkpoint["x"].record.range.end - 1  # a byte that the tensor itself skips
+    data = bytearray(path.read_bytes())
+    data[last] ^= is_damaged
+    path.write_bytes(data)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        checks = RecordChecks()
+        read(checks, "x", checkpoint["x"])
+        if is_damaged:
+            with pytest.raises(CorruptError, match=r"x \(record"):
+                checks.settle()
+        else:
+            checks.settle()

@@ -1,0 +1,73 @@
+"""Rules: every key once, every target once, and all that is wrong at once."""
+
+from pathlib import Path
+
+import pytest
+
+from streamconv import MappingError, TensorInfo
+from streamconv.checkpoint.storage import LocalFile
+from streamconv.mapping import apply, chunk, count_of, rename
+from streamconv.tensors import ByteRange, Record, SourceTensor, contiguous_strides
+
+RULES = (
+    rename("cls", "embeddings.cls", "1 D"),
+    chunk("blocks.{i}.qkv", ("layer.{i}.q", "layer.{i}.k", "layer.{i}.v"), "3D D"),
+)
+DIMS = {"D": 2, "3D": 6}
+
+
+@pytest.fixture
+def make(tmp_path: Path):  # type: ignore[no-untyped-def]
+    (tmp_path / "x").write_bytes(bytes(1000))
+    file = LocalFile(tmp_path / "x")
+
+    def tensor(*shape: int, dtype: str = "F32") -> SourceTensor:
+        info = TensorInfo(dtype, shape)
+        return SourceTensor(info, Record(file, "r", ByteRange(100, 500)), 0, contiguous_strides(shape))
+
+    yield tensor
+    file.close()
+
+
+def test_chunks_are_rows_in_order(make) -> None:  # type: ignore[no-untyped-def]
+    targets = apply(RULES, {"cls": make(1, 2), "blocks.0.qkv": make(6, 2)}, DIMS, 1, "x")
+    assert {name: (t.info.shape, t.offset) for name, t in targets.items()} == {
+        "embeddings.cls": ((1, 2), 0),
+        "layer.0.q": ((2, 2), 0),
+        "layer.0.k": ((2, 2), 16),
+        "layer.0.v": ((2, 2), 32),
+    }
+
+
+def test_everything_wrong_is_listed_at_once(make) -> None:  # type: ignore[no-untyped-def]
+    source = {"blocks.0.qkv": make(6, 3), "blocks.00.qkv": make(6, 2), "extra": make(1), "blocks.1.qkv.x": make(6, 2)}
+    with pytest.raises(MappingError) as caught:
+        apply(RULES, source, DIMS, 2, "x.pth")
+    assert sorted(caught.value.problems) == [
+        "misshaped: blocks.0.qkv is [6, 3], not [6, 2]",
+        "missing: blocks.1.qkv [6, 2]",
+        "missing: cls [1, 2]",
+        "unexpected: blocks.00.qkv [6, 2]",
+        "unexpected: blocks.1.qkv.x [6, 2]",
+        "unexpected: extra [1]",
+    ]
+    assert all(problem in str(caught.value) for problem in caught.value.problems)
+
+
+def test_mixed_dtypes_are_refused(make) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(MappingError, match="mixed dtypes: BF16, F32"):
+        apply(RULES, {"cls": make(1, 2), "blocks.0.qkv": make(6, 2, dtype="BF16")}, DIMS, 1, "x")
+
+
+def test_two_rules_for_one_target_are_a_mistake_of_the_family(make) -> None:  # type: ignore[no-untyped-def]
+    rules = (*RULES, rename("other", "embeddings.cls", "1 D"))
+    with pytest.raises(ValueError, match="two rules"):
+        apply(rules, {"cls": make(1, 2), "other": make(1, 2), "blocks.0.qkv": make(6, 2)}, DIMS, 1, "x")
+
+
+def test_counting_takes_gaps_and_leaves_strays() -> None:
+    pattern = "blocks.{i}.norm"
+    assert count_of(pattern, []) == 0
+    assert count_of(pattern, ["blocks.0.norm", "blocks.1.norm", "blocks.3.norm"]) == 4
+    assert count_of(pattern, ["blocks.0.norm", "blocks.99999.norm"]) == 1
+    assert count_of(pattern, ["blocks.00.norm", "xblocks.0.norm", "blocks.0.norms"]) == 0

@@ -1,0 +1,204 @@
+"""Plans against what Meta's models hold and what transformers and safetensors write."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import streamconv
+from streamconv import MappingError, UsageError
+from streamconv.checkpoint.storage import LocalFile
+from streamconv.families import find_model
+from streamconv.families.dinov2 import FAMILY
+from streamconv.plan import Plan, make_plan, make_shard, to_json
+from streamconv.tensors import ByteRange, Record, SourceTensor, TensorInfo, contiguous_strides
+from tests.conftest import make_states, seeds_mapping, tiny
+
+MODELS = [model.name for model in FAMILY.models]
+# Keys and shapes of Meta's modules (facebookresearch/dinov2, built on the meta device) and of
+# transformers 4.57's, whose names in memory are those of the files; {i} counts layers.
+GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("dinov2.json").read_text())
+
+
+def expanded(shapes: dict[str, list[int]], layers: int) -> dict[str, tuple[int, ...]]:
+    return {
+        key.format(i=i): tuple(shape)
+        for key, shape in shapes.items()
+        for i in (range(layers) if "{i}" in key else (0,))
+    }
+
+
+def plan_of_shapes(shapes: dict[str, tuple[int, ...]], where: Path, **options: object) -> Plan:
+    """A plan needs no bytes: an empty file serves for any size."""
+    (where / "empty").touch()
+    file = LocalFile(where / "empty")
+    try:
+        tensors = {}
+        for name, shape in shapes.items():
+            info = TensorInfo("F32", shape)
+            tensors[name] = SourceTensor(info, Record(file, name, ByteRange(0, info.nbytes)), 0, contiguous_strides(shape))
+        return make_plan(tensors, "golden", **options)  # type: ignore[arg-type]
+    finally:
+        file.close()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_published_model_maps_metas_keys_onto_transformers(name: str, tmp_path: Path) -> None:
+    golden = GOLDEN[name]
+    source, target = (expanded(golden[side], golden["layers"]) for side in ("source", "target"))
+    plan = plan_of_shapes(source, tmp_path)
+    assert plan.model is not None
+    assert plan.model.name == name
+    assert {name: tensor.info.shape for shard in plan.shards for name, tensor in shard.tensors} == target
+    assert {key: info.shape for key, info in FAMILY.sources(plan.geometry).items()} == source
+    assert plan.config["num_attention_heads"] == golden["heads"]
+
+
+def transformers_config(name: str, labels: list[str]) -> transformers.Dinov2Config:
+    """The original script's configuration, by constructor arguments."""
+    sizes = {
+        "s": {"hidden_size": 384, "num_attention_heads": 6},
+        "b": {},
+        "l": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+        "g": {"use_swiglu_ffn": True, "hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24},
+    }[name[10]]
+    classes = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    return transformers.Dinov2Config(image_size=518, patch_size=14, **sizes, **(classes if "1layer" in name else {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_configs_are_transformers_own_but_for_the_version(name: str, tmp_path: Path) -> None:
+    labels = [f"label {i % 998}" for i in range(1000)]  # two names twice, as ImageNet has them
+    golden = GOLDEN[name]
+    plan = plan_of_shapes(expanded(golden["source"], golden["layers"]), tmp_path, labels=labels if "1layer" in name else None)
+    config = transformers_config(name, labels)
+    config.architectures = ["Dinov2ForImageClassification" if "1layer" in name else "Dinov2Model"]
+    config.dtype = torch.float32
+    config.save_pretrained(tmp_path)
+    theirs = (tmp_path / "config.json").read_text("utf-8")
+    lines = [line for line in theirs.splitlines(keepends=True) if '"transformers_version"' not in line]
+    assert plan.files["config.json"].decode() == "".join(lines)
+
+
+def test_the_image_processor_is_transformers_own(tmp_path: Path) -> None:
+    processor = transformers.BitImageProcessor(
+        size={"shortest_edge": 256}, resample=3, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
+    )
+    processor.save_pretrained(tmp_path)
+    theirs = json.loads((tmp_path / "preprocessor_config.json").read_text("utf-8"))
+    assert to_json(FAMILY.image_processor) == to_json(theirs)
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+          torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda name: name != "__metadata__"),
+        st.tuples(st.lists(st.integers(0, 4), max_size=3), st.sampled_from(DTYPES)),
+        max_size=8,
+    )
+)
+def test_files_are_laid_out_as_safetensors_lays_them_out(tmp_path: Path, shapes: dict[str, tuple[list[int], torch.dtype]]) -> None:
+    state = {name: torch.randint(0, 2, shape).to(dtype) for name, (shape, dtype) in shapes.items()}
+    torch.save(state, tmp_path / "x.pth")
+    expected = safetensors.torch.save(state, metadata={"format": "pt"})
+    with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        shard = make_shard("x.safetensors", checkpoint)
+        assert shard.header + b"".join(tensor.tobytes() for _, tensor in shard.tensors) == expected
+        assert shard.size == len(expected)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 cuts shards in another order; ours is 5's")
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("classes", [None, 7])
+@pytest.mark.parametrize("limit", ["100KB", "300KB", "1MB"])
+def test_shards_and_index_are_those_of_save_pretrained(
+    tmp_path: Path, save: Callable[..., tuple[Path, Path | None]], swiglu: bool, classes: int | None, limit: str
+) -> None:
+    backbone, head = save(tiny(swiglu, classes, layers=12))
+    plan = streamconv.plan(backbone, head=head, max_shard_size=limit)
+    kind = transformers.Dinov2ForImageClassification if classes else transformers.Dinov2Model
+    model = kind(transformers.Dinov2Config(**plan.config))
+    model.save_pretrained(tmp_path / "theirs", max_shard_size=limit)
+    assert plan.index == (tmp_path / "theirs" / "model.safetensors.index.json").read_bytes()
+    for shard in plan.shards:
+        assert (tmp_path / "theirs" / shard.filename).read_bytes().startswith(shard.header)
+
+
+def test_other_sizes_are_read_from_the_shapes(save: Callable[..., tuple[Path, Path | None]]) -> None:
+    backbone, _ = save(tiny(swiglu=True, layers=4))
+    plan = streamconv.plan(backbone)
+    assert plan.model is None
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "mlp_ratio", "use_swiglu_ffn")
+    assert [plan.config[key] for key in sizes] == [128, 4, 2, 56, 4, True]
+
+
+def test_missing_unexpected_and_misshaped_keys_are_all_listed(tmp_path: Path) -> None:
+    backbone, _ = make_states(tiny())
+    del backbone["blocks.1.ls1.gamma"], backbone["mask_token"]
+    backbone["register_tokens"] = torch.zeros(1, 4, 128)
+    backbone["blocks.2.mlp.fc1.bias"] = torch.zeros(3)
+    torch.save(backbone, tmp_path / "x.pth")
+    with pytest.raises(MappingError) as caught:
+        streamconv.plan(tmp_path / "x.pth")
+    assert sorted(caught.value.problems) == [
+        "misshaped: blocks.2.mlp.fc1.bias is [3], not [512]",
+        "missing: blocks.1.ls1.gamma [128]",
+        "missing: mask_token [1, 128]",
+        "unexpected: register_tokens [1, 4, 128]",
+    ]
+
+
+def test_another_kind_of_checkpoint_is_called_that(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(MappingError, match=r"It holds weight, bias; for dinov2 it lacks"):
+        streamconv.plan(tmp_path / "x.pth")
+
+
+def test_sizes_that_no_config_can_say_are_refused(tmp_path: Path) -> None:
+    backbone, _ = make_states(tiny())
+    backbone["pos_embed"] = torch.zeros(1, 18, 128)
+    torch.save(backbone, tmp_path / "x.pth")
+    with pytest.raises(MappingError, match="18 positions"):
+        streamconv.plan(tmp_path / "x.pth")
+
+
+def test_a_name_whose_file_holds_another_model_is_refused(tmp_path: Path) -> None:
+    shapes = expanded(GOLDEN["dinov2_vitb14"]["source"], 12)
+    with pytest.raises(MappingError, match="its shapes are those of dinov2_vitb14"):
+        plan_of_shapes(shapes, tmp_path, model=find_model("dinov2_vits14")[1])
+
+
+@pytest.mark.parametrize("size", ["five", "5XB", "-1GB", "0MB", ""])
+def test_a_shard_size_that_is_none_is_refused(save: Callable[..., tuple[Path, Path | None]], size: str) -> None:
+    backbone, _ = save(tiny())
+    with pytest.raises(UsageError, match="500MB or 5GB"):
+        streamconv.plan(backbone, max_shard_size=size)
+
+
+def test_labels_are_one_a_class(tmp_path: Path, save: Callable[..., tuple[Path, Path | None]]) -> None:
+    backbone, head = save(tiny(classes=3))
+    (tmp_path / "labels.txt").write_text("a\nb\n")
+    with pytest.raises(UsageError, match="2 labels for 3 classes"):
+        streamconv.plan(backbone, head=head, labels=tmp_path / "labels.txt")
+    (tmp_path / "labels.txt").write_text("a\nb\na\n")
+    config = streamconv.plan(backbone, head=head, labels=tmp_path / "labels.txt").config
+    assert config["id2label"] == {0: "a", 1: "b", 2: "a"}
+    assert config["label2id"] == {"a": 2, "b": 1}
+
+
+def test_the_seeds_names_are_the_rules_names() -> None:
+    for geometry in (tiny(), tiny(swiglu=True)):
+        backbone, _ = make_states(geometry)
+        layout = FAMILY.layout(geometry)
+        targets = {t.format(i=i) for rule in layout.rules for t in rule.targets for i in range(layout.count)}
+        assert targets == set(seeds_mapping(backbone))
