@@ -37,7 +37,7 @@ def plan(
 ) -> Plan:
     """What `convert` would write; no weight is read and nothing is written. Arguments and errors are its."""
     with opened(locate(source, head)) as source_files:
-        return _plan(source_files, labels, max_shard_size)[0]
+        return _plan(source_files, labels, max_shard_size, ignore_progress)[0]
 
 
 def convert(
@@ -47,7 +47,7 @@ def convert(
     head: Path_ | None = None,
     labels: Path_ | None = None,
     max_shard_size: int | str = "5GB",
-    progress: Progress | None = None,
+    progress: Progress = ignore_progress,
 ) -> Conversion:
     """Convert a checkpoint into a folder that transformers loads.
 
@@ -64,7 +64,7 @@ def convert(
             and for a damaged source, which leave no unfinished file.
     """
     with opened(locate(source, head)) as source_files:
-        plan, labels_from = _plan(source_files, labels, max_shard_size)
+        plan, labels_from = _plan(source_files, labels, max_shard_size, progress)
         folder = Path(output_folder) if output_folder is not None else default_folder(plan, source_files.source)
         names = [shard.filename for shard in plan.shards] + list(plan.files) + [INDEX_NAME] * (plan.index is not None)
         manifest: dict[str, Any] = {
@@ -77,7 +77,7 @@ def convert(
             shards = {name: shard["sha256"] for name, shard in finished["shards"].items()}
             return Conversion(folder, plan, shards, True, source_files.is_checkable, finished["labels_from"])
         try:
-            shards = _write(plan, folder, progress or ignore_progress)
+            shards = _write(plan, folder, progress)
             for name, data in plan.files.items():
                 output.write_file(folder / name, data)
             manifest |= {
@@ -116,13 +116,16 @@ def record_verification(folder: Path, verification: dict[str, Any]) -> None:
         output.write_manifest(folder, {**manifest, "verification": verification})
 
 
-def _plan(source: OpenSource, labels: Path_ | None, max_shard_size: int | str) -> tuple[Plan, str | None]:
+def _plan(
+    source: OpenSource, labels: Path_ | None, max_shard_size: int | str, progress: Progress
+) -> tuple[Plan, str | None]:
     names: Sequence[str] | None = None
     labels_from = None
     if source.source.head is not None:
         if labels is not None:
             names, labels_from = read_labels(Path(labels)), fspath(labels)
         elif source.tensors["linear_head.bias"].info.shape == (1000,):
+            progress("asking the Hub for ImageNet's labels", 0, 1, "steps")
             names, labels_from = imagenet_labels()
     elif labels is not None:
         raise UsageError("Labels are for a classifier. Name a _1layer model, or give its --head.")

@@ -46,12 +46,14 @@ def imagenet_labels() -> tuple[list[str], str]:
 
 
 def _hub_labels() -> list[str] | None:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     # The file never changes, so that a cached one needs no question to the Hub.
     path = try_to_load_from_cache(HUB_DATASET, HUB_FILE, repo_type="dataset")
     if not isinstance(path, str):
         try:
+            # Asks once, where the download would ask without a network for half a minute.
+            get_hf_file_metadata(hf_hub_url(HUB_DATASET, HUB_FILE, repo_type="dataset"), timeout=5)
             path = hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset")
         except (OSError, ValueError):  # no network, offline mode: every error of the Hub's is one of these
             return None

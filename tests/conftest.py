@@ -1,6 +1,6 @@
-"""What several tests need: small checkpoints, made by torch, and a machine without a network."""
+"""What several tests need: small checkpoints, made by torch."""
 
-import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +10,6 @@ import torch
 
 from streamconv.families import HEAD_PREFIX
 from streamconv.families.dinov2 import FAMILY, Geometry, ffn_size
-
-# Before anything imports huggingface_hub: a test never waits for a network.
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 State = dict[str, torch.Tensor]
 
@@ -77,8 +74,6 @@ def seeds_mapping(state: State, prefix: str = "") -> State:
 
 def run_python(code: str) -> str:
     """The output of a Python process of its own."""
-    import subprocess
-
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

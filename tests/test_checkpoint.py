@@ -79,15 +79,21 @@ def test_the_fingerprint_stands_for_every_weight(tmp_path: Path) -> None:
 @given(
     st.dictionaries(
         st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda name: name != "__metadata__"),
-        st.tuples(st.lists(st.integers(0, 4), max_size=3), st.sampled_from([torch.float32, torch.int8, torch.bfloat16])),
+        st.tuples(
+            st.lists(st.integers(0, 4), max_size=3), st.sampled_from([torch.float32, torch.int8, torch.bfloat16])
+        ),
         max_size=5,
     )
 )
-def test_safetensors_read_as_the_library_reads_them(tmp_path: Path, shapes: dict[str, tuple[list[int], torch.dtype]]) -> None:
+def test_safetensors_read_as_the_library_reads_them(
+    tmp_path: Path, shapes: dict[str, tuple[list[int], torch.dtype]]
+) -> None:
     state = {name: torch.randint(-9, 9, shape).to(dtype) for name, (shape, dtype) in shapes.items()}
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
     with streamconv.open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
-        assert {name: tensor.tobytes() for name, tensor in checkpoint.items()} == {k: bytes_of(v) for k, v in state.items()}
+        assert {name: tensor.tobytes() for name, tensor in checkpoint.items()} == {
+            k: bytes_of(v) for k, v in state.items()
+        }
 
 
 class Evil:
@@ -103,7 +109,9 @@ def test_a_foreign_global_is_named_and_never_run(tmp_path: Path, monkeypatch: py
     assert not Path("executed").exists()
 
 
-@pytest.mark.parametrize("name", ["torch._utils _rebuild_sparse_tensor", "builtins eval", "torch load", "torch.serialization load"])
+@pytest.mark.parametrize(
+    "name", ["torch._utils _rebuild_sparse_tensor", "builtins eval", "torch load", "torch.serialization load"]
+)
 def test_no_other_name_of_torch_is_answered(pth: Path, name: str) -> None:
     module, _, function = name.partition(" ")
     rewrite(pth, {"data.pkl": f"\x80\x02c{module}\n{function}\n.".encode("latin1")})
@@ -111,7 +119,9 @@ def test_no_other_name_of_torch_is_answered(pth: Path, name: str) -> None:
         streamconv.open_checkpoint(pth)
 
 
-@pytest.mark.parametrize("state", [{"offset": 1 << 40}, [None, None, 1 << 40], (None, {"offset": 1 << 40}), ({}, {"n": 1})])
+@pytest.mark.parametrize(
+    "state", [{"offset": 1 << 40}, [None, None, 1 << 40], (None, {"offset": 1 << 40}), ({}, {"n": 1})]
+)
 def test_a_description_cannot_be_altered_behind_its_check(pth: Path, state: object) -> None:
     """BUILD sets attributes of whatever is on the stack: a checked tensor must not take them."""
     with zipfile.ZipFile(pth) as archive:

@@ -19,6 +19,7 @@ from streamconv.families.dinov2 import FAMILY
 from streamconv.plan import Plan, make_plan, make_shard, to_json
 from streamconv.tensors import ByteRange, Record, SourceTensor, TensorInfo, contiguous_strides
 from tests.conftest import make_states, seeds_mapping, tiny
+from tests.test_tensors import DTYPES
 
 MODELS = [model.name for model in FAMILY.models]
 # Keys and shapes of Meta's modules (facebookresearch/dinov2, built on the meta device) and of
@@ -42,7 +43,9 @@ def plan_of_shapes(shapes: dict[str, tuple[int, ...]], where: Path, **options: o
         tensors = {}
         for name, shape in shapes.items():
             info = TensorInfo("F32", shape)
-            tensors[name] = SourceTensor(info, Record(file, name, ByteRange(0, info.nbytes)), 0, contiguous_strides(shape))
+            tensors[name] = SourceTensor(
+                info, Record(file, name, ByteRange(0, info.nbytes)), 0, contiguous_strides(shape)
+            )
         return make_plan(tensors, "golden", **options)  # type: ignore[arg-type]
     finally:
         file.close()
@@ -76,7 +79,9 @@ def transformers_config(name: str, labels: list[str]) -> transformers.Dinov2Conf
 def test_configs_are_transformers_own_but_for_the_version(name: str, tmp_path: Path) -> None:
     labels = [f"label {i % 998}" for i in range(1000)]  # two names twice, as ImageNet has them
     golden = GOLDEN[name]
-    plan = plan_of_shapes(expanded(golden["source"], golden["layers"]), tmp_path, labels=labels if "1layer" in name else None)
+    plan = plan_of_shapes(
+        expanded(golden["source"], golden["layers"]), tmp_path, labels=labels if "1layer" in name else None
+    )
     config = transformers_config(name, labels)
     config.architectures = ["Dinov2ForImageClassification" if "1layer" in name else "Dinov2Model"]
     config.dtype = torch.float32
@@ -95,19 +100,20 @@ def test_the_image_processor_is_transformers_own(tmp_path: Path) -> None:
     assert to_json(FAMILY.image_processor) == to_json(theirs)
 
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-          torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64]  # fmt: skip
-
-
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda name: name != "__metadata__"),
-        st.tuples(st.lists(st.integers(0, 4), max_size=3), st.sampled_from(DTYPES)),
+        st.tuples(
+            st.lists(st.integers(0, 4), max_size=3),
+            st.sampled_from([dtype for dtype in DTYPES if dtype != torch.complex64]),
+        ),
         max_size=8,
     )
 )
-def test_files_are_laid_out_as_safetensors_lays_them_out(tmp_path: Path, shapes: dict[str, tuple[list[int], torch.dtype]]) -> None:
+def test_files_are_laid_out_as_safetensors_lays_them_out(
+    tmp_path: Path, shapes: dict[str, tuple[list[int], torch.dtype]]
+) -> None:
     state = {name: torch.randint(0, 2, shape).to(dtype) for name, (shape, dtype) in shapes.items()}
     torch.save(state, tmp_path / "x.pth")
     expected = safetensors.torch.save(state, metadata={"format": "pt"})

@@ -82,7 +82,13 @@ def test_rows_are_a_slice_of_dim_0(tmp_path: Path, tensor: torch.Tensor, data: s
 def test_channels_last_and_shared_storages_come_out_right(tmp_path: Path) -> None:
     weight = torch.randn(8, 3, 14, 14).to(memory_format=torch.channels_last)
     shared = torch.randn(6, 4)
-    state = {"weight": weight, "all": shared, "half": shared[3:], "column": shared[:, 1], "expanded": shared[0].expand(5, 4)}
+    state = {
+        "weight": weight,
+        "all": shared,
+        "half": shared[3:],
+        "column": shared[:, 1],
+        "expanded": shared[0].expand(5, 4),
+    }
     torch.save(state, tmp_path / "x.pth")
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
         for name, tensor in state.items():

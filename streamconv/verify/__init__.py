@@ -18,8 +18,6 @@ from streamconv.plan import INDEX_NAME, Plan, make_plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.sources import OpenSource, locate, opened
 
-GPU_TOLERANCE = 1e-3  # the original script's; on a CPU nothing but 0.0 passes
-
 
 @dataclass(frozen=True)
 class Rung:
@@ -59,7 +57,7 @@ def verify(
     head: str | PathLike[str] | None = None,
     device: str = "auto",
     image: str | PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = ignore_progress,
 ) -> Verification:
     """Prove a converted folder against its source.
 
@@ -75,25 +73,25 @@ def verify(
         UsageError: the device or the image does not exist.
         SourceError: the source, or the output as a source of tensors, cannot be read.
     """
-    folder, report = Path(output_folder), progress or ignore_progress
+    folder = Path(output_folder)
     if not folder.is_dir():
         raise OutputError(f"{folder} is no folder. Name the folder that streamconv converted into.")
     with opened(locate(source, head)) as source_files:
         plan = _plan_of(folder, source_files)
         # torch takes seconds to import: only now that the source proved to be one.
-        report("starting torch and transformers", 0, 1, "steps")
+        progress("starting torch and transformers", 0, 1, "steps")
         from streamconv.verify import load, parity
         from streamconv.verify.devices import choose_device, versions
         from streamconv.verify.image import open_image
 
         chosen, picture = choose_device(device), open_image(image)
-        bytes_rung = _bytes(folder, plan, source_files, report)
-        report("loading with transformers", 0, 1, "steps")
+        bytes_rung = _bytes(folder, plan, source_files, progress)
+        progress("loading with transformers", 0, 1, "steps")
         loaded = load.check_load(folder, plan)
         if not loaded.passed:
             skipped = Rung("parity", None, "not run: transformers did not load the model")
             return Verification((bytes_rung, loaded, skipped), str(chosen), versions())
-        compared, predictions = parity.check_parity(folder, plan, source_files.source, picture, chosen, report)
+        compared, predictions = parity.check_parity(folder, plan, source_files.source, picture, chosen, progress)
         return Verification((bytes_rung, loaded, compared), str(chosen), versions(), predictions)
 
 
@@ -117,13 +115,13 @@ def _labels_in(config: Path) -> list[str] | None:
         return None  # the bytes rung will say what is wrong with config.json
 
 
-def _bytes(folder: Path, plan: Plan, source: OpenSource, report: Progress) -> Rung:
+def _bytes(folder: Path, plan: Plan, source: OpenSource, progress: Progress) -> Rung:
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        report("comparing bytes", done, plan.weights, "bytes")
+        progress("comparing bytes", done, plan.weights, "bytes")
 
     found = check_bytes(folder, plan, advance)
     crc = "every source record matches its CRC-32" if source.is_checkable else "the source carries no CRC-32s to check"

@@ -1,0 +1,170 @@
+"""The command line as people and scripts meet it."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import streamconv
+from tests.conftest import make_states, tiny
+
+Save = Callable[..., tuple[Path, Path | None]]
+
+
+def run(*words: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "streamconv", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment})
+
+
+def test_the_whole_job_on_a_machine_with_nothing_on_it(tmp_path: Path) -> None:
+    """ViT-S whole: made, converted, verified, recorded; and again over what is there."""
+    done = run("run", "dinov2_vits14", "--synthetic", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "Looks ok!"
+    assert "17 states on cpu: largest difference 0, allowed 0" not in done.stdout  # 12 layers and four more
+    assert "15 states on cpu: largest difference 0, allowed 0" in done.stdout
+    assert "\r" not in done.stderr
+    assert "Traceback" not in done.stderr
+    folder = tmp_path / "dinov2-small"
+    assert [path.name for path in tmp_path.iterdir()] == ["dinov2-small"]  # the random checkpoint is gone
+    assert {p.name for p in folder.iterdir()} == {
+        "model.safetensors", "config.json", "preprocessor_config.json", "streamconv.json"
+    }  # fmt: skip
+    assert json.loads((folder / "streamconv.json").read_text())["verification"]["passed"] is True
+    again = run("run", "--model_name", "dinov2_vits14", "--synthetic", "--no-verify", cwd=tmp_path)
+    assert again.returncode == 0
+    assert "was converted already" in again.stdout
+    other = run("run", "dinov2_vits14", "--synthetic", "--seed", 1, "--no-verify", cwd=tmp_path)
+    assert other.returncode == 4
+    assert "holds another conversion" in other.stderr
+
+
+def test_a_classifier_by_name_with_the_original_scripts_flags(tmp_path: Path) -> None:
+    kept = tmp_path / "hub" / "checkpoints"
+    kept.mkdir(parents=True)
+    streamconv.synth("dinov2_vits14_1layer", kept / "dinov2_vits14_pretrain.pth")
+    done = run(
+        "run", "--model_name", "dinov2_vits14_1layer", "--pytorch_dump_folder_path", "out", "--device", "cpu",
+        cwd=tmp_path, TORCH_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any("labels from torchvision's list, since" in line for line in lines)
+    at = lines.index("Predicted class:")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert lines[at + 1].split("%  ")[1] in config["label2id"]
+    assert config["id2label"]["0"] == "tench"
+    assert config["architectures"] == ["Dinov2ForImageClassification"]
+
+
+def test_json_is_one_object_and_nothing_else(tmp_path: Path, save: Save) -> None:
+    backbone, head = save(tiny(classes=3))
+    for words in (
+        ("plan", backbone, "--head", head),
+        ("convert", backbone, "--head", head, "-o", "out"),
+        ("verify", "out", backbone, "--head", head),
+        ("run", backbone, "--head", head, "-o", "out"),
+    ):
+        done = run(*words, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert isinstance(json.loads(done.stdout), dict)
+    assert json.loads(done.stdout)["verification"]["passed"] is True
+
+
+def test_plan_reads_no_weight_and_writes_nothing(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    done = run("plan", backbone, "--max-shard-size", "1MB", "--json", cwd=tmp_path)
+    plan = json.loads(done.stdout)
+    assert [path.name for path in tmp_path.iterdir()] == ["source.pth"]
+    assert sum(len(shard["tensors"]) for shard in plan["shards"]) == sum(len(m["targets"]) for m in plan["mapping"])
+    streamconv.convert(backbone, tmp_path / "out", max_shard_size="1MB")
+    assert {s["file"]: s["bytes"] for s in plan["shards"]} == {
+        path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")
+    }
+    text = run("plan", backbone, cwd=tmp_path).stdout
+    assert "blocks.0.attn.qkv.weight" in text
+    assert "encoder.layer.0.attention.attention.query.weight, encoder.layer.0.attention.attention.key.weight" in text
+
+
+def test_models_lists_the_original_scripts_eight(tmp_path: Path) -> None:
+    lines = run("models", cwd=tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        f"dinov2_vit{letter}14{head}" for head in ("", "_1layer") for letter in "sblg"
+    ]
+    assert "dinov2-giant-imagenet1k-1-layer" in lines[-1]
+    assert "4,546 MB" in lines[4]
+
+
+def test_wrong_output_ends_in_1(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    done = run("verify", "out", backbone, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "bytes   FAILED" in done.stdout
+    assert "Do not use it" in done.stdout
+    assert json.loads((tmp_path / "out" / "streamconv.json").read_text())["verification"]["passed"] is False
+
+
+def test_mistakes_end_in_one_message_and_their_code(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    (tmp_path / "page.pth").write_text("<html>not found</html>")
+    (tmp_path / "cut.pth").write_bytes(backbone.read_bytes()[:-1000])
+    state, _ = make_states(tiny())
+    torch.save({**state, "more": torch.zeros(1)}, tmp_path / "more.pth")
+    (tmp_path / "file").touch()
+    before = {path.name for path in tmp_path.iterdir()}
+    for code, says, words in (
+        (2, "Did you mean dinov2_vitb14", ("run", "dinov2_vitb")),
+        (2, "give one of them", ("run", "dinov2_vits14", "--model_name", "dinov2_vits14")),
+        (2, "Give -o DIR", ("run", backbone, "--no-verify")),
+        (2, "is no device", ("run", backbone, "-o", "out", "--device", "gpu")),
+        (2, "cannot be read", ("run", backbone, "-o", "out", "--image", "none.png")),
+        (2, "500MB or 5GB", ("convert", backbone, "-o", "out", "--max-shard-size", "much")),
+        (2, "No such option", ("convert", backbone, "--outptu", "out")),
+        (3, "Fetch it from", ("run",)),
+        (3, "no such file", ("convert", "none.pth", "-o", "out")),
+        (3, "web page", ("convert", "page.pth", "-o", "out")),
+        (3, "cut short", ("convert", "cut.pth", "-o", "out")),
+        (3, "unexpected: more [1]", ("convert", "more.pth", "-o", "out")),
+        (4, "is a file", ("convert", backbone, "-o", "file")),
+        (4, "is no folder", ("verify", "none", backbone)),
+    ):
+        done = run(*words, cwd=tmp_path, TORCH_HOME=str(tmp_path / "none"))
+        assert done.returncode == code, (words, done.stderr)
+        assert says.lower() in done.stderr.lower(), words
+        assert "Traceback" not in done.stderr, words
+        assert done.stdout == ""
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_person_sees_a_bar_and_a_log_does_not(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny(layers=24, hidden=512))
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "streamconv", "convert", str(backbone), "-o", "out"]
+    process = subprocess.Popen(
+        command, stderr=terminal, stdout=subprocess.PIPE, cwd=tmp_path, env={**os.environ, "COLUMNS": "120"}
+    )
+    os.close(terminal)
+    seen = b""
+    try:
+        while chunk := os.read(main, 4096):
+            seen += chunk
+    except OSError:  # how a closed terminal ends
+        pass
+    os.close(main)
+    process.communicate()
+    assert process.returncode == 0
+    assert "━" in seen.decode()
+    assert "writing model.safetensors" in seen.decode()
+    assert f"/{backbone.stat().st_size / 1e6:.0f} MB" in seen.decode()
+    quiet = run("convert", backbone, "-o", "out2", cwd=tmp_path)
+    assert quiet.stderr == "writing model.safetensors\n"

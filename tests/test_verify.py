@@ -1,0 +1,275 @@
+"""Verification passes what is right, and names what is wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import streamconv
+from streamconv import OutputError, SourceError, UsageError, Verification
+from streamconv.verify.devices import choose_device
+from streamconv.verify.image import make_image, open_image
+from tests.conftest import make_states, tiny
+
+Save = Callable[..., tuple[Path, Path | None]]
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(params=[(False, None), (True, None), (False, 5)], ids=["mlp", "swiglu", "classifier"])
+def converted(request: pytest.FixtureRequest, tmp_path: Path, save: Save) -> tuple[Path, Path, Path | None]:
+    """A converted folder, and the two files that it was made from."""
+    backbone, head = save(tiny(*request.param))
+    streamconv.convert(backbone, tmp_path / "out", head=head)
+    return tmp_path / "out", backbone, head
+
+
+def verdicts(found: Verification) -> dict[str, bool | None]:
+    return {rung.name: rung.passed for rung in found.rungs}
+
+
+def problems(found: Verification) -> str:
+    return "\n".join(problem for rung in found.rungs for problem in rung.problems)
+
+
+def alter(folder: Path, change: Callable[[State], object]) -> None:
+    path = folder / "model.safetensors"
+    state = safetensors.torch.load_file(path)
+    change(state)
+    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+
+
+def test_a_right_conversion_passes_every_rung_exactly(converted: tuple[Path, Path, Path | None]) -> None:
+    folder, backbone, head = converted
+    found = streamconv.verify(folder, backbone, head=head, device="cpu")
+    assert verdicts(found) == {"bytes": True, "load": True, "parity": True}
+    parity = found.rungs[2].numbers
+    states = ["embeddings", "layer 0", "layer 1", "layer 2", "cls", "patches", *(["logits"] if head else [])]
+    assert list(parity["differences"]) == states
+    if parity["tolerance"] == 0.0:
+        assert parity["differences"] == dict.fromkeys(states, 0.0)
+    assert found.passed
+    assert json.loads(json.dumps(found.as_dict()))["passed"] is True
+    assert len(found.predictions) == (5 if head else 0)
+
+
+def test_a_float32_that_rounds_otherwise_is_settled_in_float64(tmp_path: Path, save: Save) -> None:
+    """transformers 5 splits SwiGLU's first layer, and 344 columns are rounded otherwise than 688 on some CPUs."""
+    backbone, _ = save(tiny(swiglu=True))
+    streamconv.convert(backbone, tmp_path / "out")
+    found = streamconv.verify(tmp_path / "out", backbone, device="cpu").rungs[2]
+    assert found.passed
+    if "float32" in found.numbers:
+        assert 0 < found.numbers["float32"]["largest"] < 1e-5
+        assert found.numbers["largest"] < found.numbers["tolerance"] == 1e-13
+
+    def nudge(state: State) -> None:  # the last bit of one weight
+        state["encoder.layer.0.mlp.weights_in.weight"].view(torch.int32)[5, 5] ^= 1
+
+    alter(tmp_path / "out", nudge)
+    assert not streamconv.verify(tmp_path / "out", backbone, device="cpu").rungs[2].passed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_precisions_are_computed_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.save({name: value.to(dtype) for name, value in make_states(tiny())[0].items()}, tmp_path / "x.pth")
+    streamconv.convert(tmp_path / "x.pth", tmp_path / "out")
+    found = streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
+    assert verdicts(found) == {"bytes": True, "load": True, "parity": True}
+
+
+def key(converted: tuple[Path, Path, Path | None], name: str) -> str:
+    return ("dinov2." if converted[2] else "") + name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "embeddings.mask_token",
+        "encoder.layer.1.attention.attention.key.weight",
+        "layernorm.bias",
+        "embeddings.cls_token",
+    ],
+)
+def test_one_flipped_bit_anywhere_is_found_and_named(converted: tuple[Path, Path, Path | None], name: str) -> None:
+    folder, backbone, head = converted
+
+    def flip(state: State) -> None:
+        state[key(converted, name)].view(torch.int32).flatten()[7] ^= 1
+
+    alter(folder, flip)
+    found = streamconv.verify(folder, backbone, head=head, device="cpu")
+    assert not found.passed
+    assert f"{key(converted, name)} differs from its source from element 7 on" in problems(found)
+
+
+def test_a_swapped_query_and_key_is_seen_by_bytes_and_by_parity(converted: tuple[Path, Path, Path | None]) -> None:
+    folder, backbone, head = converted
+    query, other = (key(converted, f"encoder.layer.1.attention.attention.{n}.weight") for n in ("query", "key"))
+    alter(folder, lambda state: state.update({query: state[other], other: state[query]}))
+    found = streamconv.verify(folder, backbone, head=head, device="cpu")
+    assert verdicts(found) == {"bytes": False, "load": True, "parity": False}
+    differences = found.rungs[2].numbers["differences"]
+    assert (differences["embeddings"], differences["layer 0"]) == (0.0, 0.0)
+    assert differences["layer 1"] > 0
+    assert "layer 1 differs" in problems(found)
+
+
+def test_a_missing_and_an_extra_tensor_are_named(converted: tuple[Path, Path, Path | None]) -> None:
+    folder, backbone, head = converted
+    name = key(converted, "encoder.layer.2.norm1.bias")
+    alter(folder, lambda state: state.update(extra=state.pop(name)))
+    found = streamconv.verify(folder, backbone, head=head, device="cpu")
+    assert verdicts(found) == {"bytes": False, "load": False, "parity": None}
+    assert f"{name} is missing" in problems(found)
+    assert "extra should not be there" in problems(found)
+    assert "missing_keys" in problems(found)
+
+
+def test_another_dtype_is_named(converted: tuple[Path, Path, Path | None]) -> None:
+    folder, backbone, head = converted
+    name = key(converted, "layernorm.weight")
+    alter(folder, lambda state: state.update({name: state[name].double()}))
+    found = streamconv.verify(folder, backbone, head=head, device="cpu")
+    assert f"{name} is F64 [128], not F32 [128]" in problems(found)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_attention_heads", 4),
+        ("layer_norm_eps", 1e-5),
+        ("image_size", 42),
+        ("hidden_act", "relu"),
+        ("stage_names", []),
+    ],
+)
+def test_a_wrong_config_value_is_named(converted: tuple[Path, Path, Path | None], field: str, value: object) -> None:
+    folder, backbone, head = converted
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    found = streamconv.verify(folder, backbone, head=head, device="cpu")
+    assert not found.passed
+    assert f"config.json: {field} is {json.dumps(value)}" in problems(found)
+
+
+def test_a_version_line_of_transformers_is_no_difference(converted: tuple[Path, Path, Path | None]) -> None:
+    folder, backbone, head = converted
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "5.0.0"}))
+    assert streamconv.verify(folder, backbone, head=head, device="cpu").passed
+
+
+def test_a_swapped_row_of_the_classifier_shows_in_the_logits(tmp_path: Path, save: Save) -> None:
+    backbone, head = save(tiny(classes=5))
+    streamconv.convert(backbone, tmp_path / "out", head=head)
+
+    def swap(state: State) -> None:
+        state["classifier.weight"][[0, 1]] = state["classifier.weight"][[1, 0]]
+
+    alter(tmp_path / "out", swap)
+    found = streamconv.verify(tmp_path / "out", backbone, head=head, device="cpu")
+    assert verdicts(found) == {"bytes": False, "load": True, "parity": False}
+    assert found.rungs[2].problems[0].startswith("logits differs")
+
+
+def test_a_source_that_rots_is_found(converted: tuple[Path, Path, Path | None]) -> None:
+    folder, backbone, head = converted
+    with streamconv.open_checkpoint(backbone) as checkpoint:
+        at = checkpoint["mask_token"].record.range.start
+    data = bytearray(backbone.read_bytes())
+    data[at] ^= 1
+    backbone.write_bytes(data)
+    found = streamconv.verify(folder, backbone, head=head, device="cpu")
+    assert not found.passed
+    assert "does not match its CRC-32" in problems(found)
+
+
+def test_predictions_carry_the_folders_labels(tmp_path: Path, save: Save) -> None:
+    backbone, head = save(tiny(classes=3))
+    (tmp_path / "labels.txt").write_text("cat\ndog\ncat\n")
+    streamconv.convert(backbone, tmp_path / "out", head=head, labels=tmp_path / "labels.txt")
+    found = streamconv.verify(tmp_path / "out", backbone, head=head, device="cpu")
+    assert found.passed
+    assert {label for label, _ in found.predictions} == {"cat", "dog"}
+    assert sum(share for _, share in found.predictions) == pytest.approx(1)
+
+
+def test_the_image_decides_what_is_computed_on(tmp_path: Path, save: Save) -> None:
+    backbone, head = save(tiny(classes=5))
+    streamconv.convert(backbone, tmp_path / "out", head=head)
+    Image.new("L", (31, 77), 200).save(tmp_path / "grey.png")
+    own, grey = (
+        streamconv.verify(tmp_path / "out", backbone, head=head, device="cpu", image=image)
+        for image in (None, tmp_path / "grey.png")
+    )
+    assert own.passed
+    assert grey.passed
+    assert own.predictions != grey.predictions
+
+
+def test_the_projects_image_is_always_the_same_and_no_plain_area() -> None:
+    one, two = make_image(), make_image()
+    assert one.size == (640, 480)
+    assert one.tobytes() == two.tobytes()
+    assert len(set(one.getdata() if not hasattr(one, "get_flattened_data") else one.get_flattened_data())) > 10_000
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:x", ""])
+def test_what_is_no_device_is_refused(device: str) -> None:
+    with pytest.raises(UsageError, match="no device"):
+        choose_device(device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_and_auto_does_without() -> None:
+    with pytest.raises(UsageError, match="no CUDA GPU"):
+        choose_device("cuda")
+    assert choose_device("auto").type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_agrees_within_the_originals_tolerance(converted: tuple[Path, Path, Path | None]) -> None:
+    folder, backbone, head = converted
+    found = streamconv.verify(folder, backbone, head=head, device="cuda")
+    assert found.passed
+    assert found.rungs[2].numbers["tolerance"] == 1e-3
+
+
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("no image")
+    for path in (tmp_path / "x.png", tmp_path / "none.png"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            open_image(path)
+
+
+def test_what_is_no_output_is_refused(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    with pytest.raises(OutputError, match="no folder"):
+        streamconv.verify(tmp_path / "none", backbone)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="no model is there"):
+        streamconv.verify(tmp_path / "empty", backbone)
+
+
+def test_another_models_source_is_refused_or_fails(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out")
+    state, _ = make_states(tiny(), seed=1)
+    torch.save(state, tmp_path / "other.pth")
+    found = streamconv.verify(tmp_path / "out", tmp_path / "other.pth", device="cpu")
+    assert verdicts(found) == {"bytes": False, "load": True, "parity": False}
+
+
+def test_sharded_folders_are_verified_too(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out", max_shard_size="300KB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    assert streamconv.verify(tmp_path / "out", backbone, device="cpu").passed
+    (tmp_path / "out" / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
+    next((tmp_path / "out").glob("*.safetensors")).unlink()
+    with pytest.raises(SourceError, match="no such file"):
+        streamconv.verify(tmp_path / "out", backbone, device="cpu")
