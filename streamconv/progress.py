@@ -45,7 +45,8 @@ class ProgressReport:
                 self._task = self._bar.add_task(what, amount="")
             speed = self._bar.tasks[0].speed
             rate = f"  {speed / 1e6:,.0f} MB/s" if unit == "bytes" and speed else ""
-            self._bar.update(self._task, completed=done, total=total, amount=_amount(done, total, unit) + rate)
+            amount = _amount(done, total, unit) + rate if total > 1 else ""  # one step: the bar only moves
+            self._bar.update(self._task, completed=done, total=total if total > 1 else None, amount=amount)
         elif is_new:
             self._last = time.monotonic()
             print(what, file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import pkgutil
 import subprocess
+import sys
 from pathlib import Path
 
 import streamconv
@@ -9,7 +10,8 @@ from tests.conftest import run_python
 
 
 def test_layers_hold() -> None:
-    done = subprocess.run(["lint-imports"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stdout
 
 
