@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from streamconv.errors import UsageError
@@ -46,18 +48,22 @@ def imagenet_labels() -> tuple[list[str], str]:
 
 
 def _hub_labels() -> list[str] | None:
+    """Fetched or found in the Hub's cache by a process of its own: an HTTP client costs 20 MB."""
+    command = [sys.executable, "-m", "streamconv.labels"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return read_labels(Path(done.stdout.strip())) if done.returncode == 0 else None
+
+
+def _print_hub_path() -> None:
+    """What that process does; without a network it ends with an error at once."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-    # The file never changes, so that a cached one needs no question to the Hub.
     path = try_to_load_from_cache(HUB_DATASET, HUB_FILE, repo_type="dataset")
     if not isinstance(path, str):
-        try:
-            # Asks once, where the download would ask without a network for half a minute.
-            get_hf_file_metadata(hf_hub_url(HUB_DATASET, HUB_FILE, repo_type="dataset"), timeout=5)
-            path = hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset")
-        except (OSError, ValueError):  # no network, offline mode: every error of the Hub's is one of these
-            return None
-    return read_labels(Path(path))
+        # Asks once, where the download would ask without a network for half a minute.
+        get_hf_file_metadata(hf_hub_url(HUB_DATASET, HUB_FILE, repo_type="dataset"), timeout=5)
+        path = hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset")
+    print(path)
 
 
 def _torchvision_labels() -> list[str]:
@@ -70,3 +76,7 @@ def _torchvision_labels() -> list[str]:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_IMAGENET_CATEGORIES":
             return list(ast.literal_eval(statement.value))
     raise UsageError("There are no labels: the Hub cannot be reached and torchvision has none. Give --labels.")
+
+
+if __name__ == "__main__":
+    _print_hub_path()
