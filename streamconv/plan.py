@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from huggingface_hub import split_state_dict_into_shards_factory
-
 from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families import Family, Model, find_family
 from streamconv.mapping import apply, expand
@@ -180,23 +178,37 @@ def _natural_key(name: str) -> list[tuple[int, int | str, int]]:
     return key
 
 
+def parse_size(size: int | str) -> int:
+    """Bytes from a number or from words as huggingface_hub takes them: "500MB" is 500,000,000.
+
+    Raises:
+        UsageError: it is no size, or none above 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])B)?", str(size).strip().upper())
+    count = int(float(match[1]) * {None: 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2]]) if match else 0
+    if not count:
+        raise UsageError(f"{size!r} is no shard size. Write it as 500MB or 5GB.")
+    return count
+
+
 def _lay_out(targets: dict[str, SourceTensor], max_shard_size: int | str) -> tuple[tuple[Shard, ...], bytes | None]:
-    if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?\s*[kKmMgGtT]?[bB]?", str(max_shard_size)):
-        raise UsageError(f"{max_shard_size!r} is no shard size. Write it as 500MB or 5GB.")
-    try:
-        split = split_state_dict_into_shards_factory(
-            targets,
-            get_storage_size=lambda tensor: tensor.info.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise UsageError(f"{max_shard_size!r} is no shard size: {error}. Write it as 500MB or 5GB.") from error
+    max_bytes = parse_size(max_shard_size)
+    if sum(tensor.info.nbytes for tensor in targets.values()) <= max_bytes:
+        return (make_shard("model.safetensors", targets),), None
+    # Only here, since huggingface_hub before 1.0 costs 20 MB to import.
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        targets,
+        get_storage_size=lambda tensor: tensor.info.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
     shards = tuple(
         make_shard(filename, {name: targets[name] for name in names})
         for filename, names in split.filename_to_tensors.items()
     )
-    if not split.is_sharded:
+    if not split.is_sharded:  # one tensor, larger than the limit
         return shards, None
     parameters = sum(t.info.nbytes // t.info.itemsize for t in targets.values())
     metadata = {"total_parameters": parameters, **split.metadata}

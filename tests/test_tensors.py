@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import streamconv
-from streamconv import SourceError
+from streamconv import SourceError, tensors
 from streamconv.tensors import MAX_SPAN_BYTES
 
 SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -94,6 +94,16 @@ def test_channels_last_and_shared_storages_come_out_right(tmp_path: Path) -> Non
         for name, tensor in state.items():
             assert checkpoint[name].tobytes() == bytes_of(tensor), name
         assert checkpoint["all"].record == checkpoint["half"].record
+
+
+def test_no_piece_spans_more_than_is_worth_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "MAX_SPAN_BYTES", 1000)
+    wide = torch.randn(20, 100)[:, :4]
+    torch.save({"x": wide}, tmp_path / "x.pth")
+    with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        pieces = list(checkpoint["x"].split(1 << 20))
+        assert max(piece.span for piece in pieces) == 816  # three rows: 2 * 400 + 16
+        assert b"".join(piece.tobytes() for piece in pieces) == bytes_of(wide)
 
 
 def test_a_tensor_whose_rows_span_too_much_is_refused_by_name(tmp_path: Path) -> None:
