@@ -72,6 +72,7 @@ def convert(
             "source": source_files.describe(),
             "plan": plan.fingerprint,
         }
+        is_new = not folder.exists()
         finished = output.claim(folder, manifest, names, plan.size)
         if finished is not None:
             shards = {name: shard["sha256"] for name, shard in finished["shards"].items()}
@@ -93,7 +94,7 @@ def convert(
             if plan.index is not None:  # last: with it, the folder is a model
                 output.write_file(folder / INDEX_NAME, plan.index)
         except BaseException:
-            output.release(folder, names)
+            output.release(folder, names, is_new)
             raise
         return Conversion(folder, plan, shards, False, source_files.is_checkable, labels_from)
 

@@ -191,11 +191,11 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
 
 
-def release(folder: Path, names: list[str]) -> None:
-    """After a failure: leave no manifest, and no folder, where not one file was finished."""
+def release(folder: Path, names: list[str], is_new: bool) -> None:
+    """After a failure: leave no manifest, and no folder of ours, where not one file was finished."""
     if not any((folder / name).exists() for name in names):
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        if not any(folder.iterdir()):
+        if is_new and not any(folder.iterdir()):
             folder.rmdir()
 
 

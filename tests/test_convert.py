@@ -238,7 +238,11 @@ def test_a_full_disk_is_noticed_before_and_while_writing(
         patch.setattr(os, "pwrite", full)
         with pytest.raises(OutputError, match="No space left on device"):
             streamconv.convert(backbone, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out").exists()
+        (tmp_path / "made before").mkdir()
+        with pytest.raises(OutputError, match="No space left on device"):
+            streamconv.convert(backbone, tmp_path / "made before")
+        assert list((tmp_path / "made before").iterdir()) == []
 
 
 def test_short_writes_are_finished(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,12 +59,13 @@ def test_a_record_is_checked_in_whatever_order_and_share_it_is_read(
             checks.settle()
 
 
+@pytest.mark.parametrize("view", [torch.randn(20, 20)[:, ::2], torch.randn(2, 8).t()], ids=["skipping", "transposed"])
 @pytest.mark.parametrize("is_damaged", [False, True])
-def test_strided_tensors_have_their_records_checked_too(tmp_path: Path, is_damaged: bool) -> None:
+def test_strided_tensors_have_their_records_checked_too(tmp_path: Path, view: torch.Tensor, is_damaged: bool) -> None:
     path = tmp_path / "x.pth"
-    torch.save({"x": torch.randn(20, 20)[:, ::2]}, path)
+    torch.save({"x": view}, path)
     with streamconv.open_checkpoint(path) as checkpoint:
-        last = checkpoint["x"].record.range.end - 1  # a byte that the tensor itself skips
+        last = checkpoint["x"].record.range.end - 1  # of the first view, a byte that it skips
     data = bytearray(path.read_bytes())
     data[last] ^= is_damaged
     path.write_bytes(data)
