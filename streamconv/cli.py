@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,7 +17,6 @@ from streamconv._version import __version__
 from streamconv.convert import Conversion, record_verification
 from streamconv.errors import OutputError, StreamconvError, UsageError
 from streamconv.families import all_families, find_model
-from streamconv.plan import Plan
 from streamconv.progress import ProgressReport
 from streamconv.verify import Verification
 
@@ -59,12 +58,16 @@ Seed = Annotated[int, typer.Option(help="Of the random weights.")]
 def run(
     source: Annotated[
         str | None,
-        typer.Argument(metavar="[SOURCE]", help=f"A model's name, or a checkpoint file. [default: {DEFAULT_MODEL}]"),
+        typer.Argument(metavar="SOURCE", help=f"A model's name, or a checkpoint file. [default: {DEFAULT_MODEL}]"),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", "--pytorch_dump_folder_path", metavar="DIR", help="[default: the published name]"
+            "--output",
+            "-o",
+            "--pytorch_dump_folder_path",
+            metavar="DIR",
+            help="The folder to write. [default: the published name]",
         ),
     ] = None,
     device: Device = "auto",
@@ -89,12 +92,16 @@ def run(
             _check_ahead(device, image)
     with (
         _errors(),
-        _synthetic(name, output, seed, head) if synthetic else _as_given(name, head) as (path, head_path, folder),
+        _synthetic(name, output, seed, head) if synthetic else nullcontext((name, head, None)) as (
+            path,
+            head_path,
+            folder,
+        ),
     ):
         converted = _convert(path, output or folder, head_path, labels, max_shard_size, as_json)
         found = None if no_verify else _verify(converted.output, path, head_path, device, image, as_json)
     if as_json:
-        _print_json({**_conversion_dict(converted), "verification": found.as_dict() if found else None})
+        _print_json({**converted.as_dict(), "verification": found.as_dict() if found else None})
     elif found is None:
         print("not verified: --no-verify")
     if found is not None and not found.passed:
@@ -114,7 +121,7 @@ def convert(
     with _errors():
         converted = _convert(source, output, head, labels, max_shard_size, as_json)
     if as_json:
-        _print_json(_conversion_dict(converted))
+        _print_json(converted.as_dict())
 
 
 @app.command()
@@ -141,7 +148,7 @@ def plan(source: Source, head: Head = None, max_shard_size: ShardSize = "5GB", a
     with _errors():
         planned = streamconv.plan(source, head=head, max_shard_size=max_shard_size)
     if as_json:
-        _print_json(_plan_dict(planned))
+        _print_json(planned.as_dict())
         return
     width = max(len(move.source) for move in planned.moves)
     for move in planned.moves:
@@ -149,7 +156,7 @@ def plan(source: Source, head: Head = None, max_shard_size: ShardSize = "5GB", a
     print()
     for shard in planned.shards:
         print(f"{shard.filename}  {len(shard.tensors)} tensors, {shard.size:,} bytes")
-    print(f"{_title(planned)}: {planned.parameters:,} parameters, {planned.size:,} bytes to write")
+    print(f"{planned.title}: {planned.parameters:,} parameters, {planned.size:,} bytes to write")
 
 
 @app.command()
@@ -204,7 +211,7 @@ def _convert(
         )
     if not as_json:
         state = "was converted already and is left as it is" if done.was_finished else "converted"
-        print(f"{_title(done.plan)}: {state}, {done.plan.weights:,} bytes of weights in {done.output}")
+        print(f"{done.plan.title}: {state}, {done.plan.weights:,} bytes of weights in {done.output}")
         for name, digest in done.shards.items():
             print(f"  {name}  sha256 {digest}")
         if not done.is_crc_checked:
@@ -256,11 +263,6 @@ def _print_verification(found: Verification) -> None:
 
 
 @contextmanager
-def _as_given(name: str, head: Path | None) -> Iterator[tuple[str, Path | None, Path | None]]:
-    yield name, head, None
-
-
-@contextmanager
 def _synthetic(
     name: str, output: Path | None, seed: int, head: Path | None
 ) -> Iterator[tuple[str, Path | None, Path | None]]:
@@ -291,40 +293,6 @@ def _errors() -> Iterator[None]:
 def _fail(error: StreamconvError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     raise typer.Exit(error.exit_code)
-
-
-def _title(planned: Plan) -> str:
-    return planned.model.name if planned.model else f"a {planned.family.name} model of its own sizes"
-
-
-def _plan_dict(planned: Plan) -> dict[str, Any]:
-    return {
-        "model": planned.model.name if planned.model else None,
-        "architecture": planned.architecture,
-        "parameters": planned.parameters,
-        "bytes": planned.size,
-        "shards": [{"file": s.filename, "bytes": s.size, "tensors": [n for n, _ in s.tensors]} for s in planned.shards],
-        "mapping": [
-            {"source": m.source, "dtype": m.tensor.info.dtype, "shape": list(m.tensor.info.shape), "targets": m.targets}
-            for m in planned.moves
-        ],
-        "config": planned.config,
-        "fingerprint": planned.fingerprint,
-    }
-
-
-def _conversion_dict(done: Conversion) -> dict[str, Any]:
-    sizes = {shard.filename: shard.size for shard in done.plan.shards}
-    return {
-        "output": str(done.output),
-        "model": done.plan.model.name if done.plan.model else None,
-        "architecture": done.plan.architecture,
-        "bytes": done.plan.size,
-        "shards": [{"file": name, "bytes": sizes[name], "sha256": digest} for name, digest in done.shards.items()],
-        "was_finished": done.was_finished,
-        "is_crc_checked": done.is_crc_checked,
-        "labels_from": done.labels_from,
-    }
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -31,6 +31,21 @@ class Conversion:
     is_crc_checked: bool
     labels_from: str | None
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "output": str(self.output),
+            "model": self.plan.model.name if self.plan.model else None,
+            "architecture": self.plan.architecture,
+            "bytes": self.plan.size,
+            "shards": [
+                {"file": s.filename, "bytes": s.size, "sha256": self.shards[s.filename]} for s in self.plan.shards
+            ],
+            "was_finished": self.was_finished,
+            "is_crc_checked": self.is_crc_checked,
+            "labels_from": self.labels_from,
+        }
+
 
 def plan(
     source: Path_, *, head: Path_ | None = None, labels: Path_ | None = None, max_shard_size: int | str = "5GB"

@@ -75,6 +75,28 @@ class Plan:
         return sum(t.info.nbytes // t.info.itemsize for shard in self.shards for _, t in shard.tensors)
 
     @property
+    def title(self) -> str:
+        return self.model.name if self.model else f"a {self.family.name} model of its own sizes"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model": self.model.name if self.model else None,
+            "architecture": self.architecture,
+            "parameters": self.parameters,
+            "bytes": self.size,
+            "shards": [
+                {"file": s.filename, "bytes": s.size, "tensors": [name for name, _ in s.tensors]} for s in self.shards
+            ],
+            "mapping": [
+                {"source": m.source, "dtype": m.tensor.info.dtype, "shape": m.tensor.info.shape, "targets": m.targets}
+                for m in self.moves
+            ],
+            "config": self.config,
+            "fingerprint": self.fingerprint,
+        }
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over every output byte's origin: headers, where each tensor comes from, small files."""
         digest = sha256(json.dumps([[name, data.decode()] for name, data in self.files.items()]).encode())
