@@ -90,14 +90,8 @@ def run(
     with _errors():
         if not no_verify:
             _check_ahead(device, image)
-    with (
-        _errors(),
-        _synthetic(name, output, seed, head) if synthetic else nullcontext((name, head, None)) as (
-            path,
-            head_path,
-            folder,
-        ),
-    ):
+    files = _synthetic(name, output, seed, head) if synthetic else nullcontext((name, head, None))
+    with _errors(), files as (path, head_path, folder):
         converted = _convert(path, output or folder, head_path, labels, max_shard_size, as_json)
         found = None if no_verify else _verify(converted.output, path, head_path, device, image, as_json)
     if as_json:

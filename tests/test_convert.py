@@ -150,7 +150,7 @@ def test_other_files_in_the_folder_stay(tmp_path: Path, save: Save) -> None:
     assert contents(tmp_path / "out")["notes.txt"] == b"mine"
 
 
-@pytest.mark.parametrize("left", ["nothing but the manifest", "a shard too few", "a half shard"])
+@pytest.mark.parametrize("left", ["nothing but the manifest", "a shard too few", "a half shard", "all files"])
 def test_an_unfinished_output_is_finished(tmp_path: Path, save: Save, left: str) -> None:
     backbone, _ = save(tiny())
     streamconv.convert(backbone, tmp_path / "whole", max_shard_size="300KB")
@@ -161,8 +161,9 @@ def test_an_unfinished_output_is_finished(tmp_path: Path, save: Save, left: str)
         next(iter(sorted(out.glob("*.safetensors")))).unlink()
     else:
         manifest = json.loads((out / "streamconv.json").read_text())
-        (out / "streamconv.json").write_text(json.dumps({**manifest, "complete": False}))
-        for path in out.glob("model*"):
+        started = {key: manifest[key] for key in ("model", "source", "plan")}
+        (out / "streamconv.json").write_text(json.dumps({**started, "complete": False}))
+        for path in out.glob("model*") if left != "all files" else ():
             path.unlink()
         if left == "a half shard":
             name = next(iter(sorted((tmp_path / "whole").glob("*.safetensors")))).name

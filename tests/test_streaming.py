@@ -1,0 +1,42 @@
+"""The byte mover: buffers are not reused before they were hashed."""
+
+import hashlib
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import streamconv
+from streamconv import streaming
+from streamconv.crc import RecordChecks
+from streamconv.plan import make_shard
+
+
+class SlowDigest:
+    """A sha256 that falls behind the writer."""
+
+    def __init__(self, data: bytes):
+        self._digest = hashlib.sha256(data)
+
+    def update(self, data: memoryview) -> None:
+        time.sleep(0.01)
+        self._digest.update(data)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+@pytest.mark.parametrize("ring", [1, 2, streaming.RING_BUFFERS])
+def test_a_hash_that_falls_behind_is_still_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ring: int
+) -> None:
+    torch.save({f"x{i}": torch.randn(1000, 577) for i in range(10)}, tmp_path / "x.pth")  # 23 MB
+    monkeypatch.setattr(streaming, "hashlib", type("slow", (), {"sha256": SlowDigest}))
+    monkeypatch.setattr(streaming, "RING_BUFFERS", ring)
+    with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        shard = make_shard("x.safetensors", checkpoint)
+        digest = streaming.write_shard(shard, tmp_path / "x.safetensors", RecordChecks(), lambda count: None)
+        data = (tmp_path / "x.safetensors").read_bytes()
+        assert data == shard.header + b"".join(tensor.tobytes() for _, tensor in shard.tensors)
+        assert digest == hashlib.sha256(data).hexdigest()
