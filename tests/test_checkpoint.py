@@ -222,6 +222,14 @@ def test_a_flipped_bit_in_the_index_is_found(pth: Path) -> None:
         streamconv.open_checkpoint(pth)
 
 
+def test_a_damaged_zip_directory_is_not_called_a_cut_download(pth: Path) -> None:
+    data = bytearray(pth.read_bytes())
+    data[data.rindex(b"PK\x01\x02")] ^= 1  # the last entry's magic number
+    pth.write_bytes(data)
+    with pytest.raises(CorruptError, match="damaged zip directory"):
+        streamconv.open_checkpoint(pth)
+
+
 def test_two_records_of_one_name_are_refused(pth: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(pth, "a") as archive:
         archive.writestr("x/data/0", b"")

@@ -199,6 +199,10 @@ def test_a_flipped_bit_of_the_source_is_found_and_nothing_is_left(tmp_path: Path
     with pytest.raises(CorruptError, match=rf"data/{record}, bytes .* CRC-32\. Fetch the file again"):
         streamconv.convert(backbone, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(CorruptError):
+        streamconv.convert(backbone, tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_a_flipped_bit_is_found_in_a_record_that_two_shards_share(tmp_path: Path, save: Save) -> None:

@@ -16,7 +16,7 @@ from streamconv import MappingError, UsageError
 from streamconv.checkpoint.storage import LocalFile
 from streamconv.families import find_model
 from streamconv.families.dinov2 import FAMILY
-from streamconv.plan import Plan, make_plan, make_shard, to_json
+from streamconv.plan import Plan, make_plan, make_shard, parse_size, to_json
 from streamconv.tensors import ByteRange, Record, SourceTensor, TensorInfo, contiguous_strides
 from tests.conftest import make_states, seeds_mapping, tiny
 from tests.test_tensors import DTYPES
@@ -182,6 +182,13 @@ def test_a_name_whose_file_holds_another_model_is_refused(tmp_path: Path) -> Non
     shapes = expanded(GOLDEN["dinov2_vitb14"]["source"], 12)
     with pytest.raises(MappingError, match="its shapes are those of dinov2_vitb14"):
         plan_of_shapes(shapes, tmp_path, model=find_model("dinov2_vits14")[1])
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("20KB", 20_000), ("2TB", 2 * 10**12), (300, 300)]
+)
+def test_shard_sizes_are_huggingface_hubs(size: int | str, count: int) -> None:
+    assert parse_size(size) == count
 
 
 @pytest.mark.parametrize("size", ["five", "5XB", "-1GB", "0MB", ""])

@@ -122,14 +122,16 @@ class _Records:
         try:
             with open(file.path, "rb") as raw, zipfile.ZipFile(raw) as archive:
                 entries = archive.infolist()
-        except zipfile.BadZipFile as error:
-            raise TruncatedError(
-                f"{file.path} begins as a zip but has no end: the download was cut short. Fetch it again."
-            ) from error
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+            if "not a zip file" in str(error):  # how zipfile says that there is no end record
+                raise TruncatedError(
+                    f"{file.path} begins as a zip but has no end: the download was cut short. Fetch it again."
+                ) from error
+            raise CorruptError(f"{file.path} has a damaged zip directory: {error}. Fetch it again.") from error
         self.entries = {entry.filename: entry for entry in entries}
         if len(self.entries) != len(entries):
             raise CorruptError(f"{file.path} has two records of one name.")
-        # A file of torch.save(_use_new_zipfile_serialization) with compute_crc32 off has 0 everywhere.
+        # torch writes 0 everywhere where torch.serialization.set_crc32_options(False) was called.
         self.has_crcs = any(entry.CRC for entry in entries)
 
     def range_of(self, name: str) -> ByteRange:
