@@ -1,6 +1,8 @@
 """The command line: parse the user's words, call one function, print. Nothing else prints or exits."""
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -51,7 +53,7 @@ Device = Annotated[
 Image = Annotated[
     Path | None, typer.Option(metavar="FILE", help="A picture to verify on. [default: one of the project's own]")
 ]
-Seed = Annotated[int, typer.Option(help="Of the random weights.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the random weights.")]
 
 
 @app.command()
@@ -61,7 +63,7 @@ def run(
         typer.Argument(metavar="SOURCE", help=f"A model's name, or a checkpoint file. [default: {DEFAULT_MODEL}]"),
     ] = None,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--output",
             "-o",
@@ -86,13 +88,13 @@ def run(
     """Convert a checkpoint and verify the result."""
     if source is not None and model_name is not None:
         _fail(UsageError("SOURCE and --model_name are the same. Give one of them."))
-    name = source or model_name or DEFAULT_MODEL
+    name = next((word for word in (source, model_name) if word is not None), DEFAULT_MODEL)
     with _errors():
         if not no_verify:
             _check_ahead(device, image)
     files = _synthetic(name, output, seed, head) if synthetic else nullcontext((name, head, None))
     with _errors(), files as (path, head_path, folder):
-        converted = _convert(path, output or folder, head_path, labels, max_shard_size, as_json)
+        converted = _convert(path, folder if output is None else output, head_path, labels, max_shard_size, as_json)
         found = None if no_verify else _verify(converted.output, path, head_path, device, image, as_json)
     if as_json:
         _print_json({**converted.as_dict(), "verification": found.as_dict() if found else None})
@@ -105,7 +107,7 @@ def run(
 @app.command()
 def convert(
     source: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")],
     head: Head = None,
     labels: Labels = None,
     max_shard_size: ShardSize = "5GB",
@@ -197,7 +199,7 @@ def _options(
 
 
 def _convert(
-    source: str, folder: Path | None, head: Path | None, labels: Path | None, max_shard_size: str, as_json: bool
+    source: str, folder: str | Path | None, head: Path | None, labels: Path | None, max_shard_size: str, as_json: bool
 ) -> Conversion:
     with ProgressReport() as progress:
         done = streamconv.convert(
@@ -207,7 +209,7 @@ def _convert(
         state = "was converted already and is left as it is" if done.was_finished else "converted"
         print(f"{done.plan.title}: {state}, {done.plan.weights:,} bytes of weights in {done.output}")
         for name, digest in done.shards.items():
-            print(f"  {name}  sha256 {digest}")
+            print(f"  {name}  sha256 {digest}{' as recorded' if done.was_finished else ''}")
         if not done.is_crc_checked:
             print("  the source carries no CRC-32s, so that its bytes could not be checked for damage")
         if done.labels_from:
@@ -221,7 +223,7 @@ def _verify(
     with ProgressReport() as progress:
         found = streamconv.verify(folder, source, head=head, device=device, image=image, progress=progress)
     try:
-        record_verification(folder, found.as_dict())
+        record_verification(folder, found.as_dict(), dict(found.source))
     except OutputError as error:
         print(f"note: the finding is not kept: {error}", file=sys.stderr)
     if not as_json:
@@ -236,7 +238,7 @@ def _check_ahead(device: str, image: Path | None) -> None:
     command = [sys.executable, "-m", "streamconv.verify.devices", device, *([str(image)] if image else [])]
     asked = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if asked.returncode:
-        raise UsageError(asked.stderr.strip())
+        raise UsageError(asked.stderr.strip().splitlines()[-1])
 
 
 def _print_verification(found: Verification) -> None:
@@ -258,17 +260,27 @@ def _print_verification(found: Verification) -> None:
 
 @contextmanager
 def _synthetic(
-    name: str, output: Path | None, seed: int, head: Path | None
+    name: str, output: str | None, seed: int, head: Path | None
 ) -> Iterator[tuple[str, Path | None, Path | None]]:
     """A random checkpoint for as long as it is needed, on the disk that the output goes to."""
     if head is not None:
         raise UsageError("--synthetic makes its own head. Leave --head out.")
-    _, model = find_model(name)
-    folder = output or Path(model.published_name)
-    near = next(path for path in folder.absolute().parents if path.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".streamconv-", dir=near) as temporary:
+    try:
+        _, model = find_model(name)
+    except UsageError as error:
+        raise UsageError(f"--synthetic makes a model by its name: {error}") from None
+    folder = Path(output or model.published_name)
+    near = next((path for path in folder.absolute().parents if os.path.isdir(path)), folder)
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=".streamconv-", dir=near)
+    except OSError as error:
+        raise OutputError(
+            f"{near} cannot be written: {error.strerror}. Choose another place for the output."
+        ) from error
+    with temporary as made_in:
         print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)
-        made = streamconv.synth(name, Path(temporary, model.backbone.filename), seed=seed)
+        # The name stands in the manifest: no one shall take these weights for the published ones.
+        made = streamconv.synth(name, Path(made_in, f"{name}_synthetic_seed{seed}.pth"), seed=seed)
         yield str(made.backbone), made.head, folder
 
 
@@ -294,6 +306,10 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """The console script. SIGTERM ends it as Ctrl-C does, so that no unfinished file stays behind."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """The console script. SIGTERM and a closed terminal end it as Ctrl-C does: no unfinished file stays behind."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
     app()

@@ -1,5 +1,6 @@
 """A conversion from beginning to end; the only place that knows the order of its steps."""
 
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from typing import Any
 
 from streamconv import output
 from streamconv._version import __version__
+from streamconv.checkpoint.safetensors import INDEX_NAME
 from streamconv.crc import RecordChecks
 from streamconv.errors import UsageError
 from streamconv.labels import imagenet_labels, read_labels
-from streamconv.plan import INDEX_NAME, Plan, make_plan
+from streamconv.plan import Plan, make_plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.sources import OpenSource, Source, locate, opened
 from streamconv.streaming import write_shard
@@ -80,18 +82,26 @@ def convert(
     """
     with opened(locate(source, head)) as source_files:
         plan, labels_from = _plan(source_files, labels, max_shard_size, progress)
+        if output_folder is not None and not fspath(output_folder):
+            raise UsageError("The output folder's name is empty. Give -o DIR.")
         folder = Path(output_folder) if output_folder is not None else default_folder(plan, source_files.source)
         names = [shard.filename for shard in plan.shards] + list(plan.files) + [INDEX_NAME] * (plan.index is not None)
         manifest: dict[str, Any] = {
             "model": plan.model.name if plan.model else None,
             "source": source_files.describe(),
             "plan": plan.fingerprint,
+            "labels": plan.config.get("id2label")
+            and {
+                "from": labels_from,
+                "is_default": labels is None,
+                "sha256": plan.labels_digest,
+            },
         }
-        is_new = not folder.exists()
+        is_new = not os.path.exists(folder)
         finished = output.claim(folder, manifest, names, plan.size)
         if finished is not None:
             shards = {name: shard["sha256"] for name, shard in finished["shards"].items()}
-            return Conversion(folder, plan, shards, True, source_files.is_checkable, finished["labels_from"])
+            return Conversion(folder, plan, shards, True, source_files.is_checkable, None)
         try:
             shards = _write(plan, folder, progress)
             for name, data in plan.files.items():
@@ -101,7 +111,6 @@ def convert(
                 "architecture": plan.architecture,
                 "shards": {s.filename: {"size": s.size, "sha256": shards[s.filename]} for s in plan.shards},
                 "is_crc_checked": source_files.is_checkable,
-                "labels_from": labels_from,
                 "versions": {"streamconv": __version__, "python": platform.python_version()},
                 "verification": None,
             }
@@ -125,10 +134,10 @@ def default_folder(plan: Plan, source: Source) -> Path:
     return Path(plan.model.published_name)
 
 
-def record_verification(folder: Path, verification: dict[str, Any]) -> None:
-    """Keep what a verification found in the folder's manifest, where it has one."""
+def record_verification(folder: Path, verification: dict[str, Any], source: dict[str, Any]) -> None:
+    """Keep what a verification against ``source`` found in the folder's manifest, where it is of that source."""
     manifest = output.read_manifest(folder)
-    if manifest is not None:
+    if manifest is not None and output.is_of(manifest, source):
         output.write_manifest(folder, {**manifest, "verification": verification})
 
 

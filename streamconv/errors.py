@@ -18,7 +18,7 @@ class UsageError(StreamconvError):
 
 
 class SourceError(StreamconvError):
-    """The source cannot be read, or is not what it should be. Nothing was written."""
+    """The source cannot be read, or is not what it should be."""
 
     exit_code = 3
 

@@ -19,16 +19,16 @@ def read_labels(path: Path) -> list[str]:
         UsageError: the file is not there, or is none of these.
     """
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text("utf-8-sig")
+    except (OSError, ValueError) as error:
         raise UsageError(f"The labels in {path} cannot be read: {error}.") from error
-    if path.suffix != ".json":
-        return text.splitlines()
+    if path.suffix.lower() != ".json":
+        return text.rstrip().splitlines()
     try:
         labels = json.loads(text)
         if isinstance(labels, dict):
             labels = [labels[str(i)] for i in range(len(labels))]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise UsageError(f'{path} is no JSON of labels ({error}): {{"0": …, "1": …}} or a list.') from error
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise UsageError(f'{path} is no JSON of labels: {{"0": …, "1": …}} or a list of strings.')

@@ -47,17 +47,22 @@ def expand(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[s
 
 
 def apply(
-    rules: Iterable[Rule], tensors: Mapping[str, SourceTensor], dims: Mapping[str, int], count: int, where: str
+    rules: Iterable[Rule],
+    tensors: Mapping[str, SourceTensor],
+    dims: Mapping[str, int],
+    count: int,
+    where: str,
+    known_problems: Iterable[str] = (),
 ) -> dict[str, SourceTensor]:
-    """The targets by name, in the order of the rules.
+    """The targets by name, in the order of the rules. ``known_problems`` are listed with those found here.
 
     Raises:
         MappingError: source keys that are missing, that no rule knows, or whose shape is another.
     """
     expected = expand(rules, dims, count)
-    problems = [f"missing: {key} {list(shape)}" for key, (_, shape, _) in expected.items() if key not in tensors] + [
-        f"unexpected: {key} {list(tensors[key].info.shape)}" for key in tensors if key not in expected
-    ]
+    problems = [*known_problems]
+    problems += [f"missing: {key} {list(shape)}" for key, (_, shape, _) in expected.items() if key not in tensors]
+    problems += [f"unexpected: {key} {list(tensors[key].info.shape)}" for key in tensors if key not in expected]
     targets: dict[str, SourceTensor] = {}
     for key, (rule, shape, i) in expected.items():
         if key not in tensors:

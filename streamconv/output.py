@@ -5,6 +5,7 @@ A file is written under a temporary name, synced, renamed, and its folder synced
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -16,7 +17,6 @@ from typing import Any, BinaryIO
 from streamconv.errors import OutputError
 
 MANIFEST_NAME = "streamconv.json"
-TEMPORARY_SUFFIX = ".incomplete"  # as huggingface_hub names its unfinished downloads
 
 
 class OutputFile:
@@ -57,6 +57,29 @@ class OutputFile:
                 os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
+def temporary_path(path: Path) -> Path:
+    """Where ``path`` is written before it is whole: a hidden name that no one else gives."""
+    return path.with_name(f".{path.name}.streamconv-incomplete")
+
+
+def _open_alone(path: Path, temporary: Path) -> int:
+    """The temporary file, empty and locked. The system lets go of a dead process's lock by itself."""
+    with _explained(path):
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.exists(temporary) or os.stat(temporary).st_ino != os.fstat(fd).st_ino:
+            raise BlockingIOError  # its writer finished between our opening and our locking
+        os.ftruncate(fd, 0)
+    except BlockingIOError:
+        os.close(fd)
+        raise OutputError(f"{path} is being written by another process. Let it finish, or end it.") from None
+    except OSError as error:
+        os.close(fd)
+        raise OutputError(f"{temporary} cannot be locked: {error.strerror}. Choose another disk.") from error
+    return fd
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[OutputFile]:
     """A new file that gets its name when the block ends well, and vanishes when it does not.
@@ -66,22 +89,19 @@ def whole_file(path: Path) -> Iterator[OutputFile]:
     Raises:
         OutputError: the disk is full, or does not let us write.
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with _explained(path):
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+    temporary = temporary_path(path)
+    fd = _open_alone(path, temporary)
     try:
-        try:
-            yield OutputFile(fd, path)
-            with _explained(path):
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+        yield OutputFile(fd, path)
         with _explained(path):
+            os.fsync(fd)
             os.replace(temporary, path)
             sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(fd)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -130,12 +150,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def is_finished(folder: Path, manifest: Mapping[str, Any], names: list[str]) -> bool:
     """Whether a conversion ended here and its files are still there, shards at their full size."""
-    shards = manifest.get("shards") or {}
-    return (
-        manifest.get("complete") is True
-        and all((folder / name).is_file() for name in names)
-        and all((folder / name).stat().st_size == shard["size"] for name, shard in shards.items())
-    )
+    try:
+        return (
+            manifest["complete"] is True
+            and all((folder / name).is_file() for name in names)
+            and all((folder / name).stat().st_size == shard["size"] for name, shard in manifest["shards"].items())
+        )
+    except (KeyError, TypeError, AttributeError):  # not as we write it
+        return False
 
 
 def claim(folder: Path, manifest: Mapping[str, Any], names: list[str], size: int) -> dict[str, Any] | None:
@@ -147,25 +169,26 @@ def claim(folder: Path, manifest: Mapping[str, Any], names: list[str], size: int
     Raises:
         OutputError: the folder holds something else, cannot be written, or its disk is too full.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise OutputError(f"{folder} is a file. Name a folder for the output.")
     existing = read_manifest(folder)
-    present = [folder / name for name in names if (folder / name).exists()]
+    present = [folder / name for name in names if os.path.exists(folder / name)]
+    leftovers = [temporary_path(folder / name) for name in names if os.path.exists(temporary_path(folder / name))]
     if existing is None:
         if present:
             raise OutputError(
                 f"{folder} already holds {', '.join(path.name for path in present)}, which streamconv did not write. "
                 "Choose another folder."
             )
-    elif other := _differences(existing, manifest):
+    elif (other := _differences(existing, manifest)) and (present or existing.get("complete")):
         raise OutputError(
             f"{folder} holds another conversion, of {existing.get('model') or 'an unnamed model'}: its "
             f"{' and '.join(other)} is another. Choose another folder, or delete this one."
         )
     elif is_finished(folder, existing, names):
         return existing
-    require_space(folder, size - sum(path.stat().st_size for path in present))
-    is_new = not folder.exists()
+    require_space(folder, size - sum(path.stat().st_size for path in (*present, *leftovers)))
+    is_new = not os.path.exists(folder)
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -177,12 +200,26 @@ def claim(folder: Path, manifest: Mapping[str, Any], names: list[str], size: int
     return None
 
 
+def is_of(manifest: Mapping[str, Any], source: Mapping[str, Any]) -> bool:
+    """Whether a manifest says that its output was made from these files."""
+    said = manifest.get("source")
+    try:
+        return said is not None and {r: s["fingerprint"] for r, s in said.items()} == {
+            role: file["fingerprint"] for role, file in source.items()
+        }
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Which of the files and decisions that make up a conversion are not the same in two manifests."""
 
     def parts(manifest: Mapping[str, Any]) -> dict[str, str]:
         sources = {role: source["fingerprint"] for role, source in manifest["source"].items()}
-        return {**sources, "plan (names, labels, shard size)": manifest["plan"]}
+        labels = manifest["labels"]
+        # Where they come from by default can change with the network; that is no other conversion.
+        named = labels["sha256"] if labels and not labels["is_default"] else "default"
+        return {**sources, "plan (its names, its shard size)": manifest["plan"], "list of labels": named}
 
     try:
         mine, theirs = parts(one), parts(other)
@@ -193,7 +230,7 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def release(folder: Path, names: list[str], is_new: bool) -> None:
     """After a failure: leave no manifest, and no folder of ours, where not one file was finished."""
-    if not any((folder / name).exists() for name in names):
+    if not any(os.path.exists(folder / name) for name in names):
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
@@ -209,10 +246,10 @@ def require_space(folder: Path, size: int) -> None:
     Raises:
         OutputError: the disk of ``folder``, which need not exist yet, has fewer than ``size`` bytes free.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     free = shutil.disk_usage(there).free
     if free < size:
         raise OutputError(
-            f"{folder} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free. "
+            f"{folder} needs {size:,} bytes and its disk has {free:,} free. "
             "Make room, or choose a folder on another disk."
         )

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
+from streamconv.checkpoint.safetensors import SINGLE_NAME
 from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families import Family, Model, find_family
 from streamconv.mapping import apply, expand
 from streamconv.tensors import DTYPE_SIZES, SourceTensor
 
-INDEX_NAME = "model.safetensors.index.json"
 PIECE_BYTES = 512 << 10  # what is read and written at once: it stays in the cache of a CPU
 
 _TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -97,9 +97,15 @@ class Plan:
         }
 
     @property
+    def labels_digest(self) -> str:
+        """sha256 of a classifier's labels."""
+        return sha256(json.dumps(self.config.get("id2label")).encode()).hexdigest()
+
+    @property
     def fingerprint(self) -> str:
-        """sha256 over every output byte's origin: headers, where each tensor comes from, small files."""
-        digest = sha256(json.dumps([[name, data.decode()] for name, data in self.files.items()]).encode())
+        """sha256 over every output byte's origin, but for labels: headers, each tensor's place, the config."""
+        config = {key: value for key, value in self.config.items() if key not in ("id2label", "label2id")}
+        digest = sha256(to_json(config) + self.files["preprocessor_config.json"])
         for shard in self.shards:
             digest.update(shard.filename.encode() + shard.header)
             for _, tensor in shard.tensors:
@@ -136,7 +142,7 @@ def make_plan(
             raise MappingError(f"{where} is not {model.name}:", [f"its shapes are those of {found.name}"])
         geometry, found = model.geometry, model  # so that what is listed is measured against the model asked for
     layout = family.layout(geometry)
-    targets = apply(layout.rules, tensors, layout.dims, layout.count, where)
+    targets = apply(layout.rules, tensors, layout.dims, layout.count, where, layout.problems)
     _refuse_unstreamable(targets)
 
     dtype = next(iter(targets.values())).info.dtype
@@ -216,7 +222,7 @@ def parse_size(size: int | str) -> int:
 def _lay_out(targets: dict[str, SourceTensor], max_shard_size: int | str) -> tuple[tuple[Shard, ...], bytes | None]:
     max_bytes = parse_size(max_shard_size)
     if sum(tensor.info.nbytes for tensor in targets.values()) <= max_bytes:
-        return (make_shard("model.safetensors", targets),), None
+        return (make_shard(SINGLE_NAME, targets),), None
     # Only here, since huggingface_hub before 1.0 costs 20 MB to import.
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -232,9 +238,16 @@ def _lay_out(targets: dict[str, SourceTensor], max_shard_size: int | str) -> tup
     )
     if not split.is_sharded:  # one tensor, larger than the limit
         return shards, None
-    parameters = sum(t.info.nbytes // t.info.itemsize for t in targets.values())
-    metadata = {"total_parameters": parameters, **split.metadata}
-    return shards, to_json({"metadata": metadata, "weight_map": split.tensor_to_filename})
+    return shards, to_json(index_of(targets, split.tensor_to_filename))
+
+
+def index_of(targets: Mapping[str, SourceTensor], filenames: Mapping[str, str]) -> dict[str, Any]:
+    """What model.safetensors.index.json says of tensors in files."""
+    sizes = {
+        "total_parameters": sum(tensor.info.nbytes // tensor.info.itemsize for tensor in targets.values()),
+        "total_size": sum(tensor.info.nbytes for tensor in targets.values()),
+    }
+    return {"metadata": sizes, "weight_map": dict(filenames)}
 
 
 def make_shard(filename: str, tensors: Mapping[str, SourceTensor]) -> Shard:

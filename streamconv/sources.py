@@ -37,13 +37,15 @@ def locate(source: str | os.PathLike[str], head: str | os.PathLike[str] | None =
     """
     name = os.fspath(source)
     given_head = None if head is None else Path(head)
-    if given_head is not None and not given_head.exists():
+    if not name:
+        raise UsageError("SOURCE is empty. Give a model's name or a checkpoint file.")
+    if given_head is not None and not os.path.exists(given_head):
         raise SourceMissingError(f"{given_head}: there is no such file.")
     try:
         _, model = find_model(name)
     except UsageError:
         path = Path(name)
-        if not path.exists():
+        if not os.path.exists(path):
             if isinstance(source, str) and len(path.parts) == 1 and not path.suffix:
                 raise
             raise SourceMissingError(f"{path}: there is no such file.") from None
@@ -58,7 +60,7 @@ def locate(source: str | os.PathLike[str], head: str | os.PathLike[str] | None =
 
 def _kept(file: RemoteFile, name: str) -> Path:
     path = hub_folder() / file.filename
-    if not path.exists():
+    if not os.path.exists(path):
         raise SourceMissingError(
             f"{name} needs {file.filename}, which torch.hub has not downloaded yet. "
             f"Fetch it from\n  {file.url}\nand put it at\n  {path}"
@@ -101,6 +103,9 @@ def opened(source: Source) -> Iterator[OpenSource]:
     with ExitStack() as stack:
         checkpoints = {"backbone": stack.enter_context(open_checkpoint(source.backbone))}
         tensors = dict(checkpoints["backbone"])
+        heads = [f"unexpected: {key}" for key in tensors if key.startswith(HEAD_PREFIX)]
+        if heads:
+            raise MappingError(f"{source.backbone} is no backbone alone. Save the head's weight and bias apart:", heads)
         if source.head is not None:
             head = checkpoints["head"] = stack.enter_context(open_checkpoint(source.head))
             if head.keys() != {"weight", "bias"}:

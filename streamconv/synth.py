@@ -4,6 +4,7 @@ They show and test the whole job where no weights can be had. The same seed give
 """
 
 import math
+import os
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -29,9 +30,9 @@ def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> Source:
     backbone = Path(path)
     head = head_path(backbone) if found.head else None
     for file in (backbone, head):
-        if file is not None and file.exists():
+        if file is not None and os.path.exists(file):
             raise OutputError(f"{file} is there already. Choose another name, or delete it.")
-        if file is not None and not file.parent.is_dir():
+        if file is not None and not os.path.isdir(file.parent):
             raise OutputError(f"{file.parent} is no folder. Make it first.")
     infos = family.sources(found.geometry)
     _write(backbone, {name: info for name, info in infos.items() if not name.startswith(HEAD_PREFIX)}, seed)

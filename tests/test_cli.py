@@ -39,6 +39,8 @@ def test_the_whole_job_on_a_machine_with_nothing_on_it(tmp_path: Path) -> None:
     again = run("run", "--model_name", "dinov2_vits14", "--synthetic", "--no-verify", cwd=tmp_path)
     assert again.returncode == 0
     assert "was converted already" in again.stdout
+    source = json.loads((folder / "streamconv.json").read_text())["source"]["backbone"]["file"]
+    assert source == "dinov2_vits14_synthetic_seed0.pth"
     other = run("run", "dinov2_vits14", "--synthetic", "--seed", 1, "--no-verify", cwd=tmp_path)
     assert other.returncode == 4
     assert "holds another conversion" in other.stderr
@@ -114,6 +116,15 @@ def test_wrong_output_ends_in_1(tmp_path: Path, save: Save) -> None:
     assert json.loads((tmp_path / "out" / "streamconv.json").read_text())["verification"]["passed"] is False
 
 
+def test_a_verdict_is_kept_only_for_the_source_that_the_folder_names(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    torch.save(make_states(tiny(), seed=1)[0], tmp_path / "other.pth")
+    streamconv.convert(backbone, tmp_path / "out")
+    assert run("verify", "out", backbone, cwd=tmp_path).returncode == 0
+    assert run("verify", "out", "other.pth", cwd=tmp_path).returncode == 1
+    assert json.loads((tmp_path / "out" / "streamconv.json").read_text())["verification"]["passed"] is True
+
+
 def test_mistakes_end_in_one_message_and_their_code(tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
     (tmp_path / "page.pth").write_text("<html>not found</html>")
@@ -124,6 +135,10 @@ def test_mistakes_end_in_one_message_and_their_code(tmp_path: Path, save: Save) 
     before = {path.name for path in tmp_path.iterdir()}
     for code, says, words in (
         (2, "Did you mean dinov2_vitb14", ("run", "dinov2_vitb")),
+        (2, "SOURCE is empty", ("run", "", "--no-verify")),
+        (2, "name is empty", ("convert", backbone, "-o", "")),
+        (2, "by its name", ("run", backbone, "--synthetic", "--no-verify")),
+        (4, "cannot be written", ("run", "dinov2_vits14", "--synthetic", "--no-verify", "-o", "x" * 300)),
         (2, "give one of them", ("run", "dinov2_vits14", "--model_name", "dinov2_vits14")),
         (2, "Give -o DIR", ("run", backbone, "--no-verify")),
         (2, "is no device", ("run", backbone, "-o", "out", "--device", "gpu")),

@@ -15,7 +15,7 @@ import transformers
 
 import streamconv
 from streamconv import CorruptError, MappingError, OutputError, UsageError
-from streamconv.output import TEMPORARY_SUFFIX
+from streamconv.output import temporary_path
 from tests.conftest import make_states, run_python, seeds_mapping, tiny
 
 Save = Callable[..., tuple[Path, Path | None]]
@@ -161,15 +161,39 @@ def test_an_unfinished_output_is_finished(tmp_path: Path, save: Save, left: str)
         next(iter(sorted(out.glob("*.safetensors")))).unlink()
     else:
         manifest = json.loads((out / "streamconv.json").read_text())
-        started = {key: manifest[key] for key in ("model", "source", "plan")}
+        started = {key: manifest[key] for key in ("model", "source", "plan", "labels")}
         (out / "streamconv.json").write_text(json.dumps({**started, "complete": False}))
         for path in out.glob("model*") if left != "all files" else ():
             path.unlink()
         if left == "a half shard":
             name = next(iter(sorted((tmp_path / "whole").glob("*.safetensors")))).name
-            (out / (name + TEMPORARY_SUFFIX)).write_bytes(b"half")
+            temporary_path(out / name).write_bytes(b"half")
     assert not streamconv.convert(backbone, out, max_shard_size="300KB").was_finished
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_labels_by_default_may_come_from_elsewhere_next_time(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, head = save(tiny(classes=1000))
+    streamconv.convert(backbone, tmp_path / "out", head=head)
+    before = contents(tmp_path / "out")
+    module = sys.modules["streamconv.convert"]
+    monkeypatch.setattr(module, "imagenet_labels", lambda: ([f"name {i}" for i in range(1000)], "the Hub"))
+    assert streamconv.convert(backbone, tmp_path / "out", head=head).was_finished
+    (tmp_path / "labels.txt").write_text("\n".join(f"mine {i}" for i in range(1000)) + "\n\n")
+    with pytest.raises(OutputError, match="list of labels"):
+        streamconv.convert(backbone, tmp_path / "out", head=head, labels=tmp_path / "labels.txt")
+    assert contents(tmp_path / "out") == before
+
+
+def test_other_options_may_follow_a_start_that_finished_nothing(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "whole")
+    manifest = json.loads((tmp_path / "whole" / "streamconv.json").read_text())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "streamconv.json").write_text(json.dumps({**manifest, "complete": False}))
+    assert not streamconv.convert(backbone, tmp_path / "out", max_shard_size="300KB").was_finished
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
@@ -210,9 +234,9 @@ def test_a_flipped_bit_is_found_in_a_record_that_two_shards_share(tmp_path: Path
     flip(backbone, "blocks.1.attn.qkv.weight", 10)  # in the query's rows
     with pytest.raises(CorruptError, match=r"attention\.attention\.key"):  # the first to draw on the record
         streamconv.convert(backbone, tmp_path / "out", max_shard_size="100KB")
-    written = [path.name for path in (tmp_path / "out").glob("*.safetensors*")]
+    written = {path.name for path in (tmp_path / "out").iterdir()} - {"streamconv.json"}
     assert written
-    assert not any(name.endswith(("index.json", TEMPORARY_SUFFIX)) for name in written)
+    assert all(name.endswith(".safetensors") and not name.startswith(".") for name in written)
 
 
 def test_a_source_without_crcs_is_converted_and_says_so(tmp_path: Path) -> None:

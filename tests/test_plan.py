@@ -164,6 +164,26 @@ def test_missing_unexpected_and_misshaped_keys_are_all_listed(tmp_path: Path) ->
     ]
 
 
+def test_sizes_that_no_config_can_say_are_listed_with_the_rest(tmp_path: Path) -> None:
+    backbone, _ = make_states(tiny())
+    del backbone["mask_token"]
+    backbone["pos_embed"] = torch.zeros(1, 18, 128)
+    backbone["patch_embed.proj.weight"] = torch.zeros(128, 4, 14, 14)
+    torch.save(backbone, tmp_path / "x.pth")
+    with pytest.raises(MappingError) as caught:
+        streamconv.plan(tmp_path / "x.pth")
+    assert len(caught.value.problems) == 3
+    for says in ("18 positions", "4 channels", "missing: mask_token"):
+        assert says in str(caught.value)
+
+
+def test_a_backbone_with_a_head_inside_is_refused(tmp_path: Path) -> None:
+    backbone, _ = make_states(tiny())
+    torch.save({**backbone, "linear_head.weight": torch.zeros(3, 256)}, tmp_path / "x.pth")
+    with pytest.raises(MappingError, match=r"unexpected: linear_head\.weight"):
+        streamconv.plan(tmp_path / "x.pth")
+
+
 def test_another_kind_of_checkpoint_is_called_that(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "x.pth")
     with pytest.raises(MappingError, match=r"It holds weight, bias; for dinov2 it lacks"):

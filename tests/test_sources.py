@@ -62,6 +62,11 @@ def test_a_path_that_is_not_there_is_called_missing(name: str | Path) -> None:
         locate(name)
 
 
+def test_an_empty_word_is_no_model() -> None:
+    with pytest.raises(UsageError, match="SOURCE is empty"):
+        locate("")
+
+
 def test_heads_belong_to_classifiers(kept: Path) -> None:
     (kept / "dinov2_vits14_pretrain.pth").touch()
     (kept / "head.pth").touch()

@@ -1,6 +1,7 @@
 """Verification passes what is right, and names what is wrong."""
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 import streamconv
-from streamconv import OutputError, SourceError, UsageError, Verification
+from streamconv import OutputError, UsageError, Verification
 from streamconv.verify.devices import choose_device
 from streamconv.verify.image import make_image, open_image
 from tests.conftest import make_states, tiny
@@ -262,8 +263,9 @@ def test_what_is_no_output_is_refused(tmp_path: Path, save: Save) -> None:
     with pytest.raises(OutputError, match="no folder"):
         streamconv.verify(tmp_path / "none", backbone)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match="no model is there"):
-        streamconv.verify(tmp_path / "empty", backbone)
+    found = streamconv.verify(tmp_path / "empty", backbone, device="cpu")
+    assert verdicts(found) == {"bytes": False, "load": False, "parity": None}
+    assert "holds neither model.safetensors nor model.safetensors.index.json" in problems(found)
 
 
 def test_another_models_source_is_refused_or_fails(tmp_path: Path, save: Save) -> None:
@@ -280,7 +282,103 @@ def test_sharded_folders_are_verified_too(tmp_path: Path, save: Save) -> None:
     streamconv.convert(backbone, tmp_path / "out", max_shard_size="300KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
     assert streamconv.verify(tmp_path / "out", backbone, device="cpu").passed
-    (tmp_path / "out" / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
-    next((tmp_path / "out").glob("*.safetensors")).unlink()
-    with pytest.raises(SourceError, match="no such file"):
-        streamconv.verify(tmp_path / "out", backbone, device="cpu")
+    gone = min((tmp_path / "out").glob("*.safetensors"))
+    data = gone.read_bytes()
+    gone.unlink()
+    found = streamconv.verify(tmp_path / "out", backbone, device="cpu")
+    assert verdicts(found) == {"bytes": False, "load": False, "parity": None}
+    assert "the output cannot be read" in problems(found)
+    gone.write_bytes(data[:-1])
+    assert not streamconv.verify(tmp_path / "out", backbone, device="cpu").passed
+
+
+@pytest.mark.parametrize("change", ["total_size", "place", "name"])
+def test_a_wrong_index_is_named(tmp_path: Path, save: Save, change: str) -> None:
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out", max_shard_size="300KB")
+    path = tmp_path / "out" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    if change == "total_size":
+        index["metadata"]["total_size"] = 7
+    elif change == "place":
+        index["weight_map"]["layernorm.bias"] = "model-00001-of-00009.safetensors"
+    else:
+        del index["weight_map"]["layernorm.bias"]
+    path.write_text(json.dumps(index))
+    assert not streamconv.verify(tmp_path / "out", backbone, device="cpu").passed
+
+
+def test_weights_that_transformers_would_load_instead_are_seen(tmp_path: Path, save: Save) -> None:
+    """Beside an index, transformers takes a model.safetensors; a stray shard is taken by no one, and told."""
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "sharded", max_shard_size="300KB")
+    streamconv.convert(backbone, tmp_path / "single")
+    (tmp_path / "sharded" / "model.safetensors").write_bytes((tmp_path / "single" / "model.safetensors").read_bytes())
+    alter(tmp_path / "sharded", lambda state: state["embeddings.mask_token"].add_(1))
+    found = streamconv.verify(tmp_path / "sharded", backbone, device="cpu")
+    assert "embeddings.mask_token differs" in problems(found)
+    assert "model.safetensors.index.json is no part of the model" in problems(found)
+    safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / "single" / "model-00001-of-00002.safetensors")
+    found = streamconv.verify(tmp_path / "single", backbone, device="cpu")
+    assert problems(found) == "model-00001-of-00002.safetensors is no part of the model"
+
+
+def test_swapped_labels_are_seen(tmp_path: Path, save: Save) -> None:
+    backbone, head = save(tiny(classes=3))
+    streamconv.convert(backbone, tmp_path / "out", head=head)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["id2label"] |= {"0": "LABEL_1", "1": "LABEL_0"}
+    config["label2id"] |= {"LABEL_1": 0, "LABEL_0": 1}
+    path.write_text(json.dumps(config))
+    found = streamconv.verify(tmp_path / "out", backbone, head=head, device="cpu")
+    assert problems(found) == "config.json has other labels than streamconv.json says"
+    del config["id2label"]["2"]
+    path.write_text(json.dumps(config))
+    assert "config.json: id2label is" in problems(
+        streamconv.verify(tmp_path / "out", backbone, head=head, device="cpu")
+    )
+
+
+def test_an_output_that_is_not_the_manifests_is_seen(tmp_path: Path, save: Save) -> None:
+    """Weights and source exchanged together agree with each other, and not with the folder's own word."""
+    backbone, _ = save(tiny())
+    torch.save(make_states(tiny(), seed=1)[0], tmp_path / "other.pth")
+    streamconv.convert(backbone, tmp_path / "out")
+    streamconv.convert(tmp_path / "other.pth", tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").replace(tmp_path / "out" / "model.safetensors")
+    found = streamconv.verify(tmp_path / "out", tmp_path / "other.pth", device="cpu")
+    assert problems(found) == "model.safetensors has another sha256 than streamconv.json says"
+
+
+def test_a_source_of_other_depth_is_a_finding(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny(layers=3))
+    shallow, _ = save(tiny(layers=2), "shallow")
+    streamconv.convert(backbone, tmp_path / "out")
+    found = streamconv.verify(tmp_path / "out", shallow, device="cpu")
+    assert verdicts(found) == {"bytes": False, "load": True, "parity": False}
+    assert "layer 2 has the shape [1, 17, 128], and in the original is not there" in problems(found)
+
+
+def test_not_a_number_equals_itself_and_nothing_else(tmp_path: Path) -> None:
+    state, _ = make_states(tiny())
+    state["norm.bias"][3] = float("nan")
+    torch.save(state, tmp_path / "x.pth")
+    streamconv.convert(tmp_path / "x.pth", tmp_path / "out")
+    assert streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu").passed
+    alter(tmp_path / "out", lambda state: state["layernorm.bias"].fill_(0))
+    found = streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
+    assert "cls differs by inf" in problems(found)
+    assert "Infinity" not in json.dumps(found.as_dict())
+
+
+def test_what_torch_refuses_is_a_finding(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    with zipfile.ZipFile(backbone) as old:
+        records = {name: old.read(name) for name in old.namelist() if not name.endswith("/version")}
+    with zipfile.ZipFile(backbone, "w") as new:
+        for name, data in records.items():
+            new.writestr(name, data)
+    streamconv.convert(backbone, tmp_path / "out")
+    found = streamconv.verify(tmp_path / "out", backbone, device="cpu")
+    assert verdicts(found) == {"bytes": True, "load": True, "parity": False}

@@ -6,13 +6,15 @@ The safetensors library hands out tensors, not where they lie, so the header is 
 """
 
 import json
+import os
 from hashlib import sha256
 from pathlib import Path
 
 from streamconv.checkpoint.storage import LocalFile
-from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError
+from streamconv.errors import CorruptError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 from streamconv.tensors import DTYPE_SIZES, ByteRange, Record, SourceTensor, TensorInfo, contiguous_strides
 
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
@@ -38,7 +40,7 @@ def read_index(file: LocalFile) -> tuple[dict[str, SourceTensor], str]:
         entries = {name: _entry(file, 8 + length, name, entry) for name, entry in header.items()}
     except SourceError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{file.path} has a damaged safetensors header: {error}.") from error
     return entries, sha256(raw + file.size.to_bytes(8, "little")).hexdigest()
 
@@ -60,17 +62,19 @@ def _entry(file: LocalFile, data_start: int, name: str, entry: dict[str, object]
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, or the single one.
+    """The safetensors files that transformers loads from a folder: the single one, else those of the index.
 
     Raises:
         SourceError: there is neither, or the index names a file outside the folder.
     """
-    index = folder / INDEX_NAME
-    if not index.exists():
-        return [folder / "model.safetensors"]
+    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+    if os.path.exists(single):
+        return [single]
+    if not os.path.exists(index):
+        raise SourceMissingError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.")
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{index} is damaged: {error}.") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:

@@ -1,9 +1,10 @@
 """Where bytes come from: a local file now, an address later."""
 
 import os
+import stat
 from pathlib import Path
 
-from streamconv.errors import SourceError, SourceMissingError, TruncatedError
+from streamconv.errors import NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 
 
 class LocalFile:
@@ -13,11 +14,13 @@ class LocalFile:
         self.path = path
         try:
             # preadv, not mmap: touched pages of a mapping count in RSS, a reused buffer does not grow.
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise NotACheckpointError(f"{path} is no regular file.")
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         except FileNotFoundError:
             raise SourceMissingError(f"{path}: there is no such file.") from None
-        except OSError as error:
-            raise SourceError(f"{path} cannot be opened: {error.strerror}.") from error
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{path} cannot be opened: {error}.") from error
         self.size = os.fstat(self._file.fileno()).st_size
 
     @property
@@ -49,11 +52,6 @@ class LocalFile:
         data = bytearray(length)
         self.read_at(offset, memoryview(data))
         return bytes(data)
-
-    def prefetch(self, offset: int, length: int) -> None:
-        """Ask the system to have these bytes ready soon. A hint: it never fails."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         self._file.close()

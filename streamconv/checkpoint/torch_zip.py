@@ -122,7 +122,7 @@ class _Records:
         try:
             with open(file.path, "rb") as raw, zipfile.ZipFile(raw) as archive:
                 entries = archive.infolist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        except (zipfile.BadZipFile, NotImplementedError, ArithmeticError, ValueError, struct.error) as error:
             if "not a zip file" in str(error):  # how zipfile says that there is no end record
                 raise TruncatedError(
                     f"{file.path} begins as a zip but has no end: the download was cut short. Fetch it again."
@@ -233,4 +233,6 @@ def _flat(contents: Any, tensors: list[SourceTensor], file: LocalFile) -> dict[s
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, _Handle):
+        return "tensor"
     return f"dict of {len(value)}" if isinstance(value, dict) else type(value).__name__

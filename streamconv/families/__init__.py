@@ -25,7 +25,8 @@ class Layout:
     """What a model of one geometry looks like on both sides.
 
     ``count`` is how many values a rule's ``{i}`` takes; ``config`` is config.json but for dtype
-    and labels; ``dims`` gives the rules' symbols their numbers.
+    and labels; ``dims`` gives the rules' symbols their numbers; ``problems`` say what of the
+    geometry transformers' configuration has no way to say.
     """
 
     rules: tuple[Rule, ...]
@@ -33,6 +34,7 @@ class Layout:
     count: int
     architecture: str
     config: Mapping[str, Any]
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

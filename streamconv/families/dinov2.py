@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.errors import MappingError
 from streamconv.families import HEAD_PREFIX, Family, Layout, Model, RemoteFile
 from streamconv.mapping import Rule, chunk, count_of, rename
 from streamconv.tensors import TensorInfo
@@ -109,10 +108,7 @@ HEAD_RULES = (
 
 
 def layout(sizes: Geometry) -> Layout:
-    """
-    Raises:
-        MappingError: transformers' Dinov2Config cannot say these sizes.
-    """
+    """Rules and configuration of these sizes."""
     mlp_ratio = next((r for r in range(1, 17) if ffn_size(sizes.hidden, r, sizes.swiglu) == sizes.ffn), 0)
     grid = math.isqrt(max(0, sizes.positions - 1))
     problems = [
@@ -123,11 +119,10 @@ def layout(sizes: Geometry) -> Layout:
             (f"pos_embed has {sizes.positions} positions, which are no square grid and a CLS token",
              not grid or grid * grid + 1 != sizes.positions),
             ("there are no blocks", not sizes.layers),
+            (f"patch_embed takes {sizes.channels} channels, and the image processor gives 3", sizes.channels != 3),
         )
         if is_wrong
     ]  # fmt: skip
-    if problems:
-        raise MappingError("Dinov2Config has no way to say this model's sizes:", problems)
     is_classifier = sizes.classes is not None
     dims = {
         "D": sizes.hidden, "2D": 2 * sizes.hidden, "3D": 3 * sizes.hidden, "F": sizes.ffn, "2F": 2 * sizes.ffn,
@@ -165,6 +160,7 @@ def layout(sizes: Geometry) -> Layout:
         count=sizes.layers,
         architecture="Dinov2ForImageClassification" if is_classifier else "Dinov2Model",
         config=config,
+        problems=tuple(problems),
     )
 
 

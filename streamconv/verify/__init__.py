@@ -4,6 +4,8 @@ Importing this room imports no torch; its rungs do when they run.
 """
 
 import json
+import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.check import check_bytes
-from streamconv.errors import OutputError, SourceError
-from streamconv.families import HEAD_PREFIX
-from streamconv.plan import INDEX_NAME, Plan, make_plan
+from streamconv.errors import OutputError
+from streamconv.plan import Plan, make_plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.sources import OpenSource, locate, opened
 
@@ -32,11 +33,15 @@ class Rung:
 
 @dataclass(frozen=True)
 class Verification:
-    """What a verification found. ``predictions`` are a classifier's best labels for the image, with shares."""
+    """What a verification of an output against ``source`` found.
+
+    ``predictions`` are a classifier's best labels for the image, with their shares.
+    """
 
     rungs: tuple[Rung, ...]
     device: str
     versions: Mapping[str, str]
+    source: Mapping[str, Mapping[str, object]]
     predictions: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -47,7 +52,16 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the fields and ``passed``."""
-        return {"passed": self.passed, **asdict(self)}
+        return {"passed": self.passed, **_finite(asdict(self))}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: as a word."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def verify(
@@ -71,10 +85,11 @@ def verify(
 
     Raises:
         UsageError: the device or the image does not exist.
-        SourceError: the source, or the output as a source of tensors, cannot be read.
+        SourceError: the source cannot be read.
+        OutputError: there is no such output folder.
     """
     folder = Path(output_folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise OutputError(f"{folder} is no folder. Name the folder that streamconv converted into.")
     with opened(locate(source, head)) as source_files:
         plan = _plan_of(folder, source_files)
@@ -90,29 +105,27 @@ def verify(
         loaded = load.check_load(folder, plan)
         if not loaded.passed:
             skipped = Rung("parity", None, "not run: transformers did not load the model")
-            return Verification((bytes_rung, loaded, skipped), str(chosen), versions())
+            return Verification((bytes_rung, loaded, skipped), str(chosen), versions(), source_files.describe())
         compared, predictions = parity.check_parity(folder, plan, source_files.source, picture, chosen, progress)
-        return Verification((bytes_rung, loaded, compared), str(chosen), versions(), predictions)
+        rungs = (bytes_rung, loaded, compared)
+        return Verification(rungs, str(chosen), versions(), source_files.describe(), predictions)
 
 
 def _plan_of(folder: Path, source: OpenSource) -> Plan:
-    """The plan that the folder should fulfil: its own labels and shard files, all else from the source."""
-    labels = None
-    config = folder / "config.json"
-    if HEAD_PREFIX + "weight" in source.tensors:
-        labels = _labels_in(config)
-    plan = make_plan(source.tensors, source.where, labels, sys.maxsize, source.source.model)
-    if not (folder / INDEX_NAME).exists() and not (folder / plan.shards[0].filename).exists():
-        raise SourceError(f"{folder} holds neither {plan.shards[0].filename} nor {INDEX_NAME}: no model is there.")
-    return plan
+    """What the folder should hold: its own labels, which the source does not know, and all else from the source."""
+    plan = make_plan(source.tensors, source.where, None, sys.maxsize, source.source.model)
+    labels = _labels_in(folder / "config.json")
+    if len(labels) != len(plan.config.get("id2label", ())):
+        return plan  # the bytes rung will say what is wrong with config.json
+    return make_plan(source.tensors, source.where, labels or None, sys.maxsize, source.source.model)
 
 
-def _labels_in(config: Path) -> list[str] | None:
+def _labels_in(config: Path) -> list[str]:
     try:
         labels = json.loads(config.read_text("utf-8"))["id2label"]
         return [labels[str(i)] for i in range(len(labels))]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # the bytes rung will say what is wrong with config.json
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def _bytes(folder: Path, plan: Plan, source: OpenSource, progress: Progress) -> Rung:

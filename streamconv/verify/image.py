@@ -22,7 +22,7 @@ def open_image(path: str | PathLike[str] | None) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except OSError as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"The image {path} cannot be read: {error}.") from error
 
 

@@ -7,6 +7,7 @@ makes, so that the two are told apart. The models take turns: a device holds one
 """
 
 import importlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,9 +45,7 @@ class Comparison:
 
     @property
     def largest(self) -> float:
-        """NaN counts as infinite."""
-        values = [d if d == d else float("inf") for d in self.differences.values()]
-        return max(values, default=float("inf"))
+        return max(self.differences.values(), default=math.inf)
 
     def relative(self) -> "Comparison":
         """The differences as shares of their state's largest value."""
@@ -67,8 +66,11 @@ def check_parity(
     proves = f"{PROVES}, at {size}x{size}" + (" (TF32 off)" if device.type == "cuda" else "")
     pixels = _pixels(image, plan).to(device)
     tolerance = GPU_TOLERANCE if device.type == "cuda" else 0.0
-    found = _compare(folder, plan, source, pixels, progress)
-    numbers = {"tolerance": tolerance, "largest": found.largest, "differences": found.differences}
+    try:
+        found = _compare(folder, plan, source, pixels, progress)
+    except Exception as error:  # torch or transformers refuse what was written, or what it was made from
+        return Rung("parity", False, proves, (f"{type(error).__name__}: {error}",)), ()
+    numbers: dict[str, Any] = {"tolerance": tolerance, "largest": found.largest, "differences": found.differences}
     problems = found.beyond(tolerance)
     if problems and not found.problems and found.largest <= GPU_TOLERANCE and device.type == "cpu":
         again = _compare(folder, plan, source, pixels.double(), progress).relative()
@@ -102,16 +104,23 @@ def _compare(folder: Path, plan: Plan, source: Source, pixels: Tensor, progress:
     problems = []
     predictions: Predictions = ()
     for name, state in counted(_converted_states(model.to(pixels.device), pixels)):
-        other, state = originals.pop(name), state.cpu()
-        if state.shape != other.shape:
-            problems.append(f"{name} has the shape {list(state.shape)}, not {list(other.shape)}")
+        other, state = originals.pop(name, None), state.cpu()
+        if other is None or state.shape != other.shape:
+            there = "is not there" if other is None else f"has the shape {list(other.shape)}"
+            problems.append(f"{name} has the shape {list(state.shape)}, and in the original {there}")
             continue
-        differences[name] = float((state - other).abs().max())
+        differences[name] = _largest_difference(state, other)
         magnitudes[name] = float(other.abs().max())
         if name == "logits":
             predictions = _best(state, model.config.id2label)
     problems += [f"{name} is missing" for name in originals]
     return Comparison(differences, magnitudes, tuple(problems), predictions)
+
+
+def _largest_difference(state: Tensor, other: Tensor) -> float:
+    """Equal infinities and two NaNs are no difference; one NaN is an infinite one."""
+    same = (state == other) | (state.isnan() & other.isnan())
+    return float((state - other).abs().masked_fill(same, 0.0).nan_to_num(math.inf, math.inf).max())
 
 
 def _pixels(image: Image.Image, plan: Plan) -> Tensor:
