@@ -137,10 +137,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         OutputError: there is one that cannot be read.
     """
     path = folder / MANIFEST_NAME
+    if not os.path.exists(path):
+        return None
     try:
         manifest = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read ({error}). Move it away, or write to another folder.") from error
     if not isinstance(manifest, dict):
