@@ -1,7 +1,7 @@
 """python -m benchmarks.convert [MODEL] [--runs N] [--dir DIR]: streamconv against other ways, one table.
 
 Every way runs as a process of its own, the ways interleaved, the source in the page cache and the
-output's folder gone before each run. Peak memory is the largest VmHWM that a process of the way
+output's folder gone and the machine settled before each run. Peak memory is the largest VmHWM that a process of the way
 reached (what wait4 reports; its floor is this small parent's own). The cgroup columns say whether
 the way ends inside that much memory, page cache included, where this machine lets us try.
 """
@@ -21,6 +21,9 @@ from pathlib import Path
 STREAMCONV = "streamconv convert"
 WAYS = ("cp; sync", STREAMCONV, "torch.load(mmap) + save_torch_state_dict", "original script's way")
 LIMITS_MB = (1024, 64)
+# A run's freed pages and blocks are given back in the background (to a virtual machine's host, to
+# the disk), for seconds; the next run shall not pay for that.
+SETTLE_SECONDS = 4
 
 
 def command(way: str, source: Path, out: Path) -> list[str]:
@@ -65,6 +68,7 @@ def measure(way: str, source: Path, out: Path, cgroup: Cgroup | None = None) -> 
     """Seconds, peak MB and exit code of one run."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
+    time.sleep(SETTLE_SECONDS)
     start = time.monotonic()
     enter = cgroup.enter if cgroup else None
     quiet = subprocess.DEVNULL

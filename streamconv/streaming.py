@@ -16,7 +16,7 @@ from streamconv.output import whole_file
 from streamconv.plan import PIECE_BYTES, Shard
 from streamconv.tensors import SourceTensor
 
-BUFFER_BYTES, RING_BUFFERS = 1 << 20, 6  # what the hash may be behind; more costs memory and wins little
+BUFFER_BYTES, RING_BUFFERS = 1 << 20, 8  # what the hash may be behind: less costs time, more costs memory
 SYNC_BYTES = 32 << 20  # a 64 MB cgroup holds two of these, and no more dirty pages are ever wanted
 
 
