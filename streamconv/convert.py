@@ -13,6 +13,7 @@ from streamconv._version import __version__
 from streamconv.checkpoint.safetensors import INDEX_NAME
 from streamconv.crc import RecordChecks
 from streamconv.errors import UsageError
+from streamconv.families import HEAD_PREFIX
 from streamconv.labels import imagenet_labels, read_labels
 from streamconv.plan import Plan, make_plan
 from streamconv.progress import Progress, ignore_progress
@@ -101,7 +102,8 @@ def convert(
         finished = output.claim(folder, manifest, names, plan.size)
         if finished is not None:
             shards = {name: shard["sha256"] for name, shard in finished["shards"].items()}
-            return Conversion(folder, plan, shards, True, source_files.is_checkable, None)
+            recorded = (finished["labels"] or {}).get("from")
+            return Conversion(folder, plan, shards, True, source_files.is_checkable, recorded)
         try:
             shards = _write(plan, folder, progress)
             for name, data in plan.files.items():
@@ -148,8 +150,8 @@ def _plan(
     labels_from = None
     if source.source.head is not None:
         if labels is not None:
-            names, labels_from = read_labels(Path(labels)), fspath(labels)
-        elif source.tensors["linear_head.bias"].info.shape == (1000,):
+            names, labels_from = read_labels(Path(labels)), Path(labels).name
+        elif source.tensors[HEAD_PREFIX + "bias"].info.shape == (1000,):
             progress("asking the Hub for ImageNet's labels", 0, 1, "steps")
             names, labels_from = imagenet_labels()
     elif labels is not None:

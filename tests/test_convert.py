@@ -180,7 +180,10 @@ def test_labels_by_default_may_come_from_elsewhere_next_time(
     before = contents(tmp_path / "out")
     module = sys.modules["streamconv.convert"]
     monkeypatch.setattr(module, "imagenet_labels", lambda: ([f"name {i}" for i in range(1000)], "the Hub"))
-    assert streamconv.convert(backbone, tmp_path / "out", head=head).was_finished
+    again = streamconv.convert(backbone, tmp_path / "out", head=head)
+    assert again.was_finished
+    assert again.labels_from is not None
+    assert again.labels_from.startswith("torchvision's list")  # the folder's, not what would be taken now
     (tmp_path / "labels.txt").write_text("\n".join(f"mine {i}" for i in range(1000)) + "\n\n")
     with pytest.raises(OutputError, match="list of labels"):
         streamconv.convert(backbone, tmp_path / "out", head=head, labels=tmp_path / "labels.txt")
