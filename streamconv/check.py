@@ -4,7 +4,6 @@ It reads both files anew, from the indexes on, so that nothing the conversion he
 believed.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -16,18 +15,23 @@ from streamconv.checkpoint import Checkpoint, open_checkpoint
 from streamconv.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME
 from streamconv.crc import RecordChecks
 from streamconv.errors import CorruptError, OutputError, SourceError
+from streamconv.hashing import BUFFER_BYTES, BackgroundHash
 from streamconv.output import MANIFEST_NAME, read_manifest
-from streamconv.plan import PIECE_BYTES, Plan, index_of
-from streamconv.tensors import SourceTensor
+from streamconv.plan import Plan, index_of
+from streamconv.tensors import ByteSource, SourceTensor
 
 
 @dataclass(frozen=True)
 class ByteCheck:
-    """``problems`` is empty where every byte is right; ``compared`` counts bytes of weights."""
+    """``problems`` is empty where every byte is right; ``compared`` counts bytes of weights.
+
+    ``files`` are the output's files of weights with their "size" in bytes and "sha256".
+    """
 
     compared: int
     tensors: int
     problems: tuple[str, ...]
+    files: Mapping[str, Mapping[str, Any]]
 
 
 def check_bytes(folder: Path, plan: Plan, advance: Callable[[int], None]) -> ByteCheck:
@@ -42,33 +46,42 @@ def check_bytes(folder: Path, plan: Plan, advance: Callable[[int], None]) -> Byt
     wanted = {name: tensor for shard in plan.shards for name, tensor in shard.tensors}
     checks, compared = RecordChecks(), 0
     problems: list[str] = []
+    files: dict[str, dict[str, Any]] = {}
     for name, data in plan.files.items():
         problems += _json_differences(folder, name, json.loads(data))
     try:
         written = open_checkpoint(folder)
     except SourceError as error:
-        return ByteCheck(0, len(wanted), (*problems, f"the output cannot be read: {error}"))
-    with written:
+        return ByteCheck(0, len(wanted), (*problems, f"the output cannot be read: {error}"), files)
+    with written, BackgroundHash() as digest:
         problems += [f"{name} is missing" for name in wanted.keys() - written.keys()]
         problems += [f"{name} should not be there" for name in written.keys() - wanted.keys()]
         problems += _file_problems(folder, written)
-        for name, tensor in wanted.items():
-            if name not in written:
-                continue
-            other = written[name]
-            if other.info != tensor.info:
-                problems.append(f"{name} is {other.info}, not {tensor.info}")
-                continue
-            problem = _first_difference(name, tensor, other, checks, advance)
-            compared += tensor.info.nbytes
-            if problem:
-                problems.append(problem)
+        for file, names in _in_file_order(written).items():
+            _hash(file, 0, written[names[0]].record.range.start, digest)
+            for name in names:
+                source, output = wanted.get(name), written[name]
+                if source is not None and source.info == output.info:
+                    problems += _differences(name, source, output, checks, digest, advance)
+                    compared += source.info.nbytes
+                else:
+                    problems += [f"{name} is {output.info}, not {source.info}"] if source is not None else []
+                    _hash(file, output.record.range.start, output.record.range.end, digest)
+            files[file.name] = {"size": file.size, "sha256": digest.hexdigest()}
     try:
         checks.settle()
     except CorruptError as error:
         problems.append(str(error))
-    problems += _manifest_problems(folder, plan)
-    return ByteCheck(compared, len(wanted), tuple(sorted(problems)))
+    problems += _manifest_problems(folder, plan, files)
+    return ByteCheck(compared, len(wanted), tuple(sorted(problems)), files)
+
+
+def _in_file_order(written: Checkpoint) -> dict[ByteSource, list[str]]:
+    """The tensors' names, file by file, as their bytes follow one another; there is nothing between them."""
+    files: dict[ByteSource, list[str]] = {}
+    for name in sorted(written, key=lambda name: written[name].record.range.start):
+        files.setdefault(written[name].record.file, []).append(name)
+    return files
 
 
 def _file_problems(folder: Path, written: Checkpoint) -> list[str]:
@@ -81,7 +94,7 @@ def _file_problems(folder: Path, written: Checkpoint) -> list[str]:
     return problems + _json_differences(folder, INDEX_NAME, index_of(written, places))
 
 
-def _manifest_problems(folder: Path, plan: Plan) -> list[str]:
+def _manifest_problems(folder: Path, plan: Plan, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The folder's own word: its files' digests, and labels, which no source knows."""
     try:
         manifest = read_manifest(folder)
@@ -89,41 +102,52 @@ def _manifest_problems(folder: Path, plan: Plan) -> list[str]:
             return []
         problems = []
         for name, shard in manifest["shards"].items():
-            if _sha256(folder / name) != shard["sha256"]:
+            if name not in files:
+                problems.append(f"{name} is missing, and {MANIFEST_NAME} names it")
+            elif shard["sha256"] != files[name]["sha256"]:
                 problems.append(f"{name} has another sha256 than {MANIFEST_NAME} says")
         if manifest["labels"] and manifest["labels"]["sha256"] != plan.labels_digest:
             problems.append(f"config.json has other labels than {MANIFEST_NAME} says")
         return problems
-    except (OSError, KeyError, TypeError, AttributeError, OutputError) as error:
+    except (KeyError, TypeError, AttributeError, OutputError) as error:
         return [f"{MANIFEST_NAME} is of no finished conversion ({error})"]
 
 
-def _sha256(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+def _hash(file: ByteSource, start: int, end: int, digest: BackgroundHash) -> None:
+    for at in range(start, end, BUFFER_BYTES):
+        part = digest.next_buffer()[: min(BUFFER_BYTES, end - at)]
+        file.read_at(at, part)
+        digest.update(part)
 
 
-def _first_difference(
-    name: str, tensor: SourceTensor, other: SourceTensor, checks: RecordChecks, advance: Callable[[int], None]
-) -> str | None:
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    at, problem = 0, None
-    for piece in tensor.split(PIECE_BYTES):
-        part = buffer[: piece.info.nbytes]
-        piece.read_into(part)
-        checks.add(name, piece, part)
-        theirs = bytearray(len(part))
-        other.record.file.read_at(other.record.range.start + other.offset + at, memoryview(theirs))
-        if problem is None and theirs != part:
-            first = next(i for i, (a, b) in enumerate(zip(part, theirs, strict=True)) if a != b)
-            element = (at + first) // tensor.info.itemsize
-            problem = f"{name} differs from its source from element {element:,} on"
-        at += len(part)
-        advance(len(part))
-    return problem
+def _differences(
+    name: str,
+    source: SourceTensor,
+    output: SourceTensor,
+    checks: RecordChecks,
+    digest: BackgroundHash,
+    advance: Callable[[int], None],
+) -> list[str]:
+    """Where ``output``, all of which is hashed, first differs from ``source``."""
+    wanted = bytearray(BUFFER_BYTES)
+    at = output.record.range.start
+    problems: list[str] = []
+    for piece in source.split(BUFFER_BYTES):
+        size = piece.info.nbytes
+        if size != len(wanted):  # bytearrays compare like memcmp, memoryviews an element at a time
+            wanted = bytearray(size)
+        piece.read_into(memoryview(wanted))
+        checks.add(name, piece, memoryview(wanted))
+        part = digest.next_buffer()[:size]
+        output.record.file.read_at(at, part)
+        digest.update(part)
+        if not problems and wanted != part:
+            first = next(i for i, (a, b) in enumerate(zip(wanted, part, strict=True)) if a != b)
+            element = (at - output.record.range.start + first) // output.info.itemsize
+            problems.append(f"{name} differs from its source from element {element:,} on")
+        at += size
+        advance(size)
+    return problems
 
 
 def _json_differences(folder: Path, name: str, want: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import streamconv
-from streamconv import streaming
+from streamconv import hashing, streaming
 from streamconv.crc import RecordChecks
 from streamconv.plan import make_shard
 
@@ -16,7 +16,7 @@ from streamconv.plan import make_shard
 class SlowDigest:
     """A sha256 that falls behind the writer."""
 
-    def __init__(self, data: bytes):
+    def __init__(self, data: bytes = b""):
         self._digest = hashlib.sha256(data)
 
     def update(self, data: memoryview) -> None:
@@ -27,13 +27,13 @@ class SlowDigest:
         return self._digest.hexdigest()
 
 
-@pytest.mark.parametrize("ring", [1, 2, streaming.RING_BUFFERS])
+@pytest.mark.parametrize("ring", [1, 2, hashing.RING_BUFFERS])
 def test_a_hash_that_falls_behind_is_still_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ring: int
 ) -> None:
     torch.save({f"x{i}": torch.randn(1000, 577) for i in range(10)}, tmp_path / "x.pth")  # 23 MB
-    monkeypatch.setattr(streaming, "hashlib", type("slow", (), {"sha256": SlowDigest}))
-    monkeypatch.setattr(streaming, "RING_BUFFERS", ring)
+    monkeypatch.setattr(hashing, "hashlib", type("slow", (), {"sha256": SlowDigest}))
+    monkeypatch.setattr(hashing, "RING_BUFFERS", ring)
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
         shard = make_shard("x.safetensors", checkpoint)
         digest = streaming.write_shard(shard, tmp_path / "x.safetensors", RecordChecks(), lambda count: None)
