@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -18,8 +19,10 @@ import streamconv
 from streamconv._version import __version__
 from streamconv.convert import Conversion, record_verification
 from streamconv.errors import OutputError, StreamconvError, UsageError
-from streamconv.families import all_families, find_model
+from streamconv.families import find_model
+from streamconv.output import write_file
 from streamconv.progress import ProgressReport
+from streamconv.texts import conversion_lines, model_lines, plan_lines, verification_lines
 from streamconv.verify import Verification
 
 DEFAULT_MODEL = "dinov2_vitg14"
@@ -51,7 +54,20 @@ Device = Annotated[
     str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to verify on; auto takes a GPU if there is one.")
 ]
 Image = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="A picture to verify on. [default: one of the project's own]")
+    str | None,
+    typer.Option(
+        metavar="FILE", help="A picture to verify on, or its http address. [default: one of the project's own]"
+    ),
+]
+Reference = Annotated[
+    str,
+    typer.Option(
+        metavar="builtin|hub|PATH",
+        help="What computes the original: streamconv's graph, or the authors' code, which torch.hub fetches and runs.",
+    ),
+]
+Report = Annotated[
+    Path | None, typer.Option(metavar="FILE.html", help="Write what was found as a page to look at and to publish.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of the random weights.")]
 
@@ -77,6 +93,8 @@ def run(
     labels: Labels = None,
     max_shard_size: ShardSize = "5GB",
     image: Image = None,
+    reference: Reference = "builtin",
+    report: Report = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Convert only.")] = False,
     as_json: Json = False,
     synthetic: Annotated[
@@ -90,12 +108,13 @@ def run(
         _fail(UsageError("SOURCE and --model_name are the same. Give one of them."))
     name = next((word for word in (source, model_name) if word is not None), DEFAULT_MODEL)
     with _errors():
-        if not no_verify:
-            _check_ahead(device, image)
+        verifying = None if no_verify else Verifying(device, image, reference, report)
+        if verifying is not None:
+            verifying.check_ahead()
     files = _synthetic(name, output, seed, head) if synthetic else nullcontext((name, head, None))
     with _errors(), files as (path, head_path, folder):
         converted = _convert(path, folder if output is None else output, head_path, labels, max_shard_size, as_json)
-        found = None if no_verify else _verify(converted.output, path, head_path, device, image, as_json)
+        found = verifying.verify(converted.output, path, head_path, as_json) if verifying else None
     if as_json:
         _print_json({**converted.as_dict(), "verification": found.as_dict() if found else None})
     elif found is None:
@@ -127,11 +146,15 @@ def verify(
     head: Head = None,
     device: Device = "auto",
     image: Image = None,
+    reference: Reference = "builtin",
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """Prove a converted folder against its source: every byte, the loading, and what the model computes."""
     with _errors():
-        found = _verify(folder, source, head, device, image, as_json)
+        verifying = Verifying(device, image, reference, report)
+        verifying.check_ahead()
+        found = verifying.verify(folder, source, head, as_json)
     if as_json:
         _print_json(found.as_dict())
     if not found.passed:
@@ -146,27 +169,13 @@ def plan(source: Source, head: Head = None, max_shard_size: ShardSize = "5GB", a
     if as_json:
         _print_json(planned.as_dict())
         return
-    width = max(len(move.source) for move in planned.moves)
-    for move in planned.moves:
-        print(f"{move.source:{width}}  {move.tensor.info!s:24}  -> {', '.join(move.targets)}")
-    print()
-    for shard in planned.shards:
-        print(f"{shard.filename}  {len(shard.tensors)} tensors, {shard.size:,} bytes")
-    print(f"{planned.title}: {planned.parameters:,} parameters, {planned.size:,} bytes to write")
+    _print(plan_lines(planned))
 
 
 @app.command()
 def models() -> None:
     """List the models: names, sizes, files, published names."""
-    rows = [("model", "published as", "weights", "files")]
-    for family in all_families():
-        for model in family.models:
-            files = " + ".join(file.filename for file in (model.backbone, model.head) if file)
-            weights = sum(info.nbytes for info in family.sources(model.geometry).values())
-            rows.append((model.name, model.published_name, f"{weights / 1e6:,.0f} MB", files))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    for name, published, size, files in rows:
-        print(f"{name:{widths[0]}}  {published:{widths[1]}}  {size:>{widths[2]}}  {files}")
+    _print(model_lines())
 
 
 @app.command()
@@ -206,56 +215,64 @@ def _convert(
             source, folder, head=head, labels=labels, max_shard_size=max_shard_size, progress=progress
         )
     if not as_json:
-        state = "was converted already and is left as it is" if done.was_finished else "converted"
-        print(f"{done.plan.title}: {state}, {done.plan.weights:,} bytes of weights in {done.output}")
-        for name, digest in done.shards.items():
-            print(f"  {name}  sha256 {digest}{' as recorded' if done.was_finished else ''}")
-        if not done.is_crc_checked:
-            print("  the source carries no CRC-32s, so that its bytes could not be checked for damage")
-        if done.labels_from:
-            print(f"  labels from {done.labels_from}")
+        _print(conversion_lines(done))
     return done
 
 
-def _verify(
-    folder: Path, source: str, head: Path | None, device: str, image: Path | None, as_json: bool
-) -> Verification:
-    with ProgressReport() as progress:
-        found = streamconv.verify(folder, source, head=head, device=device, image=image, progress=progress)
-    try:
-        record_verification(folder, found.as_dict(), dict(found.source))
-    except OutputError as error:
-        print(f"note: the finding is not kept: {error}", file=sys.stderr)
-    if not as_json:
-        _print_verification(found)
-    return found
+@dataclass(frozen=True)
+class Verifying:
+    """How to verify, as `run` and `verify` are told."""
+
+    device: str
+    image: str | None
+    reference: str
+    report: Path | None
+
+    def check_ahead(self) -> None:
+        """Refuse what does not exist before hours of work, without importing torch here."""
+        if self.report is not None:
+            from streamconv.report import require  # with what it imports, only for those who want one
+
+            require()
+            if os.path.isdir(self.report) or not os.path.isdir(self.report.absolute().parent):
+                raise OutputError(f"{self.report} cannot be written. Give --report a file in a folder that exists.")
+        if self.device not in ("auto", "cpu") or self.image is not None or self.reference != "builtin":
+            words = [self.device, self.reference, *([self.image] if self.image is not None else [])]
+            command = [sys.executable, "-m", "streamconv.verify.devices", *words]
+            asked = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+            if asked.returncode:
+                raise UsageError(asked.stderr.strip().splitlines()[-1])
+
+    def verify(self, folder: Path, source: str, head: Path | None, as_json: bool) -> Verification:
+        with ProgressReport() as progress:
+            found = streamconv.verify(
+                folder,
+                source,
+                head=head,
+                device=self.device,
+                image=self.image,
+                reference=self.reference,
+                progress=progress,
+            )
+        findings = found.as_dict()
+        if not as_json:
+            _print(verification_lines(found))
+        try:
+            # The pictures are for JSON and the report: the manifest stays a text to read.
+            record_verification(folder, {**findings, "pictures": {}}, dict(found.source))
+        except OutputError as error:
+            print(f"note: the finding is not kept: {error}", file=sys.stderr)
+        if self.report is not None:
+            from streamconv.report import render
+
+            write_file(self.report, render(findings).encode())
+            print(f"report: {self.report}", file=sys.stderr if as_json else sys.stdout)
+        return found
 
 
-def _check_ahead(device: str, image: Path | None) -> None:
-    """Refuse a device or an image that does not exist before converting, without importing torch here."""
-    if device in ("auto", "cpu") and image is None:
-        return
-    command = [sys.executable, "-m", "streamconv.verify.devices", device, *([str(image)] if image else [])]
-    asked = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if asked.returncode:
-        raise UsageError(asked.stderr.strip().splitlines()[-1])
-
-
-def _print_verification(found: Verification) -> None:
-    for rung in found.rungs:
-        verdict = {True: "ok", False: "FAILED", None: "not run"}[rung.passed]
-        print(f"{rung.name:8}{verdict:8}{rung.proves}")
-        numbers = rung.numbers
-        if numbers.get("largest") is not None:
-            found_and_allowed = f"largest difference {numbers['largest']:.3g}, allowed {numbers['tolerance']:g}"
-            print(f"{'':16}{len(numbers['differences'])} states on {found.device}: {found_and_allowed}")
-        for problem in rung.problems:
-            print(f"{'':16}{problem}")
-    if found.predictions:
-        print("Predicted class:")
-        for label, share in found.predictions:
-            print(f"  {share:6.1%}  {label}")
-    print("Looks ok!" if found.passed else "The output is not what the source says. Do not use it.")
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def test_wrong_output_ends_in_1(tmp_path: Path, save: Save) -> None:
     path.write_bytes(data)
     done = run("verify", "out", backbone, cwd=tmp_path)
     assert done.returncode == 1
-    assert "bytes   FAILED" in done.stdout
+    assert "bytes         FAILED" in done.stdout
     assert "Do not use it" in done.stdout
     assert json.loads((tmp_path / "out" / "streamconv.json").read_text())["verification"]["passed"] is False
 

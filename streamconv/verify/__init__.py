@@ -7,8 +7,9 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,31 @@ class Rung:
     problems: tuple[str, ...] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
+    def since(self, start: float) -> "Rung":
+        """With the seconds that it took."""
+        return replace(self, numbers={**self.numbers, "seconds": time.monotonic() - start})
+
 
 @dataclass(frozen=True)
 class Verification:
     """What a verification of an output against ``source`` found.
 
-    ``predictions`` are a classifier's best labels for the image, with their shares.
+    ``reference`` is what the original was run by; ``output`` names the model and its files with their
+    sizes and sha256; ``predictions`` are a classifier's best labels for the image, with their shares;
+    ``memory`` is `devices.MemoryWatch`'s, in bytes; ``pictures`` are PNGs as data addresses: the
+    "image" that both models saw, and the patch features of the "original" and the "converted" one.
     """
 
     rungs: tuple[Rung, ...]
     device: str
+    reference: str
     versions: Mapping[str, str]
     source: Mapping[str, Mapping[str, object]]
+    output: Mapping[str, Any]
+    memory: Mapping[str, int | None]
+    seconds: float
     predictions: tuple[tuple[str, float], ...] = ()
+    pictures: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -71,6 +84,7 @@ def verify(
     head: str | PathLike[str] | None = None,
     device: str = "auto",
     image: str | PathLike[str] | None = None,
+    reference: str | PathLike[str] = "builtin",
     progress: Progress = ignore_progress,
 ) -> Verification:
     """Prove a converted folder against its source.
@@ -80,35 +94,45 @@ def verify(
         source: What it was made from: a model's name or a checkpoint file.
         head: The linear head's file, for a classifier from files.
         device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
-        image: A picture to run both models on; by default one that streamconv draws.
+        image: A picture to run both models on, a file or an http address; by default one that
+            streamconv draws.
+        reference: What computes the original: "builtin", this package's own graph; "hub", the
+            authors' code, which torch.hub downloads and runs; or a folder that holds that code.
         progress: Told of each rung's steps.
 
     Raises:
-        UsageError: the device or the image does not exist.
+        UsageError: the device, the image or the reference does not exist.
         SourceError: the source cannot be read.
         OutputError: there is no such output folder.
     """
-    folder = Path(output_folder)
+    folder, start = Path(output_folder), time.monotonic()
     if not os.path.isdir(folder):
         raise OutputError(f"{folder} is no folder. Name the folder that streamconv converted into.")
     with opened(locate(source, head)) as source_files:
         plan = _plan_of(folder, source_files)
         # torch takes seconds to import: only now that the source proved to be one.
         progress("starting torch and transformers", 0, 1, "steps")
-        from streamconv.verify import load, parity
-        from streamconv.verify.devices import choose_device, versions
-        from streamconv.verify.image import open_image
+        from streamconv.verify.models import Models
 
-        chosen, picture = choose_device(device), open_image(image)
-        bytes_rung = _bytes(folder, plan, source_files, progress)
-        progress("loading with transformers", 0, 1, "steps")
-        loaded = load.check_load(folder, plan)
-        if not loaded.passed:
-            skipped = Rung("parity", None, "not run: transformers did not load the model")
-            return Verification((bytes_rung, loaded, skipped), str(chosen), versions(), source_files.describe())
-        compared, predictions = parity.check_parity(folder, plan, source_files.source, picture, chosen, progress)
-        rungs = (bytes_rung, loaded, compared)
-        return Verification(rungs, str(chosen), versions(), source_files.describe(), predictions)
+        models = Models(plan, device, image, reference)
+        rung, files = _bytes(folder, plan, source_files, progress)
+        found = models.check(folder, source_files, progress)
+        return Verification(
+            rungs=(rung, *found.rungs),
+            device=str(models.device),
+            reference=os.fspath(reference),
+            versions=models.versions,
+            source=source_files.describe(),
+            output={
+                "model": plan.model.name if plan.model else None,
+                "architecture": plan.architecture,
+                "files": files,
+            },
+            memory=found.memory,
+            seconds=time.monotonic() - start,
+            predictions=found.predictions,
+            pictures=found.pictures,
+        )
 
 
 def _plan_of(folder: Path, source: OpenSource) -> Plan:
@@ -128,8 +152,10 @@ def _labels_in(config: Path) -> list[str]:
         return []
 
 
-def _bytes(folder: Path, plan: Plan, source: OpenSource, progress: Progress) -> Rung:
-    done = 0
+def _bytes(
+    folder: Path, plan: Plan, source: OpenSource, progress: Progress
+) -> tuple[Rung, Mapping[str, Mapping[str, Any]]]:
+    start, done = time.monotonic(), 0
 
     def advance(count: int) -> None:
         nonlocal done
@@ -138,10 +164,6 @@ def _bytes(folder: Path, plan: Plan, source: OpenSource, progress: Progress) -> 
 
     found = check_bytes(folder, plan, advance)
     crc = "every source record matches its CRC-32" if source.is_checkable else "the source carries no CRC-32s to check"
-    return Rung(
-        "bytes",
-        not found.problems,
-        f"every byte of every tensor equals its source's; {crc}",
-        found.problems,
-        {"tensors": found.tensors, "bytes": found.compared},
-    )
+    proves = f"every byte of every tensor equals its source's; {crc}"
+    numbers = {"tensors": found.tensors, "bytes": found.compared}
+    return Rung("bytes", not found.problems, proves, found.problems, numbers).since(start), found.files

@@ -1,11 +1,13 @@
-"""The device that a verification runs on, and the versions that it ran with.
+"""The device that a verification runs on, the memory that it takes there, the versions that it ran with.
 
-As a program, ``python -m streamconv.verify.devices DEVICE [IMAGE]`` says whether both exist: the
-command line asks it before a conversion, in a process of its own, so that the conversion's stays
-free of torch.
+As a program, ``python -m streamconv.verify.devices DEVICE REFERENCE [IMAGE]`` says whether all of
+them exist: the command line asks it before a conversion, in a process of its own, so that the
+conversion's stays free of torch.
 """
 
+import re
 import sys
+from pathlib import Path
 
 import accelerate
 import torch
@@ -15,6 +17,7 @@ import transformers
 from streamconv._version import __version__
 from streamconv.errors import UsageError
 from streamconv.verify.image import open_image
+from streamconv.verify.reference import check_reference
 
 
 def choose_device(name: str) -> torch.device:
@@ -47,9 +50,50 @@ def versions() -> dict[str, str]:
     return {"streamconv": __version__, **{package.__name__: package.__version__ for package in packages}}
 
 
+class MemoryWatch:
+    """The memory of this process and of a GPU, from when it is made, at every `sample`. In bytes.
+
+    Pages of mapped files count in a process's resident memory although the system takes them back
+    when it needs them; its anonymous memory is what a small machine must have. Linux tells both.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._start = _status()
+        self._anonymous = self._start.get("RssAnon")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def sample(self) -> None:
+        anonymous = _status().get("RssAnon")
+        if anonymous is not None and self._anonymous is not None:
+            self._anonymous = max(self._anonymous, anonymous)
+
+    def as_dict(self) -> dict[str, int | None]:
+        """For JSON: resident memory after torch's start, peaks of resident and anonymous memory, and of the GPU's."""
+        self.sample()
+        return {
+            "host_start": self._start.get("VmRSS"),
+            "host_anonymous_start": self._start.get("RssAnon"),
+            "host_peak": _status().get("VmHWM"),
+            "host_anonymous_peak": self._anonymous,
+            "gpu_peak": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
+        }
+
+
+def _status() -> dict[str, int]:
+    """This process's memory in bytes, by the names of proc_pid_status(5); nothing where there is no such file."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return {}
+    return {name: int(value) << 10 for name, value in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+
+
 if __name__ == "__main__":
     try:
         choose_device(sys.argv[1])
-        open_image(sys.argv[2] if len(sys.argv) > 2 else None)
+        check_reference(sys.argv[2])
+        open_image(sys.argv[3] if len(sys.argv) > 3 else None)
     except UsageError as error:
         sys.exit(str(error))

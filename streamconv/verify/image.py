@@ -1,29 +1,45 @@
 """The picture to verify on: the user's, or one of the project's own, so that no network is needed."""
 
-from os import PathLike
+import http.client
+import io
+import urllib.request
+from os import PathLike, fspath
 
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import functional
 
+from streamconv._version import __version__
 from streamconv.errors import UsageError
 
 WIDTH, HEIGHT = 640, 480
+TIMEOUT_SECONDS, MAX_DOWNLOAD_BYTES = 30, 64 << 20
 
 
-def open_image(path: str | PathLike[str] | None) -> Image.Image:
-    """The user's picture in RGB, or the project's own.
+def open_image(place: str | PathLike[str] | None) -> Image.Image:
+    """The user's picture, a file or an http(s) address, in RGB; or the project's own.
 
     Raises:
         UsageError: it cannot be read.
     """
-    if path is None:
+    if place is None:
         return make_image()
+    is_address = fspath(place).startswith(("http://", "https://"))
     try:
-        with Image.open(path) as image:
+        with Image.open(_download(fspath(place)) if is_address else place) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"The image {path} cannot be read: {error}.") from error
+    except (OSError, ValueError, http.client.HTTPException, Image.DecompressionBombError) as error:
+        raise UsageError(f"The image {place} cannot be read: {error}.") from error
+
+
+def _download(address: str) -> io.BytesIO:
+    # Some hosts refuse a client without a name.
+    request = urllib.request.Request(address, headers={"User-Agent": f"streamconv/{__version__}"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+        data = response.read(MAX_DOWNLOAD_BYTES + 1)
+    if len(data) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(f"it has more than {MAX_DOWNLOAD_BYTES >> 20} MB")
+    return io.BytesIO(data)
 
 
 def make_image() -> Image.Image:

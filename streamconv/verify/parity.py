@@ -1,129 +1,126 @@
 """The parity rung: the original graph on the original file, transformers on the output, same input.
 
-At the native grid the two agree bit for bit on a CPU, in every layer. Where a CPU's matrix product
-rounds a layer that transformers splits otherwise than the whole one, the last bit of float32
-differs; then both are run again in float64, where rounding is far below what any wrong weight
-makes, so that the two are told apart. The models take turns: a device holds one at a time.
+The two run side by side, layer by layer, and each state is compared when both have it: no more than
+one layer of either and two states are in memory. At the native size the two agree bit for bit on a
+CPU. Where a CPU's matrix product rounds a layer that transformers splits otherwise than the whole
+one, the last bit of float32 differs; then both are run again in float64, where rounding is far
+below what any wrong weight makes, so that the two are told apart.
 """
 
-import importlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
-from streamconv.families import HEAD_PREFIX
 from streamconv.plan import Plan
 from streamconv.progress import Progress
-from streamconv.sources import Source
 from streamconv.verify import Rung
-from streamconv.verify.load import load_model
+from streamconv.verify.devices import MemoryWatch
+from streamconv.verify.offload import OffloadedModel, fast_linear_layers
 
 PROVES = "the original graph and transformers compute the same from the same picture, in every layer"
 GPU_TOLERANCE = 1e-3  # the original script's
 FLOAT64_TOLERANCE = 1e-13  # of a state's largest value: rounding makes 1e-15, one float32 weight's last bit 1e-12
-TOP = 5
 
-Predictions = tuple[tuple[str, float], ...]
+States = Iterator[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """By state: the largest absolute difference, and the largest value to measure it by."""
+class Pair:
+    """The original, what drives it (a family's `states`), and what transformers made of the output."""
 
-    differences: dict[str, float]
-    magnitudes: dict[str, float]
-    problems: tuple[str, ...]
-    predictions: Predictions
+    original: OffloadedModel
+    states: Callable[..., States]
+    converted: OffloadedModel
+    device: torch.device
+    progress: Progress
+    memory: MemoryWatch
+
+    @property
+    def config(self) -> Any:
+        return self.converted.model.config
+
+
+class Comparison:
+    """The states of one original against the converted model's, which are taken in as they come.
+
+    ``differences`` are the largest absolute ones by state, in the order of computation, and
+    ``magnitudes`` the original's largest finite values; ``patches`` and ``logits`` keep both models' own.
+    """
+
+    def __init__(self, original: States):
+        self._original = original
+        self._next: tuple[str, Tensor] | None = next(original, None)
+        self.differences: dict[str, float] = {}
+        self.magnitudes: dict[str, float] = {}
+        self.problems: list[str] = []
+        self.kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def take(self, name: str, state: Tensor) -> None:
+        while self._next is not None and _place(self._next[0]) < _place(name):
+            self.problems.append(f"{self._next[0]} is missing")
+            self._next = next(self._original, None)
+        if self._next is None or self._next[0] != name:
+            self.problems.append(f"{name} is not in the original")
+            return
+        other = self._next[1]
+        if state.shape != other.shape:
+            shapes = f"{list(state.shape)}, and in the original {list(other.shape)}"
+            self.problems.append(f"{name} has the shape {shapes}")
+        else:
+            self.differences[name] = _largest_difference(state, other)
+            self.magnitudes[name] = float(other.nan_to_num(0.0, 0.0, 0.0).abs().max())
+            if name in ("patches", "logits"):
+                self.kept[name] = (other, state)
+        self._next = next(self._original, None)
+
+    def finish(self) -> None:
+        """Note what the original has yet to come."""
+        while self._next is not None:
+            self.problems.append(f"{self._next[0]} is missing")
+            self._next = next(self._original, None)
 
     @property
     def largest(self) -> float:
         return max(self.differences.values(), default=math.inf)
 
-    def relative(self) -> "Comparison":
-        """The differences as shares of their state's largest value."""
-        shares = {name: d / max(1.0, self.magnitudes[name]) for name, d in self.differences.items()}
-        return replace(self, differences=shares)
-
-    def beyond(self, tolerance: float) -> tuple[str, ...]:
-        """What is wrong, in the order in which it was computed: the first state named is where it began."""
-        differing = [f"{name} differs by {d:.3g}" for name, d in self.differences.items() if not d <= tolerance]
-        return (*self.problems, *differing)
+    def relative(self) -> dict[str, float]:
+        """The differences as shares of their state's largest value, if that is above 1."""
+        return {name: d / max(1.0, self.magnitudes[name]) for name, d in self.differences.items()}
 
 
-def check_parity(
-    folder: Path, plan: Plan, source: Source, image: Image.Image, device: torch.device, progress: Progress
-) -> tuple[Rung, Predictions]:
-    """Run both models on ``image`` and compare every state; a classifier's best labels come beside."""
+@dataclass(frozen=True)
+class Verdict:
+    """``numbers`` are for the rung's; ``as_published`` compares an original that interpolates in its own way."""
+
+    problems: tuple[str, ...]
+    numbers: Mapping[str, Any]
+    note: str
+    comparison: Comparison
+    as_published: Comparison | None = None
+
+
+def check_parity(pair: Pair, plan: Plan, image: Image.Image) -> tuple[Rung, Comparison | None]:
+    """Run both models on ``image`` at the native size and compare every state."""
     size = plan.config["image_size"]
-    proves = f"{PROVES}, at {size}x{size}" + (" (TF32 off)" if device.type == "cuda" else "")
-    pixels = _pixels(image, plan).to(device)
-    tolerance = GPU_TOLERANCE if device.type == "cuda" else 0.0
+    proves = f"{PROVES}, at {size}x{size}" + (" (TF32 off)" if pair.device.type == "cuda" else "")
     try:
-        found = _compare(folder, plan, source, pixels, progress)
+        verdict = compare(pair, native_pixels(image, plan), "comparing what both models compute")
     except Exception as error:  # torch or transformers refuse what was written, or what it was made from
-        return Rung("parity", False, proves, (f"{type(error).__name__}: {error}",)), ()
-    numbers: dict[str, Any] = {"tolerance": tolerance, "largest": found.largest, "differences": found.differences}
-    problems = found.beyond(tolerance)
-    if problems and not found.problems and found.largest <= GPU_TOLERANCE and device.type == "cpu":
-        again = _compare(folder, plan, source, pixels.double(), progress).relative()
-        problems = again.beyond(FLOAT64_TOLERANCE)
-        numbers |= {
-            "tolerance": FLOAT64_TOLERANCE, "largest": again.largest, "differences": again.differences,
-            "float32": {"largest": found.largest, "differences": found.differences},
-        }  # fmt: skip
-        proves += f"; in float64 and relatively, since float32 rounds otherwise here, by {found.largest:.2g}"
-    return Rung("parity", not problems, proves, problems, numbers), found.predictions
+        return Rung("parity", False, proves, (f"{type(error).__name__}: {error}",)), None
+    rung = Rung(
+        "parity", not verdict.problems, proves + verdict.note, verdict.problems, {"size": size, **verdict.numbers}
+    )
+    return rung, verdict.comparison
 
 
-@torch.no_grad()
-def _compare(folder: Path, plan: Plan, source: Source, pixels: Tensor, progress: Progress) -> Comparison:
-    """Both models on ``pixels``, (1, C, S, S), in the precision of the pixels."""
-    steps, total = 0, 2 * (plan.config["num_hidden_layers"] + 2)
-
-    def counted(states: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        nonlocal steps
-        for name, state in states:
-            steps += name.startswith(("embeddings", "layer", "cls"))
-            progress("comparing what both models compute", steps, total, "steps")
-            yield name, state
-
-    originals = {name: state.cpu() for name, state in counted(_original_states(plan, source, pixels))}
-    if pixels.is_cuda:
-        torch.cuda.empty_cache()
-    model, _ = load_model(folder, plan)
-    differences: dict[str, float] = {}
-    magnitudes: dict[str, float] = {}
-    problems = []
-    predictions: Predictions = ()
-    for name, state in counted(_converted_states(model.to(pixels.device), pixels)):
-        other, state = originals.pop(name, None), state.cpu()
-        if other is None or state.shape != other.shape:
-            there = "is not there" if other is None else f"has the shape {list(other.shape)}"
-            problems.append(f"{name} has the shape {list(state.shape)}, and in the original {there}")
-            continue
-        differences[name] = _largest_difference(state, other)
-        magnitudes[name] = float(other.abs().max())
-        if name == "logits":
-            predictions = _best(state, model.config.id2label)
-    problems += [f"{name} is missing" for name in originals]
-    return Comparison(differences, magnitudes, tuple(problems), predictions)
-
-
-def _largest_difference(state: Tensor, other: Tensor) -> float:
-    """Equal infinities and two NaNs are no difference; one NaN is an infinite one."""
-    same = (state == other) | (state.isnan() & other.isnan())
-    return float((state - other).abs().masked_fill(same, 0.0).nan_to_num(math.inf, math.inf).max())
-
-
-def _pixels(image: Image.Image, plan: Plan) -> Tensor:
+def native_pixels(image: Image.Image, plan: Plan) -> Tensor:
     """(1, 3, S, S) at the model's own size S, where positions need no interpolation; normalised as published."""
     size, processor = plan.config["image_size"], plan.family.image_processor
     steps = [
@@ -134,62 +131,99 @@ def _pixels(image: Image.Image, plan: Plan) -> Tensor:
     return transforms.Compose(steps)(image).unsqueeze(0)  # type: ignore[no-any-return]
 
 
-def _original_states(plan: Plan, source: Source, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """torch reads the original file itself here: this rung shares nothing with the conversion but the sizes."""
-    module = importlib.import_module(f"streamconv.verify.originals.{plan.family.name}")
-    with init_empty_weights():
-        model: Any = module.build(plan.geometry)
-    state = torch.load(source.backbone, map_location="cpu", mmap=True, weights_only=True)
-    if source.head is not None:
-        head = torch.load(source.head, map_location="cpu", mmap=True, weights_only=True)
-        state = {**state, **{HEAD_PREFIX + name: value for name, value in head.items()}}
-    model.load_state_dict(state, strict=True, assign=True)
-    _compute_in(pixels.dtype, model.eval().to(pixels.device))
-    yield from model.states(pixels)
+def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Verdict:
+    """Both models on ``pixels``, (1, C, H, W), every state within what the device's rounding makes.
 
-
-def _converted_states(model: Any, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
-    _compute_in(pixels.dtype, model)
-    outputs = model(pixels, output_hidden_states=True)
-    for i, state in enumerate(outputs.hidden_states):
-        yield ("embeddings" if i == 0 else f"layer {i - 1}"), state
-    if "last_hidden_state" in outputs:
-        last = outputs.last_hidden_state
-    else:  # a classifier does not give its normalised states: its backbone's last norm makes them again
-        last = getattr(model, model.base_model_prefix).layernorm(outputs.hidden_states[-1])
-    yield "cls", last[:, 0]
-    yield "patches", last[:, 1:]
-    if "logits" in outputs:
-        yield "logits", outputs.logits
-
-
-def _compute_in(dtype: torch.dtype, model: nn.Module) -> None:
-    """Give each linear layer's weights memory of torch's own, in ``dtype``, while the layer runs.
-
-    On a CPU this holds one layer in memory, and not the model: the weights are mapped from their
-    file. They are copied even where they have the dtype: a matrix product may round otherwise at
-    another alignment, and a file's alignment is its own.
+    Where the pixels are not of the native size, the original interpolates positions as
+    transformers does, and runs once more, unjudged, in its own way.
     """
+    kinds = [True] if is_native else [True, False]
+    found, *published = _run(pair, pixels, torch.float32, kinds, what)
+    tolerance = GPU_TOLERANCE if pair.device.type == "cuda" else 0.0
+    differences, note = found.relative(), ""
+    numbers: dict[str, Any] = {}
+    if pair.device.type == "cpu" and not found.problems and found.largest > 0 and _fits(differences, GPU_TOLERANCE):
+        numbers["float32"] = {"largest": found.largest, "differences": found.differences}
+        note = f"; in float64 and relatively, since float32 rounds otherwise here, by {found.largest:.2g}"
+        again, tolerance = _run(pair, pixels, torch.float64, kinds[:1], what)[0], FLOAT64_TOLERANCE
+        differences = again.relative()
+    beyond = [name for name, d in differences.items() if not d <= tolerance]
+    problems = list(found.problems)
+    if beyond:
+        rest = f", and so do {len(beyond) - 1} of the {len(differences) - 1} others" if beyond[1:] else ""
+        problems.append(f"{beyond[0]} differs by {differences[beyond[0]]:.3g}, as the first{rest}")
+    shown = differences if numbers else found.differences
+    numbers |= {
+        "tolerance": tolerance, "largest": max(shown.values(), default=math.inf), "differences": shown,
+        "first": beyond[0] if beyond else None,
+    }  # fmt: skip
+    return Verdict(tuple(problems), numbers, note, found, *published)
 
-    def take(layer: nn.Module, inputs: Any) -> None:
-        mapped[layer] = [parameter.data for parameter in layer.parameters(recurse=False)]
-        for parameter in layer.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype, copy=not parameter.is_cuda)
 
-    def give_back(layer: nn.Module, inputs: Any, output: Any) -> None:
-        for parameter, data in zip(layer.parameters(recurse=False), mapped.pop(layer), strict=True):
-            parameter.data = data
-
-    mapped: dict[nn.Module, list[Tensor]] = {}
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.register_forward_pre_hook(take)
-            layer.register_forward_hook(give_back)
-        else:  # norms, tokens and the patches' convolution: small
-            for parameter in layer.parameters(recurse=False):
-                parameter.data = parameter.data.to(dtype, copy=True)
+def _fits(differences: Mapping[str, float], tolerance: float) -> bool:
+    return all(d <= tolerance for d in differences.values())
 
 
-def _best(logits: Tensor, labels: dict[int, str]) -> Predictions:
-    shares, ids = logits[0].softmax(-1).topk(min(TOP, logits.shape[-1]))
-    return tuple((labels[int(i)], float(share)) for i, share in zip(ids, shares, strict=True))
+@torch.no_grad()
+def _run(pair: Pair, pixels: Tensor, dtype: torch.dtype, as_transformers: list[bool], what: str) -> list[Comparison]:
+    """The converted model once, the original once for each way to interpolate, all layer by layer."""
+    pair.original.compute_in(dtype)
+    pair.converted.compute_in(dtype)
+    pixels = pixels.to(pair.device, dtype)
+    found = [Comparison(pair.states(pair.original.model, pixels, kind)) for kind in as_transformers]
+    total = pair.config.num_hidden_layers + 3  # the embeddings, the class token and the patches
+    steps = 0
+
+    def take(name: str, state: Tensor) -> None:
+        nonlocal steps
+        for comparison in found:
+            comparison.take(name, state)
+        steps += 1
+        pair.memory.sample()
+        pair.progress(what, min(steps, total), total, "steps")
+
+    with fast_linear_layers(), _states_taken(pair.converted.model, take):
+        outputs = pair.converted.model(pixels)
+        if "logits" in outputs:
+            take("logits", outputs.logits)
+        for comparison in found:
+            comparison.finish()
+    return found
+
+
+@contextmanager
+def _states_taken(model: Any, take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``take`` with every state of a transformers model in a forward pass, named as the originals' are."""
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+
+    def first(module: nn.Module, args: Any, kwargs: Any) -> None:
+        take("embeddings", args[0] if args else kwargs["hidden_states"])
+
+    def layer(i: int) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: take(f"layer {i}", output[0] if isinstance(output, tuple) else output)
+
+    def last(module: nn.Module, args: Any, output: Any) -> None:
+        take("cls", output.last_hidden_state[:, 0])
+        take("patches", output.last_hidden_state[:, 1:])
+
+    with ExitStack() as stack:
+        stack.callback(layers[0].register_forward_pre_hook(first, with_kwargs=True).remove)
+        for i, module in enumerate(layers):
+            stack.callback(module.register_forward_hook(layer(i)).remove)
+        stack.callback(model.base_model.register_forward_hook(last).remove)
+        yield
+
+
+def _place(name: str) -> float:
+    """Where a state stands in the order of computation."""
+    if name.startswith("layer "):
+        return int(name.removeprefix("layer "))
+    return -1.0 if name == "embeddings" else math.inf
+
+
+def _largest_difference(state: Tensor, other: Tensor) -> float:
+    """Equal infinities and two NaNs are no difference; one NaN is an infinite one."""
+    if torch.equal(state, other):  # one pass over both, and mostly all that is needed
+        return 0.0
+    same = (state == other) | (state.isnan() & other.isnan())
+    return float((state - other).abs().masked_fill(same, 0.0).nan_to_num(math.inf, math.inf).max())

@@ -1,19 +1,25 @@
 """DINOv2's graph at inference, after Meta's dinov2/models/vision_transformer.py and layers/.
 
-Parameter names and the order of operations are Meta's, so that its files load strictly and its
-numbers come out bit for bit; training, masks and chunked blocks are left out.
+The names of parameters, attributes and methods and the order of operations are Meta's, so that its
+files load strictly, its numbers come out bit for bit, and `states` drives its code as well as this.
+Training, masks and chunked blocks are left out.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamconv.families import Model
 from streamconv.families.dinov2 import HEAD_SIZE, Geometry
 
+REPOSITORY = "facebookresearch/dinov2"
 EPSILON = 1e-6
+INTERPOLATE_OFFSET = 0.1  # positions are scaled by (n + 0.1) / 37, in all models without registers
 
 
 class Attention(nn.Module):
@@ -90,37 +96,74 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, sizes: Geometry):
         super().__init__()
+        self.patch_size = sizes.patch
+        self.interpolate_offset = INTERPOLATE_OFFSET
         self.patch_embed = PatchEmbed(sizes)
         self.cls_token = nn.Parameter(torch.empty(1, 1, sizes.hidden))
         self.pos_embed = nn.Parameter(torch.empty(1, sizes.positions, sizes.hidden))
         self.mask_token = nn.Parameter(torch.empty(1, sizes.hidden))
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.hidden, eps=EPSILON)
-        self.linear_head = nn.Linear(2 * sizes.hidden, sizes.classes) if sizes.classes else None
+        if sizes.classes:
+            self.linear_head = nn.Linear(2 * sizes.hidden, sizes.classes)
 
-    def states(self, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What the model computes on its way, each by name as it comes.
-
-        ``pixels`` is (B, C, H, W) at the native size: (H / patch) * (W / patch) + 1 positions, square.
-        Gives "embeddings" and "layer 0" and so on, (B, T, D) each; "cls" (B, D) and "patches"
-        (B, T - 1, D) behind the last norm; and "logits" (B, K) of a classifier.
-        """
+    def prepare_tokens_with_masks(self, pixels: Tensor) -> Tensor:
         x = self.patch_embed(pixels)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        if x.shape[1] != self.pos_embed.shape[1] or pixels.shape[2] != pixels.shape[3]:
-            raise ValueError(f"the native size is {math.isqrt(self.pos_embed.shape[1] - 1)} patches square")
-        x = x + self.pos_embed
-        yield "embeddings", x
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            yield f"layer {i}", x
-        x = self.norm(x)
-        cls, patches = x[:, 0], x[:, 1:]
-        yield "cls", cls
-        yield "patches", patches
-        if self.linear_head is not None:
-            yield "logits", self.linear_head(torch.cat((cls, patches.mean(dim=1)), dim=1))
+        return x + self.interpolate_pos_encoding(x, *pixels.shape[2:])
+
+    def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Positions for another grid than the native one, by Meta's scale or, without an offset, to the size."""
+        if x.shape[1] == self.pos_embed.shape[1] and height == width:
+            return self.pos_embed
+        positions = self.pos_embed.float()
+        side = math.isqrt(positions.shape[1] - 1)
+        grid = positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        rows, columns = height // self.patch_size, width // self.patch_size
+        if self.interpolate_offset:
+            scale = tuple((n + self.interpolate_offset) / side for n in (rows, columns))
+            grid = functional.interpolate(grid, scale_factor=scale, mode="bicubic")
+        else:
+            grid = functional.interpolate(grid, size=(rows, columns), mode="bicubic")
+        grid = grid.permute(0, 2, 3, 1).reshape(1, rows * columns, -1)
+        return torch.cat((positions[:, :1], grid), dim=1).to(x.dtype)
 
 
 def build(sizes: Geometry) -> VisionTransformer:
     return VisionTransformer(sizes)
+
+
+def load(repository: str, source: str, model: Model) -> Any:
+    """Meta's own model, its head beside its blocks as in `VisionTransformer`. Runs the repository's code."""
+    load_entry: Any = torch.hub.load
+    entry = model.name.removesuffix("_1layer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that xFormers is or is not there
+        arguments: dict[str, Any] = {"source": source, "trust_repo": True, "verbose": False, "pretrained": False}
+        if model.head is None:
+            return load_entry(repository, entry, **arguments)
+        classifier: Any = load_entry(repository, f"{entry}_lc", layers=1, **arguments)
+    classifier.backbone.linear_head = classifier.linear_head
+    return classifier.backbone
+
+
+def states(model: Any, pixels: Tensor, as_transformers: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """What ``model``, Meta's or ours, computes on its way, each by name as it comes.
+
+    ``pixels`` is (B, C, H, W). Gives "embeddings" and "layer 0" and so on, (B, T, D) each; "cls"
+    (B, D) and "patches" (B, T - 1, D) behind the last norm; and "logits" (B, K) of a classifier.
+    Positions at another size than the native one are interpolated in Meta's way, or, where
+    ``as_transformers``, to the very size, as transformers has it since its pull request 33226.
+    """
+    model.interpolate_offset = 0.0 if as_transformers else INTERPOLATE_OFFSET
+    x = model.prepare_tokens_with_masks(pixels)
+    yield "embeddings", x
+    for i, block in enumerate(model.blocks):
+        x = block(x)
+        yield f"layer {i}", x
+    x = model.norm(x)
+    cls, patches = x[:, 0], x[:, 1:]
+    yield "cls", cls
+    yield "patches", patches
+    if hasattr(model, "linear_head"):
+        yield "logits", model.linear_head(torch.cat((cls, patches.mean(dim=1)), dim=1))

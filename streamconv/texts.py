@@ -1,0 +1,86 @@
+"""What the command line says of results, as lines; it prints them."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from streamconv.convert import Conversion
+from streamconv.families import all_families
+from streamconv.plan import Plan
+from streamconv.verify import Rung, Verification
+
+VERDICTS = {True: "ok", False: "FAILED", None: "not run"}
+INDENT = " " * 22  # where a rung's text begins
+
+
+def conversion_lines(done: Conversion) -> Iterator[str]:
+    state = "was converted already and is left as it is" if done.was_finished else "converted"
+    yield f"{done.plan.title}: {state}, {done.plan.weights:,} bytes of weights in {done.output}"
+    for name, digest in done.shards.items():
+        yield f"  {name}  sha256 {digest}{' as recorded' if done.was_finished else ''}"
+    if not done.is_crc_checked:
+        yield "  the source carries no CRC-32s, so that its bytes could not be checked for damage"
+    if done.labels_from:
+        yield f"  labels from {done.labels_from}"
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    width = max(len(move.source) for move in plan.moves)
+    for move in plan.moves:
+        yield f"{move.source:{width}}  {move.tensor.info!s:24}  -> {', '.join(move.targets)}"
+    yield ""
+    for shard in plan.shards:
+        yield f"{shard.filename}  {len(shard.tensors)} tensors, {shard.size:,} bytes"
+    yield f"{plan.title}: {plan.parameters:,} parameters, {plan.size:,} bytes to write"
+
+
+def model_lines() -> Iterator[str]:
+    rows = [("model", "published as", "weights", "files")]
+    for family in all_families():
+        for model in family.models:
+            files = " + ".join(file.filename for file in (model.backbone, model.head) if file)
+            weights = sum(info.nbytes for info in family.sources(model.geometry).values())
+            rows.append((model.name, model.published_name, f"{weights / 1e6:,.0f} MB", files))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for name, published, size, file_names in rows:
+        yield f"{name:{widths[0]}}  {published:{widths[1]}}  {size:>{widths[2]}}  {file_names}"
+
+
+def verification_lines(found: Verification) -> Iterator[str]:
+    for rung in found.rungs:
+        yield f"{rung.name:14}{VERDICTS[rung.passed]:8}{rung.proves}"
+        for line in (*_number_lines(rung, found.device), *rung.problems):
+            yield INDENT + line
+    if found.predictions:
+        yield "Predicted class:"
+        for label, share in found.predictions:
+            yield f"  {share:6.1%}  {label}"
+    yield ", ".join(_cost(found.memory, found.seconds))
+    yield "Looks ok!" if found.passed else "The output is not what the source says. Do not use it."
+
+
+def _number_lines(rung: Rung, device: str) -> Iterator[str]:
+    numbers = rung.numbers
+    if rung.name == "parity" and "largest" in numbers:
+        largest = f"largest difference {numbers['largest']:.3g}, allowed {numbers['tolerance']:g}"
+        yield f"{len(numbers['differences'])} states on {device}: {largest}"
+    if rung.name == "preprocessing" and numbers.get("pil") is not None and numbers.get("default") is not None:
+        default = f"by {numbers['default']:.3g} as {numbers['default_backend']}, transformers' own choice"
+        grey_level = f"a grey level is {numbers['grey_level']:.3g}"
+        yield f"pixels differ by {numbers['pil']:.3g} on Pillow, {default} ({grey_level})"
+    if rung.name == "preprocessing" and numbers.get("as_published"):
+        yield (
+            f"outputs differ by {_listed(numbers['as_published'])}, since Meta scales positions by (n + 0.1) / 37 "
+            f"and transformers to the size; interpolated the same way, by {_listed(numbers['same_interpolation'])}"
+        )
+
+
+def _listed(differences: Mapping[str, Any]) -> str:
+    return ", ".join(f"{difference:.3g} ({name})" for name, difference in differences.items())
+
+
+def _cost(memory: Mapping[str, int | None], seconds: float) -> Iterator[str]:
+    yield f"{seconds:.1f} s"
+    if (peak := memory["host_anonymous_peak"]) and (start := memory["host_anonymous_start"]):
+        yield f"{peak / 1e6:,.0f} MB of memory, {start / 1e6:,.0f} MB of it after torch's start"
+    if memory["gpu_peak"] is not None:
+        yield f"{memory['gpu_peak'] / 1e6:,.0f} MB of GPU memory"

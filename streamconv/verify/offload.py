@@ -1,0 +1,84 @@
+"""Runs a model whose weights stay in their file: each layer's are in memory only while it runs.
+
+accelerate's hooks bring them and let them go, on a CPU as on a GPU. So neither holds more of a
+model than one layer, and a GPU of any size verifies a model of any size; since every weight is
+used once, nothing is moved twice either.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from streamconv.verify.mapped import FileMappings
+
+
+class OffloadedWeights(Mapping[str, Tensor]):
+    """A state dict of tensors mapped from a file; what is taken out is a copy on ``device``, in ``dtype``.
+
+    A copy also where nothing changes: a matrix product may round otherwise at another alignment,
+    and a file's alignment is its own.
+    """
+
+    def __init__(self, mapped: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype):
+        self.mapped, self.device, self.dtype = mapped, device, dtype
+        self._files = FileMappings()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.mapped[name]
+        self._files.will_need(tensor)
+        copy = tensor.to(self.device, self.dtype, copy=True)
+        self._files.release(tensor)
+        return copy
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.mapped)
+
+    def __len__(self) -> int:
+        return len(self.mapped)
+
+
+class OffloadedModel:
+    """``model``, whose parameters are mapped from a file, made to run on ``device`` layer by layer, in float32.
+
+    What its module computes with in a method other than ``forward`` are its own parameters, not its
+    children's; these few are on the device always.
+    """
+
+    def __init__(self, model: Any, device: torch.device):
+        self.model = model
+        self._weights = OffloadedWeights(model.state_dict(), device, torch.float32)
+        model.eval().to("meta")
+        cpu_offload(model, execution_device=device, state_dict=self._weights)
+        self.compute_in(torch.float32)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        self._weights.dtype = dtype
+        self.model.to(dtype)
+        for name, _ in self.model.named_parameters(recurse=False):
+            value = self._weights[name]
+            set_module_tensor_to_device(self.model, name, value.device, value=value)
+
+
+class _OneDnnLinear(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear and not kwargs and args[0].dtype == torch.float32 and args[0].device.type == "cpu":
+            inputs, weight, bias = (*args, None)[:3]
+            return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fast_linear_layers() -> Iterator[None]:
+    """Linear layers by oneDNN, which torch brings along: on AMD's CPUs twice as fast as MKL, torch's choice."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        yield
+        return
+    with _OneDnnLinear():
+        yield

@@ -1,0 +1,73 @@
+"""The original model, with its weights mapped from the original file by torch itself.
+
+This shares nothing with the conversion but the sizes, so that a wrong reader, rule or writer shows.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file
+
+from streamconv.errors import UsageError
+from streamconv.families import HEAD_PREFIX
+from streamconv.plan import Plan
+from streamconv.sources import OpenSource
+
+BUILTIN, HUB = "builtin", "hub"
+
+
+def check_reference(reference: str | PathLike[str]) -> None:
+    """
+    Raises:
+        UsageError: it is none of the words, and no folder that torch.hub could load from.
+    """
+    if reference not in (BUILTIN, HUB) and not os.path.exists(os.path.join(reference, "hubconf.py")):
+        raise UsageError(f"The reference {reference} is neither builtin, hub nor a folder with a hubconf.py.")
+
+
+def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Callable[..., Any]]:
+    """The original graph on the meta device, and its family's `states`.
+
+    ``reference`` is "builtin" for this package's graph; "hub" for the authors' own code, which
+    torch.hub fetches and runs; or a folder that holds that code.
+
+    Raises:
+        UsageError: the authors' code cannot be had, or knows no such model.
+    """
+    module = importlib.import_module(f"streamconv.verify.originals.{plan.family.name}")
+    if reference == BUILTIN:
+        with init_empty_weights():
+            return module.build(plan.geometry), module.states
+    check_reference(reference)
+    if plan.model is None:
+        raise UsageError("torch.hub has published models only, and this is none. Use --reference builtin.")
+    place = (module.REPOSITORY, "github") if reference == HUB else (fspath(reference), "local")
+    try:
+        with init_empty_weights():
+            return module.load(*place, plan.model), module.states
+    except Exception as error:  # anything may go wrong in code that is not ours
+        message = f"{plan.model.name} could not be loaded from {place[0]}: {type(error).__name__}: {error}"
+        raise UsageError(f"{message}. Use --reference builtin, or a folder with the authors' code.") from error
+
+
+def load_weights(original: Any, source: OpenSource) -> None:
+    """Assign the files' tensors, mapped and not copied, to a model on the meta device, strictly."""
+    prefixes = {"backbone": "", "head": HEAD_PREFIX}
+    state: dict[str, Any] = {}
+    for role, checkpoint in source.checkpoints.items():
+        for path in checkpoint.paths:
+            state |= {prefixes[role] + name: value for name, value in _map_file(path).items()}
+    original.load_state_dict(state, strict=True, assign=True)
+
+
+def _map_file(path: Path) -> Mapping[str, Any]:
+    if is_zipfile(path):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[no-any-return]
+    return load_file(path)
