@@ -120,7 +120,7 @@ def verify(
         return Verification(
             rungs=(rung, *found.rungs),
             device=str(models.device),
-            reference=os.fspath(reference),
+            reference=models.reference,
             versions=models.versions,
             source=source_files.describe(),
             output={

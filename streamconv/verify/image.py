@@ -6,7 +6,7 @@ import urllib.request
 from os import PathLike, fspath
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torchvision.transforms import functional
 
 from streamconv._version import __version__
@@ -28,6 +28,8 @@ def open_image(place: str | PathLike[str] | None) -> Image.Image:
     try:
         with Image.open(_download(fspath(place)) if is_address else place) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise UsageError(f"{place} is no image that Pillow knows.") from None
     except (OSError, ValueError, http.client.HTTPException, Image.DecompressionBombError) as error:
         raise UsageError(f"The image {place} cannot be read: {error}.") from error
 

@@ -20,7 +20,7 @@ from streamconv.verify.offload import OffloadedModel
 from streamconv.verify.parity import PROVES, Pair, check_parity
 from streamconv.verify.pictures import draw_pictures
 from streamconv.verify.preprocessing import check_preprocessing
-from streamconv.verify.reference import build_original, load_weights
+from streamconv.verify.reference import BUILTIN, HUB, build_original, load_weights
 
 TOP = 5
 
@@ -42,6 +42,7 @@ class Models:
         self.plan = plan
         self.device, self.image = choose_device(device), open_image(image)
         self.original, self.states = build_original(plan, reference)
+        self.reference = reference if reference in (BUILTIN, HUB) else f"folder {Path(reference).resolve().name}"
         self.versions = versions()
 
     def check(self, folder: Path, source: OpenSource, progress: Progress) -> Found:
