@@ -5,8 +5,9 @@ model than one layer, and a GPU of any size verifies a model of any size; since 
 used once, nothing is moved twice either.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,24 +19,28 @@ from torch.overrides import TorchFunctionMode
 
 from streamconv.verify.mapped import FileMappings
 
+RECENT_BYTES = 128 << 20  # what running layers may still use: a block of ViT-g has 113 MB
+
 
 class OffloadedWeights(Mapping[str, Tensor]):
-    """A state dict of tensors mapped from a file; what is taken out is a copy on ``device``, in ``dtype``.
+    """A state dict of tensors mapped from a file; what is taken out is on ``device``, in ``dtype``.
 
-    A copy also where nothing changes: a matrix product may round otherwise at another alignment,
-    and a file's alignment is its own.
+    It is the mapped tensor itself where that will do. MKL's matrix product may round otherwise at
+    another alignment, and a file's alignment is its own: it gets a copy.
     """
 
     def __init__(self, mapped: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype):
         self.mapped, self.device, self.dtype = mapped, device, dtype
         self._files = FileMappings()
+        self._recent: deque[Tensor] = deque()
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.mapped[name]
         self._files.will_need(tensor)
-        copy = tensor.to(self.device, self.dtype, copy=True)
-        self._files.release(tensor)
-        return copy
+        self._recent.append(tensor)
+        while len(self._recent) > 1 and sum(tensor.nbytes for tensor in self._recent) > RECENT_BYTES:
+            self._files.release(self._recent.popleft())
+        return tensor.to(self.device, self.dtype, copy=not _has_onednn())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.mapped)
@@ -74,11 +79,12 @@ class _OneDnnLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def fast_linear_layers() -> Iterator[None]:
     """Linear layers by oneDNN, which torch brings along: on AMD's CPUs twice as fast as MKL, torch's choice."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        yield
-        return
-    with _OneDnnLinear():
+    with _OneDnnLinear() if _has_onednn() else nullcontext():
         yield
