@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 import streamconv
+import streamconv.report
 from tests.conftest import make_states, tiny
 
 Save = Callable[..., tuple[Path, Path | None]]
@@ -78,6 +80,37 @@ def test_json_is_one_object_and_nothing_else(tmp_path: Path, save: Save) -> None
     assert json.loads(done.stdout)["verification"]["passed"] is True
 
 
+def test_a_report_shows_what_the_json_has(tmp_path: Path, save: Save) -> None:
+    backbone, head = save(tiny(classes=5))
+    words = ("-o", "out", "--head", head, "--device", "cpu", "--report", "found.html", "--json")
+    done = run("run", backbone, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "report: found.html" in done.stderr
+    found = json.loads(done.stdout)["verification"]
+    page = (tmp_path / "found.html").read_text("utf-8")
+    assert page == streamconv.report.render(found)
+    assert found["output"]["files"]["model.safetensors"]["sha256"] in page
+    assert found["pictures"]["converted"] in page
+    assert json.loads((tmp_path / "out" / "streamconv.json").read_text())["verification"]["pictures"] == {}
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"")
+    done = run("verify", "out", backbone, "--head", head, "--report", "found.html", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "report: found.html" in done.stdout
+    assert "Verification failed" in (tmp_path / "found.html").read_text("utf-8")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_whole_job_on_a_gpu(tmp_path: Path) -> None:
+    done = run("run", "dinov2_vits14", "--synthetic", "--device", "cuda", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["verification"]
+    assert found["device"] == "cuda"
+    assert "TF32 off" in found["rungs"][2]["proves"]
+    assert 0 < found["memory"]["gpu_peak"] < 1 << 30
+    assert found["memory"]["host_anonymous_peak"] is not None
+
+
 def test_plan_reads_no_weight_and_writes_nothing(tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
     done = run("plan", backbone, "--max-shard-size", "1MB", "--json", cwd=tmp_path)
@@ -143,6 +176,10 @@ def test_mistakes_end_in_one_message_and_their_code(tmp_path: Path, save: Save) 
         (2, "Give -o DIR", ("run", backbone, "--no-verify")),
         (2, "is no device", ("run", backbone, "-o", "out", "--device", "gpu")),
         (2, "cannot be read", ("run", backbone, "-o", "out", "--image", "none.png")),
+        (2, "cannot be read", ("run", backbone, "-o", "out", "--image", "http://127.0.0.1:1/x.png")),
+        (2, "neither builtin, hub nor a folder", ("run", backbone, "-o", "out", "--reference", "facebook")),
+        (4, "in a folder that exists", ("run", backbone, "-o", "out", "--report", "none/x.html")),
+        (4, "in a folder that exists", ("run", backbone, "-o", "out", "--report", ".")),
         (2, "500MB or 5GB", ("convert", backbone, "-o", "out", "--max-shard-size", "much")),
         (2, "No such option", ("convert", backbone, "--outptu", "out")),
         (3, "Fetch it from", ("run",)),

@@ -1,19 +1,29 @@
 """Verification passes what is right, and names what is wrong."""
 
+import base64
+import functools
+import hashlib
+import http.server
+import io
 import json
+import os
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from PIL import Image
 
 import streamconv
 from streamconv import OutputError, UsageError, Verification
 from streamconv.verify.devices import choose_device
 from streamconv.verify.image import make_image, open_image
+from streamconv.verify.originals import dinov2
+from streamconv.verify.preprocessing import original_pixels
 from tests.conftest import make_states, tiny
 
 Save = Callable[..., tuple[Path, Path | None]]
@@ -246,6 +256,7 @@ def test_a_gpu_that_is_not_there_is_refused_and_auto_does_without() -> None:
     assert choose_device("auto").type == "cpu"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_agrees_within_the_originals_tolerance(converted: tuple[Path, Path, Path | None]) -> None:
     folder, backbone, head = converted
@@ -257,7 +268,7 @@ def test_a_gpu_agrees_within_the_originals_tolerance(converted: tuple[Path, Path
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("no image")
     for path in (tmp_path / "x.png", tmp_path / "none.png"):
-        with pytest.raises(UsageError, match="cannot be read|no image that"):
+        with pytest.raises(UsageError, match=r"cannot be read|no image that"):
             open_image(path)
 
 
@@ -385,3 +396,214 @@ def test_what_torch_refuses_is_a_finding(tmp_path: Path, save: Save) -> None:
     streamconv.convert(backbone, tmp_path / "out")
     found = streamconv.verify(tmp_path / "out", backbone, device="cpu")
     assert verdicts(found) == {"bytes": True, "load": True, "parity": False, "preprocessing": None}
+
+
+def test_the_image_processor_is_exact_on_pillow_and_the_interpolation_explains_the_rest(
+    converted: tuple[Path, Path, Path | None],
+) -> None:
+    folder, backbone, head = converted
+    numbers = streamconv.verify(folder, backbone, head=head, device="cpu").rungs[3].numbers
+    assert numbers["pil"] == 0.0
+    assert 0 <= numbers["default"] < 1.01 * numbers["grey_level"]
+    assert numbers["size"] == 224
+    states = ["cls", "patches", *(["logits"] if head else [])]
+    assert list(numbers["as_published"]) == list(numbers["same_interpolation"]) == states
+    assert numbers["as_published"]["patches"] > 1e-4 > numbers["same_interpolation"]["patches"]
+    assert max(numbers["same_interpolation"].values()) <= numbers["tolerance"] <= 1e-13
+
+
+def test_what_the_original_script_saw_at_224_is_what_is_shown(tmp_path: Path, save: Save) -> None:
+    """Meta's interpolation, written down from its formula, against transformers' own: the same difference."""
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out")
+    shown = streamconv.verify(tmp_path / "out", backbone, device="cpu").rungs[3].numbers["as_published"]["patches"]
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out", local_files_only=True).eval()
+    pixels = original_pixels(make_image(), streamconv.plan(backbone))
+    with torch.no_grad():
+        own = model(pixels).last_hidden_state[:, 1:]
+
+        def scaled(embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+            positions = model.embeddings.position_embeddings
+            grid = positions[:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+            grid = torch.nn.functional.interpolate(grid, scale_factor=((16 + 0.1) / 4,) * 2, mode="bicubic")
+            return torch.cat((positions[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+
+        model.embeddings.interpolate_pos_encoding = scaled
+        published = model(pixels).last_hidden_state[:, 1:]
+    assert shown == pytest.approx(float((own - published).abs().max()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_mean", [0.5, 0.5, 0.5]),
+        ("resample", 2),
+        ("size", {"shortest_edge": 224}),
+        ("crop_size", {"height": 196, "width": 196}),
+        ("do_normalize", False),
+        ("rescale_factor", 1 / 256),
+    ],
+)
+def test_a_wrong_image_processor_is_named_and_gives_other_pixels(
+    tmp_path: Path, save: Save, field: str, value: object
+) -> None:
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out")
+    path = tmp_path / "out" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    found = streamconv.verify(tmp_path / "out", backbone, device="cpu")
+    assert verdicts(found) == {"bytes": False, "load": True, "parity": True, "preprocessing": False}
+    assert f"preprocessor_config.json: {field} is" in problems(found)
+    assert any("pixels differ" in problem or "makes [1, 3, 196, 196]" in problem for problem in found.rungs[3].problems)
+
+
+def test_a_changed_interpolation_is_no_explanation(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two must agree once they interpolate the same way: another difference at 224 is an error."""
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out")
+    real = dinov2.VisionTransformer.interpolate_pos_encoding
+
+    def shifted(self: dinov2.VisionTransformer, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        positions = real(self, x, height, width)
+        return positions if x.shape[1] == 17 else positions + 1e-3
+
+    monkeypatch.setattr(dinov2.VisionTransformer, "interpolate_pos_encoding", shifted)
+    found = streamconv.verify(tmp_path / "out", backbone, device="cpu")
+    assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": False}
+    assert "embeddings differs by" in problems(found)
+
+
+def test_pictures_show_both_models_patches(converted: tuple[Path, Path, Path | None]) -> None:
+    folder, backbone, head = converted
+    name = key(converted, "encoder.layer.0.mlp.fc2.weight")
+    pictures = streamconv.verify(folder, backbone, head=head, device="cpu").pictures
+    assert list(pictures) == ["image", "original", "converted"]
+    opened = {}
+    for what, address in pictures.items():
+        assert address.startswith("data:image/png;base64,")
+        opened[what] = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB")
+    assert opened["image"].size == (518, 518)
+    assert opened["original"].size == (4, 4)
+    assert pictures["original"] == pictures["converted"]
+    assert len(opened["original"].getcolors()) > 8
+
+    def change(state: State) -> None:
+        changed = name if name in state else name.replace("fc2", "weights_out")
+        state[changed] = state[changed].flip(0)
+
+    alter(folder, change)
+    pictures = streamconv.verify(folder, backbone, head=head, device="cpu").pictures
+    assert pictures["original"] != pictures["converted"]
+
+
+def test_the_output_is_named_with_its_files_digests(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out", max_shard_size="1MB")
+    found = streamconv.verify(tmp_path / "out", backbone, device="cpu")
+    assert found.output["architecture"] == "Dinov2Model"
+    paths = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(paths) > 1
+    assert found.output["files"] == {
+        path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in paths
+    }
+    assert found.seconds > sum(rung.numbers["seconds"] for rung in found.rungs) > 0
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The address of a loopback server that serves ``tmp_path``."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_an_image_may_have_an_address(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_image().save(tmp_path / "x.png")
+    (tmp_path / "page.html").write_text("<html>no image</html>")
+    assert open_image(f"{server}/x.png").tobytes() == make_image().tobytes()
+    with pytest.raises(UsageError, match="404"):
+        open_image(f"{server}/none.png")
+    with pytest.raises(UsageError, match="no image that Pillow knows"):
+        open_image(f"{server}/page.html")
+    with pytest.raises(UsageError, match="refused"):
+        open_image("http://127.0.0.1:1/x.png")
+    monkeypatch.setitem(open_image.__globals__, "MAX_DOWNLOAD_BYTES", 1000)
+    with pytest.raises(UsageError, match="more than"):
+        open_image(f"{server}/x.png")
+
+
+HUBCONF = """
+from streamconv.families import find_model
+from streamconv.verify.originals import dinov2
+
+def dinov2_vits14(**arguments):
+    assert arguments == {"pretrained": False}, arguments
+    model = dinov2.build(find_model("dinov2_vits14")[1].geometry)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    model.blocks[3].ls1.forward = lambda x: FACTOR * x * model.blocks[3].ls1.gamma
+    return model
+"""
+
+
+@pytest.mark.parametrize(("factor", "passed"), [("1.0", True), ("1.5", False)])
+def test_a_folder_with_the_authors_code_is_the_reference(tmp_path: Path, factor: str, passed: bool) -> None:
+    """A stand-in for the authors' code, which does another thing in layer 3 if it is told to: so it did run."""
+    (tmp_path / "authors").mkdir()
+    (tmp_path / "authors" / "hubconf.py").write_text(HUBCONF.replace("FACTOR", factor))
+    made = streamconv.synth("dinov2_vits14", tmp_path / "s.pth")
+    streamconv.convert(made.backbone, tmp_path / "out")
+    found = streamconv.verify(tmp_path / "out", made.backbone, device="cpu", reference=tmp_path / "authors")
+    assert verdicts(found) == {"bytes": True, "load": True, "parity": passed, "preprocessing": passed}
+    assert found.reference == "folder authors"
+    assert passed or found.rungs[2].numbers["first"] == "layer 3"
+
+
+@pytest.mark.skipif("DINOV2_REPOSITORY" not in os.environ, reason="DINOV2_REPOSITORY names no checkout of Meta's code")
+@pytest.mark.parametrize("model", ["dinov2_vits14", "dinov2_vits14_1layer"])
+def test_metas_own_code_computes_the_same(tmp_path: Path, model: str) -> None:
+    made = streamconv.synth(model, tmp_path / "s.pth")
+    streamconv.convert(made.backbone, tmp_path / "out", head=made.head)
+    found = streamconv.verify(
+        tmp_path / "out", made.backbone, head=made.head, device="cpu", reference=os.environ["DINOV2_REPOSITORY"]
+    )
+    assert found.passed
+    assert found.rungs[2].numbers["largest"] == 0.0
+
+
+def test_a_reference_that_cannot_be_had_is_refused(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out")
+    for reference, says in (
+        (tmp_path, "hubconf.py"),
+        ("meta", "neither builtin, hub nor"),
+        ("hub", "published models"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            streamconv.verify(tmp_path / "out", backbone, device="cpu", reference=reference)
+    made = streamconv.synth("dinov2_vits14", tmp_path / "s.pth")
+    streamconv.convert(made.backbone, tmp_path / "published")
+
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "load", offline)
+    with pytest.raises(UsageError, match="could not be loaded from facebookresearch/dinov2: OSError: no network"):
+        streamconv.verify(tmp_path / "published", made.backbone, device="cpu", reference="hub")
+
+
+def test_a_safetensors_source_is_verified_too(tmp_path: Path) -> None:
+    safetensors.torch.save_file(make_states(tiny())[0], tmp_path / "x.safetensors")
+    streamconv.convert(tmp_path / "x.safetensors", tmp_path / "out")
+    found = streamconv.verify(tmp_path / "out", tmp_path / "x.safetensors", device="cpu")
+    assert found.passed
+    assert "carries no CRC-32s" in found.rungs[0].proves

@@ -1,0 +1,123 @@
+"""python -m benchmarks.verify [MODEL] [--runs N] [--dir DIR]: what a whole `streamconv run` on a CPU costs, in memory cgroups.
+
+Each run is a process of its own. Beside the table stand the model's arithmetic and the rate of this
+machine's matrix product, measured just before, and the share of it that the parity rung reaches.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.convert import Cgroup, machine
+
+LIMITS_MB = (None, 1024, 768)
+SETTLE_SECONDS = 4
+
+
+def flops(geometry: Any) -> float:
+    """Of one forward pass at the native size: a multiplication and an addition for every weight and token, and attention."""
+    tokens, hidden, ffn = geometry.positions, geometry.hidden, geometry.ffn
+    feed_forward = 3 * hidden * ffn if geometry.swiglu else 2 * hidden * ffn
+    linear = 2 * tokens * (4 * hidden**2 + feed_forward)
+    attention = 4 * tokens**2 * hidden
+    return float(geometry.layers * (linear + attention))
+
+
+def matmul_rate(geometry: Any) -> dict[str, float]:
+    """FLOP/s of the model's largest matrix product: torch's own choice of library, and oneDNN."""
+    import torch
+    from torch.nn import functional
+
+    from streamconv.verify.offload import fast_linear_layers
+
+    rows = geometry.ffn * 2 if geometry.swiglu else geometry.ffn
+    x, weight = torch.randn(geometry.positions, geometry.hidden), torch.randn(rows, geometry.hidden)
+
+    def best() -> float:
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            functional.linear(x, weight)
+            times.append(time.perf_counter() - start)
+        return 2 * x.numel() * rows / min(times)
+
+    own = best()
+    with fast_linear_layers():
+        return {"torch's own": own, "oneDNN": best()}
+
+
+def measure(source: Path, out: Path, limit_mb: int | None) -> dict[str, Any] | None:
+    """One run's wall seconds and verification, or None where it was killed."""
+    shutil.rmtree(out, ignore_errors=True)
+    subprocess.run(["sync"], check=True)
+    time.sleep(SETTLE_SECONDS)
+    group = Cgroup(limit_mb << 20) if limit_mb else None
+    command = [sys.executable, "-m", "streamconv", "run", str(source), "-o", str(out), "--device", "cpu", "--json"]
+    try:
+        if group is not None and group.path is None:
+            return None
+        start = time.monotonic()
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=group.enter if group else None
+        )
+        wall = time.monotonic() - start
+    finally:
+        if group is not None:
+            group.close()
+    return {"wall": wall, **json.loads(done.stdout)["verification"]} if done.returncode == 0 else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="dinov2_vits14")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="where to put the source and outputs")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        source, out = Path(folder, f"{args.model}_pretrain.pth"), Path(folder, "out")
+        synth = [sys.executable, "-m", "streamconv", "synth", args.model, str(source)]
+        subprocess.run(synth, check=True, stdout=sys.stderr)
+        runs: dict[int | None, list[dict[str, Any] | None]] = {limit: [] for limit in LIMITS_MB}
+        for _ in range(args.runs):
+            for limit in LIMITS_MB:
+                found = measure(source, out, limit)
+                print(f"{limit}: {found['wall']:.1f} s" if found else f"{limit}: killed", file=sys.stderr)
+                runs[limit].append(found)
+        print(f"{args.model}, {source.stat().st_size:,} bytes; {machine()}")
+        print(f"`python -m benchmarks.verify {args.model} --runs {args.runs}`: median (least to most), interleaved\n")
+        print(
+            "| memory cgroup | run, wall s | bytes, s | parity, s | preprocessing, s | anonymous MB, above torch's start |"
+        )
+        print("|---|---|---|---|---|---|")
+        for limit, results in runs.items():
+            ended = [result for result in results if result]
+            name = f"{limit} MB" if limit else "none"
+            if len(ended) < len(results):
+                print(f"| {name} | killed or not tried: {len(results) - len(ended)} of {len(results)} | | | | |")
+                continue
+            walls = [result["wall"] for result in ended]
+            cells = [f"{statistics.median(walls):.1f} ({min(walls):.1f} to {max(walls):.1f})"]
+            for rung in (0, 2, 3):
+                cells.append(f"{statistics.median(r['rungs'][rung]['numbers']['seconds'] for r in ended):.1f}")
+            peak = max(r["memory"]["host_anonymous_peak"] for r in ended)
+            start = max(r["memory"]["host_anonymous_start"] for r in ended)
+            print(f"| {name} | " + " | ".join(cells) + f" | {peak / 1e6:.0f}, {(peak - start) / 1e6:.0f} |")
+    from streamconv.families import find_model
+
+    geometry = find_model(args.model)[1].geometry
+    rates, work = matmul_rate(geometry), 2 * flops(geometry)
+    ended = [result for result in runs[None] if result]
+    seconds = statistics.median(r["rungs"][2]["numbers"]["seconds"] for r in ended)
+    print(f"\nParity: {work / 1e12:.2f} TFLOP in {seconds:.1f} s, {work / seconds / 1e9:.0f} GFLOP/s: ", end="")
+    print(", ".join(f"{work / seconds / rate:.0%} of {name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()))
+
+
+if __name__ == "__main__":
+    main()
