@@ -1,6 +1,6 @@
-"""python -m benchmarks.verify [MODEL] [--runs N] [--dir DIR]: what a whole `streamconv run` on a CPU costs, in memory cgroups.
+"""python -m benchmarks.verify [MODEL] [--runs N] [--dir DIR]: what `streamconv run` on a CPU costs.
 
-Each run is a process of its own. Beside the table stand the model's arithmetic and the rate of this
+Each run is a process of its own, in memory cgroups of several sizes. Beside the table stand the model's arithmetic and the rate of this
 machine's matrix product, measured just before, and the share of it that the parity rung reaches.
 """
 
@@ -22,7 +22,7 @@ SETTLE_SECONDS = 4
 
 
 def flops(geometry: Any) -> float:
-    """Of one forward pass at the native size: a multiplication and an addition for every weight and token, and attention."""
+    """Of one forward pass at the native size: two for every weight of a linear layer and token, and attention's."""
     tokens, hidden, ffn = geometry.positions, geometry.hidden, geometry.ffn
     feed_forward = 3 * hidden * ffn if geometry.swiglu else 2 * hidden * ffn
     linear = 2 * tokens * (4 * hidden**2 + feed_forward)
@@ -41,12 +41,12 @@ def matmul_rate(geometry: Any) -> dict[str, float]:
     x, weight = torch.randn(geometry.positions, geometry.hidden), torch.randn(rows, geometry.hidden)
 
     def best() -> float:
-        times = []
+        times: list[float] = []
         for _ in range(9):
             start = time.perf_counter()
             functional.linear(x, weight)
             times.append(time.perf_counter() - start)
-        return 2 * x.numel() * rows / min(times)
+        return float(2 * x.numel() * rows / min(times))
 
     own = best()
     with fast_linear_layers():
@@ -93,7 +93,7 @@ def main() -> None:
         print(f"{args.model}, {source.stat().st_size:,} bytes; {machine()}")
         print(f"`python -m benchmarks.verify {args.model} --runs {args.runs}`: median (least to most), interleaved\n")
         print(
-            "| memory cgroup | run, wall s | bytes, s | parity, s | preprocessing, s | anonymous MB, above torch's start |"
+            "| memory cgroup | run, wall s | bytes, s | parity, s | preprocessing, s | memory, above torch's start, MB |"
         )
         print("|---|---|---|---|---|---|")
         for limit, results in runs.items():
