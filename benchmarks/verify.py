@@ -1,7 +1,7 @@
 """python -m benchmarks.verify [MODEL] [--runs N] [--dir DIR]: what `streamconv run` on a CPU costs.
 
-Each run is a process of its own, in memory cgroups of several sizes. Beside the table stand the model's arithmetic and the rate of this
-machine's matrix product, measured just before, and the share of it that the parity rung reaches.
+Each run is a process of its own, in memory cgroups of several sizes. Beside the table stand the
+model's arithmetic, the rate of this machine's matrix product, and the share of it that parity reaches.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def main() -> None:
         print(f"{args.model}, {source.stat().st_size:,} bytes; {machine()}")
         print(f"`python -m benchmarks.verify {args.model} --runs {args.runs}`: median (least to most), interleaved\n")
         print(
-            "| memory cgroup | run, wall s | bytes, s | parity, s | preprocessing, s | memory, above torch's start, MB |"
+            "| memory cgroup | run, wall s | bytes, s | parity, s | preprocessing, s | peak MB, above torch's start |"
         )
         print("|---|---|---|---|---|---|")
         for limit, results in runs.items():
