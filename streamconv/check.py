@@ -20,6 +20,9 @@ from streamconv.output import MANIFEST_NAME, read_manifest
 from streamconv.plan import Plan, index_of
 from streamconv.tensors import ByteSource, SourceTensor
 
+# What transformers would load instead of the model, or into it.
+LOADED_BESIDE = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "adapter_config.json")
+
 
 @dataclass(frozen=True)
 class ByteCheck:
@@ -59,7 +62,12 @@ def check_bytes(folder: Path, plan: Plan, advance: Callable[[int], None]) -> Byt
         problems += _file_problems(folder, written)
         for file, names in _in_file_order(written).items():
             _hash(file, 0, written[names[0]].record.range.start, digest)
+            at = written[names[0]].record.range.start
             for name in names:
+                if written[name].record.range.start != at:
+                    problems.append(f"{file.name} has bytes before {name} that belong to no tensor")
+                    _hash(file, at, written[name].record.range.start, digest)
+                at = written[name].record.range.end
                 source, output = wanted.get(name), written[name]
                 if source is not None and source.info == output.info:
                     problems += _differences(name, source, output, checks, digest, advance)
@@ -67,6 +75,9 @@ def check_bytes(folder: Path, plan: Plan, advance: Callable[[int], None]) -> Byt
                 else:
                     problems += [f"{name} is {output.info}, not {source.info}"] if source is not None else []
                     _hash(file, output.record.range.start, output.record.range.end, digest)
+            if at != file.size:
+                problems.append(f"{file.name} has {file.size - at:,} bytes at its end that belong to no tensor")
+                _hash(file, at, file.size, digest)
             files[file.name] = {"size": file.size, "sha256": digest.hexdigest()}
     try:
         checks.settle()
@@ -87,7 +98,11 @@ def _in_file_order(written: Checkpoint) -> dict[ByteSource, list[str]]:
 def _file_problems(folder: Path, written: Checkpoint) -> list[str]:
     """What an index says of the files, and weights that no index names."""
     used = {path.name for path in written.paths}
-    problems = [f"{p.name} is no part of the model" for p in folder.glob("*.safetensors") if p.name not in used]
+    beside = {path for pattern in LOADED_BESIDE for path in folder.glob(pattern)}
+    problems = [f"{path.name} is no part of the model" for path in beside if path.name not in used]
+    for path in written.paths:
+        if (metadata := _metadata(path)) != {"format": "pt"}:
+            problems.append(f'{path.name} has the metadata {_text(metadata)}, not {{"format": "pt"}}')
     if used == {SINGLE_NAME}:
         return problems + [f"{INDEX_NAME} is no part of the model"] * os.path.exists(folder / INDEX_NAME)
     places = {name: tensor.record.file.name for name, tensor in written.items()}
@@ -159,16 +174,34 @@ def _json_differences(folder: Path, name: str, want: Mapping[str, Any]) -> list[
     if not isinstance(have, dict):
         return [f"{name} is no JSON object"]
     have.pop("transformers_version", None)
-    want = json.loads(json.dumps(want))
-    keys = sorted(key for key in want.keys() | have.keys() if want.get(key, _ABSENT) != have.get(key, _ABSENT))
-    return [f"{name}: {key} is {_shown(have, key)}, not {_shown(want, key)}" for key in keys]
+    return [f"{name}: {problem}" for problem in _value_differences("", json.loads(json.dumps(want)), have)]
 
 
 _ABSENT = object()
+SHOWN = 5  # of the differences in one mapping, such as an index's
 
 
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    if key not in values:
-        return "absent"
-    text = json.dumps(values[key])
+def _value_differences(place: str, want: Any, have: Any) -> list[str]:
+    """By the values' JSON texts, since True equals 1 in Python; mappings are entered."""
+    if not isinstance(want, dict) or not isinstance(have, dict):
+        return [] if _text(want) == _text(have) else [f"{place} is {_shown(have)}, not {_shown(want)}"]
+    keys = sorted(want.keys() | have.keys())
+    pairs = [(f"{place}.{key}" if place else key, want.get(key, _ABSENT), have.get(key, _ABSENT)) for key in keys]
+    found = [problem for pair in pairs for problem in _value_differences(*pair)]
+    more = [f"{place} differs in {len(found) - SHOWN} more"] if place and len(found) > SHOWN else []
+    return found[: SHOWN if more else None] + more
+
+
+def _text(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value, sort_keys=True)
+
+
+def _shown(value: Any) -> str:
+    text = _text(value)
     return text if len(text) < 60 else text[:57] + "…"
+
+
+def _metadata(path: Path) -> Any:
+    """A safetensors file's, whose header `open_checkpoint` has read without an error."""
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")

@@ -117,9 +117,13 @@ def run(
         found = verifying.verify(converted.output, path, head_path, as_json) if verifying else None
     if as_json:
         _print_json({**converted.as_dict(), "verification": found.as_dict() if found else None})
-    elif found is None:
-        print("not verified: --no-verify")
-    if found is not None and not found.passed:
+    if verifying is None or found is None:
+        if not as_json:
+            print("not verified: --no-verify")
+        return
+    with _errors():
+        verifying.write_report(found, as_json)
+    if not found.passed:
         raise typer.Exit(1)
 
 
@@ -157,6 +161,8 @@ def verify(
         found = verifying.verify(folder, source, head, as_json)
     if as_json:
         _print_json(found.as_dict())
+    with _errors():
+        verifying.write_report(found, as_json)
     if not found.passed:
         raise typer.Exit(1)
 
@@ -234,14 +240,18 @@ class Verifying:
             from streamconv.report import require  # with what it imports, only for those who want one
 
             require()
-            if os.path.isdir(self.report) or not os.path.isdir(self.report.absolute().parent):
-                raise OutputError(f"{self.report} cannot be written. Give --report a file in a folder that exists.")
+            parent = self.report.absolute().parent
+            if self.report.suffix.lower() not in (".html", ".htm"):
+                raise UsageError(f"{self.report} is no name for a page. Give --report FILE.html.")
+            if os.path.isdir(self.report) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+                raise OutputError(f"{self.report} cannot be written. Give --report a file in a folder that can be.")
         if self.device not in ("auto", "cpu") or self.image is not None or self.reference != "builtin":
             words = [self.device, self.reference, *([self.image] if self.image is not None else [])]
             command = [sys.executable, "-m", "streamconv.verify.devices", *words]
-            asked = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-            if asked.returncode:
-                raise UsageError(asked.stderr.strip().splitlines()[-1])
+            asked = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if asked.returncode == UsageError.exit_code and asked.stdout:
+                raise UsageError(asked.stdout.strip())
+            asked.check_returncode()  # anything else is a bug, and shows its traceback
 
     def verify(self, folder: Path, source: str, head: Path | None, as_json: bool) -> Verification:
         with ProgressReport() as progress:
@@ -262,12 +272,14 @@ class Verifying:
             record_verification(folder, {**findings, "pictures": {}}, dict(found.source))
         except OutputError as error:
             print(f"note: the finding is not kept: {error}", file=sys.stderr)
+        return found
+
+    def write_report(self, found: Verification, as_json: bool) -> None:
         if self.report is not None:
             from streamconv.report import render
 
-            write_file(self.report, render(findings).encode())
+            write_file(self.report, render(found.as_dict()).encode())
             print(f"report: {self.report}", file=sys.stderr if as_json else sys.stdout)
-        return found
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -141,7 +141,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{path} cannot be read ({error}). Move it away, or write to another folder.") from error
     if not isinstance(manifest, dict):
         raise OutputError(f"{path} is not streamconv's. Move it away, or write to another folder.")

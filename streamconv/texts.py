@@ -47,7 +47,7 @@ def model_lines() -> Iterator[str]:
 
 def verification_lines(found: Verification) -> Iterator[str]:
     for rung in found.rungs:
-        yield f"{rung.name:14}{VERDICTS[rung.passed]:8}{rung.proves}"
+        yield f"{rung.name:14}{VERDICTS[rung.passed]:8}{'not so: ' if rung.passed is False else ''}{rung.proves}"
         for line in (*_number_lines(rung, found.device), *rung.problems):
             yield INDENT + line
     if found.predictions:
@@ -81,6 +81,6 @@ def _listed(differences: Mapping[str, Any]) -> str:
 def _cost(memory: Mapping[str, int | None], seconds: float) -> Iterator[str]:
     yield f"{seconds:.1f} s"
     if (peak := memory["host_anonymous_peak"]) and (start := memory["host_anonymous_start"]):
-        yield f"{peak / 1e6:,.0f} MB of memory, {start / 1e6:,.0f} MB of it after torch's start"
+        yield f"{peak / 1e6:,.0f} MB of memory at peak, {start / 1e6:,.0f} MB of it torch's and transformers' own start"
     if memory["gpu_peak"] is not None:
         yield f"{memory['gpu_peak'] / 1e6:,.0f} MB of GPU memory"

@@ -163,7 +163,7 @@ def test_float64_and_float32_stand_side_by_side() -> None:
         "float32": {"largest": 3e-6, "differences": dict.fromkeys(STATES, 3e-6)},
     }  # fmt: skip
     text = words(report.render(found))
-    assert "State float64, relative float32, absolute embeddings 2e-15 3e-06" in text
+    assert "State float64 float32 embeddings 2e-15 3e-06" in text
     assert "Largest difference 2e-15; exactly 0 in none of 15 states." in text
     assert text.count("tolerance 1e-13") == 2
     assert "in all 15 states" not in text

@@ -137,8 +137,8 @@ def test_a_swapped_query_and_key_is_seen_by_bytes_and_by_parity(converted: tuple
     differences = found.rungs[2].numbers["differences"]
     assert max(differences["embeddings"], differences["layer 0"]) < 1e-13 < differences["layer 1"]
     assert found.rungs[2].numbers["first"] == "layer 1"
-    assert "layer 1 differs by" in problems(found)
-    assert f"as the first, and so do {4 if head else 3} of the {6 if head else 5} others" in problems(found)
+    assert "the first difference is in layer 1, by" in problems(found)
+    assert f"; {4 if head else 3} of the {6 if head else 5} other states differ too" in problems(found)
 
 
 def test_a_missing_and_an_extra_tensor_are_named(converted: tuple[Path, Path, Path | None]) -> None:
@@ -198,7 +198,7 @@ def test_a_swapped_row_of_the_classifier_shows_in_the_logits(tmp_path: Path, sav
     alter(tmp_path / "out", swap)
     found = streamconv.verify(tmp_path / "out", backbone, head=head, device="cpu")
     assert verdicts(found) == {"bytes": False, "load": True, "parity": False, "preprocessing": False}
-    assert found.rungs[2].problems[0].startswith("logits differs")
+    assert found.rungs[2].problems[0].startswith("the first difference is in logits, by")
 
 
 def test_a_source_that_rots_is_found(converted: tuple[Path, Path, Path | None]) -> None:
@@ -349,7 +349,7 @@ def test_swapped_labels_are_seen(tmp_path: Path, save: Save) -> None:
     assert problems(found) == "config.json has other labels than streamconv.json says"
     del config["id2label"]["2"]
     path.write_text(json.dumps(config))
-    assert "config.json: id2label is" in problems(
+    assert "config.json: id2label.0 is" in problems(
         streamconv.verify(tmp_path / "out", backbone, head=head, device="cpu")
     )
 
@@ -382,7 +382,7 @@ def test_not_a_number_equals_itself_and_nothing_else(tmp_path: Path) -> None:
     assert streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu").passed
     alter(tmp_path / "out", lambda state: state["layernorm.bias"].fill_(0))
     found = streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
-    assert "cls differs by inf" in problems(found)
+    assert "the first difference is in cls, by inf" in problems(found)
     assert "Infinity" not in json.dumps(found.as_dict())
 
 
@@ -470,7 +470,7 @@ def test_a_changed_interpolation_is_no_explanation(tmp_path: Path, save: Save, m
     monkeypatch.setattr(dinov2.VisionTransformer, "interpolate_pos_encoding", shifted)
     found = streamconv.verify(tmp_path / "out", backbone, device="cpu")
     assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": False}
-    assert "embeddings differs by" in problems(found)
+    assert "the first difference is in embeddings, by" in problems(found)
 
 
 def test_pictures_show_both_models_patches(converted: tuple[Path, Path, Path | None]) -> None:
@@ -607,3 +607,133 @@ def test_a_safetensors_source_is_verified_too(tmp_path: Path) -> None:
     found = streamconv.verify(tmp_path / "out", tmp_path / "x.safetensors", device="cpu")
     assert found.passed
     assert "carries no CRC-32s" in found.rungs[0].proves
+
+
+def test_differences_are_judged_and_shown_as_shares_of_a_large_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stand-in for a GPU: what is shown is what is compared with the tolerance, and both measures are there."""
+    state, _ = make_states(tiny())
+    state = {name: 300 * value if "gamma" in name else value for name, value in state.items()}
+    torch.save(state, tmp_path / "x.pth")
+    streamconv.convert(tmp_path / "x.pth", tmp_path / "out")
+    alter(tmp_path / "out", lambda state: state["encoder.layer.1.layer_scale1.lambda1"].mul_(1.5))
+    numbers = streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu").rungs[2].numbers
+    assert numbers["first"] == "layer 1"
+    assert numbers["largest"] == max(numbers["differences"].values())
+    assert numbers["absolute"]["layer 1"] > 10 * numbers["differences"]["layer 1"] > 1e-2
+    found = streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
+    assert (
+        f"in layer 1, by {numbers['differences']['layer 1']:.3g} (absolute: {numbers['absolute']['layer 1']:.3g})"
+        in (problems(found))
+    )
+
+
+@pytest.mark.parametrize("value", [float("inf"), 1e37])
+def test_a_source_that_is_not_finite_is_verified_and_said_to_be_so(tmp_path: Path, value: float) -> None:
+    state, _ = make_states(tiny())
+    state["norm.weight"][:] = value
+    torch.save(state, tmp_path / "x.pth")
+    streamconv.convert(tmp_path / "x.pth", tmp_path / "out")
+    found = streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
+    assert found.passed
+    assert ("from cls on there are values that are not finite" in found.rungs[2].proves) == (value == float("inf"))
+    assert ("converted" in found.pictures) == (value == 1e37)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("pytorch_model.bin", "no part of the model"), ("adapter_config.json", "no part of the model")],
+)
+def test_what_transformers_might_load_instead_is_named(tmp_path: Path, save: Save, name: str, says: str) -> None:
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out")
+    (tmp_path / "out" / name).write_text("{}")
+    assert f"{name} is {says}" in problems(streamconv.verify(tmp_path / "out", backbone, device="cpu"))
+
+
+def test_bytes_that_belong_to_no_tensor_and_other_metadata_are_named(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data + b"123456789")
+    found = streamconv.verify(tmp_path / "out", backbone, device="cpu")
+    assert "model.safetensors has 9 bytes at its end that belong to no tensor" in problems(found)
+    assert found.output["files"][path.name]["sha256"] == hashlib.sha256(data + b"123456789").hexdigest()
+    path.write_bytes(data.replace(b'{"format":"pt"}', b'{"format":"tf"}', 1))
+    found = streamconv.verify(tmp_path / "out", backbone, device="cpu")
+    assert not found.rungs[0].passed
+    assert 'model.safetensors has the metadata {"format": "tf"}' in problems(found)
+
+
+def test_values_of_another_type_are_differences(tmp_path: Path, save: Save) -> None:
+    """True equals 1 and 56 equals 56.0 in Python; in JSON they do not."""
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out")
+    path = tmp_path / "out" / "preprocessor_config.json"
+    path.write_text(path.read_text().replace('"do_resize": true', '"do_resize": 1'))
+    found = streamconv.verify(tmp_path / "out", backbone, device="cpu")
+    assert "preprocessor_config.json: do_resize is 1, not true" in problems(found)
+
+
+def test_an_index_names_the_entries_that_differ(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out", max_shard_size="1MB")
+    path = tmp_path / "out" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for name in sorted(index["weight_map"])[:8]:
+        del index["weight_map"][name]
+    path.write_text(json.dumps(index))
+    text = problems(streamconv.verify(tmp_path / "out", backbone, device="cpu"))
+    assert "weight_map.embeddings.cls_token is absent, not " in text or "embeddings.cls_token is missing" in text
+
+
+def test_two_references_in_one_process_are_two(tmp_path: Path) -> None:
+    """Both folders have a module of the same name, which only the second one's breaks."""
+    for folder, factor in (("one", "1.0"), ("two", "1.5")):
+        (tmp_path / folder / "authors_package").mkdir(parents=True)
+        (tmp_path / folder / "authors_package" / "__init__.py").write_text(HUBCONF.replace("FACTOR", factor))
+        (tmp_path / folder / "hubconf.py").write_text("from authors_package import dinov2_vits14")
+    made = streamconv.synth("dinov2_vits14", tmp_path / "s.pth")
+    streamconv.convert(made.backbone, tmp_path / "out")
+    for folder, passed in (("one", True), ("two", False)):
+        found = streamconv.verify(tmp_path / "out", made.backbone, device="cpu", reference=tmp_path / folder)
+        assert found.passed is passed
+
+
+@pytest.mark.parametrize(
+    "code", ["return None", "import sys; sys.exit(3)", "import torch; return torch.nn.Linear(1, 1)"]
+)
+def test_a_reference_that_gives_no_model_is_the_users_mistake(tmp_path: Path, code: str) -> None:
+    (tmp_path / "hubconf.py").write_text(f"def dinov2_vits14(**arguments):\n    {code}\n")
+    made = streamconv.synth("dinov2_vits14", tmp_path / "s.pth")
+    streamconv.convert(made.backbone, tmp_path / "out")
+    with pytest.raises(UsageError, match="could not be loaded from"):
+        streamconv.verify(tmp_path / "out", made.backbone, device="cpu", reference=tmp_path)
+
+
+def test_too_little_memory_says_nothing_of_the_output(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, _ = save(tiny())
+    streamconv.convert(backbone, tmp_path / "out")
+
+    def full(self: object, pixels: torch.Tensor) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(dinov2.VisionTransformer, "prepare_tokens_with_masks", full)
+    with pytest.raises(UsageError, match="memory of cpu is not enough"):
+        streamconv.verify(tmp_path / "out", backbone, device="cpu")
+
+
+def test_pictures_are_turned_upright_and_what_cannot_be_shown_is_refused(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (40, 30), (9, 9, 9)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (30, 40)
+    Image.new("I;16", (40, 30)).save(tmp_path / "deep.png")
+    Image.new("RGB", (1, 60)).save(tmp_path / "line.png")
+    for name, says in (("deep.png", "more than 8 bits"), ("line.png", "a line")):
+        with pytest.raises(UsageError, match=says):
+            open_image(tmp_path / name)

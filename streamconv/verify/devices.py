@@ -7,6 +7,7 @@ conversion's stays free of torch.
 
 import re
 import sys
+import threading
 from pathlib import Path
 
 import accelerate
@@ -18,6 +19,8 @@ from streamconv._version import __version__
 from streamconv.errors import UsageError
 from streamconv.verify.image import open_image
 from streamconv.verify.reference import check_reference
+
+LOOK_SECONDS = 0.02  # the kernel keeps no peak of anonymous memory
 
 
 def choose_device(name: str) -> torch.device:
@@ -51,7 +54,7 @@ def versions() -> dict[str, str]:
 
 
 class MemoryWatch:
-    """The memory of this process and of a GPU, from when it is made, at every `sample`. In bytes.
+    """The memory of this process and of a GPU within a ``with`` statement, in bytes; looked at every `LOOK_SECONDS`.
 
     Pages of mapped files count in a process's resident memory although the system takes them back
     when it needs them; its anonymous memory is what a small machine must have. Linux tells both.
@@ -63,15 +66,29 @@ class MemoryWatch:
         self._anonymous = self._start.get("RssAnon")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look_on, name="memory", daemon=True)
 
-    def sample(self) -> None:
+    def __enter__(self) -> "MemoryWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look_on(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
         anonymous = _status().get("RssAnon")
         if anonymous is not None and self._anonymous is not None:
             self._anonymous = max(self._anonymous, anonymous)
 
     def as_dict(self) -> dict[str, int | None]:
         """For JSON: resident memory after torch's start, peaks of resident and anonymous memory, and of the GPU's."""
-        self.sample()
+        self._look()
         return {
             "host_start": self._start.get("VmRSS"),
             "host_anonymous_start": self._start.get("RssAnon"),
@@ -96,4 +113,5 @@ if __name__ == "__main__":
         check_reference(sys.argv[2])
         open_image(sys.argv[3] if len(sys.argv) > 3 else None)
     except UsageError as error:
-        sys.exit(str(error))
+        print(error)  # on stdout: libraries warn on stderr
+        sys.exit(error.exit_code)

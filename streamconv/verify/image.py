@@ -1,12 +1,11 @@
 """The picture to verify on: the user's, or one of the project's own, so that no network is needed."""
 
-import http.client
 import io
 import urllib.request
 from os import PathLike, fspath
 
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torchvision.transforms import functional
 
 from streamconv._version import __version__
@@ -14,6 +13,7 @@ from streamconv.errors import UsageError
 
 WIDTH, HEIGHT = 640, 480
 TIMEOUT_SECONDS, MAX_DOWNLOAD_BYTES = 30, 64 << 20
+MAX_ASPECT = 50  # of the longer side to the shorter, which the image processor makes 256
 
 
 def open_image(place: str | PathLike[str] | None) -> Image.Image:
@@ -24,13 +24,18 @@ def open_image(place: str | PathLike[str] | None) -> Image.Image:
     """
     if place is None:
         return make_image()
-    is_address = fspath(place).startswith(("http://", "https://"))
+    is_address = fspath(place).lower().startswith(("http://", "https://"))
     try:
-        with Image.open(_download(fspath(place)) if is_address else place) as image:
+        with Image.open(_download(fspath(place)) if is_address else place) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its values, of Pillow's mode {image.mode}, have more than 8 bits; save it with 8")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels are a line; crop it")
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise UsageError(f"{place} is no image that Pillow knows.") from None
-    except (OSError, ValueError, http.client.HTTPException, Image.DecompressionBombError) as error:
+    except Exception as error:  # of the network, and whatever Pillow's readers make of a damaged file
         raise UsageError(f"The image {place} cannot be read: {error}.") from error
 
 

@@ -32,7 +32,7 @@ class FileMappings:
     """The parts of this process's memory that are mapped from files at the moment when it is made."""
 
     def __init__(self) -> None:
-        text = Path("/proc/self/maps").read_text() if _libc is not None else ""
+        text = Path("/proc/self/maps").read_text(errors="replace") if _libc is not None else ""
         # proc_pid_maps(5): start-end, permissions, offset, device, and an inode that is 0 for anonymous memory.
         found = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) r\S+ \S+ \S+ [1-9]", text, re.MULTILINE)
         self._ranges = [(int(start, 16), int(end, 16)) for start, end in found]
@@ -42,7 +42,10 @@ class FileMappings:
         self._advise(tensor, _WILLNEED)
 
     def release(self, tensor: Tensor) -> None:
-        """Take the tensor's pages out of this process; they come from the file again when they are touched."""
+        """Take the tensor's pages out of this process; they come from the file again when they are touched.
+
+        Files are mapped privately: what was written into such a page would be lost. Nothing here writes.
+        """
         self._advise(tensor, _DONTNEED)
 
     def _advise(self, tensor: Tensor, advice: int) -> None:

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
 
+from streamconv.errors import UsageError
 from streamconv.plan import Plan
 from streamconv.progress import Progress
 from streamconv.sources import OpenSource
@@ -30,7 +31,7 @@ class Found:
     """The models' part of a `Verification`."""
 
     rungs: tuple[Rung, ...]
-    memory: Mapping[str, int | None]
+    memory: Mapping[str, int | None] = field(default_factory=dict)
     predictions: tuple[tuple[str, float], ...] = ()
     pictures: Mapping[str, str] = field(default_factory=dict)
 
@@ -48,42 +49,43 @@ class Models:
     def check(self, folder: Path, source: OpenSource, progress: Progress) -> Found:
         """Load, parity and preprocessing; the latter two only with a model that transformers loads."""
         return_freed_buffers()
-        memory, start = MemoryWatch(self.device), time.monotonic()
+        with MemoryWatch(self.device) as memory:
+            found = self._check(folder, source, progress)
+            return replace(found, memory=memory.as_dict())
+
+    def _check(self, folder: Path, source: OpenSource, progress: Progress) -> Found:
+        start = time.monotonic()
         progress("loading with transformers", 0, 1, "steps")
         loaded, converted = check_load(folder, self.plan)
         loaded = loaded.since(start)
         if not loaded.passed:
             why = "transformers did not load the model"
-            return Found((loaded, Rung("parity", None, why), Rung("preprocessing", None, why)), memory.as_dict())
+            return Found((loaded, Rung("parity", None, why), Rung("preprocessing", None, why)))
         start = time.monotonic()
         try:
             load_weights(self.original, source)
         except Exception as error:  # torch refuses the source, or the graph its tensors
-            parity = Rung("parity", False, PROVES, (f"{type(error).__name__}: {error}",))
+            problem = f"{type(error).__name__}: {error}"
+            if self.reference != BUILTIN:
+                message = f"The reference, {self.reference}, does not take the source's tensors: {problem}"
+                raise UsageError(f"{message}. Use --reference builtin.") from error
+            parity = Rung("parity", False, PROVES, (problem,))
             why = "torch did not load the original"
-            return Found((loaded, parity, Rung("preprocessing", None, why)), memory.as_dict())
-        pair = Pair(
-            OffloadedModel(self.original, self.device),
-            self.states,
-            OffloadedModel(converted, self.device),
-            self.device,
-            progress,
-            memory,
-        )
+            return Found((loaded, parity, Rung("preprocessing", None, why)))
+        original, model = OffloadedModel(self.original, self.device), OffloadedModel(converted, self.device)
+        pair = Pair(original, self.states, model, self.device, progress)
         parity, comparison = check_parity(pair, self.plan, self.image)
         parity, start_next = parity.since(start), time.monotonic()
         preprocessing = check_preprocessing(pair, folder, self.plan, self.image).since(start_next)
-        rungs = (loaded, parity, preprocessing)
-        if comparison is None:
-            return Found(rungs, memory.as_dict())
-        predictions: tuple[tuple[str, float], ...] = ()
-        if "logits" in comparison.kept:
-            predictions = best(comparison.kept["logits"][1], pair.config.id2label)
-        pictures = draw_pictures(self.image, *comparison.kept["patches"]) if "patches" in comparison.kept else {}
-        return Found(rungs, memory.as_dict(), predictions, pictures)
+        kept = comparison.kept if comparison is not None else {}
+        predictions = best(kept["logits"][1], pair.config.id2label) if "logits" in kept else ()
+        pictures = draw_pictures(self.image, *kept["patches"]) if "patches" in kept else {}
+        return Found((loaded, parity, preprocessing), {}, predictions, pictures)
 
 
 def best(logits: Tensor, labels: Mapping[int, str]) -> tuple[tuple[str, float], ...]:
-    """The best `TOP` labels of (1, K) logits, with their shares."""
+    """The best `TOP` labels of (1, K) logits, with their shares; none where the logits are no numbers."""
+    if not logits.isfinite().all():
+        return ()
     shares, ids = logits[0].softmax(-1).topk(min(TOP, logits.shape[-1]))
     return tuple((labels[int(i)], float(share)) for i, share in zip(ids, shares, strict=True))

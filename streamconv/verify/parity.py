@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
+from streamconv.errors import UsageError
 from streamconv.plan import Plan
 from streamconv.progress import Progress
 from streamconv.verify import Rung
-from streamconv.verify.devices import MemoryWatch
 from streamconv.verify.offload import OffloadedModel, fast_linear_layers
 
 PROVES = "the original graph and transformers compute the same from the same picture, in every layer"
@@ -40,7 +40,6 @@ class Pair:
     converted: OffloadedModel
     device: torch.device
     progress: Progress
-    memory: MemoryWatch
 
     @property
     def config(self) -> Any:
@@ -61,6 +60,7 @@ class Comparison:
         self.magnitudes: dict[str, float] = {}
         self.problems: list[str] = []
         self.kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self.not_finite_from: str | None = None
 
     def take(self, name: str, state: Tensor) -> None:
         while self._next is not None and _place(self._next[0]) < _place(name):
@@ -74,6 +74,8 @@ class Comparison:
             shapes = f"{list(state.shape)}, and in the original {list(other.shape)}"
             self.problems.append(f"{name} has the shape {shapes}")
         else:
+            if self.not_finite_from is None and not other.isfinite().all():
+                self.not_finite_from = name
             self.differences[name] = _largest_difference(state, other)
             self.magnitudes[name] = float(other.nan_to_num(0.0, 0.0, 0.0).abs().max())
             if name in ("patches", "logits"):
@@ -86,23 +88,24 @@ class Comparison:
             self.problems.append(f"{self._next[0]} is missing")
             self._next = next(self._original, None)
 
-    @property
-    def largest(self) -> float:
-        return max(self.differences.values(), default=math.inf)
-
     def relative(self) -> dict[str, float]:
-        """The differences as shares of their state's largest value, if that is above 1."""
+        """The differences as shares of their state's largest value where that is above 1: what is judged."""
         return {name: d / max(1.0, self.magnitudes[name]) for name, d in self.differences.items()}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``numbers`` are for the rung's; ``as_published`` compares an original that interpolates in its own way."""
+    """``numbers`` are for the rung's.
+
+    ``comparison`` is in float32, ``judged`` the same or in float64; ``as_published`` compares an
+    original that interpolates in its own way.
+    """
 
     problems: tuple[str, ...]
     numbers: Mapping[str, Any]
     note: str
     comparison: Comparison
+    judged: Comparison
     as_published: Comparison | None = None
 
 
@@ -112,12 +115,20 @@ def check_parity(pair: Pair, plan: Plan, image: Image.Image) -> tuple[Rung, Comp
     proves = f"{PROVES}, at {size}x{size}" + (" (TF32 off)" if pair.device.type == "cuda" else "")
     try:
         verdict = compare(pair, native_pixels(image, plan), "comparing what both models compute")
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise out_of_memory(pair.device, error) from error
     except Exception as error:  # torch or transformers refuse what was written, or what it was made from
         return Rung("parity", False, proves, (f"{type(error).__name__}: {error}",)), None
     rung = Rung(
         "parity", not verdict.problems, proves + verdict.note, verdict.problems, {"size": size, **verdict.numbers}
     )
     return rung, verdict.comparison
+
+
+def out_of_memory(device: torch.device, error: BaseException) -> UsageError:
+    """That says nothing about the output."""
+    elsewhere = " Use --device cpu, or free the GPU's memory." if device.type == "cuda" else ""
+    return UsageError(f"The memory of {device} is not enough to run the models: {error}.{elsewhere}")
 
 
 def native_pixels(image: Image.Image, plan: Plan) -> Tensor:
@@ -140,28 +151,27 @@ def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Ve
     kinds = [True] if is_native else [True, False]
     found, *published = _run(pair, pixels, torch.float32, kinds, what)
     tolerance = GPU_TOLERANCE if pair.device.type == "cuda" else 0.0
-    differences, note = found.relative(), ""
+    judged, note = found, ""
     numbers: dict[str, Any] = {}
-    if pair.device.type == "cpu" and not found.problems and found.largest > 0 and _fits(differences, GPU_TOLERANCE):
-        numbers["float32"] = {"largest": found.largest, "differences": found.differences}
-        note = f"; in float64 and relatively, since float32 rounds otherwise here, by {found.largest:.2g}"
-        again, tolerance = _run(pair, pixels, torch.float64, kinds[:1], what)[0], FLOAT64_TOLERANCE
-        differences = again.relative()
+    largest = max(found.relative().values(), default=math.inf)
+    if pair.device.type == "cpu" and not found.problems and 0 < largest <= GPU_TOLERANCE:
+        numbers["float32"] = {"largest": largest, "differences": found.relative()}
+        note = f"; in float64, since float32 rounds otherwise here, by {largest:.2g}"
+        judged, tolerance = _run(pair, pixels, torch.float64, kinds[:1], what)[0], FLOAT64_TOLERANCE
+    if judged.not_finite_from is not None:
+        note += f"; from {judged.not_finite_from} on there are values that are not finite, of which this proves nothing"
+    differences = judged.relative()
     beyond = [name for name, d in differences.items() if not d <= tolerance]
     problems = list(found.problems)
     if beyond:
-        rest = f", and so do {len(beyond) - 1} of the {len(differences) - 1} others" if beyond[1:] else ""
-        problems.append(f"{beyond[0]} differs by {differences[beyond[0]]:.3g}, as the first{rest}")
-    shown = differences if numbers else found.differences
+        by = f"{differences[beyond[0]]:.3g} (absolute: {judged.differences[beyond[0]]:.3g})"
+        rest = f"; {len(beyond) - 1} of the {len(differences) - 1} other states differ too" if beyond[1:] else ""
+        problems.append(f"the first difference is in {beyond[0]}, by {by}{rest}")
     numbers |= {
-        "tolerance": tolerance, "largest": max(shown.values(), default=math.inf), "differences": shown,
-        "first": beyond[0] if beyond else None,
+        "tolerance": tolerance, "largest": max(differences.values(), default=math.inf), "differences": differences,
+        "absolute": judged.differences, "first": beyond[0] if beyond else None,
     }  # fmt: skip
-    return Verdict(tuple(problems), numbers, note, found, *published)
-
-
-def _fits(differences: Mapping[str, float], tolerance: float) -> bool:
-    return all(d <= tolerance for d in differences.values())
+    return Verdict(tuple(problems), numbers, note, found, judged, *published)
 
 
 @torch.no_grad()
@@ -179,7 +189,6 @@ def _run(pair: Pair, pixels: Tensor, dtype: torch.dtype, as_transformers: list[b
         for comparison in found:
             comparison.take(name, state)
         steps += 1
-        pair.memory.sample()
         pair.progress(what, min(steps, total), total, "steps")
 
     with fast_linear_layers(), _states_taken(pair.converted.model, take):

@@ -8,6 +8,7 @@ the difference is measured as published, and shown to vanish when both interpola
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
@@ -16,7 +17,7 @@ from transformers import AutoImageProcessor
 from streamconv.plan import Plan
 from streamconv.verify import Rung
 from streamconv.verify.load import quiet_transformers
-from streamconv.verify.parity import Pair, compare
+from streamconv.verify.parity import Pair, compare, out_of_memory
 
 PROVES = "the saved image processor gives the original's pixels, and on them both models agree"
 
@@ -27,12 +28,14 @@ def check_preprocessing(pair: Pair, folder: Path, plan: Plan, image: Image.Image
         wanted = original_pixels(image, plan)
         numbers, problems = _compare_pixels(folder, plan, image, wanted)
         verdict = compare(pair, wanted, "comparing at the image processor's size", is_native=False)
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise out_of_memory(pair.device, error) from error
     except Exception as error:  # transformers or torch refuse what was written
         return Rung("preprocessing", False, PROVES, (f"{type(error).__name__}: {error}",))
     size = wanted.shape[-1]
     numbers |= {"size": size, "tolerance": verdict.numbers["tolerance"]}
     for name, differences in (
-        ("same_interpolation", verdict.numbers["differences"]),
+        ("same_interpolation", verdict.judged.differences),
         ("as_published", verdict.as_published.differences if verdict.as_published else {}),
     ):
         numbers[name] = {state: differences[state] for state in ("cls", "patches", "logits") if state in differences}

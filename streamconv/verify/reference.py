@@ -5,6 +5,7 @@ This shares nothing with the conversion but the sizes, so that a wrong reader, r
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Mapping
 from os import PathLike, fspath
 from pathlib import Path
@@ -14,6 +15,7 @@ from zipfile import is_zipfile
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
+from torch import nn
 
 from streamconv.errors import UsageError
 from streamconv.families import HEAD_PREFIX
@@ -49,12 +51,22 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Cal
     if plan.model is None:
         raise UsageError("torch.hub has published models only, and this is none. Use --reference builtin.")
     place = (module.REPOSITORY, "github") if reference == HUB else (fspath(reference), "local")
+    before = set(sys.modules)
     try:
         with init_empty_weights():
-            return module.load(*place, plan.model), module.states
-    except Exception as error:  # anything may go wrong in code that is not ours
+            original = module.load(*place, plan.model)
+        if not isinstance(original, nn.Module) or not hasattr(original, "prepare_tokens_with_masks"):
+            raise TypeError(f"it gives a {type(original).__name__}, and no model of the authors' code")
+        return original, module.states
+    except (Exception, SystemExit) as error:  # anything may go wrong in code that is not ours
         message = f"{plan.model.name} could not be loaded from {place[0]}: {type(error).__name__}: {error}"
         raise UsageError(f"{message}. Use --reference builtin, or a folder with the authors' code.") from error
+    finally:
+        # Another folder's code has the same names, and shall not be taken for this one's.
+        folders = (os.path.realpath(place[0]), os.path.realpath(torch.hub.get_dir()))
+        for name in set(sys.modules) - before:
+            if os.path.realpath(getattr(sys.modules[name], "__file__", None) or "").startswith(folders):
+                del sys.modules[name]
 
 
 def load_weights(original: Any, source: OpenSource) -> None:
