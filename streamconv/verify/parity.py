@@ -224,10 +224,8 @@ def _states_taken(model: Any, take: Callable[[str, Tensor], None]) -> Iterator[N
 
 
 def _place(name: str) -> float:
-    """Where a state stands in the order of computation."""
-    if name.startswith("layer "):
-        return int(name.removeprefix("layer "))
-    return -1.0 if name == "embeddings" else math.inf
+    """Where a state stands among the layers; the embeddings, which are always there, need no place."""
+    return int(name.removeprefix("layer ")) if name.startswith("layer ") else math.inf
 
 
 def _largest_difference(state: Tensor, other: Tensor) -> float:
