@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 STREAMCONV = "streamconv convert"
@@ -98,16 +100,28 @@ def machine() -> str:
     return f"{os.cpu_count()} cores ({model}), {memory:.0f} GiB, {versions}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_arguments(description: str, runs: int) -> argparse.Namespace:
+    """Every benchmark's: ``model``, ``runs`` and ``dir``."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("model", nargs="?", default="dinov2_vits14")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=runs)
     parser.add_argument("--dir", type=Path, default=Path.cwd(), help="where to put the source and outputs")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+@contextmanager
+def made_source(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
+    """A random checkpoint of the model and a place for outputs, for as long as they are needed."""
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        source, out = Path(folder, f"{args.model}_pretrain.pth"), Path(folder, "out")
+        source = Path(folder, f"{args.model}_pretrain.pth")
         synth = [sys.executable, "-m", "streamconv", "synth", args.model, str(source)]
         subprocess.run(synth, check=True, stdout=sys.stderr)
+        yield source, Path(folder, "out")
+
+
+def main() -> None:
+    args = parse_arguments(__doc__, runs=5)
+    with made_source(args) as (source, out):
         runs: dict[str, list[tuple[float, float, int]]] = {way: [] for way in WAYS}
         for turn in range(args.runs + 1):  # the first warms up
             for way in WAYS:

@@ -4,18 +4,16 @@ Each run is a process of its own, in memory cgroups of several sizes. Beside the
 model's arithmetic, the rate of this machine's matrix product, and the share of it that parity reaches.
 """
 
-import argparse
 import json
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convert import Cgroup, machine
+from benchmarks.convert import Cgroup, machine, made_source, parse_arguments
 
 LIMITS_MB = (None, 1024, 768)
 SETTLE_SECONDS = 4
@@ -75,15 +73,8 @@ def measure(source: Path, out: Path, limit_mb: int | None) -> dict[str, Any] | N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="dinov2_vits14")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="where to put the source and outputs")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        source, out = Path(folder, f"{args.model}_pretrain.pth"), Path(folder, "out")
-        synth = [sys.executable, "-m", "streamconv", "synth", args.model, str(source)]
-        subprocess.run(synth, check=True, stdout=sys.stderr)
+    args = parse_arguments(__doc__, runs=3)
+    with made_source(args) as (source, out):
         runs: dict[int | None, list[dict[str, Any] | None]] = {limit: [] for limit in LIMITS_MB}
         for _ in range(args.runs):
             for limit in LIMITS_MB:

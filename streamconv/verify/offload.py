@@ -1,8 +1,7 @@
-"""Runs a model whose weights stay in their file: each layer's are in memory only while it runs.
+"""Runs a model whose weights stay in their file: each layer's are on the device only while it runs.
 
-accelerate's hooks bring them and let them go, on a CPU as on a GPU. So neither holds more of a
-model than one layer, and a GPU of any size verifies a model of any size; since every weight is
-used once, nothing is moved twice either.
+accelerate's hooks bring them and let them go, on a CPU as on a GPU, so that a device needs room for
+a layer and not for a model. A forward pass uses every weight once: nothing is moved twice in it.
 """
 
 from collections import deque
