@@ -16,7 +16,7 @@ from streamconv.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME
 from streamconv.crc import RecordChecks
 from streamconv.errors import CorruptError, OutputError, SourceError
 from streamconv.hashing import BUFFER_BYTES, BackgroundHash
-from streamconv.output import MANIFEST_NAME, read_manifest
+from streamconv.manifest import MANIFEST_NAME, read_manifest
 from streamconv.plan import Plan, index_of
 from streamconv.tensors import ByteSource, SourceTensor
 
@@ -84,7 +84,7 @@ def check_bytes(folder: Path, plan: Plan, advance: Callable[[int], None]) -> Byt
     except CorruptError as error:
         problems.append(str(error))
     problems += _manifest_problems(folder, plan, files)
-    return ByteCheck(compared, len(wanted), tuple(sorted(problems)), files)
+    return ByteCheck(compared, len(wanted), tuple(sorted(set(problems))), files)
 
 
 def _in_file_order(written: Checkpoint) -> dict[ByteSource, list[str]]:
@@ -116,10 +116,10 @@ def _manifest_problems(folder: Path, plan: Plan, files: Mapping[str, Mapping[str
         if manifest is None:
             return []
         problems = []
-        for name, shard in manifest["shards"].items():
-            if name not in files:
+        for name, file in manifest["files"].items():
+            if name.endswith(".safetensors") and name not in files:
                 problems.append(f"{name} is missing, and {MANIFEST_NAME} names it")
-            elif shard["sha256"] != files[name]["sha256"]:
+            elif name in files and file["sha256"] != files[name]["sha256"]:
                 problems.append(f"{name} has another sha256 than {MANIFEST_NAME} says")
         if manifest["labels"] and manifest["labels"]["sha256"] != plan.labels_digest:
             problems.append(f"config.json has other labels than {MANIFEST_NAME} says")
@@ -145,18 +145,22 @@ def _differences(
 ) -> list[str]:
     """Where ``output``, all of which is hashed, first differs from ``source``."""
     wanted = bytearray(BUFFER_BYTES)
-    at = output.record.range.start
+    at, differs = output.record.range.start, False
     problems: list[str] = []
     for piece in source.split(BUFFER_BYTES):
         size = piece.info.nbytes
         if size != len(wanted):  # bytearrays compare like memcmp, memoryviews an element at a time
             wanted = bytearray(size)
         piece.read_into(memoryview(wanted))
-        checks.add(name, piece, memoryview(wanted))
+        try:
+            checks.add(name, piece, memoryview(wanted))
+        except CorruptError as error:
+            problems.append(str(error))
         part = digest.next_buffer()[:size]
         output.record.file.read_at(at, part)
         digest.update(part)
-        if not problems and wanted != part:
+        if not differs and wanted != part:
+            differs = True
             first = next(i for i, (a, b) in enumerate(zip(wanted, part, strict=True)) if a != b)
             element = (at - output.record.range.start + first) // output.info.itemsize
             problems.append(f"{name} differs from its source from element {element:,} on")

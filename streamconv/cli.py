@@ -3,10 +3,10 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ import streamconv
 from streamconv._version import __version__
 from streamconv.convert import Conversion, record_verification
 from streamconv.errors import OutputError, StreamconvError, UsageError
-from streamconv.families import find_model
 from streamconv.output import write_file
 from streamconv.progress import ProgressReport
+from streamconv.synth import temporary_checkpoint
 from streamconv.texts import conversion_lines, model_lines, plan_lines, verification_lines
 from streamconv.verify import Verification
 
@@ -111,10 +111,13 @@ def run(
         verifying = None if no_verify else Verifying(device, image, reference, report)
         if verifying is not None:
             verifying.check_ahead()
-    files = _synthetic(name, output, seed, head) if synthetic else nullcontext((name, head, None))
-    with _errors(), files as (path, head_path, folder):
-        converted = _convert(path, folder if output is None else output, head_path, labels, max_shard_size, as_json)
-        found = verifying.verify(converted.output, path, head_path, as_json) if verifying else None
+    with _errors():
+        if synthetic and head is not None:
+            raise UsageError("--synthetic makes its own head. Leave --head out.")
+        files = _synthetic(name, output, seed) if synthetic else nullcontext((name, head))
+        with files as (path, head_path):
+            converted = _convert(path, output, head_path, labels, max_shard_size, as_json)
+            found = verifying.verify(converted.output, path, head_path, as_json) if verifying else None
     if as_json:
         _print_json({**converted.as_dict(), "verification": found.as_dict() if found else None})
     if verifying is None or found is None:
@@ -283,34 +286,19 @@ class Verifying:
 
 
 def _print(lines: Iterable[str]) -> None:
-    for line in lines:
-        print(line)
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `streamconv plan | head`: no one reads on, and the exit code is still the verdict's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
-def _synthetic(
-    name: str, output: str | None, seed: int, head: Path | None
-) -> Iterator[tuple[str, Path | None, Path | None]]:
-    """A random checkpoint for as long as it is needed, on the disk that the output goes to."""
-    if head is not None:
-        raise UsageError("--synthetic makes its own head. Leave --head out.")
-    try:
-        _, model = find_model(name)
-    except UsageError as error:
-        raise UsageError(f"--synthetic makes a model by its name: {error}") from None
-    folder = Path(output or model.published_name)
-    near = next((path for path in folder.absolute().parents if os.path.isdir(path)), folder)
-    try:
-        temporary = tempfile.TemporaryDirectory(prefix=".streamconv-", dir=near)
-    except OSError as error:
-        raise OutputError(
-            f"{near} cannot be written: {error.strerror}. Choose another place for the output."
-        ) from error
-    with temporary as made_in:
-        print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)
-        # The name stands in the manifest: no one shall take these weights for the published ones.
-        made = streamconv.synth(name, Path(made_in, f"{name}_synthetic_seed{seed}.pth"), seed=seed)
-        yield str(made.backbone), made.head, folder
+def _synthetic(name: str, output: str | None, seed: int) -> Iterator[tuple[str, Path | None]]:
+    print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)
+    with temporary_checkpoint(name, None if output is None else Path(output), seed=seed) as made:
+        yield str(made.backbone), made.head
 
 
 @contextmanager
@@ -320,9 +308,6 @@ def _errors() -> Iterator[None]:
         yield
     except StreamconvError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to start over", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 def _fail(error: StreamconvError) -> NoReturn:
@@ -331,14 +316,27 @@ def _fail(error: StreamconvError) -> NoReturn:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2))
+    _print([json.dumps(value, indent=2)])
+
+
+class _InterruptedError(BaseException):
+    """Ctrl-C, SIGTERM, or a closed terminal. No KeyboardInterrupt, which typer ends without a word."""
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise _InterruptedError
 
 
 def main() -> None:
-    """The console script. SIGTERM and a closed terminal end it as Ctrl-C does: no unfinished file stays behind."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    """The console script. However it is interrupted, no unfinished file gets its name."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
-    app()
+    try:
+        app()
+    except _InterruptedError:
+        again = shlex.join(["streamconv", *sys.argv[1:]])
+        print(f"interrupted. What is written so far is kept; to go on, run\n  {again}", file=sys.stderr)
+        sys.exit(130)

@@ -1,20 +1,22 @@
 """A conversion from beginning to end; the only place that knows the order of its steps."""
 
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from streamconv import output
 from streamconv._version import __version__
 from streamconv.checkpoint.safetensors import INDEX_NAME
 from streamconv.crc import RecordChecks
 from streamconv.errors import UsageError
 from streamconv.families import HEAD_PREFIX
+from streamconv.folder import OutputFolder, claimed, find_finished
 from streamconv.labels import imagenet_labels, read_labels
+from streamconv.manifest import is_of, read_manifest, write_manifest
+from streamconv.output import write_file
 from streamconv.plan import Plan, make_plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.sources import OpenSource, Source, locate, opened
@@ -25,12 +27,17 @@ Path_ = str | PathLike[str]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did. ``shards`` are sha256 digests by file name, in hexadecimal."""
+    """What a conversion did.
+
+    ``shards`` are sha256 digests by file name, in hexadecimal; ``taken_up`` is how many bytes of them an
+    interrupted one had left, which were checked and not written again.
+    """
 
     output: Path
     plan: Plan
     shards: dict[str, str]
     was_finished: bool
+    taken_up: int
     is_crc_checked: bool
     labels_from: str | None
 
@@ -45,6 +52,7 @@ class Conversion:
                 {"file": s.filename, "bytes": s.size, "sha256": self.shards[s.filename]} for s in self.plan.shards
             ],
             "was_finished": self.was_finished,
+            "taken_up": self.taken_up,
             "is_crc_checked": self.is_crc_checked,
             "labels_from": self.labels_from,
         }
@@ -87,7 +95,7 @@ def convert(
             raise UsageError("The output folder's name is empty. Give -o DIR.")
         folder = Path(output_folder) if output_folder is not None else default_folder(plan, source_files.source)
         names = [shard.filename for shard in plan.shards] + list(plan.files) + [INDEX_NAME] * (plan.index is not None)
-        manifest: dict[str, Any] = {
+        conversion = {
             "model": plan.model.name if plan.model else None,
             "source": source_files.describe(),
             "plan": plan.fingerprint,
@@ -98,31 +106,32 @@ def convert(
                 "sha256": plan.labels_digest,
             },
         }
-        is_new = not os.path.exists(folder)
-        finished = output.claim(folder, manifest, names, plan.size)
+        finished = find_finished(folder, conversion, names)
         if finished is not None:
-            shards = {name: shard["sha256"] for name, shard in finished["shards"].items()}
+            shards = {shard.filename: finished["files"][shard.filename]["sha256"] for shard in plan.shards}
             recorded = (finished["labels"] or {}).get("from")
-            return Conversion(folder, plan, shards, True, source_files.is_checkable, recorded)
-        try:
-            shards = _write(plan, folder, progress)
+            return Conversion(folder, plan, shards, True, plan.weights, source_files.is_checkable, recorded)
+        with claimed(folder, conversion, names, plan.size) as work:
+            shards, taken_up = _write_shards(plan, work, progress)
             for name, data in plan.files.items():
-                output.write_file(folder / name, data)
-            manifest |= {
-                "complete": True,
+                write_file(folder / name, data)
+            small = {**plan.files, **({INDEX_NAME: plan.index} if plan.index is not None else {})}
+            manifest = {
+                **conversion,
                 "architecture": plan.architecture,
-                "shards": {s.filename: {"size": s.size, "sha256": shards[s.filename]} for s in plan.shards},
+                "files": {
+                    **{s.filename: {"size": s.size, "sha256": shards[s.filename]} for s in plan.shards},
+                    **{name: {"size": len(data), "sha256": sha256(data).hexdigest()} for name, data in small.items()},
+                },
                 "is_crc_checked": source_files.is_checkable,
                 "versions": {"streamconv": __version__, "python": platform.python_version()},
                 "verification": None,
             }
-            output.write_manifest(folder, manifest)
+            write_manifest(folder, manifest)
             if plan.index is not None:  # last: with it, the folder is a model
-                output.write_file(folder / INDEX_NAME, plan.index)
-        except BaseException:
-            output.release(folder, names, is_new)
-            raise
-        return Conversion(folder, plan, shards, False, source_files.is_checkable, labels_from)
+                write_file(folder / INDEX_NAME, plan.index)
+            work.finish()
+        return Conversion(folder, plan, shards, False, taken_up, source_files.is_checkable, labels_from)
 
 
 def default_folder(plan: Plan, source: Source) -> Path:
@@ -138,9 +147,9 @@ def default_folder(plan: Plan, source: Source) -> Path:
 
 def record_verification(folder: Path, verification: dict[str, Any], source: dict[str, Any]) -> None:
     """Keep what a verification against ``source`` found in the folder's manifest, where it is of that source."""
-    manifest = output.read_manifest(folder)
-    if manifest is not None and output.is_of(manifest, source):
-        output.write_manifest(folder, {**manifest, "verification": verification})
+    manifest = read_manifest(folder)
+    if manifest is not None and is_of(manifest, source):
+        write_manifest(folder, {**manifest, "verification": verification})
 
 
 def _plan(
@@ -160,15 +169,15 @@ def _plan(
     return plan, labels_from
 
 
-def _write(plan: Plan, folder: Path, progress: Progress) -> dict[str, str]:
-    done, total, checks = 0, plan.weights, RecordChecks()
+def _write_shards(plan: Plan, folder: OutputFolder, progress: Progress) -> tuple[dict[str, str], int]:
+    """Their sha256 by name, and how many of their bytes were there before."""
+    total, before, taken_up, checks = sum(shard.size for shard in plan.shards), 0, 0, RecordChecks()
     digests = {}
     for shard in plan.shards:
 
-        def advance(count: int, filename: str = shard.filename) -> None:
-            nonlocal done
-            done += count
-            progress(f"writing {filename}", done, total, "bytes")
+        def advance(position: int, is_kept: bool, filename: str = shard.filename, before: int = before) -> None:
+            progress(f"{'checking' if is_kept else 'writing'} {filename}", before + position, total, "bytes")
 
-        digests[shard.filename] = write_shard(shard, folder / shard.filename, checks, advance)
-    return digests
+        digests[shard.filename], kept = write_shard(shard, folder, checks, advance)
+        before, taken_up = before + shard.size, taken_up + kept
+    return digests, taken_up

@@ -43,36 +43,63 @@ def _multiply(a: int, b: int) -> int:
 
 
 class RecordChecks:
-    """Collects the CRC-32s of pieces as they are read, and settles whole records against the file's."""
+    """Collects the CRC-32s of pieces as they are read, and holds whole records against the file's."""
 
     def __init__(self) -> None:
-        self._pieces: dict[Record, list[tuple[int, int, int]]] = {}
+        self._pieces: dict[Record, list[tuple[int, int, int]]] = {}  # of records that are not complete
+        self._earlier: dict[Record, list[tuple[int, int, int]]] = {}  # as they were when `settle` was last called
         self._names: dict[Record, str] = {}
+        self._touched: set[Record] = set()  # since then
         self._settled: set[Record] = set()
 
     def add(self, name: str, piece: SourceTensor, data: memoryview) -> None:
-        """Take note of ``data``, the bytes of ``piece``, which belongs to the tensor ``name``."""
-        if piece.record.crc32 is None or piece.record in self._settled:
+        """Take note of ``data``, the bytes of ``piece``, which belongs to the tensor ``name``.
+
+        Raises:
+            CorruptError: with them, the record is complete, and does not match its CRC-32.
+        """
+        record = piece.record
+        if record.crc32 is None:
             return
-        pieces = self._pieces.setdefault(piece.record, [])
-        self._names.setdefault(piece.record, name)
+        pieces = self._pieces.setdefault(record, [])
+        self._names.setdefault(record, name)
+        self._touched.add(record)
         if piece.is_contiguous:
             pieces.append((piece.offset, len(data), zlib.crc32(data)))
+            is_last = piece.offset + len(data) == record.range.length
+            if is_last and sum(length for _, length, _ in pieces) == record.range.length:
+                self._require_match(record)
+                self._touched.remove(record)
+                del self._pieces[record]  # who reads it once more is checked once more
 
     def settle(self) -> None:
-        """Check every record seen so far. One that was not read exactly once, whole, is read again.
+        """Check what was added of records that are not complete: these are read once, whole.
 
         Raises:
             CorruptError: names the tensor and its place in the file.
         """
-        for record, pieces in self._pieces.items():
-            if _crc_of(record, pieces) != record.crc32:
-                raise CorruptError(
-                    f"{record.file.name} is damaged: {self._names[record]} (record {record.name}, bytes "
-                    f"{record.range.start:,} to {record.range.end:,}) does not match its CRC-32. Fetch the file again."
-                )
-        self._settled |= self._pieces.keys()
-        self._pieces.clear()
+        for record in self._touched - self._settled:
+            self._require_match(record)
+        self.trust()
+
+    def trust(self) -> None:
+        """As `settle`, for what was settled in an earlier process."""
+        self._settled |= self._touched
+        self._touched.clear()
+        self._earlier = {record: list(pieces) for record, pieces in self._pieces.items()}
+
+    def forget(self) -> None:
+        """Take back what was added since `settle` was last called."""
+        self._pieces = {record: list(pieces) for record, pieces in self._earlier.items()}
+        self._touched.clear()
+
+    def _require_match(self, record: Record) -> None:
+        if _crc_of(record, self._pieces[record]) != record.crc32:
+            record.file.require_unchanged()
+            raise CorruptError(
+                f"{record.file.name} is damaged: {self._names[record]} (record {record.name}, bytes "
+                f"{record.range.start:,} to {record.range.end:,}) does not match its CRC-32. Fetch the file again."
+            )
 
 
 def _crc_of(record: Record, pieces: list[tuple[int, int, int]]) -> int:

@@ -43,6 +43,10 @@ class CorruptError(SourceError):
     """Bytes of the source do not match its own description or checksums."""
 
 
+class ChangedError(CorruptError):
+    """The source was changed while it was read."""
+
+
 class MappingError(SourceError):
     """Tensors are missing, unexpected or misshaped. ``problems`` lists every one."""
 

@@ -39,6 +39,10 @@ class BackgroundHash:
         """Hash ``data``, which must not change while `RING_BUFFERS` - 1 further buffers are taken."""
         self._pending.append(self._thread.submit(self._digest.update, data))
 
+    def so_far(self) -> "Future[str]":
+        """The hexadecimal digest of all that was given so far, when the thread is there."""
+        return self._thread.submit(lambda: self._digest.copy().hexdigest())
+
     def hexdigest(self) -> str:
         """Of all that was given so far, which starts a new one."""
         while self._pending:

@@ -1,22 +1,15 @@
-"""Files that are whole or absent, in a folder that belongs to one conversion.
-
-A file is written under a temporary name, synced, renamed, and its folder synced. A folder's
-``streamconv.json`` says whose conversion it holds, so that nothing is overwritten by mistake.
-"""
+"""Files that are whole or absent: written under a temporary name, synced, renamed, their folder synced."""
 
 import errno
 import fcntl
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from streamconv.errors import OutputError
-
-MANIFEST_NAME = "streamconv.json"
 
 
 class OutputFile:
@@ -26,23 +19,33 @@ class OutputFile:
         self._fd, self._path = fd, path
 
     def allocate(self, size: int) -> None:
-        """Reserve the disk's blocks, so that a full disk is noticed now and writing is fast."""
-        with _explained(self._path):
+        """Reserve the disk's blocks, so that a full disk is noticed now and writing is fast; what is there stays."""
+        with explained(self._path):
             if hasattr(os, "posix_fallocate") and size:
                 os.posix_fallocate(self._fd, 0, size)
-            else:
-                os.ftruncate(self._fd, size)
+            os.ftruncate(self._fd, size)
 
     def write_at(self, offset: int, data: memoryview) -> None:
-        with _explained(self._path):
+        with explained(self._path):
             while data:
                 count = os.pwrite(self._fd, data, offset)
+                if not count:
+                    raise OSError(errno.EIO, "the disk takes no more bytes")
                 data, offset = data[count:], offset + count
+
+    def read_at(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with what was written from ``offset`` on, all of it within the size."""
+        with explained(self._path):
+            while buffer:
+                count = os.preadv(self._fd, [buffer], offset)
+                if not count:
+                    raise OSError(errno.EIO, "it ends before its size")
+                buffer, offset = buffer[count:], offset + count
 
     @contextmanager
     def stream(self) -> Iterator[BinaryIO]:
         """The file as a Python file object, for those who write one after another."""
-        with _explained(self._path), os.fdopen(os.dup(self._fd), "r+b") as stream:
+        with explained(self._path), os.fdopen(os.dup(self._fd), "r+b") as stream:
             yield stream
 
     def sync(self, offset: int, length: int) -> None:
@@ -51,7 +54,7 @@ class OutputFile:
         Syncing on the way keeps the disk busy; letting go keeps a small machine's cache for others
         and writes the next range into the same, warm pages.
         """
-        with _explained(self._path):
+        with explained(self._path):
             getattr(os, "fdatasync", os.fsync)(self._fd)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
@@ -62,43 +65,57 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.streamconv-incomplete")
 
 
-def _open_alone(path: Path, temporary: Path) -> int:
-    """The temporary file, empty and locked. The system lets go of a dead process's lock by itself."""
-    with _explained(path):
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+def open_alone(path: Path) -> int:
+    """The file, made where there is none, opened and locked until it is closed; no link is followed.
+
+    The system lets go of a dead process's lock by itself.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be opened or locked.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.exists(temporary) or os.stat(temporary).st_ino != os.fstat(fd).st_ino:
+        if not os.path.exists(path) or os.stat(path).st_ino != os.fstat(fd).st_ino:
             raise BlockingIOError  # its writer finished between our opening and our locking
-        os.ftruncate(fd, 0)
-    except BlockingIOError:
+    except BaseException:
         os.close(fd)
-        raise OutputError(f"{path} is being written by another process. Let it finish, or end it.") from None
-    except OSError as error:
-        os.close(fd)
-        raise OutputError(f"{temporary} cannot be locked: {error.strerror}. Choose another disk.") from error
+        raise
     return fd
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[OutputFile]:
-    """A new file that gets its name when the block ends well, and vanishes when it does not.
+def whole_file(path: Path, *, resume: bool = False) -> Iterator[OutputFile]:
+    """A new file that gets its name when the block ends well.
 
-    Its mode is the umask's choice, as for any file that a user makes.
+    When it does not, the file vanishes; with ``resume`` it stays under its temporary name, and the next one
+    begins with what it holds. Its mode is the umask's choice, as for any file that a user makes.
 
     Raises:
         OutputError: the disk is full, or does not let us write.
     """
     temporary = temporary_path(path)
-    fd = _open_alone(path, temporary)
+    with explained(path):
+        try:
+            fd = open_alone(temporary)
+        except BlockingIOError:
+            raise OutputError(f"{path} is being written by another process. Let it finish, or end it.") from None
     try:
+        with explained(path):
+            if resume:
+                sync_folder(path.parent)  # its temporary name lasts, as what will be synced under it
+            else:
+                os.ftruncate(fd, 0)
         yield OutputFile(fd, path)
-        with _explained(path):
+        with explained(path):
             os.fsync(fd)
             os.replace(temporary, path)
             sync_folder(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        if not resume:
+            with suppress(OSError):  # a disk that lets nothing be removed; the first error says it
+                temporary.unlink(missing_ok=True)
         raise
     finally:
         os.close(fd)
@@ -108,6 +125,18 @@ def write_file(path: Path, data: bytes) -> None:
     """A small file, whole or absent; errors as `whole_file`'s."""
     with whole_file(path) as file:
         file.write_at(0, memoryview(data))
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and those above it, made where they are not, so that they last."""
+    if not os.path.isdir(folder):
+        make_folder(folder.absolute().parent)
+        folder.mkdir(exist_ok=True)
+        try:
+            sync_folder(folder.absolute().parent)
+        except OSError:
+            folder.rmdir()
+            raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -120,124 +149,22 @@ def sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
+_MENDS = {
+    errno.ENOSPC: "Make room and run the same command again.",
+    errno.EDQUOT: "Make room and run the same command again.",
+    errno.ENOENT: "Its folder is gone. Run the same command again.",
+    errno.EFBIG: "This disk takes no file as large: give a smaller --max-shard-size.",
+}
+
+
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """An `OSError` of the block becomes an `OutputError` that says what cannot be done with ``path``."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        mend = "Make room and run the same command again." if full else "Choose another place for the output."
+        mend = _MENDS.get(error.errno or 0, "Choose another place for the output.")
         raise OutputError(f"{path} cannot be written: {error.strerror}. {mend}") from error
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What streamconv.json says, or None where there is none.
-
-    Raises:
-        OutputError: there is one that cannot be read.
-    """
-    path = folder / MANIFEST_NAME
-    if not os.path.exists(path):
-        return None
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise OutputError(f"{path} cannot be read ({error}). Move it away, or write to another folder.") from error
-    if not isinstance(manifest, dict):
-        raise OutputError(f"{path} is not streamconv's. Move it away, or write to another folder.")
-    return manifest
-
-
-def is_finished(folder: Path, manifest: Mapping[str, Any], names: list[str]) -> bool:
-    """Whether a conversion ended here and its files are still there, shards at their full size."""
-    try:
-        return (
-            manifest["complete"] is True
-            and all((folder / name).is_file() for name in names)
-            and all((folder / name).stat().st_size == shard["size"] for name, shard in manifest["shards"].items())
-        )
-    except (KeyError, TypeError, AttributeError):  # not as we write it
-        return False
-
-
-def claim(folder: Path, manifest: Mapping[str, Any], names: list[str], size: int) -> dict[str, Any] | None:
-    """Make sure that ``folder`` can take this conversion's files, before any is written.
-
-    ``manifest`` is what this conversion will say of its source and plan. Returns the manifest of the
-    same conversion where one is finished here; otherwise the folder exists and has an unfinished one.
-
-    Raises:
-        OutputError: the folder holds something else, cannot be written, or its disk is too full.
-    """
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise OutputError(f"{folder} is a file. Name a folder for the output.")
-    existing = read_manifest(folder)
-    present = [folder / name for name in names if os.path.exists(folder / name)]
-    leftovers = [temporary_path(folder / name) for name in names if os.path.exists(temporary_path(folder / name))]
-    if existing is None:
-        if present:
-            raise OutputError(
-                f"{folder} already holds {', '.join(path.name for path in present)}, which streamconv did not write. "
-                "Choose another folder."
-            )
-    elif (other := _differences(existing, manifest)) and (present or existing.get("complete")):
-        raise OutputError(
-            f"{folder} holds another conversion, of {existing.get('model') or 'an unnamed model'}: its "
-            f"{' and '.join(other)} is another. Choose another folder, or delete this one."
-        )
-    elif is_finished(folder, existing, names):
-        return existing
-    require_space(folder, size - sum(path.stat().st_size for path in (*present, *leftovers)))
-    is_new = not os.path.exists(folder)
-    with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        write_manifest(folder, {**manifest, "complete": False})
-    except OutputError:
-        if is_new:
-            folder.rmdir()
-        raise
-    return None
-
-
-def is_of(manifest: Mapping[str, Any], source: Mapping[str, Any]) -> bool:
-    """Whether a manifest says that its output was made from these files."""
-    said = manifest.get("source")
-    try:
-        return said is not None and {r: s["fingerprint"] for r, s in said.items()} == {
-            role: file["fingerprint"] for role, file in source.items()
-        }
-    except (KeyError, TypeError, AttributeError):
-        return False
-
-
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Which of the files and decisions that make up a conversion are not the same in two manifests."""
-
-    def parts(manifest: Mapping[str, Any]) -> dict[str, str]:
-        sources = {role: source["fingerprint"] for role, source in manifest["source"].items()}
-        labels = manifest["labels"]
-        # Where they come from by default can change with the network; that is no other conversion.
-        named = labels["sha256"] if labels and not labels["is_default"] else "default"
-        return {**sources, "plan (its names, its shard size)": manifest["plan"], "list of labels": named}
-
-    try:
-        mine, theirs = parts(one), parts(other)
-    except (KeyError, TypeError, AttributeError):
-        return [MANIFEST_NAME]
-    return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-
-
-def release(folder: Path, names: list[str], is_new: bool) -> None:
-    """After a failure: leave no manifest, and no folder of ours, where not one file was finished."""
-    if not any(os.path.exists(folder / name) for name in names):
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_file(folder / MANIFEST_NAME, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 def require_space(folder: Path, size: int) -> None:

@@ -68,6 +68,10 @@ def _kept(file: RemoteFile, name: str) -> Path:
     return path
 
 
+def _is_checkable(tensors: Mapping[str, SourceTensor]) -> bool:
+    return all(tensor.record.crc32 is not None for tensor in tensors.values())
+
+
 @dataclass(frozen=True)
 class OpenSource:
     """A source's tensors, a head's under `HEAD_PREFIX`, and the checkpoints they come from by role."""
@@ -83,15 +87,20 @@ class OpenSource:
     @property
     def is_checkable(self) -> bool:
         """Whether every tensor has a CRC-32 in its file."""
-        return all(tensor.record.crc32 is not None for tensor in self.tensors.values())
+        return _is_checkable(self.tensors)
 
     def describe(self) -> dict[str, dict[str, object]]:
-        """For the manifest: file names, sizes in bytes, and fingerprints (see `torch_zip.read_index`)."""
+        """For the manifest: file names, sizes in bytes, and fingerprints (see `torch_zip.read_index`).
+
+        A fingerprint stands for the weights only where they carry CRC-32s. Elsewhere the time of
+        modification goes with it, so that another file of the same names and shapes is noticed.
+        """
         return {
             role: {
                 "file": checkpoint.paths[0].name if len(checkpoint.paths) == 1 else self.source.backbone.name,
                 "size": checkpoint.size,
                 "fingerprint": checkpoint.fingerprint,
+                **({} if _is_checkable(checkpoint) else {"modified_ns": checkpoint.modified_ns}),
             }
             for role, checkpoint in self.checkpoints.items()
         }

@@ -1,35 +1,62 @@
 """The byte mover: a shard's tensors from the source's ranges into a file, in a few buffers.
 
-One thread reads, checks and writes; a second one hashes what was written, a third one syncs. Two
-threads that write one file wait for its lock instead of working, so there is one writer.
+One thread reads, checks and writes; a second one hashes what was written, a third one syncs and
+marks in the folder's journal how far the file is. Two threads that write one file wait for its lock
+instead of working, so there is one writer.
+
+A shard that was interrupted goes on from its mark: what lies before it is read back from the file
+instead of from the source, through the same hash and the same CRC-32s.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 from streamconv.crc import RecordChecks
+from streamconv.errors import CorruptError
+from streamconv.folder import NOTHING, Mark, OutputFolder
 from streamconv.hashing import BUFFER_BYTES, BackgroundHash
-from streamconv.output import whole_file
+from streamconv.output import OutputFile, whole_file
 from streamconv.plan import PIECE_BYTES, Shard
 from streamconv.tensors import SourceTensor
 
-SYNC_BYTES = 32 << 20  # a 64 MB cgroup holds two of these, and no more dirty pages are ever wanted
+# Between two marks; a kill costs at most three of these, one that is filled while one is synced. A 64 MB
+# cgroup holds two, and no more dirty pages are ever wanted.
+SYNC_BYTES = 32 << 20
 
 
-def write_shard(shard: Shard, path: Path, checks: RecordChecks, advance: Callable[[int], None]) -> str:
-    """Write one shard, whole or not at all, and give its sha256 in hexadecimal.
+def write_shard(
+    shard: Shard, folder: OutputFolder, checks: RecordChecks, advance: Callable[[int, bool], None]
+) -> tuple[str, int]:
+    """Write one shard, or what is missing of it; give its sha256 in hexadecimal, and how many bytes were there.
 
-    The file gets its name only after every record that it drew on has matched its CRC-32.
-    ``advance`` is called with the number of bytes that each step added.
+    The file gets its name only after every record that it drew on has matched its CRC-32, or its file
+    is found unchanged. ``advance`` is told how many of the shard's bytes are done, and whether the last
+    ones were there before.
 
     Raises:
-        SourceError: the source cannot be read, or is damaged.
+        SourceError: the source cannot be read; or it is damaged, or was changed: then nothing of the shard is kept.
         OutputError: the output cannot be written.
     """
+    for mark in (folder.take_up(shard.filename), NOTHING):
+        try:
+            sha256 = _write(shard, folder, mark, checks, advance)
+            break
+        except CorruptError:
+            folder.forget(shard.filename)
+            checks.forget()
+            if not mark.size:
+                raise
+            # Else the damage may be in what was written before: once more, all of it from the source.
+    folder.mark(shard.filename, Mark(shard.size, sha256))
+    return sha256, mark.size
+
+
+def _write(
+    shard: Shard, folder: OutputFolder, mark: Mark, checks: RecordChecks, advance: Callable[[int, bool], None]
+) -> str:
     synced: Future[None] | None = None
     with (
-        whole_file(path) as file,
+        whole_file(folder.path / shard.filename, resume=True) as file,
         BackgroundHash() as digest,
         ThreadPoolExecutor(1, "sync") as syncing,
     ):
@@ -38,26 +65,44 @@ def write_shard(shard: Shard, path: Path, checks: RecordChecks, advance: Callabl
         digest.update(shard.header)
         position = synced_to = len(shard.header)
         for batch in _batches(shard):
-            buffer, filled = digest.next_buffer(), 0
+            buffer, filled, is_kept = digest.next_buffer(), 0, position < mark.size
             for name, piece in batch:
                 part = buffer[filled : filled + piece.info.nbytes]
-                piece.read_into(part)
+                if is_kept:
+                    file.read_at(position + filled, part)
+                else:
+                    piece.read_into(part)
+                    file.write_at(position + filled, part)
                 checks.add(name, piece, part)
-                file.write_at(position + filled, part)
                 filled += len(part)
             digest.update(buffer[:filled])
             position += filled
-            if position - synced_to >= SYNC_BYTES:
+            if is_kept:
+                synced_to = position
+                if position >= mark.size and digest.so_far().result() != mark.sha256:
+                    raise CorruptError(f"{shard.filename} is not what its journal says.")
+            elif position - synced_to >= SYNC_BYTES:
                 if synced is not None:
                     synced.result()
-                synced = syncing.submit(file.sync, synced_to, position - synced_to)
+                synced = syncing.submit(_keep, file, folder, shard.filename, synced_to, position, digest.so_far())
                 synced_to = position
-            advance(filled)
+            advance(position, is_kept)
         if synced is not None:
             synced.result()
         sha256 = digest.hexdigest()
-        checks.settle()
+        if mark.size == shard.size:  # it had its name, and all of it was read back
+            checks.trust()
+        else:
+            checks.settle()
+        for source in {tensor.record.file for _, tensor in shard.tensors if tensor.record.crc32 is None}:
+            source.require_unchanged()
     return sha256
+
+
+def _keep(file: OutputFile, folder: OutputFolder, name: str, start: int, end: int, sha256: "Future[str]") -> None:
+    """Bring the file's bytes from ``start`` to ``end`` to the disk, and mark that it is as far."""
+    file.sync(start, end - start)
+    folder.mark(name, Mark(end, sha256.result()))
 
 
 def _batches(shard: Shard) -> Iterator[list[tuple[str, SourceTensor]]]:

@@ -5,13 +5,15 @@ They show and test the whole job where no weights can be had. The same seed give
 
 import math
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
-from streamconv.errors import OutputError
+from streamconv.errors import OutputError, UsageError
 from streamconv.families import HEAD_PREFIX, find_model
-from streamconv.output import require_space, whole_file
+from streamconv.output import explained, open_alone, require_space, whole_file
 from streamconv.pth import write_pth
 from streamconv.sources import Source
 from streamconv.tensors import TensorInfo
@@ -40,6 +42,42 @@ def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> Source:
         head_infos = {n.removeprefix(HEAD_PREFIX): info for n, info in infos.items() if n.startswith(HEAD_PREFIX)}
         _write(head, head_infos, seed + 1)
     return Source(backbone, head, found)
+
+
+@contextmanager
+def temporary_checkpoint(model: str, output: Path | None, *, seed: int = 0) -> Iterator[Source]:
+    """A random checkpoint for as long as the block runs, in a hidden folder beside ``output``.
+
+    What a killed process left there is used, and deleted in the end.
+
+    Raises:
+        UsageError, OutputError: as `synth`; or another process has it.
+    """
+    try:
+        _, found = find_model(model)
+    except UsageError as error:
+        raise UsageError(f"--synthetic makes a model by its name: {error}") from None
+    folder = output or Path(found.published_name)
+    near = next((path for path in folder.absolute().parents if os.path.isdir(path)), folder)
+    temporary = near / f".{folder.name}.streamconv-synthetic"
+    with explained(temporary):
+        temporary.mkdir(exist_ok=True)
+        try:
+            lock = open_alone(temporary / "lock")
+        except BlockingIOError:
+            raise OutputError(f"{folder} is being written by another process. Let it finish, or end it.") from None
+    try:
+        # The name stands in the manifest: no one shall take these weights for the published ones.
+        backbone = temporary / f"{model}_synthetic_seed{seed}.pth"
+        head = head_path(backbone) if found.head else None
+        made = Source(backbone, head, found)
+        if not all(os.path.exists(file) for file in (backbone, head) if file is not None):
+            backbone.unlink(missing_ok=True)
+            made = synth(model, backbone, seed=seed)
+        yield made
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
 
 
 def head_path(backbone: Path) -> Path:

@@ -36,6 +36,9 @@ class ByteSource(Protocol):
     def read_at(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` on, or raise `SourceError`."""
 
+    def require_unchanged(self) -> None:
+        """Raise `ChangedError` where it is not as it was opened."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:

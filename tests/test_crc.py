@@ -1,6 +1,7 @@
 """CRC-32s put together from pieces are zlib's."""
 
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,45 @@ def test_a_record_is_checked_in_whatever_order_and_share_it_is_read(
         path.write_bytes(data)
     with streamconv.open_checkpoint(path) as checkpoint:
         checks = RecordChecks()
-        for part in order:
-            read(checks, "the name", checkpoint["x"].rows(10 * part, 10 * part + 10))
-        if is_damaged:
-            with pytest.raises(CorruptError, match="the name"):
-                checks.settle()
-        else:
+        with pytest.raises(CorruptError, match="the name") if is_damaged else nullcontext():
+            for part in order:
+                read(checks, "the name", checkpoint["x"].rows(10 * part, 10 * part + 10))
             checks.settle()
+
+
+def test_a_damaged_record_is_found_when_its_last_byte_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"x": torch.randn(30, 7)}, path)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        at = checkpoint["x"].record.range.start
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        checks = RecordChecks()
+        *pieces, last = checkpoint["x"].split(64)
+        for piece in pieces:
+            checks.add("x", piece, memoryview(piece.tobytes()))
+        with pytest.raises(CorruptError, match=rf"bytes {at:,} to {at + 840:,}"):
+            checks.add("x", last, memoryview(last.tobytes()))
+
+
+def test_a_record_is_read_only_once_by_shards_that_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"x": torch.randn(30, 7)}, path)
+    again: list[int] = []
+    with streamconv.open_checkpoint(path) as checkpoint:
+        checks, tensor = RecordChecks(), checkpoint["x"]
+        real = type(tensor.record.file).read_at
+        read(checks, "x", tensor.rows(0, 10))
+        monkeypatch.setattr(type(tensor.record.file), "read_at", lambda *a: (again.append(a[1]), real(*a)))
+        checks.settle()  # before the first shard gets its name
+        assert len(again) == 1
+        monkeypatch.undo()
+        read(checks, "x", tensor.rows(10, 20))
+        checks.forget()
+        read(checks, "x", tensor.rows(10, 30))  # complete, with what the first shard read
+        assert tensor.record not in checks._pieces
 
 
 @pytest.mark.parametrize("view", [torch.randn(20, 20)[:, ::2], torch.randn(2, 8).t()], ids=["skipping", "transposed"])

@@ -10,6 +10,7 @@ import torch
 import streamconv
 from streamconv import hashing, streaming
 from streamconv.crc import RecordChecks
+from streamconv.folder import claimed
 from streamconv.plan import make_shard
 
 
@@ -22,6 +23,11 @@ class SlowDigest:
     def update(self, data: memoryview) -> None:
         time.sleep(0.01)
         self._digest.update(data)
+
+    def copy(self) -> "SlowDigest":
+        copied = SlowDigest()
+        copied._digest = self._digest.copy()
+        return copied
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
@@ -36,7 +42,8 @@ def test_a_hash_that_falls_behind_is_still_of_the_file(
     monkeypatch.setattr(hashing, "RING_BUFFERS", ring)
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
         shard = make_shard("x.safetensors", checkpoint)
-        digest = streaming.write_shard(shard, tmp_path / "x.safetensors", RecordChecks(), lambda count: None)
+        with claimed(tmp_path, {}, [], 0) as folder:
+            digest, _ = streaming.write_shard(shard, folder, RecordChecks(), lambda position, is_kept: None)
         data = (tmp_path / "x.safetensors").read_bytes()
         assert data == shard.header + b"".join(tensor.tobytes() for _, tensor in shard.tensors)
         assert digest == hashlib.sha256(data).hexdigest()

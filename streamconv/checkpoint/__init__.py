@@ -38,6 +38,11 @@ class Checkpoint(Mapping[str, SourceTensor]):
         """Of its files, in bytes."""
         return sum(file.size for file in self._files)
 
+    @property
+    def modified_ns(self) -> list[int]:
+        """When its files were last modified, in nanoseconds since 1970."""
+        return [file.modified_ns for file in self._files]
+
     def close(self) -> None:
         for file in self._files:
             file.close()

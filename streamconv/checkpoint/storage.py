@@ -4,7 +4,7 @@ import os
 import stat
 from pathlib import Path
 
-from streamconv.errors import NotACheckpointError, SourceError, SourceMissingError, TruncatedError
+from streamconv.errors import ChangedError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 
 
 class LocalFile:
@@ -21,7 +21,8 @@ class LocalFile:
             raise SourceMissingError(f"{path}: there is no such file.") from None
         except (OSError, ValueError) as error:
             raise SourceError(f"{path} cannot be opened: {error}.") from error
-        self.size = os.fstat(self._file.fileno()).st_size
+        state = os.fstat(self._file.fileno())
+        self.size, self.modified_ns = state.st_size, state.st_mtime_ns
 
     @property
     def name(self) -> str:
@@ -39,7 +40,10 @@ class LocalFile:
             try:
                 count = os.preadv(self._file.fileno(), [buffer[at:]], offset + at)
             except OSError as error:
-                raise SourceError(f"{self.path} cannot be read at byte {offset + at:,}: {error.strerror}.") from error
+                raise SourceError(
+                    f"{self.path} cannot be read at byte {offset + at:,}: {error.strerror}. "
+                    "Fetch it again, or copy it to another disk, and run the same command again."
+                ) from error
             if not count:
                 raise TruncatedError(
                     f"{self.path} ends at byte {offset + at:,}, within its contents: "
@@ -52,6 +56,16 @@ class LocalFile:
         data = bytearray(length)
         self.read_at(offset, memoryview(data))
         return bytes(data)
+
+    def require_unchanged(self) -> None:
+        """Compare size and time of modification with what they were when the file was opened.
+
+        Raises:
+            ChangedError: they are others.
+        """
+        state = os.fstat(self._file.fileno())
+        if (state.st_size, state.st_mtime_ns) != (self.size, self.modified_ns):
+            raise ChangedError(f"{self.path} was changed while it was read. Run again when it is whole.")
 
     def close(self) -> None:
         self._file.close()

@@ -1,0 +1,62 @@
+"""``streamconv.json``, a finished folder's own word: what it was made from, and each file's size and sha256."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import OutputError
+from streamconv.output import write_file
+
+MANIFEST_NAME = "streamconv.json"
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Which of the files and decisions that make up a conversion are not the same in two of them."""
+
+    def parts(conversion: Mapping[str, Any]) -> dict[str, object]:
+        sources = {role: (file["fingerprint"], file.get("modified_ns")) for role, file in conversion["source"].items()}
+        labels = conversion["labels"]
+        # Where they come from by default can change with the network; that is no other conversion.
+        named = labels["sha256"] if labels and not labels["is_default"] else "default"
+        return {**sources, "plan (its names, its shard size)": conversion["plan"], "list of labels": named}
+
+    try:
+        mine, theirs = parts(one), parts(other)
+    except (KeyError, TypeError, AttributeError):
+        return [MANIFEST_NAME]
+    return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+
+
+def is_of(manifest: Mapping[str, Any], source: Mapping[str, Any]) -> bool:
+    """Whether a manifest says that its output was made from these files."""
+    said = manifest.get("source")
+    try:
+        return said is not None and {r: s["fingerprint"] for r, s in said.items()} == {
+            role: file["fingerprint"] for role, file in source.items()
+        }
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What streamconv.json says, or None where there is none.
+
+    Raises:
+        OutputError: there is one that cannot be read.
+    """
+    path = folder / MANIFEST_NAME
+    if not os.path.exists(path):
+        return None
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"{path} cannot be read ({error}). Move it away, or write to another folder.") from error
+    if not isinstance(manifest, dict):
+        raise OutputError(f"{path} is not streamconv's. Move it away, or write to another folder.")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    write_file(folder / MANIFEST_NAME, (json.dumps(manifest, indent=2) + "\n").encode())

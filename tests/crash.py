@@ -1,0 +1,178 @@
+"""Kills a conversion at each of its steps on the disk, lets it go on, and compares the folder with an undisturbed one.
+
+Run as a process of its own (it forks, and so must be small): `python -m tests.crash SOURCE PLACE HOW SHARD_SIZE TRIES`.
+HOW is what is left behind:
+    kill     what the process wrote, the last write perhaps by half
+    power    what was synced: other bytes are zeros or missing, and a name lasts when its folder was synced
+    power-names   the same, but every name lasts, as file systems may have it
+Prints what went wrong, as JSON. Sizes are scaled down by 2048, so that a small model has many marks.
+"""
+
+import json
+import mmap
+import os
+import random
+import shutil
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import streamconv
+from streamconv import hashing, streaming
+
+SCALE = 2048
+MAX_REPEATED = (256 << 20) // SCALE
+STEPS = ("pwrite", "write", "fsync", "fdatasync", "replace", "ftruncate", "posix_fallocate", "mkdir", "unlink")
+
+
+class Disk:
+    """Counts what a process does to the disk, ends it at a given step, and knows what would survive a power cut."""
+
+    def __init__(self, shadow: Path, source: Path, stop_at: int | None, half: bool):
+        self.shadow, self.stop_at, self.half = shadow, stop_at, half
+        self.source = os.stat(source).st_ino
+        self.counts = mmap.mmap(-1, 16)  # shared with the parent: steps, bytes of the source read
+        self.real = {name: getattr(os, name) for name in (*STEPS, "preadv")}
+        self.steps = self.read = 0
+
+    def install(self, folder: Path) -> None:
+        for path in (folder.parent, *([folder, *folder.iterdir()] if folder.exists() else [])):
+            self._keep(path)  # what is there now lasts
+        for name in STEPS:
+            setattr(os, name, self._step(name))
+        os.preadv = self._preadv  # type: ignore[assignment]
+
+    def counted(self) -> tuple[int, int]:
+        return struct.unpack("qq", self.counts[:])
+
+    def _step(self, name: str) -> Callable[..., Any]:
+        def step(*args: Any, **options: Any) -> Any:
+            self.steps += 1
+            self._count()
+            if self.steps == self.stop_at:
+                if self.half and name in ("pwrite", "write"):
+                    self.real[name](args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
+                os._exit(9)
+            if name in ("fsync", "fdatasync"):
+                return self._sync(args[0])
+            return self.real[name](*args, **options)
+
+        return step
+
+    def _preadv(self, fd: int, buffers: list[Any], offset: int) -> int:
+        count: int = self.real["preadv"](fd, buffers, offset)
+        if os.fstat(fd).st_ino == self.source:
+            self.read += count
+            self._count()
+        return count
+
+    def _count(self) -> None:
+        self.counts[:] = struct.pack("qq", self.steps, self.read)
+
+    def _sync(self, fd: int) -> None:
+        """Instead of the disk's: a copy of what is there now."""
+        self._keep(Path(f"/proc/self/fd/{fd}"))
+
+    def _keep(self, path: Path) -> None:
+        if path.is_dir():
+            kind, data = "names", json.dumps({each.name: each.stat().st_ino for each in path.iterdir()}).encode()
+        else:
+            kind, data = "bytes", path.read_bytes()
+        copy = self.shadow / f"{path.stat().st_ino}.{kind}"
+        half = copy.with_name(f"{copy.name}.{threading.get_ident()}")
+        half.write_bytes(data)
+        self.real["replace"](half, copy)  # another thread may end the process meanwhile
+
+
+def after_power_cut(folder: Path, shadow: Path, every_name: bool) -> None:
+    """Make the folder what a disk would have kept of it."""
+    names = {path.name: path.stat().st_ino for path in folder.iterdir()} if folder.exists() else {}
+    sizes = {path.stat().st_ino: path.stat().st_size for path in folder.iterdir()} if folder.exists() else {}
+    parent = shadow / f"{folder.parent.stat().st_ino}.names"
+    lasts = folder.exists() and parent.exists() and folder.name in json.loads(parent.read_text())
+    if not every_name:
+        kept = shadow / f"{folder.stat().st_ino}.names" if lasts else None
+        names = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
+    contents = {}
+    for name, inode in names.items():
+        synced = shadow / f"{inode}.bytes"
+        data = synced.read_bytes() if synced.exists() else b""
+        contents[name] = data + bytes(max(0, sizes.get(inode, 0) - len(data))) if every_name else data
+    shutil.rmtree(folder, ignore_errors=True)
+    if lasts or (every_name and names):
+        folder.mkdir()
+        for name, data in contents.items():
+            (folder / name).write_bytes(data)
+
+
+def convert(source: Path, folder: Path, shard_size: str, disk: Disk) -> int:
+    """In a process of its own; its exit code: 0 converted, 9 killed."""
+    child = os.fork()
+    if not child:
+        try:
+            disk.install(folder)
+            streamconv.convert(source, folder, max_shard_size=shard_size)
+            os._exit(0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def main(source: Path, place: Path, how: str, shard_size: str, tries: int) -> dict[str, Any]:
+    hashing.BUFFER_BYTES = streaming.BUFFER_BYTES = (1 << 20) // SCALE * 2
+    streaming.PIECE_BYTES = (512 << 10) // SCALE * 2
+    streaming.SYNC_BYTES //= SCALE
+    shadow, folder = place / "shadow", place / "out"
+
+    def fresh(stop_at: int | None = None, half: bool = False) -> Disk:
+        shutil.rmtree(shadow, ignore_errors=True)
+        shadow.mkdir()
+        return Disk(shadow, source, stop_at, half)
+
+    assert not folder.exists()
+    whole = fresh()
+    assert convert(source, folder, shard_size, whole) == 0
+    wanted = contents(folder)
+    steps, read = whole.counted()
+    shutil.rmtree(folder)
+    choice = random.Random(how + shard_size)
+    points = sorted(choice.sample(range(1, steps + 1), min(tries, steps)))
+    wrong: list[str] = []
+    kills = taken_up = worst = 0
+    for point in points:
+        shutil.rmtree(folder, ignore_errors=True)
+        done = 0
+        # Killed once, and half the time a second time, while it goes on.
+        for stop_at in (point, *([choice.randrange(1, steps)] if choice.random() < 0.5 else [])):
+            disk = fresh(stop_at, choice.random() < 0.5)
+            code = convert(source, folder, shard_size, disk)
+            kills += code == 9
+            done += disk.counted()[1]
+            if how != "kill":
+                after_power_cut(folder, shadow, how == "power-names")
+            for name, data in contents(folder).items():
+                if name in wanted and data != wanted[name]:
+                    wrong.append(f"step {point}: {name} is not whole")
+        disk = fresh()
+        code = convert(source, folder, shard_size, disk)
+        if code or contents(folder) != wanted:
+            have = contents(folder)
+            other = sorted(n for n in have.keys() | wanted.keys() if have.get(n) != wanted.get(n))
+            wrong.append(f"step {point}: ended in {code}, and {other} are others")
+        repeated = done + disk.counted()[1] - read
+        worst = max(worst, repeated)
+        taken_up += disk.counted()[1] < read
+    return {"wrong": wrong, "kills": kills, "taken_up": taken_up, "repeated": worst, "read": read}
+
+
+if __name__ == "__main__":
+    found = main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]))
+    print(json.dumps({**found, "max_repeated": MAX_REPEATED}))
