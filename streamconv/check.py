@@ -7,18 +7,22 @@ believed.
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint import Checkpoint, open_checkpoint
 from streamconv.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME
+from streamconv.checkpoint.storage import LocalFile
 from streamconv.crc import RecordChecks
 from streamconv.errors import CorruptError, OutputError, SourceError
 from streamconv.hashing import BUFFER_BYTES, BackgroundHash
 from streamconv.manifest import MANIFEST_NAME, read_manifest
 from streamconv.plan import Plan, index_of
 from streamconv.tensors import ByteSource, SourceTensor
+
+SPAN_BYTES = 32 << 20  # between two reports of progress
 
 # What transformers would load instead of the model, or into it.
 LOADED_BESIDE = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "adapter_config.json")
@@ -87,6 +91,48 @@ def check_bytes(folder: Path, plan: Plan, advance: Callable[[int], None]) -> Byt
     return ByteCheck(compared, len(wanted), tuple(sorted(set(problems))), files)
 
 
+def check_files(folder: Path, manifest: Mapping[str, Any], advance: Callable[[int, int], None]) -> list[str]:
+    """What is not as the folder's own manifest says: each file's size and sha256, and weights that it does not name.
+
+    ``advance`` is told how many bytes are done, and of how many.
+    """
+    try:
+        said = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return [f"{MANIFEST_NAME} is damaged: it does not say of each file its size and sha256 ({error!r})"]
+    problems = [f"{path.name} is no part of the model" for path in _weights_in(folder) if path.name not in said]
+    total, done = sum(size for size, _ in said.values()), 0
+    for name, (size, sha256) in said.items():
+        if Path(name).name != name:
+            problems.append(f"{MANIFEST_NAME} names {name!r}, which is no file of its folder")
+            continue
+        try:
+            file = LocalFile(folder / name)
+        except SourceError as error:
+            problems.append(str(error))
+            continue
+        with closing(file), BackgroundHash() as digest:
+            if file.size != size:
+                problems.append(f"{name} has {file.size:,} bytes, not {size:,}")
+                continue
+            try:
+                for start in range(0, size, SPAN_BYTES):
+                    end = min(start + SPAN_BYTES, size)
+                    _hash(file, start, end, digest)
+                    done += end - start
+                    advance(done, total)
+            except SourceError as error:
+                problems.append(str(error))
+                continue
+            if digest.hexdigest() != sha256:
+                problems.append(f"{name} is not as it was written: its sha256 is another")
+    return sorted(problems)
+
+
+def _weights_in(folder: Path) -> set[Path]:
+    return {path for pattern in LOADED_BESIDE for path in folder.glob(pattern)}
+
+
 def _in_file_order(written: Checkpoint) -> dict[ByteSource, list[str]]:
     """The tensors' names, file by file, as their bytes follow one another; there is nothing between them."""
     files: dict[ByteSource, list[str]] = {}
@@ -98,8 +144,7 @@ def _in_file_order(written: Checkpoint) -> dict[ByteSource, list[str]]:
 def _file_problems(folder: Path, written: Checkpoint) -> list[str]:
     """What an index says of the files, and weights that no index names."""
     used = {path.name for path in written.paths}
-    beside = {path for pattern in LOADED_BESIDE for path in folder.glob(pattern)}
-    problems = [f"{path.name} is no part of the model" for path in beside if path.name not in used]
+    problems = [f"{path.name} is no part of the model" for path in _weights_in(folder) if path.name not in used]
     for path in written.paths:
         if (metadata := _metadata(path)) != {"format": "pt"}:
             problems.append(f'{path.name} has the metadata {_text(metadata)}, not {{"format": "pt"}}')

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,11 +18,13 @@ import streamconv
 from streamconv._version import __version__
 from streamconv.convert import Conversion, record_verification
 from streamconv.errors import OutputError, StreamconvError, UsageError
+from streamconv.options import Device, Head, Image, Json, Labels, Reference, Report, Seed, ShardSize, Source
 from streamconv.output import write_file
 from streamconv.progress import ProgressReport
 from streamconv.synth import temporary_checkpoint
 from streamconv.texts import conversion_lines, model_lines, plan_lines, verification_lines
 from streamconv.verify import Verification
+from streamconv.verify.ahead import check_arguments, check_report
 
 DEFAULT_MODEL = "dinov2_vitg14"
 EXIT_CODES = """\b
@@ -39,37 +40,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 """rich_markup_mode None: typer then needs no rich for its help, which keeps the conversion small."""
-
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, or a checkpoint file.")]
-Head = Annotated[Path | None, typer.Option(metavar="FILE", help="A linear head's file, for a classifier from files.")]
-Labels = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="The classes' names: JSON, or a line each. [default: ImageNet's for 1000 classes]"
-    ),
-]
-ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The largest size of one file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
-Device = Annotated[
-    str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to verify on; auto takes a GPU if there is one.")
-]
-Image = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE", help="A picture to verify on, or its http address. [default: one of the project's own]"
-    ),
-]
-Reference = Annotated[
-    str,
-    typer.Option(
-        metavar="builtin|hub|PATH",
-        help="What computes the original: streamconv's graph, or the authors' code, which torch.hub fetches and runs.",
-    ),
-]
-Report = Annotated[
-    Path | None, typer.Option(metavar="FILE.html", help="Write what was found as a page to look at and to publish.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Of the random weights.")]
 
 
 @app.command()
@@ -149,7 +119,14 @@ def convert(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that streamconv converted into.")],
-    source: Source,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A model's name, or a checkpoint file. Without it, the files are checked as they were written.",
+            show_default=False,
+        ),
+    ] = None,
     head: Head = None,
     device: Device = "auto",
     image: Image = None,
@@ -157,8 +134,13 @@ def verify(
     report: Report = None,
     as_json: Json = False,
 ) -> None:
-    """Prove a converted folder against its source: every byte, the loading, and what the model computes."""
+    """Prove a converted folder against its source: every byte, the loading, and what the model computes.
+
+    Without SOURCE, each file is checked against the size and sha256 in the folder's streamconv.json.
+    """
     with _errors():
+        if source is None and (head, device, image, reference) != (None, "auto", None, "builtin"):
+            raise UsageError("--head, --device, --image and --reference are for a comparison. Name the SOURCE too.")
         verifying = Verifying(device, image, reference, report)
         verifying.check_ahead()
         found = verifying.verify(folder, source, head, as_json)
@@ -238,25 +220,11 @@ class Verifying:
     report: Path | None
 
     def check_ahead(self) -> None:
-        """Refuse what does not exist before hours of work, without importing torch here."""
         if self.report is not None:
-            from streamconv.report import require  # with what it imports, only for those who want one
+            check_report(self.report)
+        check_arguments(self.device, self.image, self.reference)
 
-            require()
-            parent = self.report.absolute().parent
-            if self.report.suffix.lower() not in (".html", ".htm"):
-                raise UsageError(f"{self.report} is no name for a page. Give --report FILE.html.")
-            if os.path.isdir(self.report) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-                raise OutputError(f"{self.report} cannot be written. Give --report a file in a folder that can be.")
-        if self.device not in ("auto", "cpu") or self.image is not None or self.reference != "builtin":
-            words = [self.device, self.reference, *([self.image] if self.image is not None else [])]
-            command = [sys.executable, "-m", "streamconv.verify.devices", *words]
-            asked = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if asked.returncode == UsageError.exit_code and asked.stdout:
-                raise UsageError(asked.stdout.strip())
-            asked.check_returncode()  # anything else is a bug, and shows its traceback
-
-    def verify(self, folder: Path, source: str, head: Path | None, as_json: bool) -> Verification:
+    def verify(self, folder: Path, source: str | None, head: Path | None, as_json: bool) -> Verification:
         with ProgressReport() as progress:
             found = streamconv.verify(
                 folder,
@@ -270,6 +238,8 @@ class Verifying:
         findings = found.as_dict()
         if not as_json:
             _print(verification_lines(found))
+        if source is None:
+            return found  # the manifest keeps what was found against the source
         try:
             # The pictures are for JSON and the report: the manifest stays a text to read.
             record_verification(folder, {**findings, "pictures": {}}, dict(found.source))

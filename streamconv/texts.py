@@ -56,10 +56,11 @@ def verification_lines(found: Verification) -> Iterator[str]:
         for label, share in found.predictions:
             yield f"  {share:6.1%}  {label}"
     yield ", ".join(_cost(found.memory, found.seconds))
-    yield "Looks ok!" if found.passed else "The output is not what the source says. Do not use it."
+    said_by = "the source says" if found.device is not None else "was written"
+    yield "Looks ok!" if found.passed else f"The output is not what {said_by}. Do not use it."
 
 
-def _number_lines(rung: Rung, device: str) -> Iterator[str]:
+def _number_lines(rung: Rung, device: str | None) -> Iterator[str]:
     numbers = rung.numbers
     if rung.name == "parity" and "largest" in numbers:
         largest = f"largest difference {numbers['largest']:.3g}, allowed {numbers['tolerance']:g}"
@@ -81,7 +82,7 @@ def _listed(differences: Mapping[str, Any]) -> str:
 
 def _cost(memory: Mapping[str, int | None], seconds: float) -> Iterator[str]:
     yield f"{seconds:.1f} s"
-    if (peak := memory["host_anonymous_peak"]) and (start := memory["host_anonymous_start"]):
+    if (peak := memory.get("host_anonymous_peak")) and (start := memory.get("host_anonymous_start")):
         yield f"{peak / 1e6:,.0f} MB of memory at peak, {start / 1e6:,.0f} MB of it torch's and transformers' own start"
-    if memory["gpu_peak"] is not None:
-        yield f"{memory['gpu_peak'] / 1e6:,.0f} MB of GPU memory"
+    if (gpu_peak := memory.get("gpu_peak")) is not None:
+        yield f"{gpu_peak / 1e6:,.0f} MB of GPU memory"

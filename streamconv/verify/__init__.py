@@ -6,6 +6,7 @@ Importing this room imports no torch; its rungs do when they run.
 import json
 import math
 import os
+import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -14,8 +15,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from streamconv.check import check_bytes
+from streamconv._version import __version__
+from streamconv.check import check_bytes, check_files
 from streamconv.errors import OutputError
+from streamconv.folder import JOURNAL_NAME
+from streamconv.manifest import MANIFEST_NAME, read_manifest
 from streamconv.plan import Plan, make_plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.sources import OpenSource, locate, opened
@@ -40,15 +44,17 @@ class Rung:
 class Verification:
     """What a verification of an output against ``source`` found.
 
-    ``reference`` is what the original was run by; ``output`` names the model and its files with their
-    sizes and sha256; ``predictions`` are a classifier's best labels for the image, with their shares;
-    ``memory`` is `devices.MemoryWatch`'s, in bytes; ``pictures`` are PNGs as data addresses: the
-    "image" that both models saw, and the patch features of the "original" and the "converted" one.
+    Without a source, ``source`` is what the output's manifest names, and no model ran: there is no
+    ``device``, no ``reference`` and no ``memory``. ``reference`` is what the original was run by;
+    ``output`` names the model and its files with their sizes and sha256; ``predictions`` are a
+    classifier's best labels for the image, with their shares; ``memory`` is `devices.MemoryWatch`'s,
+    in bytes; ``pictures`` are PNGs as data addresses: the "image" that both models saw, and the patch
+    features of the "original" and the "converted" one.
     """
 
     rungs: tuple[Rung, ...]
-    device: str
-    reference: str
+    device: str | None
+    reference: str | None
     versions: Mapping[str, str]
     source: Mapping[str, Mapping[str, object]]
     output: Mapping[str, Any]
@@ -79,7 +85,7 @@ def _finite(value: Any) -> Any:
 
 def verify(
     output_folder: str | PathLike[str],
-    source: str | PathLike[str],
+    source: str | PathLike[str] | None = None,
     *,
     head: str | PathLike[str] | None = None,
     device: str = "auto",
@@ -87,11 +93,12 @@ def verify(
     reference: str | PathLike[str] = "builtin",
     progress: Progress = ignore_progress,
 ) -> Verification:
-    """Prove a converted folder against its source.
+    """Prove a converted folder against its source, or, without one, against its own manifest.
 
     Args:
         output_folder: What `streamconv.convert` wrote.
-        source: What it was made from: a model's name or a checkpoint file.
+        source: What it was made from: a model's name or a checkpoint file. None reads only the folder:
+            each file must have the size and the sha256 that it had when it was written.
         head: The linear head's file, for a classifier from files.
         device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
         image: A picture to run both models on, a file or an http address; by default one that
@@ -103,11 +110,15 @@ def verify(
     Raises:
         UsageError: the device, the image or the reference does not exist.
         SourceError: the source cannot be read.
-        OutputError: there is no such output folder.
+        OutputError: there is no such output folder, or it is unfinished, or needs a source and has none.
     """
     folder, start = Path(output_folder), time.monotonic()
     if not os.path.isdir(folder):
         raise OutputError(f"{folder} is no folder. Name the folder that streamconv converted into.")
+    if os.path.exists(folder / JOURNAL_NAME):
+        raise OutputError(f"{folder} holds an unfinished conversion. Run the command that began it once more.")
+    if source is None:
+        return _verify_alone(folder, progress)
     with opened(locate(source, head)) as source_files:
         plan = _plan_of(folder, source_files)
         # torch takes seconds to import: only now that the source proved to be one.
@@ -133,6 +144,25 @@ def verify(
             predictions=found.predictions,
             pictures=found.pictures,
         )
+
+
+def _verify_alone(folder: Path, progress: Progress) -> Verification:
+    start, manifest = time.monotonic(), read_manifest(folder)
+    if manifest is None:
+        raise OutputError(f"{folder} has no {MANIFEST_NAME} to check it against. Name the source: verify DIR SOURCE.")
+    problems = check_files(folder, manifest, lambda done, total: progress("reading files", done, total, "bytes"))
+    files = Rung("files", not problems, f"every file is as it was written, by {MANIFEST_NAME}", tuple(problems))
+    others = [Rung(name, None, "no source was named") for name in ("bytes", "load", "parity", "preprocessing")]
+    return Verification(
+        rungs=(files.since(start), *others),
+        device=None,
+        reference=None,
+        versions={"streamconv": __version__, "python": platform.python_version()},
+        source=manifest.get("source", {}),
+        output={key: manifest.get(key) for key in ("model", "architecture", "files")},
+        memory={},
+        seconds=time.monotonic() - start,
+    )
 
 
 def _plan_of(folder: Path, source: OpenSource) -> Plan:

@@ -1,0 +1,37 @@
+"""The options that several commands of the command line share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, or a checkpoint file.")]
+Head = Annotated[Path | None, typer.Option(metavar="FILE", help="A linear head's file, for a classifier from files.")]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="The classes' names: JSON, or a line each. [default: ImageNet's for 1000 classes]"
+    ),
+]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The largest size of one file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Device = Annotated[
+    str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to verify on; auto takes a GPU if there is one.")
+]
+Image = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="A picture to verify on, or its http address. [default: one of the project's own]"
+    ),
+]
+Reference = Annotated[
+    str,
+    typer.Option(
+        metavar="builtin|hub|PATH",
+        help="What computes the original: streamconv's graph, or the authors' code, which torch.hub fetches and runs.",
+    ),
+]
+Report = Annotated[
+    Path | None, typer.Option(metavar="FILE.html", help="Write what was found as a page to look at and to publish.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of the random weights.")]
