@@ -6,7 +6,6 @@ after every sync of a file how many of its bytes are on the disk, with their sha
 on has nothing to believe: what an interrupted process left is read back, and must match.
 """
 
-import errno
 import json
 import os
 import platform
@@ -139,8 +138,8 @@ class OutputFolder:
     def _append(self, entry: Mapping[str, Any]) -> None:
         line = json.dumps(entry).encode() + b"\n"
         with explained(self.path / JOURNAL_NAME):
-            if os.write(self._fd, line) != len(line):
-                raise OSError(errno.EIO, "half a line was written")
+            while line:
+                line = line[os.write(self._fd, line) :]
             os.fsync(self._fd)
 
 
