@@ -47,13 +47,14 @@ class RecordChecks:
 
     def __init__(self) -> None:
         self._pieces: dict[Record, list[tuple[int, int, int]]] = {}  # of records that are not complete
-        self._earlier: dict[Record, list[tuple[int, int, int]]] = {}  # as they were when `settle` was last called
         self._names: dict[Record, str] = {}
-        self._touched: set[Record] = set()  # since then
+        self._touched: set[Record] = set()  # since `settle` was last called
         self._settled: set[Record] = set()
 
     def add(self, name: str, piece: SourceTensor, data: memoryview) -> None:
         """Take note of ``data``, the bytes of ``piece``, which belongs to the tensor ``name``.
+
+        A piece that is added twice costs `settle` a reading of its record.
 
         Raises:
             CorruptError: with them, the record is complete, and does not match its CRC-32.
@@ -85,12 +86,6 @@ class RecordChecks:
     def trust(self) -> None:
         """As `settle`, for what was settled in an earlier process."""
         self._settled |= self._touched
-        self._touched.clear()
-        self._earlier = {record: list(pieces) for record, pieces in self._pieces.items()}
-
-    def forget(self) -> None:
-        """Take back what was added since `settle` was last called."""
-        self._pieces = {record: list(pieces) for record, pieces in self._earlier.items()}
         self._touched.clear()
 
     def _require_match(self, record: Record) -> None:

@@ -43,7 +43,6 @@ def write_shard(
             break
         except CorruptError:
             folder.forget(shard.filename)
-            checks.forget()
             if not mark.size:
                 raise
             # Else the damage may be in what was written before: once more, all of it from the source.

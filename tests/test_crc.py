@@ -86,8 +86,6 @@ def test_a_record_is_read_only_once_by_shards_that_share_it(tmp_path: Path, monk
         checks.settle()  # before the first shard gets its name
         assert len(again) == 1
         monkeypatch.undo()
-        read(checks, "x", tensor.rows(10, 20))
-        checks.forget()
         read(checks, "x", tensor.rows(10, 30))  # complete, with what the first shard read
         assert tensor.record not in checks._pieces
 
