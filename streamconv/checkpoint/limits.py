@@ -58,7 +58,7 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
         SourceError: it would take more memory than any checkpoint's index.
     """
     if (
-        len(data) > MAX_JSON_BYTES
+        len(data) > (MAX_JSON_BYTES if data.isascii() else MAX_JSON_BYTES // 4)  # one wide character widens all
         or data.count(b"{") + data.count(b"[") > _MAX_JSON_CONTAINERS
         or data.count(b",") > _MAX_JSON_COMMAS
     ):

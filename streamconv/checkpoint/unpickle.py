@@ -15,13 +15,16 @@ from collections.abc import Callable
 from sys import getsizeof
 from typing import Any
 
-# A tensor takes torch.save 32 to 40 opcodes and about 110 bytes; these let 65,536 of them pass.
+# A tensor takes torch.save 32 to 38 opcodes, about 110 bytes of pickle and 900 of memory, by the
+# estimates below, which lie above the truth: 65,536 of them pass, with names of up to 75 characters.
 MAX_PICKLE_BYTES = 12 << 20
-MAX_OPCODES = 3_000_000
-MAX_OBJECT_BYTES = 64 << 20  # of what is built, by the estimates below, which lie above the truth
+MAX_OPCODES = 2_600_000
+MAX_MEMORY_BYTES = 68 << 20  # the pickle and all that it builds
+MAX_TEXT_BYTES = 1 << 20
+MAX_DEPTH = 1_000  # of marks; picklers recurse, so that Python's own limit is theirs
 
-_CONTAINER, _ITEM, _NUMBER, _SLOT = 80, 60, 32, 8
-_MAX_GLOBAL_BYTES = 1000
+_CONTAINER, _ITEM, _NUMBER, _SLOT = 80, 60, 48, 8
+_MAX_GLOBAL_BYTES = 1_000
 _USED = type("used value", (), {})()  # in the memo, for the arguments of what was called
 
 
@@ -51,7 +54,7 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
     marks: list[int] = []
     memo: list[Any] = []
     push, pop = stack.append, stack.pop
-    at, room = 0, MAX_OBJECT_BYTES
+    at, room = 0, MAX_MEMORY_BYTES - len(data)
     for _ in range(MAX_OPCODES):
         opcode = data[at]
         at += 1
@@ -77,7 +80,8 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             at += 4
         elif opcode == 0x28:  # MARK
             marks.append(len(stack))
-            room -= _NUMBER + _SLOT
+            if len(marks) > MAX_DEPTH:
+                raise PickleError(f"it is nested deeper than {MAX_DEPTH:,}")
         elif opcode == 0x74:  # TUPLE
             mark = marks.pop()
             stack[mark:] = [tuple(stack[mark:])]
@@ -103,18 +107,20 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             room -= _CONTAINER
         elif opcode == 0x58:  # BINUNICODE
             size = int.from_bytes(data[at : at + 4], "little")
+            if size > MAX_TEXT_BYTES:
+                raise PickleError(f"it holds a string of {size:,} bytes")
             at += 4 + size
             # As torch reads it: a lone surrogate passes here, and is refused as a name.
             text = data[at - size : at].decode("utf-8", "surrogatepass")
             push(text)
-            room -= getsizeof(text)
+            room -= getsizeof(text) + 3 * _SLOT
         elif opcode == 0x51:  # BINPERSID
             persistent_id = pop()
             if memo and memo[-1] is persistent_id:
                 memo[-1] = _USED
             push(load_persistent(persistent_id))
-        elif opcode == 0x89:  # NEWFALSE
-            push(False)
+        elif opcode == 0x89 or opcode == 0x88:  # NEWFALSE, NEWTRUE
+            push(opcode == 0x88)
         elif opcode == 0x29:  # EMPTY_TUPLE
             push(())
         elif opcode == 0x4D:  # BININT2
@@ -131,9 +137,12 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             push(int.from_bytes(data[at - size : at], "little", signed=True))
             room -= _NUMBER + size
         elif opcode == 0x63:  # GLOBAL
-            module, name, *_ = data[at : at + _MAX_GLOBAL_BYTES].split(b"\n", 2)
-            at += len(module) + len(name) + 2
-            push(find(module.decode(), name.decode()))
+            lines = data[at : at + _MAX_GLOBAL_BYTES].split(b"\n", 2)
+            if len(lines) != 3:
+                raise PickleError(f"it names something of more than {_MAX_GLOBAL_BYTES:,} bytes")
+            at += len(lines[0]) + len(lines[1]) + 2
+            push(find(lines[0].decode(), lines[1].decode()))
+            room -= _NUMBER
         elif opcode == 0x7D or opcode == 0x5D:  # EMPTY_DICT, EMPTY_LIST
             push({} if opcode == 0x7D else [])
             room -= _CONTAINER
@@ -156,10 +165,10 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             state = pop()
             if type(state) is not dict or type(stack[-1]) is not dict:
                 raise PickleError(f"it sets attributes of a {type(stack[-1]).__name__}")
+            room -= _CONTAINER
         elif opcode == 0x4E:  # NONE
             push(None)
-        elif opcode == 0x88:  # NEWTRUE
-            push(True)
+            room -= _NUMBER  # so that what is rare in a checkpoint, and last here, cannot cost much time either
         elif opcode == 0x47:  # BINFLOAT
             push(*struct.unpack_from(">d", data, at))
             at += 8
@@ -171,20 +180,21 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             room -= _CONTAINER + size
         elif opcode == 0x80:  # PROTO: the opcodes themselves say what is needed
             at += 1
+            room -= _NUMBER
         elif opcode == 0x2E:  # STOP
-            if room < 0 or at > len(data):
-                break
             return stack[-1]
         else:
             raise PickleError(f"it has the opcode {opcode:#04x} at byte {at - 1}, which torch.save never writes")
         if room < 0:
-            raise PickleError(f"it describes more than {MAX_OBJECT_BYTES:,} bytes of objects")
+            raise PickleError(f"it describes more than {MAX_MEMORY_BYTES:,} bytes of objects")
     raise PickleError(f"it has more than {MAX_OPCODES:,} opcodes")
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
     if type(target) is not dict:
         raise PickleError(f"it sets items of a {type(target).__name__}")
+    if len(items) % 2:
+        raise PickleError("it has a dict with a key without a value")
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Ints beyond 64 bits can be chosen so that their hashes collide.
         if type(key) is not str and (type(key) is not int or abs(key) >> 63):
