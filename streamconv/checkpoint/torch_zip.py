@@ -124,7 +124,7 @@ class _Index:
                 "Save it again after tensor.resolve_conj().resolve_neg()."
             )
         tensor = SourceTensor(TensorInfo(dtype, shape), storage.record, offset * DTYPE_SIZES[dtype], strides)
-        if tensor.info.nbytes and tensor.offset + tensor.span > storage.record.range.length:
+        if 0 not in shape and tensor.offset + tensor.span > storage.record.range.length:
             raise PickleError(
                 f"a tensor {tensor.info} at element {offset} reaches beyond its storage {storage.record.name} "
                 f"of {storage.record.range.length} bytes"

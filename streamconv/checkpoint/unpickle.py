@@ -25,6 +25,7 @@ MAX_DEPTH = 1_000  # of marks; picklers recurse, so that Python's own limit is t
 
 _CONTAINER, _ITEM, _NUMBER, _SLOT = 80, 60, 48, 8
 _MAX_GLOBAL_BYTES = 1_000
+_UINT32 = struct.Struct("<I")
 _USED = type("used value", (), {})()  # in the memo, for the arguments of what was called
 
 
@@ -53,16 +54,15 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
     stack: list[Any] = []
     marks: list[int] = []
     memo: list[Any] = []
-    push, pop = stack.append, stack.pop
+    push, pop, uint32 = stack.append, stack.pop, _UINT32.unpack_from
     at, room = 0, MAX_MEMORY_BYTES - len(data)
     for _ in range(MAX_OPCODES):
         opcode = data[at]
         at += 1
         # In the order of how often torch.save writes them: this loop is most of opening a file.
         if opcode == 0x72 or opcode == 0x71:  # LONG_BINPUT, BINPUT
-            size = 4 if opcode == 0x72 else 1
-            index = int.from_bytes(data[at : at + size], "little")
-            at += size
+            index = uint32(data, at)[0] if opcode == 0x72 else data[at]
+            at += 4 if opcode == 0x72 else 1
             if index == len(memo):  # picklers number what they remember from 0 on
                 memo.append(stack[-1])
             elif index < len(memo):
@@ -76,7 +76,7 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             push(memo[data[at]])
             at += 1
         elif opcode == 0x6A:  # LONG_BINGET
-            push(memo[int.from_bytes(data[at : at + 4], "little")])
+            push(memo[uint32(data, at)[0]])
             at += 4
         elif opcode == 0x28:  # MARK
             marks.append(len(stack))
@@ -106,7 +106,7 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             stack[-1] = function(*arguments)
             room -= _CONTAINER
         elif opcode == 0x58:  # BINUNICODE
-            size = int.from_bytes(data[at : at + 4], "little")
+            size = uint32(data, at)[0]
             if size > MAX_TEXT_BYTES:
                 raise PickleError(f"it holds a string of {size:,} bytes")
             at += 4 + size
