@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import streamconv
 from streamconv import CorruptError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 from streamconv.errors import UnsafePickleError
-from tests.test_tensors import bytes_of
+from tests.test_tensors import NAMES, bytes_of
 
 
 def rewrite(path: Path, change: dict[str, bytes], **options: object) -> None:
@@ -78,7 +78,7 @@ def test_the_fingerprint_stands_for_every_weight(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
-        st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda name: name != "__metadata__"),
+        NAMES.filter(lambda name: name != "__metadata__"),
         st.tuples(
             st.lists(st.integers(0, 4), max_size=3), st.sampled_from([torch.float32, torch.int8, torch.bfloat16])
         ),

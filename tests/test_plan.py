@@ -19,7 +19,7 @@ from streamconv.families.dinov2 import FAMILY
 from streamconv.plan import Plan, make_plan, make_shard, parse_size, to_json
 from streamconv.tensors import ByteRange, Record, SourceTensor, TensorInfo, contiguous_strides
 from tests.conftest import make_states, seeds_mapping, tiny
-from tests.test_tensors import DTYPES
+from tests.test_tensors import DTYPES, NAMES
 
 MODELS = [model.name for model in FAMILY.models]
 # Keys and shapes of Meta's modules (facebookresearch/dinov2, built on the meta device) and of
@@ -103,7 +103,7 @@ def test_the_image_processor_is_transformers_own(tmp_path: Path) -> None:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
-        st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda name: name != "__metadata__"),
+        NAMES.filter(lambda name: name != "__metadata__"),
         st.tuples(
             st.lists(st.integers(0, 4), max_size=3),
             st.sampled_from([dtype for dtype in DTYPES if dtype != torch.complex64]),

@@ -12,13 +12,13 @@ import streamconv
 from streamconv import OutputError, TensorInfo, UsageError
 from streamconv.pth import write_pth
 from tests.conftest import run_python
-from tests.test_tensors import bytes_of
+from tests.test_tensors import NAMES, bytes_of
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
-        st.text(st.characters(codec="utf-8"), min_size=1),
+        NAMES,
         st.tuples(st.sampled_from(["F32", "F16", "BF16", "F64"]), st.lists(st.integers(0, 5), max_size=4)),
         max_size=6,
     ),

@@ -1,15 +1,16 @@
 """Checkpoints as mappings from names to tensors that nobody has read yet."""
 
+import gc
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 
-from streamconv.checkpoint import safetensors, torch_zip
+from streamconv.checkpoint import safetensors, torch_zip, zip_index
 from streamconv.checkpoint.storage import LocalFile
-from streamconv.errors import CorruptError, NotACheckpointError
+from streamconv.errors import NotACheckpointError
 from streamconv.tensors import SourceTensor
 
 
@@ -69,18 +70,17 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         SourceError: one of its kinds says what is wrong with the file.
     """
     path = Path(path)
-    paths = safetensors.files_of(path) if path.is_dir() else [path]
-    with ExitStack() as opened:
+    with ExitStack() as opened, _no_collection():
+        listed = safetensors.files_of(path) if path.is_dir() else {path: None}
         files: list[LocalFile] = []
         tensors: dict[str, SourceTensor] = {}
         fingerprints: list[str] = []
-        for each in paths:
+        for each, names in listed.items():
             file = LocalFile(each)
             opened.callback(file.close)
             found, fingerprint = _read_index(file)
-            twice = found.keys() & tensors.keys()
-            if twice:
-                raise CorruptError(f"{path} has {min(twice)} in two files.")
+            if names is not None:
+                safetensors.check_weight_map(each, found, names)
             files.append(file)
             tensors.update(found)
             fingerprints.append(fingerprint)
@@ -88,9 +88,21 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         return Checkpoint(tensors, files, sha256("".join(fingerprints).encode()).hexdigest())
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector, which would walk every description over and over, waits until the index is read."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _read_index(file: LocalFile) -> tuple[dict[str, SourceTensor], str]:
     start = file.read(0, min(16, file.size))
-    if start.startswith(torch_zip.MAGIC):
+    if start.startswith(zip_index.MAGIC):
         return torch_zip.read_index(file)
     # Pickle protocol 2, then torch's magic number: what torch.save wrote before 1.6.
     if start.startswith(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"):

@@ -5,18 +5,20 @@ The safetensors library hands out tensors, not where they lie, so the header is 
 (https://github.com/huggingface/safetensors#format).
 """
 
-import json
 import os
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+from streamconv.checkpoint.limits import MAX_JSON_BYTES, MAX_TENSORS, are_sizes, check_name, is_shape, read_json, shown
 from streamconv.checkpoint.storage import LocalFile
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 from streamconv.tensors import DTYPE_SIZES, ByteRange, Record, SourceTensor, TensorInfo, contiguous_strides
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_MAX_HEADER_BYTES = 100_000_000  # the library's own limit: no file with a longer one was ever written
 
 
 def read_index(file: LocalFile) -> tuple[dict[str, SourceTensor], str]:
@@ -26,57 +28,138 @@ def read_index(file: LocalFile) -> tuple[dict[str, SourceTensor], str]:
     in their weights alone.
 
     Raises:
-        NotACheckpointError, TruncatedError, CorruptError
+        NotACheckpointError, TruncatedError, CorruptError, SourceError
     """
     length = int.from_bytes(file.read(0, 8), "little")
-    if length > MAX_HEADER_BYTES:
+    if length > _MAX_HEADER_BYTES:
         raise NotACheckpointError(f"{file.path} is neither a checkpoint of torch.save nor a safetensors file.")
     if 8 + length > file.size:
         raise TruncatedError(f"{file.path} ends within its header: the download was cut short. Fetch it again.")
+    if length > MAX_JSON_BYTES:
+        raise SourceError(
+            f"{file.path} has a header of {length:,} bytes, and streamconv reads up to {MAX_JSON_BYTES:,}: "
+            f"{MAX_TENSORS:,} tensors need no more. Do not trust this file."
+        )
     raw = file.read(8, length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = {name: _entry(file, 8 + length, name, entry) for name, entry in header.items()}
-    except SourceError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptError(f"{file.path} has a damaged safetensors header: {error}.") from error
-    return entries, sha256(raw + file.size.to_bytes(8, "little")).hexdigest()
+    fingerprint = sha256(raw + file.size.to_bytes(8, "little")).hexdigest()
+    header = read_json(raw, f"{file.path}: its header")
+    del raw
+    metadata = header.pop("__metadata__", {})
+    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+        raise CorruptError(f"{file.path} has a __metadata__ that does not map strings to strings.")
+    if len(header) > MAX_TENSORS:
+        raise SourceError(f"{file.path} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
+    tensors = {}
+    for name in list(header):
+        check_name(name, file.path)
+        tensors[name] = _tensor(file, 8 + length, name, header.pop(name))
+    _check_filled(file, 8 + length, tensors)
+    return tensors, fingerprint
 
 
-def _entry(file: LocalFile, data_start: int, name: str, entry: dict[str, object]) -> SourceTensor:
+def _tensor(file: LocalFile, data_start: int, name: str, entry: Any) -> SourceTensor:
+    if type(entry) is not dict or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise CorruptError(f"{file.path} has no dtype, shape or data_offsets of {shown(name)}.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_SIZES:
-        raise SourceError(f"{file.path}: {name} has the dtype {dtype}, which streamconv does not read.")
-    if not isinstance(shape, list) or not isinstance(offsets, list):
-        raise ValueError(f"shape {shape!r} and offsets {offsets!r} of {name}")
-    start, end = offsets
+    if type(dtype) is not str or dtype not in DTYPE_SIZES:
+        what = shown(dtype) if type(dtype) is str else type(dtype).__name__
+        raise SourceError(f"{file.path}: {shown(name)} has the dtype {what}, which streamconv does not read.")
+    if type(shape) is not list or type(offsets) is not list or not is_shape(shape):
+        raise CorruptError(f"{file.path}: {shown(name)} has an impossible shape or impossible data_offsets.")
     info = TensorInfo(dtype, tuple(shape))
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or end - start != info.nbytes:
-        raise CorruptError(f"{file.path}: {name}, {info}, does not fill the range {start} to {end} that it names.")
-    if data_start + end > file.size:
-        raise TruncatedError(f"{file.path} ends within {name}: the download was cut short. Fetch it again.")
-    record = Record(file, name, ByteRange(data_start + start, info.nbytes))
+    if len(offsets) != 2 or not are_sizes(offsets) or offsets[1] - offsets[0] != info.nbytes:
+        raise CorruptError(f"{file.path}: {shown(name)}, {info}, does not fill the range that its data_offsets name.")
+    record = Record(file, name, ByteRange(data_start + offsets[0], info.nbytes))
     return SourceTensor(info, record, 0, contiguous_strides(info.shape))
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads from a folder: the single one, else those of the index.
+def _check_filled(file: LocalFile, data_start: int, tensors: dict[str, SourceTensor]) -> None:
+    """As the library demands: every byte behind the header belongs to exactly one tensor."""
+    at = data_start
+    for record in sorted(
+        (tensor.record for tensor in tensors.values()), key=lambda each: (each.range.start, each.range.end)
+    ):
+        if record.range.start != at:
+            what = (
+                "overlaps another tensor" if record.range.start < at else "has bytes before it that belong to no tensor"
+            )
+            raise CorruptError(f"{file.path}: {shown(record.name)} {what}. Do not trust this file.")
+        at = record.range.end
+        if at > file.size:
+            raise TruncatedError(
+                f"{file.path} ends within {shown(record.name)}: the download was cut short. Fetch it again."
+            )
+    if at != file.size:
+        raise CorruptError(f"{file.path} has {file.size - at:,} bytes at its end that belong to no tensor.")
+
+
+def files_of(folder: Path) -> dict[Path, set[str] | None]:
+    """The safetensors files that transformers loads from a folder, with the tensors that its index says are in each.
+
+    They are the single one, of which no index speaks (None), else those of the index.
 
     Raises:
-        SourceError: there is neither, or the index names a file outside the folder.
+        SourceError: there is neither, or a file lies outside the folder.
     """
-    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
-    if os.path.exists(single):
-        return [single]
+    index = folder / INDEX_NAME
+    if os.path.exists(folder / SINGLE_NAME):
+        return {_inside(folder, SINGLE_NAME): None}
     if not os.path.exists(index):
         raise SourceMissingError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.")
+    weight_map = read_json(_read(_inside(folder, INDEX_NAME)), str(index)).get("weight_map")
+    if type(weight_map) is not dict or not weight_map:
+        raise CorruptError(f"{index} has no weight_map, or an empty one.")
+    files: dict[str, set[str]] = {}
+    for name, filename in weight_map.items():
+        if type(filename) is not str or not _is_plain(filename):
+            what = f"'{shown(filename)}'" if type(filename) is str else f"a {type(filename).__name__}"
+            raise CorruptError(f"{index} names {what}, which is no file of its folder.")
+        files.setdefault(filename, set()).add(name)
+    return {_inside(folder, filename): files[filename] for filename in sorted(files)}
+
+
+def check_weight_map(path: Path, found: Iterable[str], listed: set[str]) -> None:
+    """Refuse a shard with other tensors than its index lists: transformers' releases differ in which they load."""
+    different = listed.symmetric_difference(found)
+    if different:
+        name = min(different)
+        what = "is in the index alone" if name in listed else "is in the file alone"
+        raise CorruptError(
+            f"{path} and {INDEX_NAME} disagree on {len(different):,} tensors: '{shown(name)}' {what}. "
+            "They are of two models: fetch both again."
+        )
+
+
+def _is_plain(filename: str) -> bool:
+    return (
+        filename.endswith(".safetensors")
+        and filename.isprintable()
+        and len(filename) <= 255
+        and not filename.startswith(".")
+        and not {"/", "\\", ":"} & set(filename)
+    )
+
+
+def _inside(folder: Path, filename: str) -> Path:
+    """The file's path, if it really lies in the folder, or where huggingface_hub's cache keeps files.
+
+    There, snapshots/<revision>/<file> is a link to ../../blobs/<hash>.
+    """
+    root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / filename))
+    blobs = [above.parent / "blobs" for above in root.parents if above.name == "snapshots"]
+    if target.parent not in (root, *blobs):
+        raise CorruptError(
+            f"{folder / filename} is a link to {shown(str(target))}, outside its folder. Open that file itself, "
+            "or put a copy into the folder."
+        )
+    return folder / filename
+
+
+def _read(path: Path) -> bytes:
+    file = LocalFile(path)
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptError(f"{index} is damaged: {error}.") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CorruptError(f"{index} names {name!r}, which is no file of its folder.")
-    return [folder / name for name in names]
+        if file.size > MAX_JSON_BYTES:
+            raise SourceError(f"{path} has {file.size:,} bytes; no index of {MAX_TENSORS:,} tensors needs them.")
+        return file.read(0, file.size)
+    finally:
+        file.close()

@@ -5,25 +5,22 @@ tensors, ``<prefix>/data/<key>`` holds a storage's bytes. torch's own reader nee
 and checks no checksum. The format is documented in
 https://docs.pytorch.org/docs/stable/notes/serialization.html and in torch/serialization.py.
 
-The pickle is never trusted: `_Index.find_class` answers for a fixed list of names with functions
-that build descriptions, and refuses every other name. No code of a checkpoint runs.
+The pickle is never trusted: `unpickle` carries it out, `_Index.find` answers for a fixed list of names
+with functions that build descriptions, and refuses every other name. No code of a checkpoint runs.
 """
 
-import io
-import pickle
-import struct
-import zipfile
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+from streamconv.checkpoint.limits import MAX_TENSORS, are_sizes, check_name, is_shape, shown
 from streamconv.checkpoint.storage import LocalFile
-from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError, UnsafePickleError
-from streamconv.tensors import DTYPE_SIZES, ByteRange, Record, SourceTensor, TensorInfo
-
-MAGIC = b"PK\x03\x04"
+from streamconv.checkpoint.unpickle import MAX_PICKLE_BYTES, PickleError, load
+from streamconv.checkpoint.zip_index import read_record, read_records
+from streamconv.errors import CorruptError, NotACheckpointError, SourceError, UnsafePickleError
+from streamconv.tensors import DTYPE_SIZES, Record, SourceTensor, TensorInfo
 
 # torch's storage classes and dtype names, to safetensors' codes.
 _STORAGE_DTYPES = {
@@ -43,27 +40,27 @@ class _Name(str):
     __slots__ = ()
 
 
-class _Handle(int):
-    """Stands for a described tensor while the pickle is read: BUILD finds nothing in it to set."""
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: str
+    record: Record
 
-    __slots__ = ()
 
+class _Index:
+    """What the names and persistent ids of ``data.pkl`` stand for."""
 
-class _Index(pickle.Unpickler):
-    """Turns ``data.pkl`` into descriptions, kept in ``tensors`` where the pickle cannot reach them."""
-
-    def __init__(self, data: bytes, storage: Callable[[str, str, int], Record], where: str):
-        super().__init__(io.BytesIO(data))
-        self._storage, self._where = storage, where
-        self.tensors: list[SourceTensor] = []
+    def __init__(self, records: Mapping[str, Record], prefix: str, path: Path):
+        self._records, self._prefix, self._path = records, prefix, path
+        self._dtypes: dict[str, str] = {}  # of the records that are named as storages
+        self._count = 0
         self._functions: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "OrderedDict"): lambda: {},
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor_v2,
             ("torch._utils", "_rebuild_tensor_v3"): self._tensor_v3,
             ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
         }
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find(self, module: str, name: str) -> Any:
         function = self._functions.get((module, name))
         if function is not None:
             return function
@@ -72,103 +69,67 @@ class _Index(pickle.Unpickler):
         if (module, name) == ("torch.storage", "UntypedStorage"):
             return _Name(name)
         raise UnsafePickleError(
-            f"{self._where} names {module}.{name}, which is no tensor. Nothing of it was run. A checkpoint of "
-            "plain tensors needs no such name: save model.state_dict() alone, or do not trust this file."
+            f"{self._path} names {shown(f'{module}.{name}')}, which is no tensor. Nothing of it was run. A checkpoint "
+            "of plain tensors needs no such name: save model.state_dict() alone, or do not trust this file."
         )
 
-    def persistent_load(self, pid: Any) -> tuple[str, Record]:
-        kind, storage_type, key, _location, numel = pid
-        if kind != "storage" or not isinstance(storage_type, _Name):
-            raise ValueError(f"unknown persistent id {pid!r}")
-        dtype = _STORAGE_DTYPES.get(storage_type, "U8")  # an UntypedStorage counts bytes
-        return dtype, self._storage(key, dtype, numel)
+    def storage(self, pid: Any) -> _Storage:
+        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
+            raise PickleError("it has a persistent id that is no storage's")
+        _, kind, key, _, numel = pid
+        if type(kind) is not _Name or kind in _V3_DTYPES or type(key) is not str or not are_sizes([numel]):
+            raise PickleError("it names a storage without a type, a key or a size")
+        dtype = _STORAGE_DTYPES.get(kind, "U8")  # an UntypedStorage counts bytes
+        record = self._records.get(f"{self._prefix}data/{key}")
+        if record is None:
+            raise CorruptError(f"{self._path} has no record data/{shown(key)}, which its index names.")
+        if record.range.length != numel * DTYPE_SIZES[dtype]:
+            raise CorruptError(
+                f"{self._path}: its record {record.name} has {record.range.length} bytes where its index says "
+                f"{numel} elements of {dtype}."
+            )
+        # torch.save refuses this where there are bytes; some releases of torch.load read the first dtype twice.
+        if numel and self._dtypes.setdefault(record.name, dtype) != dtype:
+            raise CorruptError(f"{self._path} names its record {record.name} as {dtype} and as another dtype.")
+        return _Storage(dtype, record)
 
     def _tensor_v2(
-        self, storage: Any, offset: int, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
-    ) -> _Handle:
-        dtype, record = storage
-        return self._tensor(dtype, record, offset, shape, strides, metadata)
+        self, storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+    ) -> SourceTensor:
+        if type(storage) is not _Storage:
+            raise PickleError("it has a tensor without a storage")
+        return self._tensor(storage.dtype, storage, offset, shape, strides, metadata)
 
     def _tensor_v3(
-        self, storage: Any, offset: int, shape: Any, strides: Any, requires_grad: Any, hooks: Any, dtype: Any,
+        self, storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, dtype: Any,
         metadata: Any = None,
-    ) -> _Handle:  # fmt: skip
-        return self._tensor(_V3_DTYPES[dtype], storage[1], offset, shape, strides, metadata)
+    ) -> SourceTensor:  # fmt: skip
+        if type(storage) is not _Storage or type(dtype) is not _Name or dtype not in _V3_DTYPES:
+            raise PickleError("it has a tensor without a storage or a dtype")
+        return self._tensor(_V3_DTYPES[dtype], storage, offset, shape, strides, metadata)
 
-    def _tensor(self, dtype: str, record: Record, offset: Any, shape: Any, strides: Any, metadata: Any) -> _Handle:
-        numbers = (offset, *shape, *strides)
-        if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise ValueError(f"offset {offset!r}, shape {shape!r} and strides {strides!r} describe no tensor")
+    def _tensor(
+        self, dtype: str, storage: _Storage, offset: Any, shape: Any, strides: Any, metadata: Any
+    ) -> SourceTensor:
+        self._count += 1
+        if self._count > MAX_TENSORS:
+            raise PickleError(f"it describes more than {MAX_TENSORS:,} tensors")
+        if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
+            raise PickleError("it has a tensor whose shape and strides do not fit together")
+        if not is_shape(shape) or not are_sizes((offset, *strides)):
+            raise PickleError("it has a tensor with an impossible offset, shape or strides")
         if metadata:  # {"conj": True} or {"neg": True}: the bytes are not the values
             raise SourceError(
-                f"{self._where} holds a tensor whose values are a lazy view of its bytes ({', '.join(metadata)}). "
+                f"{self._path} holds a tensor whose values are a lazy view of its bytes, conjugated or negated. "
                 "Save it again after tensor.resolve_conj().resolve_neg()."
             )
-        tensor = SourceTensor(TensorInfo(dtype, tuple(shape)), record, offset * DTYPE_SIZES[dtype], tuple(strides))
-        if tensor.info.nbytes and tensor.offset + tensor.span > record.range.length:
-            raise ValueError(
-                f"a tensor {tensor.info} at element {offset} reaches beyond its storage {record.name} "
-                f"of {record.range.length} bytes"
+        tensor = SourceTensor(TensorInfo(dtype, shape), storage.record, offset * DTYPE_SIZES[dtype], strides)
+        if 0 not in shape and tensor.offset + tensor.span > storage.record.range.length:
+            raise PickleError(
+                f"a tensor {tensor.info} at element {offset} reaches beyond its storage {storage.record.name} "
+                f"of {storage.record.range.length} bytes"
             )
-        self.tensors.append(tensor)
-        return _Handle(len(self.tensors) - 1)
-
-
-class _Records:
-    """The zip's central directory, and where each record's bytes really start."""
-
-    def __init__(self, file: LocalFile):
-        self.file = file
-        try:
-            with open(file.path, "rb") as raw, zipfile.ZipFile(raw) as archive:
-                entries = archive.infolist()
-        except (zipfile.BadZipFile, NotImplementedError, ArithmeticError, ValueError, struct.error) as error:
-            if "not a zip file" in str(error):  # how zipfile says that there is no end record
-                raise TruncatedError(
-                    f"{file.path} begins as a zip but has no end: the download was cut short. Fetch it again."
-                ) from error
-            raise CorruptError(f"{file.path} has a damaged zip directory: {error}. Fetch it again.") from error
-        self.entries = {entry.filename: entry for entry in entries}
-        if len(self.entries) != len(entries):
-            raise CorruptError(f"{file.path} has two records of one name.")
-        # torch writes 0 everywhere where torch.serialization.set_crc32_options(False) was called.
-        self.has_crcs = any(entry.CRC for entry in entries)
-
-    def range_of(self, name: str) -> ByteRange:
-        """Where the record's bytes lie: behind the local header, whose length is its own."""
-        entry = self.entries[name]
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise NotACheckpointError(
-                f"{self.file.path}: its record {name} is compressed or encrypted, which torch never writes."
-            )
-        header = self.file.read(entry.header_offset, 30)
-        if header[:4] != MAGIC:
-            raise CorruptError(f"{self.file.path}: its record {name} has no header where the index says.")
-        name_length, extra_length = struct.unpack("<HH", header[26:30])
-        start = entry.header_offset + 30 + name_length + extra_length
-        if start + entry.file_size > self.file.size:
-            raise CorruptError(f"{self.file.path}: its record {name} reaches beyond the file's end.")
-        return ByteRange(start, entry.file_size)
-
-    def read(self, name: str) -> bytes:
-        """A small record, whole and checked."""
-        where = self.range_of(name)
-        data = self.file.read(where.start, where.length)
-        if self.has_crcs and zlib.crc32(data) != self.entries[name].CRC:
-            raise CorruptError(
-                f"{self.file.path}: its record {name} does not match its CRC-32: the file is damaged. Fetch it again."
-            )
-        return data
-
-    def fingerprint(self, pickled: bytes) -> str:
-        """A sha256 of the pickle and of every record's name, size and CRC-32.
-
-        With CRCs in the file, this stands for every byte of every weight, and no weight is read.
-        """
-        digest = sha256(pickled)
-        for name, entry in sorted(self.entries.items()):
-            digest.update(f"\0{name}\0{entry.file_size}\0{entry.CRC}".encode())
-        return digest.hexdigest()
+        return tensor
 
 
 def read_index(file: LocalFile) -> tuple[dict[str, SourceTensor], str]:
@@ -177,62 +138,55 @@ def read_index(file: LocalFile) -> tuple[dict[str, SourceTensor], str]:
     Raises:
         TruncatedError, CorruptError, NotACheckpointError, UnsafePickleError, SourceError
     """
-    records = _Records(file)
-    pickles = [name for name in records.entries if name.endswith("/data.pkl")]
-    if len(pickles) != 1 or any("/code/" in name for name in records.entries):
+    records = read_records(file)
+    pickles = [name for name in records if name.endswith("/data.pkl")]
+    if len(pickles) != 1 or any("/code/" in name for name in records):
         raise NotACheckpointError(
             f"{file.path} is a zip, but not of torch.save (it has {len(pickles)} data.pkl records). "
             "A TorchScript archive is a program: save its state_dict() instead."
         )
     prefix = pickles[0].removesuffix("data.pkl")
-    if f"{prefix}byteorder" in records.entries and records.read(f"{prefix}byteorder") != b"little":
+    if next(iter(records)).partition("/")[0] + "/" != prefix:  # where torch looks for it
+        raise CorruptError(f"{file.path}: its {pickles[0]} is not in the folder of its first record.")
+    byteorders = [name for name in records if name.lower() == f"{prefix}byteorder".lower()]  # as torch finds it
+    if byteorders and read_record(file, records[byteorders[0]], 16) != b"little":
         raise SourceError(f"{file.path} was saved on a big-endian machine. Load and save it on a little-endian one.")
-
-    opened: dict[tuple[str, str], Record] = {}
-
-    def storage(key: str, dtype: str, numel: int) -> Record:
-        if (key, dtype) not in opened:
-            name = f"{prefix}data/{key}"
-            if name not in records.entries:
-                raise CorruptError(f"{file.path} has no record {name}, which its index names.")
-            where = records.range_of(name)
-            if where.length != numel * DTYPE_SIZES[dtype]:
-                raise CorruptError(
-                    f"{file.path}: its record {name} has {where.length} bytes where its index says "
-                    f"{numel} elements of {dtype}."
-                )
-            crc = records.entries[name].CRC if records.has_crcs else None
-            opened[key, dtype] = Record(file, name, where, crc)
-        return opened[key, dtype]
-
-    pickled = records.read(pickles[0])
+    pickled = read_record(file, records[pickles[0]], MAX_PICKLE_BYTES)
+    index = _Index(records, prefix, file.path)
     try:
-        index = _Index(pickled, storage, str(file.path))
-        contents = index.load()
-    except SourceError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
+        contents = load(pickled, index.find, index.storage)
+    except (PickleError, TypeError) as error:  # TypeError: a function was given too few or too many values
         raise CorruptError(f"{file.path}: its data.pkl is damaged or not of torch.save: {error}.") from error
-    return _flat(contents, index.tensors, file), records.fingerprint(pickled)
+    return _flat(contents, file), _fingerprint(records, pickled)
 
 
-def _flat(contents: Any, tensors: list[SourceTensor], file: LocalFile) -> dict[str, SourceTensor]:
-    if not isinstance(contents, dict):
+def _fingerprint(records: Mapping[str, Record], pickled: bytes) -> str:
+    """A sha256 of the pickle and of every record's name, size and CRC-32.
+
+    With CRCs in the file, this stands for every byte of every weight, and no weight is read.
+    """
+    digest = sha256(pickled)
+    for name, record in sorted(records.items()):
+        digest.update(f"\0{name}\0{record.range.length}\0{record.crc32 or 0}".encode())
+    return digest.hexdigest()
+
+
+def _flat(contents: Any, file: LocalFile) -> dict[str, SourceTensor]:
+    if type(contents) is not dict:
         raise NotACheckpointError(f"{file.path} holds a {_kind(contents)}, not a dict of tensors.")
-    items = dict.items(contents)  # not contents.items: BUILD may have set that
-    others = [f"{key!r}: {_kind(value)}" for key, value in items if not isinstance(value, _Handle)]
+    others = [(key, value) for key, value in contents.items() if type(value) is not SourceTensor]
     if others:
+        some = ", ".join(f"'{shown(str(key))}': {_kind(value)}" for key, value in others[:5])
         raise NotACheckpointError(
-            f"{file.path} holds more than tensors ({', '.join(others[:5])}{', …' if len(others) > 5 else ''}). "
+            f"{file.path} holds more than tensors ({some}{', …' if len(others) > 5 else ''}). "
             "Save the model's flat state dict alone."
         )
-    names = [key for key, _ in items if type(key) is not str]
-    if names:
-        raise NotACheckpointError(f"{file.path} names a tensor {names[0]!r}, which is no string.")
-    return {key: tensors[value] for key, value in items}
+    for name in contents:
+        check_name(name, file.path)
+    return contents
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, _Handle):
+    if type(value) is SourceTensor:
         return "tensor"
-    return f"dict of {len(value)}" if isinstance(value, dict) else type(value).__name__
+    return f"dict of {len(value)}" if type(value) is dict else type(value).__name__

@@ -1,0 +1,202 @@
+"""A stack machine for the pickles that torch.save writes. It builds descriptions and runs nothing.
+
+pickle.Unpickler cannot be made safe by its ``find_class`` alone: one opcode allocates a memo of any
+size, one-byte opcodes pile up gigabytes of containers, a dict key that is a tuple of shared tuples
+takes for ever to hash, and BUILD sets attributes of whatever lies on the stack. So the opcodes that
+torch's own weights-only reader takes (torch/_weights_only_unpickler.py) are carried out here, less
+those that no checkpoint of tensors needs. No value is ever hashed, compared or printed unless it is
+a string or an int, and nothing recurses into values, so that their depth costs nothing.
+
+https://github.com/python/cpython/blob/main/Lib/pickletools.py describes every opcode.
+"""
+
+import struct
+from collections.abc import Callable
+from sys import getsizeof
+from typing import Any
+
+# A tensor takes torch.save 32 to 38 opcodes, about 110 bytes of pickle and 900 of memory, by the
+# estimates below, which lie above the truth: 65,536 of them pass, with names of up to 75 characters.
+MAX_PICKLE_BYTES = 12 << 20
+MAX_OPCODES = 2_600_000
+MAX_MEMORY_BYTES = 68 << 20  # the pickle and all that it builds
+MAX_TEXT_BYTES = 1 << 20
+MAX_DEPTH = 1_000  # of marks; picklers recurse, so that Python's own limit is theirs
+
+_CONTAINER, _ITEM, _NUMBER, _SLOT = 80, 60, 48, 8
+_MAX_GLOBAL_BYTES = 1_000
+_UINT32 = struct.Struct("<I")
+_USED = type("used value", (), {})()  # in the memo, for the arguments of what was called
+
+
+class PickleError(Exception):
+    """The pickle is damaged, not of torch.save, or larger than any checkpoint's."""
+
+
+def load(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable[[Any], Any]) -> Any:
+    """What ``data`` describes: dicts, lists, tuples, strings, numbers, None, and what the callables give.
+
+    ``find`` answers for the module and name of a global, or raises; what it gives is called if it
+    is callable. ``load_persistent`` answers for a persistent id.
+
+    Raises:
+        PickleError
+    """
+    try:
+        return _run(data, find, load_persistent)
+    except (IndexError, struct.error):
+        raise PickleError("it ends too early, or takes more from its stack than lies there") from None
+    except UnicodeDecodeError:
+        raise PickleError("it holds a string that is not UTF-8") from None
+
+
+def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable[[Any], Any]) -> Any:
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: list[Any] = []
+    push, pop, uint32 = stack.append, stack.pop, _UINT32.unpack_from
+    at, room = 0, MAX_MEMORY_BYTES - len(data)
+    for _ in range(MAX_OPCODES):
+        opcode = data[at]
+        at += 1
+        # In the order of how often torch.save writes them: this loop is most of opening a file.
+        if opcode == 0x72 or opcode == 0x71:  # LONG_BINPUT, BINPUT
+            index = uint32(data, at)[0] if opcode == 0x72 else data[at]
+            at += 4 if opcode == 0x72 else 1
+            if index == len(memo):  # picklers number what they remember from 0 on
+                memo.append(stack[-1])
+            elif index < len(memo):
+                memo[index] = stack[-1]
+            else:
+                raise PickleError(f"it remembers a value as number {index} after {len(memo)} others")
+        elif opcode == 0x4B:  # BININT1
+            push(data[at])
+            at += 1
+        elif opcode == 0x68:  # BINGET
+            push(memo[data[at]])
+            at += 1
+        elif opcode == 0x6A:  # LONG_BINGET
+            push(memo[uint32(data, at)[0]])
+            at += 4
+        elif opcode == 0x28:  # MARK
+            marks.append(len(stack))
+            if len(marks) > MAX_DEPTH:
+                raise PickleError(f"it is nested deeper than {MAX_DEPTH:,}")
+        elif opcode == 0x74:  # TUPLE
+            mark = marks.pop()
+            stack[mark:] = [tuple(stack[mark:])]
+            room -= _CONTAINER + _SLOT * len(stack[-1])
+        elif opcode == 0x86:  # TUPLE2
+            second = pop()
+            stack[-1] = (stack[-1], second)
+            room -= _CONTAINER
+        elif opcode == 0x85:  # TUPLE1
+            stack[-1] = (stack[-1],)
+            room -= _CONTAINER
+        elif opcode == 0x87:  # TUPLE3
+            third, second = pop(), pop()
+            stack[-1] = (stack[-1], second, third)
+            room -= _CONTAINER
+        elif opcode == 0x52:  # REDUCE
+            arguments, function = pop(), stack[-1]
+            if not callable(function) or type(arguments) is not tuple:
+                raise PickleError(f"it calls a {type(function).__name__} at byte {at - 1}")
+            if memo and memo[-1] is arguments:  # no pickler comes back to them; a fifth of the memory
+                memo[-1] = _USED
+            stack[-1] = function(*arguments)
+            room -= _CONTAINER
+        elif opcode == 0x58:  # BINUNICODE
+            size = uint32(data, at)[0]
+            if size > MAX_TEXT_BYTES:
+                raise PickleError(f"it holds a string of {size:,} bytes")
+            at += 4 + size
+            # As torch reads it: a lone surrogate passes here, and is refused as a name.
+            text = data[at - size : at].decode("utf-8", "surrogatepass")
+            push(text)
+            room -= getsizeof(text) + 3 * _SLOT
+        elif opcode == 0x51:  # BINPERSID
+            persistent_id = pop()
+            if memo and memo[-1] is persistent_id:
+                memo[-1] = _USED
+            push(load_persistent(persistent_id))
+        elif opcode == 0x89 or opcode == 0x88:  # NEWFALSE, NEWTRUE
+            push(opcode == 0x88)
+        elif opcode == 0x29:  # EMPTY_TUPLE
+            push(())
+        elif opcode == 0x4D:  # BININT2
+            push(int.from_bytes(data[at : at + 2], "little"))
+            at += 2
+            room -= _NUMBER
+        elif opcode == 0x4A:  # BININT
+            push(int.from_bytes(data[at : at + 4], "little", signed=True))
+            at += 4
+            room -= _NUMBER
+        elif opcode == 0x8A:  # LONG1
+            size = data[at]
+            at += 1 + size
+            push(int.from_bytes(data[at - size : at], "little", signed=True))
+            room -= _NUMBER + size
+        elif opcode == 0x63:  # GLOBAL
+            lines = data[at : at + _MAX_GLOBAL_BYTES].split(b"\n", 2)
+            if len(lines) != 3:
+                raise PickleError(f"it names something of more than {_MAX_GLOBAL_BYTES:,} bytes")
+            at += len(lines[0]) + len(lines[1]) + 2
+            push(find(lines[0].decode(), lines[1].decode()))
+            room -= _NUMBER
+        elif opcode == 0x7D or opcode == 0x5D:  # EMPTY_DICT, EMPTY_LIST
+            push({} if opcode == 0x7D else [])
+            room -= _CONTAINER
+        elif opcode == 0x75 or opcode == 0x73:  # SETITEMS, SETITEM
+            mark = marks.pop() if opcode == 0x75 else len(stack) - 2
+            items = stack[mark:]
+            del stack[mark:]
+            room -= _ITEM * (1 + len(items))
+            if room > 0:  # before they are built
+                _set_items(stack[-1], items)
+        elif opcode == 0x65 or opcode == 0x61:  # APPENDS, APPEND
+            mark = marks.pop() if opcode == 0x65 else len(stack) - 1
+            items = stack[mark:]
+            del stack[mark:]
+            if type(stack[-1]) is not list:
+                raise PickleError(f"it appends to a {type(stack[-1]).__name__}")
+            stack[-1] += items
+            room -= _CONTAINER + _SLOT * len(items)
+        elif opcode == 0x62:  # BUILD: torch gives an OrderedDict its _metadata, which describes no tensor
+            state = pop()
+            if type(state) is not dict or type(stack[-1]) is not dict:
+                raise PickleError(f"it sets attributes of a {type(stack[-1]).__name__}")
+            room -= _CONTAINER
+        elif opcode == 0x4E:  # NONE
+            push(None)
+            room -= _NUMBER  # so that what is rare in a checkpoint, and last here, cannot cost much time either
+        elif opcode == 0x47:  # BINFLOAT
+            push(*struct.unpack_from(">d", data, at))
+            at += 8
+            room -= _NUMBER
+        elif opcode == 0x55:  # SHORT_BINSTRING
+            size = data[at]
+            at += 1 + size
+            push(data[at - size : at].decode())
+            room -= _CONTAINER + size
+        elif opcode == 0x80:  # PROTO: the opcodes themselves say what is needed
+            at += 1
+            room -= _NUMBER
+        elif opcode == 0x2E:  # STOP
+            return stack[-1]
+        else:
+            raise PickleError(f"it has the opcode {opcode:#04x} at byte {at - 1}, which torch.save never writes")
+        if room < 0:
+            raise PickleError(f"it describes more than {MAX_MEMORY_BYTES:,} bytes of objects")
+    raise PickleError(f"it has more than {MAX_OPCODES:,} opcodes")
+
+
+def _set_items(target: Any, items: list[Any]) -> None:
+    if type(target) is not dict:
+        raise PickleError(f"it sets items of a {type(target).__name__}")
+    if len(items) % 2:
+        raise PickleError("it has a dict with a key without a value")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        # Ints beyond 64 bits can be chosen so that their hashes collide.
+        if type(key) is not str and (type(key) is not int or abs(key) >> 63):
+            raise PickleError(f"it has a dict with a {type(key).__name__} for a key")
+        target[key] = value
