@@ -108,7 +108,10 @@ class OutputFolder:
             sync_folder(self.path)
 
     def begin(self, conversion: Mapping[str, Any]) -> None:
-        """Say whose conversion this is, in a journal that may have begun, and who writes it now."""
+        """Say whose conversion this is, in a journal that may have begun, and who writes it now.
+
+        The journal's name lasts when the folder is synced: before the first mark, with the marked file's.
+        """
         journal = self._journal
         if journal.conversion is not None and differences(journal.conversion, conversion):  # it had written nothing
             journal = self._journal = Journal()
@@ -122,8 +125,6 @@ class OutputFolder:
             self._append({"conversion": conversion})
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._append({"process": {"pid": os.getpid(), "host": platform.node(), "since": now}})
-        with explained(self.path):
-            sync_folder(self.path)
 
     def release(self, names: list[str], is_new: bool) -> None:
         """After a failure: keep what the next process can go on from, and nothing else of ours."""

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 import streamconv
-from streamconv import CorruptError, OutputError, SourceError, hashing, streaming
+from streamconv import CorruptError, OutputError, SourceError, folder, hashing, streaming
 from streamconv.folder import JOURNAL_NAME, Journal
 from streamconv.output import temporary_path
 from tests.conftest import make_states, tiny
@@ -166,7 +166,7 @@ def test_what_was_written_is_not_believed(
 
 @pytest.mark.usefixtures("many_marks")
 @pytest.mark.parametrize(
-    "damage", [b"", b"\x00" * 50, b'{"file": "model.sa', b"[1]\n", b'{"file": 1, "bytes": "x"}\n', b"\xff\n"]
+    "damage", [b"", b"\x00" * 5000, b'{"file": "model.sa', b"[1]\n", b'{"file": 1, "bytes": "x"}\n', b"\xff\n"]
 )
 def test_a_journal_with_a_damaged_end_is_taken_as_far_as_it_is_whole(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, damage: bytes
@@ -179,6 +179,7 @@ def test_a_journal_with_a_damaged_end_is_taken_as_far_as_it_is_whole(
         journal.write(damage)
     assert Journal.read(tmp_path / "out").marks == before
     interrupt_after(monkeypatch, source, tmp_path / "out", 0.7)  # writes behind what is whole
+    assert Journal.read(tmp_path / "out").length == (tmp_path / "out" / JOURNAL_NAME).stat().st_size
     assert Journal.read(tmp_path / "out").marks["model.safetensors"].size > before["model.safetensors"].size
     streamconv.convert(source, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -326,6 +327,22 @@ def test_two_at_once_are_one_too_many(tmp_path: Path, save: Save, monkeypatch: p
     first.kill()  # a lock that a dead process left is no obstacle
     first.communicate()
     assert not streamconv.convert(source, tmp_path / "out").was_finished
+
+
+def test_what_comes_into_the_folder_before_the_lock_is_not_written_over(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = save(tiny())
+    lock = folder._lock
+
+    def late(path: Path) -> int:
+        (path / "model.safetensors").write_bytes(b"another's")
+        return lock(path)
+
+    monkeypatch.setattr(folder, "_lock", late)
+    with pytest.raises(OutputError, match="which streamconv did not write"):
+        streamconv.convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"another's"
 
 
 def test_a_killed_synthetic_run_goes_on_and_leaves_nothing_beside(tmp_path: Path) -> None:
