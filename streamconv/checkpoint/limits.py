@@ -53,7 +53,8 @@ def is_shape(shape: Sequence[Any]) -> bool:
     """Whether its sizes are, and the bytes of its elements can be counted, even where one size is 0."""
     if len(shape) > MAX_DIMS or not are_sizes(shape):
         return False
-    return bool(math.prod(filter(None, shape)) < 1 << 60)
+    count: int = math.prod(filter(None, shape))
+    return count < 1 << 60
 
 
 def read_json(data: bytes, where: str) -> dict[str, Any]:

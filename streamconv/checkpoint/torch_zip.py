@@ -181,6 +181,8 @@ def _flat(contents: Any, file: LocalFile) -> dict[str, SourceTensor]:
             f"{file.path} holds more than tensors ({some}{', …' if len(others) > 5 else ''}). "
             "Save the model's flat state dict alone."
         )
+    if len(contents) > MAX_TENSORS:
+        raise SourceError(f"{file.path} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
     for name in contents:
         check_name(name, file.path)
     return contents

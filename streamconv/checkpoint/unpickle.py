@@ -16,16 +16,16 @@ from sys import getsizeof
 from typing import Any
 
 # A tensor takes torch.save 32 to 38 opcodes, about 110 bytes of pickle and 900 of memory, by the
-# estimates below, which lie above the truth: 65,536 of them pass, with names of up to 75 characters.
+# estimates below, which lie above the truth: 65,536 of them pass, with names of some 50 characters.
 MAX_PICKLE_BYTES = 12 << 20
 MAX_OPCODES = 2_600_000
 MAX_MEMORY_BYTES = 68 << 20  # the pickle and all that it builds
 MAX_TEXT_BYTES = 1 << 20
 MAX_DEPTH = 1_000  # of marks; picklers recurse, so that Python's own limit is theirs
 
-_CONTAINER, _ITEM, _NUMBER, _SLOT = 80, 60, 48, 8
+_CONTAINER, _TUPLE, _ITEM, _NUMBER, _SLOT = 80, 64, 60, 48, 8
 _MAX_GLOBAL_BYTES = 1_000
-_UINT32 = struct.Struct("<I")
+_UINT32, _INT32 = struct.Struct("<I"), struct.Struct("<i")
 _USED = type("used value", (), {})()  # in the memo, for the arguments of what was called
 
 
@@ -72,12 +72,15 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
         elif opcode == 0x4B:  # BININT1
             push(data[at])
             at += 1
+            room -= _SLOT
         elif opcode == 0x68:  # BINGET
             push(memo[data[at]])
             at += 1
+            room -= _SLOT
         elif opcode == 0x6A:  # LONG_BINGET
             push(memo[uint32(data, at)[0]])
             at += 4
+            room -= _SLOT
         elif opcode == 0x28:  # MARK
             marks.append(len(stack))
             if len(marks) > MAX_DEPTH:
@@ -85,18 +88,18 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
         elif opcode == 0x74:  # TUPLE
             mark = marks.pop()
             stack[mark:] = [tuple(stack[mark:])]
-            room -= _CONTAINER + _SLOT * len(stack[-1])
+            room -= _TUPLE + _SLOT * len(stack[-1])
         elif opcode == 0x86:  # TUPLE2
             second = pop()
             stack[-1] = (stack[-1], second)
-            room -= _CONTAINER
+            room -= _TUPLE
         elif opcode == 0x85:  # TUPLE1
             stack[-1] = (stack[-1],)
-            room -= _CONTAINER
+            room -= _TUPLE
         elif opcode == 0x87:  # TUPLE3
             third, second = pop(), pop()
             stack[-1] = (stack[-1], second, third)
-            room -= _CONTAINER
+            room -= _TUPLE
         elif opcode == 0x52:  # REDUCE
             arguments, function = pop(), stack[-1]
             if not callable(function) or type(arguments) is not tuple:
@@ -114,6 +117,10 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             text = data[at - size : at].decode("utf-8", "surrogatepass")
             push(text)
             room -= getsizeof(text) + 3 * _SLOT
+        elif opcode == 0x4A:  # BININT
+            push(_INT32.unpack_from(data, at)[0])
+            at += 4
+            room -= _NUMBER
         elif opcode == 0x51:  # BINPERSID
             persistent_id = pop()
             if memo and memo[-1] is persistent_id:
@@ -121,15 +128,13 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             push(load_persistent(persistent_id))
         elif opcode == 0x89 or opcode == 0x88:  # NEWFALSE, NEWTRUE
             push(opcode == 0x88)
+            room -= _SLOT
         elif opcode == 0x29:  # EMPTY_TUPLE
             push(())
+            room -= _SLOT
         elif opcode == 0x4D:  # BININT2
             push(int.from_bytes(data[at : at + 2], "little"))
             at += 2
-            room -= _NUMBER
-        elif opcode == 0x4A:  # BININT
-            push(int.from_bytes(data[at : at + 4], "little", signed=True))
-            at += 4
             room -= _NUMBER
         elif opcode == 0x8A:  # LONG1
             size = data[at]
@@ -148,10 +153,10 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             room -= _CONTAINER
         elif opcode == 0x75 or opcode == 0x73:  # SETITEMS, SETITEM
             mark = marks.pop() if opcode == 0x75 else len(stack) - 2
-            items = stack[mark:]
-            del stack[mark:]
-            room -= _ITEM * (1 + len(items))
-            if room > 0:  # before they are built
+            room -= _ITEM * (1 + len(stack) - mark)
+            if room > 0:  # or else nothing is built
+                items = stack[mark:]
+                del stack[mark:]
                 _set_items(stack[-1], items)
         elif opcode == 0x65 or opcode == 0x61:  # APPENDS, APPEND
             mark = marks.pop() if opcode == 0x65 else len(stack) - 1

@@ -9,7 +9,7 @@ https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, sections 4.3.6 to 4
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import cast
+from typing import Any
 
 from streamconv.checkpoint.limits import MAX_NAME_LENGTH, MAX_TENSORS
 from streamconv.checkpoint.storage import LocalFile
@@ -53,8 +53,7 @@ def read_records(file: LocalFile) -> dict[str, Record]:
         raise CorruptError(f"{file.path} has a damaged zip directory: {error}. Fetch it again.") from error
     # torch writes 0 everywhere where torch.serialization.set_crc32_options(False) was called.
     has_crcs = any(crc for _, _, crc, _ in entries)
-    ranges: dict[str, Record | None] = dict.fromkeys(name for *_, name in entries)
-    records = cast(dict[str, Record], ranges)
+    records: dict[str, Any] = dict.fromkeys(name for *_, name in entries)
     if len({name.lower() for name in records}) != count:  # torch looks names up without regard to case
         raise CorruptError(f"{file.path} has two records of one name. Do not trust this file.")
     entries.sort(reverse=True)
