@@ -63,3 +63,14 @@ def test_a_link_in_the_temporary_files_place_is_not_followed(tmp_path: Path) -> 
     with pytest.raises(OutputError, match="cannot be written"):
         write_file(tmp_path / "x", b"mine")
     assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_is_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(f"sync {os.fstat(fd).st_size}") or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda old, new: calls.append("name") or replace(old, new))
+    write_file(tmp_path / "x", b"whole")
+    assert calls == ["sync 5", "name", f"sync {tmp_path.stat().st_size}"]
