@@ -106,6 +106,13 @@ def test_the_pickles_below_are_read_where_nothing_is_wrong_with_them(pth: Path) 
 DAG = b"]" + b"".join(b"h\x00h\x00\x86q\x00" for _ in range(100))  # a tuple of 2^100 leaves
 SHARED = b"\x80\x02)q\x00" + DAG[1:]
 
+
+def many_items(count: int) -> bytes:
+    """The opcodes that set ``count`` items, 50,000 at once."""
+    items = [b"J" + struct.pack("<i", i) + b"\x89" for i in range(count)]
+    return b"".join(b"(" + b"".join(items[at : at + 50_000]) + b"u" for at in range(0, count, 50_000))
+
+
 PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a name that runs code": (b"\x80\x02cos\nsystem\n" + put(("touch executed",)) + b"R.", r"names os\.system"),
     "a name that a terminal obeys": (b"\x80\x02cos\n\x1b[2Jx\n.", r"names os\.\\x1b\[2Jx"),
@@ -139,12 +146,9 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "millions of lists": (lambda: b"\x80\x02](" + b"]" * 12_000_000 + b"e.", "bytes of objects"),
     "millions of dicts of one item": (lambda: b"\x80\x02Nq\x00" + b"}K\x00Ns" * 2_400_000 + b".", "bytes of objects"),
     "millions of lists of one item": (lambda: b"\x80\x02" + b"]Na" * 2_900_000 + b".", "bytes of objects"),
-    "one dict of millions": (
-        lambda: b"\x80\x02}(" + b"".join(b"J" + struct.pack("<i", i) + b"\x89" for i in range(1_250_000)) + b"u.",
-        "bytes of objects",
-    ),
+    "one dict of millions": (lambda: b"\x80\x02}" + many_items(1_250_000) + b".", "bytes of objects"),
     "one list of millions": (lambda: b"\x80\x02](" + b"N" * 2_900_000 + b"e" + b"N" * 200_000, "opcodes|bytes of obj"),
-    "one tuple over and over": (lambda: b"\x80\x02(" + b"N" * 1_000_000 + b"t" + b"(h\x00t" * 500_000, "too early"),
+    "one tuple over and over": (lambda: b"\x80\x02(" + b"N" * 1_000_000 + b"t" + b"(h\x00t" * 500_000, "at once"),
     "a tuple within a tuple, millions deep": (lambda: b"\x80\x02)" + b"\x85" * 12_000_000 + b".", "bytes of objects"),
     "a list within a list, millions deep": (lambda: b"\x80\x02" + b"](" * 6_000_000, "nested deeper"),
     "millions of marks": (lambda: b"\x80\x02" + b"(" * 12_000_000, "nested deeper"),
@@ -165,7 +169,8 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
         lambda: b"\x80\x02" + tensor() + b"q\x00}(" + b"".join(put(f"{i}") + b"h\x00" for i in range(70_000)) + b"u.",
         "more than 65,536 tensors",
     ),
-    "millions of truths": (lambda: b"\x80\x02" + b"\x88" * 12_000_000 + b".", "more than 2,600,000 opcodes"),
+    "millions of truths": (lambda: b"\x80\x02" + b"\x88" * 12_000_000 + b".", "200,000 at once"),
+    "millions of opcodes": (lambda: b"\x80\x02N" + b"q\x00" * 6_000_000 + b".", "more than 2,600,000 opcodes"),
     "a pickle of 13 MB": (lambda: b"\x80\x02" + b"N" * 13_000_000 + b".", "streamconv reads up to"),
     "a negative offset": (state(tensor(offset=-1)), "impossible offset"),
     "a negative size": (state(tensor(shape=(-1,))), "impossible offset, shape"),

@@ -135,7 +135,6 @@ def _is_plain(filename: str) -> bool:
         filename.endswith(".safetensors")
         and filename.isprintable()
         and len(filename) <= 255
-        and not filename.startswith(".")
         and not {"/", "\\", ":"} & set(filename)
     )
 

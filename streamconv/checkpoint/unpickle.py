@@ -15,15 +15,16 @@ from collections.abc import Callable
 from sys import getsizeof
 from typing import Any
 
-# A tensor takes torch.save 32 to 38 opcodes, about 110 bytes of pickle and 900 of memory, by the
-# estimates below, which lie above the truth: 65,536 of them pass, with names of some 50 characters.
+# A tensor takes torch.save 32 to 38 opcodes, 110 to 140 bytes of pickle and 800 of memory, by the estimates
+# below, which lie close above the truth: 65,536 tensors pass, with names of some 60 characters.
 MAX_PICKLE_BYTES = 12 << 20
 MAX_OPCODES = 2_600_000
-MAX_MEMORY_BYTES = 68 << 20  # the pickle and all that it builds
+MAX_MEMORY_BYTES = 66 << 20  # the pickle and all that it builds
 MAX_TEXT_BYTES = 1 << 20
+MAX_STACK = 200_000  # picklers write a dict's items by thousands, `pth.write_pth` all at once
 MAX_DEPTH = 1_000  # of marks; picklers recurse, so that Python's own limit is theirs
 
-_CONTAINER, _TUPLE, _ITEM, _NUMBER, _SLOT = 80, 64, 60, 48, 8
+_CONTAINER, _TUPLE, _ITEM, _NUMBER, _SLOT = 80, 48, 60, 32, 8
 _MAX_GLOBAL_BYTES = 1_000
 _UINT32, _INT32 = struct.Struct("<I"), struct.Struct("<i")
 _USED = type("used value", (), {})()  # in the memo, for the arguments of what was called
@@ -65,6 +66,7 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             at += 4 if opcode == 0x72 else 1
             if index == len(memo):  # picklers number what they remember from 0 on
                 memo.append(stack[-1])
+                room -= _SLOT
             elif index < len(memo):
                 memo[index] = stack[-1]
             else:
@@ -72,15 +74,12 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
         elif opcode == 0x4B:  # BININT1
             push(data[at])
             at += 1
-            room -= _SLOT
         elif opcode == 0x68:  # BINGET
             push(memo[data[at]])
             at += 1
-            room -= _SLOT
         elif opcode == 0x6A:  # LONG_BINGET
             push(memo[uint32(data, at)[0]])
             at += 4
-            room -= _SLOT
         elif opcode == 0x28:  # MARK
             marks.append(len(stack))
             if len(marks) > MAX_DEPTH:
@@ -92,14 +91,14 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
         elif opcode == 0x86:  # TUPLE2
             second = pop()
             stack[-1] = (stack[-1], second)
-            room -= _TUPLE
+            room -= _TUPLE + 2 * _SLOT
         elif opcode == 0x85:  # TUPLE1
             stack[-1] = (stack[-1],)
-            room -= _TUPLE
+            room -= _TUPLE + _SLOT
         elif opcode == 0x87:  # TUPLE3
             third, second = pop(), pop()
             stack[-1] = (stack[-1], second, third)
-            room -= _TUPLE
+            room -= _TUPLE + 3 * _SLOT
         elif opcode == 0x52:  # REDUCE
             arguments, function = pop(), stack[-1]
             if not callable(function) or type(arguments) is not tuple:
@@ -116,7 +115,7 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             # As torch reads it: a lone surrogate passes here, and is refused as a name.
             text = data[at - size : at].decode("utf-8", "surrogatepass")
             push(text)
-            room -= getsizeof(text) + 3 * _SLOT
+            room -= getsizeof(text) + _SLOT  # which the allocator rounds up
         elif opcode == 0x4A:  # BININT
             push(_INT32.unpack_from(data, at)[0])
             at += 4
@@ -128,10 +127,8 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             push(load_persistent(persistent_id))
         elif opcode == 0x89 or opcode == 0x88:  # NEWFALSE, NEWTRUE
             push(opcode == 0x88)
-            room -= _SLOT
         elif opcode == 0x29:  # EMPTY_TUPLE
             push(())
-            room -= _SLOT
         elif opcode == 0x4D:  # BININT2
             push(int.from_bytes(data[at : at + 2], "little"))
             at += 2
@@ -173,7 +170,7 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             room -= _CONTAINER
         elif opcode == 0x4E:  # NONE
             push(None)
-            room -= _NUMBER  # so that what is rare in a checkpoint, and last here, cannot cost much time either
+            room -= _NUMBER  # nothing to hold, but last in this chain: it costs time
         elif opcode == 0x47:  # BINFLOAT
             push(*struct.unpack_from(">d", data, at))
             at += 8
@@ -190,8 +187,8 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             return stack[-1]
         else:
             raise PickleError(f"it has the opcode {opcode:#04x} at byte {at - 1}, which torch.save never writes")
-        if room < 0:
-            raise PickleError(f"it describes more than {MAX_MEMORY_BYTES:,} bytes of objects")
+        if room < 0 or len(stack) > MAX_STACK:
+            raise PickleError(f"it describes more than {MAX_MEMORY_BYTES:,} bytes of objects, or {MAX_STACK:,} at once")
     raise PickleError(f"it has more than {MAX_OPCODES:,} opcodes")
 
 
