@@ -14,7 +14,7 @@ from typing import Any
 
 from streamconv.checkpoint import Checkpoint, open_checkpoint
 from streamconv.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME
-from streamconv.checkpoint.storage import LocalFile
+from streamconv.checkpoint.storage import LocalFile, read_small
 from streamconv.crc import RecordChecks
 from streamconv.errors import CorruptError, OutputError, SourceError
 from streamconv.hashing import BUFFER_BYTES, BackgroundHash
@@ -209,8 +209,8 @@ def _differences(
 def _json_differences(folder: Path, name: str, want: Mapping[str, Any]) -> list[str]:
     """By value: other blanks, or the version line that transformers adds, are no difference."""
     try:
-        have = json.loads((folder / name).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        have = json.loads(read_small(folder / name))
+    except (SourceError, ValueError, RecursionError) as error:
         return [f"{name} cannot be read: {error}"]
     if not isinstance(have, dict):
         return [f"{name} is no JSON object"]

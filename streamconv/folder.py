@@ -16,7 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import OutputError
+from streamconv.checkpoint.storage import read_small
+from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.manifest import differences, read_manifest
 from streamconv.output import explained, make_folder, open_alone, require_space, sync_folder, temporary_path
 
@@ -53,8 +54,12 @@ class Journal:
         """The folder's; an empty one where there is none."""
         journal = cls()
         path = folder / JOURNAL_NAME
-        with explained(path):
-            raw = path.read_bytes() if os.path.exists(path) else b""
+        try:
+            raw = read_small(path)
+        except SourceMissingError:
+            return journal
+        except SourceError as error:
+            raise OutputError(f"{error} It should be the journal of a conversion: delete it and begin anew.") from error
         for line in raw.splitlines(keepends=True):
             try:
                 if not line.endswith(b"\n"):

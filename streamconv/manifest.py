@@ -1,12 +1,12 @@
 """``streamconv.json``, a finished folder's own word: what it was made from, and each file's size and sha256."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import OutputError
+from streamconv.checkpoint.storage import read_small
+from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.output import write_file
 
 MANIFEST_NAME = "streamconv.json"
@@ -47,11 +47,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         OutputError: there is one that cannot be read.
     """
     path = folder / MANIFEST_NAME
-    if not os.path.exists(path):
-        return None
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        manifest = json.loads(read_small(path))
+    except SourceMissingError:
+        return None
+    except (SourceError, ValueError, RecursionError) as error:
         raise OutputError(f"{path} cannot be read ({error}). Move it away, or write to another folder.") from error
     if not isinstance(manifest, dict):
         raise OutputError(f"{path} is not streamconv's. Move it away, or write to another folder.")

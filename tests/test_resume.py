@@ -364,3 +364,20 @@ def test_a_killed_synthetic_run_goes_on_and_leaves_nothing_beside(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert re.search(r"converted, 88,226,304 bytes .*, [1-9][0-9,]* of them before an interruption", done.stdout)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", [JOURNAL_NAME, "streamconv.json"])
+@pytest.mark.parametrize("what", ["endless", "a pipe", "large"])
+def test_what_lies_in_the_place_of_our_own_files_is_refused(tmp_path: Path, save: Save, name: str, what: str) -> None:
+    source, _ = save(tiny())
+    (tmp_path / "out").mkdir()
+    if what == "endless":
+        (tmp_path / "out" / name).symlink_to("/dev/zero")
+    elif what == "a pipe":
+        os.mkfifo(tmp_path / "out" / name)
+    else:
+        (tmp_path / "out" / name).touch()
+        os.truncate(tmp_path / "out" / name, 1 << 40)
+    with pytest.raises(OutputError, match=r"no regular file|1,099,511,627,776 bytes"):
+        streamconv.convert(source, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.limits import MAX_JSON_BYTES, MAX_TENSORS, are_sizes, check_name, is_shape, read_json, shown
-from streamconv.checkpoint.storage import LocalFile
+from streamconv.checkpoint.storage import LocalFile, read_small
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 from streamconv.tensors import DTYPE_SIZES, ByteRange, Record, SourceTensor, TensorInfo, contiguous_strides
 
@@ -106,7 +106,7 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
         return {_inside(folder, SINGLE_NAME): None}
     if not os.path.exists(index):
         raise SourceMissingError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.")
-    weight_map = read_json(_read(_inside(folder, INDEX_NAME)), str(index)).get("weight_map")
+    weight_map = read_json(read_small(_inside(folder, INDEX_NAME)), str(index)).get("weight_map")
     if type(weight_map) is not dict or not weight_map:
         raise CorruptError(f"{index} has no weight_map, or an empty one.")
     files: dict[str, set[str]] = {}
@@ -152,13 +152,3 @@ def _inside(folder: Path, filename: str) -> Path:
             "or put a copy into the folder."
         )
     return folder / filename
-
-
-def _read(path: Path) -> bytes:
-    file = LocalFile(path)
-    try:
-        if file.size > MAX_JSON_BYTES:
-            raise SourceError(f"{path} has {file.size:,} bytes; no index of {MAX_TENSORS:,} tensors needs them.")
-        return file.read(0, file.size)
-    finally:
-        file.close()

@@ -6,6 +6,26 @@ from pathlib import Path
 
 from streamconv.errors import ChangedError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 
+SMALL_BYTES = 10 << 20  # an index of 65,536 tensors has 7 MB to 9 MB
+
+
+def read_small(path: Path) -> bytes:
+    """A file that is read whole: an index, a configuration, a manifest.
+
+    Raises:
+        SourceMissingError: there is none.
+        SourceError: it is no regular file, larger than `SMALL_BYTES`, or cannot be read.
+    """
+    file = LocalFile(path)
+    try:
+        if file.size > SMALL_BYTES:
+            raise SourceError(
+                f"{path} has {file.size:,} bytes, and streamconv reads up to {SMALL_BYTES:,} of its kind."
+            )
+        return file.read(0, file.size)
+    finally:
+        file.close()
+
 
 class LocalFile:
     """A file opened for reading at offsets; safe to use from several threads."""

@@ -17,7 +17,8 @@ from typing import Any
 
 from streamconv._version import __version__
 from streamconv.check import check_bytes, check_files
-from streamconv.errors import OutputError
+from streamconv.checkpoint.storage import read_small
+from streamconv.errors import OutputError, SourceError
 from streamconv.folder import JOURNAL_NAME
 from streamconv.manifest import MANIFEST_NAME, read_manifest
 from streamconv.plan import Plan, make_plan
@@ -176,9 +177,9 @@ def _plan_of(folder: Path, source: OpenSource) -> Plan:
 
 def _labels_in(config: Path) -> list[str]:
     try:
-        labels = json.loads(config.read_text("utf-8"))["id2label"]
+        labels = json.loads(read_small(config))["id2label"]
         return [labels[str(i)] for i in range(len(labels))]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (SourceError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 
