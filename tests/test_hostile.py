@@ -624,6 +624,11 @@ def test_as_many_tensors_as_may_be_are_opened(tmp_path: Path, kind: str) -> None
     (torch.save if kind == "pth" else safetensors.torch.save_file)(state, tmp_path / f"x.{kind}")
     with streamconv.open_checkpoint(tmp_path / f"x.{kind}") as checkpoint:
         assert len(checkpoint) == 65_536
+    if kind == "pth":
+        with zipfile.ZipFile(tmp_path / "x.pth") as archive:
+            data = archive.read("x/data.pkl")
+        rewrite(tmp_path / "x.pth", {"data.pkl": data[:-1] + b"cos\nsystem\n."})
+        assert "os.system" in refusal(tmp_path / "x.pth", seconds=3)  # all of it had to be read
 
 
 # Against the libraries: what they take, streamconv reads the same, or refuses.

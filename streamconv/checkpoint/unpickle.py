@@ -151,10 +151,9 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
         elif opcode == 0x75 or opcode == 0x73:  # SETITEMS, SETITEM
             mark = marks.pop() if opcode == 0x75 else len(stack) - 2
             room -= _ITEM * (1 + len(stack) - mark)
-            if room > 0:  # or else nothing is built
-                items = stack[mark:]
-                del stack[mark:]
-                _set_items(stack[-1], items)
+            items = stack[mark:]
+            del stack[mark:]
+            _set_items(stack[-1], items)
         elif opcode == 0x65 or opcode == 0x61:  # APPENDS, APPEND
             mark = marks.pop() if opcode == 0x65 else len(stack) - 1
             items = stack[mark:]
