@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import streamconv
 from streamconv import OutputError, TensorInfo, UsageError
 from streamconv.pth import write_pth
+from streamconv.synth import temporary_checkpoint
 from tests.conftest import run_python
 from tests.test_tensors import NAMES, bytes_of
 
@@ -78,3 +79,18 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         "print(*(l.split()[1] for l in open('/proc/self/status') if l[:5] == 'VmHWM'))"
     )
     assert int(run_python(code)) < 100 * 1024
+
+
+def test_a_temporary_checkpoint_that_a_killed_process_left_is_used_by_one_at_a_time_and_deleted(tmp_path: Path) -> None:
+    left = tmp_path / ".out.streamconv-synthetic" / "dinov2_vits14_synthetic_seed0.pth"
+    left.parent.mkdir()
+    left.write_bytes(b"left")
+    with temporary_checkpoint("dinov2_vits14", tmp_path / "out") as made:
+        assert made.backbone.read_bytes() == b"left"
+        with (
+            pytest.raises(OutputError, match="being written by another process"),
+            temporary_checkpoint("dinov2_vits14", tmp_path / "out"),
+        ):
+            pass
+        assert left.exists()
+    assert list(tmp_path.iterdir()) == []
