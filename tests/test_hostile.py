@@ -240,7 +240,7 @@ def local(name: bytes, data: bytes, size: int | None = None, method: int = 0, fl
 
 def entry(
     name: bytes, data: bytes, offset: int, size: int | None = None, stored: int | None = None, method: int = 0,
-    flags: int = 0, extra: bytes = b"", disk: int = 0,
+    flags: int = 0, extra: bytes = b"", disk: int = 0, attributes: int = 0,
 ) -> bytes:  # fmt: skip
     size = len(data) if size is None else size
     stored = size if stored is None else stored
@@ -260,7 +260,7 @@ def entry(
         0,
         disk,
         0,
-        0,
+        attributes,
     )
     return struct.pack("<4s6H3L5H2L", *head, offset) + name + extra
 
@@ -335,6 +335,11 @@ ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a strongly encrypted record": (lambda: with_entry(flags=64), "compressed or encrypted"),
     "a record compressed by its own header alone": (lambda: with_local(local(NAMES[1], DATA[1], method=8)), "header"),
     "a record encrypted by its own header alone": (lambda: with_local(local(NAMES[1], DATA[1], flags=1)), "header"),
+    "a record that torch takes for a folder": (lambda: with_entry(attributes=0x3A), "marked as a folder"),  # fuzzed
+    "a record with a folder's name": (
+        lambda: BODY + local(b"x/data/0/", b"") + end(
+            ALL + entry(b"x/data/0/", b"", len(BODY)), len(BODY) + 39, 5), "marked as a folder"
+    ),
     "a record of another name": (lambda: with_local(local(b"x/data/1", DATA[1])), "header of its record x/data/0"),
     "a record of another size": (lambda: with_local(local(NAMES[1], DATA[1], 4)), "header of its record x/data/0"),
     "a record of another stored size": (lambda: with_local(patched(PARTS[1], 18, 4)), "header of its record x/data/0"),

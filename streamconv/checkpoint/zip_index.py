@@ -27,6 +27,7 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _IN_EXTRA = 0xFFFFFFFF  # what a 32-bit field holds where the number is in the 64-bit extra field
 _KNOWN_FLAGS = 1 << 3 | 1 << 11  # sizes follow the data, too; the name is in UTF-8
+_IS_FOLDER = 0x10  # of the DOS attributes
 
 
 _Entry = tuple[int, int, int, str]  # the local header's offset, then the record's size, CRC-32 and name
@@ -115,8 +116,8 @@ def _entries(directory: bytes, count: int) -> Iterator[_Entry]:
     at = 0
     for _ in range(count):
         (
-            magic, _, _, flags, method, _, _, crc, stored, size, name_length, extra_length, comment_length, disk, _, _,
-            offset,
+            magic, _, _, flags, method, _, _, crc, stored, size, name_length, extra_length, comment_length, disk, _,
+            attributes, offset,
         ) = _ENTRY.unpack_from(directory, at)  # fmt: skip
         at += _ENTRY.size + name_length
         name = directory[at - name_length : at].decode()
@@ -124,6 +125,8 @@ def _entries(directory: bytes, count: int) -> Iterator[_Entry]:
             raise ValueError(f"no entry of torch.save ends at byte {at:,}")
         if method or flags & ~_KNOWN_FLAGS:
             raise NotImplementedError(f"its record {name} is compressed or encrypted")
+        if attributes & _IS_FOLDER or name.endswith("/"):
+            raise ValueError(f"its record {name} is marked as a folder, of which torch reads no byte")
         if _IN_EXTRA in (size, stored, offset):
             extra = directory[at : at + extra_length]
             size, stored, offset = _sizes_in(extra, [size, stored, offset])
