@@ -5,7 +5,6 @@ believed.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,7 +24,10 @@ from streamconv.tensors import ByteSource, SourceTensor
 SPAN_BYTES = 32 << 20  # between two reports of progress
 
 # What transformers would load instead of the model, or into it.
-LOADED_BESIDE = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "adapter_config.json")
+LOADED_BESIDE = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.index.json"),
+    *("adapter_config.json", "processor_config.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any], advance: Callable[[in
     """
     try:
         said = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         return [f"{MANIFEST_NAME} is damaged: it does not say of each file its size and sha256 ({error!r})"]
     problems = [f"{path.name} is no part of the model" for path in _weights_in(folder) if path.name not in said]
     total, done = sum(size for size, _ in said.values()), 0
@@ -135,13 +137,14 @@ def _in_file_order(written: Checkpoint) -> dict[ByteSource, list[str]]:
 
 def _file_problems(folder: Path, written: Checkpoint) -> list[str]:
     """What an index says of the files, and weights that no index names."""
-    used = {path.name for path in written.paths}
+    shards = {path.name for path in written.paths}
+    used = shards if shards == {SINGLE_NAME} else {*shards, INDEX_NAME}
     problems = [f"{path.name} is no part of the model" for path in _weights_in(folder) if path.name not in used]
     for path in written.paths:
         if (metadata := _metadata(path)) != {"format": "pt"}:
             problems.append(f'{path.name} has the metadata {_text(metadata)}, not {{"format": "pt"}}')
-    if used == {SINGLE_NAME}:
-        return problems + [f"{INDEX_NAME} is no part of the model"] * os.path.exists(folder / INDEX_NAME)
+    if shards == {SINGLE_NAME}:
+        return problems
     places = {name: tensor.record.file.name for name, tensor in written.items()}
     return problems + _json_differences(folder, INDEX_NAME, index_of(written, places))
 

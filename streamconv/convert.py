@@ -1,5 +1,6 @@
 """A conversion from beginning to end; the only place that knows the order of its steps."""
 
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from streamconv.errors import UsageError
 from streamconv.families import HEAD_PREFIX
 from streamconv.folder import OutputFolder, claimed, find_finished
 from streamconv.labels import imagenet_labels, read_labels
-from streamconv.manifest import is_of, read_manifest, write_manifest
-from streamconv.output import write_file
+from streamconv.manifest import MANIFEST_NAME, is_of, manifest_bytes, read_manifest
+from streamconv.output import temporary_path, write_file
 from streamconv.plan import Plan, make_plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.sources import OpenSource, Source, locate, opened
@@ -95,7 +96,8 @@ def convert(
             raise UsageError("The output folder's name is empty. Give -o DIR.")
         folder = Path(output_folder) if output_folder is not None else default_folder(plan, source_files.source)
         names = [shard.filename for shard in plan.shards] + list(plan.files) + [INDEX_NAME] * (plan.index is not None)
-        conversion = {
+        _refuse_own_output(source_files, folder, names)
+        conversion: dict[str, Any] = {
             "model": plan.model.name if plan.model else None,
             "source": source_files.describe(),
             "plan": plan.fingerprint,
@@ -114,24 +116,43 @@ def convert(
         with claimed(folder, conversion, names, plan.size) as work:
             shards, taken_up = _write_shards(plan, work, progress)
             for name, data in plan.files.items():
-                write_file(folder / name, data)
-            small = {**plan.files, **({INDEX_NAME: plan.index} if plan.index is not None else {})}
-            manifest = {
-                **conversion,
-                "architecture": plan.architecture,
-                "files": {
-                    **{s.filename: {"size": s.size, "sha256": shards[s.filename]} for s in plan.shards},
-                    **{name: {"size": len(data), "sha256": sha256(data).hexdigest()} for name, data in small.items()},
-                },
-                "is_crc_checked": source_files.is_checkable,
-                "versions": {"streamconv": __version__, "python": platform.python_version()},
-                "verification": None,
-            }
-            write_manifest(folder, manifest)
+                work.write(name, data)
+            manifest = _manifest(conversion, plan, shards, source_files.is_checkable)
+            work.write(MANIFEST_NAME, manifest_bytes(manifest))
             if plan.index is not None:  # last: with it, the folder is a model
-                write_file(folder / INDEX_NAME, plan.index)
+                work.write(INDEX_NAME, plan.index)
             work.finish()
         return Conversion(folder, plan, shards, False, taken_up, source_files.is_checkable, labels_from)
+
+
+def _manifest(conversion: dict[str, Any], plan: Plan, shards: dict[str, str], is_crc_checked: bool) -> dict[str, Any]:
+    index = {INDEX_NAME: plan.index} if plan.index is not None else {}
+    small = {**plan.files, **index}.items()
+    return {
+        **conversion,
+        "source": {
+            role: {key: value for key, value in file.items() if key != "changed_ns"}
+            for role, file in conversion["source"].items()
+        },
+        "architecture": plan.architecture,
+        "files": {
+            **{s.filename: {"size": s.size, "sha256": shards[s.filename]} for s in plan.shards},
+            **{name: {"size": len(data), "sha256": sha256(data).hexdigest()} for name, data in small},
+        },
+        "is_crc_checked": is_crc_checked,
+        "versions": {"streamconv": __version__, "python": platform.python_version()},
+        "verification": None,
+    }
+
+
+def _refuse_own_output(source: OpenSource, folder: Path, names: list[str]) -> None:
+    """A source that lies where a file will be written would be destroyed by its own conversion."""
+    written = [
+        each for name in names for each in (folder / name, temporary_path(folder / name)) if os.path.exists(each)
+    ]
+    for path in (path for checkpoint in source.checkpoints.values() for path in checkpoint.paths):
+        if any(os.path.samefile(path, each) for each in written):
+            raise UsageError(f"{path} is the source, and {folder} would write over it. Choose another folder.")
 
 
 def default_folder(plan: Plan, source: Source) -> Path:
@@ -149,7 +170,7 @@ def record_verification(folder: Path, verification: dict[str, Any], source: dict
     """Keep what a verification against ``source`` found in the folder's manifest, where it is of that source."""
     manifest = read_manifest(folder)
     if manifest is not None and is_of(manifest, source):
-        write_manifest(folder, {**manifest, "verification": verification})
+        write_file(folder / MANIFEST_NAME, manifest_bytes({**manifest, "verification": verification}))
 
 
 def _plan(

@@ -74,18 +74,20 @@ class RecordChecks:
                 del self._pieces[record]  # who reads it once more is checked once more
 
     def settle(self) -> None:
-        """Check what was added of records that are not complete: these are read once, whole.
+        """Check what was added of records that are not complete: these are read once, whole, and must stay as they are.
 
         Raises:
             CorruptError: names the tensor and its place in the file.
         """
-        for record in self._touched - self._settled:
-            self._require_match(record)
-        self.trust()
+        for record in self._touched:
+            if record not in self._settled:
+                self._require_match(record)
+            record.file.require_unchanged()  # since it was read whole, which may be shards ago
+        self._settled |= self._touched
+        self._touched.clear()
 
     def trust(self) -> None:
-        """As `settle`, for what was settled in an earlier process."""
-        self._settled |= self._touched
+        """Instead of `settle`, for what was settled in an earlier process: all of it came from the output."""
         self._touched.clear()
 
     def _require_match(self, record: Record) -> None:

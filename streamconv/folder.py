@@ -19,7 +19,16 @@ from typing import Any
 from streamconv.checkpoint.storage import read_small
 from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.manifest import differences, read_manifest
-from streamconv.output import explained, make_folder, open_alone, require_space, sync_folder, temporary_path
+from streamconv.output import (
+    explained,
+    is_named,
+    make_folder,
+    open_alone,
+    require_space,
+    sync_folder,
+    temporary_path,
+    write_file,
+)
 
 JOURNAL_NAME = ".streamconv-journal"
 
@@ -65,7 +74,7 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break
                 journal._add(json.loads(line))
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 break
             journal.length += len(line)
         return journal
@@ -87,6 +96,7 @@ class OutputFolder:
 
     def take_up(self, name: str) -> Mark:
         """How far a file is; where there is something to go on from, it has its temporary name again."""
+        self._require_ours()
         file = self.path / name
         mark = self._journal.marks.get(name, NOTHING)
         if mark.size:
@@ -106,8 +116,14 @@ class OutputFolder:
         with explained(self.path / name):
             temporary_path(self.path / name).unlink(missing_ok=True)
 
+    def write(self, name: str, data: bytes) -> None:
+        """A small file, whole or absent."""
+        self._require_ours()
+        write_file(self.path / name, data)
+
     def finish(self) -> None:
         """End the journal: all files are there."""
+        self._require_ours()
         with explained(self.path):
             (self.path / JOURNAL_NAME).unlink()
             sync_folder(self.path)
@@ -133,6 +149,8 @@ class OutputFolder:
 
     def release(self, names: list[str], is_new: bool) -> None:
         """After a failure: keep what the next process can go on from, and nothing else of ours."""
+        if not is_named(self._fd, self.path / JOURNAL_NAME):
+            return  # the folder is not ours any more
         for name in names:
             if not self._journal.marks.get(name, NOTHING).size:
                 temporary_path(self.path / name).unlink(missing_ok=True)
@@ -141,7 +159,12 @@ class OutputFolder:
             if is_new and not any(self.path.iterdir()):
                 self.path.rmdir()
 
+    def _require_ours(self) -> None:
+        if not is_named(self._fd, self.path / JOURNAL_NAME):
+            raise OutputError(f"{self.path} was removed while it was written. Run the same command again.")
+
     def _append(self, entry: Mapping[str, Any]) -> None:
+        self._require_ours()
         line = json.dumps(entry).encode() + b"\n"
         with explained(self.path / JOURNAL_NAME):
             while line:
@@ -189,7 +212,8 @@ def _lock(folder: Path) -> int:
         return open_alone(folder / JOURNAL_NAME)
     except BlockingIOError:
         process = Journal.read(folder).process
-        who = "process {pid} on {host}, since {since}".format_map(process) if process else "another process"
+        known = {"pid", "host", "since"} <= process.keys()
+        who = "process {pid} on {host}, since {since}".format_map(process) if known else "another process"
         raise OutputError(f"{folder} is being written by {who}. Let it finish, or end it.") from None
 
 
@@ -214,7 +238,7 @@ def _marks_of(manifest: Mapping[str, Any] | None) -> dict[str, Mark]:
     try:
         files = manifest["files"] if manifest is not None else {}
         return {name: Mark(int(file["size"]), str(file["sha256"])) for name, file in files.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return {}
 
 
@@ -224,7 +248,7 @@ def _refuse_others(folder: Path, conversion: Mapping[str, Any], names: list[str]
         raise OutputError(f"{folder} is a file. Name a folder for the output.")
     manifest = read_manifest(folder)
     existing = manifest if journal.conversion is None else journal.conversion
-    present = [name for name in names if os.path.exists(folder / name)]
+    present = [name for name in names if os.path.lexists(folder / name)]
     if existing is None:
         if present:
             raise OutputError(

@@ -7,25 +7,31 @@ from typing import Any
 
 from streamconv.checkpoint.storage import read_small
 from streamconv.errors import OutputError, SourceError, SourceMissingError
-from streamconv.output import write_file
 
 MANIFEST_NAME = "streamconv.json"
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Which of the files and decisions that make up a conversion are not the same in two of them."""
+    """Which of the files and decisions that make up a conversion are not the same in two of them.
 
-    def parts(conversion: Mapping[str, Any]) -> dict[str, object]:
-        sources = {role: (file["fingerprint"], file.get("modified_ns")) for role, file in conversion["source"].items()}
+    A finished one does not say when a source's owner, mode or name last changed ("changed_ns"): only
+    who goes on with half a conversion must be as careful.
+    """
+
+    def parts(conversion: Mapping[str, Any], compared: Mapping[str, Any]) -> dict[str, object]:
+        sources = {}
+        for role, file in conversion["source"].items():
+            is_said = "changed_ns" in compared["source"].get(role, {})
+            sources[role] = (file["fingerprint"], file.get("modified_ns"), file.get("changed_ns") if is_said else None)
         labels = conversion["labels"]
         # Where they come from by default can change with the network; that is no other conversion.
         named = labels["sha256"] if labels and not labels["is_default"] else "default"
         return {**sources, "plan (its names, its shard size)": conversion["plan"], "list of labels": named}
 
     try:
-        mine, theirs = parts(one), parts(other)
+        mine, theirs = parts(one, other), parts(other, one)
     except (KeyError, TypeError, AttributeError):
-        return [MANIFEST_NAME]
+        return ["description"]
     return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
 
 
@@ -58,5 +64,5 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_file(folder / MANIFEST_NAME, (json.dumps(manifest, indent=2) + "\n").encode())
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=2) + "\n").encode()

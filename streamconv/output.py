@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,17 +73,28 @@ def open_alone(path: Path) -> int:
 
     Raises:
         BlockingIOError: another process has it.
-        OSError: it cannot be opened or locked.
+        OSError: it cannot be opened or locked, or has another name, too, under which it would be changed.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
+        state = os.fstat(fd)
+        if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
+            raise OSError(errno.EMLINK, "it is a link to another file, or no file; remove it")
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.exists(path) or os.stat(path).st_ino != os.fstat(fd).st_ino:
+        if not is_named(fd, path):
             raise BlockingIOError  # its writer finished between our opening and our locking
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def is_named(fd: int, path: Path) -> bool:
+    """Whether ``path`` still is the name of the file that is open: no one removed it, or put another in its place."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -96,7 +108,7 @@ def whole_file(path: Path, *, resume: bool = False) -> Iterator[OutputFile]:
         OutputError: the disk is full, or does not let us write.
     """
     temporary = temporary_path(path)
-    with explained(path):
+    with explained(temporary):
         try:
             fd = open_alone(temporary)
         except BlockingIOError:
@@ -110,12 +122,15 @@ def whole_file(path: Path, *, resume: bool = False) -> Iterator[OutputFile]:
         yield OutputFile(fd, path)
         with explained(path):
             os.fsync(fd)
+            if not is_named(fd, temporary):
+                raise FileNotFoundError(errno.ENOENT, "someone removed it meanwhile")
             os.replace(temporary, path)
             sync_folder(path.parent)
     except BaseException:
         if not resume:
             with suppress(OSError):  # a disk that lets nothing be removed; the first error says it
-                temporary.unlink(missing_ok=True)
+                if is_named(fd, temporary):
+                    temporary.unlink()
         raise
     finally:
         os.close(fd)
@@ -153,7 +168,7 @@ _MENDS = {
     errno.ENOSPC: "Make room and run the same command again.",
     errno.EDQUOT: "Make room and run the same command again.",
     errno.ENOENT: "Its folder is gone. Run the same command again.",
-    errno.EFBIG: "This disk takes no file as large: give a smaller --max-shard-size.",
+    errno.EFBIG: "Choose a disk that takes files as large, or give convert a smaller --max-shard-size.",
 }
 
 

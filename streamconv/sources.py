@@ -92,15 +92,15 @@ class OpenSource:
     def describe(self) -> dict[str, dict[str, object]]:
         """For the manifest: file names, sizes in bytes, and fingerprints (see `torch_zip.read_index`).
 
-        A fingerprint stands for the weights only where they carry CRC-32s. Elsewhere the time of
-        modification goes with it, so that another file of the same names and shapes is noticed.
+        A fingerprint stands for the weights only where they carry CRC-32s. Elsewhere the files' times
+        go with it, so that another file of the same names and shapes is noticed.
         """
         return {
             role: {
                 "file": checkpoint.paths[0].name if len(checkpoint.paths) == 1 else self.source.backbone.name,
                 "size": checkpoint.size,
                 "fingerprint": checkpoint.fingerprint,
-                **({} if _is_checkable(checkpoint) else {"modified_ns": checkpoint.modified_ns}),
+                **({} if _is_checkable(checkpoint) else checkpoint.times),
             }
             for role, checkpoint in self.checkpoints.items()
         }

@@ -37,7 +37,10 @@ def write_shard(
         SourceError: the source cannot be read; or it is damaged, or was changed: then nothing of the shard is kept.
         OutputError: the output cannot be written.
     """
-    for mark in (folder.take_up(shard.filename), NOTHING):
+    kept = folder.take_up(shard.filename)
+    if not len(shard.header) < kept.size <= shard.size:
+        kept = NOTHING
+    for mark in (kept, NOTHING):
         try:
             sha256 = _write(shard, folder, mark, checks, advance)
             break

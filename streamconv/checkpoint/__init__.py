@@ -40,9 +40,12 @@ class Checkpoint(Mapping[str, SourceTensor]):
         return sum(file.size for file in self._files)
 
     @property
-    def modified_ns(self) -> list[int]:
-        """When its files were last modified, in nanoseconds since 1970."""
-        return [file.modified_ns for file in self._files]
+    def times(self) -> dict[str, list[int]]:
+        """When its files' contents and when anything of them last changed, in nanoseconds since 1970."""
+        return {
+            "modified_ns": [file.modified_ns for file in self._files],
+            "changed_ns": [file.changed_ns for file in self._files],
+        }
 
     def close(self) -> None:
         for file in self._files:

@@ -18,6 +18,7 @@ _MAX_SIZE = (1 << 63) - 1
 MAX_JSON_BYTES = 10 << 20  # 65,536 tensors take 7 MB to 9 MB of a safetensors header
 _MAX_JSON_CONTAINERS = 3 * MAX_TENSORS + 1_000
 _MAX_JSON_COMMAS = 8 * MAX_TENSORS + 1_000
+_MAX_JSON_QUOTES = 10 * MAX_TENSORS + 4_000  # two a string: a name, three keys and a dtype
 
 
 def shown(text: str) -> str:
@@ -68,6 +69,7 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
         len(data) > (MAX_JSON_BYTES if data.isascii() else MAX_JSON_BYTES // 4)  # one wide character widens all
         or data.count(b"{") + data.count(b"[") > _MAX_JSON_CONTAINERS
         or data.count(b",") > _MAX_JSON_COMMAS
+        or data.count(b'"') > _MAX_JSON_QUOTES
     ):
         raise SourceError(f"{where} holds more than {MAX_TENSORS:,} tensors need. Do not trust this file.")
     try:

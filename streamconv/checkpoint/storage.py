@@ -42,7 +42,7 @@ class LocalFile:
         except (OSError, ValueError) as error:
             raise SourceError(f"{path} cannot be opened: {error}.") from error
         state = os.fstat(self._file.fileno())
-        self.size, self.modified_ns = state.st_size, state.st_mtime_ns
+        self.size, self.modified_ns, self.changed_ns = state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
     @property
     def name(self) -> str:
@@ -78,13 +78,13 @@ class LocalFile:
         return bytes(data)
 
     def require_unchanged(self) -> None:
-        """Compare size and time of modification with what they were when the file was opened.
+        """Compare size and times with what they were when the file was opened.
 
         Raises:
             ChangedError: they are others.
         """
         state = os.fstat(self._file.fileno())
-        if (state.st_size, state.st_mtime_ns) != (self.size, self.modified_ns):
+        if (state.st_size, state.st_mtime_ns, state.st_ctime_ns) != (self.size, self.modified_ns, self.changed_ns):
             raise ChangedError(f"{self.path} was changed while it was read. Run again when it is whole.")
 
     def close(self) -> None:
