@@ -7,10 +7,10 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -92,7 +92,7 @@ def run(
         _print_json({**converted.as_dict(), "verification": found.as_dict() if found else None})
     if verifying is None or found is None:
         if not as_json:
-            print("not verified: --no-verify")
+            _print(["not verified: --no-verify"])
         return
     with _errors():
         verifying.write_report(found, as_json)
@@ -178,9 +178,7 @@ def synth(
     """Write a random checkpoint in the model's original layout, exact in names and shapes."""
     with _errors():
         written = streamconv.synth(model, file, seed=seed)
-    for path in (written.backbone, written.head):
-        if path is not None:
-            print(f"{path}  {path.stat().st_size:,} bytes")
+    _print(f"{path}  {path.stat().st_size:,} bytes" for path in (written.backbone, written.head) if path is not None)
 
 
 def _version(wanted: bool) -> None:
@@ -195,7 +193,11 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    with _errors():
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            raise UsageError("The current folder is gone. Change to another one.") from None
 
 
 def _convert(
@@ -252,7 +254,10 @@ class Verifying:
             from streamconv.report import render
 
             write_file(self.report, render(found.as_dict()).encode())
-            print(f"report: {self.report}", file=sys.stderr if as_json else sys.stdout)
+            if as_json:
+                print(f"report: {self.report}", file=sys.stderr)
+            else:
+                _print([f"report: {self.report}"])
 
 
 def _print(lines: Iterable[str]) -> None:
@@ -260,8 +265,10 @@ def _print(lines: Iterable[str]) -> None:
         for line in lines:
             print(line)
         sys.stdout.flush()
-    except BrokenPipeError:  # `streamconv plan | head`: no one reads on, and the exit code is still the verdict's
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        if not isinstance(error, BrokenPipeError):  # `… | head`: no one reads on, and the verdict is what it was
+            _fail(OutputError(f"The result cannot be printed: {error.strerror}."))
 
 
 @contextmanager
@@ -292,21 +299,57 @@ def _print_json(value: dict[str, Any]) -> None:
 class _InterruptedError(BaseException):
     """Ctrl-C, SIGTERM, or a closed terminal. No KeyboardInterrupt, which typer ends without a word."""
 
+    is_raised = False
+
 
 def _interrupt(number: int, frame: object) -> NoReturn:
+    _InterruptedError.is_raised = True
     raise _InterruptedError
+
+
+class _Unheard(io.TextIOBase):
+    """stderr, whether or not someone is there to read it: a job does not end for want of a listener."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+        self.isatty, self.fileno = self._stream.isatty, self._stream.fileno  # type: ignore[method-assign]
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 def main() -> None:
     """The console script. However it is interrupted, no unfinished file gets its name."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a closed stream's number must not become that of a file that we write
+    os.close(fd)
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    for number in signals:  # nohup, and scripts for what they run in the background, have them ignored
         signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    sys.stderr = _Unheard(sys.stderr)
     try:
         app()
-    except _InterruptedError:
+    except BaseException as error:
+        # What imports torch may catch the interruption, and end in an error of its own.
+        if not _InterruptedError.is_raised or (isinstance(error, SystemExit) and not error.code):
+            raise
         again = shlex.join(["streamconv", *sys.argv[1:]])
-        print(f"interrupted. What is written so far is kept; to go on, run\n  {again}", file=sys.stderr)
+        print(f"interrupted. To go on, run\n  {again}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)

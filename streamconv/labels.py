@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from streamconv.errors import UsageError
+from streamconv.checkpoint.storage import read_small
+from streamconv.errors import SourceError, UsageError
 
 HUB_DATASET, HUB_FILE = "huggingface/label-files", "imagenet-1k-id2label.json"
 
@@ -19,8 +20,8 @@ def read_labels(path: Path) -> list[str]:
         UsageError: the file is not there, or is none of these.
     """
     try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, ValueError) as error:
+        text = read_small(path).decode("utf-8-sig")
+    except (SourceError, ValueError) as error:
         raise UsageError(f"The labels in {path} cannot be read: {error}.") from error
     if path.suffix.lower() != ".json":
         return text.rstrip().splitlines()

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import streamconv.report
 from tests.conftest import make_states, tiny
 
 Save = Callable[..., tuple[Path, Path | None]]
+ROOT = Path(__file__).parent.parent
 
 
 def run(*words: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -220,3 +222,86 @@ def test_a_person_sees_a_bar_and_a_log_does_not(tmp_path: Path, save: Save) -> N
     assert f"/{backbone.stat().st_size / 1e6:.0f} MB" in seen.decode()
     quiet = run("convert", backbone, "-o", "out2", cwd=tmp_path)
     assert quiet.stderr == "writing model.safetensors\n"
+
+
+def test_whether_someone_listens_changes_nothing(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    streamconv_ = f"{sys.executable} -m streamconv"
+    for i, (code, words) in enumerate((
+        (0, f"convert {backbone} -o OUT 2>&-"),
+        (0, f"convert {backbone} -o OUT >&- 2>&-"),
+        (0, f"convert {backbone} -o OUT 2>/dev/full"),
+        (0, f"convert {backbone} -o OUT --max-shard-size 100KB 2>&1 >/dev/null | true; exit ${{PIPESTATUS[0]}}"),
+        (0, f"plan {backbone} | true; exit ${{PIPESTATUS[0]}}"),
+        (2, "convert nothing -o OUT 2>&-"),
+        (4, f"plan {backbone} >/dev/full"),
+        (4, f"convert {backbone} -o OUT --json >/dev/full"),
+    )):  # fmt: skip
+        words = words.replace("OUT", f"out{i}")
+        done = subprocess.run(
+            ["bash", "-c", f"{streamconv_} {words}"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, (words, done.stderr)
+        assert "Traceback" not in done.stderr, words
+        assert code == 0 or "2>&-" in words or "error: " in done.stderr
+        assert " -o " not in words or code == 2 or (tmp_path / f"out{i}" / "streamconv.json").exists(), words
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    words = f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} -m streamconv convert {backbone} -o out"
+    done = subprocess.run(
+        ["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stderr) == (2, "error: The current folder is gone. Change to another one.\n")
+
+
+SLOW = (
+    "import sys, time, streamconv.cli as cli, streamconv.streaming as s\n"
+    "s.RecordChecks.add = lambda *args: print('ready', flush=True) or time.sleep(20)\n"
+    "sys.argv = ['streamconv', 'convert', {source!r}, '-o', {out!r}]\n"
+    "cli.main()"
+)
+
+
+def test_a_closed_terminal_interrupts(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, [sys.executable, "-c", SLOW.format(source=str(backbone), out=str(tmp_path / "out"))])
+    seen = b""
+    while b"ready" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)  # as when its window is closed: SIGHUP, and no one to write to any more
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert not (tmp_path / "out").exists()
+
+
+def test_nohup_is_respected(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-c", SLOW.format(source=str(backbone), out=str(tmp_path / "out"))],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 130
+
+
+def test_an_interruption_that_an_import_swallows_is_one_still(tmp_path: Path, save: Save) -> None:
+    code = (
+        "import os, signal, sys, streamconv, streamconv.cli as cli\n"
+        "def plan(*args, **options):\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except BaseException: raise RecursionError\n"
+        "streamconv.plan = plan\n"
+        "sys.argv = ['streamconv', 'plan', 'x']\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted. To go on, run\n  streamconv plan x\n")

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 import streamconv
-from streamconv import CorruptError, OutputError, SourceError, folder, hashing, streaming
+from streamconv import CorruptError, OutputError, SourceError, UsageError, folder, hashing, streaming
 from streamconv.folder import JOURNAL_NAME, Journal
 from streamconv.output import temporary_path
 from tests.conftest import make_states, tiny
@@ -95,7 +95,7 @@ def test_signals_at_any_moment_cost_little(tmp_path: Path, save: Save, shard_siz
             continue
         kills += 1
         if process.returncode == 130:
-            again = re.search(r"to go on, run\n  streamconv (.*)\n", said)
+            again = re.search(r"To go on, run\n  streamconv (.*)\n", said)
             assert again is not None, said
             assert again[1] == f"convert {source} -o out --max-shard-size {shard_size}"
         for name in wanted if (tmp_path / "out").exists() else ():
@@ -327,6 +327,134 @@ def test_two_at_once_are_one_too_many(tmp_path: Path, save: Save, monkeypatch: p
     first.kill()  # a lock that a dead process left is no obstacle
     first.communicate()
     assert not streamconv.convert(source, tmp_path / "out").was_finished
+
+
+def step_by_step(source: Path, out: Path) -> "subprocess.Popen[str]":
+    """A conversion that stops at half of its pieces, until it is told to go on by a line."""
+    code = (
+        "import sys, streamconv, streamconv.streaming as s\n"
+        "real, seen = s.RecordChecks.add, []\n"
+        "def add(*args):\n"
+        "    seen.append(1)\n"
+        "    if len(seen) == 25: print('half', flush=True); sys.stdin.readline()\n"
+        "    real(*args)\n"
+        "s.RecordChecks.add = add\n"
+        f"streamconv.convert({str(source)!r}, {str(out)!r})"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half\n"
+    return process
+
+
+@pytest.mark.parametrize("how", ["goes on", "is interrupted"])
+def test_a_folder_that_was_removed_and_made_anew_by_another_is_left_to_it(tmp_path: Path, save: Save, how: str) -> None:
+    source, _ = save(tiny())
+    streamconv.convert(source, tmp_path / "whole")
+    first = step_by_step(source, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    second = step_by_step(source, tmp_path / "out")
+    if how == "is interrupted":
+        first.send_signal(signal.SIGINT)
+    _, said = first.communicate("\n")
+    assert first.returncode != 0
+    assert how == "is interrupted" or "Run the same command again" in said
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(OutputError, match=f"is being written by process {second.pid}"):
+        streamconv.convert(source, tmp_path / "out")
+    second.communicate("\n")
+    assert second.returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("many_marks")
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_tensors_that_share_a_storage_are_checked_in_every_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_resumed: bool
+) -> None:
+    """Their record is never complete from the pieces of one shard, nor in order, nor without gaps."""
+    state = make_states(tiny())[0]
+    flat, at, views = torch.zeros(sum(v.numel() + 5 for v in state.values())), 0, {}
+    for name, value in reversed(state.items()):
+        views[name] = flat[at : at + value.numel()].view(value.shape).copy_(value)
+        at += value.numel() + 5
+    source = tmp_path / "source.pth"
+    torch.save({name: views[name] for name in state}, source)
+    good = source.read_bytes()
+
+    def damage() -> None:
+        bad = bytearray(good)
+        with streamconv.open_checkpoint(source) as checkpoint:
+            for tensor in checkpoint.values():
+                bad[tensor.record.range.start + tensor.offset] ^= 1
+        source.write_bytes(bad)
+
+    def progress(what: str, done: int, total: int, unit: str) -> None:
+        if unit == "bytes" and done > 0.5 * total and source.read_bytes() == good:
+            damage()
+
+    if is_resumed:
+        interrupt_after(monkeypatch, source, tmp_path / "out", 0.5, max_shard_size="300KB")
+        damage()
+    with pytest.raises(CorruptError, match=r"CRC-32|was changed while it was read"):
+        streamconv.convert(
+            source, tmp_path / "out", max_shard_size="300KB", **({} if is_resumed else {"progress": progress})
+        )
+    source.write_bytes(good)
+    streamconv.convert(source, tmp_path / "out", max_shard_size="300KB")
+    streamconv.convert(source, tmp_path / "whole", max_shard_size="300KB")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("many_marks")
+def test_a_source_whose_time_was_set_back_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "source.safetensors"
+    safetensors.torch.save_file(make_states(tiny())[0], path)
+    times = path.stat()
+    interrupt_after(monkeypatch, path, tmp_path / "out", 0.5)
+    safetensors.torch.save_file(make_states(tiny(), seed=1)[0], path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(OutputError, match="its backbone is another"):
+        streamconv.convert(path, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("many_marks")
+@pytest.mark.parametrize("size", [10**12, -5, 1, float("inf")])
+def test_a_mark_that_cannot_be_is_no_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    path = tmp_path / "source.safetensors"
+    safetensors.torch.save_file(make_states(tiny())[0], path)
+    streamconv.convert(path, tmp_path / "whole")
+    interrupt_after(monkeypatch, path, tmp_path / "out", 0.5)
+    temporary = temporary_path(tmp_path / "out" / "model.safetensors")
+    temporary.write_bytes(b"\xff" * 1000)
+    with (tmp_path / "out" / JOURNAL_NAME).open("a") as journal:
+        journal.write(json.dumps({"file": "model.safetensors", "bytes": size, "sha256": "0" * 64}) + "\n")
+    assert streamconv.convert(path, tmp_path / "out").taken_up == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "streamconv.json"])
+def test_a_link_in_a_temporary_files_place_costs_no_other_file(tmp_path: Path, save: Save, name: str) -> None:
+    source, _ = save(tiny())
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "out").mkdir()
+    planted = temporary_path(tmp_path / "out" / name)
+    planted.hardlink_to(tmp_path / "precious")
+    with pytest.raises(OutputError, match="is a link to another file"):
+        streamconv.convert(source, tmp_path / "out")
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", ".model.safetensors.streamconv-incomplete"])
+def test_a_source_in_its_outputs_place_is_not_written_over(tmp_path: Path, save: Save, name: str) -> None:
+    source, _ = save(tiny())
+    (tmp_path / "out").mkdir()
+    shutil.copy(source, tmp_path / "out" / name)
+    with pytest.raises(UsageError, match=r"is the source, and .* would write over it"):
+        streamconv.convert(tmp_path / "out" / name, tmp_path / "out")
+    assert (tmp_path / "out" / name).read_bytes() == source.read_bytes()
 
 
 def test_what_comes_into_the_folder_before_the_lock_is_not_written_over(

@@ -24,6 +24,7 @@ MAX_TEXT_BYTES = 1 << 20
 MAX_STACK = 200_000  # picklers write a dict's items by thousands, `pth.write_pth` all at once
 MAX_DEPTH = 1_000  # of marks; picklers recurse, so that Python's own limit is theirs
 
+_GLOBAL = 200  # picklers write one once, and remember it
 _CONTAINER, _TUPLE, _ITEM, _NUMBER, _SLOT = 80, 48, 60, 32, 8
 _MAX_GLOBAL_BYTES = 1_000
 _UINT32, _INT32 = struct.Struct("<I"), struct.Struct("<i")
@@ -144,7 +145,7 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
                 raise PickleError(f"it names something of more than {_MAX_GLOBAL_BYTES:,} bytes")
             at += len(lines[0]) + len(lines[1]) + 2
             push(find(lines[0].decode(), lines[1].decode()))
-            room -= _NUMBER
+            room -= _GLOBAL
         elif opcode == 0x7D or opcode == 0x5D:  # EMPTY_DICT, EMPTY_LIST
             push({} if opcode == 0x7D else [])
             room -= _CONTAINER
