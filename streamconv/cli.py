@@ -1,16 +1,13 @@
 """The command line: parse the user's words, call one function, print. Nothing else prints or exits."""
 
-import io
 import json
 import os
-import shlex
-import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -22,6 +19,7 @@ from streamconv.options import Device, Head, Image, Json, Labels, Reference, Rep
 from streamconv.output import write_file
 from streamconv.progress import ProgressReport
 from streamconv.synth import temporary_checkpoint
+from streamconv.terminal import guarded
 from streamconv.texts import conversion_lines, model_lines, plan_lines, verification_lines
 from streamconv.verify import Verification
 from streamconv.verify.ahead import check_arguments, check_report
@@ -296,60 +294,6 @@ def _print_json(value: dict[str, Any]) -> None:
     _print([json.dumps(value, indent=2)])
 
 
-class _InterruptedError(BaseException):
-    """Ctrl-C, SIGTERM, or a closed terminal. No KeyboardInterrupt, which typer ends without a word."""
-
-    is_raised = False
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    _InterruptedError.is_raised = True
-    raise _InterruptedError
-
-
-class _Unheard(io.TextIOBase):
-    """stderr, whether or not someone is there to read it: a job does not end for want of a listener."""
-
-    def __init__(self, stream: TextIO | None):
-        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 - as long as the process
-        self.isatty, self.fileno = self._stream.isatty, self._stream.fileno  # type: ignore[method-assign]
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-
 def main() -> None:
     """The console script. However it is interrupted, no unfinished file gets its name."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # a closed stream's number must not become that of a file that we write
-    os.close(fd)
-    signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    for number in signals:  # nohup, and scripts for what they run in the background, have them ignored
-        signal.signal(number, _interrupt)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - as long as the process
-    sys.stderr = _Unheard(sys.stderr)
-    try:
-        app()
-    except BaseException as error:
-        # What imports torch may catch the interruption, and end in an error of its own.
-        if not _InterruptedError.is_raised or (isinstance(error, SystemExit) and not error.code):
-            raise
-        again = shlex.join(["streamconv", *sys.argv[1:]])
-        print(f"interrupted. To go on, run\n  {again}", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)
+    guarded(app)

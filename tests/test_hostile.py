@@ -202,6 +202,10 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a tensor altered behind its check": (state(tensor() + put({"offset": 8}) + b"b"), "sets attributes of a Source"),
     "a tensor whose bytes are not its values": (state(tensor(more=put({"conj": True}))), "resolve_conj"),
     "a call of what is no function": (b"\x80\x02NNR.", "calls a NoneType"),
+    "a million names": (lambda: b"\x80\x02" + b"ctorch\nuint16\n" * 890_000 + b".", "describes more than|more values"),
+    "half a million classes": (
+        lambda: b"\x80\x02" + b"ctorch\nFloatStorage\n" * 550_000 + b".", "describes more than|more values"
+    ),
     "a call of a dtype": (b"\x80\x02ctorch\nuint16\n)R.", "calls a _Name"),
     "items of a tensor": (state(tensor() + b"K\x00Ns"), "sets items of a SourceTensor"),
     "items without a value": (b"\x80\x02}(K\x00u.", "key without a value"),
@@ -489,6 +493,10 @@ HEADERS: dict[str, tuple[bytes | Callable[[], bytes], int, str]] = {
     "a name twice": (b'{"a":' + json.dumps(t(0, 8)).encode() + b',"a":' + json.dumps(t(0, 8)).encode() + b"}", 8,
                      "'a' stands twice"),
     "a dtype twice": (b'{"a":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', 8, "'dtype' stands"),
+    "metadata without end": (
+        lambda: b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(500_000)) + b"}}", 0,
+        "more than 65,536 tensors need",
+    ),
     "metadata of numbers": (b'{"__metadata__":{"a":1}}', 0, "__metadata__"),
     "metadata that is a list": (b'{"__metadata__":["a"]}', 0, "__metadata__"),
     "an empty name": (header_of(**{"": t(0, 8)}), 8, "names a tensor ''"),

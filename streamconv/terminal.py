@@ -1,0 +1,69 @@
+"""What a process of the command line owes its terminal: its streams, its signals, and a word when it is interrupted."""
+
+import io
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn, TextIO
+
+
+class InterruptedByUser(BaseException):
+    """Ctrl-C, SIGTERM, or a closed terminal. No KeyboardInterrupt, which typer ends without a word."""
+
+    is_raised = False
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    InterruptedByUser.is_raised = True
+    raise InterruptedByUser
+
+
+class _Unheard(io.TextIOBase):
+    """stderr, whether or not someone is there to read it: a job does not end for want of a listener."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.isatty, self.fileno = stream.isatty, stream.fileno  # type: ignore[method-assign]
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
+def guarded(command: Callable[[], object]) -> None:
+    """Run a command; where it is interrupted, say how to go on, and exit with 130."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a closed stream's number must not become that of a file that we write
+    os.close(fd)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    sys.stderr = _Unheard(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    for number in signals:  # nohup, and scripts for what they run in the background, have them ignored
+        signal.signal(number, _interrupt)
+    try:
+        command()
+    except BaseException as error:
+        # What imports torch may catch the interruption, and end in an error of its own.
+        if not InterruptedByUser.is_raised or (isinstance(error, SystemExit) and not error.code):
+            raise
+        again = shlex.join(["streamconv", *sys.argv[1:]])
+        print(f"interrupted. To go on, run\n  {again}", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
