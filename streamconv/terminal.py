@@ -44,12 +44,10 @@ class _Unheard(io.TextIOBase):
 
 def guarded(command: Callable[[], object]) -> None:
     """Run a command; where it is interrupted, say how to go on, and exit with 130."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # a closed stream's number must not become that of a file that we write
-    os.close(fd)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
+    # What stands in for a closed stream takes its number, too, which must not become that of a file that we write.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     sys.stderr = _Unheard(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
     signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]

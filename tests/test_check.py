@@ -63,9 +63,11 @@ def test_a_lost_or_cut_file_is_found(folder: Path, pattern: str) -> None:
 
 
 def test_weights_that_the_manifest_does_not_name_are_found(folder: Path) -> None:
-    (folder / "pytorch_model.bin").touch()
-    (folder / "notes.txt").touch()
-    assert problems(folder) == ("pytorch_model.bin is no part of the model",)
+    """Nor what else transformers would take before the model's own files."""
+    others = ("adapter_config.json", "processor_config.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    for name in (*others, "notes.txt"):
+        (folder / name).touch()
+    assert problems(folder) == tuple(f"{name} is no part of the model" for name in others)
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,9 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a tensor whose bytes are not its values": (state(tensor(more=put({"conj": True}))), "resolve_conj"),
     "a call of what is no function": (b"\x80\x02NNR.", "calls a NoneType"),
     "a million names": (lambda: b"\x80\x02" + b"ctorch\nuint16\n" * 890_000 + b".", "describes more than|more values"),
+    "a million names in tuples": (
+        lambda: b"\x80\x02" + (b"(" + b"ctorch\nuint16\n" * 1000 + b"t") * 850 + b".", "describes more than"
+    ),
     "half a million classes": (
         lambda: b"\x80\x02" + b"ctorch\nFloatStorage\n" * 550_000 + b".", "describes more than|more values"
     ),

@@ -420,6 +420,14 @@ def test_a_source_whose_time_was_set_back_is_refused(tmp_path: Path, monkeypatch
         streamconv.convert(path, tmp_path / "out")
 
 
+def test_a_finished_folder_stays_finished_when_its_source_has_another_owner_or_mode(tmp_path: Path) -> None:
+    path = tmp_path / "source.safetensors"
+    safetensors.torch.save_file(make_states(tiny())[0], path)
+    streamconv.convert(path, tmp_path / "out")
+    path.chmod(0o640)
+    assert streamconv.convert(path, tmp_path / "out").was_finished
+
+
 @pytest.mark.usefixtures("many_marks")
 @pytest.mark.parametrize("size", [10**12, -5, 1, float("inf")])
 def test_a_mark_that_cannot_be_is_no_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float) -> None:
