@@ -9,6 +9,7 @@ https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, sections 4.3.6 to 4
 import struct
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.limits import MAX_NAME_LENGTH, MAX_TENSORS
@@ -47,9 +48,7 @@ def read_records(file: LocalFile) -> dict[str, Record]:
             "tensors need. Do not trust this file."
         )
     try:
-        entries = list(_entries(file.read(directory_start, size), count))
-    except NotImplementedError as error:
-        raise NotACheckpointError(f"{file.path}: {error}, which torch never writes.") from error
+        entries = list(_entries(file.read(directory_start, size), count, file.path))
     except (struct.error, ValueError) as error:
         raise CorruptError(f"{file.path} has a damaged zip directory: {error}. Fetch it again.") from error
     # torch writes 0 everywhere where torch.serialization.set_crc32_options(False) was called.
@@ -112,7 +111,7 @@ def _find_directory(file: LocalFile) -> tuple[int, int, int]:
     return start, size, count
 
 
-def _entries(directory: bytes, count: int) -> Iterator[_Entry]:
+def _entries(directory: bytes, count: int, path: Path) -> Iterator[_Entry]:
     at = 0
     for _ in range(count):
         (
@@ -124,7 +123,9 @@ def _entries(directory: bytes, count: int) -> Iterator[_Entry]:
         if magic != b"PK\x01\x02" or disk or name_length > MAX_NAME_LENGTH or not name.isprintable():
             raise ValueError(f"no entry of torch.save ends at byte {at:,}")
         if method or flags & ~_KNOWN_FLAGS:
-            raise NotImplementedError(f"its record {name} is compressed or encrypted")
+            raise NotACheckpointError(
+                f"{path}: its record {name} is compressed or encrypted, which torch never writes."
+            )
         if attributes & _IS_FOLDER or name.endswith("/"):
             raise ValueError(f"its record {name} is marked as a folder, of which torch reads no byte")
         if _IN_EXTRA in (size, stored, offset):
