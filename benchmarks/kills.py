@@ -65,7 +65,7 @@ def rounds(source: Path, out: Path, shard_size: str, kills: int) -> tuple[int, i
     shutil.rmtree(out)
     choice = random.Random(shard_size)
     finished = most = peak = done = 0
-    while done < kills or not finished:
+    while done < kills or out.exists():  # the last one, which no one kills, goes on to the end
         before = kept(out)
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         written, memory = watch(process, choice.uniform(0.5, 1.5 * seconds) if done < kills else 10 * seconds)
