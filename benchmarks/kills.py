@@ -68,7 +68,9 @@ def rounds(source: Path, out: Path, shard_size: str, kills: int) -> tuple[int, i
     while done < kills or out.exists():  # the last one, which no one kills, goes on to the end
         before = kept(out)
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        written, memory = watch(process, choice.uniform(0.5, 1.5 * seconds) if done < kills else 10 * seconds)
+        written, memory = watch(
+            process, choice.uniform(min(0.5, seconds / 2), 1.5 * seconds) if done < kills else 10 * seconds
+        )
         process.send_signal(choice.choice(SIGNALS))
         code, peak = process.wait(), max(peak, memory)
         if code == 0:
