@@ -87,8 +87,9 @@ def convert(
         progress: Told of the bytes written.
 
     Raises:
-        UsageError, SourceError, OutputError: before anything is written, but for faults of the disk
-            and for a damaged source, which leave no unfinished file.
+        UsageError, SourceError, OutputError: before anything is written, but for faults of the disks
+            and for a damaged source. Then no file has its name before it is whole, and the same call
+            goes on with what was synced.
     """
     with opened(locate(source, head)) as source_files:
         plan, labels_from = _plan(source_files, labels, max_shard_size, progress)

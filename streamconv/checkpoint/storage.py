@@ -4,9 +4,8 @@ import os
 import stat
 from pathlib import Path
 
+from streamconv.checkpoint.limits import MAX_JSON_BYTES
 from streamconv.errors import ChangedError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
-
-SMALL_BYTES = 10 << 20  # an index of 65,536 tensors has 7 MB to 9 MB
 
 
 def read_small(path: Path) -> bytes:
@@ -14,13 +13,13 @@ def read_small(path: Path) -> bytes:
 
     Raises:
         SourceMissingError: there is none.
-        SourceError: it is no regular file, larger than `SMALL_BYTES`, or cannot be read.
+        SourceError: it is no regular file, larger than `MAX_JSON_BYTES`, or cannot be read.
     """
     file = LocalFile(path)
     try:
-        if file.size > SMALL_BYTES:
+        if file.size > MAX_JSON_BYTES:
             raise SourceError(
-                f"{path} has {file.size:,} bytes, and streamconv reads up to {SMALL_BYTES:,} of its kind."
+                f"{path} has {file.size:,} bytes, and streamconv reads up to {MAX_JSON_BYTES:,} of its kind."
             )
         return file.read(0, file.size)
     finally:
