@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from os import PathLike, fspath
@@ -12,7 +13,8 @@ from typing import Any
 from streamconv._version import __version__
 from streamconv.checkpoint.safetensors import INDEX_NAME
 from streamconv.crc import RecordChecks
-from streamconv.errors import UsageError
+from streamconv.download import downloaded
+from streamconv.errors import NoRangesError, UsageError
 from streamconv.families import HEAD_PREFIX
 from streamconv.folder import OutputFolder, claimed, find_finished
 from streamconv.labels import imagenet_labels, read_labels
@@ -63,7 +65,7 @@ def plan(
     source: Path_, *, head: Path_ | None = None, labels: Path_ | None = None, max_shard_size: int | str = "5GB"
 ) -> Plan:
     """What `convert` would write; no weight is read and nothing is written. Arguments and errors are its."""
-    with opened(locate(source, head)) as source_files:
+    with opened(locate(source, head), is_exact=False) as source_files:
         return _plan(source_files, labels, max_shard_size, ignore_progress)[0]
 
 
@@ -74,16 +76,19 @@ def convert(
     head: Path_ | None = None,
     labels: Path_ | None = None,
     max_shard_size: int | str = "5GB",
+    stream: bool = False,
     progress: Progress = ignore_progress,
 ) -> Conversion:
     """Convert a checkpoint into a folder that transformers loads.
 
     Args:
-        source: A model's name (its file in torch.hub's folder is taken) or a checkpoint file.
+        source: A model's name, a checkpoint file, or its address (https://, hf://, s3://, …). A model's name
+            means its file in torch.hub's folder, or else its address.
         output_folder: Where to; by default the name that the model was published under.
         head: A linear head's file, for a classifier from files.
         labels: A file of the classes' names; by default ImageNet's for 1000 classes.
         max_shard_size: Bytes, or "500MB", "5GB".
+        stream: Read an address straight into the output. Otherwise its file is kept in torch.hub's folder.
         progress: Told of the bytes written.
 
     Raises:
@@ -91,39 +96,76 @@ def convert(
             and for a damaged source. Then no file has its name before it is whole, and the same call
             goes on with what was synced.
     """
-    with opened(locate(source, head)) as source_files:
-        plan, labels_from = _plan(source_files, labels, max_shard_size, progress)
-        if output_folder is not None and not fspath(output_folder):
-            raise UsageError("The output folder's name is empty. Give -o DIR.")
-        folder = Path(output_folder) if output_folder is not None else default_folder(plan, source_files.source)
-        names = [shard.filename for shard in plan.shards] + list(plan.files) + [INDEX_NAME] * (plan.index is not None)
-        _refuse_own_output(source_files, folder, names)
-        conversion: dict[str, Any] = {
-            "model": plan.model.name if plan.model else None,
-            "source": source_files.describe(),
-            "plan": plan.fingerprint,
-            "labels": plan.config.get("id2label")
-            and {
-                "from": labels_from,
-                "is_default": labels is None,
-                "sha256": plan.labels_digest,
-            },
-        }
-        finished = find_finished(folder, conversion, names)
+    located = locate(source, head)
+    if located.is_remote and not stream:
+        with suppress(NoRangesError), opened(located, progress, is_exact=False) as index:
+            decided = _decide(index, output_folder, labels, max_shard_size, progress)
+            if index.is_checkable and (finished := decided.find_finished()) is not None:
+                return finished
+        located = downloaded(located, progress)
+    with opened(located, progress) as source_files:
+        decided = _decide(source_files, output_folder, labels, max_shard_size, progress)
+        finished = decided.find_finished()
         if finished is not None:
-            shards = {shard.filename: finished["files"][shard.filename]["sha256"] for shard in plan.shards}
-            recorded = (finished["labels"] or {}).get("from")
-            return Conversion(folder, plan, shards, True, plan.weights, source_files.is_checkable, recorded)
-        with claimed(folder, conversion, names, plan.size) as work:
+            return finished
+        plan, folder = decided.plan, decided.folder
+        with claimed(folder, decided.conversion, decided.names, plan.size) as work:
             shards, taken_up = _write_shards(plan, work, progress)
             for name, data in plan.files.items():
                 work.write(name, data)
-            manifest = _manifest(conversion, plan, shards, source_files.is_checkable)
+            manifest = _manifest(decided.conversion, plan, shards, source_files.is_checkable)
             work.write(MANIFEST_NAME, manifest_bytes(manifest))
             if plan.index is not None:  # last: with it, the folder is a model
                 work.write(INDEX_NAME, plan.index)
             work.finish()
-        return Conversion(folder, plan, shards, False, taken_up, source_files.is_checkable, labels_from)
+        return Conversion(folder, plan, shards, False, taken_up, source_files.is_checkable, decided.labels_from)
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """A conversion before anything is written: ``conversion`` is what the manifest will say of it."""
+
+    folder: Path
+    plan: Plan
+    names: list[str]
+    conversion: dict[str, Any]
+    labels_from: str | None
+    is_checkable: bool
+
+    def find_finished(self) -> Conversion | None:
+        finished = find_finished(self.folder, self.conversion, self.names)
+        if finished is None:
+            return None
+        shards = {shard.filename: finished["files"][shard.filename]["sha256"] for shard in self.plan.shards}
+        recorded = (finished["labels"] or {}).get("from")
+        return Conversion(self.folder, self.plan, shards, True, self.plan.weights, self.is_checkable, recorded)
+
+
+def _decide(
+    source: OpenSource,
+    output_folder: Path_ | None,
+    labels: Path_ | None,
+    max_shard_size: int | str,
+    progress: Progress,
+) -> _Decided:
+    plan, labels_from = _plan(source, labels, max_shard_size, progress)
+    if output_folder is not None and not fspath(output_folder):
+        raise UsageError("The output folder's name is empty. Give -o DIR.")
+    folder = Path(output_folder) if output_folder is not None else default_folder(plan, source.source)
+    names = [shard.filename for shard in plan.shards] + list(plan.files) + [INDEX_NAME] * (plan.index is not None)
+    _refuse_own_output(source, folder, names)
+    conversion: dict[str, Any] = {
+        "model": plan.model.name if plan.model else None,
+        "source": source.describe(),
+        "plan": plan.fingerprint,
+        "labels": plan.config.get("id2label")
+        and {
+            "from": labels_from,
+            "is_default": labels is None,
+            "sha256": plan.labels_digest,
+        },
+    }
+    return _Decided(folder, plan, names, conversion, labels_from, source.is_checkable)
 
 
 def _manifest(conversion: dict[str, Any], plan: Plan, shards: dict[str, str], is_crc_checked: bool) -> dict[str, Any]:

@@ -103,12 +103,13 @@ def _crc_of(record: Record, pieces: list[tuple[int, int, int]]) -> int:
     crc, at = 0, 0
     for offset, length, piece_crc in sorted(pieces):
         if offset != at:
-            return _read_crc(record)
+            return read_crc(record)
         crc, at = combine(crc, piece_crc, length), at + length
-    return crc if at == record.range.length else _read_crc(record)
+    return crc if at == record.range.length else read_crc(record)
 
 
-def _read_crc(record: Record) -> int:
+def read_crc(record: Record) -> int:
+    """Of its bytes, read now."""
     crc, buffer = 0, memoryview(bytearray(_READ_BYTES))
     for at in range(record.range.start, record.range.end, _READ_BYTES):
         part = buffer[: min(_READ_BYTES, record.range.end - at)]

@@ -47,6 +47,14 @@ class ChangedError(CorruptError):
     """The source was changed while it was read."""
 
 
+class NetworkError(SourceError):
+    """The line to the source broke, and no attempt mended it."""
+
+
+class NoRangesError(SourceError):
+    """The server sends only whole files, and parts of one are needed."""
+
+
 class MappingError(SourceError):
     """Tensors are missing, unexpected or misshaped. ``problems`` lists every one."""
 

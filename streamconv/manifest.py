@@ -22,7 +22,8 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         sources = {}
         for role, file in conversion["source"].items():
             is_said = "changed_ns" in compared["source"].get(role, {})
-            sources[role] = (file["fingerprint"], file.get("modified_ns"), file.get("changed_ns") if is_said else None)
+            version = [file.get(key) for key in ("modified_ns", "etag", "last_modified", "key")]
+            sources[role] = (file["fingerprint"], *version, file.get("changed_ns") if is_said else None)
         labels = conversion["labels"]
         # Where they come from by default can change with the network; that is no other conversion.
         named = labels["sha256"] if labels and not labels["is_default"] else "default"

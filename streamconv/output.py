@@ -19,6 +19,15 @@ class OutputFile:
     def __init__(self, fd: int, path: Path):
         self._fd, self._path = fd, path
 
+    @property
+    def size(self) -> int:
+        """How many bytes it has now."""
+        return os.fstat(self._fd).st_size
+
+    def truncate(self, size: int) -> None:
+        with explained(self._path):
+            os.ftruncate(self._fd, size)
+
     def allocate(self, size: int) -> None:
         """Reserve the disk's blocks, so that a full disk is noticed now and writing is fast; what is there stays."""
         with explained(self._path):
@@ -61,9 +70,9 @@ class OutputFile:
                 os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
-def temporary_path(path: Path) -> Path:
+def temporary_path(path: Path, version: str = "") -> Path:
     """Where ``path`` is written before it is whole: a hidden name that no one else gives."""
-    return path.with_name(f".{path.name}.streamconv-incomplete")
+    return path.with_name(f".{path.name}{version and '.'}{version}.streamconv-incomplete")
 
 
 def open_alone(path: Path) -> int:
@@ -98,16 +107,17 @@ def is_named(fd: int, path: Path) -> bool:
 
 
 @contextmanager
-def whole_file(path: Path, *, resume: bool = False) -> Iterator[OutputFile]:
+def whole_file(path: Path, *, resume: bool = False, version: str = "") -> Iterator[OutputFile]:
     """A new file that gets its name when the block ends well.
 
     When it does not, the file vanishes; with ``resume`` it stays under its temporary name, and the next one
-    begins with what it holds. Its mode is the umask's choice, as for any file that a user makes.
+    of the same ``version`` begins with what it holds. Its mode is the umask's choice, as for any file that a
+    user makes.
 
     Raises:
         OutputError: the disk is full, or does not let us write.
     """
-    temporary = temporary_path(path)
+    temporary = temporary_path(path, version)
     with explained(temporary):
         try:
             fd = open_alone(temporary)

@@ -1,4 +1,7 @@
-"""What a user's SOURCE means: a model's name, whose files torch.hub keeps, or a checkpoint file."""
+"""What a user's SOURCE means: a model's name, a checkpoint file, or its address.
+
+A model's files are those that torch.hub keeps, else those at their authors' addresses.
+"""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -7,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.checkpoint import Checkpoint, open_checkpoint
-from streamconv.errors import MappingError, SourceMissingError, UsageError
+from streamconv.checkpoint.addresses import Address, Place, place_of
+from streamconv.errors import MappingError, NetworkError, SourceMissingError, UsageError
 from streamconv.families import HEAD_PREFIX, Model, RemoteFile, find_model
+from streamconv.progress import Progress, ignore_progress
 from streamconv.tensors import SourceTensor
 
 
@@ -16,9 +21,19 @@ from streamconv.tensors import SourceTensor
 class Source:
     """A backbone's file, perhaps a head's, and the model that they are said to be."""
 
-    backbone: Path
-    head: Path | None = None
+    backbone: Place
+    head: Place | None = None
     model: Model | None = None
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """By role: "backbone" and, where there is one, "head"."""
+        return {"backbone": self.backbone, **({"head": self.head} if self.head is not None else {})}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of it lies at an address."""
+        return any(isinstance(place, Address) for place in self.places.values())
 
 
 def hub_folder() -> Path:
@@ -32,40 +47,38 @@ def locate(source: str | os.PathLike[str], head: str | os.PathLike[str] | None =
     """Find the files that ``source`` means. A model's name wins over a file of that name.
 
     Raises:
-        SourceMissingError: the file is not there; for a model, says where it is had.
-        UsageError: ``source`` is neither a file nor a known model, or has a head that it needs not.
+        SourceMissingError: the file is not there.
+        UsageError: ``source`` is no file, no address and no known model, or has a head that it needs not.
     """
     name = os.fspath(source)
-    given_head = None if head is None else Path(head)
     if not name:
-        raise UsageError("SOURCE is empty. Give a model's name or a checkpoint file.")
-    if given_head is not None and not os.path.exists(given_head):
-        raise SourceMissingError(f"{given_head}: there is no such file.")
+        raise UsageError("SOURCE is empty. Give a model's name, a checkpoint file or its address.")
+    given_head = None if head is None else place_of(head)
+    _require_there(given_head)
     try:
         _, model = find_model(name)
     except UsageError:
-        path = Path(name)
-        if not os.path.exists(path):
-            if isinstance(source, str) and len(path.parts) == 1 and not path.suffix:
-                raise
-            raise SourceMissingError(f"{path}: there is no such file.") from None
-        return Source(path, given_head)
+        place = place_of(source)
+        is_word = isinstance(source, str) and isinstance(place, Path) and len(place.parts) == 1 and not place.suffix
+        if is_word and not os.path.exists(name):
+            raise
+        _require_there(place)
+        return Source(place, given_head)
     if given_head is not None and model.head is None:
         raise UsageError(f"{name} has no head. The model with a linear head is {name}_1layer.")
-    backbone = _kept(model.backbone, name)
     if model.head is not None and given_head is None:
-        given_head = _kept(model.head, name)
-    return Source(backbone, given_head, model)
+        given_head = _kept(model.head)
+    return Source(_kept(model.backbone), given_head, model)
 
 
-def _kept(file: RemoteFile, name: str) -> Path:
+def _require_there(place: Place | None) -> None:
+    if isinstance(place, Path) and not os.path.exists(place):
+        raise SourceMissingError(f"{place}: there is no such file.")
+
+
+def _kept(file: RemoteFile) -> Place:
     path = hub_folder() / file.filename
-    if not os.path.exists(path):
-        raise SourceMissingError(
-            f"{name} needs {file.filename}, which torch.hub has not downloaded yet. "
-            f"Fetch it from\n  {file.url}\nand put it at\n  {path}"
-        )
-    return path
+    return path if os.path.exists(path) else Address(file.url)
 
 
 def _is_checkable(tensors: Mapping[str, SourceTensor]) -> bool:
@@ -85,6 +98,10 @@ class OpenSource:
         return " with ".join(str(path) for path in (self.source.backbone, self.source.head) if path)
 
     @property
+    def is_remote(self) -> bool:
+        return any(checkpoint.is_remote for checkpoint in self.checkpoints.values())
+
+    @property
     def is_checkable(self) -> bool:
         """Whether every tensor has a CRC-32 in its file."""
         return _is_checkable(self.tensors)
@@ -92,31 +109,45 @@ class OpenSource:
     def describe(self) -> dict[str, dict[str, object]]:
         """For the manifest: file names, sizes in bytes, and fingerprints (see `torch_zip.read_index`).
 
-        A fingerprint stands for the weights only where they carry CRC-32s. Elsewhere the files' times
-        go with it, so that another file of the same names and shapes is noticed.
+        A fingerprint stands for the weights only where they carry CRC-32s. Elsewhere the files' times,
+        or what their servers call this version, go with it, so that another file of the same names and
+        shapes is noticed.
         """
         return {
             role: {
-                "file": checkpoint.paths[0].name if len(checkpoint.paths) == 1 else self.source.backbone.name,
+                "file": checkpoint.names[0] if len(checkpoint.names) == 1 else self.source.places[role].name,
+                **({"address": str(self.source.places[role])} if checkpoint.is_remote else {}),
                 "size": checkpoint.size,
                 "fingerprint": checkpoint.fingerprint,
-                **({} if _is_checkable(checkpoint) else checkpoint.times),
+                **({} if _is_checkable(checkpoint) else checkpoint.version),
             }
             for role, checkpoint in self.checkpoints.items()
         }
 
 
 @contextmanager
-def opened(source: Source) -> Iterator[OpenSource]:
-    """The source's indexes, read; errors as `open_checkpoint`'s."""
+def opened(source: Source, progress: Progress = ignore_progress, *, is_exact: bool = True) -> Iterator[OpenSource]:
+    """The source's indexes, read; ``is_exact`` and errors as `open_checkpoint`'s."""
+
+    def notify(text: str) -> None:
+        progress(text, 0, 1, "steps")
+
     with ExitStack() as stack:
-        checkpoints = {"backbone": stack.enter_context(open_checkpoint(source.backbone))}
+        checkpoints: dict[str, Checkpoint] = {}
+        for role, place in source.places.items():
+            try:
+                checkpoints[role] = stack.enter_context(open_checkpoint(place, is_exact=is_exact, notify=notify))
+            except NetworkError as error:
+                if source.model is None:
+                    raise
+                path = hub_folder() / place.name
+                raise NetworkError(f"{error}\nIf you have {place.name}, put it at\n  {path}") from error
         tensors = dict(checkpoints["backbone"])
         heads = [f"unexpected: {key}" for key in tensors if key.startswith(HEAD_PREFIX)]
         if heads:
             raise MappingError(f"{source.backbone} is no backbone alone. Save the head's weight and bias apart:", heads)
         if source.head is not None:
-            head = checkpoints["head"] = stack.enter_context(open_checkpoint(source.head))
+            head = checkpoints["head"]
             if head.keys() != {"weight", "bias"}:
                 raise MappingError(
                     f"{source.head} is no linear head, which holds weight and bias. It holds:",

@@ -17,7 +17,7 @@ from streamconv.folder import NOTHING, Mark, OutputFolder
 from streamconv.hashing import BUFFER_BYTES, BackgroundHash
 from streamconv.output import OutputFile, whole_file
 from streamconv.plan import PIECE_BYTES, Shard
-from streamconv.tensors import SourceTensor
+from streamconv.tensors import ByteRange, ByteSource, SourceTensor
 
 # Between two marks; a kill costs at most three of these, one that is filled while one is synced. A 64 MB
 # cgroup holds two, and no more dirty pages are ever wanted.
@@ -66,6 +66,7 @@ def _write(
         file.write_at(0, memoryview(shard.header))
         digest.update(shard.header)
         position = synced_to = len(shard.header)
+        _expect(shard, mark)
         for batch in _batches(shard):
             buffer, filled, is_kept = digest.next_buffer(), 0, position < mark.size
             for name, piece in batch:
@@ -105,6 +106,20 @@ def _keep(file: OutputFile, folder: OutputFolder, name: str, start: int, end: in
     """Bring the file's bytes from ``start`` to ``end`` to the disk, and mark that it is as far."""
     file.sync(start, end - start)
     folder.mark(name, Mark(end, sha256.result()))
+
+
+def _expect(shard: Shard, mark: Mark) -> None:
+    """Tell the source's files what will be read of them."""
+    for file in {tensor.record.file for _, tensor in shard.tensors}:
+        file.expect(_reads(shard, mark, file))
+
+
+def _reads(shard: Shard, mark: Mark, file: ByteSource) -> Iterator[ByteRange]:
+    position = len(shard.header)
+    for batch in _batches(shard):
+        if position >= mark.size:
+            yield from (piece.read_range for _, piece in batch if piece.record.file is file)
+        position += sum(piece.info.nbytes for _, piece in batch)
 
 
 def _batches(shard: Shard) -> Iterator[list[tuple[str, SourceTensor]]]:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -15,13 +16,20 @@ from streamconv.errors import OutputError, UsageError
 from streamconv.families import HEAD_PREFIX, find_model
 from streamconv.output import explained, open_alone, require_space, whole_file
 from streamconv.pth import write_pth
-from streamconv.sources import Source
 from streamconv.tensors import TensorInfo
 
 CHUNK_ELEMENTS = 1 << 20
 
 
-def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> Source:
+@dataclass(frozen=True)
+class Made:
+    """A backbone's file, and a classifier's head's."""
+
+    backbone: Path
+    head: Path | None
+
+
+def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> Made:
     """Write a random checkpoint of a published model; a classifier's head goes beside it.
 
     Raises:
@@ -41,11 +49,11 @@ def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> Source:
     if head is not None:
         head_infos = {n.removeprefix(HEAD_PREFIX): info for n, info in infos.items() if n.startswith(HEAD_PREFIX)}
         _write(head, head_infos, seed + 1)
-    return Source(backbone, head, found)
+    return Made(backbone, head)
 
 
 @contextmanager
-def temporary_checkpoint(model: str, output: Path | None, *, seed: int = 0) -> Iterator[Source]:
+def temporary_checkpoint(model: str, output: Path | None, *, seed: int = 0) -> Iterator[Made]:
     """A random checkpoint for as long as the block runs, in a hidden folder beside ``output``.
 
     What a killed process left there is used, and deleted in the end.
@@ -70,7 +78,7 @@ def temporary_checkpoint(model: str, output: Path | None, *, seed: int = 0) -> I
         # The name stands in the manifest: no one shall take these weights for the published ones.
         backbone = temporary / f"{model}_synthetic_seed{seed}.pth"
         head = head_path(backbone) if found.head else None
-        made = Source(backbone, head, found)
+        made = Made(backbone, head)
         if not all(os.path.exists(file) for file in (backbone, head) if file is not None):
             backbone.unlink(missing_ok=True)
             made = synth(model, backbone, seed=seed)

@@ -5,7 +5,7 @@ record have them. Everything here is arithmetic; the only I/O is ``read_at`` of 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, Protocol
@@ -32,6 +32,9 @@ class ByteSource(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    def expect(self, ranges: "Iterable[ByteRange]") -> None:
+        """Be told what `read_at` will be asked for next, and in which order."""
 
     def read_at(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` on, or raise `SourceError`."""
@@ -110,6 +113,11 @@ class SourceTensor:
         last = sum((n - 1) * s for n, s in zip(self.info.shape, self.strides, strict=True))
         return (last + 1) * self.info.itemsize
 
+    @property
+    def read_range(self) -> ByteRange:
+        """What `read_into` reads of the file."""
+        return ByteRange(self.record.range.start + self.offset, self.span)
+
     def rows(self, start: int, stop: int) -> "SourceTensor":
         """``tensor[start:stop]`` along dim 0, still unread."""
         return replace(
@@ -153,13 +161,13 @@ class SourceTensor:
 
     def read_into(self, buffer: memoryview) -> None:
         """Write the row-major bytes into ``buffer``, which is ``info.nbytes`` long."""
-        start = self.record.range.start + self.offset
+        where = self.read_range
         if self.is_contiguous:
             if buffer.nbytes:
-                self.record.file.read_at(start, buffer)
+                self.record.file.read_at(where.start, buffer)
             return
-        memory = memoryview(bytearray(self.span))
-        self.record.file.read_at(start, memory)
+        memory = memoryview(bytearray(where.length))
+        self.record.file.read_at(where.start, memory)
         _gather(memory, self.info, self.strides, buffer)
 
     def tobytes(self) -> bytes:

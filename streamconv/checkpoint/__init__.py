@@ -1,7 +1,7 @@
 """Checkpoints as mappings from names to tensors that nobody has read yet."""
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from os import PathLike
@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 
 from streamconv.checkpoint import safetensors, torch_zip, zip_index
-from streamconv.checkpoint.storage import LocalFile
+from streamconv.checkpoint.addresses import Address, Place, place_of
+from streamconv.checkpoint.storage import File, LocalFile, open_file
 from streamconv.errors import NotACheckpointError
 from streamconv.tensors import SourceTensor
 
@@ -17,7 +18,7 @@ from streamconv.tensors import SourceTensor
 class Checkpoint(Mapping[str, SourceTensor]):
     """The tensors of a checkpoint by name. Close it, or use it in a ``with`` statement."""
 
-    def __init__(self, tensors: dict[str, SourceTensor], files: list[LocalFile], fingerprint: str):
+    def __init__(self, tensors: dict[str, SourceTensor], files: list[File], fingerprint: str):
         self._tensors, self._files = tensors, files
         self.fingerprint = fingerprint  # sha256 of the index: hexadecimal
 
@@ -32,7 +33,17 @@ class Checkpoint(Mapping[str, SourceTensor]):
 
     @property
     def paths(self) -> list[Path]:
-        return [file.path for file in self._files]
+        """Of its files on this machine."""
+        return [file.path for file in self._files if isinstance(file, LocalFile)]
+
+    @property
+    def names(self) -> list[str]:
+        """Of its files."""
+        return [file.name for file in self._files]
+
+    @property
+    def is_remote(self) -> bool:
+        return len(self.paths) < len(self._files)
 
     @property
     def size(self) -> int:
@@ -40,12 +51,10 @@ class Checkpoint(Mapping[str, SourceTensor]):
         return sum(file.size for file in self._files)
 
     @property
-    def times(self) -> dict[str, list[int]]:
-        """When its files' contents and when anything of them last changed, in nanoseconds since 1970."""
-        return {
-            "modified_ns": [file.modified_ns for file in self._files],
-            "changed_ns": [file.changed_ns for file in self._files],
-        }
+    def version(self) -> dict[str, list[object]]:
+        """Each file's (`storage.File`): its times, in nanoseconds since 1970, or its server's mark of a version."""
+        keys = {key for file in self._files for key in file.version}
+        return {key: [file.version.get(key) for file in self._files] for key in sorted(keys)}
 
     def close(self) -> None:
         for file in self._files:
@@ -60,30 +69,44 @@ class Checkpoint(Mapping[str, SourceTensor]):
         self.close()
 
 
-def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
+def open_checkpoint(
+    place: str | PathLike[str] | Address,
+    *,
+    is_exact: bool = True,
+    notify: Callable[[str], None] = lambda text: None,
+) -> Checkpoint:
     """Open a .pth (torch >= 1.6), a safetensors file, or a folder of sharded safetensors files.
 
     Only the index is read: 83 kB for ViT-g's 4.5 GB.
+
+    Args:
+        place: A path, or a file's address: https://, hf://, or any that fsspec has a package for.
+        is_exact: False asks nothing about where a .pth's weights begin, which takes a request for every
+            few of them at an address: for who looks at names, dtypes and shapes only.
+        notify: Told when a line breaks and is tried again.
 
     >>> with open_checkpoint("dinov2_vitg14_pretrain.pth") as checkpoint:  # doctest: +SKIP
     ...     checkpoint["pos_embed"].info
     TensorInfo(dtype='F32', shape=(1, 1370, 1536))
 
     Raises:
+        UsageError: the address is of no kind that can be read.
         SourceError: one of its kinds says what is wrong with the file.
     """
-    path = Path(path)
+    where = place_of(place)
     with ExitStack() as opened, _no_collection():
-        listed = safetensors.files_of(path) if path.is_dir() else {path: None}
-        files: list[LocalFile] = []
+        listed: Mapping[Place, set[str] | None] = {where: None}
+        if isinstance(where, Path) and where.is_dir():
+            listed = safetensors.files_of(where)
+        files: list[File] = []
         tensors: dict[str, SourceTensor] = {}
         fingerprints: list[str] = []
         for each, names in listed.items():
-            file = LocalFile(each)
+            file = open_file(each, notify)
             opened.callback(file.close)
-            found, fingerprint = _read_index(file)
+            found, fingerprint = _read_index(file, is_exact)
             if names is not None:
-                safetensors.check_weight_map(each, found, names)
+                safetensors.check_weight_map(file.where, found, names)
             files.append(file)
             tensors.update(found)
             fingerprints.append(fingerprint)
@@ -103,18 +126,18 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read_index(file: LocalFile) -> tuple[dict[str, SourceTensor], str]:
+def _read_index(file: File, is_exact: bool) -> tuple[dict[str, SourceTensor], str]:
     start = file.read(0, min(16, file.size))
     if start.startswith(zip_index.MAGIC):
-        return torch_zip.read_index(file)
+        return torch_zip.read_index(file, is_exact)
     # Pickle protocol 2, then torch's magic number: what torch.save wrote before 1.6.
     if start.startswith(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"):
         raise NotACheckpointError(
-            f"{file.path} is in torch's format from before 1.6. Write it anew: torch.save(torch.load(FILE, "
+            f"{file.where} is in torch's format from before 1.6. Write it anew: torch.save(torch.load(FILE, "
             "weights_only=True), FILE)."
         )
     if start[8:9] == b"{":
         return safetensors.read_index(file)
     what = "is empty" if not file.size else "is neither a checkpoint of torch.save nor a safetensors file"
     hint = " It looks like a web page: the download failed." if start.lstrip()[:1] == b"<" else ""
-    raise NotACheckpointError(f"{file.path} {what}.{hint}")
+    raise NotACheckpointError(f"{file.where} {what}.{hint}")

@@ -6,13 +6,14 @@ The safetensors library hands out tensors, not where they lie, so the header is 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from streamconv.checkpoint.addresses import Place
 from streamconv.checkpoint.limits import MAX_JSON_BYTES, MAX_TENSORS, are_sizes, check_name, is_shape, read_json, shown
-from streamconv.checkpoint.storage import LocalFile, read_small
+from streamconv.checkpoint.storage import File, read_small
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 from streamconv.tensors import DTYPE_SIZES, ByteRange, Record, SourceTensor, TensorInfo, contiguous_strides
 
@@ -21,7 +22,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit: no file with a longer one was ever written
 
 
-def read_index(file: LocalFile) -> tuple[dict[str, SourceTensor], str]:
+def read_index(file: File) -> tuple[dict[str, SourceTensor], str]:
     """The tensors of one file by name, and a fingerprint of its header and size.
 
     The format carries no checksums, so the fingerprint cannot tell two files apart that differ
@@ -32,48 +33,48 @@ def read_index(file: LocalFile) -> tuple[dict[str, SourceTensor], str]:
     """
     length = int.from_bytes(file.read(0, 8), "little")
     if length > _MAX_HEADER_BYTES:
-        raise NotACheckpointError(f"{file.path} is neither a checkpoint of torch.save nor a safetensors file.")
+        raise NotACheckpointError(f"{file.where} is neither a checkpoint of torch.save nor a safetensors file.")
     if 8 + length > file.size:
-        raise TruncatedError(f"{file.path} ends within its header: the download was cut short. Fetch it again.")
+        raise TruncatedError(f"{file.where} ends within its header: the download was cut short. Fetch it again.")
     if length > MAX_JSON_BYTES:
         raise SourceError(
-            f"{file.path} has a header of {length:,} bytes, and streamconv reads up to {MAX_JSON_BYTES:,}: "
+            f"{file.where} has a header of {length:,} bytes, and streamconv reads up to {MAX_JSON_BYTES:,}: "
             f"{MAX_TENSORS:,} tensors need no more. Do not trust this file."
         )
     raw = file.read(8, length)
     fingerprint = sha256(raw + file.size.to_bytes(8, "little")).hexdigest()
-    header = read_json(raw, f"{file.path}: its header")
+    header = read_json(raw, f"{file.where}: its header")
     del raw
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
-        raise CorruptError(f"{file.path} has a __metadata__ that does not map strings to strings.")
+        raise CorruptError(f"{file.where} has a __metadata__ that does not map strings to strings.")
     if len(header) > MAX_TENSORS:
-        raise SourceError(f"{file.path} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
+        raise SourceError(f"{file.where} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
     tensors = {}
     for name in list(header):
-        check_name(name, file.path)
+        check_name(name, file.where)
         tensors[name] = _tensor(file, 8 + length, name, header.pop(name))
     _check_filled(file, 8 + length, tensors)
     return tensors, fingerprint
 
 
-def _tensor(file: LocalFile, data_start: int, name: str, entry: Any) -> SourceTensor:
+def _tensor(file: File, data_start: int, name: str, entry: Any) -> SourceTensor:
     if type(entry) is not dict or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise CorruptError(f"{file.path} has no dtype, shape or data_offsets of {shown(name)}.")
+        raise CorruptError(f"{file.where} has no dtype, shape or data_offsets of {shown(name)}.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in DTYPE_SIZES:
         what = shown(dtype) if type(dtype) is str else type(dtype).__name__
-        raise SourceError(f"{file.path}: {shown(name)} has the dtype {what}, which streamconv does not read.")
+        raise SourceError(f"{file.where}: {shown(name)} has the dtype {what}, which streamconv does not read.")
     if type(shape) is not list or type(offsets) is not list or not is_shape(shape):
-        raise CorruptError(f"{file.path}: {shown(name)} has an impossible shape or impossible data_offsets.")
+        raise CorruptError(f"{file.where}: {shown(name)} has an impossible shape or impossible data_offsets.")
     info = TensorInfo(dtype, tuple(shape))
     if len(offsets) != 2 or not are_sizes(offsets) or offsets[1] - offsets[0] != info.nbytes:
-        raise CorruptError(f"{file.path}: {shown(name)}, {info}, does not fill the range that its data_offsets name.")
+        raise CorruptError(f"{file.where}: {shown(name)}, {info}, does not fill the range that its data_offsets name.")
     record = Record(file, name, ByteRange(data_start + offsets[0], info.nbytes))
     return SourceTensor(info, record, 0, contiguous_strides(info.shape))
 
 
-def _check_filled(file: LocalFile, data_start: int, tensors: dict[str, SourceTensor]) -> None:
+def _check_filled(file: File, data_start: int, tensors: dict[str, SourceTensor]) -> None:
     """As the library demands: every byte behind the header belongs to exactly one tensor."""
     at = data_start
     for record in sorted(
@@ -83,17 +84,17 @@ def _check_filled(file: LocalFile, data_start: int, tensors: dict[str, SourceTen
             what = (
                 "overlaps another tensor" if record.range.start < at else "has bytes before it that belong to no tensor"
             )
-            raise CorruptError(f"{file.path}: {shown(record.name)} {what}. Do not trust this file.")
+            raise CorruptError(f"{file.where}: {shown(record.name)} {what}. Do not trust this file.")
         at = record.range.end
         if at > file.size:
             raise TruncatedError(
-                f"{file.path} ends within {shown(record.name)}: the download was cut short. Fetch it again."
+                f"{file.where} ends within {shown(record.name)}: the download was cut short. Fetch it again."
             )
     if at != file.size:
-        raise CorruptError(f"{file.path} has {file.size - at:,} bytes at its end that belong to no tensor.")
+        raise CorruptError(f"{file.where} has {file.size - at:,} bytes at its end that belong to no tensor.")
 
 
-def files_of(folder: Path) -> dict[Path, set[str] | None]:
+def files_of(folder: Path) -> Mapping[Place, set[str] | None]:
     """The safetensors files that transformers loads from a folder, with the tensors that its index says are in each.
 
     They are the single one, of which no index speaks (None), else those of the index.
@@ -118,14 +119,14 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
     return {_inside(folder, filename): files[filename] for filename in sorted(files)}
 
 
-def check_weight_map(path: Path, found: Iterable[str], listed: set[str]) -> None:
+def check_weight_map(where: str, found: Iterable[str], listed: set[str]) -> None:
     """Refuse a shard with other tensors than its index lists: transformers' releases differ in which they load."""
     different = listed.symmetric_difference(found)
     if different:
         name = min(different)
         what = "is in the index alone" if name in listed else "is in the file alone"
         raise CorruptError(
-            f"{path} and {INDEX_NAME} disagree on {len(different):,} tensors: '{shown(name)}' {what}. "
+            f"{where} and {INDEX_NAME} disagree on {len(different):,} tensors: '{shown(name)}' {what}. "
             "They are of two models: fetch both again."
         )
 

@@ -1,11 +1,52 @@
-"""Where bytes come from: a local file now, an address later."""
+"""Where bytes come from: a file of this machine, or one at an address."""
 
 import os
 import stat
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
+from streamconv.checkpoint.addresses import Place
 from streamconv.checkpoint.limits import MAX_JSON_BYTES
 from streamconv.errors import ChangedError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
+from streamconv.tensors import ByteRange, ByteSource
+
+
+class File(ByteSource, Protocol):
+    """What a checkpoint is read from.
+
+    ``where`` is its place for messages; ``version`` tells this file from another one of the same name
+    and size, as far as anything does.
+    """
+
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def version(self) -> Mapping[str, object]: ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset`` on; errors as `read_at`'s."""
+
+    def close(self) -> None: ...
+
+
+def open_file(place: Place, notify: Callable[[str], None]) -> File:
+    """A file, wherever it is; ``notify`` is told when a line breaks and is tried again.
+
+    Raises:
+        UsageError, SourceError: as `LocalFile`, `HttpFile` and `FsspecFile` say.
+    """
+    if isinstance(place, Path):
+        return LocalFile(place)
+    # What each needs to import costs memory that a file of this machine needs not.
+    if place.scheme in ("http", "https", "hf"):
+        from streamconv.checkpoint.http import HttpFile, on_the_hub
+
+        return HttpFile(on_the_hub(place) if place.scheme == "hf" else place, notify)
+    from streamconv.checkpoint.filesystems import FsspecFile
+
+    return FsspecFile(place, notify)
 
 
 def read_small(path: Path) -> bytes:
@@ -46,6 +87,18 @@ class LocalFile:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def where(self) -> str:
+        return str(self.path)
+
+    @property
+    def version(self) -> dict[str, object]:
+        """When its contents and when anything of it last changed, in nanoseconds since 1970."""
+        return {"modified_ns": self.modified_ns, "changed_ns": self.changed_ns}
+
+    def expect(self, ranges: Iterable[ByteRange]) -> None:
+        """Nothing to prepare: the system reads ahead by itself."""
 
     def read_at(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` on.

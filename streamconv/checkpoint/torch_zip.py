@@ -12,11 +12,10 @@ with functions that build descriptions, and refuses every other name. No code of
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.limits import MAX_TENSORS, are_sizes, check_name, is_shape, shown
-from streamconv.checkpoint.storage import LocalFile
+from streamconv.checkpoint.storage import File
 from streamconv.checkpoint.unpickle import MAX_PICKLE_BYTES, PickleError, load
 from streamconv.checkpoint.zip_index import read_record, read_records
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, UnsafePickleError
@@ -49,8 +48,8 @@ class _Storage:
 class _Index:
     """What the names and persistent ids of ``data.pkl`` stand for."""
 
-    def __init__(self, records: Mapping[str, Record], prefix: str, path: Path):
-        self._records, self._prefix, self._path = records, prefix, path
+    def __init__(self, records: Mapping[str, Record], prefix: str, where: str):
+        self._records, self._prefix, self._where = records, prefix, where
         self._dtypes: dict[str, str] = {}  # of the records that are named as storages
         self._count = 0
         self._functions: dict[tuple[str, str], Any] = {
@@ -69,7 +68,7 @@ class _Index:
         if (module, name) == ("torch.storage", "UntypedStorage"):
             return _Name(name)
         raise UnsafePickleError(
-            f"{self._path} names {shown(f'{module}.{name}')}, which is no tensor. Nothing of it was run. A checkpoint "
+            f"{self._where} names {shown(f'{module}.{name}')}, which is no tensor. Nothing of it was run. A checkpoint "
             "of plain tensors needs no such name: save model.state_dict() alone, or do not trust this file."
         )
 
@@ -82,15 +81,15 @@ class _Index:
         dtype = _STORAGE_DTYPES.get(kind, "U8")  # an UntypedStorage counts bytes
         record = self._records.get(f"{self._prefix}data/{key}")
         if record is None:
-            raise CorruptError(f"{self._path} has no record data/{shown(key)}, which its index names.")
+            raise CorruptError(f"{self._where} has no record data/{shown(key)}, which its index names.")
         if record.range.length != numel * DTYPE_SIZES[dtype]:
             raise CorruptError(
-                f"{self._path}: its record {record.name} has {record.range.length} bytes where its index says "
+                f"{self._where}: its record {record.name} has {record.range.length} bytes where its index says "
                 f"{numel} elements of {dtype}."
             )
         # torch.save refuses this where there are bytes; some releases of torch.load read the first dtype twice.
         if numel and self._dtypes.setdefault(record.name, dtype) != dtype:
-            raise CorruptError(f"{self._path} names its record {record.name} as {dtype} and as another dtype.")
+            raise CorruptError(f"{self._where} names its record {record.name} as {dtype} and as another dtype.")
         return _Storage(dtype, record)
 
     def _tensor_v2(
@@ -120,7 +119,7 @@ class _Index:
             raise PickleError("it has a tensor with an impossible offset, shape or strides")
         if metadata:  # {"conj": True} or {"neg": True}: the bytes are not the values
             raise SourceError(
-                f"{self._path} holds a tensor whose values are a lazy view of its bytes, conjugated or negated. "
+                f"{self._where} holds a tensor whose values are a lazy view of its bytes, conjugated or negated. "
                 "Save it again after tensor.resolve_conj().resolve_neg()."
             )
         tensor = SourceTensor(TensorInfo(dtype, shape), storage.record, offset * DTYPE_SIZES[dtype], strides)
@@ -132,31 +131,31 @@ class _Index:
         return tensor
 
 
-def read_index(file: LocalFile) -> tuple[dict[str, SourceTensor], str]:
-    """The tensors of a .pth by name, and the file's fingerprint.
+def read_index(file: File, is_exact: bool = True) -> tuple[dict[str, SourceTensor], str]:
+    """The tensors of a .pth by name, and the file's fingerprint; ``is_exact`` as `zip_index.read_records` has it.
 
     Raises:
         TruncatedError, CorruptError, NotACheckpointError, UnsafePickleError, SourceError
     """
-    records = read_records(file)
+    records = read_records(file, is_exact)
     pickles = [name for name in records if name.endswith("/data.pkl")]
     if len(pickles) != 1 or any("/code/" in name for name in records):
         raise NotACheckpointError(
-            f"{file.path} is a zip, but not of torch.save (it has {len(pickles)} data.pkl records). "
+            f"{file.where} is a zip, but not of torch.save (it has {len(pickles)} data.pkl records). "
             "A TorchScript archive is a program: save its state_dict() instead."
         )
     prefix = pickles[0].removesuffix("data.pkl")
     if next(iter(records)).partition("/")[0] + "/" != prefix:  # where torch looks for it
-        raise CorruptError(f"{file.path}: its {pickles[0]} is not in the folder of its first record.")
+        raise CorruptError(f"{file.where}: its {pickles[0]} is not in the folder of its first record.")
     byteorders = [name for name in records if name.lower() == f"{prefix}byteorder".lower()]  # as torch finds it
     if byteorders and read_record(file, records[byteorders[0]], 16) != b"little":
-        raise SourceError(f"{file.path} was saved on a big-endian machine. Load and save it on a little-endian one.")
+        raise SourceError(f"{file.where} was saved on a big-endian machine. Load and save it on a little-endian one.")
     pickled = read_record(file, records[pickles[0]], MAX_PICKLE_BYTES)
-    index = _Index(records, prefix, file.path)
+    index = _Index(records, prefix, file.where)
     try:
         contents = load(pickled, index.find, index.storage)
     except (PickleError, TypeError) as error:  # TypeError: a function was given too few or too many values
-        raise CorruptError(f"{file.path}: its data.pkl is damaged or not of torch.save: {error}.") from error
+        raise CorruptError(f"{file.where}: its data.pkl is damaged or not of torch.save: {error}.") from error
     return _flat(contents, file), _fingerprint(records, pickled)
 
 
@@ -171,20 +170,20 @@ def _fingerprint(records: Mapping[str, Record], pickled: bytes) -> str:
     return digest.hexdigest()
 
 
-def _flat(contents: Any, file: LocalFile) -> dict[str, SourceTensor]:
+def _flat(contents: Any, file: File) -> dict[str, SourceTensor]:
     if type(contents) is not dict:
-        raise NotACheckpointError(f"{file.path} holds a {_kind(contents)}, not a dict of tensors.")
+        raise NotACheckpointError(f"{file.where} holds a {_kind(contents)}, not a dict of tensors.")
     others = [(key, value) for key, value in contents.items() if type(value) is not SourceTensor]
     if others:
         some = ", ".join(f"'{shown(str(key))}': {_kind(value)}" for key, value in others[:5])
         raise NotACheckpointError(
-            f"{file.path} holds more than tensors ({some}{', …' if len(others) > 5 else ''}). "
+            f"{file.where} holds more than tensors ({some}{', …' if len(others) > 5 else ''}). "
             "Save the model's flat state dict alone."
         )
     if len(contents) > MAX_TENSORS:
-        raise SourceError(f"{file.path} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
+        raise SourceError(f"{file.where} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
     for name in contents:
-        check_name(name, file.path)
+        check_name(name, file.where)
     return contents
 
 

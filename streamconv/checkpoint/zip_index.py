@@ -9,11 +9,10 @@ https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, sections 4.3.6 to 4
 import struct
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.limits import MAX_NAME_LENGTH, MAX_TENSORS
-from streamconv.checkpoint.storage import LocalFile
+from streamconv.checkpoint.storage import File
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError
 from streamconv.tensors import ByteRange, Record
 
@@ -34,8 +33,11 @@ _IS_FOLDER = 0x10  # of the DOS attributes
 _Entry = tuple[int, int, int, str]  # the local header's offset, then the record's size, CRC-32 and name
 
 
-def read_records(file: LocalFile) -> dict[str, Record]:
+def read_records(file: File, is_exact: bool = True) -> dict[str, Record]:
     """Every record of the zip by name, in the directory's order. All are stored, and share no byte.
+
+    Where a record's bytes begin, only its own header says, right before them. Without ``is_exact`` these
+    are not read where the first one is as torch writes them: the others will be, too.
 
     Raises:
         TruncatedError: the file has no end.
@@ -44,47 +46,55 @@ def read_records(file: LocalFile) -> dict[str, Record]:
     directory_start, size, count = _find_directory(file)
     if size > MAX_DIRECTORY_BYTES or count > MAX_RECORDS:
         raise SourceError(
-            f"{file.path} has a zip directory of {count:,} records in {size:,} bytes, more than {MAX_TENSORS:,} "
+            f"{file.where} has a zip directory of {count:,} records in {size:,} bytes, more than {MAX_TENSORS:,} "
             "tensors need. Do not trust this file."
         )
     try:
-        entries = list(_entries(file.read(directory_start, size), count, file.path))
+        entries = list(_entries(file.read(directory_start, size), count, file.where))
     except (struct.error, ValueError) as error:
-        raise CorruptError(f"{file.path} has a damaged zip directory: {error}. Fetch it again.") from error
+        raise CorruptError(f"{file.where} has a damaged zip directory: {error}. Fetch it again.") from error
     # torch writes 0 everywhere where torch.serialization.set_crc32_options(False) was called.
     has_crcs = any(crc for _, _, crc, _ in entries)
     records: dict[str, Any] = dict.fromkeys(name for *_, name in entries)
     if len({name.lower() for name in records}) != count:  # torch looks names up without regard to case
-        raise CorruptError(f"{file.path} has two records of one name. Do not trust this file.")
+        raise CorruptError(f"{file.where} has two records of one name. Do not trust this file.")
     entries.sort(reverse=True)
+    if not is_exact and entries:
+        offset, size, _, name = entries[-1]
+        is_exact = _range_of(file, name, offset, size, directory_start) != _range_as_torch_writes(name, offset, size)
+    if is_exact:
+        file.expect(ByteRange(offset, _LOCAL.size + len(name.encode())) for offset, _, _, name in entries[::-1])
     end = 0
     while entries:  # in the file's order
         offset, size, crc, name = entries.pop()
         if offset < end:
-            raise CorruptError(f"{file.path}: its record {name} overlaps another one. Do not trust this file.")
-        where = _range_of(file, name, offset, size, directory_start)
+            raise CorruptError(f"{file.where}: its record {name} overlaps another one. Do not trust this file.")
+        if is_exact:
+            where = _range_of(file, name, offset, size, directory_start)
+        else:
+            where = _range_as_torch_writes(name, offset, size)
         records[name] = Record(file, name, where, crc if has_crcs else None)
         end = where.end
     return records
 
 
-def read_record(file: LocalFile, record: Record, max_bytes: int) -> bytes:
+def read_record(file: File, record: Record, max_bytes: int) -> bytes:
     """A small record, whole and checked."""
     where = record.range
     if where.length > max_bytes:
         raise SourceError(
-            f"{file.path}: its record {record.name} has {where.length:,} bytes, and streamconv reads up to "
+            f"{file.where}: its record {record.name} has {where.length:,} bytes, and streamconv reads up to "
             f"{max_bytes:,}: {MAX_TENSORS:,} tensors need no more. Do not trust this file."
         )
     data = file.read(where.start, where.length)
     if record.crc32 not in (None, zlib.crc32(data)):
         raise CorruptError(
-            f"{file.path}: its record {record.name} does not match its CRC-32: the file is damaged. Fetch it again."
+            f"{file.where}: its record {record.name} does not match its CRC-32: the file is damaged. Fetch it again."
         )
     return data
 
 
-def _find_directory(file: LocalFile) -> tuple[int, int, int]:
+def _find_directory(file: File) -> tuple[int, int, int]:
     """Where the directory starts, its bytes and its entries, as the records behind it say.
 
     There is only one way to find them: the end is the file's, without a comment, and the directory
@@ -96,7 +106,7 @@ def _find_directory(file: LocalFile) -> tuple[int, int, int]:
     end = length - _END.size
     if end < 0 or tail[end : end + 4] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
         raise TruncatedError(
-            f"{file.path} begins as a zip but does not end as one of torch.save: something was appended, or the "
+            f"{file.where} begins as a zip but does not end as one of torch.save: something was appended, or the "
             "download was cut short. Fetch it again."
         )
     _, *disks, count, size, start, _ = _END.unpack_from(tail, end)
@@ -105,13 +115,13 @@ def _find_directory(file: LocalFile) -> tuple[int, int, int]:
         magic, rest, _, _, *disks, count, size, start = _END64.unpack_from(tail)
         end = 0
         if magic != b"PK\x06\x06" or rest != _END64.size - 12 or offset != before:
-            raise CorruptError(f"{file.path} has a damaged zip directory: its ends differ. Fetch it again.")
+            raise CorruptError(f"{file.where} has a damaged zip directory: its ends differ. Fetch it again.")
     if disks != [0, 0, count] or start + size != before + end:
-        raise CorruptError(f"{file.path} has a damaged zip directory: it is not where its end says. Fetch it again.")
+        raise CorruptError(f"{file.where} has a damaged zip directory: it is not where its end says. Fetch it again.")
     return start, size, count
 
 
-def _entries(directory: bytes, count: int, path: Path) -> Iterator[_Entry]:
+def _entries(directory: bytes, count: int, where: str) -> Iterator[_Entry]:
     at = 0
     for _ in range(count):
         (
@@ -124,7 +134,7 @@ def _entries(directory: bytes, count: int, path: Path) -> Iterator[_Entry]:
             raise ValueError(f"no entry of torch.save ends at byte {at:,}")
         if method or flags & ~_KNOWN_FLAGS:
             raise NotACheckpointError(
-                f"{path}: its record {name} is compressed or encrypted, which torch never writes."
+                f"{where}: its record {name} is compressed or encrypted, which torch never writes."
             )
         if attributes & _IS_FOLDER or name.endswith("/"):
             raise ValueError(f"its record {name} is marked as a folder, of which torch reads no byte")
@@ -151,12 +161,24 @@ def _sizes_in(extra: bytes, sizes: list[int]) -> list[int]:
     raise ValueError("a 64-bit size is missing")
 
 
-def _range_of(file: LocalFile, name: str, offset: int, size: int, directory_start: int) -> ByteRange:
+def _range_as_torch_writes(name: str, offset: int, size: int) -> ByteRange:
+    """Behind a header, an extra field of 64-bit numbers where there are any, and one that fills up to 64 bytes.
+
+    As getPadding in torch's caffe2/serialize/inline_container.cc does.
+    """
+    start = offset + _LOCAL.size + len(name.encode()) + 4
+    large = [number >= _IN_EXTRA for number in (size, offset)]
+    if any(large):
+        start += 4 + 16 * large[0] + 8 * large[1]
+    return ByteRange(-(-start // 64) * 64, size)
+
+
+def _range_of(file: File, name: str, offset: int, size: int, directory_start: int) -> ByteRange:
     """Where the record's bytes lie: behind the local header, whose length is its own."""
     raw = name.encode()
     start = offset + _LOCAL.size + len(raw)
     if start + size > directory_start:
-        raise CorruptError(f"{file.path}: its record {name} reaches beyond the zip's records. Fetch it again.")
+        raise CorruptError(f"{file.where}: its record {name} reaches beyond the zip's records. Fetch it again.")
     header = file.read(offset, _LOCAL.size + len(raw))
     magic, _, flags, method, _, _, _, stored, local_size, name_length, extra_length = _LOCAL.unpack_from(header)
     if (
@@ -170,7 +192,7 @@ def _range_of(file: LocalFile, name: str, offset: int, size: int, directory_star
         or start + extra_length + size > directory_start
     ):
         raise CorruptError(
-            f"{file.path}: the header of its record {name} is not what the zip directory says. Fetch it again, and "
+            f"{file.where}: the header of its record {name} is not what the zip directory says. Fetch it again, and "
             "do not trust this file."
         )
     return ByteRange(start + extra_length, size)

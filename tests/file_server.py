@@ -1,0 +1,183 @@
+"""A file server on the loopback, with the faults of real ones; also `python -m tests.file_server FOLDER`.
+
+It answers GET as static servers do: ranges of one part, ETag, Last-Modified, keep-alive. What it does
+wrong is told by `Faults`, which a test changes while it runs. It does not model TLS, HTTP/2, ranges of
+several parts, conditional requests, or lines that are lost without a word.
+"""
+
+import os
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Faults:
+    """``cut_after`` are bytes of a body, after which the line is cut, for as many answers as ``cuts``; ``statuses``
+    are answered before anything else, one a request, with ``retry_after``; ``seconds_a_megabyte`` is slowness;
+    ``stall`` holds the next answers for that long."""
+
+    ranges: bool = True
+    etag: bool = True
+    last_modified: bool = True
+    length: bool = True
+    cut_after: int = 0
+    cuts: int = 0
+    statuses: list[int] = field(default_factory=list)
+    retry_after: str | None = None
+    seconds_a_megabyte: float = 0.0
+    stall: list[float] = field(default_factory=list)
+    redirects: dict[str, str] = field(default_factory=dict)
+    needs_authorization: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    close_after_each: bool = False
+    wrong_part: bool = False
+
+
+class FileServer(ThreadingHTTPServer):
+    """Files of ``folder`` by their names. ``requests`` are (path, range, headers); ``sent`` counts bytes of bodies."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.faults = folder, Faults()
+        self.requests: list[tuple[str, str | None, dict[str, str]]] = []
+        self.sent = 0
+        self.connections = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that left is no error."""
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections += 1
+        super().process_request(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: FileServer
+    wbufsize = 1 << 16
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server, faults = self.server, self.server.faults
+        asked = self.headers.get("Range")
+        with server.lock:
+            server.requests.append((self.path, asked, dict(self.headers)))
+            status = faults.statuses.pop(0) if faults.statuses else 0
+            stall = faults.stall.pop(0) if faults.stall else 0
+        if stall:
+            time.sleep(stall)
+        path = self.path.partition("?")[0]
+        if status:
+            self._plain(status, {"Retry-After": faults.retry_after} if faults.retry_after else {})
+        elif path in faults.redirects:
+            self._plain(302, {"Location": faults.redirects[path]})
+        elif faults.needs_authorization not in (None, self.headers.get("Authorization")):
+            self._plain(401, {})
+        elif not os.path.isfile(server.folder / path.rpartition("/")[2]):
+            self._plain(404, {})
+        else:
+            self._file(server.folder / path.rpartition("/")[2], asked)
+
+    def _plain(self, status: int, headers: dict[str, str]) -> None:
+        body = b"<html>no</html>"
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _file(self, path: Path, asked: str | None) -> None:
+        faults = self.server.faults
+        with open(path, "rb") as file:
+            state = os.fstat(file.fileno())
+            start, end = 0, state.st_size
+            match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked or "") if faults.ranges else None
+            if match and int(match[1]) >= state.st_size:
+                return self._plain(416, {"Content-Range": f"bytes */{state.st_size}"})
+            if match:
+                start, end = int(match[1]), min(end, int(match[2] or end) + 1)
+                self.send_response(206)
+                shown = start + faults.wrong_part
+                self.send_header("Content-Range", f"bytes {shown}-{end - 1}/{state.st_size}")
+            else:
+                self.send_response(200)
+            if faults.length:
+                self.send_header("Content-Length", str(end - start))
+            if faults.etag:
+                self.send_header("ETag", f'"{state.st_mtime_ns:x}-{state.st_size:x}"')
+            if faults.last_modified:
+                self.send_header("Last-Modified", formatdate(int(state.st_mtime), usegmt=True))
+            for name, value in faults.headers.items():
+                self.send_header(name, value)
+            if faults.close_after_each or not faults.length:
+                self.send_header("Connection", "close")
+                self.close_connection = True
+            self.end_headers()
+            self.wfile.flush()
+            self._send(file.fileno(), start, end)
+        return None
+
+    def _send(self, fd: int, start: int, end: int) -> None:
+        faults, at = self.server.faults, start
+        cut = None
+        with self.server.lock:
+            if faults.cuts and end - start > faults.cut_after:
+                faults.cuts -= 1
+                cut = start + faults.cut_after
+        while at < (end if cut is None else cut):
+            size = min((end if cut is None else cut) - at, 1 << 20)
+            if faults.seconds_a_megabyte:
+                size = min(size, 64 << 10)
+                time.sleep(faults.seconds_a_megabyte * size / 1e6)
+            count = os.sendfile(self.connection.fileno(), fd, at, size)
+            if not count:
+                break
+            at += count
+            with self.server.lock:
+                self.server.sent += count
+        if cut is not None:  # with a reset, as a line that breaks
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with suppress(OSError):
+                self.connection.close()
+            self.close_connection = True
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[FileServer]:
+    with FileServer(folder) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+if __name__ == "__main__":
+    with FileServer(Path(sys.argv[1])) as main_server:
+        print(main_server.url, flush=True)
+        with suppress(KeyboardInterrupt):
+            main_server.serve_forever()
