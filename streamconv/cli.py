@@ -15,7 +15,7 @@ import streamconv
 from streamconv._version import __version__
 from streamconv.convert import Conversion, record_verification
 from streamconv.errors import OutputError, StreamconvError, UsageError
-from streamconv.options import Device, Head, Image, Json, Labels, Reference, Report, Seed, ShardSize, Source
+from streamconv.options import Device, Head, Image, Json, Labels, Reference, Report, Seed, ShardSize, Source, Stream
 from streamconv.output import write_file
 from streamconv.progress import ProgressReport
 from streamconv.synth import temporary_checkpoint
@@ -44,7 +44,9 @@ app = typer.Typer(
 def run(
     source: Annotated[
         str | None,
-        typer.Argument(metavar="SOURCE", help=f"A model's name, or a checkpoint file. [default: {DEFAULT_MODEL}]"),
+        typer.Argument(
+            metavar="SOURCE", help=f"A model's name, a checkpoint file, or its address. [default: {DEFAULT_MODEL}]"
+        ),
     ] = None,
     output: Annotated[
         str | None,
@@ -60,6 +62,7 @@ def run(
     head: Head = None,
     labels: Labels = None,
     max_shard_size: ShardSize = "5GB",
+    stream: Stream = False,
     image: Image = None,
     reference: Reference = "builtin",
     report: Report = None,
@@ -84,7 +87,7 @@ def run(
             raise UsageError("--synthetic makes its own head. Leave --head out.")
         files = _synthetic(name, output, seed) if synthetic else nullcontext((name, head))
         with files as (path, head_path):
-            converted = _convert(path, output, head_path, labels, max_shard_size, as_json)
+            converted = _convert(path, output, head_path, labels, max_shard_size, stream, as_json)
             found = verifying.verify(converted.output, path, head_path, as_json) if verifying else None
     if as_json:
         _print_json({**converted.as_dict(), "verification": found.as_dict() if found else None})
@@ -105,11 +108,12 @@ def convert(
     head: Head = None,
     labels: Labels = None,
     max_shard_size: ShardSize = "5GB",
+    stream: Stream = False,
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint into a folder that transformers loads."""
     with _errors():
-        converted = _convert(source, output, head, labels, max_shard_size, as_json)
+        converted = _convert(source, output, head, labels, max_shard_size, stream, as_json)
     if as_json:
         _print_json(converted.as_dict())
 
@@ -121,7 +125,7 @@ def verify(
         str | None,
         typer.Argument(
             metavar="SOURCE",
-            help="A model's name, or a checkpoint file. Without it, the files are checked as they were written.",
+            help="A model's name, a checkpoint file, or its address. Without it, the files are checked as they were written.",
             show_default=False,
         ),
     ] = None,
@@ -199,11 +203,17 @@ def _options(
 
 
 def _convert(
-    source: str, folder: str | Path | None, head: Path | None, labels: Path | None, max_shard_size: str, as_json: bool
+    source: str,
+    folder: str | Path | None,
+    head: str | None,
+    labels: Path | None,
+    max_shard_size: str,
+    stream: bool,
+    as_json: bool,
 ) -> Conversion:
     with ProgressReport() as progress:
         done = streamconv.convert(
-            source, folder, head=head, labels=labels, max_shard_size=max_shard_size, progress=progress
+            source, folder, head=head, labels=labels, max_shard_size=max_shard_size, stream=stream, progress=progress
         )
     if not as_json:
         _print(conversion_lines(done))
@@ -224,7 +234,7 @@ class Verifying:
             check_report(self.report)
         check_arguments(self.device, self.image, self.reference)
 
-    def verify(self, folder: Path, source: str | None, head: Path | None, as_json: bool) -> Verification:
+    def verify(self, folder: Path, source: str | None, head: str | None, as_json: bool) -> Verification:
         with ProgressReport() as progress:
             found = streamconv.verify(
                 folder,
@@ -270,10 +280,10 @@ def _print(lines: Iterable[str]) -> None:
 
 
 @contextmanager
-def _synthetic(name: str, output: str | None, seed: int) -> Iterator[tuple[str, Path | None]]:
+def _synthetic(name: str, output: str | None, seed: int) -> Iterator[tuple[str, str | None]]:
     print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)
     with temporary_checkpoint(name, None if output is None else Path(output), seed=seed) as made:
-        yield str(made.backbone), made.head
+        yield str(made.backbone), str(made.head) if made.head else None
 
 
 @contextmanager

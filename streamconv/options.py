@@ -5,8 +5,13 @@ from typing import Annotated
 
 import typer
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, or a checkpoint file.")]
-Head = Annotated[Path | None, typer.Option(metavar="FILE", help="A linear head's file, for a classifier from files.")]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, a checkpoint file, or its address.")]
+Head = Annotated[
+    str | None, typer.Option(metavar="FILE", help="A linear head's file or address, for a classifier from files.")
+]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Read an address straight into the output, and keep no other file.")
+]
 Labels = Annotated[
     Path | None,
     typer.Option(
