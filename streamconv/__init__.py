@@ -7,8 +7,11 @@ from streamconv._version import __version__
 from streamconv.checkpoint import Checkpoint, open_checkpoint
 from streamconv.convert import Conversion, convert, plan
 from streamconv.errors import (
+    ChangedError,
     CorruptError,
     MappingError,
+    NetworkError,
+    NoRangesError,
     NotACheckpointError,
     OutputError,
     SourceError,
@@ -24,10 +27,13 @@ from streamconv.tensors import SourceTensor, TensorInfo
 from streamconv.verify import Rung, Verification, verify
 
 __all__ = [
+    "ChangedError",
     "Checkpoint",
     "Conversion",
     "CorruptError",
     "MappingError",
+    "NetworkError",
+    "NoRangesError",
     "NotACheckpointError",
     "OutputError",
     "Plan",

@@ -63,10 +63,9 @@ def check_bytes(folder: Path, plan: Plan, advance: Callable[[int], None]) -> Byt
     except SourceError as error:
         return ByteCheck(0, len(wanted), (*problems, f"the output cannot be read: {error}"), files)
     with written, BackgroundHash() as digest:
-        problems += [f"{name} is missing" for name in wanted.keys() - written.keys()]
-        problems += [f"{name} should not be there" for name in written.keys() - wanted.keys()]
-        problems += _file_problems(folder, written)
+        problems += _name_problems(wanted, written) + _file_problems(folder, written)
         for file, names in _in_file_order(written).items():
+            _expect([wanted[name] for name in names if name in wanted])
             _hash(file, 0, written[names[0]].record.range.start, digest)
             for name in names:
                 source, output = wanted.get(name), written[name]
@@ -74,7 +73,6 @@ def check_bytes(folder: Path, plan: Plan, advance: Callable[[int], None]) -> Byt
                     problems += _differences(name, source, output, checks, digest, advance)
                     compared += source.info.nbytes
                 else:
-                    problems += [f"{name} is {output.info}, not {source.info}"] if source is not None else []
                     _hash(file, output.record.range.start, output.record.range.end, digest)
             files[file.name] = {"size": file.size, "sha256": digest.hexdigest()}
     try:
@@ -123,6 +121,25 @@ def check_files(folder: Path, manifest: Mapping[str, Any], advance: Callable[[in
     return sorted(problems)
 
 
+def check_names(folder: Path, plan: Plan) -> list[str]:
+    """What is not as the plan says, but for the bytes of weights: names, dtypes, shapes, the small files."""
+    wanted = {name: tensor for shard in plan.shards for name, tensor in shard.tensors}
+    problems = [p for name, data in plan.files.items() for p in _json_differences(folder, name, json.loads(data))]
+    try:
+        with open_checkpoint(folder) as written:
+            problems += _name_problems(wanted, written) + _file_problems(folder, written)
+    except SourceError as error:
+        problems.append(f"the output cannot be read: {error}")
+    return sorted(problems)
+
+
+def _name_problems(wanted: Mapping[str, SourceTensor], written: Checkpoint) -> list[str]:
+    problems = [f"{name} is missing" for name in wanted.keys() - written.keys()]
+    problems += [f"{name} should not be there" for name in written.keys() - wanted.keys()]
+    both = [(name, wanted[name].info, written[name].info) for name in wanted.keys() & written.keys()]
+    return problems + [f"{name} is {have}, not {want}" for name, want, have in both if have != want]
+
+
 def _weights_in(folder: Path) -> set[Path]:
     return {path for pattern in LOADED_BESIDE for path in folder.glob(pattern)}
 
@@ -166,6 +183,12 @@ def _manifest_problems(folder: Path, plan: Plan, files: Mapping[str, Mapping[str
         return problems
     except (KeyError, TypeError, AttributeError, OutputError) as error:
         return [f"{MANIFEST_NAME} is of no finished conversion ({error})"]
+
+
+def _expect(tensors: list[SourceTensor]) -> None:
+    """Tell the source's files what will be read of them."""
+    for file in {tensor.record.file for tensor in tensors}:
+        file.expect(tensor.read_range for tensor in tensors if tensor.record.file is file)
 
 
 def _hash(file: ByteSource, start: int, end: int, digest: BackgroundHash) -> None:

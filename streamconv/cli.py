@@ -15,7 +15,20 @@ import streamconv
 from streamconv._version import __version__
 from streamconv.convert import Conversion, record_verification
 from streamconv.errors import OutputError, StreamconvError, UsageError
-from streamconv.options import Device, Head, Image, Json, Labels, Reference, Report, Seed, ShardSize, Source, Stream
+from streamconv.options import (
+    Device,
+    Head,
+    Image,
+    Json,
+    Labels,
+    NoParity,
+    Reference,
+    Report,
+    Seed,
+    ShardSize,
+    Source,
+    Stream,
+)
 from streamconv.output import write_file
 from streamconv.progress import ProgressReport
 from streamconv.synth import temporary_checkpoint
@@ -65,6 +78,7 @@ def run(
     stream: Stream = False,
     image: Image = None,
     reference: Reference = "builtin",
+    no_parity: NoParity = False,
     report: Report = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Convert only.")] = False,
     as_json: Json = False,
@@ -79,7 +93,7 @@ def run(
         _fail(UsageError("SOURCE and --model_name are the same. Give one of them."))
     name = next((word for word in (source, model_name) if word is not None), DEFAULT_MODEL)
     with _errors():
-        verifying = None if no_verify else Verifying(device, image, reference, report)
+        verifying = None if no_verify else Verifying(device, image, reference, not no_parity, stream, report)
         if verifying is not None:
             verifying.check_ahead()
     with _errors():
@@ -125,7 +139,7 @@ def verify(
         str | None,
         typer.Argument(
             metavar="SOURCE",
-            help="A model's name, a checkpoint file, or its address. Without it, the files are checked as they were written.",
+            help="A model's name, a checkpoint file, or its address. Without it, the files are checked by themselves.",
             show_default=False,
         ),
     ] = None,
@@ -133,6 +147,8 @@ def verify(
     device: Device = "auto",
     image: Image = None,
     reference: Reference = "builtin",
+    no_parity: NoParity = False,
+    stream: Stream = False,
     report: Report = None,
     as_json: Json = False,
 ) -> None:
@@ -141,9 +157,13 @@ def verify(
     Without SOURCE, each file is checked against the size and sha256 in the folder's streamconv.json.
     """
     with _errors():
-        if source is None and (head, device, image, reference) != (None, "auto", None, "builtin"):
-            raise UsageError("--head, --device, --image and --reference are for a comparison. Name the SOURCE too.")
-        verifying = Verifying(device, image, reference, report)
+        given = (head, device, image, reference, no_parity, stream)
+        if source is None and given != (None, "auto", None, "builtin", False, False):
+            raise UsageError(
+                "--head, --device, --image, --reference, --no-parity and --stream are for a comparison. "
+                "Name the SOURCE too."
+            )
+        verifying = Verifying(device, image, reference, not no_parity, stream, report)
         verifying.check_ahead()
         found = verifying.verify(folder, source, head, as_json)
     if as_json:
@@ -227,6 +247,8 @@ class Verifying:
     device: str
     image: str | None
     reference: str
+    parity: bool
+    stream: bool
     report: Path | None
 
     def check_ahead(self) -> None:
@@ -243,6 +265,8 @@ class Verifying:
                 device=self.device,
                 image=self.image,
                 reference=self.reference,
+                stream=self.stream,
+                parity=self.parity,
                 progress=progress,
             )
         findings = found.as_dict()

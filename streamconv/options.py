@@ -23,6 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Device = Annotated[
     str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to verify on; auto takes a GPU if there is one.")
 ]
+NoParity = Annotated[bool, typer.Option("--no-parity", help="Run no model; what that leaves unproved is said.")]
 Image = Annotated[
     str | None,
     typer.Option(

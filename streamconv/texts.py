@@ -57,7 +57,13 @@ def verification_lines(found: Verification) -> Iterator[str]:
             yield f"  {share:6.1%}  {label}"
     yield ", ".join(_cost(found.memory, found.seconds))
     said_by = "the source says" if found.device is not None else "was written"
-    yield "Looks ok!" if found.passed else f"The output is not what {said_by}. Do not use it."
+    not_run = [rung.name for rung in found.rungs if rung.passed is None]
+    if not found.passed:
+        yield f"The output is not what {said_by}. Do not use it."
+    elif found.device is None or not not_run:
+        yield "Looks ok!"
+    else:
+        yield f"Looks ok, as far as it was checked: {' and '.join(not_run)} did not run."
 
 
 def _number_lines(rung: Rung, device: str | None) -> Iterator[str]:

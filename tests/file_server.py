@@ -33,6 +33,7 @@ class Faults:
     length: bool = True
     cut_after: int = 0
     cuts: int = 0
+    resets: bool = False
     statuses: list[int] = field(default_factory=list)
     retry_after: str | None = None
     seconds_a_megabyte: float = 0.0
@@ -157,10 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
             at += count
             with self.server.lock:
                 self.server.sent += count
-        if cut is not None:  # with a reset, as a line that breaks
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            with suppress(OSError):
-                self.connection.close()
+        if cut is not None:
+            if faults.resets:  # what was sent and not read yet is lost, too
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
 
 

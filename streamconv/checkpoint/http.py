@@ -80,6 +80,7 @@ class HttpFile(RemoteFile):
         self._idle: list[HTTPConnection] = []
         self._version: _Version | None = None
         self.has_ranges = True
+        self._is_one_pass = False  # what is read of a file without ranges is announced, and in its order
         self._open()
 
     @property
@@ -111,6 +112,7 @@ class HttpFile(RemoteFile):
         wanted = [each for each in ranges if each.length]
         if any(one.end > other.start for one, other in pairwise(wanted)):
             raise self.no_ranges("its tensors are wanted in another order than they come")
+        self._is_one_pass = True
         if wanted and not (self._flows and self._flows[0].position <= wanted[0].start):
             super().expect([ByteRange(wanted[0].start, self.size - wanted[0].start)])
 
@@ -137,7 +139,7 @@ class HttpFile(RemoteFile):
         self._keep_window(0, bytes(buffer[: self.size]))
 
     def _ask(self, wanted: ByteRange) -> "_HttpAnswer":
-        if not self.has_ranges and wanted.end < self.size:
+        if not self.has_ranges and not self._is_one_pass:
             raise self.no_ranges("what is needed of it is not at its beginning")
         url, is_new = urlsplit(self._target), not self._idle
         connection = connect(url) if is_new else self._idle.pop()

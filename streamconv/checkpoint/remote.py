@@ -168,6 +168,8 @@ class RemoteFile(ABC):
             flow = self._flows[0]
             if flow.position <= offset < flow.end:
                 return self._skipped(flow, offset)
+            if flow.end - flow.position <= GAP_BYTES:
+                self._skipped(flow, flow.end)  # it was cut within a gap; a line that is read out can be used again
             self._flows.popleft().close()
         flow = Flow(offset, min(offset + length, offset + self.request_bytes))
         self._flows.appendleft(flow)

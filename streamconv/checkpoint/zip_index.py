@@ -59,9 +59,8 @@ def read_records(file: File, is_exact: bool = True) -> dict[str, Record]:
     if len({name.lower() for name in records}) != count:  # torch looks names up without regard to case
         raise CorruptError(f"{file.where} has two records of one name. Do not trust this file.")
     entries.sort(reverse=True)
-    if not is_exact and entries:
-        offset, size, _, name = entries[-1]
-        is_exact = _range_of(file, name, offset, size, directory_start) != _range_as_torch_writes(name, offset, size)
+    if not is_exact:
+        is_exact = not _are_as_torch_writes(file, entries, directory_start)
     if is_exact:
         file.expect(ByteRange(offset, _LOCAL.size + len(name.encode())) for offset, _, _, name in entries[::-1])
     end = 0
@@ -159,6 +158,19 @@ def _sizes_in(extra: bytes, sizes: list[int]) -> list[int]:
             return [next(numbers) if size == _IN_EXTRA else size for size in sizes]
         at += 4 + length
     raise ValueError("a 64-bit size is missing")
+
+
+def _are_as_torch_writes(file: File, entries: list[_Entry], directory_start: int) -> bool:
+    """Whether the first record is, and the others, ``entries`` from the last one on, have the room to be."""
+    before = directory_start
+    if not entries:
+        return True
+    for offset, size, _, name in entries:
+        if _range_as_torch_writes(name, offset, size).end > before:
+            return False
+        before = offset
+    offset, size, _, name = entries[-1]
+    return _range_of(file, name, offset, size, directory_start) == _range_as_torch_writes(name, offset, size)
 
 
 def _range_as_torch_writes(name: str, offset: int, size: int) -> ByteRange:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from streamconv._version import __version__
-from streamconv.check import check_bytes, check_files
+from streamconv.check import check_bytes, check_files, check_names
 from streamconv.checkpoint.storage import read_small
+from streamconv.download import downloaded
 from streamconv.errors import OutputError, SourceError
 from streamconv.folder import JOURNAL_NAME
-from streamconv.manifest import MANIFEST_NAME, read_manifest
+from streamconv.manifest import MANIFEST_NAME, is_of, read_manifest
 from streamconv.plan import Plan, make_plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.sources import OpenSource, locate, opened
@@ -92,20 +93,26 @@ def verify(
     device: str = "auto",
     image: str | PathLike[str] | None = None,
     reference: str | PathLike[str] = "builtin",
+    stream: bool = False,
+    parity: bool = True,
     progress: Progress = ignore_progress,
 ) -> Verification:
     """Prove a converted folder against its source, or, without one, against its own manifest.
 
     Args:
         output_folder: What `streamconv.convert` wrote.
-        source: What it was made from: a model's name or a checkpoint file. None reads only the folder:
-            each file must have the size and the sha256 that it had when it was written.
+        source: What it was made from: a model's name, a checkpoint file or its address. None reads only the
+            folder: each file must have the size and the sha256 that it had when it was written.
         head: The linear head's file, for a classifier from files.
         device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
         image: A picture to run both models on, a file or an http address; by default one that
             streamconv draws.
         reference: What computes the original: "builtin", this package's own graph; "hub", the
             authors' code, which torch.hub downloads and runs; or a folder that holds that code.
+        stream: Keep no file of an address: its weights are read again for parity, layer by layer, and its bytes
+            were checked when the folder was written, as its manifest says. Otherwise the file is kept in torch.hub's
+            folder.
+        parity: Whether to run the models.
         progress: Told of each rung's steps.
 
     Raises:
@@ -120,15 +127,22 @@ def verify(
         raise OutputError(f"{folder} holds an unfinished conversion. Run the command that began it once more.")
     if source is None:
         return _verify_alone(folder, progress)
-    with opened(locate(source, head)) as source_files:
+    located = locate(source, head)
+    if located.is_remote and not stream:
+        located = downloaded(located, progress)
+    with opened(located, progress) as source_files:
         plan = _plan_of(folder, source_files)
         # torch takes seconds to import: only now that the source proved to be one.
         progress("starting torch and transformers", 0, 1, "steps")
         from streamconv.verify.models import Models
 
         models = Models(plan, device, image, reference)
-        rung, files = _bytes(folder, plan, source_files, progress)
-        found = models.check(folder, source_files, progress)
+        manifest = read_manifest(folder)
+        if source_files.is_remote and manifest is not None and is_of(manifest, source_files.describe()):
+            rung, files = _bytes_as_written(folder, plan, manifest, progress)
+        else:
+            rung, files = _bytes(folder, plan, source_files, progress)
+        found = models.check(folder, source_files, progress, parity)
         return Verification(
             rungs=(rung, *found.rungs),
             device=str(models.device),
@@ -164,6 +178,20 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
         memory={},
         seconds=time.monotonic() - start,
     )
+
+
+def _bytes_as_written(
+    folder: Path, plan: Plan, manifest: Mapping[str, Any], progress: Progress
+) -> tuple[Rung, Mapping[str, Mapping[str, Any]]]:
+    """For a source that is not read a second time: the manifest's word on the files, whose bytes are read."""
+    start = time.monotonic()
+    problems = check_files(folder, manifest, lambda done, total: progress("reading files", done, total, "bytes"))
+    problems += check_names(folder, plan)
+    crc = "from records that matched their CRC-32" if manifest.get("is_crc_checked") else "without CRC-32s to check"
+    proves = f"every file is as it was copied, by {MANIFEST_NAME}, {crc}; the source was not read again"
+    files = {name: file for name, file in (manifest.get("files") or {}).items() if name.endswith(".safetensors")}
+    numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
+    return Rung("bytes", not problems, proves, tuple(problems), numbers).since(start), files
 
 
 def _plan_of(folder: Path, source: OpenSource) -> Plan:

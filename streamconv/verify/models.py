@@ -20,7 +20,7 @@ from streamconv.verify.mapped import return_freed_buffers
 from streamconv.verify.offload import OffloadedModel
 from streamconv.verify.parity import PROVES, Pair, check_parity
 from streamconv.verify.pictures import draw_pictures
-from streamconv.verify.preprocessing import check_preprocessing
+from streamconv.verify.preprocessing import check_pixels, check_preprocessing
 from streamconv.verify.reference import BUILTIN, HUB, build_original, load_weights
 
 TOP = 5
@@ -46,14 +46,17 @@ class Models:
         self.reference = reference if reference in (BUILTIN, HUB) else f"folder {Path(reference).resolve().name}"
         self.versions = versions()
 
-    def check(self, folder: Path, source: OpenSource, progress: Progress) -> Found:
-        """Load, parity and preprocessing; the latter two only with a model that transformers loads."""
+    def check(self, folder: Path, source: OpenSource, progress: Progress, parity: bool = True) -> Found:
+        """Load, parity and preprocessing; the latter two only with a model that transformers loads.
+
+        Without ``parity``, no model runs. A source at an address is read for one pass of it.
+        """
         return_freed_buffers()
         with MemoryWatch(self.device) as memory:
-            found = self._check(folder, source, progress)
+            found = self._check(folder, source, progress, parity)
             return replace(found, memory=memory.as_dict())
 
-    def _check(self, folder: Path, source: OpenSource, progress: Progress) -> Found:
+    def _check(self, folder: Path, source: OpenSource, progress: Progress, with_parity: bool) -> Found:
         start = time.monotonic()
         progress("loading with transformers", 0, 1, "steps")
         loaded, converted = check_load(folder, self.plan)
@@ -62,8 +65,11 @@ class Models:
             why = "transformers did not load the model"
             return Found((loaded, Rung("parity", None, why), Rung("preprocessing", None, why)))
         start = time.monotonic()
+        if not with_parity:
+            pixels = check_pixels(folder, self.plan, self.image, "no model was run on them: --no-parity").since(start)
+            return Found((loaded, Rung("parity", None, "--no-parity"), pixels))
         try:
-            load_weights(self.original, source)
+            weights = load_weights(self.original, source, self.device)
         except Exception as error:  # torch refuses the source, or the graph its tensors
             problem = f"{type(error).__name__}: {error}"
             if self.reference != BUILTIN:
@@ -72,11 +78,15 @@ class Models:
             parity = Rung("parity", False, PROVES, (problem,))
             why = "torch did not load the original"
             return Found((loaded, parity, Rung("preprocessing", None, why)))
-        original, model = OffloadedModel(self.original, self.device), OffloadedModel(converted, self.device)
+        original, model = OffloadedModel(self.original, self.device, weights), OffloadedModel(converted, self.device)
         pair = Pair(original, self.states, model, self.device, progress)
         parity, comparison = check_parity(pair, self.plan, self.image)
         parity, start_next = parity.since(start), time.monotonic()
-        preprocessing = check_preprocessing(pair, folder, self.plan, self.image).since(start_next)
+        if source.is_remote:
+            why = "no model was run on them, since the source is not kept"
+            preprocessing = check_pixels(folder, self.plan, self.image, why).since(start_next)
+        else:
+            preprocessing = check_preprocessing(pair, folder, self.plan, self.image).since(start_next)
         kept = comparison.kept if comparison is not None else {}
         predictions = best(kept["logits"][1], pair.config.id2label) if "logits" in kept else ()
         pictures = draw_pictures(self.image, *kept["patches"]) if "patches" in kept else {}

@@ -16,9 +16,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from streamconv.crc import RecordChecks
+from streamconv.plan import PIECE_BYTES
+from streamconv.tensors import SourceTensor
 from streamconv.verify.mapped import FileMappings
 
 RECENT_BYTES = 128 << 20  # what running layers may still use: a block of ViT-g has 113 MB
+AHEAD_BYTES, KEPT_BYTES = 32 << 20, 256 << 20  # of a stream: what is read at once, and what is kept
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class OffloadedWeights(Mapping[str, Tensor]):
@@ -48,16 +53,71 @@ class OffloadedWeights(Mapping[str, Tensor]):
         return len(self.mapped)
 
 
-class OffloadedModel:
-    """``model``, whose parameters are mapped from a file, made to run on ``device`` layer by layer, in float32.
+class StreamedWeights(Mapping[str, Tensor]):
+    """A checkpoint's tensors, read when they are taken out, from wherever they lie, with what lies behind them.
 
-    What its module computes with in a method other than ``forward`` are its own parameters, not its
-    children's; these few are on the device always.
+    They are computed with in the file's order, nearly. What was read last stays for a while, since two
+    passes of the original take turns. Each is held against its CRC-32.
     """
 
-    def __init__(self, model: Any, device: torch.device):
+    def __init__(self, tensors: Mapping[str, SourceTensor], device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self._tensors = dict(sorted(tensors.items(), key=lambda item: item[1].read_range.start))
+        self._order = list(self._tensors)
+        self._read: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._read:
+            self._read_from(self._order.index(name))
+        return self._read[name].to(self.device, self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def _read_from(self, first: int) -> None:
+        names: list[str] = []
+        size = 0
+        for name in self._order[first:]:
+            size += self._tensors[name].info.nbytes
+            if names and (size > AHEAD_BYTES or name in self._read):
+                break
+            names.append(name)
+        while self._read and sum(tensor.nbytes for tensor in self._read.values()) + size > KEPT_BYTES:
+            del self._read[next(iter(self._read))]
+        wanted = [self._tensors[name] for name in names]
+        for file in {tensor.record.file for tensor in wanted}:
+            file.expect(tensor.read_range for tensor in wanted if tensor.record.file is file)
+        checks = RecordChecks()
+        for name in names:
+            self._read[name] = _read_tensor(name, self._tensors[name], checks)
+        checks.settle()
+
+
+def _read_tensor(name: str, tensor: SourceTensor, checks: RecordChecks) -> Tensor:
+    data = torch.empty(tensor.info.nbytes, dtype=torch.uint8)
+    view, at = data.numpy().data, 0
+    for piece in tensor.split(PIECE_BYTES):
+        part = view[at : at + piece.info.nbytes]
+        piece.read_into(part)
+        checks.add(name, piece, part)
+        at += len(part)
+    return data.view(_DTYPES[tensor.info.dtype]).reshape(tensor.info.shape)
+
+
+class OffloadedModel:
+    """``model`` made to run on ``device`` layer by layer, in float32.
+
+    Its parameters are mapped from a file, or given as ``weights``. What its module computes with in a
+    method other than ``forward`` are its own parameters, not its children's; these few are on the
+    device always.
+    """
+
+    def __init__(self, model: Any, device: torch.device, weights: "StreamedWeights | None" = None):
         self.model = model
-        self._weights = OffloadedWeights(model.state_dict(), device, torch.float32)
+        self._weights = weights or OffloadedWeights(model.state_dict(), device, torch.float32)
         model.eval().to("meta")
         cpu_offload(model, execution_device=device, state_dict=self._weights)
         self.compute_in(torch.float32)

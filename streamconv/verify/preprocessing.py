@@ -19,7 +19,8 @@ from streamconv.verify import Rung
 from streamconv.verify.load import quiet_transformers
 from streamconv.verify.parity import Pair, compare, out_of_memory
 
-PROVES = "the saved image processor gives the original's pixels, and on them both models agree"
+PROVES_PIXELS = "the saved image processor gives the original's pixels"
+PROVES = f"{PROVES_PIXELS}, and on them both models agree"
 
 
 def check_preprocessing(pair: Pair, folder: Path, plan: Plan, image: Image.Image) -> Rung:
@@ -41,6 +42,15 @@ def check_preprocessing(pair: Pair, folder: Path, plan: Plan, image: Image.Image
         numbers[name] = {state: differences[state] for state in ("cls", "patches", "logits") if state in differences}
     proves = f"{PROVES} at {size}x{size} once they interpolate positions the same way{verdict.note}"
     return Rung("preprocessing", not problems and not verdict.problems, proves, (*problems, *verdict.problems), numbers)
+
+
+def check_pixels(folder: Path, plan: Plan, image: Image.Image, why_no_model: str) -> Rung:
+    """The processor's half of `check_preprocessing`."""
+    try:
+        numbers, problems = _compare_pixels(folder, plan, image, original_pixels(image, plan))
+    except Exception as error:  # transformers or torch refuse what was written
+        return Rung("preprocessing", False, PROVES_PIXELS, (f"{type(error).__name__}: {error}",))
+    return Rung("preprocessing", not problems, f"{PROVES_PIXELS}; {why_no_model}", tuple(problems), numbers)
 
 
 def original_pixels(image: Image.Image, plan: Plan) -> Tensor:

@@ -1,6 +1,7 @@
 """The original model, with its weights mapped from the original file by torch itself.
 
-This shares nothing with the conversion but the sizes, so that a wrong reader, rule or writer shows.
+This shares nothing with the conversion but the sizes, so that a wrong reader, rule or writer shows. A
+file at an address torch cannot map: then its reader is shared, whose bytes are held against CRC-32s.
 """
 
 import importlib
@@ -21,6 +22,7 @@ from streamconv.errors import UsageError
 from streamconv.families import HEAD_PREFIX
 from streamconv.plan import Plan
 from streamconv.sources import OpenSource
+from streamconv.verify.offload import StreamedWeights
 
 BUILTIN, HUB = "builtin", "hub"
 
@@ -69,14 +71,22 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Cal
                 del sys.modules[name]
 
 
-def load_weights(original: Any, source: OpenSource) -> None:
-    """Assign the files' tensors, mapped and not copied, to a model on the meta device, strictly."""
+def load_weights(original: Any, source: OpenSource, device: torch.device) -> StreamedWeights | None:
+    """Assign the files' tensors, mapped and not copied, to a model on the meta device, strictly.
+
+    Those of a source at an address are not assigned, but given, to be read when they are needed.
+    """
+    if source.is_remote:
+        infos = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
+        original.load_state_dict(infos, strict=True, assign=True)
+        return StreamedWeights(source.tensors, device, torch.float32)
     prefixes = {"backbone": "", "head": HEAD_PREFIX}
     state: dict[str, Any] = {}
     for role, checkpoint in source.checkpoints.items():
         for path in checkpoint.paths:
             state |= {prefixes[role] + name: value for name, value in _map_file(path).items()}
     original.load_state_dict(state, strict=True, assign=True)
+    return None
 
 
 def _map_file(path: Path) -> Mapping[str, Any]:
