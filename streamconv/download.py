@@ -49,7 +49,8 @@ def _download(address: Address, path: Path, progress: Progress) -> Path:
         version = sha256(repr((str(address), file.size, file.version)).encode()).hexdigest()[:16]
         _remove_others(path, version)
         partial = temporary_path(path, version)
-        require_space(path.parent, file.size - (os.path.getsize(partial) if os.path.exists(partial) else 0))
+        missing = file.size - (os.path.getsize(partial) if os.path.exists(partial) else 0)
+        require_space(path.parent, missing, "Make room, name another disk by TORCH_HOME, or keep no copy: --stream.")
         with whole_file(path, resume=True, version=version) as output:
             # What was written in the last moments before a power cut may be missing.
             done = max(0, output.size - 2 * SYNC_BYTES)

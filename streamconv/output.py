@@ -192,7 +192,7 @@ def explained(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written: {error.strerror}. {mend}") from error
 
 
-def require_space(folder: Path, size: int) -> None:
+def require_space(folder: Path, size: int, mend: str = "Make room, or choose a folder on another disk.") -> None:
     """Refuse now what would not fit.
 
     Raises:
@@ -201,7 +201,4 @@ def require_space(folder: Path, size: int) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     free = shutil.disk_usage(there).free
     if free < size:
-        raise OutputError(
-            f"{folder} needs {size:,} bytes and its disk has {free:,} free. "
-            "Make room, or choose a folder on another disk."
-        )
+        raise OutputError(f"{folder} needs {size:,} bytes and its disk has {free:,} free. {mend}")

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamconv import SourceMissingError, UsageError
-from streamconv.sources import hub_folder, locate
+from streamconv import NetworkError, SourceMissingError, UsageError
+from streamconv.checkpoint import remote
+from streamconv.checkpoint.addresses import Address
+from streamconv.sources import hub_folder, locate, opened
 
 
 @pytest.mark.parametrize(
@@ -39,14 +41,22 @@ def test_a_name_is_the_files_that_torch_hub_keeps(kept: Path) -> None:
     assert (found.backbone, found.head) == (kept / "dinov2_vitb14_pretrain.pth", kept / "dinov2_vitb14_linear_head.pth")
 
 
-def test_a_missing_file_says_where_it_is_had_and_where_it_goes(kept: Path) -> None:
-    with pytest.raises(SourceMissingError) as caught:
-        locate("dinov2_vitg14")
+def test_what_torch_hub_lacks_is_at_its_authors_address(kept: Path) -> None:
+    address = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitg14/dinov2_vitg14_"
+    assert locate("dinov2_vitg14").backbone == Address(f"{address}pretrain.pth")
+    (kept / "dinov2_vitg14_pretrain.pth").touch()
+    found = locate("dinov2_vitg14_1layer")
+    assert (found.backbone, found.head) == (kept / "dinov2_vitg14_pretrain.pth", Address(f"{address}linear_head.pth"))
+
+
+def test_a_model_that_cannot_be_fetched_says_where_its_file_goes(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0, 0))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(NetworkError) as caught, opened(locate("dinov2_vitg14")):
+        pass
     assert "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitg14/dinov2_vitg14_pretrain.pth" in str(caught.value)
     assert str(kept / "dinov2_vitg14_pretrain.pth") in str(caught.value)
-    (kept / "dinov2_vitg14_pretrain.pth").touch()
-    with pytest.raises(SourceMissingError, match=r"dinov2_vitg14/dinov2_vitg14_linear_head\.pth"):
-        locate("dinov2_vitg14_1layer")
 
 
 def test_near_names_are_offered() -> None:
