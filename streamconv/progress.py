@@ -20,7 +20,7 @@ class ProgressReport:
     """Call it with what is being done, how far, of how much, in which unit; use it in a ``with`` statement."""
 
     def __init__(self) -> None:
-        self._what, self._last = "", 0.0
+        self._what, self._last, self._last_done = "", 0.0, 0
         self._bar: Any = None
         self._task: Any = None
 
@@ -48,11 +48,12 @@ class ProgressReport:
             amount = _amount(done, total, unit) + rate if total > 1 else ""  # one step: the bar only moves
             self._bar.update(self._task, completed=done, total=total if total > 1 else None, amount=amount)
         elif is_new:
-            self._last = time.monotonic()
+            self._last, self._last_done = time.monotonic(), done
             print(what, file=sys.stderr, flush=True)
-        elif time.monotonic() - self._last >= QUIET_SECONDS:
-            self._last = time.monotonic()
-            print(f"{what}: {_amount(done, total, unit)}", file=sys.stderr, flush=True)
+        elif (seconds := time.monotonic() - self._last) >= QUIET_SECONDS:
+            rate = f", {(done - self._last_done) / seconds / 1e6:,.1f} MB/s" if unit == "bytes" else ""
+            self._last, self._last_done = time.monotonic(), done
+            print(f"{what}: {_amount(done, total, unit)}{rate}", file=sys.stderr, flush=True)
 
 
 def _amount(done: int, total: int, unit: str) -> str:

@@ -22,7 +22,7 @@ from streamconv.tensors import SourceTensor
 from streamconv.verify.mapped import FileMappings
 
 RECENT_BYTES = 128 << 20  # what running layers may still use: a block of ViT-g has 113 MB
-AHEAD_BYTES, KEPT_BYTES = 32 << 20, 256 << 20  # of a stream: what is read at once, and what is kept
+AHEAD_BYTES = 32 << 20  # what is read at once of a source that is streamed
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -54,22 +54,21 @@ class OffloadedWeights(Mapping[str, Tensor]):
 
 
 class StreamedWeights(Mapping[str, Tensor]):
-    """A checkpoint's tensors, read when they are taken out, from wherever they lie, with what lies behind them.
+    """A checkpoint's tensors, read when they are taken out, from wherever they lie; each is held against its CRC-32.
 
-    They are computed with in the file's order, nearly. What was read last stays for a while, since two
-    passes of the original take turns. Each is held against its CRC-32.
+    ``tensors`` are in the order in which a model computes with them, nearly: the next ones are read along,
+    and stay for a while.
     """
 
     def __init__(self, tensors: Mapping[str, SourceTensor], device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
-        self._tensors = dict(sorted(tensors.items(), key=lambda item: item[1].read_range.start))
-        self._order = list(self._tensors)
-        self._read: dict[str, Tensor] = {}
+        self._tensors, self._order = tensors, list(tensors)
+        self._recent: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._read:
+        if name not in self._recent:
             self._read_from(self._order.index(name))
-        return self._read[name].to(self.device, self.dtype)
+        return self._recent[name].to(self.device, self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -82,17 +81,17 @@ class StreamedWeights(Mapping[str, Tensor]):
         size = 0
         for name in self._order[first:]:
             size += self._tensors[name].info.nbytes
-            if names and (size > AHEAD_BYTES or name in self._read):
+            if names and (size > AHEAD_BYTES or name in self._recent):
                 break
             names.append(name)
-        while self._read and sum(tensor.nbytes for tensor in self._read.values()) + size > KEPT_BYTES:
-            del self._read[next(iter(self._read))]
+        while self._recent and sum(tensor.nbytes for tensor in self._recent.values()) > AHEAD_BYTES:
+            del self._recent[next(iter(self._recent))]
         wanted = [self._tensors[name] for name in names]
         for file in {tensor.record.file for tensor in wanted}:
             file.expect(tensor.read_range for tensor in wanted if tensor.record.file is file)
         checks = RecordChecks()
         for name in names:
-            self._read[name] = _read_tensor(name, self._tensors[name], checks)
+            self._recent[name] = _read_tensor(name, self._tensors[name], checks)
         checks.settle()
 
 

@@ -77,9 +77,9 @@ def load_weights(original: Any, source: OpenSource, device: torch.device) -> Str
     Those of a source at an address are not assigned, but given, to be read when they are needed.
     """
     if source.is_remote:
-        infos = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
-        original.load_state_dict(infos, strict=True, assign=True)
-        return StreamedWeights(source.tensors, device, torch.float32)
+        shapes = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
+        original.load_state_dict(shapes, strict=True, assign=True)
+        return StreamedWeights({name: source.tensors[name] for name in original.state_dict()}, device, torch.float32)
     prefixes = {"backbone": "", "head": HEAD_PREFIX}
     state: dict[str, Any] = {}
     for role, checkpoint in source.checkpoints.items():
