@@ -20,11 +20,8 @@ def with_values(words: Sequence[str]) -> list[str]:
 
     typer has no options whose value may be left out.
     """
-    following = [*words[1:], "-"]
-    return [
-        f"{word}=" if word in OPTIONS and after.startswith("-") else word
-        for word, after in zip(words, following, strict=True)
-    ]
+    following = zip(words, [*words[1:], "-"], strict=False)
+    return [f"{word}=" if word in OPTIONS and after.startswith("-") else word for word, after in following]
 
 
 @dataclass(frozen=True)
