@@ -77,7 +77,7 @@ class Hub:
     def _explained(self, failed: str, error: Exception) -> tuple[HubError, bool]:
         """What is wrong and the mend, and whether it may pass by itself."""
         chain: list[BaseException] = [error]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        while (cause := chain[-1].__cause__) is not None:
             chain.append(cause)
         response = next((r for e in chain if (r := getattr(e, "response", None)) is not None), None)
         status = getattr(response, "status_code", 0)
