@@ -122,6 +122,7 @@ def test_a_file_may_be_deleted_once_it_is_sent_and_another_process_goes_on(hub: 
     assert arrived["config.json"] == b"{}"
     assert arrived["index"] == (folder / "model.safetensors.index.json").read_bytes()
     assert set(hub.uploads.values()) == {1}
+    assert len(hub.requests("objects/batch")) == len(data)  # the Hub was not even asked of what is restored
     assert commits(hub) == 2
 
 
@@ -473,8 +474,11 @@ def test_a_push_that_fails_after_the_conversion_ends_in_4_and_loses_nothing(tmp_
         assert done.stderr.splitlines()[-1].startswith("error: ada/it cannot be created: the token may not do that")
         assert TOKEN not in done.stdout + done.stderr
         assert json.loads(done.stdout)["published"] is None
+        hub.fail("PUT /upload", status=503, body={})
         done = run(hub, tmp_path, *words)
         assert done.returncode == 0
+        assert "aSecretSignature" not in done.stderr  # as huggingface_hub's own log of its retry would have it
+        assert not hub.faults[-1].times
         assert "Not verified" in hub.files("ada/it")["README.md"].decode()
 
 
