@@ -16,14 +16,19 @@ from streamconv._version import __version__
 from streamconv.convert import Conversion, record_verification
 from streamconv.errors import OutputError, StreamconvError, UsageError
 from streamconv.options import (
+    CreatePr,
     Device,
     Head,
     Image,
     Json,
     Labels,
     NoParity,
+    Private,
+    PushToHub,
+    PushUnverified,
     Reference,
     Report,
+    Revision,
     Seed,
     ShardSize,
     Source,
@@ -31,6 +36,7 @@ from streamconv.options import (
 )
 from streamconv.output import write_file
 from streamconv.progress import ProgressReport
+from streamconv.pushing import read_options, with_values
 from streamconv.synth import temporary_checkpoint
 from streamconv.terminal import guarded
 from streamconv.texts import conversion_lines, model_lines, plan_lines, verification_lines
@@ -87,31 +93,51 @@ def run(
     ] = False,
     seed: Seed = 0,
     model_name: Annotated[str | None, typer.Option("--model_name", metavar="NAME", help="The same as SOURCE.")] = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    revision: Revision = None,
+    create_pr: CreatePr = False,
+    push_unverified: PushUnverified = False,
 ) -> None:
     """Convert a checkpoint and verify the result."""
     if source is not None and model_name is not None:
         _fail(UsageError("SOURCE and --model_name are the same. Give one of them."))
     name = next((word for word in (source, model_name) if word is not None), DEFAULT_MODEL)
     with _errors():
+        if synthetic and head is not None:
+            raise UsageError("--synthetic makes its own head. Leave --head out.")
+        pushing = read_options(push_to_hub, private, revision, create_pr, push_unverified, not no_verify)
         verifying = None if no_verify else Verifying(device, image, reference, not no_parity, stream, report)
         if verifying is not None:
             verifying.check_ahead()
+        repository = pushing.open(name, head, labels, synthetic) if pushing is not None else None
     with _errors():
-        if synthetic and head is not None:
-            raise UsageError("--synthetic makes its own head. Leave --head out.")
         files = _synthetic(name, output, seed) if synthetic else nullcontext((name, head))
         with files as (path, head_path):
             converted = _convert(path, output, head_path, labels, max_shard_size, stream, as_json)
             found = verifying.verify(converted.output, path, head_path, as_json) if verifying else None
+    passed = found is not None and found.passed
+    published, failure = None, None
+    if pushing is not None and repository is not None and (passed or pushing.unverified):
+        try:
+            published = pushing.push(converted.output, repository)
+        except StreamconvError as error:
+            failure = error  # said when all that was done is
     if as_json:
-        _print_json({**converted.as_dict(), "verification": found.as_dict() if found else None})
-    if verifying is None or found is None:
-        if not as_json:
-            _print(["not verified: --no-verify"])
-        return
+        verification = found.as_dict() if found else None
+        _print_json({**converted.as_dict(), "verification": verification, "published": published})
+    elif found is None:
+        _print(["not verified: --no-verify"])
     with _errors():
-        verifying.write_report(found, as_json)
-    if not found.passed:
+        if verifying is not None and found is not None:
+            verifying.write_report(found, as_json)
+        if failure is not None:
+            raise failure
+    if published is not None and not as_json:
+        _print([f"published: {published}"])
+    if found is not None and not passed:
+        if pushing is not None and published is None:
+            print("not pushed, since verification failed; --push-unverified would insist", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -330,4 +356,4 @@ def _print_json(value: dict[str, Any]) -> None:
 
 def main() -> None:
     """The console script. However it is interrupted, no unfinished file gets its name."""
-    guarded(app)
+    guarded(lambda: app(with_values(sys.argv[1:])))

@@ -67,3 +67,19 @@ class OutputError(StreamconvError):
     """The output cannot be written where it was asked for."""
 
     exit_code = 4
+
+
+class HubError(OutputError):
+    """The Hub cannot be reached, or does not take what was sent. ``said`` is its own word, without the token."""
+
+    def __init__(self, message: str, said: str = ""):
+        self.said = said
+        super().__init__(message)
+
+
+class MissingUploadError(HubError):
+    """The Hub lacks a file that an earlier process had sent, one of ``names``. Send them again."""
+
+    def __init__(self, message: str, said: str, names: Iterable[str]):
+        self.names = tuple(names)
+        super().__init__(message, said)

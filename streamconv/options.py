@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from streamconv import pushing
+
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, a checkpoint file, or its address.")]
 Head = Annotated[
     str | None, typer.Option(metavar="FILE", help="A linear head's file or address, for a classifier from files.")
@@ -41,3 +43,12 @@ Report = Annotated[
     Path | None, typer.Option(metavar="FILE.html", help="Write what was found as a page to look at and to publish.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of the random weights.")]
+PushToHub = Annotated[str | None, typer.Option(*pushing.OPTIONS, metavar="[REPO]", help=pushing.HELP)]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one.")]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="The branch to push to; made where it is not. [default: main]")
+]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request, and commit nothing to the branch.")]
+PushUnverified = Annotated[
+    bool, typer.Option("--push-unverified", help="Push what was not verified, or found wrong. The model card says so.")
+]

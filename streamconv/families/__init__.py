@@ -62,6 +62,9 @@ class Family:
 
     ``in_memory_name`` is what transformers calls a target once it is loaded: it saves, and so cuts
     shards, in the order of those names.
+
+    For model cards: ``organisation`` is the authors' on the Hub, where the models were published under
+    ``licence``; ``pipeline_tags`` say by architecture what the Hub calls a model's task.
     """
 
     name: str
@@ -71,6 +74,9 @@ class Family:
     layout: Callable[[Any], Layout]
     image_processor: Mapping[str, Any]
     in_memory_name: Callable[[str], str]
+    organisation: str
+    licence: str
+    pipeline_tags: Mapping[str, str]
 
     def sources(self, geometry: Any) -> dict[str, TensorInfo]:
         """Every tensor of a float32 checkpoint of these sizes; a head's stand under `HEAD_PREFIX`."""

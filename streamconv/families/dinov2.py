@@ -230,4 +230,7 @@ FAMILY = Family(
     layout=layout,
     image_processor=IMAGE_PROCESSOR,
     in_memory_name=in_memory_name,
+    organisation="facebook",
+    licence="apache-2.0",
+    pipeline_tags={"Dinov2Model": "image-feature-extraction", "Dinov2ForImageClassification": "image-classification"},
 )
