@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,7 +20,7 @@ from streamconv.folder import OutputFolder, claimed, find_finished
 from streamconv.labels import imagenet_labels, read_labels
 from streamconv.manifest import MANIFEST_NAME, is_of, manifest_bytes, read_manifest
 from streamconv.output import temporary_path, write_file
-from streamconv.plan import Plan, make_plan
+from streamconv.plan import Plan, Shard, make_plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.sources import OpenSource, Source, locate, opened
 from streamconv.streaming import write_shard
@@ -33,7 +33,8 @@ class Conversion:
     """What a conversion did.
 
     ``shards`` are sha256 digests by file name, in hexadecimal; ``taken_up`` is how many bytes of them an
-    interrupted one had left, which were checked and not written again.
+    interrupted one had left, which were checked and not written again. ``sent_to`` is the Hub's repository
+    that has them where ``output`` keeps nothing.
     """
 
     output: Path
@@ -43,11 +44,12 @@ class Conversion:
     taken_up: int
     is_crc_checked: bool
     labels_from: str | None
+    sent_to: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "output": str(self.output),
+            "output": str(self.output) if self.sent_to is None else None,
             "model": self.plan.model.name if self.plan.model else None,
             "architecture": self.plan.architecture,
             "bytes": self.plan.size,
@@ -99,12 +101,12 @@ def convert(
     located = locate(source, head)
     if located.is_remote and not stream:
         with suppress(NoRangesError), opened(located, progress, is_exact=False) as index:
-            decided = _decide(index, output_folder, labels, max_shard_size, progress)
+            decided = decide(index, output_folder, labels, max_shard_size, progress)
             if index.is_checkable and (finished := decided.find_finished()) is not None:
                 return finished
         located = downloaded(located, progress)
     with opened(located, progress) as source_files:
-        decided = _decide(source_files, output_folder, labels, max_shard_size, progress)
+        decided = decide(source_files, output_folder, labels, max_shard_size, progress)
         finished = decided.find_finished()
         if finished is not None:
             return finished
@@ -113,7 +115,7 @@ def convert(
             shards, taken_up = _write_shards(plan, work, progress)
             for name, data in plan.files.items():
                 work.write(name, data)
-            manifest = _manifest(decided.conversion, plan, shards, source_files.is_checkable)
+            manifest = manifest_of(decided.conversion, plan, shards, source_files.is_checkable)
             work.write(MANIFEST_NAME, manifest_bytes(manifest))
             if plan.index is not None:  # last: with it, the folder is a model
                 work.write(INDEX_NAME, plan.index)
@@ -122,8 +124,11 @@ def convert(
 
 
 @dataclass(frozen=True)
-class _Decided:
-    """A conversion before anything is written: ``conversion`` is what the manifest will say of it."""
+class Decision:
+    """A conversion before anything is written: ``conversion`` is what the manifest will say of it.
+
+    ``names`` are the files' that it writes, but for the manifest.
+    """
 
     folder: Path
     plan: Plan
@@ -141,13 +146,14 @@ class _Decided:
         return Conversion(self.folder, self.plan, shards, True, self.plan.weights, self.is_checkable, recorded)
 
 
-def _decide(
+def decide(
     source: OpenSource,
     output_folder: Path_ | None,
     labels: Path_ | None,
     max_shard_size: int | str,
     progress: Progress,
-) -> _Decided:
+) -> Decision:
+    """All that there is to decide. Arguments and errors are `convert`'s."""
     plan, labels_from = _plan(source, labels, max_shard_size, progress)
     if output_folder is not None and not fspath(output_folder):
         raise UsageError("The output folder's name is empty. Give -o DIR.")
@@ -165,10 +171,10 @@ def _decide(
             "sha256": plan.labels_digest,
         },
     }
-    return _Decided(folder, plan, names, conversion, labels_from, source.is_checkable)
+    return Decision(folder, plan, names, conversion, labels_from, source.is_checkable)
 
 
-def _manifest(conversion: dict[str, Any], plan: Plan, shards: dict[str, str], is_crc_checked: bool) -> dict[str, Any]:
+def manifest_of(conversion: dict[str, Any], plan: Plan, shards: dict[str, str], is_crc_checked: bool) -> dict[str, Any]:
     index = {INDEX_NAME: plan.index} if plan.index is not None else {}
     small = {**plan.files, **index}.items()
     return {
@@ -235,13 +241,20 @@ def _plan(
 
 def _write_shards(plan: Plan, folder: OutputFolder, progress: Progress) -> tuple[dict[str, str], int]:
     """Their sha256 by name, and how many of their bytes were there before."""
-    total, before, taken_up, checks = sum(shard.size for shard in plan.shards), 0, 0, RecordChecks()
+    taken_up, checks = 0, RecordChecks()
     digests = {}
     for shard in plan.shards:
-
-        def advance(position: int, is_kept: bool, filename: str = shard.filename, before: int = before) -> None:
-            progress(f"{'checking' if is_kept else 'writing'} {filename}", before + position, total, "bytes")
-
-        digests[shard.filename], kept = write_shard(shard, folder, checks, advance)
-        before, taken_up = before + shard.size, taken_up + kept
+        digests[shard.filename], kept = write_shard(shard, folder, checks, advance_in(plan, shard, progress))
+        taken_up += kept
     return digests, taken_up
+
+
+def advance_in(plan: Plan, shard: Shard, progress: Progress) -> Callable[[int, bool], None]:
+    """What `write_shard` tells of one shard, as progress of them all."""
+    sizes = [each.size for each in plan.shards]
+    before = sum(sizes[: plan.shards.index(shard)])
+
+    def advance(position: int, is_kept: bool) -> None:
+        progress(f"{'checking' if is_kept else 'writing'} {shard.filename}", before + position, sum(sizes), "bytes")
+
+    return advance

@@ -18,7 +18,7 @@ from typing import Any
 
 from streamconv.checkpoint.storage import read_small
 from streamconv.errors import OutputError, SourceError, SourceMissingError
-from streamconv.manifest import differences, read_manifest
+from streamconv.manifest import MANIFEST_NAME, differences, read_manifest
 from streamconv.output import (
     explained,
     is_named,
@@ -35,10 +35,14 @@ JOURNAL_NAME = ".streamconv-journal"
 
 @dataclass(frozen=True)
 class Mark:
-    """The first ``size`` bytes of a file were written and synced; ``sha256`` is theirs, in hexadecimal."""
+    """The first ``size`` bytes of a file were written and synced; ``sha256`` is theirs, in hexadecimal.
+
+    ``sent_to`` says where the whole file was sent, and deleted here.
+    """
 
     size: int
     sha256: str
+    sent_to: str = ""
 
 
 NOTHING = Mark(0, "")
@@ -85,7 +89,8 @@ class Journal:
         elif "process" in entry:
             self.process = dict(entry["process"])
         else:
-            self.marks[str(entry["file"])] = Mark(int(entry["bytes"]), str(entry["sha256"]))
+            sent_to = str(entry.get("sent_to", ""))
+            self.marks[str(entry["file"])] = Mark(int(entry["bytes"]), str(entry["sha256"]), sent_to)
 
 
 class OutputFolder:
@@ -107,7 +112,8 @@ class OutputFolder:
 
     def mark(self, name: str, mark: Mark) -> None:
         """Keep, on the disk, how far a file is; its bytes must be there before."""
-        self._append({"file": name, "bytes": mark.size, "sha256": mark.sha256})
+        sent = {"sent_to": mark.sent_to} if mark.sent_to else {}
+        self._append({"file": name, "bytes": mark.size, "sha256": mark.sha256, **sent})
         self._journal.marks[name] = mark
 
     def forget(self, name: str) -> None:
@@ -115,6 +121,28 @@ class OutputFolder:
         self.mark(name, NOTHING)
         with explained(self.path / name):
             temporary_path(self.path / name).unlink(missing_ok=True)
+
+    def sent(self, name: str, to: str) -> Mark | None:
+        """What a file was that was sent there before; None where it was not."""
+        mark = self._journal.marks.get(name, NOTHING)
+        return mark if mark.sent_to == to else None
+
+    def let_go(self, name: str, to: str) -> None:
+        """A whole file was sent: it is deleted here."""
+        mark = self._journal.marks[name]
+        self.mark(name, Mark(mark.size, mark.sha256, to))
+        with explained(self.path / name):
+            (self.path / name).unlink()
+
+    def dissolve(self, names: list[str]) -> None:
+        """All is elsewhere: nothing of ours stays here, and no folder that holds nothing else."""
+        self._require_ours()
+        with explained(self.path):
+            for name in (*names, MANIFEST_NAME):
+                (self.path / name).unlink(missing_ok=True)
+            (self.path / JOURNAL_NAME).unlink()
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
 
     def write(self, name: str, data: bytes) -> None:
         """A small file, whole or absent."""

@@ -15,7 +15,8 @@ INDENT = " " * 22  # where a rung's text begins
 def conversion_lines(done: Conversion) -> Iterator[str]:
     state = "was converted already and is left as it is" if done.was_finished else "converted"
     before = f", {done.taken_up:,} of them before an interruption" if done.taken_up and not done.was_finished else ""
-    yield f"{done.plan.title}: {state}, {done.plan.weights:,} bytes of weights{before} in {done.output}"
+    where = f"in {done.output}" if done.sent_to is None else f"sent to {done.sent_to}, a file at a time"
+    yield f"{done.plan.title}: {state}, {done.plan.weights:,} bytes of weights{before} {where}"
     for name, digest in done.shards.items():
         yield f"  {name}  sha256 {digest}{' as recorded' if done.was_finished else ''}"
     if not done.is_crc_checked:

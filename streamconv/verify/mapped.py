@@ -33,9 +33,19 @@ class FileMappings:
 
     def __init__(self) -> None:
         text = Path("/proc/self/maps").read_text(errors="replace") if _libc is not None else ""
-        # proc_pid_maps(5): start-end, permissions, offset, device, and an inode that is 0 for anonymous memory.
-        found = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) r\S+ \S+ \S+ [1-9]", text, re.MULTILINE)
-        self._ranges = [(int(start, 16), int(end, 16)) for start, end in found]
+        # proc_pid_maps(5): start-end, permissions, offset, device, an inode that is 0 for anonymous memory, path.
+        found = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) r\S+ ([0-9a-f]+) \S+ [1-9]\d* *(.*)$", text, re.MULTILINE)
+        self._ranges = [(int(start, 16), int(end, 16)) for start, end, _, _ in found]
+        self._files = [(int(offset, 16), Path(path)) for _, _, offset, path in found]
+
+    def place_of(self, tensor: Tensor) -> tuple[Path, int] | None:
+        """The file that a tensor is mapped from, and where in it; None where none is known."""
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        at = bisect.bisect(self._ranges, (start, sys.maxsize)) - 1
+        if at < 0 or not tensor.is_contiguous() or end > self._ranges[at][1]:
+            return None
+        offset, path = self._files[at]
+        return path, offset + start - self._ranges[at][0]
 
     def will_need(self, tensor: Tensor) -> None:
         """Read the tensor's pages ahead, all at once."""
@@ -50,8 +60,7 @@ class FileMappings:
 
     def _advise(self, tensor: Tensor, advice: int) -> None:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        at = bisect.bisect(self._ranges, (start, sys.maxsize)) - 1
         # Anonymous memory would be lost: only what a file surely holds is released.
-        if _libc is not None and at >= 0 and tensor.is_contiguous() and end <= self._ranges[at][1]:
+        if _libc is not None and self.place_of(tensor) is not None:
             start = start // mmap.PAGESIZE * mmap.PAGESIZE
             _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)

@@ -54,13 +54,13 @@ class OffloadedWeights(Mapping[str, Tensor]):
 
 
 class StreamedWeights(Mapping[str, Tensor]):
-    """A checkpoint's tensors, read when they are taken out, from wherever they lie; each is held against its CRC-32.
+    """A checkpoint's tensors, read when they are taken out, from wherever they lie.
 
-    ``tensors`` are in the order in which a model computes with them, nearly: the next ones are read along,
+    Each is held against its CRC-32, but for those of which others read the rest. ``tensors`` are in the order in which a model computes with them, nearly: the next ones are read along,
     and stay for a while.
     """
 
-    def __init__(self, tensors: Mapping[str, SourceTensor], device: torch.device, dtype: torch.dtype):
+    def __init__(self, tensors: Mapping[str, SourceTensor], device: torch.device, dtype: torch.dtype = torch.float32):
         self.device, self.dtype = device, dtype
         self._tensors, self._order = tensors, list(tensors)
         self._recent: dict[str, Tensor] = {}
@@ -92,7 +92,6 @@ class StreamedWeights(Mapping[str, Tensor]):
         checks = RecordChecks()
         for name in names:
             self._recent[name] = _read_tensor(name, self._tensors[name], checks)
-        checks.settle()
 
 
 def _read_tensor(name: str, tensor: SourceTensor, checks: RecordChecks) -> Tensor:

@@ -79,7 +79,7 @@ def load_weights(original: Any, source: OpenSource, device: torch.device) -> Str
     if source.is_remote:
         shapes = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
         original.load_state_dict(shapes, strict=True, assign=True)
-        return StreamedWeights({name: source.tensors[name] for name in original.state_dict()}, device, torch.float32)
+        return StreamedWeights({name: source.tensors[name] for name in original.state_dict()}, device)
     prefixes = {"backbone": "", "head": HEAD_PREFIX}
     state: dict[str, Any] = {}
     for role, checkpoint in source.checkpoints.items():
