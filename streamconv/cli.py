@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -13,8 +12,9 @@ import typer
 
 import streamconv
 from streamconv._version import __version__
-from streamconv.convert import Conversion, record_verification
+from streamconv.convert import Conversion
 from streamconv.errors import OutputError, StreamconvError, UsageError
+from streamconv.hub import Repository
 from streamconv.options import (
     CreatePr,
     Device,
@@ -34,14 +34,14 @@ from streamconv.options import (
     Source,
     Stream,
 )
-from streamconv.output import write_file
 from streamconv.progress import ProgressReport
 from streamconv.pushing import read_options, with_values
+from streamconv.relay import Relayed, relay
 from streamconv.synth import temporary_checkpoint
 from streamconv.terminal import guarded
 from streamconv.texts import conversion_lines, model_lines, plan_lines, verification_lines
 from streamconv.verify import Verification
-from streamconv.verify.ahead import check_arguments, check_report
+from streamconv.verifying import Verifying
 
 DEFAULT_MODEL = "dinov2_vitg14"
 EXIT_CODES = """\b
@@ -112,13 +112,18 @@ def run(
             verifying.check_ahead()
         repository = pushing.open(name, head, labels, synthetic) if pushing is not None else None
     with _errors():
-        files = _synthetic(name, output, seed) if synthetic else nullcontext((name, head))
-        with files as (path, head_path):
-            converted = _convert(path, output, head_path, labels, max_shard_size, stream, as_json)
-            found = verifying.verify(converted.output, path, head_path, as_json) if verifying else None
+        published, failure, found = None, None, None
+        with _synthetic(name, output, seed) if synthetic else nullcontext((name, head)) as (path, head_path):
+            if stream and pushing is not None and repository is not None:
+                options = {"head": head_path, "labels": labels, "max_shard_size": max_shard_size}
+                relayed = _relay(path, output, repository, verifying, as_json, unverified=pushing.unverified, **options)
+                converted, found, published = relayed.conversion, relayed.verification, relayed.published
+            else:
+                converted = _convert(path, output, head_path, labels, max_shard_size, stream, as_json)
+                if verifying is not None:
+                    found = _verify(verifying, converted.output, path, head_path, as_json)
     passed = found is not None and found.passed
-    published, failure = None, None
-    if pushing is not None and repository is not None and (passed or pushing.unverified):
+    if pushing is not None and repository is not None and not stream and (passed or pushing.unverified):
         try:
             published = pushing.push(converted.output, repository)
         except StreamconvError as error:
@@ -130,7 +135,7 @@ def run(
         _print(["not verified: --no-verify"])
     with _errors():
         if verifying is not None and found is not None:
-            verifying.write_report(found, as_json)
+            _write_report(verifying, found, as_json)
         if failure is not None:
             raise failure
     if published is not None and not as_json:
@@ -191,11 +196,11 @@ def verify(
             )
         verifying = Verifying(device, image, reference, not no_parity, stream, report)
         verifying.check_ahead()
-        found = verifying.verify(folder, source, head, as_json)
+        found = _verify(verifying, folder, source, head, as_json)
     if as_json:
         _print_json(found.as_dict())
     with _errors():
-        verifying.write_report(found, as_json)
+        _write_report(verifying, found, as_json)
     if not found.passed:
         raise typer.Exit(1)
 
@@ -266,56 +271,40 @@ def _convert(
     return done
 
 
-@dataclass(frozen=True)
-class Verifying:
-    """How to verify, as `run` and `verify` are told."""
+def _relay(
+    source: str,
+    folder: str | None,
+    repository: Repository,
+    verifying: Verifying | None,
+    as_json: bool,
+    **options: Any,
+) -> Relayed:
+    with ProgressReport() as progress:
+        verify = verifying.of_what_was_sent(progress) if verifying is not None else None
+        done = relay(source, folder, repository, verify, progress=progress, **options)
+    if not as_json:
+        _print(conversion_lines(done.conversion))
+        if done.verification is not None:
+            _print(verification_lines(done.verification))
+    return done
 
-    device: str
-    image: str | None
-    reference: str
-    parity: bool
-    stream: bool
-    report: Path | None
 
-    def check_ahead(self) -> None:
-        if self.report is not None:
-            check_report(self.report)
-        check_arguments(self.device, self.image, self.reference)
+def _verify(verifying: Verifying, folder: Path, source: str | None, head: str | None, as_json: bool) -> Verification:
+    found, why_not_kept = verifying.verify(folder, source, head)
+    if not as_json:
+        _print(verification_lines(found))
+    if why_not_kept is not None:
+        print(f"note: the finding is not kept: {why_not_kept}", file=sys.stderr)
+    return found
 
-    def verify(self, folder: Path, source: str | None, head: str | None, as_json: bool) -> Verification:
-        with ProgressReport() as progress:
-            found = streamconv.verify(
-                folder,
-                source,
-                head=head,
-                device=self.device,
-                image=self.image,
-                reference=self.reference,
-                stream=self.stream,
-                parity=self.parity,
-                progress=progress,
-            )
-        findings = found.as_dict()
-        if not as_json:
-            _print(verification_lines(found))
-        if source is None:
-            return found  # the manifest keeps what was found against the source
-        try:
-            # The pictures are for JSON and the report: the manifest stays a text to read.
-            record_verification(folder, {**findings, "pictures": {}}, dict(found.source))
-        except OutputError as error:
-            print(f"note: the finding is not kept: {error}", file=sys.stderr)
-        return found
 
-    def write_report(self, found: Verification, as_json: bool) -> None:
-        if self.report is not None:
-            from streamconv.report import render
-
-            write_file(self.report, render(found.as_dict()).encode())
-            if as_json:
-                print(f"report: {self.report}", file=sys.stderr)
-            else:
-                _print([f"report: {self.report}"])
+def _write_report(verifying: Verifying, found: Verification, as_json: bool) -> None:
+    verifying.write_report(found)
+    if verifying.report is not None:
+        if as_json:
+            print(f"report: {verifying.report}", file=sys.stderr)
+        else:
+            _print([f"report: {verifying.report}"])
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -33,7 +33,9 @@ def downloaded(source: Source, progress: Progress) -> Source:
     def kept(place: Place) -> Path:
         return _download(place, hub_folder() / place.name, progress) if isinstance(place, Address) else place
 
-    return replace(source, backbone=kept(source.backbone), head=None if source.head is None else kept(source.head))
+    origins = {role: place for role, place in source.places.items() if isinstance(place, Address)}
+    head = None if source.head is None else kept(source.head)
+    return replace(source, backbone=kept(source.backbone), head=head, origins=origins)
 
 
 def _download(address: Address, path: Path, progress: Progress) -> Path:

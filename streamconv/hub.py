@@ -258,7 +258,11 @@ def publish(folder: Path, repository: Repository, progress: Progress = ignore_pr
     for name, (_, sha256) in large.items():
         repository.upload(folder / name, name, sha256, progress)
     progress(f"committing to {repository.id}", 0, 1, "steps")
-    return repository.commit(small, f"Add {manifest.get('model') or 'the model'}, converted by streamconv")
+    return repository.commit(small, commit_message(manifest))
+
+
+def commit_message(manifest: Mapping[str, Any]) -> str:
+    return f"Add {manifest.get('model') or 'the model'}, converted by streamconv"
 
 
 def _is_large(name: str) -> bool:

@@ -6,7 +6,7 @@ A model's files are those that torch.hub keeps, else those at their authors' add
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamconv.checkpoint import Checkpoint, open_checkpoint
@@ -19,11 +19,15 @@ from streamconv.tensors import SourceTensor
 
 @dataclass(frozen=True)
 class Source:
-    """A backbone's file, perhaps a head's, and the model that they are said to be."""
+    """A backbone's file, perhaps a head's, and the model that they are said to be.
+
+    ``origins`` are, by role, the addresses of files that are known to have come from there.
+    """
 
     backbone: Place
     head: Place | None = None
     model: Model | None = None
+    origins: Mapping[str, Address] = field(default_factory=dict)
 
     @property
     def places(self) -> dict[str, Place]:
@@ -113,10 +117,13 @@ class OpenSource:
         or what their servers call this version, go with it, so that another file of the same names and
         shapes is noticed.
         """
+        places = self.source.places
+        origins = {role: place for role, place in places.items() if isinstance(place, Address)}
+        origins |= self.source.origins
         return {
             role: {
-                "file": checkpoint.names[0] if len(checkpoint.names) == 1 else self.source.places[role].name,
-                **({"address": str(self.source.places[role])} if checkpoint.is_remote else {}),
+                "file": checkpoint.names[0] if len(checkpoint.names) == 1 else places[role].name,
+                **({"address": str(origins[role])} if role in origins else {}),
                 "size": checkpoint.size,
                 "fingerprint": checkpoint.fingerprint,
                 **({} if _is_checkable(checkpoint) else checkpoint.version),

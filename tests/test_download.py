@@ -1,6 +1,7 @@
 """Downloads into torch.hub's cache: whole or absent, gone on with, and never mistaken for another file."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -60,6 +61,8 @@ def test_an_address_is_downloaded_once_and_converted_from_the_cache(
     streamconv.convert(server.folder / "x.pth", tmp_path / "expected")
     for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    manifest = json.loads((tmp_path / "out" / "streamconv.json").read_text())
+    assert manifest["source"]["backbone"]["address"] == source
     size, first = (server.folder / "x.pth").stat().st_size, server.sent
     assert first < size + (1 << 20)
     streamconv.convert(source, tmp_path / "again")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamconv._version import __version__
 from streamconv.check import check_bytes, check_files, check_names
@@ -25,6 +25,9 @@ from streamconv.manifest import MANIFEST_NAME, is_of, read_manifest
 from streamconv.plan import Plan, make_plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.sources import OpenSource, locate, opened
+
+if TYPE_CHECKING:
+    from streamconv.verify.models import Found, Models
 
 
 @dataclass(frozen=True)
@@ -143,22 +146,44 @@ def verify(
         else:
             rung, files = _bytes(folder, plan, source_files, progress)
         found = models.check(folder, source_files, progress, parity)
-        return Verification(
-            rungs=(rung, *found.rungs),
-            device=str(models.device),
-            reference=models.reference,
-            versions=models.versions,
-            source=source_files.describe(),
-            output={
-                "model": plan.model.name if plan.model else None,
-                "architecture": plan.architecture,
-                "files": files,
-            },
-            memory=found.memory,
-            seconds=time.monotonic() - start,
-            predictions=found.predictions,
-            pictures=found.pictures,
-        )
+        return _verification(plan, source_files, (rung, *found.rungs), found, models, files, start)
+
+
+def verify_sent(
+    plan: Plan,
+    source: OpenSource,
+    manifest: Mapping[str, Any],
+    outline: Path,
+    *,
+    device: str = "auto",
+    image: str | PathLike[str] | None = None,
+    reference: str | PathLike[str] = "builtin",
+    parity: bool = True,
+    progress: Progress = ignore_progress,
+) -> Verification:
+    """Prove an output that was sent elsewhere, shard by shard, and of which nothing is kept.
+
+    Args:
+        plan: Its plan, from ``source``, which is open still.
+        manifest: Its own, with the sha256 that each shard had when it was written, and again when it was sent.
+        outline: An empty folder for its headers.
+
+    The others are `verify`'s.
+    """
+    from streamconv.verify.models import Models
+    from streamconv.verify.outline import write_outline
+
+    start = time.monotonic()
+    progress("starting torch and transformers", 0, 1, "steps")
+    write_outline(plan, outline)
+    models = Models(plan, device, image, reference)
+    found = models.check(outline, source, progress, parity, is_outline=True)
+    crc = "from records that matched their CRC-32" if manifest["is_crc_checked"] else "without CRC-32s to check"
+    proves = f"every file was sent with the sha256 with which it was copied, {crc}; nothing was read again"
+    numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
+    return _verification(
+        plan, source, (Rung("bytes", True, proves, (), numbers), *found.rungs), found, models, manifest["files"], start
+    )
 
 
 def _verify_alone(folder: Path, progress: Progress) -> Verification:
@@ -189,9 +214,37 @@ def _bytes_as_written(
     problems += check_names(folder, plan)
     crc = "from records that matched their CRC-32" if manifest.get("is_crc_checked") else "without CRC-32s to check"
     proves = f"every file is as it was copied, by {MANIFEST_NAME}, {crc}; the source was not read again"
-    files = {name: file for name, file in (manifest.get("files") or {}).items() if name.endswith(".safetensors")}
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
-    return Rung("bytes", not problems, proves, tuple(problems), numbers).since(start), files
+    return Rung("bytes", not problems, proves, tuple(problems), numbers).since(start), {} if problems else manifest[
+        "files"
+    ]
+
+
+def _verification(
+    plan: Plan,
+    source: OpenSource,
+    rungs: tuple[Rung, ...],
+    found: "Found",
+    models: "Models",
+    files: Mapping[str, Any],
+    start: float,
+) -> Verification:
+    return Verification(
+        rungs=rungs,
+        device=str(models.device),
+        reference=models.reference,
+        versions=models.versions,
+        source=source.describe(),
+        output={
+            "model": plan.model.name if plan.model else None,
+            "architecture": plan.architecture,
+            "files": {name: file for name, file in files.items() if name.endswith(".safetensors")},
+        },
+        memory=found.memory,
+        seconds=time.monotonic() - start,
+        predictions=found.predictions,
+        pictures=found.pictures,
+    )
 
 
 def _plan_of(folder: Path, source: OpenSource) -> Plan:

@@ -17,7 +17,8 @@ from streamconv.verify.devices import MemoryWatch, choose_device, versions
 from streamconv.verify.image import open_image
 from streamconv.verify.load import check_load
 from streamconv.verify.mapped import return_freed_buffers
-from streamconv.verify.offload import OffloadedModel
+from streamconv.verify.offload import OffloadedModel, StreamedWeights
+from streamconv.verify.outline import weights_of
 from streamconv.verify.parity import PROVES, Pair, check_parity
 from streamconv.verify.pictures import draw_pictures
 from streamconv.verify.preprocessing import check_pixels, check_preprocessing
@@ -46,28 +47,37 @@ class Models:
         self.reference = reference if reference in (BUILTIN, HUB) else f"folder {Path(reference).resolve().name}"
         self.versions = versions()
 
-    def check(self, folder: Path, source: OpenSource, progress: Progress, parity: bool = True) -> Found:
+    def check(
+        self, folder: Path, source: OpenSource, progress: Progress, parity: bool = True, is_outline: bool = False
+    ) -> Found:
         """Load, parity and preprocessing; the latter two only with a model that transformers loads.
 
-        Without ``parity``, no model runs. A source at an address is read for one pass of it.
+        Without ``parity``, no model runs. A source at an address is read for one pass of it. Of an
+        ``outline``'s folder, the converted model's weights are read from the source, too.
         """
         return_freed_buffers()
         with MemoryWatch(self.device) as memory:
-            found = self._check(folder, source, progress, parity)
+            found = self._check(folder, source, progress, parity, is_outline)
             return replace(found, memory=memory.as_dict())
 
-    def _check(self, folder: Path, source: OpenSource, progress: Progress, with_parity: bool) -> Found:
+    def _check(
+        self, folder: Path, source: OpenSource, progress: Progress, with_parity: bool, is_outline: bool
+    ) -> Found:
         start = time.monotonic()
         progress("loading with transformers", 0, 1, "steps")
         loaded, converted = check_load(folder, self.plan)
+        if is_outline:
+            loaded = replace(loaded, proves=f"{loaded.proves}, in files with the headers of those that were sent")
         loaded = loaded.since(start)
         if not loaded.passed:
             why = "transformers did not load the model"
             return Found((loaded, Rung("parity", None, why), Rung("preprocessing", None, why)))
         start = time.monotonic()
-        if not with_parity:
-            pixels = check_pixels(folder, self.plan, self.image, "no model was run on them: --no-parity").since(start)
-            return Found((loaded, Rung("parity", None, "--no-parity"), pixels))
+        targets = weights_of(converted, self.plan, folder) if is_outline else {}
+        if not with_parity or targets is None:
+            why = "this system does not tell where weights are loaded from" if with_parity else "--no-parity"
+            pixels = check_pixels(folder, self.plan, self.image, f"no model was run on them: {why}").since(start)
+            return Found((loaded, Rung("parity", None, why), pixels))
         try:
             weights = load_weights(self.original, source, self.device)
         except Exception as error:  # torch refuses the source, or the graph its tensors
@@ -78,11 +88,12 @@ class Models:
             parity = Rung("parity", False, PROVES, (problem,))
             why = "torch did not load the original"
             return Found((loaded, parity, Rung("preprocessing", None, why)))
-        original, model = OffloadedModel(self.original, self.device, weights), OffloadedModel(converted, self.device)
+        original = OffloadedModel(self.original, self.device, weights)
+        model = OffloadedModel(converted, self.device, StreamedWeights(targets, self.device) if targets else None)
         pair = Pair(original, self.states, model, self.device, progress)
         parity, comparison = check_parity(pair, self.plan, self.image)
         parity, start_next = parity.since(start), time.monotonic()
-        if source.is_remote:
+        if source.is_remote or is_outline:
             why = "no model was run on them, since the source is not kept"
             preprocessing = check_pixels(folder, self.plan, self.image, why).since(start_next)
         else:

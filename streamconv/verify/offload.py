@@ -56,8 +56,8 @@ class OffloadedWeights(Mapping[str, Tensor]):
 class StreamedWeights(Mapping[str, Tensor]):
     """A checkpoint's tensors, read when they are taken out, from wherever they lie.
 
-    Each is held against its CRC-32, but for those of which others read the rest. ``tensors`` are in the order in which a model computes with them, nearly: the next ones are read along,
-    and stay for a while.
+    They are in the order in which a model computes with them, nearly: the next ones are read along, and
+    stay for a while. A record that is read whole is held against its CRC-32.
     """
 
     def __init__(self, tensors: Mapping[str, SourceTensor], device: torch.device, dtype: torch.dtype = torch.float32):

@@ -35,7 +35,10 @@ def weights_of(model: Any, plan: Plan, folder: Path) -> Mapping[str, SourceTenso
     for name, parameter in model.state_dict().items():
         path, offset = mappings.place_of(parameter) or (None, 0)
         places = shards.get(path) if path is not None else None
-        tensor = next((_part(t, offset - at, parameter.shape) for at, t in places or () if at <= offset < at + t.info.nbytes), None)
+        tensor = next(
+            (_part(t, offset - at, parameter.shape) for at, t in places or () if at <= offset < at + t.info.nbytes),
+            None,
+        )
         if tensor is None:
             return None
         found[name] = tensor
