@@ -89,7 +89,7 @@ class Journal:
         elif "process" in entry:
             self.process = dict(entry["process"])
         else:
-            sent_to = str(entry.get("sent_to", ""))
+            sent_to = str(entry["sent_to"]) if "sent_to" in entry else ""
             self.marks[str(entry["file"])] = Mark(int(entry["bytes"]), str(entry["sha256"]), sent_to)
 
 

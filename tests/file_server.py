@@ -1,4 +1,6 @@
-"""A file server on the loopback, with the faults of real ones; also `python -m tests.file_server FOLDER`.
+"""A file server on the loopback, with the faults of real ones.
+
+Also `python -m tests.file_server FOLDER [LATENCY [SECONDS_A_MEGABYTE]]`, which prints its address.
 
 It answers GET as static servers do: ranges of one part, ETag, Last-Modified, keep-alive. What it does
 wrong is told by `Faults`, which a test changes while it runs. It does not model TLS, HTTP/2, ranges of
@@ -25,7 +27,7 @@ from typing import Any
 class Faults:
     """``cut_after`` are bytes of a body, after which the line is cut, for as many answers as ``cuts``; ``statuses``
     are answered before anything else, one a request, with ``retry_after``; ``seconds_a_megabyte`` is slowness;
-    ``stall`` holds the next answers for that long."""
+    ``stall`` holds the next answers for that long, ``latency`` every one."""
 
     ranges: bool = True
     etag: bool = True
@@ -38,6 +40,7 @@ class Faults:
     retry_after: str | None = None
     seconds_a_megabyte: float = 0.0
     stall: list[float] = field(default_factory=list)
+    latency: float = 0.0
     redirects: dict[str, str] = field(default_factory=dict)
     needs_authorization: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
@@ -87,8 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.requests.append((self.path, asked, dict(self.headers)))
             status = faults.statuses.pop(0) if faults.statuses else 0
             stall = faults.stall.pop(0) if faults.stall else 0
-        if stall:
-            time.sleep(stall)
+        if stall or faults.latency:
+            time.sleep(stall or faults.latency)
         path = self.path.partition("?")[0]
         if status:
             self._plain(status, {"Retry-After": faults.retry_after} if faults.retry_after else {})
@@ -178,6 +181,7 @@ def serving(folder: Path) -> Iterator[FileServer]:
 
 if __name__ == "__main__":
     with FileServer(Path(sys.argv[1])) as main_server:
+        main_server.faults.latency, main_server.faults.seconds_a_megabyte = map(float, (*sys.argv[2:], 0, 0)[:2])
         print(main_server.url, flush=True)
         with suppress(KeyboardInterrupt):
             main_server.serve_forever()

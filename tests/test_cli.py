@@ -168,6 +168,7 @@ def test_mistakes_end_in_one_message_and_their_code(tmp_path: Path, save: Save) 
     torch.save({**state, "more": torch.zeros(1)}, tmp_path / "more.pth")
     (tmp_path / "file").touch()
     before = {path.name for path in tmp_path.iterdir()}
+    nowhere = {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}  # whatever network there is
     for code, says, words in (
         (2, "Did you mean dinov2_vitb14", ("run", "dinov2_vitb")),
         (2, "SOURCE is empty", ("run", "", "--no-verify")),
@@ -184,7 +185,13 @@ def test_mistakes_end_in_one_message_and_their_code(tmp_path: Path, save: Save) 
         (2, "no name for a page", ("run", backbone, "-o", "out", "--report", "out/model.safetensors")),
         (2, "500MB or 5GB", ("convert", backbone, "-o", "out", "--max-shard-size", "much")),
         (2, "No such option", ("convert", backbone, "--outptu", "out")),
-        (3, "Fetch it from", ("run",)),
+        (3, "dinov2_vitg14_pretrain.pth, put it at", ("run",)),
+        (3, "put it at", ("convert", "dinov2_vits14", "-o", "out", "--stream")),
+        (3, "cannot be read from the beginning", ("plan", "http://127.0.0.1:9/x.pth")),
+        (2, "names no file", ("plan", "https://host.invalid/")),
+        (2, "is no valid address", ("plan", "https://host:port/x.pth")),
+        (2, "Name the SOURCE too", ("verify", "out", "--stream")),
+        (2, "Name the SOURCE too", ("verify", "out", "--no-parity")),
         (3, "no such file", ("convert", "none.pth", "-o", "out")),
         (3, "web page", ("convert", "page.pth", "-o", "out")),
         (3, "cut short", ("convert", "cut.pth", "-o", "out")),
@@ -192,7 +199,7 @@ def test_mistakes_end_in_one_message_and_their_code(tmp_path: Path, save: Save) 
         (4, "is a file", ("convert", backbone, "-o", "file")),
         (4, "is no folder", ("verify", "none", backbone)),
     ):
-        done = run(*words, cwd=tmp_path, TORCH_HOME=str(tmp_path / "none"))
+        done = run(*words, cwd=tmp_path, TORCH_HOME=str(tmp_path / "none"), **nowhere)
         assert done.returncode == code, (words, done.stderr)
         assert says.lower() in done.stderr.lower(), words
         assert "Traceback" not in done.stderr, words

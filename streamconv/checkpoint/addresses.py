@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import unquote, urlsplit
 
+from streamconv.checkpoint.limits import shown
 from streamconv.errors import UsageError
 
 # RFC 3986, 3.1; two characters at least, since one is a drive of Windows.
@@ -57,6 +58,12 @@ def place_of(words: str | PathLike[str] | Address) -> Place:
     if text.lower().startswith("file://"):
         return Path(unquote(urlsplit(text).path))
     address = Address(text)
-    if not address.name:
+    try:
+        is_valid = address.scheme not in ("http", "https") or bool(urlsplit(text).hostname and urlsplit(text).port != 0)
+    except ValueError:  # of a port or a bracket
+        is_valid = False
+    if not is_valid or not text.isprintable() or not address.name.isprintable():
+        raise UsageError(f"{shown(text.rpartition('@')[2])} is no valid address. Give https://HOST/PATH/FILE.pth.")
+    if address.name in ("", ".", ".."):
         raise UsageError(f"{address} names no file. Give the address of a .pth or .safetensors file.")
     return address
