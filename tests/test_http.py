@@ -370,8 +370,16 @@ def test_the_token_goes_to_the_hub_and_to_no_other_host(
     with serving(tmp_path / "hub") as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         hub.faults.redirects = {"/o/m/resolve/main/x.pth": source}
-        streamconv.convert(f"{hub.url}/o/m/resolve/main/x.pth", tmp_path / "out", stream=True)
-        assert [headers.get("Authorization") for _, _, headers in hub.requests] == ["Bearer hf_secret"]
+        expired: list[bool] = []
+
+        def expire(what: str, done: int, total: int, unit: str) -> None:
+            """While other answers of the store are on their way, whose connections are free afterwards."""
+            if unit == "bytes" and not expired:
+                expired.append(True)
+                server.faults.statuses = [403]
+
+        streamconv.convert(f"{hub.url}/o/m/resolve/main/x.pth", tmp_path / "out", stream=True, progress=expire)
+        assert [headers.get("Authorization") for _, _, headers in hub.requests] == ["Bearer hf_secret"] * 2
         assert {headers.get("Authorization") for _, _, headers in server.requests} == {None}
         assert "hf_secret" not in (tmp_path / "out" / "streamconv.json").read_text()
         hub.faults.redirects = {}

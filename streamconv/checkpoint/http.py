@@ -69,6 +69,8 @@ def on_the_hub(address: Address) -> Address:
 class HttpFile(RemoteFile):
     """Opened by reading its beginning.
 
+    ``target`` is the address that redirects have led to, ``idle`` are connections that lead to its host.
+
     Raises:
         SourceMissingError: there is none.
         NetworkError, SourceError: it cannot be had, or nothing says how long it is.
@@ -76,8 +78,8 @@ class HttpFile(RemoteFile):
 
     def __init__(self, address: Address, notify: Callable[[str], None]):
         super().__init__(address, notify)
-        self._target, self._hops = address.url, 0  # where redirects led, and how many in a row
-        self._idle: list[HTTPConnection] = []
+        self.target, self._hops = address.url, 0  # where redirects led, and how many in a row
+        self.idle: list[HTTPConnection] = []
         self._version: _Version | None = None
         self.has_ranges = True
         self._is_one_pass = False  # what is read of a file without ranges is announced, and in its order
@@ -141,25 +143,25 @@ class HttpFile(RemoteFile):
     def _ask(self, wanted: ByteRange) -> "_HttpAnswer":
         if not self.has_ranges and not self._is_one_pass:
             raise self.no_ranges("what is needed of it is not at its beginning")
-        url, is_new = urlsplit(self._target), not self._idle
-        connection = connect(url) if is_new else self._idle.pop()
+        url, is_new = urlsplit(self.target), not self.idle
+        connection = connect(url) if is_new else self.idle.pop()
         try:
             request(connection, url, self.address.url, {"Range": f"bytes={wanted.start}-{wanted.end - 1}"})
         except BROKEN as error:
             connection.close()
-            raise (error if is_new else self._stale()) from error
+            raise (error if is_new else self.stale()) from error
         return _HttpAnswer(self, connection, is_new, wanted)
 
-    def _stale(self) -> RetryNow:
+    def stale(self) -> RetryNow:
         """The server closed a line that had been waiting: so it did with the others."""
         self._close_idle()
         return RetryNow("the line was closed")
 
     def _close_idle(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
+        while self.idle:
+            self.idle.pop().close()
 
-    def _require_fit(self, response: HTTPResponse, wanted: ByteRange) -> None:
+    def require_fit(self, response: HTTPResponse, wanted: ByteRange) -> None:
         """Hold an answer's headers against what was asked, and against the first answer's.
 
         Raises:
@@ -168,15 +170,15 @@ class HttpFile(RemoteFile):
         """
         status = response.status
         if status in _REDIRECTS and response.getheader("Location"):
-            target = urljoin(self._target, response.getheader("Location") or "")
-            if (urlsplit(self._target).scheme, urlsplit(target).scheme) not in _SAFE_STEPS:
+            target = urljoin(self.target, response.getheader("Location") or "")
+            if (urlsplit(self.target).scheme, urlsplit(target).scheme) not in _SAFE_STEPS:
                 raise SourceError(
                     f"{self.where} leads to {shown(str(Address(target)))}, which is no safe line. Check the address."
                 )
             self._go_to(target)
         if status in _BUSY:
             raise RetryLater(f"the server answers {status} {shown(response.reason)}", _seconds_to_wait(response))
-        if status in _EXPIRED and self.is_open and self._target != self.address.url:
+        if status in _EXPIRED and self.is_open and self.target != self.address.url:
             self._go_to(self.address.url)
         content_range = response.getheader("Content-Range") or ""
         if status == 416 and content_range.replace(" ", "") == "bytes*/0" and not self.is_open:
@@ -193,7 +195,7 @@ class HttpFile(RemoteFile):
         if status == 206:
             match = re.fullmatch(r"bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18})", content_range.strip())
             start, end, size = map(int, match.groups()) if match else (-1, -1, None)
-            if start != wanted.start or size is None or end + 1 != min(wanted.end, size):
+            if start != wanted.start or size is None or not start <= end < min(wanted.end, size):
                 raise SourceError(f"{self.where}: the server sends another part than was asked. Download it yourself.")
         if size is None:
             raise SourceError(f"{self.where}: the server does not say how long it is. Download it yourself.")
@@ -217,7 +219,7 @@ class HttpFile(RemoteFile):
         if self._hops > MAX_REDIRECTS:
             raise SourceError(f"{self.where} leads in circles: {MAX_REDIRECTS} redirects in a row. Check the address.")
         self._close_idle()  # they may lead to another host
-        self._target = target
+        self.target = target
         raise RetryNow("redirected")
 
     def _changed(self) -> ChangedError:
@@ -239,6 +241,7 @@ class _HttpAnswer:
 
     def __init__(self, file: HttpFile, connection: HTTPConnection, is_new: bool, wanted: ByteRange):
         self._file, self._connection, self._is_new, self._wanted = file, connection, is_new, wanted
+        self._target = file.target
         self._response: HTTPResponse | None = None
         self._left = wanted.length
 
@@ -246,20 +249,21 @@ class _HttpAnswer:
         response = self._response or self._begin()
         count = response.readinto(buffer[: self._left])
         self._left -= count
-        if not self._left and response.isclosed() and not response.will_close:
-            self._file._idle.append(self._connection)
+        is_free = not self._left and response.isclosed() and not response.will_close
+        if is_free and self._file.target == self._target:  # else it leads to a host that secrets may not be for
+            self._file.idle.append(self._connection)
         return count
 
     def close(self) -> None:
-        if self._connection not in self._file._idle:
+        if self._connection not in self._file.idle:
             self._connection.close()
 
     def _begin(self) -> HTTPResponse:
         try:
             response = self._connection.getresponse()
         except BROKEN as error:
-            raise (error if self._is_new else self._file._stale()) from error
-        self._file._require_fit(response, self._wanted)
+            raise (error if self._is_new else self._file.stale()) from error
+        self._file.require_fit(response, self._wanted)
         skipped = 0 if self._file.has_ranges else self._wanted.start
         while skipped:
             skipped -= len(response.read(min(_SKIP_BYTES, skipped))) or _broken()
