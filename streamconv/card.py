@@ -53,6 +53,11 @@ def make_card(manifest: Mapping[str, Any], repo_id: str) -> str:
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
+def is_ours(card: str) -> bool:
+    """Whether a card is one of `make_card`'s, which may be made anew."""
+    return bool(re.search(r"^Converted to Hugging Face's format by streamconv \S+ from ", card, re.MULTILINE))
+
+
 def _sources(manifest: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     return manifest.get("source") or {}
 
@@ -135,7 +140,9 @@ def _verification(found: Mapping[str, Any]) -> Iterator[str]:
     for rung in found.get("rungs") or ():
         passed = rung.get("passed")
         proves = f"not so: {rung.get('proves')}" if passed is False else rung.get("proves")
-        yield f"| {_cell(rung.get('name'))} | {VERDICTS[passed]} | {_cell(proves)} |"
+        unproved = rung.get("unproved")
+        text = f"{proves}. But {unproved}." if unproved else proves
+        yield f"| {_cell(rung.get('name'))} | {VERDICTS[passed]} | {_cell(text)} |"
     for rung in found.get("rungs") or ():
         numbers = rung.get("numbers") or {}
         if "largest" in numbers:

@@ -31,7 +31,13 @@ def downloaded(source: Source, progress: Progress) -> Source:
     """
 
     def kept(place: Place) -> Path:
-        return _download(place, hub_folder() / place.name, progress) if isinstance(place, Address) else place
+        if not isinstance(place, Address):
+            return place
+        try:
+            return _download(place, hub_folder() / place.name, progress)
+        except OutputError as error:
+            hint = "It is torch.hub's folder: TORCH_HOME names another one, and --stream keeps no copy."
+            raise OutputError(f"{error}\n{hint}") from error
 
     origins = {role: place for role, place in source.places.items() if isinstance(place, Address)}
     head = None if source.head is None else kept(source.head)
@@ -52,7 +58,7 @@ def _download(address: Address, path: Path, progress: Progress) -> Path:
         _remove_others(path, version)
         partial = temporary_path(path, version)
         missing = file.size - (os.path.getsize(partial) if os.path.exists(partial) else 0)
-        require_space(path.parent, missing, "Make room, name another disk by TORCH_HOME, or keep no copy: --stream.")
+        require_space(path.parent, missing)
         with whole_file(path, resume=True, version=version) as output:
             # What was written in the last moments before a power cut may be missing.
             done = max(0, output.size - 2 * SYNC_BYTES)
@@ -69,7 +75,7 @@ def _download(address: Address, path: Path, progress: Progress) -> Path:
                     synced = done
                 progress(f"downloading {path.name}", done, file.size, "bytes")
             try:
-                _require_intact(partial, progress)
+                _require_intact(partial, path.name, progress)
             except SourceError as error:
                 output.truncate(0)  # to begin anew
                 text = str(error).replace(str(partial), str(address)).replace(partial.name, str(address))
@@ -79,7 +85,7 @@ def _download(address: Address, path: Path, progress: Progress) -> Path:
     return path
 
 
-def _require_intact(path: Path, progress: Progress) -> None:
+def _require_intact(path: Path, name: str, progress: Progress) -> None:
     """Hold every record against its CRC-32, before anyone finds the file."""
     with open_checkpoint(path) as checkpoint:
         records = {tensor.record for tensor in checkpoint.values() if tensor.record.crc32 is not None}
@@ -91,7 +97,7 @@ def _require_intact(path: Path, progress: Progress) -> None:
                     "CRC-32. Run again, to fetch it anew."
                 )
             done += record.range.length
-            progress(f"checking {path.name}", done, total, "bytes")
+            progress(f"checking {name}", done, total, "bytes")
 
 
 def _require_same(address: Address, path: Path, file: File) -> None:
@@ -103,7 +109,7 @@ def _require_same(address: Address, path: Path, file: File) -> None:
             return
     raise OutputError(
         f"{path} is there already, and is not known to be {address}. Name the file itself if it is the one, "
-        "else delete it; or give --stream, which keeps no file."
+        "else delete it."
     )
 
 

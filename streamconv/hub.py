@@ -12,10 +12,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from streamconv.asking import PATIENCE, Hub
-from streamconv.card import CARD_NAME, make_card
+from streamconv.card import CARD_NAME, is_ours, make_card
 from streamconv.check import LOADED_BESIDE
 from streamconv.checkpoint.storage import read_small
 from streamconv.errors import HubError, MissingUploadError, OutputError, SourceError, UsageError
@@ -151,6 +152,27 @@ class Repository:
         self._uploaded[name] = operation
         self._restored.append(name)
 
+    def card(self, folder: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
+        """The model card by its name: the folder's own, or one that is made; none where someone else's is there.
+
+        Raises:
+            OutputError: the folder's cannot be read.
+            HubError: the Hub does not say what is there.
+        """
+        if os.path.exists(folder / CARD_NAME):
+            return {CARD_NAME: _small(folder / CARD_NAME)}
+        info = self._hub.ask(f"{self.id} cannot be looked at", self._look)
+        if any(file.rfilename == CARD_NAME for file in info.siblings or ()) if info is not None else False:
+            there = self._hub.ask(f"The card of {self.id} cannot be read", self._read_card, info.sha)
+            if not is_ours(there):
+                return {}
+        return {CARD_NAME: make_card(manifest, self.id).encode()}
+
+    def _read_card(self, revision: str) -> str:
+        with TemporaryDirectory() as folder:
+            path = self._api.hf_hub_download(self.id, CARD_NAME, revision=revision, local_dir=folder)
+            return Path(path).read_text("utf-8", "replace")
+
     def commit(self, files: Mapping[str, bytes | Path], message: str) -> str:
         """Make the uploaded files and these small ones visible, all at once; the commit's or pull request's address.
 
@@ -226,8 +248,8 @@ class Repository:
 def publish(folder: Path, repository: Repository, progress: Progress = ignore_progress) -> str:
     """Push a finished folder: what its manifest names, the manifest, and a model card, in one commit.
 
-    A README.md in the folder is the card; otherwise one is made, and not kept there. What the Hub has
-    is not sent again.
+    A README.md in the folder is the card; otherwise one is made, and not kept there, unless the repository
+    has one that someone else wrote. What the Hub has is not sent again.
 
     Returns:
         The commit's or pull request's address.
@@ -249,8 +271,7 @@ def publish(folder: Path, repository: Repository, progress: Progress = ignore_pr
     small = {name: _small(folder / name, sha256) for name, (_, sha256) in said.items() if not _is_large(name)}
     large = {name: each for name, each in said.items() if _is_large(name)}
     small[MANIFEST_NAME] = _small(folder / MANIFEST_NAME)
-    is_users = os.path.exists(folder / CARD_NAME)
-    small[CARD_NAME] = _small(folder / CARD_NAME) if is_users else make_card(manifest, repository.id).encode()
+    small |= repository.card(folder, manifest)
     for name, (size, _) in large.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise OutputError(f"{folder / name} is not as {MANIFEST_NAME} says. Convert again.")

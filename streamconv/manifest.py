@@ -22,7 +22,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         sources = {}
         for role, file in conversion["source"].items():
             is_said = "changed_ns" in compared["source"].get(role, {})
-            version = [file.get(key) for key in ("modified_ns", "etag", "last_modified", "key")]
+            version = [file.get(key) for key in ("modified_ns", "etag", "last_modified", "key", "opened_ns")]
             sources[role] = (file["fingerprint"], *version, file.get("changed_ns") if is_said else None)
         labels = conversion["labels"]
         # Where they come from by default can change with the network; that is no other conversion.

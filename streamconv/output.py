@@ -192,7 +192,7 @@ def explained(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written: {error.strerror}. {mend}") from error
 
 
-def require_space(folder: Path, size: int, mend: str = "Make room, or choose a folder on another disk.") -> None:
+def require_space(folder: Path, size: int) -> None:
     """Refuse now what would not fit.
 
     Raises:
@@ -201,4 +201,7 @@ def require_space(folder: Path, size: int, mend: str = "Make room, or choose a f
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     free = shutil.disk_usage(there).free
     if free < size:
-        raise OutputError(f"{folder} needs {size:,} bytes and its disk has {free:,} free. {mend}")
+        raise OutputError(
+            f"{folder} needs {size:,} bytes and its disk has {free:,} free. "
+            "Make room, or choose a folder on another disk."
+        )

@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from streamconv.card import CARD_NAME, make_card
+from streamconv.card import CARD_NAME
 from streamconv.checkpoint.safetensors import INDEX_NAME
 from streamconv.convert import Conversion, Decision, advance_in, decide, manifest_of
 from streamconv.crc import RecordChecks
@@ -136,7 +136,7 @@ def _outline(folder: Path) -> Iterator[Path]:
 def _commit(decided: Decision, manifest: Mapping[str, Any], work: OutputFolder, repository: Repository) -> str:
     plan = decided.plan
     small = {**plan.files, **({INDEX_NAME: plan.index} if plan.index is not None else {})}
-    small |= {MANIFEST_NAME: manifest_bytes(manifest), CARD_NAME: make_card(manifest, repository.id).encode()}
+    small |= {MANIFEST_NAME: manifest_bytes(manifest), **repository.card(decided.folder, manifest)}
     try:
         published = repository.commit(small, commit_message(manifest))
     except MissingUploadError as error:

@@ -11,7 +11,16 @@ from pathlib import Path
 
 from streamconv.checkpoint import Checkpoint, open_checkpoint
 from streamconv.checkpoint.addresses import Address, Place, place_of
-from streamconv.errors import MappingError, NetworkError, SourceMissingError, UsageError
+from streamconv.errors import (
+    ChangedError,
+    CorruptError,
+    MappingError,
+    NetworkError,
+    NotACheckpointError,
+    SourceMissingError,
+    TruncatedError,
+    UsageError,
+)
 from streamconv.families import HEAD_PREFIX, Model, RemoteFile, find_model
 from streamconv.progress import Progress, ignore_progress
 from streamconv.tensors import SourceTensor
@@ -140,6 +149,7 @@ def opened(source: Source, progress: Progress = ignore_progress, *, is_exact: bo
         progress(text, 0, 1, "steps")
 
     with ExitStack() as stack:
+        stack.enter_context(_kept_copies_named(source))
         checkpoints: dict[str, Checkpoint] = {}
         for role, place in source.places.items():
             try:
@@ -162,3 +172,17 @@ def opened(source: Source, progress: Progress = ignore_progress, *, is_exact: bo
                 )
             tensors |= {HEAD_PREFIX + key: tensor for key, tensor in head.items()}
         yield OpenSource(source, tensors, checkpoints)
+
+
+@contextmanager
+def _kept_copies_named(source: Source) -> Iterator[None]:
+    """What is wrong with a file that torch.hub keeps is mended by deleting it; then it is fetched again."""
+    try:
+        yield
+    except (CorruptError, TruncatedError, NotACheckpointError) as error:
+        kept = [path for path in source.places.values() if isinstance(path, Path) and path.parent == hub_folder()]
+        named = [path for path in kept if str(path) in str(error) or path.name in str(error)]
+        if isinstance(error, ChangedError) or not named:
+            raise
+        hint = f"It is torch.hub's copy. Delete it to have it fetched again:\n  {named[0]}"
+        raise type(error)(f"{error}\n{hint}") from error

@@ -2,12 +2,15 @@
 
 import io
 import os
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn, TextIO
+
+from streamconv.checkpoint.addresses import Address
 
 
 class InterruptedByUser(BaseException):
@@ -59,9 +62,17 @@ def guarded(command: Callable[[], object]) -> None:
         # What imports torch may catch the interruption, and end in an error of its own.
         if not InterruptedByUser.is_raised or (isinstance(error, SystemExit) and not error.code):
             raise
-        again = shlex.join(["streamconv", *sys.argv[1:]])
-        print(f"interrupted. To go on, run\n  {again}", file=sys.stderr)
+        print(f"interrupted. To go on, run\n  {_again(sys.argv[1:])}", file=sys.stderr)
         sys.exit(130)
     finally:
         for number in signals:
             signal.signal(number, signal.SIG_IGN)
+
+
+def _again(words: list[str]) -> str:
+    """The command line, but for what may be secret of its addresses: users, passwords, queries."""
+    shown = [
+        re.sub(r"(?i)(?<![^\s=])[a-z][a-z0-9+.-]+://\S+", lambda found: str(Address(found[0])), word) for word in words
+    ]
+    hidden = "" if shown == words else "  (with the addresses in full; what may be secret of them is not shown)"
+    return shlex.join(["streamconv", *shown]) + hidden

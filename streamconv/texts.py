@@ -50,7 +50,7 @@ def model_lines() -> Iterator[str]:
 def verification_lines(found: Verification) -> Iterator[str]:
     for rung in found.rungs:
         yield f"{rung.name:14}{VERDICTS[rung.passed]:8}{'not so: ' if rung.passed is False else ''}{rung.proves}"
-        for line in (*_number_lines(rung, found.device), *rung.problems):
+        for line in (*_number_lines(rung, found.device), *rung.problems, *filter(None, [rung.unproved])):
             yield INDENT + line
     if found.predictions:
         yield "Predicted class:"
@@ -58,13 +58,13 @@ def verification_lines(found: Verification) -> Iterator[str]:
             yield f"  {share:6.1%}  {label}"
     yield ", ".join(_cost(found.memory, found.seconds))
     said_by = "the source says" if found.device is not None else "was written"
-    not_run = [rung.name for rung in found.rungs if rung.passed is None]
+    left = [f"{rung.name} did not run" if rung.passed is None else rung.unproved for rung in found.rungs]
     if not found.passed:
         yield f"The output is not what {said_by}. Do not use it."
-    elif found.device is None or not not_run:
+    elif found.device is None or not any(left):
         yield "Looks ok!"
     else:
-        yield f"Looks ok, as far as it was checked: {' and '.join(not_run)} did not run."
+        yield f"Looks ok, as far as it was checked: {'; '.join(filter(None, left))}."
 
 
 def _number_lines(rung: Rung, device: str | None) -> Iterator[str]:

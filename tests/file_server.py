@@ -45,6 +45,7 @@ class Faults:
     needs_authorization: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     close_after_each: bool = False
+    drops_idle: bool = False
     wrong_part: bool = False
 
 
@@ -138,6 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
             if faults.close_after_each or not faults.length:
                 self.send_header("Connection", "close")
                 self.close_connection = True
+            self.close_connection |= faults.drops_idle  # without a word
             self.end_headers()
             self.wfile.flush()
             self._send(file.fileno(), start, end)

@@ -12,10 +12,14 @@ from streamconv.checkpoint.addresses import Address, place_of
     ("words", "name", "shown"),
     [
         ("https://h.org/a/x.pth", "x.pth", "https://h.org/a/x.pth"),
-        ("HTTPS://h.org:8443/a%20b/x%20y.pth?sig=1#part", "x y.pth", "https://h.org:8443/a%20b/x%20y.pth"),
+        ("HTTPS://h.org:8443/a%20b/x%20y.pth?sig=1#part", "x y.pth", "HTTPS://h.org:8443/a%20b/x%20y.pth"),
         ("http://user:word@h.org/x.pth", "x.pth", "http://h.org/x.pth"),
         ("http://[::1]:80/x.pth", "x.pth", "http://[::1]:80/x.pth"),
-        ("s3://bucket/a/x#1?.pth", "x#1?.pth", "s3://bucket/a/x#1?.pth"),
+        ("s3://bucket/a/x#1%20.pth", "x#1%20.pth", "s3://bucket/a/x#1%20.pth"),
+        ("abfs://user:word@h/x.pth?sv=word", "x.pth?sv=word", "abfs://h/x.pth"),
+        ("ftp://user:word@h/x.pth", "x.pth", "ftp://h/x.pth"),
+        ("tar://a/s.pth::http://u:word@h/x.tar?sig=word", "s.pth", "tar://a/s.pth::http://h/x.tar"),
+        ("simplecache::https://h/a%20b.pth?sig=word", "a b.pth", "simplecache::https://h/a%20b.pth"),
         ("hf://owner/name@v1/x.pth", "x.pth", "hf://owner/name@v1/x.pth"),
     ],
 )
@@ -32,11 +36,19 @@ def test_other_words_are_paths(words: str | Path) -> None:
 
 
 def test_a_file_address_is_a_path() -> None:
-    assert place_of("file:///tmp/a%20b.pth") == Path("/tmp/a b.pth")
+    assert (
+        place_of("file:///tmp/a%20b?c#d.pth")
+        == place_of("file://localhost/tmp/a b?c#d.pth")
+        == Path("/tmp/a b?c#d.pth")
+    )
+    with pytest.raises(UsageError, match="on another machine, other"):
+        place_of("file://other/x.pth")
 
 
 NO_FILES = ["https://", "https:///x.pth", "https://h:port/x.pth", "https://h/", "https://h", "https://h/.."]
 NO_FILES += ["https://h/a%00b", "https://h/a\x1b[31m", "https://[::1/x.pth", "s3://", "s3://bucket/"]
+NO_FILES += ["http://h:99999/x.pth", "http://a..b/x.pth", f"http://{'a' * 70}/x.pth", "http://a b/x.pth"]
+NO_FILES += ["http://user:pass/word@h/x.pth"]
 
 
 @pytest.mark.parametrize("words", [*NO_FILES, "https://user:word@:1/x.pth"])

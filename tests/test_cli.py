@@ -14,6 +14,7 @@ import torch
 
 import streamconv
 import streamconv.report
+from streamconv import progress, terminal
 from tests.conftest import make_states, tiny
 
 Save = Callable[..., tuple[Path, Path | None]]
@@ -269,6 +270,24 @@ SLOW = (
     "sys.argv = ['streamconv', 'convert', {source!r}, '-o', {out!r}]\n"
     "cli.main()"
 )
+
+
+def test_an_interruption_shows_the_command_without_its_secrets() -> None:
+    words = ["run", "https://me:word@h/x.pth?sig=word", "--image=http://me:word@h/y.png", "-o", "a b"]
+    shown = terminal._again(words)
+    assert shown.startswith(
+        "streamconv run https://h/x.pth --image=http://h/y.png -o 'a b'  (with the addresses in full"
+    )
+    assert "word" not in shown
+    assert terminal._again(["run", "x.pth"]) == "streamconv run x.pth"
+
+
+def test_no_text_of_a_server_is_taken_for_markup() -> None:
+    bar = progress._bar()
+    bar.add_task("503 [/bold] [red]", amount="[/x]")
+    with bar.console.capture() as shown:
+        bar.console.print(bar.get_renderable())
+    assert "503 [/bold] [red]" in shown.get()
 
 
 def test_a_closed_terminal_interrupts(tmp_path: Path, save: Save) -> None:

@@ -244,8 +244,22 @@ def test_a_disk_too_small_says_so_and_names_the_other_way(
     server: FileServer, source: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-    with pytest.raises(OutputError, match=r"needs .* bytes.*--stream"):
+    with pytest.raises(OutputError, match=r"(?s)needs .* bytes.*--stream"):
         streamconv.convert(source, tmp_path / "out")
+
+
+def test_a_damaged_copy_says_that_it_is_to_be_deleted(
+    server: FileServer, source: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamconv.convert(source, tmp_path / "out")
+    data = bytearray((cache / "x.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (cache / "x.pth").write_bytes(data)
+    with pytest.raises(CorruptError, match=r"torch\.hub's copy\. Delete it .*\n  .*checkpoints/x\.pth"):
+        streamconv.convert(source, tmp_path / "again")
+    (cache / "x.pth").write_bytes(data[:1000])
+    with pytest.raises(SourceError, match=r"Delete it"):
+        streamconv.convert(cache / "x.pth", tmp_path / "again")
 
 
 def test_two_downloads_at_once_are_one_too_many(server: FileServer, source: str, cache: Path, tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Addresses that fsspec reaches; its own memory:// stands in for the stores of others."""
 
 import io
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+import safetensors.torch
 import torch
 
 import streamconv
@@ -39,6 +41,18 @@ def test_a_store_is_read_by_ranges_and_gives_the_files_bytes(files: Any, tmp_pat
     assert '"address": "memory://bucket/x.pth"' in (tmp_path / "there" / "streamconv.json").read_text()
 
 
+def test_a_package_that_reads_one_thing_at_a_time_is_asked_so(tmp_path: Path) -> None:
+    """tar's has one position in one file: four threads would mix up each other's bytes, and no CRC would tell."""
+    state = make_states(tiny(layers=4, hidden=512))[0]
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "x.safetensors", "x.safetensors")
+    expected = streamconv.convert(tmp_path / "x.safetensors", tmp_path / "here").shards
+    for name in ("one", "two", "three"):
+        place = f"tar://x.safetensors::{tmp_path}/x.tar"
+        assert streamconv.convert(place, tmp_path / name, stream=True).shards == expected
+
+
 def test_what_fails_is_tried_again(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(files)
     cat_file, calls = type(files).cat_file, 0
@@ -59,6 +73,23 @@ def test_what_fails_is_tried_again(files: Any, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(type(files), "cat_file", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(NetworkError, match="ZeroDivisionError"):
         open_checkpoint("memory://bucket/x.pth")
+
+
+def test_a_fault_at_opening_passes(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(files)
+    info, faults = type(files).info, [TimeoutError("slow"), RuntimeError("busy")]
+
+    def sometimes(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return info(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(files), "info", sometimes)
+    open_checkpoint("memory://bucket/x.pth").close()
+    faults += [RuntimeError("\x1b[31mbusy")] * 20
+    with pytest.raises(SourceError, match="cannot be read: RuntimeError") as caught:
+        open_checkpoint("memory://bucket/x.pth")
+    assert "\x1b" not in str(caught.value)
 
 
 def test_a_changed_file_is_noticed(files: Any) -> None:

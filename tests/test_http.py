@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub import constants
 
 import streamconv
 from streamconv import ChangedError, CorruptError, NetworkError, NoRangesError, SourceError, SourceMissingError
@@ -101,7 +102,7 @@ def test_plan_reads_less_than_two_megabytes_of_vit_g(server: FileServer) -> None
     planned = streamconv.plan(f"{server.url}/g.pth")
     assert planned.model is model
     assert server.sent < 2_000_000
-    assert len(server.requests) <= 3
+    assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize("save_as", ["torch", "ours"])
@@ -194,15 +195,17 @@ def test_a_file_that_is_changed_while_it_is_read_is_refused(
 ) -> None:
     """By a file of the same names and shapes, with CRC-32s of its own."""
     server.faults.etag, server.faults.last_modified = known_by == "etag", known_by == "last_modified"
-    torch.save(make_states(LARGE, seed=1)[0], tmp_path / "other.pth")
+    other = tmp_path / "x.pth"
+    torch.save(make_states(LARGE, seed=1)[0], other)
+    assert other.stat().st_size == (server.folder / "x.pth").stat().st_size
     if known_by == "length":
-        with open(tmp_path / "other.pth", "ab") as file:
+        with open(other, "ab") as file:
             file.write(b"more")
-    os.utime(tmp_path / "other.pth", (1, 1))
+    os.utime(other, (1, 1))
 
     def change(what: str, done: int, total: int, unit: str) -> None:
-        if unit == "bytes" and done > total // 4 and (tmp_path / "other.pth").exists():
-            os.replace(tmp_path / "other.pth", server.folder / "x.pth")
+        if unit == "bytes" and done > total // 4 and other.exists():
+            os.replace(other, server.folder / "x.pth")
 
     with pytest.raises(ChangedError, match=r"x\.pth was changed while it was read"):
         streamconv.convert(source, tmp_path / "out", stream=True, progress=change)
@@ -233,12 +236,38 @@ def test_another_version_is_not_gone_on_with_where_nothing_is_checked(server: Fi
         streamconv.convert(f"{server.url}/x.safetensors", tmp_path / "out", stream=True)
 
 
+def test_what_no_server_and_no_checksum_pins_is_begun_anew(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of one file and half of another, of the same names and sizes, would be taken for one."""
+    monkeypatch.setattr("streamconv.streaming.SYNC_BYTES", 1 << 20)
+    server.faults.etag = server.faults.last_modified = False
+    path = server.folder / "x.safetensors"
+    safetensors.torch.save_file(make_states(LARGE)[0], path)
+
+    def stop(what: str, done: int, total: int, unit: str) -> None:
+        if unit == "bytes" and done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        streamconv.convert(f"{server.url}/x.safetensors", tmp_path / "out", stream=True, progress=stop)
+    safetensors.torch.save_file(make_states(LARGE, seed=1)[0], path)
+    with pytest.raises(streamconv.OutputError, match="its backbone is another"):
+        streamconv.convert(f"{server.url}/x.safetensors", tmp_path / "out", stream=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with pytest.raises(KeyboardInterrupt):
+        streamconv.convert(f"{server.url}/x.safetensors", tmp_path / "other", progress=stop)
+    safetensors.torch.save_file(make_states(LARGE)[0], path)
+    streamconv.convert(f"{server.url}/x.safetensors", tmp_path / "other")
+    assert (tmp_path / "torch" / "hub" / "checkpoints" / "x.safetensors").read_bytes() == path.read_bytes()
+
+
 def test_a_server_without_ranges_is_refused_when_streaming_a_pth(
     server: FileServer, source: str, tmp_path: Path
 ) -> None:
     server.faults.ranges = False
     for call in (lambda: streamconv.convert(source, tmp_path / "out", stream=True), lambda: streamconv.plan(source)):
-        with pytest.raises(NoRangesError, match=r"sends only whole files.*Leave --stream out"):
+        with pytest.raises(NoRangesError, match=r"sends only whole files.*Without --stream, convert"):
             call()
     assert not (tmp_path / "out").exists()
 
@@ -348,6 +377,43 @@ def test_a_redirect_is_followed_once_and_its_expiry_survived(server: FileServer,
     require_the_same_from_the_file(server, tmp_path / "out")
 
 
+def test_when_a_redirect_expires_its_hosts_connections_are_used_no_more(
+    server: FileServer, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those that wait, nor those whose answers are still to come; the token stays with the Hub."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    (tmp_path / "hub").mkdir()
+    with serving(tmp_path / "hub") as hub, serving(server.folder) as second:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.faults.redirects = {"/start": f"{server.url}/first/x.pth"}
+        with open_checkpoint(f"{hub.url}/start") as there, open_checkpoint(server.folder / "x.pth") as file:
+            names = [f"blocks.{i}.mlp.{layer}.weight" for i in range(3) for layer in ("fc1", "fc2")]
+            assert there[names[0]].tobytes() == file[names[0]].tobytes()  # its connection waits now
+            there[names[0]].record.file.expect(there[name].read_range for name in names[1:])
+            server.faults.statuses = [403]
+            hub.faults.redirects = {"/start": f"{second.url}/second/x.pth"}
+            for name in names[1:]:
+                assert there[name].tobytes() == file[name].tobytes()
+        assert {path for path, _, _ in server.requests} == {"/first/x.pth"}
+        assert {path for path, _, _ in second.requests} == {"/second/x.pth"}
+        with_user = f"{hub.url}/start".replace("http://", "http://someone:secret@")
+        monkeypatch.delenv("HF_ENDPOINT")
+        streamconv.plan(with_user)
+        assert hub.requests[-1][2]["Authorization"].startswith("Basic ")
+        assert {headers.get("Authorization") for _, _, headers in server.requests + second.requests} == {None}
+
+
+@pytest.mark.parametrize("fault", ["drops_idle", "close_after_each"])
+def test_a_server_that_keeps_no_connection_is_no_broken_line(
+    server: FileServer, source: str, tmp_path: Path, fault: str
+) -> None:
+    setattr(server.faults, fault, True)
+    told: list[str] = []
+    streamconv.convert(source, tmp_path / "out", stream=True, progress=lambda what, *rest: told.append(what))
+    assert set(told) == {"writing model.safetensors"}
+    require_the_same_from_the_file(server, tmp_path / "out")
+
+
 def test_redirects_in_circles_end(server: FileServer) -> None:
     server.faults.redirects = {"/a": "/b", "/b": "/a"}
     with pytest.raises(SourceError, match="leads in circles"):
@@ -355,7 +421,7 @@ def test_redirects_in_circles_end(server: FileServer) -> None:
 
 
 def test_a_redirect_to_an_unsafe_line_or_another_kind_of_address_is_refused(server: FileServer) -> None:
-    for target in ("ftp://127.0.0.1/x", "file:///etc/passwd"):
+    for target in ("ftp://127.0.0.1/x", "file:///etc/passwd", "http://127.0.0.1:99999/x", "http://[::1/x"):
         server.faults.redirects = {"/a": target}
         with pytest.raises(SourceError, match="no safe line"):
             streamconv.plan(f"{server.url}/a")
@@ -391,16 +457,23 @@ def test_the_token_goes_to_the_hub_and_to_no_other_host(
 def test_hf_addresses_are_the_hubs(server: FileServer, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import streamconv; streamconv.plan({!r})"
     monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     for words, path in (
         ("hf://owner/name/x.pth", "/owner/name/resolve/main/x.pth"),
         ("hf://owner/name@v1/deep/x.pth", "/owner/name/resolve/v1/deep/x.pth"),
         ("hf://datasets/owner/name/x.pth", "/datasets/owner/name/resolve/main/x.pth"),
+        ("hf://owner/name@refs/pr/1/deep/x.pth", "/owner/name/resolve/refs%2Fpr%2F1/deep/x.pth"),
+        ("hf://owner/name@refs%2Fpr%2F1/x.pth", "/owner/name/resolve/refs%2Fpr%2F1/x.pth"),
     ):
         server.requests.clear()
         run_python(code.format(words))  # huggingface_hub reads the endpoint when it is imported
         assert server.requests[0][0] == path
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(streamconv.UsageError, match="Write hf://OWNER/NAME"):
         streamconv.plan("hf://owner/x.pth")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set"):
+        streamconv.plan("hf://owner/name/x.pth")
 
 
 def test_a_user_and_a_query_are_used_and_never_shown(server: FileServer, source: str, tmp_path: Path) -> None:
@@ -431,8 +504,13 @@ def test_a_proxy_of_the_environment_is_used_unless_the_host_is_excepted(
     assert {headers["Proxy-Authorization"] for _, _, headers in server.requests} == {secret}
     with pytest.raises(NetworkError, match="no host"):
         streamconv.plan("http://excepted.invalid/x.pth")
-    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
-    with pytest.raises(streamconv.UsageError, match="socks5"):
+    for proxy in ("socks5://127.0.0.1:1", "http://user:word@h:99999"):
+        monkeypatch.setenv("http_proxy", proxy)
+        with pytest.raises(streamconv.UsageError, match=r"a proxy .* that streamconv cannot use") as caught:
+            streamconv.plan("http://models.invalid/x.pth")
+        assert "word" not in str(caught.value)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(NetworkError, match=r"the proxy 127\.0\.0\.1 leads nowhere"):
         streamconv.plan("http://models.invalid/x.pth")
 
 

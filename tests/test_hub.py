@@ -32,7 +32,9 @@ SMALL = {"config.json", "preprocessor_config.json", "streamconv.json", "model.sa
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A small Hub that this process talks to, logged in, and does not wait for."""
     with running() as server:
-        for name, value in {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patched = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+        for name, value in {**patched, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -86,6 +88,19 @@ def test_a_readme_of_the_users_own_is_the_card(hub: HubServer, folder: Path) -> 
     (folder / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
     pushed(folder)
     assert hub.files("ada/it")["README.md"] == (folder / "README.md").read_bytes()
+
+
+def test_a_card_that_someone_else_wrote_stays_and_our_own_is_made_anew(hub: HubServer, folder: Path) -> None:
+    hub.put("ada/it", {"README.md": b"theirs"})
+    pushed(folder)
+    assert hub.files("ada/it")["README.md"] == b"theirs"
+    hub.put("ada/new", {"config.json": b"{}"})
+    pushed(folder, repo="new")
+    first = hub.files("ada/new")["README.md"]
+    manifest = json.loads((folder / "streamconv.json").read_text())
+    (folder / "streamconv.json").write_text(json.dumps({**manifest, "verification": {"passed": True}}))
+    pushed(folder, repo="new")
+    assert hub.files("ada/new")["README.md"] != first
 
 
 def test_what_the_hub_has_is_not_sent_again(hub: HubServer, folder: Path) -> None:

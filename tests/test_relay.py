@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import streamconv
@@ -129,7 +130,8 @@ def test_all_rungs_run_although_nothing_is_kept(hub: HubServer, source: str, tmp
     parity = done.verification.rungs[2].numbers
     assert parity["largest"] <= parity["tolerance"]
     assert "layer 3" in parity["differences"]
-    assert "every file was sent with the sha256" in done.verification.rungs[0].proves
+    assert done.verification.rungs[0].unproved == "what was sent was not read again"
+    assert "with the source's weights" in done.verification.rungs[2].proves
     arrived = hub.files("ada/it")
     assert json.loads(arrived["streamconv.json"])["verification"]["passed"] is True
     assert "parity" in arrived["README.md"].decode()
@@ -305,6 +307,30 @@ def test_a_file_of_this_machine_is_relayed_too(hub: HubServer, server: FileServe
     assert done.verification.passed
     require_the_folders_files(hub, server, tmp_path)
     assert (server.folder / "x.pth").exists()
+
+
+def test_without_checksums_no_claim_is_made_of_the_bytes(hub: HubServer, server: FileServer, tmp_path: Path) -> None:
+    safetensors.torch.save_file(make_states(MODEL)[0], server.folder / "x.safetensors")
+    done = relayed(f"{server.url}/x.safetensors", tmp_path / "stage")
+    assert done.verification is not None
+    assert [rung.passed for rung in done.verification.rungs] == [None, True, True, True]
+    assert "| bytes | not run |" in hub.files("ada/it")["README.md"].decode()
+
+
+def test_a_card_of_the_users_own_is_taken_and_one_that_is_there_stays(
+    hub: HubServer, source: str, tmp_path: Path
+) -> None:
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "README.md").write_text("mine")
+    relayed(source, tmp_path / "stage", verify=None, unverified=True)
+    assert hub.files("ada/it")["README.md"] == b"mine"
+    assert (tmp_path / "stage" / "README.md").read_text() == "mine"
+    (tmp_path / "stage" / "README.md").unlink()
+    relayed(source, tmp_path / "stage", verify=None, unverified=True)
+    assert hub.files("ada/it")["README.md"] == b"mine"
+    hub.put("ada/it", {"README.md": b"Converted to Hugging Face's format by streamconv 0 from x\n"})
+    relayed(source, tmp_path / "stage", verify=None, unverified=True)
+    assert b"Not verified" in hub.files("ada/it")["README.md"]
 
 
 def test_json_says_what_was_sent(hub: HubServer, source: str, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ class FakeFile(RemoteFile):
         self.size, self.waits = len(DATA), []
         super().__init__(Address("fake://host/file"), self.waits.append)
         self.random, self.breaks = random.Random(seed), breaks
-        self.in_a_row = self.given = 0
+        self.in_a_row = self.given = self.closed = 0
         self.asked: list[ByteRange] = []
 
     @property
@@ -59,7 +59,8 @@ class FakeAnswer:
         self.file.given += count
         return count
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.file.closed += 1
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +127,15 @@ def test_far_ranges_are_asked_for_ahead_and_what_lies_between_is_not_read() -> N
     for where in wanted[1:]:
         read(file, where)
     assert (file.asked, file.given) == (wanted, 600)
+
+
+def test_ranges_in_another_order_are_asked_for_as_they_are_and_what_is_skipped_is_let_go() -> None:
+    file = FakeFile(breaks=False)
+    wanted = [ByteRange(200_000, 100), ByteRange(50_000, 100), ByteRange(40_000, 100), ByteRange(40_200, 100)]
+    file.expect(wanted)
+    read(file, wanted[1])
+    assert file.asked == [wanted[0], wanted[1], ByteRange(40_000, 300)]
+    assert (file.given, file.closed) == (100 + 100, 2)  # the first one, whose answer is short, was read out
 
 
 def test_a_line_that_stays_broken_is_tried_for_two_minutes_with_growing_waits(monkeypatch: pytest.MonkeyPatch) -> None:

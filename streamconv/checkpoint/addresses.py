@@ -10,8 +10,9 @@ from urllib.parse import unquote, urlsplit
 from streamconv.checkpoint.limits import shown
 from streamconv.errors import UsageError
 
-# RFC 3986, 3.1; two characters at least, since one is a drive of Windows.
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+# RFC 3986, 3.1; two characters at least, since one is a drive of Windows. "::" chains fsspec's addresses.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::[A-Za-z])")
+_WEB = ("http", "https")
 
 
 @dataclass(frozen=True)
@@ -22,23 +23,31 @@ class Address:
 
     @property
     def scheme(self) -> str:
-        return self.url.partition("://")[0].lower()
+        return re.split("://|::", self.url)[0].lower()
+
+    @property
+    def _links(self) -> list[str]:
+        """Of fsspec's chains; most addresses are one."""
+        return [self.url] if self.scheme in _WEB else self.url.split("::")
 
     @property
     def name(self) -> str:
-        """The file's own name, the last part of the path."""
-        return unquote(self._path).rpartition("/")[2]
-
-    @property
-    def _path(self) -> str:
-        # Only http knows queries and fragments; elsewhere ? and # are parts of names.
-        return urlsplit(self.url).path if self.scheme in ("http", "https") else self.url.partition("://")[2]
+        """The file's own name, the last part of the path; of a chain, of the first link that has one."""
+        link = next((link for link in self._links if link.partition("://")[2]), "")
+        # Only http knows queries and fragments; elsewhere ? and # are parts of names, and % is itself.
+        is_web = link.lower().startswith(("http://", "https://"))
+        path = unquote(urlsplit(link).path) if is_web else link.partition("://")[2]
+        return path.rpartition("/")[2]
 
     def __str__(self) -> str:
-        if self.scheme not in ("http", "https"):
-            return self.url
-        parts = urlsplit(self.url)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+        return "::".join(map(_shown, self._links))
+
+
+def _shown(url: str) -> str:
+    """Without a query, and without a user before the host; hf://OWNER/NAME@REVISION has none."""
+    scheme, mark, rest = url.partition("://")
+    host, slash, path = re.split("[?#]" if scheme.lower() in _WEB else "[?]", rest)[0].partition("/")
+    return scheme + mark + host.rpartition("@")[2] + slash + path
 
 
 Place: TypeAlias = Path | Address
@@ -56,14 +65,25 @@ def place_of(words: str | PathLike[str] | Address) -> Place:
     if not isinstance(words, str) or not _ADDRESS.match(text):
         return Path(text)
     if text.lower().startswith("file://"):
-        return Path(unquote(urlsplit(text).path))
+        host, _, path = text[len("file://") :].partition("/")
+        if host not in ("", "localhost"):
+            raise UsageError(f"{text} is on another machine, {host}. Give an address that is served.")
+        return Path(unquote(f"/{path}"))
     address = Address(text)
-    try:
-        is_valid = address.scheme not in ("http", "https") or bool(urlsplit(text).hostname and urlsplit(text).port != 0)
-    except ValueError:  # of a port or a bracket
-        is_valid = False
-    if not is_valid or not text.isprintable() or not address.name.isprintable():
+    if not is_valid(text) or not text.isprintable() or not address.name.isprintable():
         raise UsageError(f"{shown(text.rpartition('@')[2])} is no valid address. Give https://HOST/PATH/FILE.pth.")
     if address.name in ("", ".", ".."):
         raise UsageError(f"{address} names no file. Give the address of a .pth or .safetensors file.")
     return address
+
+
+def is_valid(url: str) -> bool:
+    """Whether an http address has a host and, if any, a port; others are for fsspec to judge."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in _WEB:
+            return True
+        (parts.hostname or "").encode("idna")
+        return bool(parts.hostname) and parts.port != 0 and " " not in parts.netloc
+    except ValueError:  # of a port, a bracket, or a label of the host
+        return False

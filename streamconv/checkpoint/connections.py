@@ -13,6 +13,8 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from streamconv._version import __version__
+from streamconv.checkpoint.addresses import is_valid
+from streamconv.checkpoint.limits import shown
 from streamconv.errors import SourceError, UsageError
 
 TIMEOUT_SECONDS = 30.0  # for a connection, and between two bytes
@@ -43,7 +45,11 @@ def connect(url: SplitResult) -> HTTPConnection:
             "or name your own authorities by SSL_CERT_FILE."
         ) from error
     except socket.gaierror as error:
-        raise ConnectionError(f"no host {host} is found ({error.strerror})") from error
+        raise ConnectionError(f"no {'proxy' if proxy else 'host'} {host} is found ({error.strerror})") from error
+    except OSError as error:
+        if proxy:
+            raise ConnectionError(f"the proxy {host} leads nowhere ({error})") from error
+        raise
     return connection
 
 
@@ -95,13 +101,13 @@ def _proxy(url: SplitResult) -> SplitResult | None:
     text = proxies.get(url.scheme) or proxies.get("all")
     if not text or proxy_bypass(url.netloc.rpartition("@")[2]):
         return None
-    proxy = urlsplit(text if "://" in text else f"http://{text}")
-    if proxy.scheme != "http" or not proxy.hostname:
+    text = text if "://" in text else f"http://{text}"
+    if not text.startswith("http://") or not is_valid(text):
         raise UsageError(
-            f"The environment names a proxy of the kind {proxy.scheme}, which streamconv does not speak. "
-            f"Set {url.scheme.upper()}_PROXY to an http:// proxy, or put {url.hostname} into NO_PROXY."
+            f"The environment names a proxy ({shown(text.rpartition('@')[2])}) that streamconv cannot use. "
+            f"Set {url.scheme.upper()}_PROXY to http://HOST:PORT, or put {url.hostname} into NO_PROXY."
         )
-    return proxy
+    return urlsplit(text)
 
 
 def _proxy_credentials(proxy: SplitResult) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """Files that fsspec reaches: s3://, gs://, az:// and all that it has a package for."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from streamconv.checkpoint.addresses import Address
-from streamconv.checkpoint.remote import AHEAD, RemoteFile
+from streamconv.checkpoint.limits import shown
+from streamconv.checkpoint.remote import AHEAD, WAITS_AT_FIRST, WAITS_SECONDS, RemoteFile
 from streamconv.errors import ChangedError, SourceError, SourceMissingError, StreamconvError, UsageError
 from streamconv.tensors import ByteRange
 
@@ -23,7 +25,8 @@ class FsspecFile(RemoteFile):
     def __init__(self, address: Address, notify: Callable[[str], None]):
         super().__init__(address, notify)
         self._files, self._path = _file_system(address)
-        self._threads = ThreadPoolExecutor(AHEAD, "fsspec")
+        # Of a store's package only an asynchronous one is made for several at once: tar:// shares one position.
+        self._threads = ThreadPoolExecutor(AHEAD if self._files.async_impl else 1, "fsspec")
         self.size, self._key = self._state()
 
     @property
@@ -39,20 +42,26 @@ class FsspecFile(RemoteFile):
         self._threads.shutdown(cancel_futures=True)
 
     def _state(self) -> tuple[int, str]:
-        try:
-            self._files.invalidate_cache()
-            info = self._files.info(self._path)
-            if info["type"] != "file":
-                raise SourceError(f"{self.where} is no file. Give the address of a .pth or .safetensors file.")
-            return int(info["size"]), str(self._files.ukey(self._path))
-        except StreamconvError:
-            raise
-        except FileNotFoundError:
-            raise SourceMissingError(f"{self.where}: there is no such file.") from None
-        except Exception as error:  # whatever the store's package makes of a wrong key, name or line
-            raise SourceError(
-                f"{self.where} cannot be read: {type(error).__name__}: {error}. Check the address and your credentials."
-            ) from error
+        for wait in (*WAITS_SECONDS[:WAITS_AT_FIRST], None):
+            try:
+                return self._threads.submit(self._ask_state).result()
+            except FileNotFoundError:
+                raise SourceMissingError(f"{self.where}: there is no such file.") from None
+            except StreamconvError:
+                raise
+            except Exception as error:  # whatever the store's package makes of a wrong key, name or line
+                failure, reason = error, shown(f"{type(error).__name__}: {error}")
+            if wait is None or isinstance(failure, PermissionError):
+                break
+            time.sleep(wait)
+        raise SourceError(f"{self.where} cannot be read: {reason}. Check the address and your credentials.")
+
+    def _ask_state(self) -> tuple[int, str]:
+        self._files.invalidate_cache()
+        info = self._files.info(self._path)
+        if info["type"] != "file":
+            raise SourceError(f"{self.where} is no file. Give the address of a .pth or .safetensors file.")
+        return int(info["size"]), str(self._files.ukey(self._path))
 
     def _ask(self, wanted: ByteRange) -> "_FsspecAnswer":
         return _FsspecAnswer(self._threads.submit(self._files.cat_file, self._path, wanted.start, wanted.end), wanted)
@@ -85,7 +94,7 @@ def _file_system(address: Address) -> tuple[Any, str]:
         files, path = url_to_fs(address.url)
         return files, str(path)
     except ImportError as error:  # of the scheme's package, which fsspec names
-        raise UsageError(f"{address}: {error}.") from error
+        raise UsageError(f"{address}: {shown(str(error))}.") from error
     except ValueError as error:
         raise UsageError(f"{address}: {error}. Give a file, or an http, https, hf, s3 or gs address.") from error
     except Exception as error:

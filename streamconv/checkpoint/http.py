@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPResponse
 from itertools import pairwise
-from time import time
+from time import time, time_ns
 from typing import NoReturn
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
-from streamconv.checkpoint.addresses import Address
+from streamconv.checkpoint.addresses import Address, is_valid
 from streamconv.checkpoint.connections import connect, request
 from streamconv.checkpoint.limits import shown
 from streamconv.checkpoint.remote import BROKEN, WINDOW_BYTES, Flow, RemoteFile, RetryLater, RetryNow
@@ -52,8 +52,10 @@ def on_the_hub(address: Address) -> Address:
     Raises:
         UsageError: it is not of this form.
     """
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import constants, hf_hub_url
 
+    if constants.HF_HUB_OFFLINE:
+        raise SourceError(f"HF_HUB_OFFLINE is set, so that {address} is not asked for. Unset it, or name a file.")
     kind, *parts = address.url.partition("://")[2].split("/")
     kinds = {"datasets": "dataset", "spaces": "space"}
     if kind not in kinds:
@@ -61,8 +63,10 @@ def on_the_hub(address: Address) -> Address:
     if len(parts) < 3 or not all(parts):
         raise UsageError(f"{address} names no file of a repository. Write hf://OWNER/NAME[@REVISION]/FILE.")
     name, _, revision = parts[1].partition("@")
+    if revision == "refs" and len(parts) > 4:  # refs/pr/1 and refs/convert/NAME
+        revision, parts = "/".join(["refs", *parts[2:4]]), parts[:2] + parts[4:]
     file = "/".join(parts[2:])
-    url = hf_hub_url(f"{parts[0]}/{name}", file, repo_type=kinds.get(kind), revision=revision or None)
+    url = hf_hub_url(f"{parts[0]}/{name}", file, repo_type=kinds.get(kind), revision=unquote(revision) or None)
     return Address(url)
 
 
@@ -81,13 +85,16 @@ class HttpFile(RemoteFile):
         self.target, self._hops = address.url, 0  # where redirects led, and how many in a row
         self.idle: list[HTTPConnection] = []
         self._version: _Version | None = None
+        self._opened_ns = time_ns()
         self.has_ranges = True
         self._is_one_pass = False  # what is read of a file without ranges is announced, and in its order
         self._open()
 
     @property
     def version(self) -> dict[str, object]:
-        return self._version.as_dict() if self._version is not None else {}
+        """Where nothing tells one version from another, when it was opened: what was begun is not gone on with then."""
+        said = self._version.as_dict() if self._version is not None else {}
+        return said or {"opened_ns": self._opened_ns}
 
     @property
     def modified(self) -> str | None:
@@ -125,7 +132,7 @@ class HttpFile(RemoteFile):
     def no_ranges(self, why: str) -> NoRangesError:
         return NoRangesError(
             f"{self.where} cannot be read in parts: its server sends only whole files, and {why}. "
-            "Leave --stream out, so that it is downloaded first."
+            "Without --stream, convert and run download it first."
         )
 
     def _open(self) -> None:
@@ -170,11 +177,10 @@ class HttpFile(RemoteFile):
         """
         status = response.status
         if status in _REDIRECTS and response.getheader("Location"):
-            target = urljoin(self.target, response.getheader("Location") or "")
-            if (urlsplit(self.target).scheme, urlsplit(target).scheme) not in _SAFE_STEPS:
-                raise SourceError(
-                    f"{self.where} leads to {shown(str(Address(target)))}, which is no safe line. Check the address."
-                )
+            target = _joined(self.target, response.getheader("Location") or "")
+            if not is_valid(target) or (_scheme(self.target), _scheme(target)) not in _SAFE_STEPS:
+                where = shown(str(Address(target)))
+                raise SourceError(f"{self.where} leads to {where}, which is no safe line. Check the address.")
             self._go_to(target)
         if status in _BUSY:
             raise RetryLater(f"the server answers {status} {shown(response.reason)}", _seconds_to_wait(response))
@@ -210,7 +216,7 @@ class HttpFile(RemoteFile):
                 self.request_bytes = max(1, self.size)
             if not self.size:
                 raise _Empty
-        elif (version.size, version.as_dict()) != (self.size, self.version):
+        elif (version.size, version.as_dict()) != (self.size, self._version.as_dict()):
             raise self._changed()
         self._hops = 0
 
@@ -227,6 +233,17 @@ class HttpFile(RemoteFile):
             f"{self.where} was changed while it was read: the server has another file there now. "
             "Delete what was begun, and run again."
         )
+
+
+def _joined(base: str, location: str) -> str:
+    try:
+        return urljoin(base, location)
+    except ValueError:  # of a bracket
+        return location
+
+
+def _scheme(url: str) -> str:
+    return url.partition("://")[0].lower()
 
 
 _SAFE_STEPS = {("http", "http"), ("http", "https"), ("https", "https")}
@@ -249,7 +266,7 @@ class _HttpAnswer:
         response = self._response or self._begin()
         count = response.readinto(buffer[: self._left])
         self._left -= count
-        is_free = not self._left and response.isclosed() and not response.will_close
+        is_free = not self._left and response.isclosed()
         if is_free and self._file.target == self._target:  # else it leads to a host that secrets may not be for
             self._file.idle.append(self._connection)
         return count

@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Protocol
 
 from streamconv.checkpoint.addresses import Address
+from streamconv.checkpoint.limits import shown
 from streamconv.errors import NetworkError, TruncatedError
 from streamconv.tensors import ByteRange
 
@@ -212,7 +213,7 @@ class RemoteFile(ABC):
     def _wait(self, position: int, error: Exception) -> None:
         if isinstance(error, RetryNow):
             return
-        reason = str(error) or type(error).__name__
+        reason = shown(str(error) or type(error).__name__)
         if self._failures == (len(WAITS_SECONDS) if self.is_open else WAITS_AT_FIRST):
             where = f"at byte {position:,}" if self.is_open else "from the beginning"
             mend = "it goes on where it was" if self.is_open else "check the address, and the network"

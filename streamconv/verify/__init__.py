@@ -32,13 +32,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung's verdict. ``passed`` is None where it did not run, and ``proves`` then says why not."""
+    """One rung's verdict. ``passed`` is None where it did not run, and ``proves`` then says why not.
+
+    ``unproved`` is what a rung that ran usually proves, and this time did not.
+    """
 
     name: str
     passed: bool | None
     proves: str
     problems: tuple[str, ...] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    unproved: str = ""
 
     def since(self, start: float) -> "Rung":
         """With the seconds that it took."""
@@ -141,7 +145,8 @@ def verify(
 
         models = Models(plan, device, image, reference)
         manifest = read_manifest(folder)
-        if source_files.is_remote and manifest is not None and is_of(manifest, source_files.describe()):
+        is_ours = manifest is not None and is_of(manifest, source_files.describe())
+        if manifest is not None and is_ours and source_files.is_remote and source_files.is_checkable:
             rung, files = _bytes_as_written(folder, plan, manifest, progress)
         else:
             rung, files = _bytes(folder, plan, source_files, progress)
@@ -178,12 +183,13 @@ def verify_sent(
     write_outline(plan, outline)
     models = Models(plan, device, image, reference)
     found = models.check(outline, source, progress, parity, is_outline=True)
-    crc = "from records that matched their CRC-32" if manifest["is_crc_checked"] else "without CRC-32s to check"
-    proves = f"every file was sent with the sha256 with which it was copied, {crc}; nothing was read again"
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
-    return _verification(
-        plan, source, (Rung("bytes", True, proves, (), numbers), *found.rungs), found, models, manifest["files"], start
-    )
+    if source.is_checkable:
+        proves = "when it was sent, every file was as it was copied, from records that matched their CRC-32"
+        rung = Rung("bytes", True, proves, (), numbers, "what was sent was not read again")
+    else:
+        rung = Rung("bytes", None, "the source carries no CRC-32s, and nothing is kept to be compared with it")
+    return _verification(plan, source, (rung, *found.rungs), found, models, manifest["files"], start)
 
 
 def _verify_alone(folder: Path, progress: Progress) -> Verification:
@@ -208,16 +214,17 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
 def _bytes_as_written(
     folder: Path, plan: Plan, manifest: Mapping[str, Any], progress: Progress
 ) -> tuple[Rung, Mapping[str, Mapping[str, Any]]]:
-    """For a source that is not read a second time: the manifest's word on the files, whose bytes are read."""
+    """For a source with CRC-32s that is not read a second time: the manifest's word on the files, which are read."""
     start = time.monotonic()
     problems = check_files(folder, manifest, lambda done, total: progress("reading files", done, total, "bytes"))
     problems += check_names(folder, plan)
-    crc = "from records that matched their CRC-32" if manifest.get("is_crc_checked") else "without CRC-32s to check"
-    proves = f"every file is as it was copied, by {MANIFEST_NAME}, {crc}; the source was not read again"
+    if manifest.get("is_crc_checked") is not True:
+        problems.append(f"{MANIFEST_NAME} does not say that the source's CRC-32s were checked")
+    proves = f"every file is as it was copied, by {MANIFEST_NAME}, from records that matched their CRC-32"
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
-    return Rung("bytes", not problems, proves, tuple(problems), numbers).since(start), {} if problems else manifest[
-        "files"
-    ]
+    unproved = "the source's bytes were not read again"
+    rung = Rung("bytes", not problems, proves, tuple(problems), numbers, unproved)
+    return rung.since(start), {} if problems else manifest["files"]
 
 
 def _verification(

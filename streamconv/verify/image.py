@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torchvision.transforms import functional
 
 from streamconv._version import __version__
+from streamconv.checkpoint.addresses import Address
+from streamconv.checkpoint.limits import shown
 from streamconv.errors import UsageError
 
 WIDTH, HEIGHT = 640, 480
@@ -25,6 +27,7 @@ def open_image(place: str | PathLike[str] | None) -> Image.Image:
     if place is None:
         return make_image()
     is_address = fspath(place).lower().startswith(("http://", "https://"))
+    where = Address(fspath(place)) if is_address else place
     try:
         with Image.open(_download(fspath(place)) if is_address else place) as opened:
             image = ImageOps.exif_transpose(opened)
@@ -34,9 +37,9 @@ def open_image(place: str | PathLike[str] | None) -> Image.Image:
                 raise ValueError(f"{image.width} x {image.height} pixels are a line; crop it")
             return image.convert("RGB")
     except UnidentifiedImageError:
-        raise UsageError(f"{place} is no image that Pillow knows.") from None
+        raise UsageError(f"{where} is no image that Pillow knows.") from None
     except Exception as error:  # of the network, and whatever Pillow's readers make of a damaged file
-        raise UsageError(f"The image {place} cannot be read: {error}.") from error
+        raise UsageError(f"The image {where} cannot be read: {shown(str(error))}.") from error
 
 
 def _download(address: str) -> io.BytesIO:

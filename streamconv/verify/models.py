@@ -76,7 +76,7 @@ class Models:
         targets = weights_of(converted, self.plan, folder) if is_outline else {}
         if not with_parity or targets is None:
             why = "this system does not tell where weights are loaded from" if with_parity else "--no-parity"
-            pixels = check_pixels(folder, self.plan, self.image, f"no model was run on them: {why}").since(start)
+            pixels = check_pixels(folder, self.plan, self.image).since(start)
             return Found((loaded, Rung("parity", None, why), pixels))
         try:
             weights = load_weights(self.original, source, self.device)
@@ -92,10 +92,12 @@ class Models:
         model = OffloadedModel(converted, self.device, StreamedWeights(targets, self.device) if targets else None)
         pair = Pair(original, self.states, model, self.device, progress)
         parity, comparison = check_parity(pair, self.plan, self.image)
+        if is_outline:
+            proves = f"{parity.proves}; transformers with the source's weights, from where the sent files have theirs"
+            parity = replace(parity, proves=proves)
         parity, start_next = parity.since(start), time.monotonic()
         if source.is_remote or is_outline:
-            why = "no model was run on them, since the source is not kept"
-            preprocessing = check_pixels(folder, self.plan, self.image, why).since(start_next)
+            preprocessing = check_pixels(folder, self.plan, self.image).since(start_next)
         else:
             preprocessing = check_preprocessing(pair, folder, self.plan, self.image).since(start_next)
         kept = comparison.kept if comparison is not None else {}

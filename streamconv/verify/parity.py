@@ -119,9 +119,9 @@ def check_parity(pair: Pair, plan: Plan, image: Image.Image) -> tuple[Rung, Comp
         raise out_of_memory(pair.device, error) from error
     except Exception as error:  # torch or transformers refuse what was written, or what it was made from
         return Rung("parity", False, proves, (f"{type(error).__name__}: {error}",)), None
-    rung = Rung(
-        "parity", not verdict.problems, proves + verdict.note, verdict.problems, {"size": size, **verdict.numbers}
-    )
+    numbers, start = {"size": size, **verdict.numbers}, verdict.judged.not_finite_from
+    unproved = f"nothing is proved of {start} and what follows it" if start is not None else ""
+    rung = Rung("parity", not verdict.problems, proves + verdict.note, verdict.problems, numbers, unproved)
     return rung, verdict.comparison
 
 

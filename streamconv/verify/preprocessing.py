@@ -44,13 +44,15 @@ def check_preprocessing(pair: Pair, folder: Path, plan: Plan, image: Image.Image
     return Rung("preprocessing", not problems and not verdict.problems, proves, (*problems, *verdict.problems), numbers)
 
 
-def check_pixels(folder: Path, plan: Plan, image: Image.Image, why_no_model: str) -> Rung:
+def check_pixels(folder: Path, plan: Plan, image: Image.Image) -> Rung:
     """The processor's half of `check_preprocessing`."""
     try:
-        numbers, problems = _compare_pixels(folder, plan, image, original_pixels(image, plan))
+        wanted = original_pixels(image, plan)
+        numbers, problems = _compare_pixels(folder, plan, image, wanted)
     except Exception as error:  # transformers or torch refuse what was written
         return Rung("preprocessing", False, PROVES_PIXELS, (f"{type(error).__name__}: {error}",))
-    return Rung("preprocessing", not problems, f"{PROVES_PIXELS}; {why_no_model}", tuple(problems), numbers)
+    unproved = f"no model ran at {wanted.shape[-1]}x{wanted.shape[-1]}"
+    return Rung("preprocessing", not problems, PROVES_PIXELS, tuple(problems), numbers, unproved)
 
 
 def original_pixels(image: Image.Image, plan: Plan) -> Tensor:
