@@ -2,8 +2,8 @@
 
 A server on this machine (tests/file_server.py, which sends by sendfile) stands for the network: first
 as fast as it can, then, for what is below 1 GB, with 50 ms before each answer and 50 MB/s a connection,
-as far servers have them. Pairs are interleaved. curl's time is that of `curl -o` alone; the other line adds a sync, which
-streamconv's time includes. The same two cores serve and convert.
+as far servers have them. Pairs are interleaved. curl's time is that of `curl -o` alone; the other line
+adds a sync, which streamconv's time includes. The same two cores serve and convert.
 """
 
 import os
