@@ -3,13 +3,15 @@
 Also `python -m tests.file_server FOLDER [LATENCY [SECONDS_A_MEGABYTE]]`, which prints its address.
 
 It answers GET as static servers do: ranges of one part, ETag, Last-Modified, keep-alive. What it does
-wrong is told by `Faults`, which a test changes while it runs. It does not model TLS, HTTP/2, ranges of
+wrong is told by `Faults`, which a test changes while it runs. With a certificate it
+speaks TLS. It does not model HTTP/2, ranges of
 several parts, conditional requests, or lines that are lost without a word.
 """
 
 import os
 import re
 import socket
+import ssl
 import struct
 import sys
 import threading
@@ -55,8 +57,13 @@ class FileServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, certificate: Path | None = None):
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.scheme = "http"
+        if certificate is not None:
+            self.scheme, context = "https", ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self.folder, self.faults = folder, Faults()
         self.requests: list[tuple[str, str | None, dict[str, str]]] = []
         self.sent = 0
@@ -65,7 +72,7 @@ class FileServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"{self.scheme}://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that left is no error."""
@@ -157,7 +164,12 @@ class _Handler(BaseHTTPRequestHandler):
             if faults.seconds_a_megabyte:
                 size = min(size, 64 << 10)
                 time.sleep(faults.seconds_a_megabyte * size / 1e6)
-            count = os.sendfile(self.connection.fileno(), fd, at, size)
+            if isinstance(self.connection, ssl.SSLSocket):
+                data = os.pread(fd, size, at)
+                self.connection.sendall(data)
+                count = len(data)
+            else:
+                count = os.sendfile(self.connection.fileno(), fd, at, size)
             if not count:
                 break
             at += count
@@ -170,8 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[FileServer]:
-    with FileServer(folder) as server:
+def serving(folder: Path, certificate: Path | None = None) -> Iterator[FileServer]:
+    with FileServer(folder, certificate) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:
