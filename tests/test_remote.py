@@ -18,7 +18,7 @@ SHARE_THAT_BREAKS = 4
 
 
 class FakeFile(RemoteFile):
-    """Serves `DATA`; every few calls fail or end early, never more than two in a row. Counts what it gives."""
+    """Serves `DATA`; every few calls fail, never more than two without a byte in between. Counts what it gives."""
 
     request_bytes = 20_000
 
@@ -39,7 +39,6 @@ class FakeFile(RemoteFile):
         if self.breaks and self.in_a_row < 2 and not self.random.randrange(SHARE_THAT_BREAKS):
             self.in_a_row += 1
             raise self.random.choice([ConnectionResetError, TimeoutError, lambda: RetryLater("busy", 0)])()
-        self.in_a_row = 0
 
     def _ask(self, wanted: ByteRange) -> "FakeAnswer":
         self.maybe_break()
@@ -57,6 +56,7 @@ class FakeAnswer:
         buffer[:count] = DATA[self.at : self.at + count]
         self.at += count
         self.file.given += count
+        self.file.in_a_row = 0
         return count
 
     def close(self) -> None:
