@@ -6,7 +6,6 @@ imported where it is used: it costs memory, which a conversion has no use for.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,11 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from streamconv.asking import PATIENCE, Hub
-from streamconv.card import CARD_NAME, is_ours, make_card
+from streamconv.card import CARD_NAME
 from streamconv.check import LOADED_BESIDE
-from streamconv.checkpoint.storage import read_small
-from streamconv.errors import HubError, MissingUploadError, OutputError, SourceError, UsageError
-from streamconv.manifest import MANIFEST_NAME, read_manifest
+from streamconv.errors import HubError, MissingUploadError, OutputError, UsageError
 from streamconv.progress import Progress, ignore_progress
 
 if TYPE_CHECKING:
@@ -127,7 +124,7 @@ class Repository:
 
         progress(f"sending {name} to {self.id}", 0, 1, "steps")
         operation = CommitOperationAdd(name, str(path))
-        _require_digest(path, operation.upload_info.sha256.hex(), sha256)
+        require_digest(path, operation.upload_info.sha256.hex(), sha256)
         self._hub.ask(
             f"{name} cannot be sent to {self.id}",
             self._api.preupload_lfs_files,
@@ -152,21 +149,16 @@ class Repository:
         self._uploaded[name] = operation
         self._restored.append(name)
 
-    def card(self, folder: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
-        """The model card by its name: the folder's own, or one that is made; none where someone else's is there.
+    def read_card(self) -> str | None:
+        """The model card that the revision has; None where it has none.
 
         Raises:
-            OutputError: the folder's cannot be read.
-            HubError: the Hub does not say what is there.
+            HubError: the Hub does not say.
         """
-        if os.path.exists(folder / CARD_NAME):
-            return {CARD_NAME: _small(folder / CARD_NAME)}
         info = self._hub.ask(f"{self.id} cannot be looked at", self._look)
-        if any(file.rfilename == CARD_NAME for file in info.siblings or ()) if info is not None else False:
-            there = self._hub.ask(f"The card of {self.id} cannot be read", self._read_card, info.sha)
-            if not is_ours(there):
-                return {}
-        return {CARD_NAME: make_card(manifest, self.id).encode()}
+        if info is None or all(file.rfilename != CARD_NAME for file in info.siblings or ()):
+            return None
+        return self._hub.ask(f"The card of {self.id} cannot be read", self._read_card, info.sha)
 
     def _read_card(self, revision: str) -> str:
         with TemporaryDirectory() as folder:
@@ -245,61 +237,7 @@ class Repository:
             )
 
 
-def publish(folder: Path, repository: Repository, progress: Progress = ignore_progress) -> str:
-    """Push a finished folder: what its manifest names, the manifest, and a model card, in one commit.
-
-    A README.md in the folder is the card; otherwise one is made, and not kept there, unless the repository
-    has one that someone else wrote. What the Hub has is not sent again.
-
-    Returns:
-        The commit's or pull request's address.
-
-    Raises:
-        OutputError: the folder is not finished, or its files are not as its manifest says.
-        HubError: the Hub does not take it.
-    """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise OutputError(f"{folder} has no {MANIFEST_NAME}, so that it is not known what to push. Convert into it.")
-    try:
-        said = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        said = {}
-    if not said or any(Path(name).name != name for name in said):
-        raise OutputError(f"{folder / MANIFEST_NAME} does not say what to push. Convert into another folder.")
-    repository.refuse_others(said)
-    small = {name: _small(folder / name, sha256) for name, (_, sha256) in said.items() if not _is_large(name)}
-    large = {name: each for name, each in said.items() if _is_large(name)}
-    small[MANIFEST_NAME] = _small(folder / MANIFEST_NAME)
-    small |= repository.card(folder, manifest)
-    for name, (size, _) in large.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise OutputError(f"{folder / name} is not as {MANIFEST_NAME} says. Convert again.")
-    repository.create()
-    for name, (_, sha256) in large.items():
-        repository.upload(folder / name, name, sha256, progress)
-    progress(f"committing to {repository.id}", 0, 1, "steps")
-    return repository.commit(small, commit_message(manifest))
-
-
-def commit_message(manifest: Mapping[str, Any]) -> str:
-    return f"Add {manifest.get('model') or 'the model'}, converted by streamconv"
-
-
-def _is_large(name: str) -> bool:
-    return name.endswith(".safetensors")
-
-
-def _small(path: Path, sha256: str | None = None) -> bytes:
-    try:
-        data = read_small(path)
-    except SourceError as error:
-        raise OutputError(f"{error} It is to be pushed.") from error
-    _require_digest(path, hashlib.sha256(data).hexdigest(), sha256 or hashlib.sha256(data).hexdigest())
-    return data
-
-
-def _require_digest(path: Path, digest: str, wanted: str) -> None:
+def require_digest(path: Path, digest: str, wanted: str) -> None:
     if digest != wanted:
         raise OutputError(
             f"{path} has changed since it was written: its sha256 is {digest}, not {wanted}. Convert again."

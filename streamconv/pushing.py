@@ -8,8 +8,9 @@ from pathlib import Path
 from streamconv.convert import plan
 from streamconv.errors import UsageError
 from streamconv.families import find_model
-from streamconv.hub import Destination, Repository, publish
+from streamconv.hub import Destination, Repository
 from streamconv.progress import ProgressReport
+from streamconv.publishing import publish
 
 OPTIONS = ("--push-to-hub", "--push_to_hub")
 HELP = "Push what was verified to the Hub, to USER/NAME or your own NAME. [default: the published name]"

@@ -19,11 +19,12 @@ from streamconv.convert import Conversion, Decision, advance_in, decide, manifes
 from streamconv.crc import RecordChecks
 from streamconv.errors import MissingUploadError, UsageError
 from streamconv.folder import OutputFolder, claimed
-from streamconv.hub import Repository, commit_message
+from streamconv.hub import Repository
 from streamconv.manifest import MANIFEST_NAME, manifest_bytes
 from streamconv.output import explained
 from streamconv.plan import Plan
 from streamconv.progress import Progress
+from streamconv.publishing import card_files, commit_message
 from streamconv.sources import OpenSource, locate, opened
 from streamconv.streaming import write_shard
 from streamconv.verify import Verification
@@ -136,7 +137,7 @@ def _outline(folder: Path) -> Iterator[Path]:
 def _commit(decided: Decision, manifest: Mapping[str, Any], work: OutputFolder, repository: Repository) -> str:
     plan = decided.plan
     small = {**plan.files, **({INDEX_NAME: plan.index} if plan.index is not None else {})}
-    small |= {MANIFEST_NAME: manifest_bytes(manifest), **repository.card(decided.folder, manifest)}
+    small |= {MANIFEST_NAME: manifest_bytes(manifest), **card_files(decided.folder, repository, manifest)}
     try:
         published = repository.commit(small, commit_message(manifest))
     except MissingUploadError as error:

@@ -19,7 +19,8 @@ from huggingface_hub.utils import _http
 import streamconv
 from streamconv import asking
 from streamconv.errors import HubError, MissingUploadError, OutputError, StreamconvError, UsageError
-from streamconv.hub import Destination, Repository, publish
+from streamconv.hub import Destination, Repository
+from streamconv.publishing import publish
 from streamconv.pushing import with_values
 from tests.conftest import run_python, tiny
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer, Repo, running

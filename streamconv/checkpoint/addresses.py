@@ -8,7 +8,7 @@ from typing import TypeAlias
 from urllib.parse import unquote, urlsplit
 
 from streamconv.checkpoint.limits import shown
-from streamconv.errors import UsageError
+from streamconv.errors import SourceError, UsageError
 
 # RFC 3986, 3.1; two characters at least, since one is a drive of Windows. "::" chains fsspec's addresses.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::[A-Za-z])")
@@ -87,3 +87,27 @@ def is_valid(url: str) -> bool:
         return bool(parts.hostname) and parts.port != 0 and " " not in parts.netloc
     except ValueError:  # of a port, a bracket, or a label of the host
         return False
+
+
+def on_the_hub(address: Address) -> Address:
+    """hf://[datasets/]OWNER/NAME[@REVISION]/FILE as an https address.
+
+    Raises:
+        UsageError: it is not of this form.
+    """
+    from huggingface_hub import constants, hf_hub_url
+
+    if constants.HF_HUB_OFFLINE:
+        raise SourceError(f"HF_HUB_OFFLINE is set, so that {address} is not asked for. Unset it, or name a file.")
+    kind, *parts = address.url.partition("://")[2].split("/")
+    kinds = {"datasets": "dataset", "spaces": "space"}
+    if kind not in kinds:
+        kind, parts = "", [kind, *parts]
+    if len(parts) < 3 or not all(parts):
+        raise UsageError(f"{address} names no file of a repository. Write hf://OWNER/NAME[@REVISION]/FILE.")
+    name, _, revision = parts[1].partition("@")
+    if revision == "refs" and len(parts) > 4:  # refs/pr/1 and refs/convert/NAME
+        revision, parts = "/".join(["refs", *parts[2:4]]), parts[:2] + parts[4:]
+    file = "/".join(parts[2:])
+    url = hf_hub_url(f"{parts[0]}/{name}", file, repo_type=kinds.get(kind), revision=unquote(revision) or None)
+    return Address(url)

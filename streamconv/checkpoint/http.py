@@ -12,13 +12,13 @@ from http.client import HTTPConnection, HTTPResponse
 from itertools import pairwise
 from time import time, time_ns
 from typing import NoReturn
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from streamconv.checkpoint.addresses import Address, is_valid
 from streamconv.checkpoint.connections import connect, request
 from streamconv.checkpoint.limits import shown
 from streamconv.checkpoint.remote import BROKEN, WINDOW_BYTES, Flow, RemoteFile, RetryLater, RetryNow
-from streamconv.errors import ChangedError, NoRangesError, SourceError, SourceMissingError, UsageError
+from streamconv.errors import ChangedError, NoRangesError, SourceError, SourceMissingError
 from streamconv.tensors import ByteRange
 
 MAX_REDIRECTS = 10
@@ -44,30 +44,6 @@ class _Version:
 
     def as_dict(self) -> dict[str, object]:
         return {"etag": self.etag} if self.etag else {"last_modified": self.modified} if self.modified else {}
-
-
-def on_the_hub(address: Address) -> Address:
-    """hf://[datasets/]OWNER/NAME[@REVISION]/FILE as an https address.
-
-    Raises:
-        UsageError: it is not of this form.
-    """
-    from huggingface_hub import constants, hf_hub_url
-
-    if constants.HF_HUB_OFFLINE:
-        raise SourceError(f"HF_HUB_OFFLINE is set, so that {address} is not asked for. Unset it, or name a file.")
-    kind, *parts = address.url.partition("://")[2].split("/")
-    kinds = {"datasets": "dataset", "spaces": "space"}
-    if kind not in kinds:
-        kind, parts = "", [kind, *parts]
-    if len(parts) < 3 or not all(parts):
-        raise UsageError(f"{address} names no file of a repository. Write hf://OWNER/NAME[@REVISION]/FILE.")
-    name, _, revision = parts[1].partition("@")
-    if revision == "refs" and len(parts) > 4:  # refs/pr/1 and refs/convert/NAME
-        revision, parts = "/".join(["refs", *parts[2:4]]), parts[:2] + parts[4:]
-    file = "/".join(parts[2:])
-    url = hf_hub_url(f"{parts[0]}/{name}", file, repo_type=kinds.get(kind), revision=unquote(revision) or None)
-    return Address(url)
 
 
 class HttpFile(RemoteFile):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from streamconv.checkpoint.addresses import Place
+from streamconv.checkpoint.addresses import Place, on_the_hub
 from streamconv.checkpoint.limits import MAX_JSON_BYTES
 from streamconv.errors import ChangedError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 from streamconv.tensors import ByteRange, ByteSource
@@ -41,7 +41,7 @@ def open_file(place: Place, notify: Callable[[str], None]) -> File:
         return LocalFile(place)
     # What each needs to import costs memory that a file of this machine needs not.
     if place.scheme in ("http", "https", "hf"):
-        from streamconv.checkpoint.http import HttpFile, on_the_hub
+        from streamconv.checkpoint.http import HttpFile
 
         return HttpFile(on_the_hub(place) if place.scheme == "hf" else place, notify)
     from streamconv.checkpoint.filesystems import FsspecFile
