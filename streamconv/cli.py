@@ -1,28 +1,31 @@
-"""The command line: parse the user's words, call one function, print. Nothing else prints or exits."""
+"""The command line: parse the user's words, call one function, print as `terminal` does. Nothing else prints."""
 
-import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 import streamconv
 from streamconv._version import __version__
 from streamconv.convert import Conversion
-from streamconv.errors import OutputError, StreamconvError, UsageError
+from streamconv.errors import StreamconvError, UsageError
 from streamconv.hub import Repository
 from streamconv.options import (
+    DEFAULT_MODEL,
     CreatePr,
     Device,
     Head,
     Image,
     Json,
     Labels,
+    ModelName,
     NoParity,
+    NoVerify,
+    OutputOrDefault,
     Private,
     PushToHub,
     PushUnverified,
@@ -32,18 +35,19 @@ from streamconv.options import (
     Seed,
     ShardSize,
     Source,
+    SourceOrDefault,
     Stream,
+    Synthetic,
 )
 from streamconv.progress import ProgressReport
 from streamconv.pushing import read_options, with_values
 from streamconv.relay import Relayed, relay
 from streamconv.synth import temporary_checkpoint
-from streamconv.terminal import guarded
+from streamconv.terminal import errors_told, fail, guarded, print_json, print_lines
 from streamconv.texts import conversion_lines, model_lines, plan_lines, verification_lines
 from streamconv.verify import Verification
 from streamconv.verifying import Verifying
 
-DEFAULT_MODEL = "dinov2_vitg14"
 EXIT_CODES = """\b
 Exit codes: 0 done, and all that was verified is right; 1 verification found a difference;
 2 wrong usage; 3 the source cannot be converted; 4 the output cannot be written; 130 interrupted."""
@@ -61,22 +65,8 @@ app = typer.Typer(
 
 @app.command()
 def run(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="SOURCE", help=f"A model's name, a checkpoint file, or its address. [default: {DEFAULT_MODEL}]"
-        ),
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output",
-            "-o",
-            "--pytorch_dump_folder_path",
-            metavar="DIR",
-            help="The folder to write. [default: the published name]",
-        ),
-    ] = None,
+    source: SourceOrDefault = None,
+    output: OutputOrDefault = None,
     device: Device = "auto",
     head: Head = None,
     labels: Labels = None,
@@ -86,13 +76,11 @@ def run(
     reference: Reference = "builtin",
     no_parity: NoParity = False,
     report: Report = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Convert only.")] = False,
+    no_verify: NoVerify = False,
     as_json: Json = False,
-    synthetic: Annotated[
-        bool, typer.Option("--synthetic", help="Make a random checkpoint of the model, and convert that.")
-    ] = False,
+    synthetic: Synthetic = False,
     seed: Seed = 0,
-    model_name: Annotated[str | None, typer.Option("--model_name", metavar="NAME", help="The same as SOURCE.")] = None,
+    model_name: ModelName = None,
     push_to_hub: PushToHub = None,
     private: Private = False,
     revision: Revision = None,
@@ -101,9 +89,9 @@ def run(
 ) -> None:
     """Convert a checkpoint and verify the result."""
     if source is not None and model_name is not None:
-        _fail(UsageError("SOURCE and --model_name are the same. Give one of them."))
+        fail(UsageError("SOURCE and --model_name are the same. Give one of them."))
     name = next((word for word in (source, model_name) if word is not None), DEFAULT_MODEL)
-    with _errors():
+    with errors_told():
         if synthetic and head is not None:
             raise UsageError("--synthetic makes its own head. Leave --head out.")
         pushing = read_options(push_to_hub, private, revision, create_pr, push_unverified, not no_verify)
@@ -111,7 +99,7 @@ def run(
         if verifying is not None:
             verifying.check_ahead()
         repository = pushing.open(name, head, labels, synthetic) if pushing is not None else None
-    with _errors():
+    with errors_told():
         published, failure, found = None, None, None
         with _synthetic(name, output, seed) if synthetic else nullcontext((name, head)) as (path, head_path):
             if stream and pushing is not None and repository is not None:
@@ -130,16 +118,16 @@ def run(
             failure = error  # said when all that was done is
     if as_json:
         verification = found.as_dict() if found else None
-        _print_json({**converted.as_dict(), "verification": verification, "published": published})
+        print_json({**converted.as_dict(), "verification": verification, "published": published})
     elif found is None:
-        _print(["not verified: --no-verify"])
-    with _errors():
+        print_lines(["not verified: --no-verify"])
+    with errors_told():
         if verifying is not None and found is not None:
             _write_report(verifying, found, as_json)
         if failure is not None:
             raise failure
     if published is not None and not as_json:
-        _print([f"published: {published}"])
+        print_lines([f"published: {published}"])
     if found is not None and not passed:
         if pushing is not None and published is None:
             print("not pushed, since verification failed; --push-unverified would insist", file=sys.stderr)
@@ -157,10 +145,10 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint into a folder that transformers loads."""
-    with _errors():
+    with errors_told():
         converted = _convert(source, output, head, labels, max_shard_size, stream, as_json)
     if as_json:
-        _print_json(converted.as_dict())
+        print_json(converted.as_dict())
 
 
 @app.command()
@@ -187,7 +175,7 @@ def verify(
 
     Without SOURCE, each file is checked against the size and sha256 in the folder's streamconv.json.
     """
-    with _errors():
+    with errors_told():
         given = (head, device, image, reference, no_parity, stream)
         if source is None and given != (None, "auto", None, "builtin", False, False):
             raise UsageError(
@@ -198,8 +186,8 @@ def verify(
         verifying.check_ahead()
         found = _verify(verifying, folder, source, head, as_json)
     if as_json:
-        _print_json(found.as_dict())
-    with _errors():
+        print_json(found.as_dict())
+    with errors_told():
         _write_report(verifying, found, as_json)
     if not found.passed:
         raise typer.Exit(1)
@@ -208,18 +196,18 @@ def verify(
 @app.command()
 def plan(source: Source, head: Head = None, max_shard_size: ShardSize = "5GB", as_json: Json = False) -> None:
     """Show what would be written: mapping, shards, bytes. No weight is read."""
-    with _errors():
+    with errors_told():
         planned = streamconv.plan(source, head=head, max_shard_size=max_shard_size)
     if as_json:
-        _print_json(planned.as_dict())
+        print_json(planned.as_dict())
         return
-    _print(plan_lines(planned))
+    print_lines(plan_lines(planned))
 
 
 @app.command()
 def models() -> None:
     """List the models: names, sizes, files, published names."""
-    _print(model_lines())
+    print_lines(model_lines())
 
 
 @app.command()
@@ -229,9 +217,11 @@ def synth(
     seed: Seed = 0,
 ) -> None:
     """Write a random checkpoint in the model's original layout, exact in names and shapes."""
-    with _errors():
+    with errors_told():
         written = streamconv.synth(model, file, seed=seed)
-    _print(f"{path}  {path.stat().st_size:,} bytes" for path in (written.backbone, written.head) if path is not None)
+    print_lines(
+        f"{path}  {path.stat().st_size:,} bytes" for path in (written.backbone, written.head) if path is not None
+    )
 
 
 def _version(wanted: bool) -> None:
@@ -246,7 +236,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    with _errors():
+    with errors_told():
         try:
             os.getcwd()
         except FileNotFoundError:
@@ -267,7 +257,7 @@ def _convert(
             source, folder, head=head, labels=labels, max_shard_size=max_shard_size, stream=stream, progress=progress
         )
     if not as_json:
-        _print(conversion_lines(done))
+        print_lines(conversion_lines(done))
     return done
 
 
@@ -283,16 +273,16 @@ def _relay(
         verify = verifying.of_what_was_sent(progress) if verifying is not None else None
         done = relay(source, folder, repository, verify, progress=progress, **options)
     if not as_json:
-        _print(conversion_lines(done.conversion))
+        print_lines(conversion_lines(done.conversion))
         if done.verification is not None:
-            _print(verification_lines(done.verification))
+            print_lines(verification_lines(done.verification))
     return done
 
 
 def _verify(verifying: Verifying, folder: Path, source: str | None, head: str | None, as_json: bool) -> Verification:
     found, why_not_kept = verifying.verify(folder, source, head)
     if not as_json:
-        _print(verification_lines(found))
+        print_lines(verification_lines(found))
     if why_not_kept is not None:
         print(f"note: the finding is not kept: {why_not_kept}", file=sys.stderr)
     return found
@@ -304,18 +294,7 @@ def _write_report(verifying: Verifying, found: Verification, as_json: bool) -> N
         if as_json:
             print(f"report: {verifying.report}", file=sys.stderr)
         else:
-            _print([f"report: {verifying.report}"])
-
-
-def _print(lines: Iterable[str]) -> None:
-    try:
-        for line in lines:
-            print(line)
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
-        if not isinstance(error, BrokenPipeError):  # `… | head`: no one reads on, and the verdict is what it was
-            _fail(OutputError(f"The result cannot be printed: {error.strerror}."))
+            print_lines([f"report: {verifying.report}"])
 
 
 @contextmanager
@@ -323,24 +302,6 @@ def _synthetic(name: str, output: str | None, seed: int) -> Iterator[tuple[str, 
     print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)
     with temporary_checkpoint(name, None if output is None else Path(output), seed=seed) as made:
         yield str(made.backbone), str(made.head) if made.head else None
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Our own errors become one message and an exit code; all others are bugs, and show their traceback."""
-    try:
-        yield
-    except StreamconvError as error:
-        _fail(error)
-
-
-def _fail(error: StreamconvError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    raise typer.Exit(error.exit_code)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    _print([json.dumps(value, indent=2)])
 
 
 def main() -> None:

@@ -8,6 +8,28 @@ import typer
 from streamconv import pushing
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, a checkpoint file, or its address.")]
+DEFAULT_MODEL = "dinov2_vitg14"
+SourceOrDefault = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="SOURCE", help=f"A model's name, a checkpoint file, or its address. [default: {DEFAULT_MODEL}]"
+    ),
+]
+ModelName = Annotated[str | None, typer.Option("--model_name", metavar="NAME", help="The same as SOURCE.")]
+OutputOrDefault = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        "--pytorch_dump_folder_path",
+        metavar="DIR",
+        help="The folder to write. [default: the published name]",
+    ),
+]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Convert only.")]
+Synthetic = Annotated[
+    bool, typer.Option("--synthetic", help="Make a random checkpoint of the model, and convert that.")
+]
 Head = Annotated[
     str | None, typer.Option(metavar="FILE", help="A linear head's file or address, for a classifier from files.")
 ]

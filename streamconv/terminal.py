@@ -1,16 +1,20 @@
-"""What a process of the command line owes its terminal: its streams, its signals, and a word when it is interrupted."""
+"""What a process of the command line owes its terminal: streams, signals, lines, one message an error, an exit code."""
 
 import io
+import json
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from typing import NoReturn, TextIO
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TextIO
+
+import typer
 
 from streamconv.checkpoint.addresses import Address
+from streamconv.errors import OutputError, StreamconvError
 
 
 class InterruptedByUser(BaseException):
@@ -76,3 +80,32 @@ def _again(words: list[str]) -> str:
     ]
     hidden = "" if shown == words else "  (with the addresses in full; what may be secret of them is not shown)"
     return shlex.join(["streamconv", *shown]) + hidden
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        if not isinstance(error, BrokenPipeError):  # `… | head`: no one reads on, and the verdict is what it was
+            fail(OutputError(f"The result cannot be printed: {error.strerror}."))
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """Our own errors become one message and an exit code; all others are bugs, and show their traceback."""
+    try:
+        yield
+    except StreamconvError as error:
+        fail(error)
+
+
+def fail(error: StreamconvError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise typer.Exit(error.exit_code)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print_lines([json.dumps(value, indent=2)])

@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from streamconv.checkpoint import remote
 from streamconv.families import HEAD_PREFIX
 from streamconv.families.dinov2 import FAMILY, Geometry, ffn_size
+from tests.file_server import FileServer, serving
 
 State = dict[str, torch.Tensor]
 
@@ -77,3 +79,15 @@ def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """A file server on the loopback, no long waits for it, and a cache of torch.hub's of the test's own."""
+    monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0.01, 0.01, 0.01, 0.01, 0.01))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name in ("HF_TOKEN", "HF_ENDPOINT", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "served").mkdir()
+    with serving(tmp_path / "served") as running:
+        yield running

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,29 +19,20 @@ from streamconv import CorruptError, NetworkError, OutputError, SourceError
 from streamconv.checkpoint import remote
 from streamconv.families import RemoteFile, dinov2
 from tests.conftest import make_states, tiny
-from tests.file_server import FileServer, serving
+from tests.file_server import FileServer
 
 MODEL = tiny(layers=3, hidden=512)  # 38 MB
 
 
 @pytest.fixture(autouse=True)
-def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0.01, 0.01))
+def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamconv.download.SYNC_BYTES", 2 << 20)
     monkeypatch.setattr(remote.RemoteFile, "request_bytes", 1 << 20)
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+def cache(server: FileServer, tmp_path: Path) -> Path:
     return tmp_path / "torch" / "hub" / "checkpoints"
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[FileServer]:
-    (tmp_path / "served").mkdir()
-    with serving(tmp_path / "served") as running:
-        yield running
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -15,29 +16,16 @@ from huggingface_hub import constants
 
 import streamconv
 from streamconv import ChangedError, CorruptError, NetworkError, NoRangesError, SourceError, SourceMissingError
-from streamconv.checkpoint import connections, open_checkpoint, remote
+from streamconv.checkpoint import connections, open_checkpoint, remote, zip_index
 from streamconv.checkpoint.remote import GAP_BYTES, WINDOW_BYTES
 from streamconv.families import find_model
 from streamconv.pth import write_pth
+from streamconv.tensors import ByteRange
 from tests.conftest import make_states, run_python, tiny
 from tests.file_server import FileServer, serving
 
 Save = Callable[..., tuple[Path, Path | None]]
 LARGE = tiny(layers=3, hidden=512)  # 38 MB
-
-
-@pytest.fixture(autouse=True)
-def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0.01, 0.01, 0.01, 0.01, 0.01))
-    for name in ("HF_TOKEN", "HF_ENDPOINT", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[FileServer]:
-    (tmp_path / "served").mkdir()
-    with serving(tmp_path / "served") as running:
-        yield running
 
 
 @pytest.fixture
@@ -114,6 +102,27 @@ def test_where_weights_begin_is_foreseen_as_torch_writes_it(server: FileServer, 
         assert {name: t.record.range for name, t in exact.items()} == {n: t.record.range for n, t in foreseen.items()}
         assert exact.fingerprint == foreseen.fingerprint
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "offset", "size", "start"),
+    [
+        ("big/data/1", 4152, 4 << 30, 4224),
+        ("big/data/12", 4294972864, 44, 4294972928),
+        ("big/data/32", 4294976784, 124, 4294976896),
+        ("big/version", 4294979384, 2, 4294979456),
+        ("big/.data/serialization_id", 4294979482, 40, 4294979584),
+    ],
+)
+def test_beyond_four_gibibytes_too(name: str, offset: int, size: int, start: int) -> None:
+    """As torch 2.15 wrote a tensor of 4 GiB and some small ones behind it, whose places need 64-bit fields."""
+    assert zip_index._range_as_torch_writes(name, offset, size) == ByteRange(start, size)
+
+
+def test_what_has_no_room_for_torchs_layout_is_not_foreseen() -> None:
+    nothing_is_read: Any = None
+    entries = [(1_000, 10, 0, "a/data/1"), (0, 990, 0, "a/data/0")]  # the first one would end at 64 + 990
+    assert not zip_index._are_as_torch_writes(nothing_is_read, entries, 2_000)
 
 
 def test_a_zip_of_another_layout_is_read_exactly(server: FileServer, tmp_path: Path) -> None:
@@ -352,6 +361,7 @@ def test_an_empty_file_and_a_page_are_called_by_their_names(server: FileServer) 
         streamconv.plan(f"{server.url}/page.pth")
 
 
+@pytest.mark.usefixtures("server")
 def test_no_host_and_no_server_are_told_soon() -> None:
     with pytest.raises(NetworkError, match="check the address, and the network"):
         streamconv.plan("http://127.0.0.1:9/x.pth")

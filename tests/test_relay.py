@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,13 @@ import torch
 
 import streamconv
 from streamconv import OutputError, UsageError, Verification, errors
-from streamconv.checkpoint import remote
 from streamconv.hub import Destination, Repository
 from streamconv.plan import Plan
 from streamconv.progress import ignore_progress
 from streamconv.relay import Relayed, relay
 from streamconv.verify import verify_sent
 from tests.conftest import make_states, tiny
-from tests.file_server import FileServer, serving
+from tests.file_server import FileServer
 from tests.hub_server import TOKEN, HubServer
 from tests.test_hub import hub
 
@@ -33,15 +31,6 @@ __all__ = ["hub"]  # the fixture
 
 MODEL = tiny(swiglu=True, layers=4, hidden=256)
 SHARD = "3MB"
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0.01, 0.01))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    (tmp_path / "served").mkdir()
-    with serving(tmp_path / "served") as running:
-        yield running
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,20 +14,11 @@ import streamconv
 from streamconv import CorruptError
 from streamconv.checkpoint import remote
 from tests.conftest import make_states, run_python, tiny
-from tests.file_server import FileServer, serving
+from tests.file_server import FileServer
 from tests.test_cli import run
 from tests.test_verify import alter, problems, verdicts
 
 MODEL = tiny(swiglu=True, hidden=256)
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0.01, 0.01))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    (tmp_path / "served").mkdir()
-    with serving(tmp_path / "served") as running:
-        yield running
 
 
 @pytest.fixture
