@@ -16,9 +16,12 @@ from tests.file_server import FileServer, serving
 State = dict[str, torch.Tensor]
 
 
-def tiny(swiglu: bool = False, classes: int | None = None, layers: int = 3, hidden: int = 128) -> Geometry:
+def tiny(
+    swiglu: bool = False, classes: int | None = None, layers: int = 3, hidden: int = 128, registers: int = 0
+) -> Geometry:
     """A model that runs in milliseconds: a 4 x 4 grid of patches, two heads."""
-    return Geometry(hidden, layers, ffn_size(hidden, 4, swiglu), swiglu, positions=17, classes=classes)
+    ffn = ffn_size(hidden, 4, swiglu)
+    return Geometry(hidden, layers, ffn, swiglu, positions=17, registers=registers, classes=classes)
 
 
 def make_states(geometry: Geometry, seed: int = 0) -> tuple[State, State]:
@@ -64,7 +67,7 @@ def seeds_mapping(state: State, prefix: str = "") -> State:
         new = new.replace("w12", "weights_in").replace("w3", "weights_out")
         if new.startswith("patch_embed."):
             new = new.replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
-        elif new in ("cls_token", "mask_token"):
+        elif new in ("cls_token", "mask_token", "register_tokens"):
             new = f"embeddings.{new}"
         elif new == "pos_embed":
             new = "embeddings.position_embeddings"

@@ -63,8 +63,8 @@ def test_every_published_model_maps_metas_keys_onto_transformers(name: str, tmp_
     assert plan.config["num_attention_heads"] == golden["heads"]
 
 
-def transformers_config(name: str, labels: list[str]) -> transformers.Dinov2Config:
-    """The original script's configuration, by constructor arguments."""
+def transformers_config(name: str, labels: list[str]) -> transformers.PretrainedConfig:
+    """The original script's configuration, by constructor arguments; with registers, its sibling's."""
     sizes = {
         "s": {"hidden_size": 384, "num_attention_heads": 6},
         "b": {},
@@ -72,7 +72,8 @@ def transformers_config(name: str, labels: list[str]) -> transformers.Dinov2Conf
         "g": {"use_swiglu_ffn": True, "hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24},
     }[name[10]]
     classes = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    return transformers.Dinov2Config(image_size=518, patch_size=14, **sizes, **(classes if "1layer" in name else {}))
+    kind = transformers.Dinov2WithRegistersConfig if "_reg" in name else transformers.Dinov2Config
+    return kind(image_size=518, patch_size=14, **sizes, **(classes if "1layer" in name else {}))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -83,7 +84,8 @@ def test_configs_are_transformers_own_but_for_the_version(name: str, tmp_path: P
         expanded(golden["source"], golden["layers"]), tmp_path, labels=labels if "1layer" in name else None
     )
     config = transformers_config(name, labels)
-    config.architectures = ["Dinov2ForImageClassification" if "1layer" in name else "Dinov2Model"]
+    kind = "Dinov2WithRegisters" if "_reg" in name else "Dinov2"
+    config.architectures = [f"{kind}ForImageClassification" if "1layer" in name else f"{kind}Model"]
     config.dtype = torch.float32
     config.save_pretrained(tmp_path)
     theirs = (tmp_path / "config.json").read_text("utf-8")
@@ -126,14 +128,20 @@ def test_files_are_laid_out_as_safetensors_lays_them_out(
 @pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 cuts shards in another order; ours is 5's")
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("classes", [None, 7])
+@pytest.mark.parametrize("registers", [0, 4])
 @pytest.mark.parametrize("limit", ["100KB", "300KB", "1MB"])
 def test_shards_and_index_are_those_of_save_pretrained(
-    tmp_path: Path, save: Callable[..., tuple[Path, Path | None]], swiglu: bool, classes: int | None, limit: str
+    tmp_path: Path,
+    save: Callable[..., tuple[Path, Path | None]],
+    swiglu: bool,
+    classes: int | None,
+    registers: int,
+    limit: str,
 ) -> None:
-    backbone, head = save(tiny(swiglu, classes, layers=12))
+    backbone, head = save(tiny(swiglu, classes, layers=12, registers=registers))
     plan = streamconv.plan(backbone, head=head, max_shard_size=limit)
-    kind = transformers.Dinov2ForImageClassification if classes else transformers.Dinov2Model
-    model = kind(transformers.Dinov2Config(**plan.config))
+    kind = getattr(transformers, plan.architecture)
+    model = kind(kind.config_class(**plan.config))
     model.save_pretrained(tmp_path / "theirs", max_shard_size=limit)
     assert plan.index == (tmp_path / "theirs" / "model.safetensors.index.json").read_bytes()
     for shard in plan.shards:
@@ -151,7 +159,7 @@ def test_other_sizes_are_read_from_the_shapes(save: Callable[..., tuple[Path, Pa
 def test_missing_unexpected_and_misshaped_keys_are_all_listed(tmp_path: Path) -> None:
     backbone, _ = make_states(tiny())
     del backbone["blocks.1.ls1.gamma"], backbone["mask_token"]
-    backbone["register_tokens"] = torch.zeros(1, 4, 128)
+    backbone["register_token"] = torch.zeros(1, 4, 128)
     backbone["blocks.2.mlp.fc1.bias"] = torch.zeros(3)
     torch.save(backbone, tmp_path / "x.pth")
     with pytest.raises(MappingError) as caught:
@@ -160,7 +168,7 @@ def test_missing_unexpected_and_misshaped_keys_are_all_listed(tmp_path: Path) ->
         "misshaped: blocks.2.mlp.fc1.bias is [3], not [512]",
         "missing: blocks.1.ls1.gamma [128]",
         "missing: mask_token [1, 128]",
-        "unexpected: register_tokens [1, 4, 128]",
+        "unexpected: register_token [1, 4, 128]",
     ]
 
 

@@ -1,5 +1,7 @@
 """DINOv2 (Oquab et al. 2023, https://github.com/facebookresearch/dinov2) to transformers' Dinov2Model.
 
+With registers (Darcet et al. 2024) it is Dinov2WithRegistersModel, whose own default is another patch size.
+
 The names on the right are those of transformers' files, which 4.x and 5.x both write and read;
 5.x calls some of them otherwise in memory.
 """
@@ -7,7 +9,7 @@ The names on the right are those of transformers' files, which 4.x and 5.x both 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamconv.families import HEAD_PREFIX, Family, Layout, Model, RemoteFile
@@ -30,6 +32,7 @@ class Geometry:
     patch: int = 14
     channels: int = 3
     positions: int = 37 * 37 + 1
+    registers: int = 0
     classes: int | None = None
 
 
@@ -56,12 +59,16 @@ def geometry(infos: Mapping[str, TensorInfo]) -> Geometry:
         patch=size("patch_embed.proj.weight", 3, 4, 14),
         channels=size("patch_embed.proj.weight", 1, 4, 3),
         positions=size("pos_embed", 1, 3, 37 * 37 + 1),
+        registers=size("register_tokens", 1, 3, 4) if "register_tokens" in infos else 0,
         classes=size(HEAD_PREFIX + "weight", 0, 2, 1000) if HEAD_PREFIX + "weight" in infos else None,
     )
 
 
-def rules(swiglu: bool, prefix: str) -> tuple[Rule, ...]:
-    """Every key of a checkpoint. Symbols: D hidden, F feed-forward width, N positions, C channels, P patch."""
+def rules(swiglu: bool, registers: bool, prefix: str) -> tuple[Rule, ...]:
+    """Every key of a checkpoint.
+
+    Symbols: D hidden, F feed-forward width, N positions, R registers, C channels, P patch.
+    """
     to, layer = prefix, prefix + LAYER
     feed_forward = (
         rename(BLOCK + "mlp.w12.weight", layer + "mlp.weights_in.weight", "2F D"),
@@ -81,6 +88,7 @@ def rules(swiglu: bool, prefix: str) -> tuple[Rule, ...]:
     return (
         rename("cls_token", to + "embeddings.cls_token", "1 1 D"),
         rename("pos_embed", to + "embeddings.position_embeddings", "1 N D"),
+        *((rename("register_tokens", to + "embeddings.register_tokens", "1 R D"),) if registers else ()),
         rename("mask_token", to + "embeddings.mask_token", "1 D"),
         rename("patch_embed.proj.weight", to + "embeddings.patch_embeddings.projection.weight", "D C P P"),
         rename("patch_embed.proj.bias", to + "embeddings.patch_embeddings.projection.bias", "D"),
@@ -126,11 +134,13 @@ def layout(sizes: Geometry) -> Layout:
     is_classifier = sizes.classes is not None
     dims = {
         "D": sizes.hidden, "2D": 2 * sizes.hidden, "3D": 3 * sizes.hidden, "F": sizes.ffn, "2F": 2 * sizes.ffn,
-        "N": sizes.positions, "C": sizes.channels, "P": sizes.patch, "K": sizes.classes or 0,
+        "N": sizes.positions, "R": sizes.registers, "C": sizes.channels, "P": sizes.patch, "K": sizes.classes or 0,
     }  # fmt: skip
     stages = ["stem", *(f"stage{i}" for i in range(1, sizes.layers + 1))]
+    kind = "Dinov2WithRegisters" if sizes.registers else "Dinov2"
+    prefix = "dinov2_with_registers" if sizes.registers else "dinov2"
     config: dict[str, Any] = {
-        "model_type": "dinov2",
+        "model_type": prefix,
         "apply_layernorm": True,
         "attention_probs_dropout_prob": 0.0,
         "drop_path_rate": 0.0,
@@ -151,14 +161,16 @@ def layout(sizes: Geometry) -> Layout:
         "qkv_bias": True,
         "reshape_hidden_states": True,
         "stage_names": stages,
-        "use_mask_token": True,
         "use_swiglu_ffn": sizes.swiglu,
+        # The class with registers always has a mask token.
+        **({"num_register_tokens": sizes.registers} if sizes.registers else {"use_mask_token": True}),
     }
     return Layout(
-        rules=rules(sizes.swiglu, "dinov2." if is_classifier else "") + (HEAD_RULES if is_classifier else ()),
+        rules=rules(sizes.swiglu, bool(sizes.registers), f"{prefix}." if is_classifier else "")
+        + (HEAD_RULES if is_classifier else ()),
         dims=dims,
         count=sizes.layers,
-        architecture="Dinov2ForImageClassification" if is_classifier else "Dinov2Model",
+        architecture=f"{kind}ForImageClassification" if is_classifier else f"{kind}Model",
         config=config,
         problems=tuple(problems),
     )
@@ -204,22 +216,22 @@ def _models() -> tuple[Model, ...]:
         ("l", "large", 1024, 24, False),
         ("g", "giant", 1536, 40, True),
     ):
-        name, ffn = f"dinov2_vit{letter}14", ffn_size(hidden, 4, swiglu)
-        address = f"https://dl.fbaipublicfiles.com/dinov2/{name}/"
-        backbone, head = (
-            RemoteFile(file, address + file) for file in (f"{name}_pretrain.pth", f"{name}_linear_head.pth")
-        )
-        models += [
-            Model(name, f"dinov2-{word}", Geometry(hidden, layers, ffn, swiglu), backbone),
-            Model(
-                f"{name}_1layer",
-                f"dinov2-{word}-imagenet1k-1-layer",
-                Geometry(hidden, layers, ffn, swiglu, classes=1000),
-                backbone,
-                head,
-            ),
-        ]
-    return tuple(sorted(models, key=lambda model: model.head is not None))
+        plain = f"dinov2_vit{letter}14"
+        address = f"https://dl.fbaipublicfiles.com/dinov2/{plain}/"  # of the files with registers, too
+        for name, file, published, registers in (
+            (plain, plain, f"dinov2-{word}", 0),
+            (f"{plain}_reg", f"{plain}_reg4", f"dinov2-with-registers-{word}", 4),
+        ):
+            sizes = Geometry(hidden, layers, ffn_size(hidden, 4, swiglu), swiglu, registers=registers)
+            backbone, head = (
+                RemoteFile(each, address + each) for each in (f"{file}_pretrain.pth", f"{file}_linear_head.pth")
+            )
+            classifier = replace(sizes, classes=1000)
+            models += [
+                Model(name, published, sizes, backbone),
+                Model(f"{name}_1layer", f"{published}-imagenet1k-1-layer", classifier, backbone, head),
+            ]
+    return tuple(sorted(models, key=lambda model: (model.geometry.registers, model.head is not None)))
 
 
 FAMILY = Family(
@@ -232,5 +244,10 @@ FAMILY = Family(
     in_memory_name=in_memory_name,
     organisation="facebook",
     licence="apache-2.0",
-    pipeline_tags={"Dinov2Model": "image-feature-extraction", "Dinov2ForImageClassification": "image-classification"},
+    pipeline_tags={
+        "Dinov2Model": "image-feature-extraction",
+        "Dinov2ForImageClassification": "image-classification",
+        "Dinov2WithRegistersModel": "image-feature-extraction",
+        "Dinov2WithRegistersForImageClassification": "image-classification",
+    },
 )

@@ -146,9 +146,10 @@ def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Ve
     """Both models on ``pixels``, (1, C, H, W), every state within what the device's rounding makes.
 
     Where the pixels are not of the native size, the original interpolates positions as
-    transformers does, and runs once more, unjudged, in its own way.
+    transformers does, and, where its own way is another, runs once more in that, unjudged.
     """
-    kinds = [True] if is_native else [True, False]
+    is_same_way = is_native or getattr(pair.config, "num_register_tokens", 0)  # with registers, both go to the size
+    kinds = [True] if is_same_way else [True, False]
     found, *published = _run(pair, pixels, torch.float32, kinds, what)
     tolerance = GPU_TOLERANCE if pair.device.type == "cuda" else 0.0
     judged, note = found, ""
@@ -212,8 +213,11 @@ def _states_taken(model: Any, take: Callable[[str, Tensor], None]) -> Iterator[N
         return lambda module, args, output: take(f"layer {i}", output[0] if isinstance(output, tuple) else output)
 
     def last(module: nn.Module, args: Any, output: Any) -> None:
+        registers = getattr(model.config, "num_register_tokens", 0)
         take("cls", output.last_hidden_state[:, 0])
-        take("patches", output.last_hidden_state[:, 1:])
+        if registers:
+            take("registers", output.last_hidden_state[:, 1 : 1 + registers])
+        take("patches", output.last_hidden_state[:, 1 + registers :])
 
     with ExitStack() as stack:
         stack.callback(layers[0].register_forward_pre_hook(first, with_kwargs=True).remove)

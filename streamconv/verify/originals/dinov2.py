@@ -19,7 +19,7 @@ from streamconv.families.dinov2 import HEAD_SIZE, Geometry
 
 REPOSITORY = "facebookresearch/dinov2"
 EPSILON = 1e-6
-INTERPOLATE_OFFSET = 0.1  # positions are scaled by (n + 0.1) / 37, in all models without registers
+INTERPOLATE_OFFSET = 0.1  # positions are scaled by (n + 0.1) / 37; models with registers interpolate to the size
 
 
 class Attention(nn.Module):
@@ -97,10 +97,14 @@ class VisionTransformer(nn.Module):
     def __init__(self, sizes: Geometry):
         super().__init__()
         self.patch_size = sizes.patch
-        self.interpolate_offset = INTERPOLATE_OFFSET
+        self.num_register_tokens = sizes.registers
+        self.interpolate_offset = 0.0 if sizes.registers else INTERPOLATE_OFFSET
+        self.interpolate_antialias = bool(sizes.registers)
         self.patch_embed = PatchEmbed(sizes)
         self.cls_token = nn.Parameter(torch.empty(1, 1, sizes.hidden))
         self.pos_embed = nn.Parameter(torch.empty(1, sizes.positions, sizes.hidden))
+        if sizes.registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, sizes.registers, sizes.hidden))
         self.mask_token = nn.Parameter(torch.empty(1, sizes.hidden))
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.hidden, eps=EPSILON)
@@ -110,7 +114,10 @@ class VisionTransformer(nn.Module):
     def prepare_tokens_with_masks(self, pixels: Tensor) -> Tensor:
         x = self.patch_embed(pixels)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        return x + self.interpolate_pos_encoding(x, *pixels.shape[2:])
+        x = x + self.interpolate_pos_encoding(x, *pixels.shape[2:])
+        if self.num_register_tokens:
+            x = torch.cat((x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]), dim=1)
+        return x
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
         """Positions for another grid than the native one, by Meta's scale or, without an offset, to the size."""
@@ -122,9 +129,13 @@ class VisionTransformer(nn.Module):
         rows, columns = height // self.patch_size, width // self.patch_size
         if self.interpolate_offset:
             scale = tuple((n + self.interpolate_offset) / side for n in (rows, columns))
-            grid = functional.interpolate(grid, scale_factor=scale, mode="bicubic")
+            grid = functional.interpolate(
+                grid, scale_factor=scale, mode="bicubic", antialias=self.interpolate_antialias
+            )
         else:
-            grid = functional.interpolate(grid, size=(rows, columns), mode="bicubic")
+            grid = functional.interpolate(
+                grid, size=(rows, columns), mode="bicubic", antialias=self.interpolate_antialias
+            )
         grid = grid.permute(0, 2, 3, 1).reshape(1, rows * columns, -1)
         return torch.cat((positions[:, :1], grid), dim=1).to(x.dtype)
 
@@ -151,19 +162,23 @@ def states(model: Any, pixels: Tensor, as_transformers: bool = False) -> Iterato
     """What ``model``, Meta's or ours, computes on its way, each by name as it comes.
 
     ``pixels`` is (B, C, H, W). Gives "embeddings" and "layer 0" and so on, (B, T, D) each; "cls"
-    (B, D) and "patches" (B, T - 1, D) behind the last norm; and "logits" (B, K) of a classifier.
+    (B, D), of models that have them "registers" (B, R, D), and "patches" (B, P, D) behind the last norm;
+    and "logits" (B, K) of a classifier.
     Positions at another size than the native one are interpolated in Meta's way, or, where
     ``as_transformers``, to the very size, as transformers has it since its pull request 33226.
     """
-    model.interpolate_offset = 0.0 if as_transformers else INTERPOLATE_OFFSET
+    registers = model.num_register_tokens
+    model.interpolate_offset = 0.0 if as_transformers or registers else INTERPOLATE_OFFSET
     x = model.prepare_tokens_with_masks(pixels)
     yield "embeddings", x
     for i, block in enumerate(model.blocks):
         x = block(x)
         yield f"layer {i}", x
     x = model.norm(x)
-    cls, patches = x[:, 0], x[:, 1:]
+    cls, patches = x[:, 0], x[:, 1 + registers :]
     yield "cls", cls
+    if registers:
+        yield "registers", x[:, 1 : 1 + registers]
     yield "patches", patches
     if hasattr(model, "linear_head"):
         yield "logits", model.linear_head(torch.cat((cls, patches.mean(dim=1)), dim=1))
