@@ -148,7 +148,8 @@ def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Ve
     Where the pixels are not of the native size, the original interpolates positions as
     transformers does, and, where its own way is another, runs once more in that, unjudged.
     """
-    is_same_way = is_native or getattr(pair.config, "num_register_tokens", 0)  # with registers, both go to the size
+    registers = getattr(pair.config, "num_register_tokens", 0)  # with them, both interpolate to the size
+    is_same_way = is_native or registers > 0
     kinds = [True] if is_same_way else [True, False]
     found, *published = _run(pair, pixels, torch.float32, kinds, what)
     tolerance = GPU_TOLERANCE if pair.device.type == "cuda" else 0.0
