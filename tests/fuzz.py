@@ -2,10 +2,11 @@
 
     python -m tests.fuzz pickle --seconds 600        a .pth's data.pkl, in a zip that is right
     python -m tests.fuzz zip --seconds 600           a .pth's bytes
+    python -m tests.fuzz legacy --seconds 600        a .pth's bytes in the format from before torch 1.6
     python -m tests.fuzz safetensors --seconds 600   a header, with data behind it
-    python -m tests.fuzz mutate --seconds 600        all three, by blind changes to real small checkpoints
+    python -m tests.fuzz mutate --seconds 600        all of them, by blind changes to real small checkpoints
 
-The first three are guided by the readers' coverage (atheris: pip install 'streamconv[fuzz]') and begin
+The first four are guided by the readers' coverage (atheris: pip install 'streamconv[fuzz]') and begin
 with real checkpoints. Every input must be opened or refused with a SourceError within a second; what
 is opened and what torch.load(weights_only=True) or the safetensors library takes too must be equal.
 A finding stops the run, and its input lies in --artifacts.
@@ -29,7 +30,7 @@ MAX_TENSOR_BYTES = 1 << 20  # a view may be expanded without end; its descriptio
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=["pickle", "zip", "safetensors", "mutate"])
+    parser.add_argument("target", choices=["pickle", "zip", "legacy", "safetensors", "mutate"])
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--corpus", type=Path, help="keep what reaches new code here, and begin with it next time")
     parser.add_argument("--artifacts", type=Path, default=Path("."))
@@ -48,12 +49,13 @@ def guided(options: argparse.Namespace, place: Path) -> None:
     with atheris.instrument_imports(include=["streamconv.checkpoint", "streamconv.tensors"]):
         import streamconv  # noqa: F401 - before anything else imports it
     seeds = real_checkpoints(place)
-    for i, (pickled, pth, header) in enumerate(seeds):
-        data = {"pickle": pickled, "zip": pth, "safetensors": header}[options.target]
+    for i, (pickled, pth, old, header) in enumerate(seeds):
+        data = {"pickle": pickled, "zip": pth, "legacy": old, "safetensors": header}[options.target]
         (options.corpus / f"real-{i}").write_bytes(data)
     writer: Callable[[Path, bytes], None] = {
         "pickle": write_pickle,
         "zip": Path.write_bytes,
+        "legacy": Path.write_bytes,
         "safetensors": write_header,
     }[options.target]
     path = place / ("x.safetensors" if options.target == "safetensors" else "x.pth")
@@ -77,13 +79,15 @@ def mutate(options: argparse.Namespace, place: Path) -> None:
     count = opened = both = 0
     end = time.monotonic() + options.seconds
     while time.monotonic() < end:
-        pickled, pth, header = chance.choice(seeds)
-        kind = chance.choice(["pickle", "pickle", "zip", "header", "safetensors"])
-        path = place / ("x.pth" if kind in ("pickle", "zip") else "x.safetensors")
+        pickled, pth, old, header = chance.choice(seeds)
+        kind = chance.choice(["pickle", "pickle", "zip", "legacy", "header", "safetensors"])
+        path = place / ("x.pth" if kind in ("pickle", "zip", "legacy") else "x.safetensors")
         if kind == "pickle":
             write_pickle(path, mutated(pickled, chance))
         elif kind == "zip":
             path.write_bytes(mutated(pth, chance))
+        elif kind == "legacy":
+            path.write_bytes(mutated(old, chance))
         elif kind == "header":
             write_header(path, mutated(header, chance))
         else:
@@ -140,8 +144,8 @@ def checker() -> Callable[[Path], bool | None]:
     return check
 
 
-def real_checkpoints(place: Path) -> list[tuple[bytes, bytes, bytes]]:
-    """A pickle, the .pth that it is from, and a safetensors header: of several small checkpoints."""
+def real_checkpoints(place: Path) -> list[tuple[bytes, bytes, bytes, bytes]]:
+    """A pickle, its .pth, one in the format from before torch 1.6, a safetensors header: of several checkpoints."""
     import safetensors.torch
     import torch
 
@@ -162,7 +166,12 @@ def real_checkpoints(place: Path) -> list[tuple[bytes, bytes, bytes]]:
             pickled = archive.read("real/data.pkl")
         apart = {name: value.detach().clone().contiguous() for name, value in state.items()}
         data = safetensors.torch.save(apart)
-        found.append((pickled, (place / "real.pth").read_bytes(), data[8 : 8 + int.from_bytes(data[:8], "little")]))
+        zipped = (place / "real.pth").read_bytes()
+        old = {name: value for name, value in state.items() if name != "fp8"}  # which torch cannot load from there
+        torch.save(old, place / "real.pth", _use_new_zipfile_serialization=False)
+        found.append(
+            (pickled, zipped, (place / "real.pth").read_bytes(), data[8 : 8 + int.from_bytes(data[:8], "little")])
+        )
     return found
 
 

@@ -162,12 +162,6 @@ def test_what_is_no_checkpoint_is_called_that(tmp_path: Path, data: bytes, says:
         streamconv.open_checkpoint(tmp_path / "x.pth")
 
 
-def test_the_format_before_torch_1_6_is_named(tmp_path: Path) -> None:
-    torch.save({"x": torch.ones(2)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(NotACheckpointError, match=r"before 1\.6"):
-        streamconv.open_checkpoint(tmp_path / "x.pth")
-
-
 def test_a_program_archive_is_no_checkpoint(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("x/data.pkl", b"\x80\x02}.")

@@ -234,6 +234,125 @@ def test_a_hostile_pickle_is_refused(pth: Path, attack: str, monkeypatch: pytest
     assert not Path("executed").exists()
 
 
+# The format from before torch 1.6: pickles one after another, then each storage's count and bytes.
+
+SYSTEM = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+TWO = struct.pack("<q2f", 2, 0.0, 1.0)  # a storage
+
+
+def legacy(
+    contents: bytes, keys: object = ("0",), data: bytes = TWO, system: object = SYSTEM, more: bytes = b""
+) -> bytes:
+    """``contents`` is a pickle as of a zip, whose persistent ids do not say that they are no views.
+
+    ``keys`` and ``system`` may be pickles, too.
+    """
+    start = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001))
+    parts = [
+        x if type(x) is bytes else pickle.dumps(x, protocol=2)
+        for x in (system, list(keys) if type(keys) is tuple else keys)
+    ]
+    return start + parts[0] + re.sub(rb"(cpu.{1,15}?)tQ", rb"\1NtQ", contents, flags=re.DOTALL) + parts[1] + data + more
+
+
+def test_the_files_below_are_read_where_nothing_is_wrong_with_them(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(legacy(state(tensor())))
+    with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        assert checkpoint["x0"].tobytes() == bytes_of(torch.arange(2.0))
+    assert torch.equal(torch.load(tmp_path / "x.pth", weights_only=True)["x0"], torch.arange(2.0))
+
+
+IN_A_ROW = {  # what a pickle is refused for that is not in a zip
+    "no end": "holds a list",  # of keys
+    "a pickle of 13 MB": "at once",
+    "a huge storage": "ends within its weights",
+    "a storage that is elsewhere": "a key that is no number",
+    "a storage whose key a terminal obeys": "a key that is no number",
+}
+
+
+@pytest.mark.parametrize("attack", PICKLES)
+def test_a_hostile_pickle_in_a_row_is_refused(tmp_path: Path, attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, says = PICKLES[attack]
+    (tmp_path / "x.pth").write_bytes(legacy(data() if callable(data) else data))
+    text = refusal(tmp_path / "x.pth")
+    assert re.search(IN_A_ROW.get(attack, says), text), text
+    assert "x.pth" in text
+    assert not Path("executed").exists()
+
+
+ONE, VIEW = state(tensor()), b"(" + put("storage") + b"ctorch\nFloatStorage\n" + put("0") + put("cpu") + put(2)
+INTS = storage(kind=b"ctorch\nIntStorage\n")
+
+LEGACY: dict[str, tuple[Callable[[], bytes], str]] = {
+    "another byte order": (lambda: legacy(ONE, system=SYSTEM | {"little_endian": False}), "big-endian"),
+    "no byte order": (lambda: legacy(ONE, system={}), "in which order"),
+    "a byte order that is a number": (lambda: legacy(ONE, system=SYSTEM | {"little_endian": 1}), "in which order"),
+    "a system that is a list": (lambda: legacy(ONE, system=[True]), "in which order"),
+    "a system that runs code": (lambda: legacy(ONE, system=b"\x80\x02cos\nsystem\n."), "only strings and numbers"),
+    "a system that is a storage": (lambda: legacy(ONE, system=b"\x80\x02K\x00Q."), "only strings and numbers"),
+    "a system of millions": (lambda: legacy(ONE, system=b"\x80\x02N" + b"q\x00" * 5_000_000 + b"."), "1,000 opcodes"),
+    "a system without end": (lambda: legacy(ONE, system=b"\x80\x02(" + b"]" * 12_000_000), "1,000 opcodes"),
+    "strings without end": (
+        lambda: legacy(b"\x80\x02](" + b"".join(put("a" * (1 << 20)) for _ in range(14)) + b"e."), "12,582,912"
+    ),
+    "a string behind the end": (lambda: legacy(b"\x80\x02X" + struct.pack("<I", 1 << 20), b"", b""), "ends too early"),
+    "a view": (lambda: legacy(state(tensor(store=VIEW + put(("1", 0, 1)) + b"tq\x00Q"))), "view of another"),
+    "a view of nothing": (lambda: legacy(state(tensor(store=VIEW + b")tq\x00Q"))), "view of another"),
+    "a zip's storage": (lambda: legacy(state(tensor(store=VIEW + b"tq\x00Q"))), "no storage's"),
+    "an untyped storage": (
+        lambda: legacy(state(tensor(store=storage(kind=b"ctorch.storage\nUntypedStorage\n")))), "torch writes into it"
+    ),
+    "a key that is empty": (lambda: legacy(state(tensor(store=storage(key=""))), ("",)), "no number"),
+    "a key of other digits": (lambda: legacy(state(tensor(store=storage(key="٣"))), ("٣",)), "no number"),
+    "an endless key": (lambda: legacy(state(tensor(store=storage(key="1" * 21))), ("1" * 21,)), "no number"),
+    "one storage of two sizes": (
+        lambda: legacy(state(tensor(), tensor(shape=(1,), store=storage(1)))), "with 2 elements and with 1"
+    ),
+    "one storage of two types": (lambda: legacy(state(tensor(), tensor(store=INTS))), "as another dtype"),
+    "too many storages": (
+        lambda: legacy(b"\x80\x02]" + b"".join(storage(key=str(i)) + b"a" for i in range(66_000)) + b"."),
+        "more than 65,536 storages",
+    ),
+    "no keys": (lambda: legacy(ONE, ()), "list of storages"),
+    "a key twice": (lambda: legacy(ONE, ("0", "0"), TWO * 2), "list of storages"),
+    "a key twice for two": (
+        lambda: legacy(state(tensor(), tensor(store=storage(key="1"))), ("0", "0"), TWO * 2), "list of storages"
+    ),
+    "a key of no tensor": (lambda: legacy(ONE, ("0", "1"), TWO * 2), "list of storages"),
+    "another key": (lambda: legacy(ONE, ("1",)), "list of storages"),
+    "a key that is a number": (lambda: legacy(ONE, (0,)), "list of storages"),
+    "a key that is a list": (lambda: legacy(ONE, ([],)), "list of storages"),
+    "keys that are letters": (lambda: legacy(ONE, "0"), "list of storages"),
+    "keys that are a dict": (lambda: legacy(ONE, {"0": 0}), "list of storages"),
+    "a key that takes for ever to hash": (lambda: legacy(ONE, SHARED + b"]h\x00a."), "list of storages"),
+    "keys that run code": (lambda: legacy(ONE, b"\x80\x02cos\nsystem\n."), "only strings and numbers"),
+    "millions of keys": (lambda: legacy(ONE, b"\x80\x02N" + b"q\x00" * 500_000 + b"."), "196,608 opcodes"),
+    "no keys at all": (lambda: legacy(ONE, b"", b""), "ends too early"),
+    "a count too low": (lambda: legacy(ONE, data=struct.pack("<q2f", 1, 0, 1)), "begins with 1 elements"),
+    "a count too high": (lambda: legacy(ONE, data=struct.pack("<q2f", 3, 0, 1)), "begins with 3 elements"),
+    "a negative count": (lambda: legacy(ONE, data=struct.pack("<q2f", -1, 0, 1)), "begins with 18,446"),
+    "a count of bytes": (lambda: legacy(ONE, data=struct.pack("<q2f", 8, 0, 1)), "begins with 8 elements"),
+    "a count of an empty storage": (
+        lambda: legacy(state(tensor(shape=(0,), store=storage(0))), data=struct.pack("<q", 1)), "begins with 1 elements"
+    ),
+    "no count": (lambda: legacy(ONE, data=b""), "cut short"),
+    "a byte too few": (lambda: legacy(ONE, data=TWO[:-1]), "cut short"),
+    "a byte too many": (lambda: legacy(ONE, more=b"\0"), "1 bytes at its end"),
+    "a second file behind it": (lambda: legacy(ONE, more=legacy(ONE)), "bytes at its end"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", LEGACY)
+def test_a_hostile_row_of_pickles_is_refused(tmp_path: Path, attack: str) -> None:
+    data, says = LEGACY[attack]
+    (tmp_path / "x.pth").write_bytes(data())
+    text = refusal(tmp_path / "x.pth")
+    assert re.search(says, text), text
+    assert "x.pth" in text
+
+
 # Zips. The records are named as torch names them, and laid out by hand, so that anything can lie.
 
 
@@ -633,11 +752,16 @@ def test_a_file_that_never_ends_is_refused(tmp_path: Path) -> None:
 
 # What is well-formed, and as large as may be.
 
+WIDE_KEYS = b"\x80\x02](" + put("a" * 1_000_000 + "🙂") * 12  # behind as many tensors as may be
 
-@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+
+@pytest.mark.parametrize("kind", ["pth", "old.pth", "safetensors"])
 def test_as_many_tensors_as_may_be_are_opened(tmp_path: Path, kind: str) -> None:
     state = {f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(2, 3, 1, 1) for i in range(limits.MAX_TENSORS)}
-    (torch.save if kind == "pth" else safetensors.torch.save_file)(state, tmp_path / f"x.{kind}")
+    if kind == "old.pth":
+        torch.save(state, tmp_path / "x.old.pth", _use_new_zipfile_serialization=False)
+    else:
+        (torch.save if kind == "pth" else safetensors.torch.save_file)(state, tmp_path / f"x.{kind}")
     with streamconv.open_checkpoint(tmp_path / f"x.{kind}") as checkpoint:
         assert len(checkpoint) == 65_536
     if kind == "pth":
@@ -645,6 +769,10 @@ def test_as_many_tensors_as_may_be_are_opened(tmp_path: Path, kind: str) -> None
             data = archive.read("x/data.pkl")
         rewrite(tmp_path / "x.pth", {"data.pkl": data[:-1] + b"cos\nsystem\n."})
         assert "os.system" in refusal(tmp_path / "x.pth", seconds=3)  # all of it had to be read
+    elif kind == "old.pth":
+        whole = (tmp_path / "x.old.pth").read_bytes()
+        (tmp_path / "x.old.pth").write_bytes(whole[: whole.rindex(b"\x80\x02]q\x00(X")] + WIDE_KEYS)
+        assert "bytes of objects" in refusal(tmp_path / "x.old.pth", seconds=3)
 
 
 # Against the libraries: what they take, streamconv reads the same, or refuses.
@@ -711,6 +839,29 @@ def test_torch_and_streamconv_never_read_two_different_models(tmp_path: Path, se
                     archive.writestr(name, mutated(data, chance) if name.endswith("data.pkl") else data)
         else:
             (tmp_path / "y.pth").write_bytes(mutated(whole, chance))
+        ours = read_or_refuse(tmp_path / "y.pth")
+        if ours is None:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                loaded = torch.load(tmp_path / "y.pth", weights_only=True)
+            except Exception:
+                continue
+        assert described(loaded) == ours
+        both += 1
+    assert both > 20
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_torch_and_streamconv_never_read_two_different_rows_of_pickles(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    old = {name: value for name, value in STATE.items() if name != "fp8"}  # which torch cannot load from there
+    torch.save(old, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "x.pth").read_bytes()
+    both = 0
+    for _ in range(1200):
+        (tmp_path / "y.pth").write_bytes(mutated(whole, chance))
         ours = read_or_refuse(tmp_path / "y.pth")
         if ours is None:
             continue

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from types import TracebackType
 
-from streamconv.checkpoint import safetensors, torch_zip, zip_index
+from streamconv.checkpoint import safetensors, torch_legacy, torch_zip, zip_index
 from streamconv.checkpoint.addresses import Address, Place, place_of
 from streamconv.checkpoint.storage import File, LocalFile, open_file
 from streamconv.errors import NotACheckpointError
@@ -75,14 +75,14 @@ def open_checkpoint(
     is_exact: bool = True,
     notify: Callable[[str], None] = lambda text: None,
 ) -> Checkpoint:
-    """Open a .pth (torch >= 1.6), a safetensors file, or a folder of sharded safetensors files.
+    """Open a .pth (of any torch's, a zip or not), a safetensors file, or a folder of sharded safetensors files.
 
     Only the index is read: 83 kB for ViT-g's 4.5 GB.
 
     Args:
         place: A path, or a file's address: https://, hf://, or any that fsspec has a package for.
-        is_exact: False asks nothing about where a .pth's weights begin, which takes a request for every
-            few of them at an address: for who looks at names, dtypes and shapes only.
+        is_exact: False asks nothing of what stands before each of a .pth's weights, which takes a request for
+            every few of them at an address: for who looks at names, dtypes and shapes only.
         notify: Told when a line breaks and is tried again.
 
     >>> with open_checkpoint("dinov2_vitg14_pretrain.pth") as checkpoint:  # doctest: +SKIP
@@ -130,12 +130,8 @@ def _read_index(file: File, is_exact: bool) -> tuple[dict[str, SourceTensor], st
     start = file.read(0, min(16, file.size))
     if start.startswith(zip_index.MAGIC):
         return torch_zip.read_index(file, is_exact)
-    # Pickle protocol 2, then torch's magic number: what torch.save wrote before 1.6.
-    if start.startswith(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"):
-        raise NotACheckpointError(
-            f"{file.where} is in torch's format from before 1.6. Write it anew: torch.save(torch.load(FILE, "
-            "weights_only=True), FILE)."
-        )
+    if start.startswith(torch_legacy.MAGIC):
+        return torch_legacy.read_index(file, is_exact)
     if start[8:9] == b"{":
         return safetensors.read_index(file)
     what = "is empty" if not file.size else "is neither a checkpoint of torch.save nor a safetensors file"

@@ -27,6 +27,7 @@ MAX_DEPTH = 1_000  # of marks; picklers recurse, so that Python's own limit is t
 _GLOBAL = 200  # picklers write one once, and remember it
 _CONTAINER, _TUPLE, _ITEM, _NUMBER, _SLOT = 80, 48, 60, 32, 8
 _MAX_GLOBAL_BYTES = 1_000
+_MAX_OPCODE_BYTES = 1 + _MAX_GLOBAL_BYTES  # but a string's, which says how long it is
 _UINT32, _INT32 = struct.Struct("<I"), struct.Struct("<i")
 _USED = type("used value", (), {})()  # in the memo, for the arguments of what was called
 
@@ -35,30 +36,59 @@ class PickleError(Exception):
     """The pickle is damaged, not of torch.save, or larger than any checkpoint's."""
 
 
-def load(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable[[Any], Any]) -> Any:
-    """What ``data`` describes: dicts, lists, tuples, strings, numbers, None, and what the callables give.
+def _none_follow(count: int) -> bytes:
+    return b""
 
-    ``find`` answers for the module and name of a global, or raises; what it gives is called if it
-    is callable. ``load_persistent`` answers for a persistent id.
 
-    Raises:
-        PickleError
+class Pickles:
+    """Pickles that lie one after another, and the memory that they may take together.
+
+    ``more`` gives the bytes behind ``data`` piece by piece: at least as many as it is asked for, where there are.
+    What was read is not kept, so that no pickle is ever in memory as a whole but one that ``data`` holds.
     """
-    try:
-        return _run(data, find, load_persistent)
-    except (IndexError, struct.error):
-        raise PickleError("it ends too early, or takes more from its stack than lies there") from None
-    except UnicodeDecodeError:
-        raise PickleError("it holds a string that is not UTF-8") from None
+
+    def __init__(self, data: bytes, more: Callable[[int], bytes] = _none_follow):
+        self.rest = data  # of what was given: behind the last pickle
+        self._room, self._more = MAX_MEMORY_BYTES - len(data), more
+
+    def load(
+        self,
+        find: Callable[[str, str], Any],
+        load_persistent: Callable[[Any], Any],
+        max_opcodes: int = MAX_OPCODES,
+    ) -> Any:
+        """What the next one describes: dicts, lists, tuples, strings, numbers, None, and what the callables give.
+
+        ``find`` answers for the module and name of a global, or raises; what it gives is called if it
+        is callable. ``load_persistent`` answers for a persistent id.
+
+        Raises:
+            PickleError
+        """
+        try:
+            value, self.rest, self._room = _run(self.rest, self._more, max_opcodes, self._room, find, load_persistent)
+        except (IndexError, struct.error):
+            raise PickleError("it ends too early, or takes more from its stack than lies there") from None
+        except UnicodeDecodeError:
+            raise PickleError("it holds a string that is not UTF-8") from None
+        return value
 
 
-def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable[[Any], Any]) -> Any:
+def _run(
+    data: bytes, more: Callable[[int], bytes], max_opcodes: int, room: int,
+    find: Callable[[str, str], Any], load_persistent: Callable[[Any], Any],
+) -> tuple[Any, bytes, int]:  # fmt: skip
+    """The value, the bytes behind its pickle, and the memory that is left."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: list[Any] = []
     push, pop, uint32 = stack.append, stack.pop, _UINT32.unpack_from
-    at, room = 0, MAX_MEMORY_BYTES - len(data)
-    for _ in range(MAX_OPCODES):
+    at = before = 0  # in ``data``, and of it in the pickle
+    enough = len(data) - _MAX_OPCODE_BYTES
+    for _ in range(max_opcodes):
+        if at > enough:
+            before, data, at = before + at, data[at:] + more(_MAX_OPCODE_BYTES), 0
+            enough = len(data) - _MAX_OPCODE_BYTES
         opcode = data[at]
         at += 1
         # In the order of how often torch.save writes them: this loop is most of opening a file.
@@ -103,7 +133,7 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
         elif opcode == 0x52:  # REDUCE
             arguments, function = pop(), stack[-1]
             if not callable(function) or type(arguments) is not tuple:
-                raise PickleError(f"it calls a {type(function).__name__} at byte {at - 1}")
+                raise PickleError(f"it calls a {type(function).__name__} at byte {before + at - 1}")
             if memo and memo[-1] is arguments:  # no pickler comes back to them; a fifth of the memory
                 memo[-1] = _USED
             stack[-1] = function(*arguments)
@@ -113,6 +143,9 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             if size > MAX_TEXT_BYTES:
                 raise PickleError(f"it holds a string of {size:,} bytes")
             at += 4 + size
+            if at > len(data):
+                data += more(size)
+                enough = len(data) - _MAX_OPCODE_BYTES
             # As torch reads it: a lone surrogate passes here, and is refused as a name.
             text = data[at - size : at].decode("utf-8", "surrogatepass")
             push(text)
@@ -184,12 +217,14 @@ def _run(data: bytes, find: Callable[[str, str], Any], load_persistent: Callable
             at += 1
             room -= _NUMBER
         elif opcode == 0x2E:  # STOP
-            return stack[-1]
+            return stack[-1], data[at:], room
         else:
-            raise PickleError(f"it has the opcode {opcode:#04x} at byte {at - 1}, which torch.save never writes")
+            raise PickleError(
+                f"it has the opcode {opcode:#04x} at byte {before + at - 1}, which torch.save never writes"
+            )
         if room < 0 or len(stack) > MAX_STACK:
             raise PickleError(f"it describes more than {MAX_MEMORY_BYTES:,} bytes of objects, or {MAX_STACK:,} at once")
-    raise PickleError(f"it has more than {MAX_OPCODES:,} opcodes")
+    raise PickleError(f"it has more than {max_opcodes:,} opcodes")
 
 
 def _set_items(target: Any, items: list[Any]) -> None:

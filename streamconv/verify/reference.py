@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import nn
 
+from streamconv.checkpoint import torch_legacy
 from streamconv.errors import UsageError
 from streamconv.families import HEAD_PREFIX
 from streamconv.plan import Plan
@@ -90,6 +91,9 @@ def load_weights(original: Any, source: OpenSource, device: torch.device) -> Str
 
 
 def _map_file(path: Path) -> Mapping[str, Any]:
+    with open(path, "rb") as file:
+        if file.read(len(torch_legacy.MAGIC)) == torch_legacy.MAGIC:  # torch maps zips only: all of it is in memory
+            return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
     if is_zipfile(path):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[no-any-return]
     return load_file(path)
