@@ -77,6 +77,18 @@ def test_a_string_longer_than_a_piece_is_read() -> None:
     assert pickled[file.tell() - len(pickles.rest) :] == b"rest"
 
 
+def test_a_long_name_is_read_wherever_a_piece_ends_and_an_odd_opcode_has_its_place() -> None:
+    for before in range(0, 2400, 50):
+        start = b"\x80\x02" + b"N" * before + b"c" + b"m" * 400 + b"\n" + b"n" * 400 + b"\n"
+        names: list[str] = []
+        Pickles(b"", io.BytesIO(start + b".").read).load(
+            lambda *name, names=names: names.extend(name), lambda pid: None
+        )
+        assert names == ["m" * 400, "n" * 400]
+        with pytest.raises(PickleError, match=f"0xff at byte {len(start)},"):
+            Pickles(b"", io.BytesIO(start + b"\xff").read).load(lambda *name: None, lambda pid: None)
+
+
 def test_a_state_dict_with_its_metadata_is_read(tmp_path: Path) -> None:
     module = torch.nn.Linear(3, 2)
     with streamconv.open_checkpoint(save(module.state_dict(), tmp_path / "x.pth")) as checkpoint:
