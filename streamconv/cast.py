@@ -1,0 +1,88 @@
+"""Floating-point bytes in another precision, bit for bit as torch's ``.to()`` makes them on a CPU.
+
+All goes by way of float32, as torch's conversions do. Where torch itself gives NaNs other bits at the
+end of a tensor than within it, they are as within it. numpy, which knows no bfloat16, is imported by
+the first cast: a conversion without one does not pay for it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+_AT_ONCE = 32 << 10  # elements: what is made of them on the way stays in a CPU's cache
+_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 as its bits
+_INFINITIES = {"F16": 0x7C00, "BF16": 0x7F80}
+
+
+def cast(data: memoryview, dtype: str, out: memoryview, target: str) -> int:
+    """Write the elements of ``data`` into ``out`` in another precision; ``dtype`` and ``target`` are safetensors' codes.
+
+    Returns:
+        How many of them were finite and became infinite.
+    """
+    import numpy as np
+
+    values, results = np.frombuffer(data, _TYPES[dtype]), np.frombuffer(out, _TYPES[target])
+    overflowed = 0
+    with np.errstate(all="ignore"):
+        for at in range(0, len(values), _AT_ONCE):
+            part, result = values[at : at + _AT_ONCE], results[at : at + _AT_ONCE]
+            single = _to_float32(part, dtype)
+            if target == "F32":
+                result[:] = single
+            elif target == "F16":
+                _round_to_float16(single, result)
+            else:
+                _round_to_bfloat16(single, result, nan=0x7FC0 if dtype == "F16" else 0xFFFF)
+            infinite = _count_infinite(result, target)
+            overflowed += infinite and infinite - _count_infinite(part, dtype)
+    return overflowed
+
+
+def _to_float32(values: "Array", dtype: str) -> "Array":
+    import numpy as np
+
+    if dtype == "BF16":
+        bits = values.astype("<u4")
+        bits <<= 16
+        return bits.view("<f4")
+    single = values.astype("<f4", copy=False)
+    if dtype == "F16" and (nans := np.isnan(single)).any():
+        single.view("<u4")[nans] |= 0x00400000  # a quiet one, as a CPU's own instruction makes it
+    return single
+
+
+def _round_to_float16(single: "Array", result: "Array") -> None:
+    """To nearest, ties to even. A NaN keeps its sign and its highest bits, and is a quiet one."""
+    import numpy as np
+
+    result[:] = single
+    if (nans := np.isnan(single)).any():
+        bits = single.view("<u4")[nans]
+        result.view("<u2")[nans] = (bits >> 16) & 0x8000 | 0x7E00 | (bits >> 13) & 0x1FF
+
+
+def _round_to_bfloat16(single: "Array", result: "Array", nan: int) -> None:
+    """The upper half of a float32, to nearest, ties to even. All NaNs become one."""
+    import numpy as np
+
+    bits = single.view("<u4")
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    result[:] = rounded
+    if (nans := np.isnan(single)).any():
+        result[nans] = nan
+
+
+def _count_infinite(values: "Array", dtype: str) -> int:
+    import numpy as np
+
+    if dtype in _INFINITIES:
+        return int(np.count_nonzero((values.view("<u2") & 0x7FFF) == _INFINITIES[dtype]))
+    return int(np.count_nonzero(np.isinf(values)))
