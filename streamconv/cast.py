@@ -18,7 +18,9 @@ _INFINITIES = {"F16": 0x7C00, "BF16": 0x7F80}
 
 
 def cast(data: memoryview, dtype: str, out: memoryview, target: str) -> int:
-    """Write the elements of ``data`` into ``out`` in another precision; ``dtype`` and ``target`` are safetensors' codes.
+    """Write the elements of ``data`` into ``out`` in another precision.
+
+    ``dtype`` and ``target`` are safetensors' codes.
 
     Returns:
         How many of them were finite and became infinite.

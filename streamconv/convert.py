@@ -2,9 +2,9 @@
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from os import PathLike, fspath
 from pathlib import Path
@@ -16,7 +16,7 @@ from streamconv.crc import RecordChecks
 from streamconv.download import downloaded
 from streamconv.errors import NoRangesError, UsageError
 from streamconv.families import HEAD_PREFIX
-from streamconv.folder import OutputFolder, claimed, find_finished
+from streamconv.folder import Mark, OutputFolder, claimed, find_finished, marks_of
 from streamconv.labels import imagenet_labels, read_labels
 from streamconv.manifest import MANIFEST_NAME, is_of, manifest_bytes, read_manifest
 from streamconv.output import temporary_path, write_file
@@ -34,7 +34,8 @@ class Conversion:
 
     ``shards`` are sha256 digests by file name, in hexadecimal; ``taken_up`` is how many bytes of them an
     interrupted one had left, which were checked and not written again. ``sent_to`` is the Hub's repository
-    that has them where ``output`` keeps nothing.
+    that has them where ``output`` keeps nothing. ``overflowed`` counts the values that are finite in the source
+    and infinite in the output, since they are beyond the range of what they were cast to.
     """
 
     output: Path
@@ -45,6 +46,7 @@ class Conversion:
     is_crc_checked: bool
     labels_from: str | None
     sent_to: str | None = None
+    overflowed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -60,15 +62,22 @@ class Conversion:
             "taken_up": self.taken_up,
             "is_crc_checked": self.is_crc_checked,
             "labels_from": self.labels_from,
+            "cast": self.plan.cast,
+            "overflowed": self.overflowed,
         }
 
 
 def plan(
-    source: Path_, *, head: Path_ | None = None, labels: Path_ | None = None, max_shard_size: int | str = "5GB"
+    source: Path_,
+    *,
+    head: Path_ | None = None,
+    labels: Path_ | None = None,
+    max_shard_size: int | str = "5GB",
+    dtype: str | None = None,
 ) -> Plan:
     """What `convert` would write; no weight is read and nothing is written. Arguments and errors are its."""
     with opened(locate(source, head), is_exact=False) as source_files:
-        return _plan(source_files, labels, max_shard_size, ignore_progress)[0]
+        return _plan(source_files, labels, max_shard_size, dtype, ignore_progress)[0]
 
 
 def convert(
@@ -78,6 +87,7 @@ def convert(
     head: Path_ | None = None,
     labels: Path_ | None = None,
     max_shard_size: int | str = "5GB",
+    dtype: str | None = None,
     stream: bool = False,
     progress: Progress = ignore_progress,
 ) -> Conversion:
@@ -90,6 +100,7 @@ def convert(
         head: A linear head's file, for a classifier from files.
         labels: A file of the classes' names; by default ImageNet's for 1000 classes.
         max_shard_size: Bytes, or "500MB", "5GB".
+        dtype: What to cast the weights to, "float32", "float16" or "bfloat16"; None leaves them as they are stored.
         stream: Read an address straight into the output. Otherwise its file is kept in torch.hub's folder.
         progress: Told of the bytes written.
 
@@ -101,26 +112,26 @@ def convert(
     located = locate(source, head)
     if located.is_remote and not stream:
         with suppress(NoRangesError), opened(located, progress, is_exact=False) as index:
-            decided = decide(index, output_folder, labels, max_shard_size, progress)
+            decided = decide(index, output_folder, labels, max_shard_size, dtype, progress)
             if index.is_checkable and (finished := decided.find_finished()) is not None:
                 return finished
         located = downloaded(located, progress)
     with opened(located, progress) as source_files:
-        decided = decide(source_files, output_folder, labels, max_shard_size, progress)
+        decided = decide(source_files, output_folder, labels, max_shard_size, dtype, progress)
         finished = decided.find_finished()
         if finished is not None:
             return finished
         plan, folder = decided.plan, decided.folder
         with claimed(folder, decided.conversion, decided.names, plan.size) as work:
-            shards, taken_up = _write_shards(plan, work, progress)
+            written, taken_up = _write_shards(plan, work, progress)
             for name, data in plan.files.items():
                 work.write(name, data)
-            manifest = manifest_of(decided.conversion, plan, shards, source_files.is_checkable)
+            manifest = manifest_of(decided.conversion, plan, written, source_files.is_checkable)
             work.write(MANIFEST_NAME, manifest_bytes(manifest))
             if plan.index is not None:  # last: with it, the folder is a model
                 work.write(INDEX_NAME, plan.index)
             work.finish()
-        return Conversion(folder, plan, shards, False, taken_up, source_files.is_checkable, decided.labels_from)
+        return decided.done(written, taken_up)
 
 
 @dataclass(frozen=True)
@@ -141,9 +152,24 @@ class Decision:
         finished = find_finished(self.folder, self.conversion, self.names)
         if finished is None:
             return None
-        shards = {shard.filename: finished["files"][shard.filename]["sha256"] for shard in self.plan.shards}
+        marks = marks_of(finished)
+        written = {shard.filename: marks[shard.filename] for shard in self.plan.shards}
         recorded = (finished["labels"] or {}).get("from")
-        return Conversion(self.folder, self.plan, shards, True, self.plan.weights, self.is_checkable, recorded)
+        return replace(self.done(written, self.plan.weights), was_finished=True, labels_from=recorded)
+
+    def done(self, written: Mapping[str, Mark], taken_up: int, sent_to: str | None = None) -> Conversion:
+        """Told of the shards' marks."""
+        return Conversion(
+            output=self.folder,
+            plan=self.plan,
+            shards={name: mark.sha256 for name, mark in written.items()},
+            was_finished=False,
+            taken_up=taken_up,
+            is_crc_checked=self.is_checkable,
+            labels_from=self.labels_from,
+            sent_to=sent_to,
+            overflowed=sum(mark.overflowed for mark in written.values()),
+        )
 
 
 def decide(
@@ -151,10 +177,11 @@ def decide(
     output_folder: Path_ | None,
     labels: Path_ | None,
     max_shard_size: int | str,
+    dtype: str | None,
     progress: Progress,
 ) -> Decision:
     """All that there is to decide. Arguments and errors are `convert`'s."""
-    plan, labels_from = _plan(source, labels, max_shard_size, progress)
+    plan, labels_from = _plan(source, labels, max_shard_size, dtype, progress)
     if output_folder is not None and not fspath(output_folder):
         raise UsageError("The output folder's name is empty. Give -o DIR.")
     folder = Path(output_folder) if output_folder is not None else default_folder(plan, source.source)
@@ -174,7 +201,9 @@ def decide(
     return Decision(folder, plan, names, conversion, labels_from, source.is_checkable)
 
 
-def manifest_of(conversion: dict[str, Any], plan: Plan, shards: dict[str, str], is_crc_checked: bool) -> dict[str, Any]:
+def manifest_of(
+    conversion: dict[str, Any], plan: Plan, written: Mapping[str, Mark], is_crc_checked: bool
+) -> dict[str, Any]:
     index = {INDEX_NAME: plan.index} if plan.index is not None else {}
     small = {**plan.files, **index}.items()
     return {
@@ -185,13 +214,19 @@ def manifest_of(conversion: dict[str, Any], plan: Plan, shards: dict[str, str], 
         },
         "architecture": plan.architecture,
         "files": {
-            **{s.filename: {"size": s.size, "sha256": shards[s.filename]} for s in plan.shards},
+            **{name: _described(mark) for name, mark in written.items()},
             **{name: {"size": len(data), "sha256": sha256(data).hexdigest()} for name, data in small},
         },
         "is_crc_checked": is_crc_checked,
+        "cast": plan.cast,
         "versions": {"streamconv": __version__, "python": platform.python_version()},
         "verification": None,
     }
+
+
+def _described(mark: Mark) -> dict[str, Any]:
+    overflowed = {"overflowed": mark.overflowed} if mark.overflowed else {}
+    return {"size": mark.size, "sha256": mark.sha256, **overflowed}
 
 
 def _refuse_own_output(source: OpenSource, folder: Path, names: list[str]) -> None:
@@ -223,7 +258,7 @@ def record_verification(folder: Path, verification: dict[str, Any], source: dict
 
 
 def _plan(
-    source: OpenSource, labels: Path_ | None, max_shard_size: int | str, progress: Progress
+    source: OpenSource, labels: Path_ | None, max_shard_size: int | str, dtype: str | None, progress: Progress
 ) -> tuple[Plan, str | None]:
     names: Sequence[str] | None = None
     labels_from = None
@@ -235,18 +270,18 @@ def _plan(
             names, labels_from = imagenet_labels()
     elif labels is not None:
         raise UsageError("Labels are for a classifier. Name a _1layer model, or give its --head.")
-    plan = make_plan(source.tensors, source.where, names, max_shard_size, source.source.model)
+    plan = make_plan(source.tensors, source.where, names, max_shard_size, source.source.model, dtype)
     return plan, labels_from
 
 
-def _write_shards(plan: Plan, folder: OutputFolder, progress: Progress) -> tuple[dict[str, str], int]:
-    """Their sha256 by name, and how many of their bytes were there before."""
+def _write_shards(plan: Plan, folder: OutputFolder, progress: Progress) -> tuple[dict[str, Mark], int]:
+    """Their marks by name, and how many of their bytes were there before."""
     taken_up, checks = 0, RecordChecks()
-    digests = {}
+    written = {}
     for shard in plan.shards:
-        digests[shard.filename], kept = write_shard(shard, folder, checks, advance_in(plan, shard, progress))
+        written[shard.filename], kept = write_shard(shard, folder, checks, advance_in(plan, shard, progress))
         taken_up += kept
-    return digests, taken_up
+    return written, taken_up
 
 
 def advance_in(plan: Plan, shard: Shard, progress: Progress) -> Callable[[int, bool], None]:

@@ -73,6 +73,10 @@ class RecordChecks:
                 self._touched.remove(record)
                 del self._pieces[record]  # who reads it once more is checked once more
 
+    def is_open(self, record: Record) -> bool:
+        """Whether something of it was added that neither completed it nor was settled."""
+        return record in self._touched
+
     def settle(self) -> None:
         """Check what was added of records that are not complete: these are read once, whole, and must stay as they are.
 

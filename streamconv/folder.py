@@ -11,7 +11,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,21 @@ JOURNAL_NAME = ".streamconv-journal"
 class Mark:
     """The first ``size`` bytes of a file were written and synced; ``sha256`` is theirs, in hexadecimal.
 
-    ``sent_to`` says where the whole file was sent, and deleted here.
+    ``overflowed`` counts the values in them that were finite in the source, and infinite when they were cast.
+    Of cast values, the last ``unproven`` bytes are of records that had not been read whole yet, and so not been
+    held against their CRC-32. ``sent_to`` says where the whole file was sent, and deleted here.
     """
 
     size: int
     sha256: str
     sent_to: str = ""
+    overflowed: int = 0
+    unproven: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the journal; but for size and sha256, what there is."""
+        more = {"sent_to": self.sent_to, "overflowed": self.overflowed, "unproven": self.unproven}
+        return {"bytes": self.size, "sha256": self.sha256, **{key: value for key, value in more.items() if value}}
 
 
 NOTHING = Mark(0, "")
@@ -89,8 +98,9 @@ class Journal:
         elif "process" in entry:
             self.process = dict(entry["process"])
         else:
-            sent_to = str(entry["sent_to"]) if "sent_to" in entry else ""
-            self.marks[str(entry["file"])] = Mark(int(entry["bytes"]), str(entry["sha256"]), sent_to)
+            counts = int(entry.get("overflowed", 0)), int(entry.get("unproven", 0))
+            mark = Mark(int(entry["bytes"]), str(entry["sha256"]), str(entry.get("sent_to", "")), *counts)
+            self.marks[str(entry["file"])] = mark
 
 
 class OutputFolder:
@@ -112,8 +122,7 @@ class OutputFolder:
 
     def mark(self, name: str, mark: Mark) -> None:
         """Keep, on the disk, how far a file is; its bytes must be there before."""
-        sent = {"sent_to": mark.sent_to} if mark.sent_to else {}
-        self._append({"file": name, "bytes": mark.size, "sha256": mark.sha256, **sent})
+        self._append({"file": name, **mark.as_dict()})
         self._journal.marks[name] = mark
 
     def forget(self, name: str) -> None:
@@ -129,8 +138,7 @@ class OutputFolder:
 
     def let_go(self, name: str, to: str) -> None:
         """A whole file was sent: it is deleted here."""
-        mark = self._journal.marks[name]
-        self.mark(name, Mark(mark.size, mark.sha256, to))
+        self.mark(name, replace(self._journal.marks[name], sent_to=to))
         with explained(self.path / name):
             (self.path / name).unlink()
 
@@ -169,7 +177,7 @@ class OutputFolder:
         with explained(self.path / JOURNAL_NAME):
             os.ftruncate(self._fd, journal.length)
             os.lseek(self._fd, journal.length, os.SEEK_SET)
-        journal.marks = {**_marks_of(read_manifest(self.path)), **journal.marks}
+        journal.marks = {**marks_of(read_manifest(self.path)), **journal.marks}
         if journal.conversion is None:
             self._append({"conversion": conversion})
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -255,17 +263,20 @@ def find_finished(folder: Path, conversion: Mapping[str, Any], names: list[str])
         return None
     _refuse_others(folder, conversion, names, Journal())
     manifest = read_manifest(folder)
-    marks = _marks_of(manifest)
+    marks = marks_of(manifest)
     if not all((folder / name).is_file() and (folder / name).stat().st_size == marks[name].size for name in marks):
         return None
     return manifest if marks.keys() == set(names) else None
 
 
-def _marks_of(manifest: Mapping[str, Any] | None) -> dict[str, Mark]:
+def marks_of(manifest: Mapping[str, Any] | None) -> dict[str, Mark]:
     """A manifest's files; none where it is not as we write it."""
     try:
         files = manifest["files"] if manifest is not None else {}
-        return {name: Mark(int(file["size"]), str(file["sha256"])) for name, file in files.items()}
+        return {
+            name: Mark(int(file["size"]), str(file["sha256"]), overflowed=int(file.get("overflowed", 0)))
+            for name, file in files.items()
+        }
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return {}
 

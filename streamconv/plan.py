@@ -7,7 +7,7 @@ as the safetensors library writes them.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -20,6 +20,7 @@ from streamconv.tensors import DTYPE_SIZES, SourceTensor
 PIECE_BYTES = 512 << 10  # what is read and written at once: it stays in the cache of a CPU
 
 _TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what a model may be cast to
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Shard:
     @property
     def size(self) -> int:
         """Of the whole file, in bytes."""
-        return len(self.header) + sum(tensor.info.nbytes for _, tensor in self.tensors)
+        return len(self.header) + sum(tensor.target.nbytes for _, tensor in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,24 @@ class Plan:
     @property
     def weights(self) -> int:
         """Bytes of tensors, headers apart."""
-        return sum(tensor.info.nbytes for shard in self.shards for _, tensor in shard.tensors)
+        return sum(tensor.target.nbytes for shard in self.shards for _, tensor in shard.tensors)
 
     @property
     def parameters(self) -> int:
         return sum(t.info.nbytes // t.info.itemsize for shard in self.shards for _, t in shard.tensors)
+
+    @property
+    def cast_to(self) -> str:
+        """The dtype that all tensors are cast to, as `SourceTensor` has it; empty where they stay as stored."""
+        return self.shards[0].tensors[0][1].cast_to
+
+    @property
+    def cast(self) -> dict[str, str] | None:
+        """torch's names of the dtypes that the tensors are cast "from" and "to"; None where they stay as stored."""
+        if not self.cast_to:
+            return None
+        stored = self.shards[0].tensors[0][1].info.dtype
+        return {"from": _TORCH_DTYPES[stored], "to": _TORCH_DTYPES[self.cast_to]}
 
     @property
     def title(self) -> str:
@@ -92,6 +106,7 @@ class Plan:
                 {"source": m.source, "dtype": m.tensor.info.dtype, "shape": m.tensor.info.shape, "targets": m.targets}
                 for m in self.moves
             ],
+            "cast": self.cast,
             "config": self.config,
             "fingerprint": self.fingerprint,
         }
@@ -119,6 +134,7 @@ def make_plan(
     labels: Sequence[str] | None = None,
     max_shard_size: int | str = "5GB",
     model: Model | None = None,
+    dtype: str | None = None,
 ) -> Plan:
     """Decide the whole output.
 
@@ -128,11 +144,14 @@ def make_plan(
         labels: A classifier's, one a class; None gives transformers' LABEL_0 and so on.
         max_shard_size: Bytes, or words as huggingface_hub reads them: "500MB", "5GB".
         model: The published model that the checkpoint is said to be.
+        dtype: What the tensors are cast to, one of `CASTS`; None leaves them as they are stored.
 
     Raises:
         MappingError: the tensors are not exactly those of a known model; lists every difference.
-        UsageError: the shard size or the number of labels is no good.
+        UsageError: the shard size, the number of labels or the dtype is no good.
     """
+    if dtype is not None and dtype not in CASTS:
+        raise UsageError(f"{dtype!r} is no dtype to cast to. Choose one of {', '.join(CASTS)}.")
     infos = {name: tensor.info for name, tensor in tensors.items()}
     family = find_family(infos, where)
     geometry = family.geometry(infos)
@@ -145,10 +164,13 @@ def make_plan(
     targets = apply(layout.rules, tensors, layout.dims, layout.count, where, layout.problems)
     _refuse_unstreamable(targets)
 
-    dtype = next(iter(targets.values())).info.dtype
-    if dtype not in _TORCH_DTYPES:
-        raise MappingError(f"{where} cannot become a model:", [f"its tensors are {dtype}, which is no model's dtype"])
-    config = {"architectures": [layout.architecture], "dtype": _TORCH_DTYPES[dtype], **layout.config}
+    stored = next(iter(targets.values())).info.dtype  # of them all: `apply` refuses mixed ones
+    if stored not in _TORCH_DTYPES:
+        raise MappingError(f"{where} cannot become a model:", [f"its tensors are {stored}, which is no model's dtype"])
+    written = stored if dtype is None else CASTS[dtype]
+    if written != stored:
+        targets = {name: replace(tensor, cast_to=written) for name, tensor in targets.items()}
+    config = {"architectures": [layout.architecture], "dtype": _TORCH_DTYPES[written], **layout.config}
     classes = layout.dims.get("K", 0)
     if classes:
         config |= _label_config(labels, classes)
@@ -221,14 +243,14 @@ def parse_size(size: int | str) -> int:
 
 def _lay_out(targets: dict[str, SourceTensor], max_shard_size: int | str) -> tuple[tuple[Shard, ...], bytes | None]:
     max_bytes = parse_size(max_shard_size)
-    if sum(tensor.info.nbytes for tensor in targets.values()) <= max_bytes:
+    if sum(tensor.target.nbytes for tensor in targets.values()) <= max_bytes:
         return (make_shard(SINGLE_NAME, targets),), None
     # Only here, since huggingface_hub before 1.0 costs 20 MB to import.
     from huggingface_hub import split_state_dict_into_shards_factory
 
     split = split_state_dict_into_shards_factory(
         targets,
-        get_storage_size=lambda tensor: tensor.info.nbytes,
+        get_storage_size=lambda tensor: tensor.target.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_bytes,
     )
@@ -245,7 +267,7 @@ def index_of(targets: Mapping[str, SourceTensor], filenames: Mapping[str, str]) 
     """What model.safetensors.index.json says of tensors in files."""
     sizes = {
         "total_parameters": sum(tensor.info.nbytes // tensor.info.itemsize for tensor in targets.values()),
-        "total_size": sum(tensor.info.nbytes for tensor in targets.values()),
+        "total_size": sum(tensor.target.nbytes for tensor in targets.values()),
     }
     return {"metadata": sizes, "weight_map": dict(filenames)}
 
@@ -253,11 +275,11 @@ def index_of(targets: Mapping[str, SourceTensor], filenames: Mapping[str, str]) 
 def make_shard(filename: str, tensors: Mapping[str, SourceTensor]) -> Shard:
     """A file as safetensors.torch.save_file(…, metadata={"format": "pt"}) lays it out: by dtype, then name."""
     rank = {dtype: i for i, dtype in enumerate(DTYPE_SIZES)}
-    ordered = sorted(tensors.items(), key=lambda item: (-rank[item[1].info.dtype], item[0].encode()))
+    ordered = sorted(tensors.items(), key=lambda item: (-rank[item[1].target.dtype], item[0].encode()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in ordered:
-        info = tensor.info
+        info = tensor.target
         header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [at, at + info.nbytes]}
         at += info.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

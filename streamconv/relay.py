@@ -18,7 +18,7 @@ from streamconv.checkpoint.safetensors import INDEX_NAME
 from streamconv.convert import Conversion, Decision, advance_in, decide, manifest_of
 from streamconv.crc import RecordChecks
 from streamconv.errors import MissingUploadError, UsageError
-from streamconv.folder import OutputFolder, claimed
+from streamconv.folder import Mark, OutputFolder, claimed
 from streamconv.hub import Repository
 from streamconv.manifest import MANIFEST_NAME, manifest_bytes
 from streamconv.output import explained
@@ -53,6 +53,7 @@ def relay(
     head: Path_ | None,
     labels: Path_ | None,
     max_shard_size: int | str,
+    dtype: str | None,
     unverified: bool,
     progress: Progress,
 ) -> Relayed:
@@ -68,7 +69,7 @@ def relay(
             goes on with what was sent.
     """
     with opened(locate(source, head), progress) as source_files:
-        decided = decide(source_files, output_folder, labels, max_shard_size, progress)
+        decided = decide(source_files, output_folder, labels, max_shard_size, dtype, progress)
         plan = decided.plan
         if decided.find_finished() is not None:
             raise UsageError(
@@ -79,8 +80,8 @@ def relay(
         largest = max(shard.size for shard in plan.shards)
         with claimed(decided.folder, decided.conversion, decided.names, largest) as work:
             repository.create()
-            digests, taken_up = _send_shards(plan, work, repository, progress)
-            manifest = manifest_of(decided.conversion, plan, digests, source_files.is_checkable)
+            written, taken_up = _send_shards(plan, work, repository, progress)
+            manifest = manifest_of(decided.conversion, plan, written, source_files.is_checkable)
             found = None
             if verify is not None:
                 with _outline(work.path) as outline:
@@ -91,35 +92,26 @@ def relay(
             if unverified or (found is not None and found.passed):
                 progress(f"committing to {repository.id}", 0, 1, "steps")
                 published = _commit(decided, manifest, work, repository)
-        conversion = Conversion(
-            decided.folder,
-            plan,
-            digests,
-            False,
-            taken_up,
-            source_files.is_checkable,
-            decided.labels_from,
-            repository.id,
-        )
-        return Relayed(conversion, found, published)
+        return Relayed(decided.done(written, taken_up, repository.id), found, published)
 
 
 def _send_shards(
     plan: Plan, work: OutputFolder, repository: Repository, progress: Progress
-) -> tuple[dict[str, str], int]:
-    """Their sha256 by name, and how many of their bytes an interrupted run had sent or written."""
-    digests, taken_up, checks = {}, 0, RecordChecks()
+) -> tuple[dict[str, Mark], int]:
+    """Their marks by name, and how many of their bytes an interrupted run had sent or written."""
+    written, taken_up, checks = {}, 0, RecordChecks()
     for shard in plan.shards:
         sent = work.sent(shard.filename, repository.id)
         if sent is not None and sent.size == shard.size:
             repository.restore(shard.filename, sent.size, sent.sha256)
-            digests[shard.filename], taken_up = sent.sha256, taken_up + sent.size
+            written[shard.filename], taken_up = sent, taken_up + sent.size
             continue
-        digest, kept = write_shard(shard, work, checks, advance_in(plan, shard, progress))
-        repository.upload(work.path / shard.filename, shard.filename, digest, progress)  # reads it back, and checks it
+        written[shard.filename], kept = write_shard(shard, work, checks, advance_in(plan, shard, progress))
+        sha256 = written[shard.filename].sha256
+        repository.upload(work.path / shard.filename, shard.filename, sha256, progress)  # reads it back, and checks it
         work.let_go(shard.filename, repository.id)
-        digests[shard.filename], taken_up = digest, taken_up + kept
-    return digests, taken_up
+        taken_up += kept
+    return written, taken_up
 
 
 @contextmanager

@@ -5,29 +5,33 @@ marks in the folder's journal how far the file is. Two threads that write one fi
 instead of working, so there is one writer.
 
 A shard that was interrupted goes on from its mark: what lies before it is read back from the file
-instead of from the source, through the same hash and the same CRC-32s.
+instead of from the source, through the same hash and the same CRC-32s. What was cast there has no
+CRC-32 in the source. Of it, the mark proves the records that had been read whole, and so been checked;
+those that it cut are read, checked and cast once more, and must come to what the file holds.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
+from streamconv.cast import cast
 from streamconv.crc import RecordChecks
 from streamconv.errors import CorruptError
 from streamconv.folder import NOTHING, Mark, OutputFolder
 from streamconv.hashing import BUFFER_BYTES, BackgroundHash
 from streamconv.output import OutputFile, whole_file
 from streamconv.plan import PIECE_BYTES, Shard
-from streamconv.tensors import ByteRange, ByteSource, SourceTensor
+from streamconv.tensors import ByteRange, ByteSource, Record, SourceTensor
 
-# Between two marks; a kill costs at most three of these, one that is filled while one is synced. A 64 MB
-# cgroup holds two, and no more dirty pages are ever wanted.
+# Read or written between two marks; a kill costs at most three of these, one that is filled while one is
+# synced. A 64 MB cgroup holds two, and no more dirty pages are ever wanted.
 SYNC_BYTES = 32 << 20
 
 
 def write_shard(
     shard: Shard, folder: OutputFolder, checks: RecordChecks, advance: Callable[[int, bool], None]
-) -> tuple[str, int]:
-    """Write one shard, or what is missing of it; give its sha256 in hexadecimal, and how many bytes were there.
+) -> tuple[Mark, int]:
+    """Write one shard, or what is missing of it; give the mark of the whole file, and how many bytes were there.
 
     The file gets its name only after every record that it drew on has matched its CRC-32, or its file
     is found unchanged. ``advance`` is told how many of the shard's bytes are done, and whether the last
@@ -42,20 +46,20 @@ def write_shard(
         kept = NOTHING
     for mark in (kept, NOTHING):
         try:
-            sha256 = _write(shard, folder, mark, checks, advance)
+            whole = _write(shard, folder, mark, checks, advance)
             break
         except CorruptError:
             folder.forget(shard.filename)
             if not mark.size:
                 raise
             # Else the damage may be in what was written before: once more, all of it from the source.
-    folder.mark(shard.filename, Mark(shard.size, sha256))
-    return sha256, mark.size
+    folder.mark(shard.filename, whole)
+    return whole, mark.size
 
 
 def _write(
     shard: Shard, folder: OutputFolder, mark: Mark, checks: RecordChecks, advance: Callable[[int, bool], None]
-) -> str:
+) -> Mark:
     synced: Future[None] | None = None
     with (
         whole_file(folder.path / shard.filename, resume=True) as file,
@@ -66,17 +70,30 @@ def _write(
         file.write_at(0, memoryview(shard.header))
         digest.update(shard.header)
         position = synced_to = len(shard.header)
+        is_cast = any(tensor.cast_to for _, tensor in shard.tensors)
+        stored, again = (memoryview(bytearray(PIECE_BYTES if is_cast else 0)) for _ in range(2))
+        moved, overflowed = 0, mark.overflowed
+        begun: dict[Record, int] = {}  # where in the file the first bytes of a record went that was read
         _expect(shard, mark)
         for batch in _batches(shard):
             buffer, filled, is_kept = digest.next_buffer(), 0, position < mark.size
             for name, piece in batch:
-                part = buffer[filled : filled + piece.info.nbytes]
+                at = position + filled
+                part = buffer[filled : filled + piece.target.nbytes]
                 if is_kept:
-                    file.read_at(position + filled, part)
-                else:
-                    piece.read_into(part)
-                    file.write_at(position + filled, part)
-                checks.add(name, piece, part)
+                    file.read_at(at, part)
+                    if not piece.cast_to:
+                        checks.add(name, piece, part)
+                if _is_read(piece, at, is_kept, mark):
+                    begun.setdefault(piece.record, at)
+                    if is_kept:
+                        _read(name, piece, again[: len(part)], stored, checks)
+                        if bytes(again[: len(part)]) != bytes(part):
+                            raise CorruptError(f"{name} in {shard.filename} is not what its source is cast to.")
+                    else:
+                        overflowed += _read(name, piece, part, stored, checks)
+                        file.write_at(at, part)
+                        moved += max(piece.info.nbytes, len(part))
                 filled += len(part)
             digest.update(buffer[:filled])
             position += filled
@@ -84,11 +101,14 @@ def _write(
                 synced_to = position
                 if position >= mark.size and digest.so_far().result() != mark.sha256:
                     raise CorruptError(f"{shard.filename} is not what its journal says.")
-            elif position - synced_to >= SYNC_BYTES:
+            elif moved >= SYNC_BYTES and position < shard.size:  # a mark of all says that all was settled
                 if synced is not None:
                     synced.result()
-                synced = syncing.submit(_keep, file, folder, shard.filename, synced_to, position, digest.so_far())
-                synced_to = position
+                proven = min((at for record, at in begun.items() if checks.is_open(record)), default=position)
+                unproven = position - proven if is_cast else 0
+                reached = Mark(position, "", overflowed=overflowed, unproven=unproven)
+                synced = syncing.submit(_keep, file, folder, shard.filename, synced_to, reached, digest.so_far())
+                synced_to, moved = position, 0
             advance(position, is_kept)
         if synced is not None:
             synced.result()
@@ -99,13 +119,28 @@ def _write(
             checks.settle()
         for source in {tensor.record.file for _, tensor in shard.tensors if tensor.record.crc32 is None}:
             source.require_unchanged()
-    return sha256
+    return Mark(shard.size, sha256, overflowed=overflowed)
 
 
-def _keep(file: OutputFile, folder: OutputFolder, name: str, start: int, end: int, sha256: "Future[str]") -> None:
-    """Bring the file's bytes from ``start`` to ``end`` to the disk, and mark that it is as far."""
-    file.sync(start, end - start)
-    folder.mark(name, Mark(end, sha256.result()))
+def _is_read(piece: SourceTensor, at: int, is_kept: bool, mark: Mark) -> bool:
+    """Whether the source is read for what goes to ``at`` in the file."""
+    return not is_kept or (bool(piece.cast_to) and at + piece.target.nbytes > mark.size - mark.unproven)
+
+
+def _read(name: str, piece: SourceTensor, part: memoryview, stored: memoryview, checks: RecordChecks) -> int:
+    """Fill ``part`` from the source, by way of ``stored`` where it is cast; give how many values that made infinite."""
+    if not piece.cast_to:
+        stored = part
+    stored = stored[: piece.info.nbytes]
+    piece.read_into(stored)
+    checks.add(name, piece, stored)
+    return cast(stored, piece.info.dtype, part, piece.cast_to) if piece.cast_to else 0
+
+
+def _keep(file: OutputFile, folder: OutputFolder, name: str, start: int, reached: Mark, sha256: "Future[str]") -> None:
+    """Bring the file's bytes from ``start`` on to the disk, and mark that it is as far as ``reached``."""
+    file.sync(start, reached.size - start)
+    folder.mark(name, replace(reached, sha256=sha256.result()))
 
 
 def _expect(shard: Shard, mark: Mark) -> None:
@@ -117,9 +152,11 @@ def _expect(shard: Shard, mark: Mark) -> None:
 def _reads(shard: Shard, mark: Mark, file: ByteSource) -> Iterator[ByteRange]:
     position = len(shard.header)
     for batch in _batches(shard):
-        if position >= mark.size:
-            yield from (piece.read_range for _, piece in batch if piece.record.file is file)
-        position += sum(piece.info.nbytes for _, piece in batch)
+        is_kept = position < mark.size
+        for _, piece in batch:
+            if piece.record.file is file and _is_read(piece, position, is_kept, mark):
+                yield piece.read_range
+            position += piece.target.nbytes
 
 
 def _batches(shard: Shard) -> Iterator[list[tuple[str, SourceTensor]]]:
@@ -128,10 +165,10 @@ def _batches(shard: Shard) -> Iterator[list[tuple[str, SourceTensor]]]:
     size = 0
     for name, tensor in shard.tensors:
         for piece in tensor.split(PIECE_BYTES):
-            if size + piece.info.nbytes > BUFFER_BYTES:
+            if size + piece.target.nbytes > BUFFER_BYTES:
                 yield batch
                 batch, size = [], 0
             batch.append((name, piece))
-            size += piece.info.nbytes
+            size += piece.target.nbytes
     if batch:
         yield batch

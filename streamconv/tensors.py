@@ -92,12 +92,21 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
-    """A tensor in a checkpoint, unread. ``offset`` is in bytes from the record's start."""
+    """A tensor in a checkpoint, unread. ``offset`` is in bytes from the record's start.
+
+    ``cast_to`` is the dtype in which it will be written; an empty one means as it is stored.
+    """
 
     info: TensorInfo
     record: Record
     offset: int
     strides: tuple[int, ...]
+    cast_to: str = ""
+
+    @property
+    def target(self) -> TensorInfo:
+        """What is written of it."""
+        return TensorInfo(self.cast_to or self.info.dtype, self.info.shape)
 
     @property
     def is_contiguous(self) -> bool:
@@ -127,7 +136,7 @@ class SourceTensor:
         )
 
     def split(self, max_bytes: int) -> Iterator["SourceTensor"]:
-        """Pieces of at most ``max_bytes`` that make up the row-major bytes, in order.
+        """Pieces of at most ``max_bytes``, read or written, that make up the row-major bytes, in order.
 
         A contiguous tensor is cut anywhere, a strided one between rows of whatever depth is needed.
 
@@ -135,11 +144,11 @@ class SourceTensor:
             SourceError: a row of a strided tensor spans more than `MAX_SPAN_BYTES` of its storage;
                 reading that for every row would take forever.
         """
-        itemsize = self.info.itemsize
+        larger = max(self.info.itemsize, self.target.itemsize)
         if self.is_contiguous:
             count = math.prod(self.info.shape)
             flat = replace(self, info=TensorInfo(self.info.dtype, (count,)), strides=(1,))
-            step = max(1, max_bytes // itemsize)
+            step = max(1, max_bytes // larger)
             yield from (flat.rows(i, min(i + step, count)) for i in range(0, count, step))
             return
         row = replace(self, info=TensorInfo(self.info.dtype, self.info.shape[1:]), strides=self.strides[1:])
@@ -149,18 +158,19 @@ class SourceTensor:
                 f"{list(self.strides)}, so that one row spans {row.span:,} bytes; it cannot be streamed. "
                 "Save it again after tensor.contiguous()."
             )
-        count, pitch = self.info.shape[0], self.strides[0] * itemsize
-        if row.info.nbytes > max_bytes:
+        count, pitch = self.info.shape[0], self.strides[0] * self.info.itemsize
+        row_bytes = math.prod(row.info.shape) * larger
+        if row_bytes > max_bytes:
             for i in range(count):
                 yield from replace(row, offset=self.offset + i * pitch).split(max_bytes)
             return
-        step = max_bytes // row.info.nbytes
+        step = max_bytes // row_bytes
         if pitch:
             step = min(step, 1 + (MAX_SPAN_BYTES - row.span) // pitch)
         yield from (self.rows(i, min(i + step, count)) for i in range(0, count, step))
 
     def read_into(self, buffer: memoryview) -> None:
-        """Write the row-major bytes into ``buffer``, which is ``info.nbytes`` long."""
+        """Write the row-major bytes, as they are stored, into ``buffer``, which is ``info.nbytes`` long."""
         where = self.read_range
         if self.is_contiguous:
             if buffer.nbytes:
@@ -171,7 +181,7 @@ class SourceTensor:
         _gather(memory, self.info, self.strides, buffer)
 
     def tobytes(self) -> bytes:
-        """The row-major bytes, all of them in memory."""
+        """The row-major bytes, as they are stored, all of them in memory."""
         data = bytearray(self.info.nbytes)
         view, at = memoryview(data), 0
         for piece in self.split(MAX_SPAN_BYTES):

@@ -1,6 +1,7 @@
 """Kills a conversion at each of its steps on the disk, lets it go on, and compares the folder with an undisturbed one.
 
-Run as a process of its own (it forks, and so must be small): `python -m tests.crash SOURCE PLACE HOW SHARD_SIZE TRIES`.
+Run as a process of its own (it forks, and so must be small):
+`python -m tests.crash SOURCE PLACE HOW SHARD_SIZE TRIES [DTYPE]`.
 HOW is what is left behind:
     kill     what the process wrote, the last write perhaps by half
     power    what was synced: other bytes are zeros or missing, and a name lasts when its folder was synced
@@ -108,13 +109,13 @@ def after_power_cut(folder: Path, shadow: Path, every_name: bool) -> None:
             (folder / name).write_bytes(data)
 
 
-def convert(source: Path, folder: Path, shard_size: str, disk: Disk) -> int:
+def convert(source: Path, folder: Path, shard_size: str, dtype: str | None, disk: Disk) -> int:
     """In a process of its own; its exit code: 0 converted, 9 killed."""
     child = os.fork()
     if not child:
         try:
             disk.install(folder)
-            streamconv.convert(source, folder, max_shard_size=shard_size)
+            streamconv.convert(source, folder, max_shard_size=shard_size, dtype=dtype)
             os._exit(0)
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -126,7 +127,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
 
 
-def main(source: Path, place: Path, how: str, shard_size: str, tries: int) -> dict[str, Any]:
+def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype: str | None = None) -> dict[str, Any]:
     hashing.BUFFER_BYTES = streaming.BUFFER_BYTES = (1 << 20) // SCALE * 2
     streaming.PIECE_BYTES = (512 << 10) // SCALE * 2
     streaming.SYNC_BYTES //= SCALE
@@ -139,7 +140,7 @@ def main(source: Path, place: Path, how: str, shard_size: str, tries: int) -> di
 
     assert not folder.exists()
     whole = fresh()
-    assert convert(source, folder, shard_size, whole) == 0
+    assert convert(source, folder, shard_size, dtype, whole) == 0
     wanted = contents(folder)
     steps, read = whole.counted()
     shutil.rmtree(folder)
@@ -153,7 +154,7 @@ def main(source: Path, place: Path, how: str, shard_size: str, tries: int) -> di
         # Killed once, and half the time a second time, while it goes on.
         for stop_at in (point, *([choice.randrange(1, steps)] if choice.random() < 0.5 else [])):
             disk = fresh(stop_at, choice.random() < 0.5)
-            code = convert(source, folder, shard_size, disk)
+            code = convert(source, folder, shard_size, dtype, disk)
             kills += code == 9
             done += disk.counted()[1]
             if how != "kill":
@@ -162,7 +163,7 @@ def main(source: Path, place: Path, how: str, shard_size: str, tries: int) -> di
                 if name in wanted and data != wanted[name]:
                     wrong.append(f"step {point}: {name} is not whole")
         disk = fresh()
-        code = convert(source, folder, shard_size, disk)
+        code = convert(source, folder, shard_size, dtype, disk)
         if code or contents(folder) != wanted:
             have = contents(folder)
             other = sorted(n for n in have.keys() | wanted.keys() if have.get(n) != wanted.get(n))
@@ -174,5 +175,5 @@ def main(source: Path, place: Path, how: str, shard_size: str, tries: int) -> di
 
 
 if __name__ == "__main__":
-    found = main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]))
+    found = main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]), *sys.argv[6:])
     print(json.dumps({**found, "max_repeated": MAX_REPEATED}))

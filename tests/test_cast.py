@@ -49,7 +49,7 @@ def assert_same(bits: np.ndarray, source: str, target: str) -> None:
 
 
 def boundaries(source: str) -> np.ndarray:
-    """All exponents, both signs, and mantissas about every place where another format's ends: ties and their neighbours."""
+    """All exponents, both signs, and mantissas about every place where another format's ends: ties and near them."""
     exponents, mantissas = FORMATS[source]
     values = {0, 1, 2, (1 << mantissas) - 1, (1 << mantissas) - 2}
     for bit in range(mantissas):

@@ -43,7 +43,7 @@ def test_a_hash_that_falls_behind_is_still_of_the_file(
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
         shard = make_shard("x.safetensors", checkpoint)
         with claimed(tmp_path, {}, [], 0) as folder:
-            digest, _ = streaming.write_shard(shard, folder, RecordChecks(), lambda position, is_kept: None)
+            written, _ = streaming.write_shard(shard, folder, RecordChecks(), lambda position, is_kept: None)
         data = (tmp_path / "x.safetensors").read_bytes()
         assert data == shard.header + b"".join(tensor.tobytes() for _, tensor in shard.tensors)
-        assert digest == hashlib.sha256(data).hexdigest()
+        assert written.sha256 == hashlib.sha256(data).hexdigest()

@@ -1,0 +1,220 @@
+"""Conversions into another precision, from end to end; the casts themselves are test_cast.py's."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import streamconv
+from streamconv import CorruptError, OutputError, UsageError
+from streamconv.folder import Journal
+from tests.conftest import make_states, run_python, seeds_mapping, tiny
+from tests.test_convert import contents, flip
+from tests.test_resume import ROOT, Interrupted, interrupt_after, many_marks
+
+__all__ = ["many_marks"]  # the fixture
+
+Save = Callable[..., tuple[Path, Path | None]]
+TORCH = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PAIRS = [(stored, dtype) for stored in TORCH for dtype in ("float32", "float16", "bfloat16") if stored != dtype]
+
+
+def state_of(stored: str, factor: float = 1.0) -> dict[str, torch.Tensor]:
+    return {name: (value * factor).to(TORCH[stored]) for name, value in make_states(tiny())[0].items()}
+
+
+@pytest.mark.parametrize(("stored", "dtype"), PAIRS)
+def test_one_file_is_what_save_file_makes_of_the_cast_mapping(tmp_path: Path, stored: str, dtype: str) -> None:
+    state = state_of(stored)
+    torch.save(state, tmp_path / "x.pth")
+    done = streamconv.convert(tmp_path / "x.pth", tmp_path / "ours", dtype=dtype)
+    theirs = {name: value.to(TORCH[dtype]) for name, value in seeds_mapping(state).items()}
+    safetensors.torch.save_file(theirs, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "ours" / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    assert json.loads((tmp_path / "ours" / "config.json").read_bytes())["dtype"] == dtype
+    manifest = json.loads((tmp_path / "ours" / "streamconv.json").read_bytes())
+    assert manifest["cast"] == done.as_dict()["cast"] == done.plan.cast == {"from": stored, "to": dtype}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_shards_are_cut_by_their_cast_sizes(tmp_path: Path, save: Save, dtype: str) -> None:
+    """As if the source had been cast before it was converted: files, index and all."""
+    source, _ = save(tiny(swiglu=True))
+    torch.save({name: value.to(TORCH[dtype]) for name, value in torch.load(source).items()}, tmp_path / "cast.pth")
+    done = streamconv.convert(source, tmp_path / "ours", dtype=dtype, max_shard_size="150KB")
+    streamconv.convert(tmp_path / "cast.pth", tmp_path / "theirs", max_shard_size="150KB")
+    ours, theirs = contents(tmp_path / "ours"), contents(tmp_path / "theirs")
+    assert len(done.plan.shards) > 3
+    del ours["streamconv.json"], theirs["streamconv.json"]
+    assert ours == theirs
+
+
+def test_odd_layouts_of_the_source_are_cast_to_the_same_bytes(tmp_path: Path) -> None:
+    plain, _ = make_states(tiny())
+    odd = dict(plain)
+    odd["blocks.0.attn.qkv.weight"] = plain["blocks.0.attn.qkv.weight"].t().contiguous().t()
+    both = torch.stack([plain["blocks.0.ls1.gamma"], plain["blocks.0.ls2.gamma"]])
+    odd["blocks.0.ls1.gamma"], odd["blocks.0.ls2.gamma"] = both[0], both[1]
+    for name, state in (("plain", plain), ("odd", odd)):
+        torch.save(state, tmp_path / f"{name}.pth")
+        streamconv.convert(tmp_path / f"{name}.pth", tmp_path / name, dtype="bfloat16")
+    file = "model.safetensors"
+    assert (tmp_path / "odd" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_the_dtype_that_is_stored_is_no_cast(tmp_path: Path, save: Save) -> None:
+    source, _ = save(tiny())
+    streamconv.convert(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert streamconv.convert(source, tmp_path / "out", dtype="float32").was_finished
+    with pytest.raises(OutputError, match=r"its plan \(its names, its shard size, its dtype\) is another"):
+        streamconv.convert(source, tmp_path / "out", dtype="float16")
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", ""])
+def test_what_is_no_dtype_to_cast_to_is_refused(tmp_path: Path, save: Save, dtype: str) -> None:
+    source, _ = save(tiny())
+    with pytest.raises(UsageError, match="Choose one of float32, float16, bfloat16"):
+        streamconv.convert(source, tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("many_marks")
+@pytest.mark.parametrize("shard_size", ["5GB", "150KB"])
+def test_overflow_is_counted_also_over_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: str
+) -> None:
+    state = state_of("float32", factor=1e6)
+    state["norm.bias"][3] = torch.inf
+    torch.save(state, tmp_path / "x.pth")
+    lost = sum(int((value.half().isinf() & value.isfinite()).sum()) for value in state.values())
+    options = {"dtype": "float16", "max_shard_size": shard_size}
+    whole = streamconv.convert(tmp_path / "x.pth", tmp_path / "whole", **options)  # type: ignore[arg-type]
+    assert whole.overflowed == whole.as_dict()["overflowed"] == lost > 1000
+    interrupt_after(monkeypatch, tmp_path / "x.pth", tmp_path / "out", 0.5, **options)
+    done = streamconv.convert(tmp_path / "x.pth", tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert done.taken_up > 0
+    assert done.overflowed == lost
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    next((tmp_path / "out").glob("*.safetensors")).unlink()
+    for was_finished in (False, True):
+        again = streamconv.convert(tmp_path / "x.pth", tmp_path / "out", **options)  # type: ignore[arg-type]
+        assert (again.was_finished, again.overflowed) == (was_finished, lost)
+    assert streamconv.convert(tmp_path / "x.pth", tmp_path / "wide", dtype="bfloat16").overflowed == 0
+
+
+@pytest.mark.parametrize("tensor", ["mask_token", "blocks.1.attn.qkv.weight", "norm.bias"])
+def test_a_flipped_bit_of_the_source_is_found_and_nothing_is_left(tmp_path: Path, save: Save, tensor: str) -> None:
+    source, _ = save(tiny())
+    flip(source, tensor, 100)
+    with pytest.raises(CorruptError, match=r"CRC-32\. Fetch the file again"):
+        streamconv.convert(source, tmp_path / "out", dtype="bfloat16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds a file's name in /proc")
+@pytest.mark.parametrize(("how", "shard_size"), [("kill", "5GB"), ("power", "30KB"), ("power-names", "5GB")])
+def test_a_kill_or_a_power_cut_at_any_step_costs_little(tmp_path: Path, how: str, shard_size: str) -> None:
+    torch.save(make_states(tiny(layers=2, hidden=64))[0], tmp_path / "source.pth")
+    words = [sys.executable, "-m", "tests.crash", tmp_path / "source.pth", tmp_path, how, shard_size, "25", "bfloat16"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["wrong"] == [], done.stderr
+    assert found["kills"] >= 25
+    assert found["taken_up"] > 15
+    largest = 4 * 64 * 64 * 4  # a record that a mark cuts is read once more, of either kill
+    assert 0 < found["repeated"] <= found["max_repeated"] + 2 * largest
+
+
+@pytest.mark.usefixtures("many_marks")
+@pytest.mark.parametrize("damage", ["a bit", "its end", "all"])
+def test_what_was_written_is_not_believed(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    source, _ = save(tiny())
+    streamconv.convert(source, tmp_path / "whole", dtype="bfloat16")
+    interrupt_after(monkeypatch, source, tmp_path / "out", 0.6, dtype="bfloat16")
+    (temporary,) = (tmp_path / "out").glob(".*-incomplete")
+    data = bytearray(temporary.read_bytes())
+    data[len(data) // 3] ^= 1
+    temporary.write_bytes(
+        bytes(len(data)) if damage == "all" else data[: len(data) // (4 if damage == "its end" else 1)]
+    )
+    assert streamconv.convert(source, tmp_path / "out", dtype="bfloat16").taken_up == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("many_marks")
+@pytest.mark.parametrize("shard_size", ["5GB", "100KB"])
+def test_a_record_that_was_damaged_when_a_mark_cut_it_is_not_gone_on_from(
+    tmp_path: Path, save: Save, shard_size: str
+) -> None:
+    """Interrupted between the damaged bytes and their record's end, where its CRC-32 would have told.
+
+    The file fetched again has the same CRC-32s, so it is the same source.
+    """
+    source, _ = save(tiny())
+    options = {"dtype": "bfloat16", "max_shard_size": shard_size}
+    streamconv.convert(source, tmp_path / "whole", **options)  # type: ignore[arg-type]
+    good = source.read_bytes()
+    with streamconv.open_checkpoint(source) as checkpoint:
+        record = checkpoint["blocks.1.mlp.fc1.weight"].record.range
+    bad = bytearray(good)
+    bad[record.start] ^= 1 << 7
+    bad[record.start + 3] ^= 1  # one that a cast keeps
+    cut = 0
+    for share in (step / 50 for step in range(50)):
+        source.write_bytes(bad)
+
+        def progress(what: str, done: int, total: int, unit: str, share: float = share) -> None:
+            if unit == "bytes" and done > share * total:
+                raise Interrupted
+
+        try:
+            streamconv.convert(source, tmp_path / "out", progress=progress, **options)  # type: ignore[arg-type]
+        except Interrupted:
+            marks = Journal.read(tmp_path / "out").marks.values()
+            cut += any(mark.unproven for mark in marks)
+        except CorruptError:
+            break
+        source.write_bytes(good)
+        streamconv.convert(source, tmp_path / "out", **options)  # type: ignore[arg-type]
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole"), share
+        shutil.rmtree(tmp_path / "out")
+    assert cut > 3
+    if shard_size == "5GB":
+        assert share > 0.3  # it came as far as the damage
+
+
+PEAK = "\nprint(*(l.split()[1] for l in open('/proc/self/status') if l[:5] == 'VmHWM'))"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is Linux's")
+@pytest.mark.parametrize(("stored", "dtype"), [("float32", "float16"), ("bfloat16", "float32")])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, stored: str, dtype: str) -> None:
+    peaks = []
+    for name, geometry in (("small", tiny()), ("large", tiny(layers=24, hidden=512))):
+        state = {key: value.to(TORCH[stored]) for key, value in make_states(geometry)[0].items()}
+        torch.save(state, tmp_path / f"{name}.pth")
+        words = f"{str(tmp_path / name)!r} + '.pth', {str(tmp_path / name)!r}, dtype={dtype!r}"
+        peaks.append(int(run_python(f"import streamconv; streamconv.convert({words})" + PEAK)))
+    assert peaks[1] < 64 * 1024  # numpy is 13 MB of it
+    assert peaks[1] - peaks[0] < 8 * 1024
+
+
+def test_a_cast_imports_numpy_and_nothing_larger(tmp_path: Path, save: Save) -> None:
+    source, _ = save(tiny())
+    code = (
+        f"import sys, streamconv; streamconv.convert({str(source)!r}, {str(tmp_path / 'out')!r}, dtype='float16')\n"
+        "large = ('torch', 'numpy', 'ml_dtypes', 'transformers', 'accelerate', 'safetensors')\n"
+        "print([m for m in large if m in sys.modules])"
+    )
+    assert run_python(code) == "['numpy']\n"
