@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamconv.cast import cast
 from streamconv.checkpoint import Checkpoint, open_checkpoint
 from streamconv.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME
 from streamconv.checkpoint.storage import LocalFile, read_small
@@ -69,9 +70,9 @@ def check_bytes(folder: Path, plan: Plan, advance: Callable[[int], None]) -> Byt
             _hash(file, 0, written[names[0]].record.range.start, digest)
             for name in names:
                 source, output = wanted.get(name), written[name]
-                if source is not None and source.info == output.info:
+                if source is not None and source.target == output.info:
                     problems += _differences(name, source, output, checks, digest, advance)
-                    compared += source.info.nbytes
+                    compared += source.target.nbytes
                 else:
                     _hash(file, output.record.range.start, output.record.range.end, digest)
             files[file.name] = {"size": file.size, "sha256": digest.hexdigest()}
@@ -136,7 +137,7 @@ def check_names(folder: Path, plan: Plan) -> list[str]:
 def _name_problems(wanted: Mapping[str, SourceTensor], written: Checkpoint) -> list[str]:
     problems = [f"{name} is missing" for name in wanted.keys() - written.keys()]
     problems += [f"{name} should not be there" for name in written.keys() - wanted.keys()]
-    both = [(name, wanted[name].info, written[name].info) for name in wanted.keys() & written.keys()]
+    both = [(name, wanted[name].target, written[name].info) for name in wanted.keys() & written.keys()]
     return problems + [f"{name} is {have}, not {want}" for name, want, have in both if have != want]
 
 
@@ -207,26 +208,30 @@ def _differences(
     advance: Callable[[int], None],
 ) -> list[str]:
     """Where ``output``, all of which is hashed, first differs from ``source``."""
-    wanted = bytearray(BUFFER_BYTES)
+    wanted, stored = bytearray(BUFFER_BYTES), memoryview(bytearray(BUFFER_BYTES if source.cast_to else 0))
     at, differs = output.record.range.start, False
     problems: list[str] = []
     for piece in source.split(BUFFER_BYTES):
-        size = piece.info.nbytes
+        size = piece.target.nbytes
         if size != len(wanted):  # bytearrays compare like memcmp, memoryviews an element at a time
             wanted = bytearray(size)
-        piece.read_into(memoryview(wanted))
+        data = stored[: piece.info.nbytes] if source.cast_to else memoryview(wanted)
+        piece.read_into(data)
         try:
-            checks.add(name, piece, memoryview(wanted))
+            checks.add(name, piece, data)
         except CorruptError as error:
             problems.append(str(error))
+        if source.cast_to:
+            cast(data, source.info.dtype, memoryview(wanted), source.cast_to)
         part = digest.next_buffer()[:size]
         output.record.file.read_at(at, part)
         digest.update(part)
         if not differs and wanted != part:
             differs = True
             first = next(i for i, (a, b) in enumerate(zip(wanted, part, strict=True)) if a != b)
+            cast_to = f", cast to {source.cast_to}," if source.cast_to else ""
             element = (at - output.record.range.start + first) // output.info.itemsize
-            problems.append(f"{name} differs from its source from element {element:,} on")
+            problems.append(f"{name} differs from its source{cast_to} from element {element:,} on")
         at += size
         advance(size)
     return problems

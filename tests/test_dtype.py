@@ -218,3 +218,51 @@ def test_a_cast_imports_numpy_and_nothing_larger(tmp_path: Path, save: Save) -> 
         "print([m for m in large if m in sys.modules])"
     )
     assert run_python(code) == "['numpy']\n"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("classes", [None, 5])
+def test_a_right_cast_passes_every_rung_exactly(tmp_path: Path, save: Save, dtype: str, classes: int | None) -> None:
+    source, head = save(tiny(classes=classes))
+    streamconv.convert(source, tmp_path / "out", head=head, dtype=dtype)
+    found = streamconv.verify(tmp_path / "out", source, head=head, device="cpu")
+    assert found.passed
+    assert [rung.passed for rung in found.rungs] == [True] * 4
+    assert f"equals its source's, cast from float32 to {dtype};" in found.rungs[0].proves
+    assert found.rungs[2].numbers["largest"] <= found.rungs[2].numbers["tolerance"] < 1e-12
+    assert streamconv.verify(tmp_path / "out").passed
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float16", "bfloat16"), ("bfloat16", "float32"), ("float64", "float32")]
+)
+def test_casts_from_other_precisions_pass_every_rung(tmp_path: Path, stored: str, dtype: str) -> None:
+    torch.save(state_of(stored), tmp_path / "x.pth")
+    streamconv.convert(tmp_path / "x.pth", tmp_path / "out", dtype=dtype)
+    found = streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
+    assert [rung.passed for rung in found.rungs] == [True] * 4, found
+
+
+@pytest.mark.parametrize("tensor", ["embeddings.mask_token", "encoder.layer.1.mlp.fc2.weight"])
+def test_a_flipped_bit_of_a_cast_output_is_found(tmp_path: Path, save: Save, tensor: str) -> None:
+    source, _ = save(tiny())
+    streamconv.convert(source, tmp_path / "out", dtype="bfloat16")
+    flip(tmp_path / "out" / "model.safetensors", tensor, 100)
+    found = streamconv.verify(tmp_path / "out", source, device="cpu", parity=False)
+    assert found.rungs[0].passed is False
+    assert f"{tensor} differs from its source, cast to BF16, from element 50 on" in found.rungs[0].problems
+    if "weight" in tensor:
+        parity = streamconv.verify(tmp_path / "out", source, device="cpu").rungs[2]
+        assert parity.passed is False
+        assert "the first difference is in layer 1" in parity.problems[0]
+
+
+def test_another_cast_than_config_says_is_found(tmp_path: Path, save: Save) -> None:
+    source, _ = save(tiny())
+    streamconv.convert(source, tmp_path / "out", dtype="bfloat16")
+    path = tmp_path / "out" / "config.json"
+    good = json.loads(path.read_bytes())
+    for dtype in ("float16", "float32", "float64", ["bfloat16"], None):
+        path.write_text(json.dumps({**good, "dtype": dtype}))
+        bytes_rung = streamconv.verify(tmp_path / "out", source, device="cpu", parity=False).rungs[0]
+        assert bytes_rung.passed is False, dtype

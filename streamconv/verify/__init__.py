@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from streamconv.download import downloaded
 from streamconv.errors import OutputError, SourceError
 from streamconv.folder import JOURNAL_NAME
 from streamconv.manifest import MANIFEST_NAME, is_of, read_manifest
-from streamconv.plan import Plan, make_plan
+from streamconv.plan import CASTS, Plan, make_plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.sources import OpenSource, locate, opened
 
@@ -185,7 +186,9 @@ def verify_sent(
     found = models.check(outline, source, progress, parity, is_outline=True)
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     if source.is_checkable:
-        proves = "when it was sent, every file was as it was copied, from records that matched their CRC-32"
+        proves = (
+            f"when it was sent, every file was as it was copied{_cast_of(plan)}, from records that matched their CRC-32"
+        )
         rung = Rung("bytes", True, proves, (), numbers, "what was sent was not read again")
     else:
         rung = Rung("bytes", None, "the source carries no CRC-32s, and nothing is kept to be compared with it")
@@ -211,6 +214,10 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
     )
 
 
+def _cast_of(plan: Plan) -> str:
+    return ", cast from {from} to {to}".format_map(plan.cast) if plan.cast else ""
+
+
 def _bytes_as_written(
     folder: Path, plan: Plan, manifest: Mapping[str, Any], progress: Progress
 ) -> tuple[Rung, Mapping[str, Mapping[str, Any]]]:
@@ -220,7 +227,9 @@ def _bytes_as_written(
     problems += check_names(folder, plan)
     if manifest.get("is_crc_checked") is not True:
         problems.append(f"{MANIFEST_NAME} does not say that the source's CRC-32s were checked")
-    proves = f"every file is as it was copied, by {MANIFEST_NAME}, from records that matched their CRC-32"
+    proves = (
+        f"every file is as it was copied{_cast_of(plan)}, by {MANIFEST_NAME}, from records that matched their CRC-32"
+    )
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     unproved = "the source's bytes were not read again"
     rung = Rung("bytes", not problems, proves, tuple(problems), numbers, unproved)
@@ -255,19 +264,30 @@ def _verification(
 
 
 def _plan_of(folder: Path, source: OpenSource) -> Plan:
-    """What the folder should hold: its own labels, which the source does not know, and all else from the source."""
-    plan = make_plan(source.tensors, source.where, None, sys.maxsize, source.source.model)
-    labels = _labels_in(folder / "config.json")
+    """What the folder should hold: its own labels and dtype, which the source does not know, and all else from it."""
+    config = _config_of(folder)
+    dtype = next((known for known in CASTS if known == config.get("dtype")), None)
+    planned = partial(make_plan, source.tensors, source.where, max_shard_size=sys.maxsize, model=source.source.model)
+    plan, labels = planned(dtype=dtype), _labels_in(config)
     if len(labels) != len(plan.config.get("id2label", ())):
         return plan  # the bytes rung will say what is wrong with config.json
-    return make_plan(source.tensors, source.where, labels or None, sys.maxsize, source.source.model)
+    return planned(dtype=dtype, labels=labels or None)
 
 
-def _labels_in(config: Path) -> list[str]:
+def _config_of(folder: Path) -> dict[str, Any]:
+    """Its config.json; an empty one where that is none."""
     try:
-        labels = json.loads(read_small(config))["id2label"]
+        config = json.loads(read_small(folder / "config.json"))
+    except (SourceError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _labels_in(config: Mapping[str, Any]) -> list[str]:
+    try:
+        labels = config["id2label"]
         return [labels[str(i)] for i in range(len(labels))]
-    except (SourceError, ValueError, KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError):
         return []
 
 
@@ -283,6 +303,6 @@ def _bytes(
 
     found = check_bytes(folder, plan, advance)
     crc = "every source record matches its CRC-32" if source.is_checkable else "the source carries no CRC-32s to check"
-    proves = f"every byte of every tensor equals its source's; {crc}"
+    proves = f"every byte of every tensor equals its source's{_cast_of(plan)}; {crc}"
     numbers = {"tensors": found.tensors, "bytes": found.compared}
     return Rung("bytes", not found.problems, proves, found.problems, numbers).since(start), found.files

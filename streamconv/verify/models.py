@@ -17,7 +17,7 @@ from streamconv.verify.devices import MemoryWatch, choose_device, versions
 from streamconv.verify.image import open_image
 from streamconv.verify.load import check_load
 from streamconv.verify.mapped import return_freed_buffers
-from streamconv.verify.offload import OffloadedModel, StreamedWeights
+from streamconv.verify.offload import DTYPES, OffloadedModel, StreamedWeights
 from streamconv.verify.outline import weights_of
 from streamconv.verify.parity import PROVES, Pair, check_parity
 from streamconv.verify.pictures import draw_pictures
@@ -79,7 +79,7 @@ class Models:
             pixels = check_pixels(folder, self.plan, self.image).since(start)
             return Found((loaded, Rung("parity", None, why), pixels))
         try:
-            weights = load_weights(self.original, source, self.device)
+            weights = load_weights(self.original, source, self.device, self.plan.cast_to)
         except Exception as error:  # torch refuses the source, or the graph its tensors
             problem = f"{type(error).__name__}: {error}"
             if self.reference != BUILTIN:
@@ -88,7 +88,8 @@ class Models:
             parity = Rung("parity", False, PROVES, (problem,))
             why = "torch did not load the original"
             return Found((loaded, parity, Rung("preprocessing", None, why)))
-        original = OffloadedModel(self.original, self.device, weights)
+        cast_to = DTYPES[self.plan.cast_to] if self.plan.cast_to else None
+        original = OffloadedModel(self.original, self.device, weights, cast_to)
         model = OffloadedModel(converted, self.device, StreamedWeights(targets, self.device) if targets else None)
         pair = Pair(original, self.states, model, self.device, progress)
         parity, comparison = check_parity(pair, self.plan, self.image)

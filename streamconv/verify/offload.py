@@ -23,18 +23,21 @@ from streamconv.verify.mapped import FileMappings
 
 RECENT_BYTES = 128 << 20  # what running layers may still use: a block of ViT-g has 113 MB
 AHEAD_BYTES = 32 << 20  # what is read at once of a source that is streamed
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class OffloadedWeights(Mapping[str, Tensor]):
     """A state dict of tensors mapped from a file; what is taken out is on ``device``, in ``dtype``.
 
-    It is the mapped tensor itself where that will do. MKL's matrix product may round otherwise at
-    another alignment, and a file's alignment is its own: it gets a copy.
+    Where they were ``cast_to`` another dtype when they were converted, they are brought to that one first.
+    It is the mapped tensor itself where that will do. MKL's matrix product may round otherwise at another
+    alignment, and a file's alignment is its own: it gets a copy.
     """
 
-    def __init__(self, mapped: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype):
-        self.mapped, self.device, self.dtype = mapped, device, dtype
+    def __init__(
+        self, mapped: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, cast_to: torch.dtype | None = None
+    ):
+        self.mapped, self.device, self.dtype, self.cast_to = mapped, device, dtype, cast_to
         self._files = FileMappings()
         self._recent: deque[Tensor] = deque()
 
@@ -44,6 +47,8 @@ class OffloadedWeights(Mapping[str, Tensor]):
         self._recent.append(tensor)
         while len(self._recent) > 1 and sum(tensor.nbytes for tensor in self._recent) > RECENT_BYTES:
             self._files.release(self._recent.popleft())
+        if self.cast_to is not None:
+            tensor = tensor.to(self.cast_to)
         return tensor.to(self.device, self.dtype, copy=not _has_onednn())
 
     def __iter__(self) -> Iterator[str]:
@@ -57,7 +62,7 @@ class StreamedWeights(Mapping[str, Tensor]):
     """A checkpoint's tensors, read when they are taken out, from wherever they lie.
 
     They are in the order in which a model computes with them, nearly: the next ones are read along, and
-    stay for a while. A record that is read whole is held against its CRC-32.
+    stay for a while, in the dtype that each is cast to. A record that is read whole is held against its CRC-32.
     """
 
     def __init__(self, tensors: Mapping[str, SourceTensor], device: torch.device, dtype: torch.dtype = torch.float32):
@@ -102,20 +107,26 @@ def _read_tensor(name: str, tensor: SourceTensor, checks: RecordChecks) -> Tenso
         piece.read_into(part)
         checks.add(name, piece, part)
         at += len(part)
-    return data.view(_DTYPES[tensor.info.dtype]).reshape(tensor.info.shape)
+    return data.view(DTYPES[tensor.info.dtype]).reshape(tensor.info.shape).to(DTYPES[tensor.target.dtype])
 
 
 class OffloadedModel:
     """``model`` made to run on ``device`` layer by layer, in float32.
 
-    Its parameters are mapped from a file, or given as ``weights``. What its module computes with in a
-    method other than ``forward`` are its own parameters, not its children's; these few are on the
-    device always.
+    Its parameters are mapped from a file (``cast_to`` is `OffloadedWeights`'s), or given as ``weights``.
+    What its module computes with in a method other than ``forward`` are its own parameters, not its
+    children's; these few are on the device always.
     """
 
-    def __init__(self, model: Any, device: torch.device, weights: "StreamedWeights | None" = None):
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        weights: "StreamedWeights | None" = None,
+        cast_to: torch.dtype | None = None,
+    ):
         self.model = model
-        self._weights = weights or OffloadedWeights(model.state_dict(), device, torch.float32)
+        self._weights = weights or OffloadedWeights(model.state_dict(), device, torch.float32, cast_to)
         model.eval().to("meta")
         cpu_offload(model, execution_device=device, state_dict=self._weights)
         self.compute_in(torch.float32)

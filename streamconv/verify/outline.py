@@ -36,7 +36,7 @@ def weights_of(model: Any, plan: Plan, folder: Path) -> Mapping[str, SourceTenso
         path, offset = mappings.place_of(parameter) or (None, 0)
         places = shards.get(path) if path is not None else None
         tensor = next(
-            (_part(t, offset - at, parameter.shape) for at, t in places or () if at <= offset < at + t.info.nbytes),
+            (_part(t, offset - at, parameter.shape) for at, t in places or () if at <= offset < at + t.target.nbytes),
             None,
         )
         if tensor is None:
@@ -49,15 +49,18 @@ def _places(shard: Shard) -> list[tuple[int, SourceTensor]]:
     places, at = [], len(shard.header)
     for _, tensor in shard.tensors:
         places.append((at, tensor))
-        at += tensor.info.nbytes
+        at += tensor.target.nbytes
     return places
 
 
 def _part(tensor: SourceTensor, offset: int, shape: tuple[int, ...]) -> SourceTensor | None:
-    """The tensor that begins ``offset`` bytes into another one's row-major bytes."""
+    """The tensor that begins ``offset`` bytes into another one's row-major bytes, as they are written."""
     info = TensorInfo(tensor.info.dtype, tuple(shape))
     if offset == 0 and info == tensor.info:
         return tensor
-    if not tensor.is_contiguous or offset + info.nbytes > tensor.info.nbytes:
+    first = offset // tensor.target.itemsize
+    if not tensor.is_contiguous or first * info.itemsize + info.nbytes > tensor.info.nbytes:
         return None
-    return replace(tensor, info=info, offset=tensor.offset + offset, strides=contiguous_strides(info.shape))
+    return replace(
+        tensor, info=info, offset=tensor.offset + first * info.itemsize, strides=contiguous_strides(info.shape)
+    )

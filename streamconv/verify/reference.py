@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,16 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Cal
                 del sys.modules[name]
 
 
-def load_weights(original: Any, source: OpenSource, device: torch.device) -> StreamedWeights | None:
+def load_weights(original: Any, source: OpenSource, device: torch.device, cast_to: str) -> StreamedWeights | None:
     """Assign the files' tensors, mapped and not copied, to a model on the meta device, strictly.
 
-    Those of a source at an address are not assigned, but given, to be read when they are needed.
+    Those of a source at an address are not assigned, but given, to be read when they are needed, and cast.
     """
     if source.is_remote:
         shapes = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
         original.load_state_dict(shapes, strict=True, assign=True)
-        return StreamedWeights({name: source.tensors[name] for name in original.state_dict()}, device)
+        tensors = {name: replace(source.tensors[name], cast_to=cast_to) for name in original.state_dict()}
+        return StreamedWeights(tensors, device)
     prefixes = {"backbone": "", "head": HEAD_PREFIX}
     state: dict[str, Any] = {}
     for role, checkpoint in source.checkpoints.items():
