@@ -124,6 +124,11 @@ def _provenance(manifest: Mapping[str, Any]) -> Iterator[str]:
     for name, file in (manifest.get("files") or {}).items():
         yield f"| {_code(name)} | {file.get('size', 0):,} | {_code(file.get('sha256'))} |"
     yield ""
+    if isinstance(cast := manifest.get("cast"), dict):
+        yield f"The weights were cast from {_code(cast.get('from'))} to {_code(cast.get('to'))}."
+        overflowed = sum(file.get("overflowed", 0) for file in (manifest.get("files") or {}).values())
+        if overflowed:
+            yield f"Beyond its range, and infinite now, are {overflowed:,} values that were finite."
     if manifest.get("is_crc_checked"):
         yield "A fingerprint is a sha256 over the names, sizes and CRC-32s of a file's records."
         yield "Every byte read was checked against its CRC-32."

@@ -18,6 +18,7 @@ from streamconv.options import (
     DEFAULT_MODEL,
     CreatePr,
     Device,
+    Dtype,
     Head,
     Image,
     Json,
@@ -71,6 +72,7 @@ def run(
     head: Head = None,
     labels: Labels = None,
     max_shard_size: ShardSize = "5GB",
+    dtype: Dtype = None,
     stream: Stream = False,
     image: Image = None,
     reference: Reference = "builtin",
@@ -103,11 +105,11 @@ def run(
         published, failure, found = None, None, None
         with _synthetic(name, output, seed) if synthetic else nullcontext((name, head)) as (path, head_path):
             if stream and pushing is not None and repository is not None:
-                options = {"head": head_path, "labels": labels, "max_shard_size": max_shard_size}
+                options = {"head": head_path, "labels": labels, "max_shard_size": max_shard_size, "dtype": dtype}
                 relayed = _relay(path, output, repository, verifying, as_json, unverified=pushing.unverified, **options)
                 converted, found, published = relayed.conversion, relayed.verification, relayed.published
             else:
-                converted = _convert(path, output, head_path, labels, max_shard_size, stream, as_json)
+                converted = _convert(path, output, head_path, labels, max_shard_size, dtype, stream, as_json)
                 if verifying is not None:
                     found = _verify(verifying, converted.output, path, head_path, as_json)
     passed = found is not None and found.passed
@@ -141,12 +143,13 @@ def convert(
     head: Head = None,
     labels: Labels = None,
     max_shard_size: ShardSize = "5GB",
+    dtype: Dtype = None,
     stream: Stream = False,
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint into a folder that transformers loads."""
     with errors_told():
-        converted = _convert(source, output, head, labels, max_shard_size, stream, as_json)
+        converted = _convert(source, output, head, labels, max_shard_size, dtype, stream, as_json)
     if as_json:
         print_json(converted.as_dict())
 
@@ -194,10 +197,12 @@ def verify(
 
 
 @app.command()
-def plan(source: Source, head: Head = None, max_shard_size: ShardSize = "5GB", as_json: Json = False) -> None:
+def plan(
+    source: Source, head: Head = None, max_shard_size: ShardSize = "5GB", dtype: Dtype = None, as_json: Json = False
+) -> None:
     """Show what would be written: mapping, shards, bytes. No weight is read."""
     with errors_told():
-        planned = streamconv.plan(source, head=head, max_shard_size=max_shard_size)
+        planned = streamconv.plan(source, head=head, max_shard_size=max_shard_size, dtype=dtype)
     if as_json:
         print_json(planned.as_dict())
         return
@@ -249,12 +254,20 @@ def _convert(
     head: str | None,
     labels: Path | None,
     max_shard_size: str,
+    dtype: str | None,
     stream: bool,
     as_json: bool,
 ) -> Conversion:
     with ProgressReport() as progress:
         done = streamconv.convert(
-            source, folder, head=head, labels=labels, max_shard_size=max_shard_size, stream=stream, progress=progress
+            source,
+            folder,
+            head=head,
+            labels=labels,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            stream=stream,
+            progress=progress,
         )
     if not as_json:
         print_lines(conversion_lines(done))

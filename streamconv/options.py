@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from streamconv import pushing
+from streamconv.plan import CASTS
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, a checkpoint file, or its address.")]
 DEFAULT_MODEL = "dinov2_vitg14"
@@ -43,6 +44,10 @@ Labels = Annotated[
     ),
 ]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The largest size of one file.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="|".join(CASTS), help="What to cast the weights to. [default: as they are stored]"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Device = Annotated[
     str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to verify on; auto takes a GPU if there is one.")

@@ -19,6 +19,11 @@ def conversion_lines(done: Conversion) -> Iterator[str]:
     yield f"{done.plan.title}: {state}, {done.plan.weights:,} bytes of weights{before} {where}"
     for name, digest in done.shards.items():
         yield f"  {name}  sha256 {digest}{' as recorded' if done.was_finished else ''}"
+    if done.plan.cast:
+        yield "  cast from {from} to {to}".format_map(done.plan.cast)
+    if done.overflowed:
+        dtype = done.plan.config["dtype"]
+        yield f"  {done.overflowed:,} finite values are beyond the range of {dtype}, and infinite now"
     if not done.is_crc_checked:
         yield "  the source carries no CRC-32s, so that its bytes could not be checked for damage"
     if done.labels_from:
@@ -32,6 +37,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield ""
     for shard in plan.shards:
         yield f"{shard.filename}  {len(shard.tensors)} tensors, {shard.size:,} bytes"
+    if plan.cast:
+        yield "cast from {from} to {to}".format_map(plan.cast)
     yield f"{plan.title}: {plan.parameters:,} parameters, {plan.size:,} bytes to write"
 
 

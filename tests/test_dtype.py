@@ -1,6 +1,7 @@
 """Conversions into another precision, from end to end; the casts themselves are test_cast.py's."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import streamconv
 from streamconv import CorruptError, OutputError, UsageError
 from streamconv.folder import Journal
 from tests.conftest import make_states, run_python, seeds_mapping, tiny
+from tests.test_cli import run
 from tests.test_convert import contents, flip
 from tests.test_resume import ROOT, Interrupted, interrupt_after, many_marks
 
@@ -171,7 +173,7 @@ def test_a_record_that_was_damaged_when_a_mark_cut_it_is_not_gone_on_from(
     bad[record.start] ^= 1 << 7
     bad[record.start + 3] ^= 1  # one that a cast keeps
     cut = 0
-    for share in (step / 50 for step in range(50)):
+    for share in (step / 30 for step in range(30)):
         source.write_bytes(bad)
 
         def progress(what: str, done: int, total: int, unit: str, share: float = share) -> None:
@@ -192,6 +194,26 @@ def test_a_record_that_was_damaged_when_a_mark_cut_it_is_not_gone_on_from(
     assert cut > 3
     if shard_size == "5GB":
         assert share > 0.3  # it came as far as the damage
+
+
+def test_the_command_line_casts_and_tells(tmp_path: Path) -> None:
+    torch.save(state_of("float32", factor=1e6), tmp_path / "x.pth")
+    done = run("convert", "x.pth", "-o", "out", "--dtype", "float16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cast from float32 to float16" in done.stdout
+    assert re.search(r"[1-9][0-9,]+ finite values are beyond the range of float16, and infinite now", done.stdout)
+    again = run("convert", "x.pth", "-o", "out", "--dtype", "float16", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["cast"] == {"from": "float32", "to": "float16"}
+    assert f"{json.loads(again.stdout)['overflowed']:,} finite values" in done.stdout
+    planned = json.loads(run("plan", "x.pth", "--dtype", "bfloat16", "--json", cwd=tmp_path).stdout)
+    assert (planned["config"]["dtype"], planned["cast"]["to"]) == ("bfloat16", "bfloat16")
+    assert "cast from float32 to bfloat16" in run("plan", "x.pth", "--dtype", "bfloat16", cwd=tmp_path).stdout
+    torch.save(state_of("float32"), tmp_path / "x.pth")
+    whole = run("run", "x.pth", "-o", "all", "--dtype", "bfloat16", "--device", "cpu", cwd=tmp_path)
+    assert whole.stdout.splitlines()[-1] == "Looks ok!", whole.stderr
+    wrong = run("convert", "x.pth", "-o", "other", "--dtype", "int8", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "Choose one of float32, float16, bfloat16" in wrong.stderr
 
 
 PEAK = "\nprint(*(l.split()[1] for l in open('/proc/self/status') if l[:5] == 'VmHWM'))"

@@ -45,16 +45,17 @@ def verify(plan: Plan, *args: Any) -> Verification:
 
 def relayed(source: str, folder: Path, **changed: Any) -> Relayed:
     options: dict[str, Any] = {
-        "head": None, "labels": None, "max_shard_size": SHARD, "unverified": False, "progress": ignore_progress,
+        "head": None, "labels": None, "max_shard_size": SHARD, "dtype": None, "unverified": False,
+        "progress": ignore_progress,
     }  # fmt: skip
     given = {"verify": verify, **changed}
     checked = given.pop("verify")
     return relay(source, folder, Repository(Destination("it"), None), checked, **{**options, **given})
 
 
-def require_the_folders_files(hub: HubServer, server: FileServer, tmp_path: Path) -> None:
+def require_the_folders_files(hub: HubServer, server: FileServer, tmp_path: Path, dtype: str | None = None) -> None:
     """What arrived is what a conversion of the file writes, but for what is said of where and when."""
-    streamconv.convert(server.folder / "x.pth", tmp_path / "expected", max_shard_size=SHARD)
+    streamconv.convert(server.folder / "x.pth", tmp_path / "expected", max_shard_size=SHARD, dtype=dtype)
     arrived = hub.files("ada/it")
     expected = {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
     assert arrived.keys() == {*expected, "README.md", ".gitattributes"}
@@ -283,11 +284,20 @@ def test_another_repository_gets_all_of_it(hub: HubServer, server: FileServer, s
     hub.blobs.clear()
     other = Repository(Destination("other"), None)
     relay(
-        source, tmp_path / "stage", other, None, head=None, labels=None, max_shard_size=SHARD, unverified=True,
-        progress=ignore_progress,
+        source, tmp_path / "stage", other, None, head=None, labels=None, max_shard_size=SHARD, dtype=None,
+        unverified=True, progress=ignore_progress,
     )  # fmt: skip
     assert len(hub.uploads) == shards
     assert hub.files("ada/other").keys() > {"model.safetensors.index.json"}
+
+
+def test_weights_are_cast_on_their_way(hub: HubServer, server: FileServer, source: str, tmp_path: Path) -> None:
+    done = relayed(source, tmp_path / "stage", dtype="bfloat16")
+    assert done.verification is not None
+    assert [rung.passed for rung in done.verification.rungs] == [True] * 4
+    assert done.verification.rungs[2].numbers["largest"] <= 1e-13
+    assert "cast from `float32` to `bfloat16`" in hub.files("ada/it")["README.md"].decode()
+    require_the_folders_files(hub, server, tmp_path, dtype="bfloat16")
 
 
 def test_a_file_of_this_machine_is_relayed_too(hub: HubServer, server: FileServer, source: str, tmp_path: Path) -> None:
