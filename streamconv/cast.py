@@ -1,7 +1,7 @@
 """Floating-point bytes in another precision, bit for bit as torch's ``.to()`` makes them on a CPU.
 
-All goes by way of float32, as torch's conversions do. Where torch itself gives NaNs other bits at the
-end of a tensor than within it, they are as within it. numpy, which knows no bfloat16, is imported by
+All goes by way of float32, as torch's conversions do. What bits torch gives to NaNs depends on the CPU and,
+at the end of a tensor, on how it was cut up: here they are those of AVX2 and AVX-512, within a tensor. numpy, which knows no bfloat16, is imported by
 the first cast: a conversion without one does not pay for it.
 """
 

@@ -15,6 +15,8 @@ PAIRS = [(source, target) for source in DTYPES for target in TARGETS if source !
 # Exponent and mantissa bits.
 FORMATS = {"F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7)}
 UNSIGNED = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
+# Without its vectors, torch makes other NaNs; all else it makes the same.
+HAS_VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 # torch takes other ways for what is left of a tensor when its vectors are full, and for more than one thread;
 # these ways give NaNs other bits, and are not what nearly all of a tensor goes.
 TAIL, BLOCK = 128, 16 << 10
@@ -41,9 +43,18 @@ def ours(bits: np.ndarray, source: str, target: str) -> tuple[np.ndarray, int]:
     return made, overflowed
 
 
+def is_nan(bits: np.ndarray, dtype: str) -> np.ndarray:
+    exponents, mantissas = FORMATS[dtype]
+    infinity = ((1 << exponents) - 1) << mantissas
+    return (bits & UNSIGNED[dtype](infinity | ((1 << mantissas) - 1))) > infinity
+
+
 def assert_same(bits: np.ndarray, source: str, target: str) -> None:
     (want, lost), (have, counted) = theirs(bits, source, target), ours(bits, source, target)
-    other = np.flatnonzero(want != have)
+    differs = want != have
+    if not HAS_VECTORS:
+        differs &= ~(is_nan(want, target) & is_nan(have, target))
+    other = np.flatnonzero(differs)
     assert not len(other), [f"{bits[i]:#x}: {have[i]:#x}, torch {want[i]:#x}" for i in other[:5]]
     assert counted == lost
 
