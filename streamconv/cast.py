@@ -1,8 +1,8 @@
 """Floating-point bytes in another precision, bit for bit as torch's ``.to()`` makes them on a CPU.
 
 All goes by way of float32, as torch's conversions do. What bits torch gives to NaNs depends on the CPU and,
-at the end of a tensor, on how it was cut up: here they are those of AVX2 and AVX-512, within a tensor. numpy, which knows no bfloat16, is imported by
-the first cast: a conversion without one does not pay for it.
+at the end of a tensor, on how it was cut up: here they are those of AVX2 and AVX-512, within a tensor. numpy,
+which knows no bfloat16, is imported by the first cast: a conversion without one does not pay for it.
 """
 
 from typing import TYPE_CHECKING, Any
