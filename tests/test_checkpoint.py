@@ -1,11 +1,15 @@
 """Checkpoint files: what is read equals what torch and safetensors read, and nothing bad gets in."""
 
+import argparse
 import io
 import os
 import pickle
 import zipfile
+from collections import Counter, OrderedDict
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -175,11 +179,60 @@ def test_a_missing_file_is_called_missing(tmp_path: Path) -> None:
         streamconv.open_checkpoint(tmp_path / "x.pth")
 
 
-def test_what_is_no_flat_state_dict_is_described(tmp_path: Path) -> None:
-    for value, says in (({"model": {"x": torch.ones(1)}}, "'model': dict of 1"), ([torch.ones(1)], "holds a list")):
+def test_what_is_no_dict_is_described(tmp_path: Path) -> None:
+    for value, says in (([torch.ones(1)], "holds a list"), (torch.ones(1), "holds a tensor")):
         torch.save(value, tmp_path / "x.pth")
         with pytest.raises(NotACheckpointError, match=says):
             streamconv.open_checkpoint(tmp_path / "x.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
+    with pytest.raises(UnsafePickleError, match=r"Linear, which is no dict.*Save its state_dict\(\)"):
+        streamconv.open_checkpoint(tmp_path / "x.pth")
+
+
+class Settings(argparse.Namespace):
+    """Of a module that streamconv never imports."""
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_what_lies_beside_tensors_is_passed_by(tmp_path: Path, is_zip: bool) -> None:
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(3)).sum().backward()
+    optimizer.step()
+    training = {
+        "model": layer.state_dict(),
+        "teacher": {"backbone": OrderedDict(layer.state_dict()), "center": torch.ones(1, 4)},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": {"milestones": Counter([3, 3]), "T_max": 10, "by": {(1, 2): 0.5, None: 1, 0.5: torch.ones(3)}},
+        "epoch": 3,
+        "args": Settings(lr=1e-3, betas=(0.9, 0.95), path=Path("a")),
+        "history": [torch.ones(1), {"loss": np.float64(0.5)}],
+        "seen": {"a", "b"},
+        "rng": np.random.default_rng(0).bit_generator.state,
+        "when": datetime(2026, 1, 2),
+        "dtype": torch.float32,
+        "size": torch.Size([2, 3]),
+        "blob": bytes(range(256)),
+        "loss": float("nan"),
+        "name": "vit",
+        "sparse": torch.eye(3).to_sparse(),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    training["parameter"].extra = 1
+    torch.save(training, tmp_path / "x.pth", _use_new_zipfile_serialization=is_zip)
+    wanted = {"teacher.center": torch.ones(1, 4), "parameter": torch.ones(2)}
+    for name in ("model", "teacher.backbone"):
+        wanted |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        wanted |= {f"optimizer.state.{i}.{key}": value for key, value in state.items()}
+    with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        assert {name: tensor.tobytes() for name, tensor in checkpoint.items()} == {
+            name: bytes_of(value) for name, value in wanted.items()
+        }
+        assert checkpoint.others["args"] == f"{Settings.__module__}.Settings"
+        assert checkpoint.others["sparse"] == "torch._utils._rebuild_sparse_tensor"
+        assert {"seen", "when", "rng.state", "blob"} & checkpoint.others.keys() >= {"seen", "when", "blob"}
+        assert not checkpoint.others.keys() & {"epoch", "name", "history"}
 
 
 def test_records_that_do_not_fit_their_description_are_refused(pth: Path) -> None:

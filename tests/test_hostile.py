@@ -120,7 +120,7 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a name stored as an attribute path": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "opcode 0x8c"),
     "an extension": (b"\x80\x02\x82\x01.", "opcode 0x82"),
     "an instance": (b"\x80\x02(ios\nsystem\n.", "opcode 0x69"),
-    "an object by NEWOBJ": (b"\x80\x02" + NEW_DICT[:-2] + b")\x81.", "opcode 0x81"),
+    "an object by NEWOBJ": (b"\x80\x02" + NEW_DICT[:-2] + b")\x81.", "an object of a function"),
     "a set": (b"\x80\x02\x8f.", "opcode 0x8f"),
     "a memo of four billion": (b"\x80\x02}r\xfe\xff\xff\xff.", "remembers a value as number"),
     "a value never remembered": (b"\x80\x02j\x00\x00\x00\x7f.", "ends too early, or takes more"),
@@ -128,7 +128,6 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "no end": (b"\x80\x02}", "ends too early"),
     "a string of four gigabytes": (b"\x80\x02X\xff\xff\xff\xff.", "a string of 4,294,967,295"),
     "a string that is not UTF-8": (b"\x80\x02X\x02\x00\x00\x00\xff\xff.", "not UTF-8"),
-    "a key that takes for ever to hash": (SHARED + b"}h\x00Ns.", "dict with a tuple for a key"),
     "a persistent id that takes for ever to show": (SHARED + b"h\x00Q.", "no storage's"),
     "arguments that take for ever to show": (SHARED + TENSOR + b"h\x00R.", "damaged"),
     "a dtype that takes for ever to hash": (
@@ -137,11 +136,24 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a shape that takes for ever to show": (
         SHARED + TENSOR + b"(" + storage() + b"K\x00h\x00h\x00\x89NtR.", "impossible offset"
     ),
-    "keys whose hashes collide": (
-        lambda: b"\x80\x02}(" + b"".join(put(i * (2**61 - 1)) + b"N" for i in range(1, 100_000)) + b"u.", "int for a k"
-    ),
     "a list of itself": (b"\x80\x02]q\x00h\x00a.", "holds a list"),
-    "a dict of itself": (b"\x80\x02}q\x00X\x01\x00\x00\x00xh\x00s.", "'x': dict of 1"),
+    "a dict of itself": (b"\x80\x02}q\x00X\x01\x00\x00\x00xh\x00s.", "dicts too deep"),
+    "a dict in more and more dicts": (
+        b"\x80\x02}q\x00" + b"".join(b"}(" + put("a") + b"h%c" % i + put("b") + b"h%c" % i + b"uq%c" % (i + 1)
+        for i in range(99)) + b".", "too many entries",
+    ),
+    "many dicts below a name of a megabyte": (
+        lambda: b"\x80\x02}" + put("a" * 1_000_000) + b"}(" + b"".join(
+            put(f"{i}") + b"}K\x00Ns" for i in range(60_000)) + b"us.", "too deep",
+    ),
+    "one name of a megabyte in many dicts": (
+        lambda: b"\x80\x02}(" + put("a" * 1_000_000) + b"q\x00cmine\nThing\nq\x01" + b"".join(
+            put(f"{i}") + b"}h\x00h\x01s" for i in range(60_000)) + put("") + tensor() + b"u.",
+        "names a tensor ''",
+    ),
+    "an object of a name that runs code": (b"\x80\x02cposix\nsystem\n)\x81.", "posix.system, which no checkpoint"),
+    "an object instead of a dict": (b"\x80\x02cmine\nModel\n)\x81}b.", "holds a mine.Model, which is no dict"),
+
     "millions of dicts": (lambda: b"\x80\x02(" + b"}" * 12_000_000 + b"l.", "bytes of objects"),
     "millions of lists": (lambda: b"\x80\x02](" + b"]" * 12_000_000 + b"e.", "bytes of objects"),
     "millions of dicts of one item": (lambda: b"\x80\x02Nq\x00" + b"}K\x00Ns" * 2_400_000 + b".", "bytes of objects"),
@@ -219,7 +231,9 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a name that is no text": (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80" + tensor() + b"s.", r"'\\ud800'"),
     "a name that hides itself": (b"\x80\x02}" + put("weight\u202e") + tensor() + b"s.", r"\\u202e"),
     "an endless tensor name": (b"\x80\x02}" + put("x" * 2000) + tensor() + b"s.", "longer than"),
-    "a number for a name": (b"\x80\x02}K\x07" + tensor() + b"s.", "by a int"),
+    "one name twice": (
+        b"\x80\x02}(" + put("a.b") + tensor() + put("a") + b"}" + put("b") + tensor() + b"su.", "two tensors 'a.b'"
+    ),
 }  # fmt: skip
 
 

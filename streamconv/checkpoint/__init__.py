@@ -18,8 +18,9 @@ from streamconv.tensors import SourceTensor
 class Checkpoint(Mapping[str, SourceTensor]):
     """The tensors of a checkpoint by name. Close it, or use it in a ``with`` statement."""
 
-    def __init__(self, tensors: dict[str, SourceTensor], files: list[File], fingerprint: str):
+    def __init__(self, tensors: dict[str, SourceTensor], others: dict[str, str], files: list[File], fingerprint: str):
         self._tensors, self._files = tensors, files
+        self.others = others  # by name, the class of what is no tensor: nothing of it was read
         self.fingerprint = fingerprint  # sha256 of the index: hexadecimal
 
     def __getitem__(self, name: str) -> SourceTensor:
@@ -77,7 +78,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a .pth (of any torch's, a zip or not), a safetensors file, or a folder of sharded safetensors files.
 
-    Only the index is read: 83 kB for ViT-g's 4.5 GB.
+    Only the index is read: 83 kB for ViT-g's 4.5 GB. Tensors in dicts in a .pth's dict have names with dots, as
+    "teacher.backbone.cls_token". What else a .pth holds, an optimizer's settings or a configuration, is not read.
 
     Args:
         place: A path, or a file's address: https://, hf://, or any that fsspec has a package for.
@@ -100,18 +102,20 @@ def open_checkpoint(
             listed = safetensors.files_of(where)
         files: list[File] = []
         tensors: dict[str, SourceTensor] = {}
+        others: dict[str, str] = {}
         fingerprints: list[str] = []
         for each, names in listed.items():
             file = open_file(each, notify)
             opened.callback(file.close)
-            found, fingerprint = _read_index(file, is_exact)
+            found, unread, fingerprint = _read_index(file, is_exact)
             if names is not None:
                 safetensors.check_weight_map(file.where, found, names)
             files.append(file)
             tensors.update(found)
+            others.update(unread)
             fingerprints.append(fingerprint)
         opened.pop_all()
-        return Checkpoint(tensors, files, sha256("".join(fingerprints).encode()).hexdigest())
+        return Checkpoint(tensors, others, files, sha256("".join(fingerprints).encode()).hexdigest())
 
 
 @contextmanager
@@ -126,14 +130,15 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read_index(file: File, is_exact: bool) -> tuple[dict[str, SourceTensor], str]:
+def _read_index(file: File, is_exact: bool) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
     start = file.read(0, min(16, file.size))
     if start.startswith(zip_index.MAGIC):
         return torch_zip.read_index(file, is_exact)
     if start.startswith(torch_legacy.MAGIC):
         return torch_legacy.read_index(file, is_exact)
     if start[8:9] == b"{":
-        return safetensors.read_index(file)
+        tensors, fingerprint = safetensors.read_index(file)
+        return tensors, {}, fingerprint
     what = "is empty" if not file.size else "is neither a checkpoint of torch.save nor a safetensors file"
     hint = " It looks like a web page: the download failed." if start.lstrip()[:1] == b"<" else ""
     raise NotACheckpointError(f"{file.where} {what}.{hint}")

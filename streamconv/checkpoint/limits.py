@@ -27,14 +27,12 @@ def shown(text: str) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
-def check_name(name: object, where: object) -> None:
+def check_name(name: str, where: object) -> None:
     """Refuse what no model calls a tensor.
 
     Raises:
         SourceError
     """
-    if type(name) is not str:
-        raise SourceError(f"{where} names a tensor by a {type(name).__name__}, not by a string.")
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise SourceError(
             f"{where} names a tensor '{shown(name)}', which is empty, not printable or longer than "

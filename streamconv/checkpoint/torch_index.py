@@ -1,15 +1,16 @@
 """What the pickles of torch.save say of tensors: the same in a zip and in the format from before 1.6.
 
 No pickle is ever trusted: `unpickle` carries it out, `Index.find` answers for a fixed list of names with
-functions that build descriptions, and refuses every other name. No code of a checkpoint runs.
+functions that build descriptions, and for every other name with one that does nothing. No code of a
+checkpoint runs.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.checkpoint.limits import MAX_TENSORS, are_sizes, check_name, is_shape, shown
-from streamconv.checkpoint.unpickle import PickleError
+from streamconv.checkpoint.limits import MAX_NAME_LENGTH, MAX_TENSORS, are_sizes, check_name, is_shape, shown
+from streamconv.checkpoint.unpickle import PickleError, Unread
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, UnsafePickleError
 from streamconv.tensors import DTYPE_SIZES, Record, SourceTensor, TensorInfo
 
@@ -23,6 +24,14 @@ _V3_DTYPES = {
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
     "uint16": "U16", "uint32": "U32", "uint64": "U64",
 }  # fmt: skip
+
+# No checkpoint has a use for these: a file that names one is meant to do harm, and is better not kept.
+_HARMFUL_MODULES = {"os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "runpy", "importlib", "ctypes"}
+_HARMFUL_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "getattr", "setattr", "delattr", "globals",
+                     "execfile", "apply", "input", "breakpoint"}  # fmt: skip
+
+
+_MAX_ENTRIES = 4 * MAX_TENSORS  # of a dict and the dicts in it; an optimizer has a few for each tensor
 
 
 class _Name(str):
@@ -52,6 +61,7 @@ class Index:
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor_v2,
             ("torch._utils", "_rebuild_tensor_v3"): self._tensor_v3,
             ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
+            ("torch._utils", "_rebuild_parameter_with_state"): lambda data, requires_grad, hooks, state: data,
         }
 
     def find(self, module: str, name: str) -> Any:
@@ -62,10 +72,13 @@ class Index:
             return _Name(name)
         if (module, name) == ("torch.storage", "UntypedStorage"):
             return _Name(name)
-        raise UnsafePickleError(
-            f"{self._where} names {shown(f'{module}.{name}')}, which is no tensor. Nothing of it was run. A checkpoint "
-            "of plain tensors needs no such name: save model.state_dict() alone, or do not trust this file."
-        )
+        root = module.partition(".")[0]
+        if root in _HARMFUL_MODULES or (root in ("builtins", "__builtin__") and name in _HARMFUL_BUILTINS):
+            raise UnsafePickleError(
+                f"{self._where} names {shown(f'{module}.{name}')}, which no checkpoint has a use for. "
+                "Nothing of it was run. Do not trust this file."
+            )
+        return Unread(f"{module}.{name}")
 
     def storage(self, pid: Any) -> _Storage:
         """For ``("storage", type, key, device, number of elements)``."""
@@ -120,29 +133,42 @@ class Index:
         return tensor
 
 
-def flat_state(contents: Any, where: str) -> dict[str, SourceTensor]:
-    """``contents``, if they are tensors by name and nothing else.
+def tensors_in(contents: Any, where: str) -> tuple[dict[str, SourceTensor], dict[str, str]]:
+    """The tensors in a dict and in the dicts in it, the keys joined by dots; and what else lies there.
+
+    That is, by name, the class of what is no tensor, no dict, and of no type of Python's own. Lists are not looked
+    into: no state dict is in one.
 
     Raises:
-        NotACheckpointError, SourceError
+        NotACheckpointError, UnsafePickleError, SourceError
     """
-    if type(contents) is not dict:
-        raise NotACheckpointError(f"{where} holds a {_kind(contents)}, not a dict of tensors.")
-    others = [(key, value) for key, value in contents.items() if type(value) is not SourceTensor]
-    if others:
-        some = ", ".join(f"'{shown(str(key))}': {_kind(value)}" for key, value in others[:5])
-        raise NotACheckpointError(
-            f"{where} holds more than tensors ({some}{', …' if len(others) > 5 else ''}). "
-            "Save the model's flat state dict alone."
+    if type(contents) is Unread:
+        raise UnsafePickleError(
+            f"{where} holds a {shown(contents.name)}, which is no dict of tensors. Nothing of it was run. "
+            "Save its state_dict() instead."
         )
-    if len(contents) > MAX_TENSORS:
+    if type(contents) is not dict:
+        kind = "tensor" if type(contents) is SourceTensor else type(contents).__name__
+        raise NotACheckpointError(f"{where} holds a {kind}, not a dict of tensors.")
+    tensors: dict[str, SourceTensor] = {}
+    others: dict[str, str] = {}
+    waiting: list[tuple[str, Any, Any]] = [("", key, value) for key, value in reversed(contents.items())]
+    count = len(waiting)
+    while waiting:
+        prefix, key, value = waiting.pop()
+        name = prefix + str(key)[: MAX_NAME_LENGTH + 1]
+        if type(value) is SourceTensor:
+            check_name(name, where)
+            if name in tensors:
+                raise SourceError(f"{where} names two tensors '{shown(name)}'. Do not trust this file.")
+            tensors[name] = value
+        elif type(value) is Unread:
+            others[shown(name)] = shown(value.name)
+        elif type(value) is dict and value:
+            count += len(value)  # a dict may stand in many others, or in itself
+            if count > _MAX_ENTRIES or len(name) > MAX_NAME_LENGTH:
+                raise SourceError(f"{where} has dicts too deep or with too many entries. Do not trust this file.")
+            waiting += ((f"{name}.", key, item) for key, item in reversed(value.items()))
+    if len(tensors) > MAX_TENSORS:
         raise SourceError(f"{where} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
-    for name in contents:
-        check_name(name, where)
-    return contents
-
-
-def _kind(value: Any) -> str:
-    if type(value) is SourceTensor:
-        return "tensor"
-    return f"dict of {len(value)}" if type(value) is dict else type(value).__name__
+    return tensors, others

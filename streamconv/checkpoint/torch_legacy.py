@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from streamconv.checkpoint.limits import MAX_TENSORS
 from streamconv.checkpoint.storage import File
-from streamconv.checkpoint.torch_index import Index, flat_state
+from streamconv.checkpoint.torch_index import Index, tensors_in
 from streamconv.checkpoint.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError
 from streamconv.tensors import DTYPE_SIZES, ByteRange, Record, SourceTensor
@@ -28,8 +28,8 @@ _MAX_KEY_OPCODES = 3 * MAX_TENSORS  # and two a key
 _MAX_KEY_LENGTH = 20  # the decimal digits of a 64-bit address
 
 
-def read_index(file: File, is_exact: bool = True) -> tuple[dict[str, SourceTensor], str]:
-    """The tensors by name, and a fingerprint of the pickles and the file's size.
+def read_index(file: File, is_exact: bool = True) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
+    """The tensors by name, the classes of what is none, and a fingerprint of the pickles and the file's size.
 
     Where the weights lie follows from the pickles. The counts before them say it again: they are read and
     compared, as torch does, unless ``is_exact`` is False.
@@ -47,7 +47,7 @@ def read_index(file: File, is_exact: bool = True) -> tuple[dict[str, SourceTenso
     try:
         _check_system(pickles.load(_refuse_name, _refuse_storage, _MAX_SYSTEM_OPCODES), file.where)
         contents = pickles.load(index.find, lambda pid: index.storage(storages.without_view(pid)))
-        tensors = flat_state(contents, file.where)
+        tensors, others = tensors_in(contents, file.where)
         keys = pickles.load(_refuse_name, _refuse_storage, _MAX_KEY_OPCODES)
     except (PickleError, TypeError) as error:  # TypeError: a function was given too few or too many values
         raise CorruptError(
@@ -60,7 +60,7 @@ def read_index(file: File, is_exact: bool = True) -> tuple[dict[str, SourceTenso
         storages.check_counts(records)
     for name, tensor in tensors.items():
         tensors[name] = SourceTensor(tensor.info, records[tensor.record.name], tensor.offset, tensor.strides)
-    return tensors, fingerprint
+    return tensors, others, fingerprint
 
 
 class _Pieces:

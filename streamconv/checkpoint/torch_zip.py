@@ -11,15 +11,17 @@ from hashlib import sha256
 
 from streamconv.checkpoint.limits import shown
 from streamconv.checkpoint.storage import File
-from streamconv.checkpoint.torch_index import Index, flat_state
+from streamconv.checkpoint.torch_index import Index, tensors_in
 from streamconv.checkpoint.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles
 from streamconv.checkpoint.zip_index import read_record, read_records
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError
 from streamconv.tensors import DTYPE_SIZES, Record, SourceTensor
 
 
-def read_index(file: File, is_exact: bool = True) -> tuple[dict[str, SourceTensor], str]:
-    """The tensors of a .pth by name, and the file's fingerprint; ``is_exact`` as `zip_index.read_records` has it.
+def read_index(file: File, is_exact: bool = True) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
+    """The tensors of a .pth by name, the classes of what is none, and the file's fingerprint.
+
+    Dicts in dicts are names with dots; ``is_exact`` as `zip_index.read_records` has it.
 
     Raises:
         TruncatedError, CorruptError, NotACheckpointError, UnsafePickleError, SourceError
@@ -55,7 +57,7 @@ def read_index(file: File, is_exact: bool = True) -> tuple[dict[str, SourceTenso
         contents = Pickles(pickled).load(index.find, index.storage)
     except (PickleError, TypeError) as error:  # TypeError: a function was given too few or too many values
         raise CorruptError(f"{file.where}: its data.pkl is damaged or not of torch.save: {error}.") from error
-    return flat_state(contents, file.where), _fingerprint(records, pickled)
+    return *tensors_in(contents, file.where), _fingerprint(records, pickled)
 
 
 def _fingerprint(records: Mapping[str, Record], pickled: bytes) -> str:

@@ -40,6 +40,18 @@ def _none_follow(count: int) -> bytes:
     return b""
 
 
+class Unread:
+    """Stands for an object of a class that is not known here, and for the class: nothing of it is made or called."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, *arguments: object) -> "Unread":
+        return self
+
+
 class Pickles:
     """Pickles that lie one after another, and the memory that they may take together.
 
@@ -192,14 +204,20 @@ def _run(
             mark = marks.pop() if opcode == 0x65 else len(stack) - 1
             items = stack[mark:]
             del stack[mark:]
-            if type(stack[-1]) is not list:
+            if type(stack[-1]) is list:
+                stack[-1] += items
+            elif type(stack[-1]) is not Unread:
                 raise PickleError(f"it appends to a {type(stack[-1]).__name__}")
-            stack[-1] += items
             room -= _CONTAINER + _SLOT * len(items)
         elif opcode == 0x62:  # BUILD: torch gives an OrderedDict its _metadata, which describes no tensor
             state = pop()
-            if type(state) is not dict or type(stack[-1]) is not dict:
+            if type(stack[-1]) is not Unread and (type(state) is not dict or type(stack[-1]) is not dict):
                 raise PickleError(f"it sets attributes of a {type(stack[-1]).__name__}")
+            room -= _CONTAINER
+        elif opcode == 0x81:  # NEWOBJ
+            pop()
+            if type(stack[-1]) is not Unread:
+                raise PickleError(f"it makes an object of a {type(stack[-1]).__name__}")
             room -= _CONTAINER
         elif opcode == 0x4E:  # NONE
             push(None)
@@ -228,12 +246,13 @@ def _run(
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
-    if type(target) is not dict:
-        raise PickleError(f"it sets items of a {type(target).__name__}")
     if len(items) % 2:
         raise PickleError("it has a dict with a key without a value")
+    if type(target) is Unread:
+        return
+    if type(target) is not dict:
+        raise PickleError(f"it sets items of a {type(target).__name__}")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Ints beyond 64 bits can be chosen so that their hashes collide.
-        if type(key) is not str and (type(key) is not int or abs(key) >> 63):
-            raise PickleError(f"it has a dict with a {type(key).__name__} for a key")
-        target[key] = value
+        # Nothing else names a tensor. Ints beyond 64 bits can be chosen so that their hashes collide.
+        if type(key) is str or (type(key) is int and not abs(key) >> 63):
+            target[key] = value
