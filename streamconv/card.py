@@ -34,7 +34,7 @@ def make_card(manifest: Mapping[str, Any], repo_id: str) -> str:
     published = _published(manifest)
     task = family.pipeline_tags[architecture] if family else None
     data = ModelCardData(
-        license=published[0].licence if published else None,
+        license=published[1].licence if published else None,
         base_model=f"{published[0].organisation}/{published[1].published_name}" if published else None,
         library_name="transformers",
         pipeline_tag=task,

@@ -26,6 +26,7 @@ from streamconv.options import (
     ModelName,
     NoParity,
     NoVerify,
+    NumHeads,
     OutputOrDefault,
     Private,
     PushToHub,
@@ -34,6 +35,7 @@ from streamconv.options import (
     Report,
     Revision,
     Seed,
+    Select,
     ShardSize,
     Source,
     SourceOrDefault,
@@ -73,6 +75,8 @@ def run(
     labels: Labels = None,
     max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
+    select: Select = None,
+    num_heads: NumHeads = None,
     stream: Stream = False,
     image: Image = None,
     reference: Reference = "builtin",
@@ -100,18 +104,20 @@ def run(
         verifying = None if no_verify else Verifying(device, image, reference, not no_parity, stream, report)
         if verifying is not None:
             verifying.check_ahead()
-        repository = pushing.open(name, head, labels, synthetic) if pushing is not None else None
+        options: dict[str, Any] = {"head": head, "labels": labels, "max_shard_size": max_shard_size, "dtype": dtype}
+        options |= {"select": select, "num_heads": num_heads}
+        repository = pushing.open(name, synthetic, **options) if pushing is not None else None
     with errors_told():
         published, failure, found = None, None, None
-        with _synthetic(name, output, seed) if synthetic else nullcontext((name, head)) as (path, head_path):
+        with _synthetic(name, output, seed) if synthetic else nullcontext((name, head)) as (path, options["head"]):
             if stream and pushing is not None and repository is not None:
-                options = {"head": head_path, "labels": labels, "max_shard_size": max_shard_size, "dtype": dtype}
                 relayed = _relay(path, output, repository, verifying, as_json, unverified=pushing.unverified, **options)
                 converted, found, published = relayed.conversion, relayed.verification, relayed.published
             else:
-                converted = _convert(path, output, head_path, labels, max_shard_size, dtype, stream, as_json)
+                converted = _convert(path, output, as_json, stream=stream, **options)
                 if verifying is not None:
-                    found = _verify(verifying, converted.output, path, head_path, as_json)
+                    said = {name: options[name] for name in ("head", "select", "num_heads")}
+                    found = _verify(verifying, converted.output, path, as_json, **said)
     passed = found is not None and found.passed
     if pushing is not None and repository is not None and not stream and (passed or pushing.unverified):
         try:
@@ -144,12 +150,16 @@ def convert(
     labels: Labels = None,
     max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
+    select: Select = None,
+    num_heads: NumHeads = None,
     stream: Stream = False,
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint into a folder that transformers loads."""
     with errors_told():
-        converted = _convert(source, output, head, labels, max_shard_size, dtype, stream, as_json)
+        options: dict[str, Any] = {"head": head, "labels": labels, "max_shard_size": max_shard_size, "dtype": dtype}
+        options |= {"select": select, "num_heads": num_heads, "stream": stream}
+        converted = _convert(source, output, as_json, **options)
     if as_json:
         print_json(converted.as_dict())
 
@@ -166,6 +176,8 @@ def verify(
         ),
     ] = None,
     head: Head = None,
+    select: Select = None,
+    num_heads: NumHeads = None,
     device: Device = "auto",
     image: Image = None,
     reference: Reference = "builtin",
@@ -179,15 +191,15 @@ def verify(
     Without SOURCE, each file is checked against the size and sha256 in the folder's streamconv.json.
     """
     with errors_told():
-        given = (head, device, image, reference, no_parity, stream)
-        if source is None and given != (None, "auto", None, "builtin", False, False):
+        given = (head, select, num_heads, device, image, reference, no_parity, stream)
+        if source is None and given != (None, None, None, "auto", None, "builtin", False, False):
             raise UsageError(
-                "--head, --device, --image, --reference, --no-parity and --stream are for a comparison. "
-                "Name the SOURCE too."
+                "--head, --select, --num-heads, --device, --image, --reference, --no-parity and --stream are for a "
+                "comparison. Name the SOURCE too."
             )
         verifying = Verifying(device, image, reference, not no_parity, stream, report)
         verifying.check_ahead()
-        found = _verify(verifying, folder, source, head, as_json)
+        found = _verify(verifying, folder, source, as_json, head=head, select=select, num_heads=num_heads)
     if as_json:
         print_json(found.as_dict())
     with errors_told():
@@ -198,11 +210,18 @@ def verify(
 
 @app.command()
 def plan(
-    source: Source, head: Head = None, max_shard_size: ShardSize = "5GB", dtype: Dtype = None, as_json: Json = False
+    source: Source,
+    head: Head = None,
+    max_shard_size: ShardSize = "5GB",
+    dtype: Dtype = None,
+    select: Select = None,
+    num_heads: NumHeads = None,
+    as_json: Json = False,
 ) -> None:
     """Show what would be written: mapping, shards, bytes. No weight is read."""
     with errors_told():
-        planned = streamconv.plan(source, head=head, max_shard_size=max_shard_size, dtype=dtype)
+        said: dict[str, Any] = {"head": head, "select": select, "num_heads": num_heads}
+        planned = streamconv.plan(source, max_shard_size=max_shard_size, dtype=dtype, **said)
     if as_json:
         print_json(planned.as_dict())
         return
@@ -248,27 +267,9 @@ def _options(
             raise UsageError("The current folder is gone. Change to another one.") from None
 
 
-def _convert(
-    source: str,
-    folder: str | Path | None,
-    head: str | None,
-    labels: Path | None,
-    max_shard_size: str,
-    dtype: str | None,
-    stream: bool,
-    as_json: bool,
-) -> Conversion:
+def _convert(source: str, folder: str | Path | None, as_json: bool, **options: Any) -> Conversion:
     with ProgressReport() as progress:
-        done = streamconv.convert(
-            source,
-            folder,
-            head=head,
-            labels=labels,
-            max_shard_size=max_shard_size,
-            dtype=dtype,
-            stream=stream,
-            progress=progress,
-        )
+        done = streamconv.convert(source, folder, progress=progress, **options)
     if not as_json:
         print_lines(conversion_lines(done))
     return done
@@ -292,8 +293,8 @@ def _relay(
     return done
 
 
-def _verify(verifying: Verifying, folder: Path, source: str | None, head: str | None, as_json: bool) -> Verification:
-    found, why_not_kept = verifying.verify(folder, source, head)
+def _verify(verifying: Verifying, folder: Path, source: str | None, as_json: bool, **said: Any) -> Verification:
+    found, why_not_kept = verifying.verify(folder, source, **said)
     if not as_json:
         print_lines(verification_lines(found))
     if why_not_kept is not None:

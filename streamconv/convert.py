@@ -74,9 +74,11 @@ def plan(
     labels: Path_ | None = None,
     max_shard_size: int | str = "5GB",
     dtype: str | None = None,
+    select: str | None = None,
+    num_heads: int | None = None,
 ) -> Plan:
     """What `convert` would write; no weight is read and nothing is written. Arguments and errors are its."""
-    with opened(locate(source, head), is_exact=False) as source_files:
+    with opened(locate(source, head, select, num_heads), is_exact=False) as source_files:
         return _plan(source_files, labels, max_shard_size, dtype, ignore_progress)[0]
 
 
@@ -88,6 +90,8 @@ def convert(
     labels: Path_ | None = None,
     max_shard_size: int | str = "5GB",
     dtype: str | None = None,
+    select: str | None = None,
+    num_heads: int | None = None,
     stream: bool = False,
     progress: Progress = ignore_progress,
 ) -> Conversion:
@@ -109,7 +113,7 @@ def convert(
             and for a damaged source. Then no file has its name before it is whole, and the same call
             goes on with what was synced.
     """
-    located = locate(source, head)
+    located = locate(source, head, select, num_heads)
     if located.is_remote and not stream:
         with suppress(NoRangesError), opened(located, progress, is_exact=False) as index:
             decided = decide(index, output_folder, labels, max_shard_size, dtype, progress)
@@ -190,6 +194,10 @@ def decide(
     conversion: dict[str, Any] = {
         "model": plan.model.name if plan.model else None,
         "source": source.describe(),
+        "select": source.source.select,
+        "num_heads": source.source.num_heads,
+        "notes": list(plan.notes),
+        "left_out": [str(each) for each in plan.left_out],
         "plan": plan.fingerprint,
         "labels": plan.config.get("id2label")
         and {
@@ -270,7 +278,12 @@ def _plan(
             names, labels_from = imagenet_labels()
     elif labels is not None:
         raise UsageError("Labels are for a classifier. Name a _1layer model, or give its --head.")
-    plan = make_plan(source.tensors, source.where, names, max_shard_size, source.source.model, dtype)
+    said: dict[str, Any] = {
+        "model": source.source.model,
+        "num_heads": source.source.num_heads,
+        "selection": source.selection,
+    }
+    plan = make_plan(source.tensors, source.where, names, max_shard_size, dtype=dtype, **said)
     return plan, labels_from
 
 

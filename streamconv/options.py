@@ -48,6 +48,14 @@ Dtype = Annotated[
     str | None,
     typer.Option(metavar="|".join(CASTS), help="What to cast the weights to. [default: as they are stored]"),
 ]
+Select = Annotated[
+    str | None,
+    typer.Option(metavar="PREFIX", help="Of the backbone's names, where the file holds several: teacher.backbone"),
+]
+NumHeads = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Attention heads, which no tensor tells. [default: as the family's models have]"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Device = Annotated[
     str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to verify on; auto takes a GPU if there is one.")

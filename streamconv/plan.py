@@ -7,14 +7,16 @@ as the safetensors library writes them.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from pathlib import PurePath
 from typing import Any
 
 from streamconv.checkpoint.safetensors import SINGLE_NAME
 from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families import Family, Model, find_family
-from streamconv.mapping import apply, expand
+from streamconv.mapping import apply, expand, fillings
+from streamconv.selection import LeftOut, Selection
 from streamconv.tensors import DTYPE_SIZES, SourceTensor
 
 PIECE_BYTES = 512 << 10  # what is read and written at once: it stays in the cache of a CPU
@@ -48,8 +50,9 @@ class Move:
 
 @dataclass(frozen=True)
 class Plan:
-    """``files`` are the small files by name; ``model`` is None where no published model has these sizes;
-    ``geometry`` is the family's own description of them."""
+    """``files`` are the small files by name; ``model`` is None where no published model has these sizes, or several;
+    ``geometry`` is the family's own description of them. ``notes`` say what no tensor does, and ``left_out`` what
+    of the source is not converted."""
 
     family: Family
     model: Model | None
@@ -58,8 +61,11 @@ class Plan:
     moves: tuple[Move, ...]
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
+    image_processor: Mapping[str, Any]
     files: Mapping[str, bytes]
     index: bytes | None
+    notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def size(self) -> int:
@@ -107,6 +113,8 @@ class Plan:
                 for m in self.moves
             ],
             "cast": self.cast,
+            "notes": self.notes,
+            "left_out": [asdict(each) for each in self.left_out],
             "config": self.config,
             "fingerprint": self.fingerprint,
         }
@@ -135,6 +143,8 @@ def make_plan(
     max_shard_size: int | str = "5GB",
     model: Model | None = None,
     dtype: str | None = None,
+    num_heads: int | None = None,
+    selection: Selection | None = None,
 ) -> Plan:
     """Decide the whole output.
 
@@ -145,6 +155,8 @@ def make_plan(
         max_shard_size: Bytes, or words as huggingface_hub reads them: "500MB", "5GB".
         model: The published model that the checkpoint is said to be.
         dtype: What the tensors are cast to, one of `CASTS`; None leaves them as they are stored.
+        num_heads: Of attention, where it is not what the family's other models have.
+        selection: What the file calls the tensors, and what else it holds.
 
     Raises:
         MappingError: the tensors are not exactly those of a known model; lists every difference.
@@ -154,19 +166,25 @@ def make_plan(
         raise UsageError(f"{dtype!r} is no dtype to cast to. Choose one of {', '.join(CASTS)}.")
     infos = {name: tensor.info for name, tensor in tensors.items()}
     family = find_family(infos, where)
-    geometry = family.geometry(infos)
-    found = next((known for known in family.models if known.geometry == geometry), None)
-    if model is not None and model is not found:
-        if found is not None:
-            raise MappingError(f"{where} is not {model.name}:", [f"its shapes are those of {found.name}"])
-        geometry, found = model.geometry, model  # so that what is listed is measured against the model asked for
+    geometry = _with_heads(family, family.geometry(infos), num_heads)
+    alike = [known for known in family.models if known.geometry == geometry]
+    if model is not None and model not in alike:
+        if alike:
+            raise MappingError(f"{where} is not {model.name}:", [f"its shapes are those of {alike[0].name}"])
+        geometry, alike = model.geometry, [model]  # so that what is listed is measured against the model asked for
+    found = model or _published(alike, where)
     layout = family.layout(geometry)
-    targets = apply(layout.rules, tensors, layout.dims, layout.count, where, layout.problems)
+    expected = expand(layout.rules, layout.dims, layout.count)
+    names, unread = (selection.names, selection.unread) if selection is not None else ({}, {})
+    problems = [*layout.problems]
+    problems += [f"{names.get(key, key)} is a {unread[key]}, which is not read" for key in expected if key in unread]
+    targets = apply(layout.rules, tensors, layout.dims, layout.count, where, problems, names)
     _refuse_unstreamable(targets)
 
     stored = next(iter(targets.values())).info.dtype  # of them all: `apply` refuses mixed ones
     if stored not in _TORCH_DTYPES:
         raise MappingError(f"{where} cannot become a model:", [f"its tensors are {stored}, which is no model's dtype"])
+    targets |= fillings(layout.rules, layout.dims, layout.count, stored)
     written = stored if dtype is None else CASTS[dtype]
     if written != stored:
         targets = {name: replace(tensor, cast_to=written) for name, tensor in targets.items()}
@@ -177,21 +195,40 @@ def make_plan(
 
     ordered = sorted(targets.items(), key=lambda item: _natural_key(family.in_memory_name(item[0])))
     shards, index = _lay_out(dict(ordered), max_shard_size)
-    expected = expand(layout.rules, layout.dims, layout.count)
+    image_processor = alike[0].image_processor if alike else family.image_processor
     return Plan(
         family=family,
         model=found,
         geometry=geometry,
         architecture=layout.architecture,
         moves=tuple(
-            Move(key, tensors[key], tuple(target.format(i=i) for target in rule.targets))
+            Move(names.get(key, key), tensors[key], tuple(target.format(i=i) for target in rule.targets))
             for key, (rule, _, i) in expected.items()
         ),
         shards=shards,
         config=config,
-        files={"config.json": to_json(config), "preprocessor_config.json": to_json(family.image_processor)},
+        image_processor=image_processor,
+        files={"config.json": to_json(config), "preprocessor_config.json": to_json(image_processor)},
         index=index,
+        notes=() if found is not None and geometry.heads is None else layout.notes,
+        left_out=selection.left_out if selection is not None else (),
     )
+
+
+def _with_heads(family: Family, geometry: Any, num_heads: int | None) -> Any:
+    """``geometry`` with a number of heads that is said; as it is, where that is the family's own."""
+    if num_heads is None:
+        return geometry
+    if num_heads < 1:
+        raise UsageError(f"A model cannot have {num_heads} heads. Give --num-heads as it was trained.")
+    said = replace(geometry, heads=num_heads)
+    return geometry if said.num_heads == geometry.num_heads else said
+
+
+def _published(alike: Sequence[Model], where: str) -> Model | None:
+    """The one of the published models of these sizes. Where there are several, only the file's name tells."""
+    named = [model for model in alike if model.backbone.filename == PurePath(where.split(" with ")[0]).name]
+    return alike[0] if len(alike) == 1 else next(iter(named), None)
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

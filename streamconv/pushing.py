@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from streamconv.convert import plan
 from streamconv.errors import UsageError
@@ -32,8 +33,8 @@ class Pushing:
     destination: Destination
     unverified: bool
 
-    def open(self, source: str, head: str | None, labels: Path | None, synthetic: bool) -> Repository:
-        """The repository, with all refused that can be before a conversion.
+    def open(self, source: str, synthetic: bool, **options: Any) -> Repository:
+        """The repository, with all refused that can be before a conversion. ``options`` are `streamconv.plan`'s.
 
         Raises:
             UsageError, SourceError: the source's, where the repository is to have its model's name.
@@ -41,7 +42,7 @@ class Pushing:
         """
         name = None
         if self.destination.repo is None:
-            model = find_model(source)[1] if synthetic else plan(source, head=head, labels=labels).model
+            model = find_model(source)[1] if synthetic else plan(source, **options).model
             name = model.published_name if model is not None else None
         return Repository(self.destination, name)
 

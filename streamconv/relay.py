@@ -54,6 +54,8 @@ def relay(
     labels: Path_ | None,
     max_shard_size: int | str,
     dtype: str | None,
+    select: str | None,
+    num_heads: int | None,
     unverified: bool,
     progress: Progress,
 ) -> Relayed:
@@ -68,7 +70,7 @@ def relay(
         UsageError, SourceError, OutputError: as `streamconv.convert` and `hub.publish` say. The same call
             goes on with what was sent.
     """
-    with opened(locate(source, head), progress) as source_files:
+    with opened(locate(source, head, select, num_heads), progress) as source_files:
         decided = decide(source_files, output_folder, labels, max_shard_size, dtype, progress)
         plan = decided.plan
         if decided.find_finished() is not None:

@@ -23,6 +23,7 @@ from streamconv.errors import (
 )
 from streamconv.families import HEAD_PREFIX, Model, RemoteFile, find_model
 from streamconv.progress import Progress, ignore_progress
+from streamconv.selection import Selection, find_backbone
 from streamconv.tensors import SourceTensor
 
 
@@ -30,13 +31,16 @@ from streamconv.tensors import SourceTensor
 class Source:
     """A backbone's file, perhaps a head's, and the model that they are said to be.
 
-    ``origins`` are, by role, the addresses of files that are known to have come from there.
+    ``origins`` are, by role, the addresses of files that are known to have come from there. ``select``,
+    the prefix of the backbone's names, and ``num_heads``, of attention, are what the user says of them.
     """
 
     backbone: Place
     head: Place | None = None
     model: Model | None = None
     origins: Mapping[str, Address] = field(default_factory=dict)
+    select: str | None = None
+    num_heads: int | None = None
 
     @property
     def places(self) -> dict[str, Place]:
@@ -56,7 +60,12 @@ def hub_folder() -> Path:
     return Path(home).expanduser() / "hub" / "checkpoints"
 
 
-def locate(source: str | os.PathLike[str], head: str | os.PathLike[str] | None = None) -> Source:
+def locate(
+    source: str | os.PathLike[str],
+    head: str | os.PathLike[str] | None = None,
+    select: str | None = None,
+    num_heads: int | None = None,
+) -> Source:
     """Find the files that ``source`` means. A model's name wins over a file of that name.
 
     Raises:
@@ -76,12 +85,12 @@ def locate(source: str | os.PathLike[str], head: str | os.PathLike[str] | None =
         if is_word and not os.path.exists(name):
             raise
         _require_there(place)
-        return Source(place, given_head)
+        return Source(place, given_head, select=select, num_heads=num_heads)
     if given_head is not None and model.head is None:
         raise UsageError(f"{name} has no head. The model with a linear head is {name}_1layer.")
     if model.head is not None and given_head is None:
         given_head = _kept(model.head)
-    return Source(_kept(model.backbone), given_head, model)
+    return Source(_kept(model.backbone), given_head, model, select=select, num_heads=num_heads)
 
 
 def _require_there(place: Place | None) -> None:
@@ -100,11 +109,15 @@ def _is_checkable(tensors: Mapping[str, SourceTensor]) -> bool:
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source's tensors, a head's under `HEAD_PREFIX`, and the checkpoints they come from by role."""
+    """A source's tensors, a head's under `HEAD_PREFIX`, and the checkpoints they come from by role.
+
+    ``tensors`` are the selected ones, by their names in the family's rules; ``selection`` knows what files call them.
+    """
 
     source: Source
     tensors: Mapping[str, SourceTensor]
     checkpoints: Mapping[str, Checkpoint]
+    selection: Selection
 
     @property
     def where(self) -> str:
@@ -159,10 +172,12 @@ def opened(source: Source, progress: Progress = ignore_progress, *, is_exact: bo
                     raise
                 path = hub_folder() / place.name
                 raise NetworkError(f"{error}\nIf you have {place.name}, put it at\n  {path}") from error
-        tensors = dict(checkpoints["backbone"])
-        heads = [f"unexpected: {key}" for key in tensors if key.startswith(HEAD_PREFIX)]
+        backbone = checkpoints["backbone"]
+        heads = [f"unexpected: {key}" for key in backbone if key.startswith(HEAD_PREFIX)]
         if heads:
             raise MappingError(f"{source.backbone} is no backbone alone. Save the head's weight and bias apart:", heads)
+        selection = find_backbone(backbone, str(source.backbone), source.select)
+        tensors = {key: backbone[name] for key, name in selection.names.items()}
         if source.head is not None:
             head = checkpoints["head"]
             if head.keys() != {"weight", "bias"}:
@@ -171,7 +186,7 @@ def opened(source: Source, progress: Progress = ignore_progress, *, is_exact: bo
                     [f"{key} {list(tensor.info.shape)}" for key, tensor in head.items()],
                 )
             tensors |= {HEAD_PREFIX + key: tensor for key, tensor in head.items()}
-        yield OpenSource(source, tensors, checkpoints)
+        yield OpenSource(source, tensors, checkpoints, selection)
 
 
 @contextmanager

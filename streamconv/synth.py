@@ -44,7 +44,7 @@ def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> Made:
             raise OutputError(f"{file} is there already. Choose another name, or delete it.")
         if file is not None and not os.path.isdir(file.parent):
             raise OutputError(f"{file.parent} is no folder. Make it first.")
-    infos = family.sources(found.geometry)
+    infos = family.sources(found.geometry, found.block_chunks)
     _write(backbone, {name: info for name, info in infos.items() if not name.startswith(HEAD_PREFIX)}, seed)
     if head is not None:
         head_infos = {n.removeprefix(HEAD_PREFIX): info for n, info in infos.items() if n.startswith(HEAD_PREFIX)}

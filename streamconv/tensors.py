@@ -5,6 +5,7 @@ record have them. Everything here is arithmetic; the only I/O is ``read_at`` of 
 """
 
 import math
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -188,6 +189,33 @@ class SourceTensor:
             piece.read_into(view[at : at + piece.info.nbytes])
             at += piece.info.nbytes
         return bytes(data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A number as a file of its own: what `filled` tensors are read from."""
+
+    name: str
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def expect(self, ranges: Iterable[ByteRange]) -> None: ...
+
+    def read_at(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+    def require_unchanged(self) -> None: ...
+
+
+def filled(value: float, info: TensorInfo) -> SourceTensor:
+    """A tensor of ``value`` throughout, for what no checkpoint holds. ``info``'s dtype is a floating-point one."""
+    single = struct.pack("<f", value)
+    data = {"F64": struct.pack("<d", value), "F32": single, "F16": struct.pack("<e", value), "BF16": single[2:]}
+    record = Record(_Value(f"{value:g}", data[info.dtype]), f"{value:g}", ByteRange(0, info.itemsize))
+    return SourceTensor(info, record, 0, (0,) * len(info.shape))
 
 
 def _gather(memory: memoryview, info: TensorInfo, strides: tuple[int, ...], out: memoryview) -> None:

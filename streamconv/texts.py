@@ -26,6 +26,7 @@ def conversion_lines(done: Conversion) -> Iterator[str]:
         yield f"  {done.overflowed:,} finite values are beyond the range of {dtype}, and infinite now"
     if not done.is_crc_checked:
         yield "  the source carries no CRC-32s, so that its bytes could not be checked for damage"
+    yield from (f"  {line}" for line in _told(done.plan))
     if done.labels_from:
         yield f"  labels from {done.labels_from}"
 
@@ -39,7 +40,13 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"{shard.filename}  {len(shard.tensors)} tensors, {shard.size:,} bytes"
     if plan.cast:
         yield "cast from {from} to {to}".format_map(plan.cast)
+    yield from _told(plan)
     yield f"{plan.title}: {plan.parameters:,} parameters, {plan.size:,} bytes to write"
+
+
+def _told(plan: Plan) -> Iterator[str]:
+    yield from plan.notes
+    yield from (f"left out: {each}" for each in plan.left_out)
 
 
 def model_lines() -> Iterator[str]:

@@ -38,10 +38,13 @@ class Verifying:
             check_report(self.report)
         check_arguments(self.device, self.image, self.reference)
 
-    def verify(self, folder: Path, source: str | None, head: str | None) -> tuple[Verification, str | None]:
-        """What was found, and why it is not kept in the folder's manifest, where it should be and is not."""
+    def verify(self, folder: Path, source: str | None, **said: Any) -> tuple[Verification, str | None]:
+        """What was found, and why it is not kept in the folder's manifest, where it should be and is not.
+
+        ``said`` of the source is its head and the like, as `streamconv.verify` has them.
+        """
         with ProgressReport() as progress:
-            found = streamconv.verify(folder, source, head=head, stream=self.stream, progress=progress, **self._common)
+            found = streamconv.verify(folder, source, stream=self.stream, progress=progress, **said, **self._common)
         if source is None:
             return found, None  # the manifest keeps what was found against the source
         try:

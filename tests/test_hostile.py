@@ -136,6 +136,10 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a shape that takes for ever to show": (
         SHARED + TENSOR + b"(" + storage() + b"K\x00h\x00h\x00\x89NtR.", "impossible offset"
     ),
+    "a key that takes for ever to hash": (SHARED + b"]}h\x00Nsa.", "holds a list"),
+    "keys whose hashes collide": (
+        lambda: b"\x80\x02]}(" + b"".join(put(i * (2**61 - 1)) + b"N" for i in range(1, 100_000)) + b"ua.", "a list"
+    ),
     "a list of itself": (b"\x80\x02]q\x00h\x00a.", "holds a list"),
     "a dict of itself": (b"\x80\x02}q\x00X\x01\x00\x00\x00xh\x00s.", "dicts too deep"),
     "a dict in more and more dicts": (

@@ -26,7 +26,7 @@ class Layout:
 
     ``count`` is how many values a rule's ``{i}`` takes; ``config`` is config.json but for dtype
     and labels; ``dims`` gives the rules' symbols their numbers; ``problems`` say what of the
-    geometry transformers' configuration has no way to say.
+    geometry transformers' configuration has no way to say; ``notes`` what of it no tensor says.
     """
 
     rules: tuple[Rule, ...]
@@ -35,6 +35,7 @@ class Layout:
     architecture: str
     config: Mapping[str, Any]
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,47 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Model:
-    """A published model. ``geometry`` is the family's own type, compared with what a file's shapes say."""
+    """A published model. ``geometry`` is the family's own type, compared with what a file's shapes say.
+
+    ``licence`` is the Hub's name of what its authors published it under. ``block_chunks`` is how many lists its
+    file's blocks are in; 0 where they are in one.
+    """
 
     name: str
     published_name: str
     geometry: Any
+    licence: str
+    image_processor: Mapping[str, Any]
     backbone: RemoteFile
     head: RemoteFile | None = None
+    block_chunks: int = 0
+
+
+@dataclass(frozen=True)
+class Apart:
+    """What may stand beside a backbone or in it and is none of its tensors: all whose names begin with ``start``.
+
+    ``is_left_out`` says whether it is a matter of course to leave it out; else that takes the user's word.
+    """
+
+    start: str
+    reason: str
+    is_left_out: bool = True
 
 
 @dataclass(frozen=True)
 class Family:
     """``geometry`` reads sizes from tensor shapes, ``layout`` turns them into rules and configuration.
 
+    A geometry has ``heads``, the number of attention heads if someone said it: no shape does. ``flat_name`` is
+    the rules' name of a key as files spell it, ``chunked_name`` that spelling of it for a number of layers and
+    of chunks. ``image_processor`` is what a model that was never published gets.
+
     ``in_memory_name`` is what transformers calls a target once it is loaded: it saves, and so cuts
     shards, in the order of those names.
 
-    For model cards: ``organisation`` is the authors' on the Hub, where the models were published under
-    ``licence``; ``pipeline_tags`` say by architecture what the Hub calls a model's task.
+    For model cards: ``organisation`` is the authors' on the Hub; ``pipeline_tags`` say by architecture what
+    the Hub calls a model's task.
     """
 
     name: str
@@ -75,14 +99,19 @@ class Family:
     image_processor: Mapping[str, Any]
     in_memory_name: Callable[[str], str]
     organisation: str
-    licence: str
     pipeline_tags: Mapping[str, str]
+    apart: tuple[Apart, ...]
+    flat_name: Callable[[str], str]
+    chunked_name: Callable[[str, int, int], str]
 
-    def sources(self, geometry: Any) -> dict[str, TensorInfo]:
+    def sources(self, geometry: Any, block_chunks: int = 0) -> dict[str, TensorInfo]:
         """Every tensor of a float32 checkpoint of these sizes; a head's stand under `HEAD_PREFIX`."""
         layout = self.layout(geometry)
         keys = expand(layout.rules, layout.dims, layout.count)
-        return {key: TensorInfo("F32", shape) for key, (_, shape, _) in keys.items()}
+        infos = {key: TensorInfo("F32", shape) for key, (_, shape, _) in keys.items()}
+        if not block_chunks:
+            return infos
+        return {self.chunked_name(key, layout.count, block_chunks): info for key, info in infos.items()}
 
 
 @cache

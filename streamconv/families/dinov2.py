@@ -1,6 +1,7 @@
 """DINOv2 (Oquab et al. 2023, https://github.com/facebookresearch/dinov2) to transformers' Dinov2Model.
 
 With registers (Darcet et al. 2024) it is Dinov2WithRegistersModel, whose own default is another patch size.
+Web-DINO (Fan et al. 2025, https://github.com/facebookresearch/webssl) is the same architecture, up to 7B.
 
 The names on the right are those of transformers' files, which 4.x and 5.x both write and read;
 5.x calls some of them otherwise in memory.
@@ -8,22 +9,26 @@ The names on the right are those of transformers' files, which 4.x and 5.x both 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streamconv.families import HEAD_PREFIX, Family, Layout, Model, RemoteFile
-from streamconv.mapping import Rule, chunk, count_of, rename
+from streamconv.families import HEAD_PREFIX, Apart, Family, Layout, Model, RemoteFile
+from streamconv.mapping import Rule, chunk, count_of, fill, rename
 from streamconv.tensors import TensorInfo
 
-HEAD_SIZE = 64  # channels per attention head, in every model of the family
+HEAD_SIZE, LARGE_HEAD_SIZE = 64, 128  # channels of an attention head, up to a hidden size of 1536 and above
+MAX_HIDDEN = 1536
 BLOCK = "blocks.{i}."
 LAYER = "encoder.layer.{i}."
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes that a checkpoint's shapes give. ``ffn`` is the width inside the feed-forward layer."""
+    """Sizes that a checkpoint's shapes give. ``ffn`` is the width inside the feed-forward layer.
+
+    ``heads`` is None where no one said how many there are; `num_heads` is the family's number then.
+    """
 
     hidden: int
     layers: int
@@ -34,6 +39,14 @@ class Geometry:
     positions: int = 37 * 37 + 1
     registers: int = 0
     classes: int | None = None
+    has_layer_scale: bool = True
+    has_mask_token: bool = True
+    has_qkv_bias: bool = True
+    heads: int | None = None
+
+    @property
+    def num_heads(self) -> int:
+        return self.heads or self.hidden // (HEAD_SIZE if self.hidden <= MAX_HIDDEN else LARGE_HEAD_SIZE)
 
 
 def ffn_size(hidden: int, mlp_ratio: int, swiglu: bool) -> int:
@@ -48,6 +61,9 @@ def geometry(infos: Mapping[str, TensorInfo]) -> Geometry:
         shape = infos[key].shape if key in infos else ()
         return shape[axis] if len(shape) == ndim else default
 
+    def has(pattern: str) -> bool:
+        return any(re.fullmatch(pattern, name) for name in infos)
+
     hidden = size("cls_token", 2, 3, size("norm.weight", 0, 1, 0))
     swiglu = "blocks.0.mlp.w12.weight" in infos
     ffn = size("blocks.0.mlp.w3.weight", 1, 2, 0) if swiglu else size("blocks.0.mlp.fc1.weight", 0, 2, 0)
@@ -61,26 +77,40 @@ def geometry(infos: Mapping[str, TensorInfo]) -> Geometry:
         positions=size("pos_embed", 1, 3, 37 * 37 + 1),
         registers=size("register_tokens", 1, 3, 4) if "register_tokens" in infos else 0,
         classes=size(HEAD_PREFIX + "weight", 0, 2, 1000) if HEAD_PREFIX + "weight" in infos else None,
+        has_layer_scale=has(r"blocks\.\d+\.ls[12]\.gamma"),
+        has_mask_token="mask_token" in infos,
+        has_qkv_bias=has(r"blocks\.\d+\.attn\.qkv\.bias"),
     )
 
 
-def rules(swiglu: bool, registers: bool, prefix: str) -> tuple[Rule, ...]:
+def rules(sizes: Geometry, prefix: str) -> tuple[Rule, ...]:
     """Every key of a checkpoint.
 
     Symbols: D hidden, F feed-forward width, N positions, R registers, C channels, P patch.
     """
     to, layer = prefix, prefix + LAYER
+    scale1, scale2 = (layer + f"layer_scale{n}.lambda1" for n in (1, 2))
+    mask_token = to + "embeddings.mask_token"
     feed_forward = (
         rename(BLOCK + "mlp.w12.weight", layer + "mlp.weights_in.weight", "2F D"),
         rename(BLOCK + "mlp.w12.bias", layer + "mlp.weights_in.bias", "2F"),
         rename(BLOCK + "mlp.w3.weight", layer + "mlp.weights_out.weight", "D F"),
         rename(BLOCK + "mlp.w3.bias", layer + "mlp.weights_out.bias", "D"),
-    ) if swiglu else (
+    ) if sizes.swiglu else (
         rename(BLOCK + "mlp.fc1.weight", layer + "mlp.fc1.weight", "F D"),
         rename(BLOCK + "mlp.fc1.bias", layer + "mlp.fc1.bias", "F"),
         rename(BLOCK + "mlp.fc2.weight", layer + "mlp.fc2.weight", "D F"),
         rename(BLOCK + "mlp.fc2.bias", layer + "mlp.fc2.bias", "D"),
     )  # fmt: skip
+
+    # transformers' classes always have a LayerScale, and the one with registers always has a mask token.
+    layer_scale = (
+        rename(BLOCK + "ls1.gamma", scale1, "D"),
+        rename(BLOCK + "ls2.gamma", scale2, "D"),
+    ) if sizes.has_layer_scale else (fill(scale1, 1.0, "D"), fill(scale2, 1.0, "D"))  # fmt: skip
+    mask = (rename("mask_token", mask_token, "1 D"),) if sizes.has_mask_token else ()
+    if sizes.registers and not sizes.has_mask_token:
+        mask = (fill(mask_token, 0.0, "1 D"),)
 
     def query_key_value(part: str) -> tuple[str, ...]:
         return tuple(f"{layer}attention.attention.{name}.{part}" for name in ("query", "key", "value"))
@@ -88,21 +118,21 @@ def rules(swiglu: bool, registers: bool, prefix: str) -> tuple[Rule, ...]:
     return (
         rename("cls_token", to + "embeddings.cls_token", "1 1 D"),
         rename("pos_embed", to + "embeddings.position_embeddings", "1 N D"),
-        *((rename("register_tokens", to + "embeddings.register_tokens", "1 R D"),) if registers else ()),
-        rename("mask_token", to + "embeddings.mask_token", "1 D"),
+        *((rename("register_tokens", to + "embeddings.register_tokens", "1 R D"),) if sizes.registers else ()),
+        *mask,
         rename("patch_embed.proj.weight", to + "embeddings.patch_embeddings.projection.weight", "D C P P"),
         rename("patch_embed.proj.bias", to + "embeddings.patch_embeddings.projection.bias", "D"),
         rename(BLOCK + "norm1.weight", layer + "norm1.weight", "D"),
         rename(BLOCK + "norm1.bias", layer + "norm1.bias", "D"),
         chunk(BLOCK + "attn.qkv.weight", query_key_value("weight"), "3D D"),
-        chunk(BLOCK + "attn.qkv.bias", query_key_value("bias"), "3D"),
+        *((chunk(BLOCK + "attn.qkv.bias", query_key_value("bias"), "3D"),) if sizes.has_qkv_bias else ()),
         rename(BLOCK + "attn.proj.weight", layer + "attention.output.dense.weight", "D D"),
         rename(BLOCK + "attn.proj.bias", layer + "attention.output.dense.bias", "D"),
-        rename(BLOCK + "ls1.gamma", layer + "layer_scale1.lambda1", "D"),
+        layer_scale[0],
         rename(BLOCK + "norm2.weight", layer + "norm2.weight", "D"),
         rename(BLOCK + "norm2.bias", layer + "norm2.bias", "D"),
         *feed_forward,
-        rename(BLOCK + "ls2.gamma", layer + "layer_scale2.lambda1", "D"),
+        layer_scale[1],
         rename("norm.weight", to + "layernorm.weight", "D"),
         rename("norm.bias", to + "layernorm.bias", "D"),
     )
@@ -119,10 +149,12 @@ def layout(sizes: Geometry) -> Layout:
     """Rules and configuration of these sizes."""
     mlp_ratio = next((r for r in range(1, 17) if ffn_size(sizes.hidden, r, sizes.swiglu) == sizes.ffn), 0)
     grid = math.isqrt(max(0, sizes.positions - 1))
+    heads = sizes.num_heads
     problems = [
         problem
         for problem, is_wrong in (
-            (f"hidden size {sizes.hidden} is no multiple of {HEAD_SIZE}, the size of a head", sizes.hidden % HEAD_SIZE),
+            (f"hidden size {sizes.hidden} is no multiple of {heads} heads: give their number by --num-heads",
+             not heads or sizes.hidden % heads),
             (f"feed-forward width {sizes.ffn} is no whole mlp_ratio of hidden size {sizes.hidden}", not mlp_ratio),
             (f"pos_embed has {sizes.positions} positions, which are no square grid and a CLS token",
              not grid or grid * grid + 1 != sizes.positions),
@@ -130,6 +162,17 @@ def layout(sizes: Geometry) -> Layout:
             (f"patch_embed takes {sizes.channels} channels, and the image processor gives 3", sizes.channels != 3),
         )
         if is_wrong
+    ]  # fmt: skip
+    notes = [
+        note
+        for note, is_so in (
+            (f"{heads} attention heads, of {sizes.hidden // max(1, heads)} channels as in the family's published "
+             "models: no tensor says how many there are (--num-heads)", sizes.heads is None),
+            (f"{heads} attention heads, as was said", sizes.heads is not None),
+            ("the source has no LayerScale: ones are written, which change nothing", not sizes.has_layer_scale),
+            ("the source has no mask token: zeros are written", sizes.registers and not sizes.has_mask_token),
+        )
+        if is_so
     ]  # fmt: skip
     is_classifier = sizes.classes is not None
     dims = {
@@ -152,27 +195,26 @@ def layout(sizes: Geometry) -> Layout:
         "layer_norm_eps": 1e-6,
         "layerscale_value": 1.0,
         "mlp_ratio": mlp_ratio,
-        "num_attention_heads": sizes.hidden // HEAD_SIZE,
+        "num_attention_heads": heads,
         "num_channels": sizes.channels,
         "num_hidden_layers": sizes.layers,
         "out_features": stages[-1:],
         "out_indices": [sizes.layers],
         "patch_size": sizes.patch,
-        "qkv_bias": True,
+        "qkv_bias": sizes.has_qkv_bias,
         "reshape_hidden_states": True,
         "stage_names": stages,
         "use_swiglu_ffn": sizes.swiglu,
-        # The class with registers always has a mask token.
-        **({"num_register_tokens": sizes.registers} if sizes.registers else {"use_mask_token": True}),
+        **({"num_register_tokens": sizes.registers} if sizes.registers else {"use_mask_token": sizes.has_mask_token}),
     }
     return Layout(
-        rules=rules(sizes.swiglu, bool(sizes.registers), f"{prefix}." if is_classifier else "")
-        + (HEAD_RULES if is_classifier else ()),
+        rules=rules(sizes, f"{prefix}." if is_classifier else "") + (HEAD_RULES if is_classifier else ()),
         dims=dims,
         count=sizes.layers,
         architecture=f"{kind}ForImageClassification" if is_classifier else f"{kind}Model",
         config=config,
         problems=tuple(problems),
+        notes=tuple(notes),
     )
 
 
@@ -191,24 +233,39 @@ def in_memory_name(target: str) -> str:
     return re.sub("|".join(map(re.escape, _IN_MEMORY)), lambda match: _IN_MEMORY[match[0]], target)
 
 
-# As published, although the models' own image size is 518.
-IMAGE_PROCESSOR = {
-    "crop_size": {"height": 224, "width": 224},
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_processor_type": "BitImageProcessor",
-    "image_std": [0.229, 0.224, 0.225],
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "size": {"shortest_edge": 256},
-}
+def flat_name(name: str) -> str:
+    """``blocks.{chunk}.{i}.…`` without the chunk, whose number says nothing: ``i`` counts through all of them."""
+    return re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", name)
 
 
-def _models() -> tuple[Model, ...]:
+def chunked_name(name: str, layers: int, chunks: int) -> str:
+    """As DinoVisionTransformer has it for ``block_chunks`` (Meta's vision_transformer.py)."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return f"blocks.{int(block[1]) // max(1, layers // chunks)}.{name[7:]}" if block else name
+
+
+def image_processor(resized: int, size: int) -> dict[str, Any]:
+    """The shorter side is ``resized`` to pixels, of which ``size`` by ``size`` are cut out."""
+    return {
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_processor_type": "BitImageProcessor",
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": resized},
+    }
+
+
+IMAGE_PROCESSOR = image_processor(256, 224)  # as published, although the models' own image size is 518
+
+
+def _dinov2() -> tuple[Model, ...]:
     models = []
     for letter, word, hidden, layers, swiglu in (
         ("s", "small", 384, 12, False),
@@ -227,27 +284,67 @@ def _models() -> tuple[Model, ...]:
                 RemoteFile(each, address + each) for each in (f"{file}_pretrain.pth", f"{file}_linear_head.pth")
             )
             classifier = replace(sizes, classes=1000)
+            classifier_name = f"{published}-imagenet1k-1-layer"
             models += [
-                Model(name, published, sizes, backbone),
-                Model(f"{name}_1layer", f"{published}-imagenet1k-1-layer", classifier, backbone, head),
+                Model(name, published, sizes, "apache-2.0", IMAGE_PROCESSOR, backbone),
+                Model(f"{name}_1layer", classifier_name, classifier, "apache-2.0", IMAGE_PROCESSOR, backbone, head),
             ]
     return tuple(sorted(models, key=lambda model: (model.geometry.registers, model.head is not None)))
 
 
+def _web_dino() -> Iterator[Model]:
+    for size, data, hidden, layers in (
+        ("300m", "full2b", 1024, 24),
+        ("1b", "full2b", 1536, 40),
+        ("2b", "full2b", 2688, 24),
+        ("2b", "light2b", 2688, 24),
+        ("2b", "heavy2b", 2688, 24),
+        ("3b", "full2b", 3072, 26),
+        ("3b", "light2b", 3072, 26),
+        ("3b", "heavy2b", 3072, 26),
+        ("5b", "full2b", 3584, 32),
+        ("7b", "full8b", 4096, 32),
+    ):
+        for pixels in (224, 378, 518) if size == "7b" else (224,):
+            name = f"webssl_dino{size}_{data}_{pixels}"
+            yield Model(
+                name,
+                name.replace("_", "-"),
+                Geometry(hidden, layers, ffn_size(hidden, 4, True), True, positions=(pixels // 14) ** 2 + 1),
+                "cc-by-nc-4.0",
+                image_processor(pixels, pixels),
+                RemoteFile(f"{name}.pth", f"https://dl.fbaipublicfiles.com/webssl/{name}.pth"),
+                block_chunks=4,
+            )
+
+
+# What DINO and iBOT train the backbone with: a projection behind it, in a student's or a teacher's checkpoint.
+_TRAINING_HEAD = "a head of the training, which no class of transformers has"
+_OPTIMIZER = "an optimizer's state"
+_TASK_HEAD = "a head for depth or segmentation, which no class of transformers has"
+
 FAMILY = Family(
     name="dinov2",
     signature=frozenset({"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight"}),
-    models=_models(),
+    models=(*_dinov2(), *_web_dino()),
     geometry=geometry,
     layout=layout,
     image_processor=IMAGE_PROCESSOR,
     in_memory_name=in_memory_name,
     organisation="facebook",
-    licence="apache-2.0",
     pipeline_tags={
         "Dinov2Model": "image-feature-extraction",
         "Dinov2ForImageClassification": "image-classification",
         "Dinov2WithRegistersModel": "image-feature-extraction",
         "Dinov2WithRegistersForImageClassification": "image-classification",
     },
+    apart=(
+        Apart("dino_head.", _TRAINING_HEAD),
+        Apart("ibot_head.", _TRAINING_HEAD),
+        Apart("optimizer.", _OPTIMIZER),
+        Apart("optimizer_state_dict.", _OPTIMIZER),
+        Apart("decode_head.", _TASK_HEAD, is_left_out=False),
+    ),
+    flat_name=flat_name,
+    chunked_name=chunked_name,
 )

@@ -98,6 +98,8 @@ def verify(
     source: str | PathLike[str] | None = None,
     *,
     head: str | PathLike[str] | None = None,
+    select: str | None = None,
+    num_heads: int | None = None,
     device: str = "auto",
     image: str | PathLike[str] | None = None,
     reference: str | PathLike[str] = "builtin",
@@ -112,6 +114,7 @@ def verify(
         source: What it was made from: a model's name, a checkpoint file or its address. None reads only the
             folder: each file must have the size and the sha256 that it had when it was written.
         head: The linear head's file, for a classifier from files.
+        select, num_heads: As `streamconv.convert` has them; by default what the folder's manifest says that it got.
         device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
         image: A picture to run both models on, a file or an http address; by default one that
             streamconv draws.
@@ -135,7 +138,14 @@ def verify(
         raise OutputError(f"{folder} holds an unfinished conversion. Run the command that began it once more.")
     if source is None:
         return _verify_alone(folder, progress)
-    located = locate(source, head)
+    manifest = read_manifest(folder)
+    said = manifest or {}
+    located = locate(
+        source,
+        head,
+        select if select is not None else _of_type(said.get("select"), str),
+        num_heads if num_heads is not None else _of_type(said.get("num_heads"), int),
+    )
     if located.is_remote and not stream:
         located = downloaded(located, progress)
     with opened(located, progress) as source_files:
@@ -145,7 +155,6 @@ def verify(
         from streamconv.verify.models import Models
 
         models = Models(plan, device, image, reference)
-        manifest = read_manifest(folder)
         is_ours = manifest is not None and is_of(manifest, source_files.describe())
         if manifest is not None and is_ours and source_files.is_remote and source_files.is_checkable:
             rung, files = _bytes_as_written(folder, plan, manifest, progress)
@@ -267,11 +276,21 @@ def _plan_of(folder: Path, source: OpenSource) -> Plan:
     """What the folder should hold: its own labels and dtype, which the source does not know, and all else from it."""
     config = _config_of(folder)
     dtype = next((known for known in CASTS if known == config.get("dtype")), None)
-    planned = partial(make_plan, source.tensors, source.where, max_shard_size=sys.maxsize, model=source.source.model)
+    said: dict[str, Any] = {
+        "model": source.source.model,
+        "num_heads": source.source.num_heads,
+        "selection": source.selection,
+    }
+    planned = partial(make_plan, source.tensors, source.where, max_shard_size=sys.maxsize, **said)
     plan, labels = planned(dtype=dtype), _labels_in(config)
     if len(labels) != len(plan.config.get("id2label", ())):
         return plan  # the bytes rung will say what is wrong with config.json
     return planned(dtype=dtype, labels=labels or None)
+
+
+def _of_type(value: Any, kind: type) -> Any:
+    """A value of the manifest, which anyone may have written, or None where it is of another type."""
+    return value if type(value) is kind else None
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def out_of_memory(device: torch.device, error: BaseException) -> UsageError:
 
 def native_pixels(image: Image.Image, plan: Plan) -> Tensor:
     """(1, 3, S, S) at the model's own size S, where positions need no interpolation; normalised as published."""
-    size, processor = plan.config["image_size"], plan.family.image_processor
+    size, processor = plan.config["image_size"], plan.image_processor
     steps = [
         transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.ToTensor(),

@@ -57,7 +57,7 @@ def check_pixels(folder: Path, plan: Plan, image: Image.Image) -> Rung:
 
 def original_pixels(image: Image.Image, plan: Plan) -> Tensor:
     """(1, 3, C, C), as the original script's own transforms make them."""
-    processor = plan.family.image_processor
+    processor = plan.image_processor
     steps = [
         transforms.Resize(processor["size"]["shortest_edge"], interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(processor["crop_size"]["height"]),
@@ -72,7 +72,7 @@ def _compare_pixels(folder: Path, plan: Plan, image: Image.Image, wanted: Tensor
     load: Any = AutoImageProcessor.from_pretrained
     with quiet_transformers():
         exact, default = (load(folder, local_files_only=True, **backend) for backend in ({"backend": "pil"}, {}))
-    grey_level = 1 / 255 / min(plan.family.image_processor["image_std"])
+    grey_level = 1 / 255 / min(plan.image_processor["image_std"])
     differences: list[float | None] = []
     problems = []
     for processor in (exact, default):

@@ -7,10 +7,12 @@ file at an address torch cannot map: then its reader is shared, whose bytes are 
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
@@ -83,19 +85,43 @@ def load_weights(original: Any, source: OpenSource, device: torch.device, cast_t
         original.load_state_dict(shapes, strict=True, assign=True)
         tensors = {name: replace(source.tensors[name], cast_to=cast_to) for name in original.state_dict()}
         return StreamedWeights(tensors, device)
-    prefixes = {"backbone": "", "head": HEAD_PREFIX}
-    state: dict[str, Any] = {}
-    for role, checkpoint in source.checkpoints.items():
-        for path in checkpoint.paths:
-            state |= {prefixes[role] + name: value for name, value in _map_file(path).items()}
+    files = {
+        role: {name: value for path in checkpoint.paths for name, value in _flatten(_map_file(path))}
+        for role, checkpoint in source.checkpoints.items()
+    }
+    state = {key: files["backbone"][name] for key, name in source.selection.names.items()}
+    state |= {HEAD_PREFIX + name: value for name, value in files.get("head", {}).items()}
     original.load_state_dict(state, strict=True, assign=True)
     return None
 
 
-def _map_file(path: Path) -> Mapping[str, Any]:
+def _map_file(path: Path) -> Any:
     with open(path, "rb") as file:
-        if file.read(len(torch_legacy.MAGIC)) == torch_legacy.MAGIC:  # torch maps zips only: all of it is in memory
-            return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    if is_zipfile(path):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[no-any-return]
-    return load_file(path)
+        is_legacy = file.read(len(torch_legacy.MAGIC)) == torch_legacy.MAGIC
+    if not is_legacy and not is_zipfile(path):
+        return load_file(path)
+    load = partial(torch.load, path, map_location="cpu", mmap=not is_legacy, weights_only=True)  # torch maps zips only
+    try:
+        return load()
+    except UnpicklingError:  # a training checkpoint's settings, of classes that torch would have to import
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Unread, name) for name in names]):  # type: ignore[list-item]
+            return load()
+
+
+class _Unread:
+    """Stands for every class that a file names and torch does not trust: none of them is imported or called."""
+
+    def __new__(cls, *arguments: object) -> "_Unread":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+def _flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The tensors of dicts in dicts, by their keys joined with dots."""
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")

@@ -2,7 +2,7 @@
 
 The names of parameters, attributes and methods and the order of operations are Meta's, so that its
 files load strictly, its numbers come out bit for bit, and `states` drives its code as well as this.
-Training, masks and chunked blocks are left out.
+Training and masks are left out. Chunks of blocks change nothing that is computed: here are none.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamconv.families import Model
-from streamconv.families.dinov2 import HEAD_SIZE, Geometry
+from streamconv.families.dinov2 import Geometry
 
 REPOSITORY = "facebookresearch/dinov2"
 EPSILON = 1e-6
@@ -23,11 +23,11 @@ INTERPOLATE_OFFSET = 0.1  # positions are scaled by (n + 0.1) / 37; models with 
 
 
 class Attention(nn.Module):
-    def __init__(self, hidden: int):
+    def __init__(self, sizes: Geometry):
         super().__init__()
-        self.heads = hidden // HEAD_SIZE
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.proj = nn.Linear(hidden, hidden)
+        self.heads = sizes.num_heads
+        self.qkv = nn.Linear(sizes.hidden, 3 * sizes.hidden, bias=sizes.has_qkv_bias)
+        self.proj = nn.Linear(sizes.hidden, sizes.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, hidden = x.shape
@@ -71,11 +71,11 @@ class Block(nn.Module):
     def __init__(self, sizes: Geometry):
         super().__init__()
         self.norm1 = nn.LayerNorm(sizes.hidden, eps=EPSILON)
-        self.attn = Attention(sizes.hidden)
-        self.ls1 = LayerScale(sizes.hidden)
+        self.attn = Attention(sizes)
+        self.ls1 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(sizes.hidden, eps=EPSILON)
         self.mlp = (SwiGlu if sizes.swiglu else Mlp)(sizes.hidden, sizes.ffn)
-        self.ls2 = LayerScale(sizes.hidden)
+        self.ls2 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -105,7 +105,8 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, sizes.positions, sizes.hidden))
         if sizes.registers:
             self.register_tokens = nn.Parameter(torch.empty(1, sizes.registers, sizes.hidden))
-        self.mask_token = nn.Parameter(torch.empty(1, sizes.hidden))
+        if sizes.has_mask_token:
+            self.mask_token = nn.Parameter(torch.empty(1, sizes.hidden))
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.hidden, eps=EPSILON)
         if sizes.classes:

@@ -1,0 +1,162 @@
+"""Which of a checkpoint's tensors are the backbone: the whole file, or a part of a training checkpoint.
+
+A backbone stands under a prefix ("", "teacher.backbone.", "state_dict.module."), and a prefix is taken off
+whole keys that begin with it, never off their middle: `dino_head.norm.bias` is no backbone's `norm.bias`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from streamconv.checkpoint import Checkpoint
+from streamconv.errors import MappingError, UsageError
+from streamconv.families import Apart, Family, all_families, find_family
+from streamconv.tensors import SourceTensor
+
+FLAT_PARAMETER = "_flat_param"  # torch.distributed.fsdp's name of many tensors in one
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Tensors beside the backbone: what their names begin with, how many, their bytes, and why they stay behind."""
+
+    start: str
+    tensors: int
+    nbytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.start}* ({self.tensors:,} tensors, {self.nbytes:,} bytes): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``names`` gives the name in the file for each of a backbone's names as its family's rules have them.
+
+    ``unread`` is the class of each of its values that is no tensor, by the same names.
+    """
+
+    prefix: str
+    names: Mapping[str, str]
+    left_out: tuple[LeftOut, ...]
+    unread: Mapping[str, str]
+
+
+def find_backbone(checkpoint: Checkpoint, where: str, prefix: str | None = None) -> Selection:
+    """Find the backbone among a file's tensors, under ``prefix`` where there are several.
+
+    Raises:
+        MappingError: there is none, there are several, what stands beside it is not known, or one of its names
+            stands there twice.
+        UsageError: there is none under ``prefix``.
+    """
+    _refuse_flat_parameters((*checkpoint, *checkpoint.others), where)
+    found = _candidates(checkpoint)
+    if prefix is not None:
+        prefix = prefix and prefix.rstrip(".") + "."
+        if prefix not in found:
+            offer = f" Choose {_listed(found)}." if found else ""
+            raise UsageError(f"{where} has no backbone under {prefix or 'no prefix'!r}.{offer}")
+    elif len(found) > 1:
+        raise MappingError(
+            f"{where} holds several backbones. Choose one by --select PREFIX:",
+            [f"{each or '(none)'} {sum(name.startswith(each) for name in checkpoint):,} tensors" for each in found],
+        )
+    if not found:
+        _refuse_heads(checkpoint, where)
+        find_family({name: tensor.info for name, tensor in checkpoint.items()}, where)  # says what is missing
+    chosen = next(iter(found)) if prefix is None else prefix
+    return _divide(checkpoint, where, chosen, found[chosen], is_chosen=prefix is not None)
+
+
+def _listed(prefixes: Iterable[str]) -> str:
+    return " or ".join(repr(each) for each in prefixes)
+
+
+def _candidates(tensors: Mapping[str, SourceTensor]) -> dict[str, Family]:
+    """The prefixes under which most of a family's signature stands, in the file's order."""
+    counts: Counter[tuple[str, str]] = Counter()
+    families = {family.name: family for family in all_families()}
+    ends = [(key, name) for name, family in families.items() for key in family.signature]
+    for name in tensors:
+        for key, family in ends:
+            if name.endswith(key) and (len(name) == len(key) or name[-len(key) - 1] == "."):
+                counts[name[: -len(key)], family] += 1
+    return {
+        prefix: families[family]
+        for (prefix, family), count in counts.items()
+        if 2 * count > len(families[family].signature)
+    }
+
+
+def _divide(checkpoint: Checkpoint, where: str, prefix: str, family: Family, is_chosen: bool) -> Selection:
+    parents = [prefix[: i + 1] for i, letter in enumerate(prefix) if letter == "."]
+    names: dict[str, str] = {}
+    left_out: dict[tuple[str, str], list[int]] = {}
+    problems: list[str] = []
+    for name, tensor in checkpoint.items():
+        apart = _apart(name, ["", *parents], family)
+        if apart is None and name.startswith(prefix):
+            flat = family.flat_name(name.removeprefix(prefix))
+            if flat in names:
+                problems.append(f"{names[flat]} and {name} are both {flat}")
+            names[flat] = name
+            continue
+        start, known = apart or (_start(name, prefix), None)
+        if known is not None and known.is_left_out:
+            reason = known.reason
+        elif is_chosen:
+            reason = "not selected"
+        else:
+            problems.append(f"{name} {list(tensor.info.shape)}{': ' + known.reason if known is not None else ''}")
+            continue
+        left_out.setdefault((start, reason), []).append(tensor.info.nbytes)
+    if problems:
+        is_beside = any(" are both " not in problem for problem in problems)
+        mend = f" To leave these out, say --select {prefix.rstrip('.') or repr('')}:" if is_beside else ":"
+        raise MappingError(f"{where} holds more than a backbone{mend}", problems)
+    return Selection(
+        prefix,
+        names,
+        tuple(LeftOut(start, len(sizes), sum(sizes), reason) for (start, reason), sizes in left_out.items()),
+        {
+            family.flat_name(name.removeprefix(prefix)): kind
+            for name, kind in checkpoint.others.items()
+            if name.startswith(prefix)
+        },
+    )
+
+
+def _apart(name: str, parents: Iterable[str], family: Family) -> tuple[str, Apart] | None:
+    """Where ``name`` begins with what is known to stand apart: below the backbone's prefix, or beside a part of it."""
+    for parent in parents:
+        for apart in family.apart:
+            if name.startswith(parent + apart.start):
+                return parent + apart.start, apart
+    return None
+
+
+def _start(name: str, prefix: str) -> str:
+    """What ``name`` has in common with ``prefix``, and one part more."""
+    parts, own = name.split("."), prefix.split(".")
+    shared = next((i for i, (a, b) in enumerate(zip(parts, own, strict=False)) if a != b), 0)
+    return ".".join(parts[: shared + 1]) + ("." if len(parts) > shared + 1 else "")
+
+
+def _refuse_flat_parameters(names: Iterable[str], where: str) -> None:
+    flat = [name for name in names if FLAT_PARAMETER in name]
+    if flat:
+        raise MappingError(
+            f"{where} is one process's part of a model that FSDP cut up (LOCAL_STATE_DICT): its tensors lie in flat "
+            "ones, and nothing says where. Use the teacher_checkpoint.pth that training writes at each evaluation, or "
+            "save under FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT). It holds:",
+            flat,
+        )
+
+
+def _refuse_heads(names: Iterable[str], where: str) -> None:
+    for family in all_families():
+        for apart in family.apart:
+            found = [name for name in names if f".{apart.start}" in f".{name}"]
+            if found and not apart.is_left_out:
+                raise MappingError(f"{where} is {apart.reason}. It holds:", found)
