@@ -278,12 +278,7 @@ def _plan(
             names, labels_from = imagenet_labels()
     elif labels is not None:
         raise UsageError("Labels are for a classifier. Name a _1layer model, or give its --head.")
-    said: dict[str, Any] = {
-        "model": source.source.model,
-        "num_heads": source.source.num_heads,
-        "selection": source.selection,
-    }
-    plan = make_plan(source.tensors, source.where, names, max_shard_size, dtype=dtype, **said)
+    plan = make_plan(source.tensors, source.where, names, max_shard_size, dtype=dtype, **source.said)
     return plan, labels_from
 
 

@@ -4,7 +4,6 @@ import glob
 import os
 from contextlib import closing, suppress
 from dataclasses import replace
-from email.utils import parsedate_to_datetime
 from hashlib import sha256
 from pathlib import Path
 
@@ -115,6 +114,8 @@ def _require_same(address: Address, path: Path, file: File) -> None:
 
 def _modified(file: File) -> float | None:
     """When the server says that the file was last changed, in seconds since 1970."""
+    from email.utils import parsedate_to_datetime  # half a megabyte, which a file on this machine needs not
+
     with suppress(TypeError, ValueError, OverflowError):
         return parsedate_to_datetime(str(getattr(file, "modified", None))).timestamp()
     return None

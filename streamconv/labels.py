@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -50,6 +49,8 @@ def imagenet_labels() -> tuple[list[str], str]:
 
 def _hub_labels() -> list[str] | None:
     """Fetched or found in the Hub's cache by a process of its own: an HTTP client costs 20 MB."""
+    import subprocess  # for classifiers only
+
     command = [sys.executable, "-m", "streamconv.labels"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return read_labels(Path(done.stdout.strip())) if done.returncode == 0 else None

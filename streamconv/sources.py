@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from streamconv.checkpoint import Checkpoint, open_checkpoint
 from streamconv.checkpoint.addresses import Address, Place, place_of
@@ -126,6 +127,11 @@ class OpenSource:
     @property
     def is_remote(self) -> bool:
         return any(checkpoint.is_remote for checkpoint in self.checkpoints.values())
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What `plan.make_plan` is told beside the tensors."""
+        return {"model": self.source.model, "num_heads": self.source.num_heads, "selection": self.selection}
 
     @property
     def is_checkable(self) -> bool:

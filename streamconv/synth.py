@@ -15,7 +15,6 @@ from pathlib import Path
 from streamconv.errors import OutputError, UsageError
 from streamconv.families import HEAD_PREFIX, find_model
 from streamconv.output import explained, open_alone, require_space, whole_file
-from streamconv.pth import write_pth
 from streamconv.tensors import TensorInfo
 
 CHUNK_ELEMENTS = 1 << 20
@@ -94,6 +93,8 @@ def head_path(backbone: Path) -> Path:
 
 
 def _write(path: Path, infos: dict[str, TensorInfo], seed: int) -> None:
+    from streamconv.pth import write_pth  # and zipfile, which a conversion needs not
+
     order = {name: i for i, name in enumerate(infos)}
     require_space(path.parent, sum(info.nbytes for info in infos.values()))
     with whole_file(path) as file, file.stream() as stream:

@@ -276,12 +276,7 @@ def _plan_of(folder: Path, source: OpenSource) -> Plan:
     """What the folder should hold: its own labels and dtype, which the source does not know, and all else from it."""
     config = _config_of(folder)
     dtype = next((known for known in CASTS if known == config.get("dtype")), None)
-    said: dict[str, Any] = {
-        "model": source.source.model,
-        "num_heads": source.source.num_heads,
-        "selection": source.selection,
-    }
-    planned = partial(make_plan, source.tensors, source.where, max_shard_size=sys.maxsize, **said)
+    planned = partial(make_plan, source.tensors, source.where, max_shard_size=sys.maxsize, **source.said)
     plan, labels = planned(dtype=dtype), _labels_in(config)
     if len(labels) != len(plan.config.get("id2label", ())):
         return plan  # the bytes rung will say what is wrong with config.json

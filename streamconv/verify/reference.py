@@ -105,7 +105,7 @@ def _map_file(path: Path) -> Any:
         return load()
     except UnpicklingError:  # a training checkpoint's settings, of classes that torch would have to import
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Unread, name) for name in names]):  # type: ignore[list-item]
+        with torch.serialization.safe_globals([(_Unread, name) for name in names]):
             return load()
 
 
