@@ -175,9 +175,11 @@ def make_plan(
     found = model or _published(alike, where)
     layout = family.layout(geometry)
     expected = expand(layout.rules, layout.dims, layout.count)
-    names, unread = (selection.names, selection.unread) if selection is not None else ({}, {})
+    names = selection.names if selection is not None else {}
     problems = [*layout.problems]
-    problems += [f"{names.get(key, key)} is a {unread[key]}, which is not read" for key in expected if key in unread]
+    if selection is not None:
+        unread = [(selection.prefix + key, kind) for key, kind in selection.unread.items() if key in expected]
+        problems += [f"{key} is a {kind}, which is not read" for key, kind in unread]
     targets = apply(layout.rules, tensors, layout.dims, layout.count, where, problems, names)
     _refuse_unstreamable(targets)
 
@@ -210,7 +212,7 @@ def make_plan(
         image_processor=image_processor,
         files={"config.json": to_json(config), "preprocessor_config.json": to_json(image_processor)},
         index=index,
-        notes=() if found is not None and geometry.heads is None else layout.notes,
+        notes=() if alike and geometry.heads is None else layout.notes,
         left_out=selection.left_out if selection is not None else (),
     )
 

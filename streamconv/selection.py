@@ -113,7 +113,7 @@ def _divide(checkpoint: Checkpoint, where: str, prefix: str, family: Family, is_
         left_out.setdefault((start, reason), []).append(tensor.info.nbytes)
     if problems:
         is_beside = any(" are both " not in problem for problem in problems)
-        mend = f" To leave these out, say --select {prefix.rstrip('.') or repr('')}:" if is_beside else ":"
+        mend = f". To leave these out, say --select {prefix.rstrip('.') or repr('')}:" if is_beside else ":"
         raise MappingError(f"{where} holds more than a backbone{mend}", problems)
     return Selection(
         prefix,

@@ -129,9 +129,9 @@ def test_plan_reads_no_weight_and_writes_nothing(tmp_path: Path, save: Save) -> 
     assert "encoder.layer.0.attention.attention.query.weight, encoder.layer.0.attention.attention.key.weight" in text
 
 
-def test_models_lists_the_original_scripts_eight_and_those_with_registers(tmp_path: Path) -> None:
+def test_models_lists_all_that_were_published(tmp_path: Path) -> None:
     lines = run("models", cwd=tmp_path).stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [
+    assert [line.split()[0] for line in lines[1:17]] == [
         f"dinov2_vit{letter}14{registers}{head}"
         for registers in ("", "_reg")
         for head in ("", "_1layer")
@@ -141,6 +141,10 @@ def test_models_lists_the_original_scripts_eight_and_those_with_registers(tmp_pa
     assert "4,546 MB" in lines[4]
     assert "dinov2-with-registers-small " in lines[9]
     assert "dinov2_vits14_reg4_pretrain.pth + dinov2_vits14_reg4_linear_head.pth" in lines[13]
+    assert len(lines) == 1 + 16 + 12
+    assert lines[-1].split() == [
+        "webssl_dino7b_full8b_518", "webssl-dino7b-full8b-518", "25,819", "MB", "webssl_dino7b_full8b_518.pth"
+    ]  # fmt: skip
 
 
 def test_wrong_output_ends_in_1(tmp_path: Path, save: Save) -> None:

@@ -1,7 +1,8 @@
 """Plans against what Meta's models hold and what transformers and safetensors write."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,30 +13,35 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import streamconv
-from streamconv import MappingError, UsageError
+from streamconv import Checkpoint, MappingError, UsageError
 from streamconv.checkpoint.storage import LocalFile
 from streamconv.families import find_model
 from streamconv.families.dinov2 import FAMILY
 from streamconv.plan import Plan, make_plan, make_shard, parse_size, to_json
+from streamconv.selection import find_backbone
 from streamconv.tensors import ByteRange, Record, SourceTensor, TensorInfo, contiguous_strides
 from tests.conftest import make_states, seeds_mapping, tiny
 from tests.test_tensors import DTYPES, NAMES
 
 MODELS = [model.name for model in FAMILY.models]
-# Keys and shapes of Meta's modules (facebookresearch/dinov2, built on the meta device) and of
-# transformers 4.57's, whose names in memory are those of the files; {i} counts layers.
+WEB_DINO = [name for name in MODELS if name.startswith("webssl")]
+# Keys and shapes of Meta's modules (facebookresearch/dinov2 and facebookresearch/webssl, built on the meta
+# device) and of transformers 4.57's, whose names in memory are those of the files; {i} counts layers, and
+# "chunks" gives the {chunk} that each is in.
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("dinov2.json").read_text())
 
 
-def expanded(shapes: dict[str, list[int]], layers: int) -> dict[str, tuple[int, ...]]:
+def expanded(shapes: dict[str, list[int]], layers: int, chunks: Sequence[int] = ()) -> dict[str, tuple[int, ...]]:
     return {
-        key.format(i=i): tuple(shape)
+        key.format(i=i, chunk=chunks[i] if chunks else None): tuple(shape)
         for key, shape in shapes.items()
         for i in (range(layers) if "{i}" in key else (0,))
     }
 
 
-def plan_of_shapes(shapes: dict[str, tuple[int, ...]], where: Path, **options: object) -> Plan:
+def plan_of_shapes(
+    shapes: dict[str, tuple[int, ...]], where: Path, filename: str = "golden", **options: object
+) -> Plan:
     """A plan needs no bytes: an empty file serves for any size."""
     (where / "empty").touch()
     file = LocalFile(where / "empty")
@@ -46,7 +52,9 @@ def plan_of_shapes(shapes: dict[str, tuple[int, ...]], where: Path, **options: o
             tensors[name] = SourceTensor(
                 info, Record(file, name, ByteRange(0, info.nbytes)), 0, contiguous_strides(shape)
             )
-        return make_plan(tensors, "golden", **options)  # type: ignore[arg-type]
+        selection = find_backbone(Checkpoint(tensors, {}, [], ""), filename)
+        selected = {key: tensors[called] for key, called in selection.names.items()}
+        return make_plan(selected, filename, selection=selection, **options)  # type: ignore[arg-type]
     finally:
         file.close()
 
@@ -54,17 +62,30 @@ def plan_of_shapes(shapes: dict[str, tuple[int, ...]], where: Path, **options: o
 @pytest.mark.parametrize("name", MODELS)
 def test_every_published_model_maps_metas_keys_onto_transformers(name: str, tmp_path: Path) -> None:
     golden = GOLDEN[name]
-    source, target = (expanded(golden[side], golden["layers"]) for side in ("source", "target"))
-    plan = plan_of_shapes(source, tmp_path)
+    chunks = golden.get("chunks", ())
+    source, target = (expanded(golden[side], golden["layers"], chunks) for side in ("source", "target"))
+    plan = plan_of_shapes(source, tmp_path, f"{name}.pth")
     assert plan.model is not None
     assert plan.model.name == name
     assert {name: tensor.info.shape for shard in plan.shards for name, tensor in shard.tensors} == target
-    assert {key: info.shape for key, info in FAMILY.sources(plan.geometry).items()} == source
+    sources = FAMILY.sources(plan.geometry, plan.model.block_chunks)
+    assert {key: info.shape for key, info in sources.items()} == source
+    assert [move.source for move in plan.moves] == list(sources)
     assert plan.config["num_attention_heads"] == golden["heads"]
 
 
 def transformers_config(name: str, labels: list[str]) -> transformers.PretrainedConfig:
     """The original script's configuration, by constructor arguments; with registers, its sibling's."""
+    web = re.fullmatch(r"webssl_dino(\d+\w)_\w+_(\d+)", name)
+    if web:  # as facebookresearch/webssl's README and vision_transformer.py have them
+        hidden, layers, heads = {
+            "300m": (1024, 24, 16), "1b": (1536, 40, 24), "2b": (2688, 24, 21),
+            "3b": (3072, 26, 24), "5b": (3584, 32, 28), "7b": (4096, 32, 32),
+        }[web[1]]  # fmt: skip
+        return transformers.Dinov2Config(
+            image_size=int(web[2]), patch_size=14, hidden_size=hidden, num_hidden_layers=layers,
+            num_attention_heads=heads, use_swiglu_ffn=True,
+        )  # fmt: skip
     sizes = {
         "s": {"hidden_size": 384, "num_attention_heads": 6},
         "b": {},
@@ -80,9 +101,8 @@ def transformers_config(name: str, labels: list[str]) -> transformers.Pretrained
 def test_configs_are_transformers_own_but_for_the_version(name: str, tmp_path: Path) -> None:
     labels = [f"label {i % 998}" for i in range(1000)]  # two names twice, as ImageNet has them
     golden = GOLDEN[name]
-    plan = plan_of_shapes(
-        expanded(golden["source"], golden["layers"]), tmp_path, labels=labels if "1layer" in name else None
-    )
+    shapes = expanded(golden["source"], golden["layers"], golden.get("chunks", ()))
+    plan = plan_of_shapes(shapes, tmp_path, labels=labels if "1layer" in name else None)
     config = transformers_config(name, labels)
     kind = "Dinov2WithRegisters" if "_reg" in name else "Dinov2"
     config.architectures = [f"{kind}ForImageClassification" if "1layer" in name else f"{kind}Model"]
@@ -93,13 +113,27 @@ def test_configs_are_transformers_own_but_for_the_version(name: str, tmp_path: P
     assert plan.files["config.json"].decode() == "".join(lines)
 
 
-def test_the_image_processor_is_transformers_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vitg14_reg", *WEB_DINO])
+def test_image_processors_are_transformers_own(name: str, tmp_path: Path) -> None:
+    """Web-DINO's takes pictures at the size that the model was trained on."""
+    golden = GOLDEN[name]
+    resized, size = (int(name[-3:]),) * 2 if name in WEB_DINO else (256, 224)
     processor = transformers.BitImageProcessor(
-        size={"shortest_edge": 256}, resample=3, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
-    )
+        size={"shortest_edge": resized}, crop_size={"height": size, "width": size}, resample=3,
+        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+    )  # fmt: skip
     processor.save_pretrained(tmp_path)
     theirs = json.loads((tmp_path / "preprocessor_config.json").read_text("utf-8"))
-    assert to_json(FAMILY.image_processor) == to_json(theirs)
+    plan = plan_of_shapes(expanded(golden["source"], golden["layers"], golden.get("chunks", ())), tmp_path)
+    assert plan.files["preprocessor_config.json"] == to_json(theirs)
+
+
+@pytest.mark.parametrize("name", WEB_DINO)
+def test_shapes_that_several_models_have_are_named_after_none(name: str, tmp_path: Path) -> None:
+    """Three of Web-DINO's were trained on the whole of its pictures and on two parts of it: only names tell."""
+    golden = GOLDEN[name]
+    plan = plan_of_shapes(expanded(golden["source"], golden["layers"], golden["chunks"]), tmp_path, "mine.pth")
+    assert (plan.model is None) == (name[:14] in ("webssl_dino2b_", "webssl_dino3b_"))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -158,7 +192,7 @@ def test_other_sizes_are_read_from_the_shapes(save: Callable[..., tuple[Path, Pa
 
 def test_missing_unexpected_and_misshaped_keys_are_all_listed(tmp_path: Path) -> None:
     backbone, _ = make_states(tiny())
-    del backbone["blocks.1.ls1.gamma"], backbone["mask_token"]
+    del backbone["blocks.1.ls1.gamma"], backbone["norm.bias"]
     backbone["register_token"] = torch.zeros(1, 4, 128)
     backbone["blocks.2.mlp.fc1.bias"] = torch.zeros(3)
     torch.save(backbone, tmp_path / "x.pth")
@@ -167,21 +201,21 @@ def test_missing_unexpected_and_misshaped_keys_are_all_listed(tmp_path: Path) ->
     assert sorted(caught.value.problems) == [
         "misshaped: blocks.2.mlp.fc1.bias is [3], not [512]",
         "missing: blocks.1.ls1.gamma [128]",
-        "missing: mask_token [1, 128]",
+        "missing: norm.bias [128]",
         "unexpected: register_token [1, 4, 128]",
     ]
 
 
 def test_sizes_that_no_config_can_say_are_listed_with_the_rest(tmp_path: Path) -> None:
     backbone, _ = make_states(tiny())
-    del backbone["mask_token"]
+    del backbone["norm.bias"]
     backbone["pos_embed"] = torch.zeros(1, 18, 128)
     backbone["patch_embed.proj.weight"] = torch.zeros(128, 4, 14, 14)
     torch.save(backbone, tmp_path / "x.pth")
     with pytest.raises(MappingError) as caught:
         streamconv.plan(tmp_path / "x.pth")
     assert len(caught.value.problems) == 3
-    for says in ("18 positions", "4 channels", "missing: mask_token"):
+    for says in ("18 positions", "4 channels", "missing: norm.bias"):
         assert says in str(caught.value)
 
 

@@ -27,6 +27,8 @@ LAYER = "encoder.layer.{i}."
 class Geometry:
     """Sizes that a checkpoint's shapes give. ``ffn`` is the width inside the feed-forward layer.
 
+    ``head_layers`` is how many layers' CLS tokens a linear head reads, beside the patches' mean.
+
     ``heads`` is None where no one said how many there are; `num_heads` is the family's number then.
     """
 
@@ -39,6 +41,7 @@ class Geometry:
     positions: int = 37 * 37 + 1
     registers: int = 0
     classes: int | None = None
+    head_layers: int = 1
     has_layer_scale: bool = True
     has_mask_token: bool = True
     has_qkv_bias: bool = True
@@ -65,6 +68,7 @@ def geometry(infos: Mapping[str, TensorInfo]) -> Geometry:
         return any(re.fullmatch(pattern, name) for name in infos)
 
     hidden = size("cls_token", 2, 3, size("norm.weight", 0, 1, 0))
+    head_width = size(HEAD_PREFIX + "weight", 1, 2, 2 * hidden)
     swiglu = "blocks.0.mlp.w12.weight" in infos
     ffn = size("blocks.0.mlp.w3.weight", 1, 2, 0) if swiglu else size("blocks.0.mlp.fc1.weight", 0, 2, 0)
     return Geometry(
@@ -77,6 +81,7 @@ def geometry(infos: Mapping[str, TensorInfo]) -> Geometry:
         positions=size("pos_embed", 1, 3, 37 * 37 + 1),
         registers=size("register_tokens", 1, 3, 4) if "register_tokens" in infos else 0,
         classes=size(HEAD_PREFIX + "weight", 0, 2, 1000) if HEAD_PREFIX + "weight" in infos else None,
+        head_layers=head_width // hidden - 1 if hidden and head_width % hidden == 0 else 1,
         has_layer_scale=has(r"blocks\.\d+\.ls[12]\.gamma"),
         has_mask_token="mask_token" in infos,
         has_qkv_bias=has(r"blocks\.\d+\.attn\.qkv\.bias"),
@@ -159,6 +164,8 @@ def layout(sizes: Geometry) -> Layout:
             (f"pos_embed has {sizes.positions} positions, which are no square grid and a CLS token",
              not grid or grid * grid + 1 != sizes.positions),
             ("there are no blocks", not sizes.layers),
+            (f"the head is one over {sizes.head_layers} layers: transformers has classes for one over the last only",
+             sizes.head_layers > 1),
             (f"patch_embed takes {sizes.channels} channels, and the image processor gives 3", sizes.channels != 3),
         )
         if is_wrong
