@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,8 @@ def verify(plan: Plan, *args: Any) -> Verification:
 
 def relayed(source: str, folder: Path, **changed: Any) -> Relayed:
     options: dict[str, Any] = {
-        "head": None, "labels": None, "max_shard_size": SHARD, "dtype": None, "unverified": False,
-        "progress": ignore_progress,
+        "head": None, "labels": None, "max_shard_size": SHARD, "dtype": None, "select": None, "num_heads": None,
+        "unverified": False, "progress": ignore_progress,
     }  # fmt: skip
     given = {"verify": verify, **changed}
     checked = given.pop("verify")
@@ -140,10 +142,10 @@ def test_a_wrong_mapping_does_not_become_visible(
     module = sys.modules["streamconv.convert"]
     make_plan = module.make_plan  # type: ignore[attr-defined]
 
-    def wrong(tensors: Any, *args: Any) -> Plan:
+    def wrong(tensors: Any, *args: Any, **said: Any) -> Plan:
         import dataclasses
 
-        plan = make_plan(tensors, *args)
+        plan = make_plan(tensors, *args, **said)
         shards = []
         for shard in plan.shards:
             of = dict(shard.tensors)
@@ -284,8 +286,8 @@ def test_another_repository_gets_all_of_it(hub: HubServer, server: FileServer, s
     hub.blobs.clear()
     other = Repository(Destination("other"), None)
     relay(
-        source, tmp_path / "stage", other, None, head=None, labels=None, max_shard_size=SHARD, dtype=None,
-        unverified=True, progress=ignore_progress,
+        source, tmp_path / "stage", other, None, head=None, labels=None, max_shard_size=SHARD, dtype=None, select=None,
+        num_heads=None, unverified=True, progress=ignore_progress,
     )  # fmt: skip
     assert len(hub.uploads) == shards
     assert hub.files("ada/other").keys() > {"model.safetensors.index.json"}
@@ -298,6 +300,19 @@ def test_weights_are_cast_on_their_way(hub: HubServer, server: FileServer, sourc
     assert done.verification.rungs[2].numbers["largest"] <= 1e-13
     assert "cast from `float32` to `bfloat16`" in hub.files("ada/it")["README.md"].decode()
     require_the_folders_files(hub, server, tmp_path, dtype="bfloat16")
+
+
+def test_a_training_checkpoints_backbone_is_sent_only(hub: HubServer, server: FileServer, tmp_path: Path) -> None:
+    """Wrapped, in chunks and without a LayerScale: what is filled in is sent as what is read."""
+    state, _ = make_states(replace(tiny(), has_layer_scale=False))
+    named = {re.sub(r"^blocks\.", "teacher.backbone.blocks.0.", key): value for key, value in state.items()}
+    named = {key if key.startswith("t") else f"teacher.backbone.{key}": value for key, value in named.items()}
+    torch.save({**named, "teacher.dino_head.norm.bias": torch.ones(3)}, server.folder / "x.pth")
+    done = relayed(f"{server.url}/x.pth", tmp_path / "stage", verify=verify)
+    assert done.verification is not None
+    assert [rung.passed for rung in done.verification.rungs] == [True] * 4, done.verification.rungs
+    assert done.verification.rungs[2].numbers["largest"] == 0.0
+    require_the_folders_files(hub, server, tmp_path)
 
 
 def test_a_file_of_this_machine_is_relayed_too(hub: HubServer, server: FileServer, source: str, tmp_path: Path) -> None:
