@@ -107,6 +107,19 @@ def test_a_backbone_is_found_under_any_prefix(
     assert done.plan.left_out == ()
 
 
+def test_heads_beside_a_bare_backbone_are_left_out(tmp_path: Path) -> None:
+    state, _ = make_states(tiny())
+    done = streamconv.convert(saved({**HEADS, **state}, tmp_path / "x.pth"), tmp_path / "out")
+    assert [each.start for each in done.plan.left_out] == ["dino_head.", "ibot_head."]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
+
+
+def test_a_prefix_is_of_whole_parts(tmp_path: Path) -> None:
+    state, _ = make_states(tiny())
+    with pytest.raises(MappingError, match="is no checkpoint of a model that streamconv knows"):
+        streamconv.plan(saved(prefixed(state, "model.my_"), tmp_path / "x.pth"))
+
+
 @pytest.mark.parametrize("shards", [False, True])
 def test_safetensors_of_the_original_layout_are_sources(tmp_path: Path, shards: bool) -> None:
     state, _ = make_states(tiny())
