@@ -3,14 +3,19 @@
 A pattern's ``{i}`` stands for one dot-free part of a key. Every source key matches exactly one
 rule and every target is made exactly once; whatever breaks that is an error that lists it all.
 A rule also carries the source's shape in symbols, so that it says what a checkpoint must hold.
+Read from right to left, the same rules turn targets into sources.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 from streamconv.errors import MappingError
 from streamconv.tensors import SourceTensor, TensorInfo, filled
+
+# A dot-free part of a name that is one of the numbers from 0 on.
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,16 @@ def expand(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[s
     """Every source key that the rules ask for: its rule, its shape in numbers, and its ``{i}``. Fillings ask for none.
 
     ``dims`` gives the symbols their numbers (a number stands for itself); ``count`` is how many
-    values ``{i}`` takes, from 0.
+    values ``{i}`` takes, from 0. Rules with ``{i}`` that follow one another are a block: the keys of
+    block 0 come first, as in a model's own state dict.
     """
     keys = {}
-    for rule in rules:
-        if rule.value is None:
-            for i in range(count) if "{i}" in rule.source else (0,):
-                keys[rule.source.format(i=i)] = (rule, _numbers(rule, dims), str(i))
+    asked = (rule for rule in rules if rule.value is None)
+    for is_block, group in groupby(asked, key=lambda rule: "{i}" in rule.source):
+        block = [(rule, _numbers(rule, dims)) for rule in group]
+        for i in range(count if is_block else 1):
+            for rule, shape in block:
+                keys[rule.source.format(i=i)] = (rule, shape, str(i))
     return keys
 
 
@@ -75,33 +83,98 @@ def apply(
     Raises:
         MappingError: source keys that are missing, that no rule knows, or whose shape is another.
     """
-    rules, called = tuple(rules), called or {}
     expected = expand(rules, dims, count)
-    problems = [*known_problems]
-    problems += [f"missing: {key} {list(shape)}" for key, (_, shape, _) in expected.items() if key not in tensors]
-    problems += [
-        f"unexpected: {called.get(key, key)} {list(tensors[key].info.shape)}" for key in tensors if key not in expected
-    ]
+    shapes = {key: shape for key, (_, shape, _) in expected.items()}
+    _require_fit(tensors, shapes, where, known_problems, called or {})
     targets: dict[str, SourceTensor] = {}
     for key, (rule, shape, i) in expected.items():
-        if key not in tensors:
-            continue
         tensor = tensors[key]
-        if tensor.info.shape != shape:
-            problems.append(f"misshaped: {called.get(key, key)} is {list(tensor.info.shape)}, not {list(shape)}")
-            continue
         rows = shape[0] // len(rule.targets) if shape else 0
         for n, target in enumerate(rule.targets):
             name = target.format(i=i)
             if name in targets:
                 raise ValueError(f"two rules make {name}")  # a mistake in a family, not in a checkpoint
             targets[name] = tensor if len(rule.targets) == 1 else tensor.rows(n * rows, (n + 1) * rows)
-    dtypes = {tensor.info.dtype for tensor in targets.values()}
+    return targets
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A tensor that ``parts`` make up, one after another along dim 0."""
+
+    info: TensorInfo
+    parts: tuple[SourceTensor, ...]
+
+    def split(self, max_bytes: int) -> Iterator[SourceTensor]:
+        """As `SourceTensor.split`."""
+        for part in self.parts:
+            yield from part.split(max_bytes)
+
+
+def invert(
+    rules: Iterable[Rule],
+    tensors: Mapping[str, SourceTensor],
+    dims: Mapping[str, int],
+    count: int,
+    where: str,
+    known_problems: Iterable[str] = (),
+) -> dict[str, Joined]:
+    """`apply`, backwards: of ``tensors``, the targets, the sources by key, in the order of `expand`.
+
+    Raises:
+        MappingError: targets that are missing, that no rule makes, or whose shape is another.
+    """
+    keys = expand(rules, dims, count)
+    parts = {key: [target.format(i=i) for target in rule.targets] for key, (rule, _, i) in keys.items()}
+    expected = {name: _part(shape, len(parts[key])) for key, (_, shape, _) in keys.items() for name in parts[key]}
+    _require_fit(tensors, expected, where, known_problems, {})
+    return {
+        key: Joined(TensorInfo(tensors[parts[key][0]].info.dtype, shape), tuple(tensors[name] for name in parts[key]))
+        for key, (_, shape, _) in keys.items()
+    }
+
+
+def guess_sources(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """What ``targets`` were made from, as their names and shapes have it; those that no rule makes are left out."""
+    makers = {target: rule for rule in rules for target in rule.targets if rule.value is None}
+    sources = {}
+    for name, info in targets.items():
+        rule = makers.get(_NUMBER.sub("{i}", name, count=1))
+        if rule is not None:
+            number = _NUMBER.search(name)
+            rows = [n * len(rule.targets) for n in info.shape[:1]]
+            sources[rule.source.format(i=number and number[0])] = TensorInfo(info.dtype, (*rows, *info.shape[1:]))
+    return sources
+
+
+def _part(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Of a tensor of ``shape`` that is cut into ``count`` equal parts."""
+    return (*(n // count for n in shape[:1]), *shape[1:])
+
+
+def _require_fit(
+    tensors: Mapping[str, SourceTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    where: str,
+    known_problems: Iterable[str],
+    called: Mapping[str, str],
+) -> None:
+    shapes = {name: tensor.info.shape for name, tensor in tensors.items()}
+    problems = [*known_problems]
+    problems += [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in shapes]
+    problems += [
+        f"unexpected: {called.get(name, name)} {list(shape)}" for name, shape in shapes.items() if name not in expected
+    ]
+    problems += [
+        f"misshaped: {called.get(name, name)} is {list(shapes[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if shapes.get(name, shape) != shape
+    ]
+    dtypes = {tensor.info.dtype for name, tensor in tensors.items() if name in expected}
     if len(dtypes) > 1:
         problems.append(f"mixed dtypes: {', '.join(sorted(dtypes))}; a model has one")
     if problems:
         raise MappingError(f"{where} does not fit ({len(problems)} problems):", problems)
-    return targets
 
 
 def fillings(rules: Iterable[Rule], dims: Mapping[str, int], count: int, dtype: str) -> dict[str, SourceTensor]:

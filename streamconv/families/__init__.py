@@ -104,6 +104,11 @@ class Family:
     flat_name: Callable[[str], str]
     chunked_name: Callable[[str, int, int], str]
 
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """All that any of its models has, since between them the published ones have all."""
+        return tuple(rule for model in self.models for rule in self.layout(model.geometry).rules)
+
     def sources(self, geometry: Any, block_chunks: int = 0) -> dict[str, TensorInfo]:
         """Every tensor of a float32 checkpoint of these sizes; a head's stand under `HEAD_PREFIX`."""
         layout = self.layout(geometry)
