@@ -17,7 +17,7 @@ from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families import Family, Model, find_family
 from streamconv.mapping import apply, expand, fillings
 from streamconv.selection import LeftOut, Selection
-from streamconv.tensors import DTYPE_SIZES, SourceTensor
+from streamconv.tensors import DTYPE_SIZES, SourceTensor, TensorInfo
 
 PIECE_BYTES = 512 << 10  # what is read and written at once: it stays in the cache of a CPU
 
@@ -312,15 +312,23 @@ def index_of(targets: Mapping[str, SourceTensor], filenames: Mapping[str, str]) 
 
 
 def make_shard(filename: str, tensors: Mapping[str, SourceTensor]) -> Shard:
-    """A file as safetensors.torch.save_file(…, metadata={"format": "pt"}) lays it out: by dtype, then name."""
+    """A file as `make_header` lays it out."""
+    header, names = make_header({name: tensor.target for name, tensor in tensors.items()})
+    return Shard(filename, header, tuple((name, tensors[name]) for name in names))
+
+
+def make_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, list[str]]:
+    """What safetensors.torch.save_file(…, metadata={"format": "pt"}) writes before the tensors, and their order.
+
+    They are ordered by dtype, then name.
+    """
     rank = {dtype: i for i, dtype in enumerate(DTYPE_SIZES)}
-    ordered = sorted(tensors.items(), key=lambda item: (-rank[item[1].target.dtype], item[0].encode()))
+    ordered = sorted(infos.items(), key=lambda item: (-rank[item[1].dtype], item[0].encode()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, tensor in ordered:
-        info = tensor.target
+    for name, info in ordered:
         header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [at, at + info.nbytes]}
         at += info.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return Shard(filename, len(text).to_bytes(8, "little") + text, tuple(ordered))
+    return len(text).to_bytes(8, "little") + text, [name for name, _ in ordered]
