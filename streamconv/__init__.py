@@ -22,6 +22,7 @@ from streamconv.errors import (
     UsageError,
 )
 from streamconv.plan import Plan
+from streamconv.revert import Reverted, revert
 from streamconv.synth import synth
 from streamconv.tensors import SourceTensor, TensorInfo
 from streamconv.verify import Rung, Verification, verify
@@ -37,6 +38,7 @@ __all__ = [
     "NotACheckpointError",
     "OutputError",
     "Plan",
+    "Reverted",
     "Rung",
     "SourceError",
     "SourceMissingError",
@@ -51,6 +53,7 @@ __all__ = [
     "convert",
     "open_checkpoint",
     "plan",
+    "revert",
     "synth",
     "verify",
 ]

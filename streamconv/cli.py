@@ -47,7 +47,7 @@ from streamconv.pushing import read_options, with_values
 from streamconv.relay import Relayed, relay
 from streamconv.synth import temporary_checkpoint
 from streamconv.terminal import errors_told, fail, guarded, print_json, print_lines
-from streamconv.texts import conversion_lines, model_lines, plan_lines, verification_lines
+from streamconv.texts import conversion_lines, model_lines, plan_lines, reverted_lines, verification_lines
 from streamconv.verify import Verification
 from streamconv.verifying import Verifying
 
@@ -162,6 +162,24 @@ def convert(
         converted = _convert(source, output, as_json, **options)
     if as_json:
         print_json(converted.as_dict())
+
+
+@app.command()
+def revert(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of transformers' safetensors files.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write, .pth, .pt, .bin or .safetensors.")
+    ],
+    head: Annotated[Path | None, typer.Option(metavar="FILE", help="The file for a classifier's linear head.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a folder's model in its authors' layout: what convert does, backwards."""
+    with errors_told(), ProgressReport() as progress:
+        reverted = streamconv.revert(folder, output, head=head, progress=progress)
+    if as_json:
+        print_json(reverted.as_dict())
+    else:
+        print_lines(reverted_lines(reverted))
 
 
 @app.command()

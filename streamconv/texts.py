@@ -6,6 +6,7 @@ from typing import Any
 from streamconv.convert import Conversion
 from streamconv.families import all_families
 from streamconv.plan import Plan
+from streamconv.revert import Reverted
 from streamconv.verify import Rung, Verification
 
 VERDICTS = {True: "ok", False: "FAILED", None: "not run"}
@@ -29,6 +30,11 @@ def conversion_lines(done: Conversion) -> Iterator[str]:
     yield from (f"  {line}" for line in _told(done.plan))
     if done.labels_from:
         yield f"  labels from {done.labels_from}"
+
+
+def reverted_lines(done: Reverted) -> Iterator[str]:
+    yield f"{done.title}: reverted, {done.weights:,} bytes of weights in {' and '.join(map(str, done.files))}"
+    yield "  safetensors carry no CRC-32s: `streamconv verify DIR` finds what is damaged in a folder"
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:

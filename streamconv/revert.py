@@ -1,0 +1,167 @@
+"""Back again: a folder of transformers' to its authors' layout, by the rules that led there, and as lean.
+
+The sizes come from the tensors' names and shapes; config.json is not read.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from streamconv.checkpoint import Checkpoint, open_checkpoint
+from streamconv.errors import MappingError, OutputError, SourceMissingError, UsageError
+from streamconv.families import HEAD_PREFIX, Family, Model, all_families
+from streamconv.mapping import Joined, guess_sources, invert
+from streamconv.output import require_space, whole_file
+from streamconv.plan import PIECE_BYTES, make_header
+from streamconv.progress import Progress, ignore_progress
+from streamconv.pth import STORAGES, write_pth
+
+SAFETENSORS = ".safetensors"
+SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
+
+
+@dataclass(frozen=True)
+class Reverted:
+    """What was written: a backbone's file, and a classifier's head's. ``weights`` are bytes of tensors.
+
+    ``model`` is None where no published model has these sizes.
+    """
+
+    family: Family
+    model: Model | None
+    files: tuple[Path, ...]
+    weights: int
+
+    @property
+    def title(self) -> str:
+        return self.model.name if self.model else f"a {self.family.name} model of its own sizes"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model": self.model.name if self.model else None,
+            "files": [{"file": str(path), "bytes": path.stat().st_size} for path in self.files],
+            "weights": self.weights,
+        }
+
+
+def revert(
+    folder: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    head: str | PathLike[str] | None = None,
+    progress: Progress = ignore_progress,
+) -> Reverted:
+    """Write the checkpoint that a folder of transformers' was, or could have been, converted from.
+
+    Args:
+        folder: Holds safetensors files, one or several with their index, of transformers 4 or 5.
+        output: The file to write: .pth, .pt and .bin as torch.save writes them, .safetensors as save_file.
+        head: The file for a classifier's linear head, whose authors keep it apart from the backbone.
+        progress: Told of the bytes written.
+
+    Raises:
+        UsageError: a file has another suffix, or a head is wanted and not named, or named and not there.
+        SourceError: the folder holds no model of a known family; lists all that differs.
+        OutputError: a file is there already, or cannot be written. Then there is neither.
+    """
+    source = Path(folder)
+    paths = tuple(Path(path) for path in (output, head) if path is not None)
+    for path in paths:
+        _require_writable(path, source)
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise UsageError(f"{paths[0]} cannot be backbone and head at once. Give --head another name.")
+    if not os.path.isdir(source):
+        raise SourceMissingError(f"{source} is no folder. Name the one that holds the safetensors files.")
+    with open_checkpoint(source) as checkpoint:
+        family, model, tensors = _originals(checkpoint, str(source))
+        heads = {key.removeprefix(HEAD_PREFIX): t for key, t in tensors.items() if key.startswith(HEAD_PREFIX)}
+        if heads and head is None:
+            raise UsageError(f"{source} is a classifier, whose head has a file of its own. Name it: --head FILE.")
+        if head is not None and not heads:
+            raise UsageError(f"{source} is no classifier, and has no head. Leave --head out.")
+        backbone = {key: tensor for key, tensor in tensors.items() if not key.startswith(HEAD_PREFIX)}
+        written = dict(zip(paths, (backbone, heads), strict=False))
+        _write(written, checkpoint, progress)
+    return Reverted(family, model, paths, _size(tensors))
+
+
+def _require_writable(path: Path, source: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} has no suffix of a checkpoint. End its name in {', '.join(SUFFIXES)}.")
+    if os.path.lexists(path):
+        raise OutputError(f"{path} is there already. Choose another name, or delete it.")
+    if not os.path.isdir(path.parent):
+        raise OutputError(f"{path.parent} is no folder. Make it first.")
+    if os.path.isdir(source) and os.path.samefile(path.parent, source):
+        raise UsageError(f"{path} would lie among the model's own files, and be taken for one. Choose another folder.")
+
+
+def _originals(checkpoint: Checkpoint, where: str) -> tuple[Family, Model | None, dict[str, Joined]]:
+    """What the checkpoint was before, in the order of its authors' model; a head's tensors under `HEAD_PREFIX`."""
+    infos = {name: tensor.info for name, tensor in checkpoint.items()}
+    guesses = [(family, guess_sources(family.rules, infos)) for family in all_families()]
+    family, guess = max(guesses, key=lambda each: len(each[0].signature & each[1].keys()))
+    if 2 * len(family.signature & guess.keys()) <= len(family.signature):
+        known = ", ".join(each.name for each in all_families())
+        held = [*list(infos)[:3], *["…"] * (len(infos) > 3)]
+        raise MappingError(f"{where} holds no model that streamconv converts to ({known}), but:", held)
+    geometry = family.geometry(guess)
+    layout = family.layout(geometry)
+    tensors = invert(layout.rules, checkpoint, layout.dims, layout.count, where, layout.problems)
+    dtype = next(iter(tensors.values())).info.dtype  # of them all: `invert` refuses mixed ones
+    if dtype not in STORAGES:
+        raise MappingError(f"{where} cannot be reverted:", [f"its tensors are {dtype}, which is no model's dtype"])
+    return family, next((known for known in family.models if known.geometry == geometry), None), tensors
+
+
+def _size(tensors: Mapping[str, Joined]) -> int:
+    return sum(tensor.info.nbytes for tensor in tensors.values())
+
+
+def _write(files: Mapping[Path, Mapping[str, Joined]], checkpoint: Checkpoint, progress: Progress) -> None:
+    """All of the files, or none."""
+    for path, tensors in files.items():
+        require_space(path.parent, _size(tensors))
+    done, total = 0, sum(map(_size, files.values()))
+    what = ""
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(what, done, total, "bytes")
+
+    with ExitStack() as whole:
+        for path, tensors in files.items():
+            what = f"writing {path.name}"
+            file = whole.enter_context(whole_file(path))
+            file.allocate(_size(tensors))
+            with file.stream() as stream:
+                _write_state(stream, path, tensors, advance)
+        for source in {tensor.record.file for tensor in checkpoint.values()}:
+            source.require_unchanged()
+
+
+def _write_state(stream: BinaryIO, path: Path, tensors: Mapping[str, Joined], advance: Callable[[int], None]) -> None:
+    """One file, in the format that its suffix names."""
+    infos = {key: tensor.info for key, tensor in tensors.items()}
+    buffer = memoryview(bytearray(PIECE_BYTES))
+
+    def data(key: str) -> Iterator[memoryview]:
+        for piece in tensors[key].split(PIECE_BYTES):
+            part = buffer[: piece.info.nbytes]
+            piece.read_into(part)
+            yield part
+            advance(len(part))
+
+    if path.suffix == SAFETENSORS:
+        header, keys = make_header(infos)
+        stream.write(header)
+        for key in keys:
+            stream.writelines(data(key))
+    else:
+        write_pth(stream, path.stem, infos, data)
