@@ -5,20 +5,22 @@ The sizes come from the tensors' names and shapes; config.json is not read.
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from streamconv.checkpoint import Checkpoint, open_checkpoint
 from streamconv.errors import MappingError, OutputError, SourceMissingError, UsageError
 from streamconv.families import HEAD_PREFIX, Family, Model, all_families
 from streamconv.mapping import Joined, guess_sources, invert
-from streamconv.output import require_space, whole_file
+from streamconv.output import OutputFile, require_space, whole_file
 from streamconv.plan import PIECE_BYTES, make_header
 from streamconv.progress import Progress, ignore_progress
 from streamconv.pth import STORAGES, write_pth
+from streamconv.streaming import SYNC_BYTES
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
@@ -127,41 +129,60 @@ def _write(files: Mapping[Path, Mapping[str, Joined]], checkpoint: Checkpoint, p
     """All of the files, or none."""
     for path, tensors in files.items():
         require_space(path.parent, _size(tensors))
-    done, total = 0, sum(map(_size, files.values()))
-    what = ""
+    done, total, name = 0, sum(map(_size, files.values())), ""
 
     def advance(size: int) -> None:
         nonlocal done
         done += size
-        progress(what, done, total, "bytes")
+        progress(f"writing {name}", done, total, "bytes")
 
     with ExitStack() as whole:
         for path, tensors in files.items():
-            what = f"writing {path.name}"
-            file = whole.enter_context(whole_file(path))
-            file.allocate(_size(tensors))
-            with file.stream() as stream:
-                _write_state(stream, path, tensors, advance)
+            name = path.name
+            _write_state(whole.enter_context(whole_file(path)), path, tensors, advance)
         for source in {tensor.record.file for tensor in checkpoint.values()}:
             source.require_unchanged()
 
 
-def _write_state(stream: BinaryIO, path: Path, tensors: Mapping[str, Joined], advance: Callable[[int], None]) -> None:
+def _write_state(file: OutputFile, path: Path, tensors: Mapping[str, Joined], advance: Callable[[int], None]) -> None:
     """One file, in the format that its suffix names."""
     infos = {key: tensor.info for key, tensor in tensors.items()}
     buffer = memoryview(bytearray(PIECE_BYTES))
+    file.allocate(_size(tensors))
+    with _synced(file) as sync, file.stream() as stream:
 
-    def data(key: str) -> Iterator[memoryview]:
-        for piece in tensors[key].split(PIECE_BYTES):
-            part = buffer[: piece.info.nbytes]
-            piece.read_into(part)
-            yield part
-            advance(len(part))
+        def data(key: str) -> Iterator[memoryview]:
+            for piece in tensors[key].split(PIECE_BYTES):
+                part = buffer[: piece.info.nbytes]
+                piece.read_into(part)
+                yield part
+                sync(stream.tell())
+                advance(len(part))
 
-    if path.suffix == SAFETENSORS:
-        header, keys = make_header(infos)
-        stream.write(header)
-        for key in keys:
-            stream.writelines(data(key))
-    else:
-        write_pth(stream, path.stem, infos, data)
+        if path.suffix == SAFETENSORS:
+            header, keys = make_header(infos)
+            stream.write(header)
+            for key in keys:
+                stream.writelines(data(key))
+        else:
+            write_pth(stream, path.stem, infos, data)
+
+
+@contextmanager
+def _synced(file: OutputFile) -> Iterator[Callable[[int], None]]:
+    """Call what it gives with how far the file is written, and another thread syncs it on the way."""
+    synced_to = 0
+    synced: Future[None] | None = None
+    with ThreadPoolExecutor(1, "sync") as syncing:
+
+        def sync(position: int) -> None:
+            nonlocal synced_to, synced
+            if position - synced_to >= SYNC_BYTES:
+                if synced is not None:
+                    synced.result()
+                synced = syncing.submit(file.sync, synced_to, position - synced_to)
+                synced_to = position
+
+        yield sync
+        if synced is not None:
+            synced.result()
