@@ -139,11 +139,12 @@ def guess_sources(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) -> d
     makers = {target: rule for rule in rules for target in rule.targets if rule.value is None}
     sources = {}
     for name, info in targets.items():
+        number = _NUMBER.search(name)
         rule = makers.get(_NUMBER.sub("{i}", name, count=1))
-        if rule is not None:
-            number = _NUMBER.search(name)
+        if rule is not None and "{i}" not in name:
             rows = [n * len(rule.targets) for n in info.shape[:1]]
-            sources[rule.source.format(i=number and number[0])] = TensorInfo(info.dtype, (*rows, *info.shape[1:]))
+            key = rule.source.format(i=number and number[0])
+            sources[key] = TensorInfo(info.dtype, (*rows, *info.shape[1:]))
     return sources
 
 

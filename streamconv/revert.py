@@ -69,7 +69,7 @@ def revert(
     Raises:
         UsageError: a file has another suffix, or a head is wanted and not named, or named and not there.
         SourceError: the folder holds no model of a known family; lists all that differs.
-        OutputError: a file is there already, or cannot be written. Then there is neither.
+        OutputError: a file is there already, or cannot be written. Both have their names only when all is synced.
     """
     source = Path(folder)
     paths = tuple(Path(path) for path in (output, head) if path is not None)
@@ -170,7 +170,7 @@ def _write_state(file: OutputFile, path: Path, tensors: Mapping[str, Joined], ad
 
 @contextmanager
 def _synced(file: OutputFile) -> Iterator[Callable[[int], None]]:
-    """Call what it gives with how far the file is written, and another thread syncs it on the way."""
+    """Another thread syncs the file on the way. Call what this gives with how far the file is written."""
     synced_to = 0
     synced: Future[None] | None = None
     with ThreadPoolExecutor(1, "sync") as syncing:
@@ -186,3 +186,4 @@ def _synced(file: OutputFile) -> Iterator[Callable[[int], None]]:
         yield sync
         if synced is not None:
             synced.result()
+        file.sync(synced_to, 0)  # to its end

@@ -34,7 +34,7 @@ def conversion_lines(done: Conversion) -> Iterator[str]:
 
 def reverted_lines(done: Reverted) -> Iterator[str]:
     yield f"{done.title}: reverted, {done.weights:,} bytes of weights in {' and '.join(map(str, done.files))}"
-    yield "  safetensors carry no CRC-32s: `streamconv verify DIR` finds what is damaged in a folder"
+    yield "  the folder carries no CRC-32s, so that its bytes could not be checked for damage"
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from streamconv import MappingError, TensorInfo
 from streamconv.checkpoint.storage import LocalFile
-from streamconv.mapping import apply, chunk, count_of, rename
+from streamconv.mapping import apply, chunk, count_of, guess_sources, invert, rename
 from streamconv.tensors import ByteRange, Record, SourceTensor, contiguous_strides
 
 RULES = (
@@ -63,6 +63,39 @@ def test_two_rules_for_one_target_are_a_mistake_of_the_family(make) -> None:  # 
     rules = (*RULES, rename("other", "embeddings.cls", "1 D"))
     with pytest.raises(ValueError, match="two rules"):
         apply(rules, {"cls": make(1, 2), "other": make(1, 2), "blocks.0.qkv": make(6, 2)}, DIMS, 1, "x")
+
+
+def test_inverting_gives_the_parts_in_order_block_by_block(make) -> None:  # type: ignore[no-untyped-def]
+    rules = (RULES[0], *(rename(f"blocks.{{i}}.{name}", f"layer.{{i}}.{name}", "D") for name in "ab"), *RULES[1:])
+    sources = {"cls": make(1, 2), **{f"blocks.{i}.{name}": make(2) for i in range(11) for name in "ab"}}
+    sources |= {f"blocks.{i}.qkv": make(6, 2) for i in range(11)}
+    targets = apply(rules, sources, DIMS, 11, "x")
+    back = invert(rules, dict(reversed(targets.items())), DIMS, 11, "x")
+    assert list(back) == ["cls", *(f"blocks.{i}.{name}" for i in range(11) for name in ("a", "b", "qkv"))]
+    assert {key: joined.info for key, joined in back.items()} == {key: t.info for key, t in sources.items()}
+    assert back["blocks.10.qkv"].parts == tuple(targets[f"layer.10.{name}"] for name in "qkv")
+    infos = {name: target.info for name, target in targets.items()}
+    assert guess_sources(rules, infos) == {key: joined.info for key, joined in back.items()}
+
+
+def test_everything_wrong_on_the_way_back_is_listed_at_once(make) -> None:  # type: ignore[no-untyped-def]
+    targets = {"layer.0.q": make(2, 2), "layer.0.k": make(3, 2), "layer.00.v": make(2, 2), "cls": make(1, 2)}
+    with pytest.raises(MappingError) as caught:
+        invert(RULES, targets | {"embeddings.cls": make(1, 2, dtype="F16")}, DIMS, 1, "x", ["known"])
+    assert sorted(caught.value.problems) == [
+        "known",
+        "misshaped: layer.0.k is [3, 2], not [2, 2]",
+        "missing: layer.0.v [2, 2]",
+        "mixed dtypes: F16, F32; a model has one",
+        "unexpected: cls [1, 2]",
+        "unexpected: layer.00.v [2, 2]",
+    ]
+
+
+def test_guessing_leaves_names_out_that_no_rule_makes() -> None:
+    info = TensorInfo("F32", (2,))
+    strays = ("layer.00.q", "layer.0.1.q", "layer.x.q", "xlayer.0.q", "layer.0.q.weight", "layer.{i}.q")
+    assert guess_sources(RULES, dict.fromkeys(strays, info)) == {}
 
 
 def test_counting_takes_gaps_and_leaves_strays() -> None:
