@@ -25,7 +25,6 @@ from tests.conftest import State, run_python, tiny
 from tests.test_cli import run
 from tests.test_convert import peak_kb
 from tests.test_faults import CALLS, Faults, small_disk
-from tests.test_tensors import bytes_of
 
 __all__ = ["small_disk"]  # a fixture
 HEAD = "linear_head."
@@ -57,16 +56,14 @@ def converted(tmp_path: Path, geometry: Geometry, dtype: torch.dtype = torch.flo
 def assert_same(state: State, path: Path) -> None:
     """``path`` holds what torch.save or safetensors' save_file would write of ``state``."""
     if path.suffix == ".safetensors":
-        safetensors.torch.save_file(state, path.with_name("theirs"), metadata={"format": "pt"})
-        assert path.read_bytes() == path.with_name("theirs").read_bytes()
-        path.with_name("theirs").unlink()
+        assert path.read_bytes() == safetensors.torch.save(state, metadata={"format": "pt"})
         return
     for mmap in (False, True):
         loaded = torch.load(path, weights_only=True, mmap=mmap)
         assert list(loaded) == list(state)
         for key, value in loaded.items():
             assert (value.dtype, value.shape) == (state[key].dtype, state[key].shape), key
-            assert bytes_of(value) == bytes_of(state[key]), key
+            assert torch.equal(value.view(torch.uint8), state[key].view(torch.uint8)), key
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -147,15 +144,18 @@ def test_what_transformers_saved_is_loaded_strictly_and_computes_the_same(
     graph = original.build(geometry).eval()
     assert list(state) == list(graph.state_dict())
     graph.load_state_dict(state, strict=True)
-    pixels = torch.randn(2, 3, 56, 56, generator=generator)
+    # In float32, transformers 5's two halves of a SwiGLU round otherwise than Meta's one layer.
+    pixels = torch.randn(2, 3, 56, 56, generator=generator, dtype=torch.float64)
     with torch.inference_mode():
-        states = dict(original.states(graph, pixels))
-        theirs = model(pixels)
+        states = dict(original.states(graph.double(), pixels))
+        theirs = model.double()(pixels)
     if classes:
-        assert torch.equal(states["logits"], theirs.logits)
+        compared = [(states["logits"], theirs.logits)]
     else:
-        assert torch.equal(states["cls"], theirs.pooler_output)
-        assert torch.equal(states["patches"], theirs.last_hidden_state[:, 1 + registers :])
+        tokens = theirs.last_hidden_state
+        compared = [(states["cls"], theirs.pooler_output), (states["patches"], tokens[:, 1 + registers :])]
+    for ours, other in compared:
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-13)
 
     again = streamconv.convert(tmp_path / "back.pth", tmp_path / "again", head=head_path, max_shard_size=limit).output
     tensors = [
@@ -221,7 +221,7 @@ def test_what_cannot_be_reverted_is_refused_with_the_mend(tmp_path: Path) -> Non
         (SourceMissingError, "is no folder. Name the one", "folder/model.safetensors", "x.pth", None),
         (SourceMissingError, "holds neither model.safetensors nor", "empty", "x.pth", None),
         (streamconv.TruncatedError, "Fetch it again", "cut", "x.pth", None),
-        (CorruptError, "header", "damaged", "x.pth", None),
+        (CorruptError, "has no dtype, shape or data_offsets of", "damaged", "x.pth", None),
         (MappingError, r"\(dinov2\), but:\n  bert.encoder.layer.0.weight\n", "bert", "x.pth", None),
         (MappingError, r"\(dinov2\), but:\n", "original", "x.pth", None),
         (MappingError, "its tensors are I32, which is no model's dtype", "whole", "x.pth", None),
@@ -321,7 +321,9 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(OutputError, match=r"No space left on device\. Make room and run the same command again"):
         streamconv.revert(folder, path, progress=progress)
     assert [each.name for each in small_disk.iterdir()] == ["filler"]
-    with pytest.raises(OutputError, match=r"needs [\d,]+ bytes and its disk has 0 free\. Make room"):
+    with filler.open("ab") as file, suppress(OSError):
+        file.write(bytes(3 << 20))
+    with pytest.raises(OutputError, match=r"needs [\d,]+ bytes and its disk has [\d,]+ free\. Make room"):
         streamconv.revert(folder, path)
     filler.unlink()
     streamconv.revert(folder, path)
