@@ -301,6 +301,16 @@ def test_each_call_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suf
         assert all(whole[path] == path.read_bytes() for path in out.iterdir()), at
 
 
+@pytest.mark.parametrize("at", [1, 2, None])  # on the way, at the end, both
+def test_what_cannot_be_synced_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int | None) -> None:
+    folder = converted(tmp_path, tiny(classes=3))
+    monkeypatch.setattr(sys.modules["streamconv.revert"], "SYNC_BYTES", 2 << 20)
+    Faults(monkeypatch, ("fdatasync",), errno.EIO, at)
+    with pytest.raises(OutputError, match=os.strerror(errno.EIO)):
+        streamconv.revert(folder, tmp_path / "x.pth", head=tmp_path / "head.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("reserves", [True, False])
 def test_a_full_disk_leaves_nothing(
