@@ -171,11 +171,15 @@ def revert(
         Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write, .pth, .pt, .bin or .safetensors.")
     ],
     head: Annotated[Path | None, typer.Option(metavar="FILE", help="The file for a classifier's linear head.")] = None,
+    block_chunks: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Lists that the blocks are in, 0 for one. [default: as they were converted]"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a folder's model in its authors' layout: what convert does, backwards."""
     with errors_told(), ProgressReport() as progress:
-        reverted = streamconv.revert(folder, output, head=head, progress=progress)
+        reverted = streamconv.revert(folder, output, head=head, block_chunks=block_chunks, progress=progress)
     if as_json:
         print_json(reverted.as_dict())
     else:

@@ -196,6 +196,8 @@ def decide(
         "source": source.describe(),
         "select": source.source.select,
         "num_heads": source.source.num_heads,
+        "filled": dict(plan.filled),
+        "block_chunks": plan.block_chunks,
         "notes": list(plan.notes),
         "left_out": [str(each) for each in plan.left_out],
         "plan": plan.fingerprint,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from streamconv.errors import MappingError
-from streamconv.tensors import SourceTensor, TensorInfo, filled
+from streamconv.tensors import SourceTensor, TensorInfo
 
 # A dot-free part of a name that is one of the numbers from 0 on.
 _NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])")
@@ -178,10 +178,10 @@ def _require_fit(
         raise MappingError(f"{where} does not fit ({len(problems)} problems):", problems)
 
 
-def fillings(rules: Iterable[Rule], dims: Mapping[str, int], count: int, dtype: str) -> dict[str, SourceTensor]:
-    """The targets that no source has, by name."""
+def fillings(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[str, tuple[float, tuple[int, ...]]]:
+    """The targets that no source has, by name: their values and shapes."""
     return {
-        target.format(i=i): filled(rule.value, TensorInfo(dtype, _numbers(rule, dims)))
+        target.format(i=i): (rule.value, _numbers(rule, dims))
         for rule in rules
         if rule.value is not None
         for target in rule.targets

@@ -7,7 +7,7 @@ as the safetensors library writes them.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import PurePath
 from typing import Any
@@ -17,7 +17,7 @@ from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families import Family, Model, find_family
 from streamconv.mapping import apply, expand, fillings
 from streamconv.selection import LeftOut, Selection
-from streamconv.tensors import DTYPE_SIZES, SourceTensor, TensorInfo
+from streamconv.tensors import DTYPE_SIZES, SourceTensor, TensorInfo, filled
 
 PIECE_BYTES = 512 << 10  # what is read and written at once: it stays in the cache of a CPU
 
@@ -52,7 +52,8 @@ class Move:
 class Plan:
     """``files`` are the small files by name; ``model`` is None where no published model has these sizes, or several;
     ``geometry`` is the family's own description of them. ``notes`` say what no tensor does, and ``left_out`` what
-    of the source is not converted."""
+    of the source is not converted. ``filled`` are the values of targets that the source has not, and
+    ``block_chunks`` is the family's number of the lists that its blocks are in."""
 
     family: Family
     model: Model | None
@@ -66,6 +67,8 @@ class Plan:
     index: bytes | None
     notes: tuple[str, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    filled: Mapping[str, float] = field(default_factory=dict)
+    block_chunks: int = 0
 
     @property
     def size(self) -> int:
@@ -186,7 +189,8 @@ def make_plan(
     stored = next(iter(targets.values())).info.dtype  # of them all: `apply` refuses mixed ones
     if stored not in _TORCH_DTYPES:
         raise MappingError(f"{where} cannot become a model:", [f"its tensors are {stored}, which is no model's dtype"])
-    targets |= fillings(layout.rules, layout.dims, layout.count, stored)
+    fills = fillings(layout.rules, layout.dims, layout.count)
+    targets |= {name: filled(value, TensorInfo(stored, shape)) for name, (value, shape) in fills.items()}
     written = stored if dtype is None else CASTS[dtype]
     if written != stored:
         targets = {name: replace(tensor, cast_to=written) for name, tensor in targets.items()}
@@ -214,6 +218,8 @@ def make_plan(
         index=index,
         notes=() if alike and geometry.heads is None else layout.notes,
         left_out=selection.left_out if selection is not None else (),
+        filled={name: value for name, (value, _) in fills.items()},
+        block_chunks=_block_chunks(family, selection, layout.count) if selection is not None else 0,
     )
 
 
@@ -225,6 +231,15 @@ def _with_heads(family: Family, geometry: Any, num_heads: int | None) -> Any:
         raise UsageError(f"A model cannot have {num_heads} heads. Give --num-heads as it was trained.")
     said = replace(geometry, heads=num_heads)
     return geometry if said.num_heads == geometry.num_heads else said
+
+
+def _block_chunks(family: Family, selection: Selection, layers: int) -> int:
+    """How many chunks make the names that the file has; 0 where its blocks are in none, or otherwise cut."""
+    names = {key: name.removeprefix(selection.prefix) for key, name in selection.names.items()}
+    if all(key == name for key, name in names.items()):
+        return 0
+    counts = range(1, layers + 1)
+    return next((n for n in counts if all(family.chunked_name(k, layers, n) == name for k, name in names.items())), 0)
 
 
 def _published(alike: Sequence[Model], where: str) -> Model | None:

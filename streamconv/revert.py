@@ -15,14 +15,17 @@ from typing import Any
 from streamconv.checkpoint import Checkpoint, open_checkpoint
 from streamconv.errors import MappingError, OutputError, SourceMissingError, UsageError
 from streamconv.families import HEAD_PREFIX, Family, Model, all_families
+from streamconv.manifest import read_manifest
 from streamconv.mapping import Joined, guess_sources, invert
 from streamconv.output import OutputFile, require_space, whole_file
 from streamconv.plan import PIECE_BYTES, make_header
 from streamconv.progress import Progress, ignore_progress
 from streamconv.pth import STORAGES, write_pth
 from streamconv.streaming import SYNC_BYTES
+from streamconv.tensors import SourceTensor, filled
 
 SAFETENSORS = ".safetensors"
+MAX_FILLING_BYTES = 1 << 20  # a LayerScale or a mask token is a few kB
 SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
 
 
@@ -56,6 +59,7 @@ def revert(
     output: str | PathLike[str],
     *,
     head: str | PathLike[str] | None = None,
+    block_chunks: int | None = None,
     progress: Progress = ignore_progress,
 ) -> Reverted:
     """Write the checkpoint that a folder of transformers' was, or could have been, converted from.
@@ -64,6 +68,8 @@ def revert(
         folder: Holds safetensors files, one or several with their index, of transformers 4 or 5.
         output: The file to write: .pth, .pt and .bin as torch.save writes them, .safetensors as save_file.
         head: The file for a classifier's linear head, whose authors keep it apart from the backbone.
+        block_chunks: How many lists the blocks' names are in, 0 for one, as DinoVisionTransformer's argument of that
+            name; by default what the folder's manifest says of its source, or what the published model's file has.
         progress: Told of the bytes written.
 
     Raises:
@@ -79,8 +85,15 @@ def revert(
         raise UsageError(f"{paths[0]} cannot be backbone and head at once. Give --head another name.")
     if not os.path.isdir(source):
         raise SourceMissingError(f"{source} is no folder. Name the one that holds the safetensors files.")
+    manifest = read_manifest(source) or {}
     with open_checkpoint(source) as checkpoint:
-        family, model, tensors = _originals(checkpoint, str(source))
+        family, model, count, tensors = _originals(_without_fillings(checkpoint, manifest), str(source))
+        said = (block_chunks, manifest.get("block_chunks"), model.block_chunks if model else 0, 0)
+        chunks = next(n for n in said if type(n) is int)
+        if not 0 <= chunks <= count:
+            raise UsageError(f"{count} blocks cannot be in {chunks} chunks. Give --block-chunks from 0 to {count}.")
+        if chunks:
+            tensors = {family.chunked_name(key, count, chunks): tensor for key, tensor in tensors.items()}
         heads = {key.removeprefix(HEAD_PREFIX): t for key, t in tensors.items() if key.startswith(HEAD_PREFIX)}
         if heads and head is None:
             raise UsageError(f"{source} is a classifier, whose head has a file of its own. Name it: --head FILE.")
@@ -103,8 +116,27 @@ def _require_writable(path: Path, source: Path) -> None:
         raise UsageError(f"{path} would lie among the model's own files, and be taken for one. Choose another folder.")
 
 
-def _originals(checkpoint: Checkpoint, where: str) -> tuple[Family, Model | None, dict[str, Joined]]:
-    """What the checkpoint was before, in the order of its authors' model; a head's tensors under `HEAD_PREFIX`."""
+def _without_fillings(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Mapping[str, SourceTensor]:
+    """The tensors but for those that a conversion filled in, where all of them still are what they were."""
+    fillings = manifest.get("filled")
+    if not isinstance(fillings, dict) or not fillings.keys() <= checkpoint.keys():
+        return checkpoint
+    for name, value in fillings.items():
+        info = checkpoint[name].info
+        if not isinstance(value, float) or info.dtype not in STORAGES or info.nbytes > MAX_FILLING_BYTES:
+            return checkpoint
+        if checkpoint[name].tobytes() != filled(value, info).tobytes():
+            return checkpoint
+    return {name: tensor for name, tensor in checkpoint.items() if name not in fillings}
+
+
+def _originals(
+    checkpoint: Mapping[str, SourceTensor], where: str
+) -> tuple[Family, Model | None, int, dict[str, Joined]]:
+    """What the checkpoint was before, in the order of its authors' model, and how many blocks it has.
+
+    A head's tensors stand under `HEAD_PREFIX`.
+    """
     infos = {name: tensor.info for name, tensor in checkpoint.items()}
     guesses = [(family, guess_sources(family.rules, infos)) for family in all_families()]
     family, guess = max(guesses, key=lambda each: len(each[0].signature & each[1].keys()))
@@ -114,11 +146,12 @@ def _originals(checkpoint: Checkpoint, where: str) -> tuple[Family, Model | None
         raise MappingError(f"{where} holds no model that streamconv converts to ({known}), but:", held)
     geometry = family.geometry(guess)
     layout = family.layout(geometry)
-    tensors = invert(layout.rules, checkpoint, layout.dims, layout.count, where, layout.problems)
+    tensors = invert(layout.rules, checkpoint, layout.dims, layout.count, where)
     dtype = next(iter(tensors.values())).info.dtype  # of them all: `invert` refuses mixed ones
     if dtype not in STORAGES:
         raise MappingError(f"{where} cannot be reverted:", [f"its tensors are {dtype}, which is no model's dtype"])
-    return family, next((known for known in family.models if known.geometry == geometry), None), tensors
+    model = next((known for known in family.models if known.geometry == geometry), None)
+    return family, model, layout.count, tensors
 
 
 def _size(tensors: Mapping[str, Joined]) -> int:

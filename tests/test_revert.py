@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.conftest import State, run_python, tiny
 from tests.test_cli import run
 from tests.test_convert import peak_kb
 from tests.test_faults import CALLS, Faults, small_disk
+from tests.test_selection import chunked
 
 __all__ = ["small_disk"]  # a fixture
 HEAD = "linear_head."
@@ -402,3 +404,85 @@ def test_reverting_imports_nothing_large(tmp_path: Path) -> None:
         "print([m for m in ('torch', 'numpy', 'transformers', 'accelerate', 'huggingface_hub') if m in sys.modules])"
     )
     assert run_python(code).splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("lacking", [{"has_layer_scale": False}, {"has_mask_token": False}, {"has_qkv_bias": False}])
+@pytest.mark.parametrize("registers", [0, 4])
+def test_what_was_filled_in_goes_again(tmp_path: Path, registers: int, lacking: dict[str, bool], suffix: str) -> None:
+    geometry = replace(tiny(registers=registers), **lacking)  # type: ignore[arg-type]
+    folder = converted(tmp_path, geometry)
+    streamconv.revert(folder, tmp_path / f"back{suffix}")
+    state, _ = original_states(geometry)
+    assert_same(state, tmp_path / f"back{suffix}")
+
+
+def test_what_was_filled_in_and_trained_on_stays(tmp_path: Path) -> None:
+    geometry = replace(tiny(), has_layer_scale=False)
+    folder = converted(tmp_path, geometry)
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["encoder.layer.1.layer_scale2.lambda1"][5] = 0.5
+    safetensors.torch.save_file(tensors, path)
+    streamconv.revert(folder, tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back["blocks.1.ls2.gamma"][5] == 0.5
+    assert torch.equal(back["blocks.0.ls1.gamma"], torch.ones(128))
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 2, 3, 4, 11])
+def test_blocks_in_chunks_come_back_in_chunks(tmp_path: Path, chunks: int) -> None:
+    """Eleven blocks are no multiple of four: these are in chunks of two, and so in six."""
+    geometry = tiny(layers=11)
+    state, _ = original_states(geometry)
+    size = 11 // chunks if chunks else 0
+    named = chunked(state, size) if chunks else state
+    torch.save({"teacher": {f"backbone.{key}": value for key, value in named.items()}}, tmp_path / "x.pth")
+    streamconv.convert(tmp_path / "x.pth", tmp_path / "folder")
+    streamconv.revert(tmp_path / "folder", tmp_path / "back.pth")
+    assert_same(named, tmp_path / "back.pth")
+    flat = run("revert", "folder", "-o", "flat.pth", "--block-chunks", "0", cwd=tmp_path)
+    assert flat.returncode == 0, flat.stderr
+    assert_same(state, tmp_path / "flat.pth")
+    streamconv.revert(tmp_path / "folder", tmp_path / "two.pth", block_chunks=2)
+    assert_same(chunked(state, 5), tmp_path / "two.pth")
+
+
+def test_wrong_numbers_of_chunks_are_refused(tmp_path: Path) -> None:
+    folder = converted(tmp_path, tiny())
+    for chunks in (-1, 4):
+        with pytest.raises(UsageError, match=rf"3 blocks cannot be in {chunks} chunks"):
+            streamconv.revert(folder, tmp_path / "back.pth", block_chunks=chunks)
+    assert not (tmp_path / "back.pth").exists()
+
+
+def test_a_folder_without_a_manifest_of_a_published_model_has_its_chunks(tmp_path: Path) -> None:
+    streamconv.synth("webssl_dino300m_full2b_224", tmp_path / "x.pth")
+    streamconv.convert(tmp_path / "x.pth", tmp_path / "folder", dtype="bfloat16")
+    (tmp_path / "folder" / "streamconv.json").unlink()
+    done = streamconv.revert(tmp_path / "folder", tmp_path / "back.pth")
+    assert done.model is not None
+    with streamconv.open_checkpoint(tmp_path / "x.pth") as source, streamconv.open_checkpoint(done.files[0]) as back:
+        assert list(back) == list(source)
+        assert "blocks.3.23.ls2.gamma" in back
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"filled": {"norm.bias": 1.0}}, {"filled": ["x"]}, {"filled": {"layernorm.bias": "1"}},
+     {"filled": {"layernorm.bias": 1.0, "encoder.layer.0.norm1.bias": 1.0}}, {"block_chunks": "4"},
+     {"block_chunks": None}],
+)  # fmt: skip
+def test_a_manifest_that_someone_altered_changes_nothing(tmp_path: Path, said: dict[str, object]) -> None:
+    folder = converted(tmp_path, tiny())
+    path = folder / "streamconv.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **said}))
+    streamconv.revert(folder, tmp_path / "back.pth")
+    assert_same(original_states(tiny())[0], tmp_path / "back.pth")
+
+
+def test_heads_of_any_number_come_back(tmp_path: Path) -> None:
+    geometry = replace(tiny(hidden=96), heads=3)  # 96 is no multiple of 64
+    folder = converted(tmp_path, geometry, num_heads=3)
+    streamconv.revert(folder, tmp_path / "back.pth")
+    assert_same(original_states(geometry)[0], tmp_path / "back.pth")
