@@ -74,6 +74,12 @@ def test_every_published_model_maps_metas_keys_onto_transformers(name: str, tmp_
     assert plan.config["num_attention_heads"] == golden["heads"]
 
 
+def test_licences_are_the_authors() -> None:
+    """DINOv2's README says Apache 2.0, Web-SSL's CC-BY-NC."""
+    for model in FAMILY.models:
+        assert model.licence == ("cc-by-nc-4.0" if model.name in WEB_DINO else "apache-2.0")
+
+
 def transformers_config(name: str, labels: list[str]) -> transformers.PretrainedConfig:
     """The original script's configuration, by constructor arguments; with registers, its sibling's."""
     web = re.fullmatch(r"webssl_dino(\d+\w)_\w+_(\d+)", name)

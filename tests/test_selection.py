@@ -221,6 +221,9 @@ def test_unknown_tensors_beside_a_backbone_take_the_users_word(tmp_path: Path) -
     done = streamconv.convert(source, tmp_path / "out", select="model.net")
     assert [str(each) for each in done.plan.left_out] == ["model.head.* (1 tensors, 2,560 bytes): not selected"]
     # Within a backbone nothing is left out that no rule names.
+    within = saved({"model": {**prefixed(state, "net."), "net.head.weight": torch.ones(5, 128)}}, tmp_path / "z.pth")
+    with pytest.raises(MappingError, match=r"unexpected: model.net.head.weight \[5, 128\]"):
+        streamconv.plan(within)
     inside = saved({**state, "head.weight": torch.ones(5, 128)}, tmp_path / "y.pth")
     for select in (None, ""):
         with pytest.raises(MappingError, match=r"unexpected: head.weight \[5, 128\]"):
@@ -351,6 +354,12 @@ def test_a_tensor_of_a_class_that_is_not_read_is_named(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_no_tensor_elsewhere_is_no_matter(tmp_path: Path) -> None:
+    state, _ = make_states(tiny())
+    others = {"norm.bias": argparse.Namespace(), "model.args": argparse.Namespace()}
+    assert streamconv.plan(saved({"model": state, **others}, tmp_path / "x.pth")).left_out == ()
+
+
 def test_heads_are_said_by_the_family_or_by_the_user(tmp_path: Path) -> None:
     state, _ = make_states(tiny())
     source = saved(state, tmp_path / "x.pth")
@@ -367,6 +376,7 @@ def test_heads_are_said_by_the_family_or_by_the_user(tmp_path: Path) -> None:
     published = saved(small, tmp_path / "small.pth")
     assert streamconv.plan(published).notes == ()
     assert streamconv.plan(published).model is not None
+    assert streamconv.plan(published, num_heads=6).model is not None
     assert streamconv.plan(published, num_heads=12).model is None
     # Another number than it was trained with is found by who verifies with the right one.
     streamconv.convert(source, tmp_path / "out", num_heads=4)
