@@ -17,7 +17,7 @@ from streamconv.download import downloaded
 from streamconv.errors import NoRangesError, UsageError
 from streamconv.families import HEAD_PREFIX
 from streamconv.folder import Mark, OutputFolder, claimed, find_finished, marks_of
-from streamconv.labels import imagenet_labels, read_labels
+from streamconv.labels import imagenet_labels, labels_in, read_labels
 from streamconv.manifest import MANIFEST_NAME, is_of, manifest_bytes, read_manifest
 from streamconv.output import temporary_path, write_file
 from streamconv.plan import Plan, Shard, make_plan
@@ -272,9 +272,11 @@ def _plan(
 ) -> tuple[Plan, str | None]:
     names: Sequence[str] | None = None
     labels_from = None
-    if source.source.head is not None:
+    if HEAD_PREFIX + "bias" in source.tensors:
         if labels is not None:
             names, labels_from = read_labels(Path(labels)), Path(labels).name
+        elif source.config:
+            names, labels_from = labels_in(source.config), "config.json of what was converted"
         elif source.tensors[HEAD_PREFIX + "bias"].info.shape == (1000,):
             progress("asking the Hub for ImageNet's labels", 0, 1, "steps")
             names, labels_from = imagenet_labels()

@@ -4,7 +4,9 @@ import ast
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from streamconv.checkpoint.storage import read_small
 from streamconv.errors import SourceError, UsageError
@@ -33,6 +35,15 @@ def read_labels(path: Path) -> list[str]:
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise UsageError(f'{path} is no JSON of labels: {{"0": …, "1": …}} or a list of strings.')
     return labels
+
+
+def labels_in(config: Mapping[str, Any]) -> list[str]:
+    """Those of a config.json in class order; none where it says none."""
+    try:
+        labels = config["id2label"]
+        return [labels[str(i)] for i in range(len(labels))]
+    except (KeyError, TypeError):
+        return []
 
 
 def imagenet_labels() -> tuple[list[str], str]:

@@ -7,12 +7,12 @@ Read from right to left, the same rules turn targets into sources.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
 from streamconv.errors import MappingError
-from streamconv.tensors import SourceTensor, TensorInfo
+from streamconv.tensors import AnyTensor, Joined, SourceTensor, TensorInfo, joined
 
 # A dot-free part of a name that is one of the numbers from 0 on.
 _NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])")
@@ -69,7 +69,7 @@ def _numbers(rule: Rule, dims: Mapping[str, int]) -> tuple[int, ...]:
 
 def apply(
     rules: Iterable[Rule],
-    tensors: Mapping[str, SourceTensor],
+    tensors: Mapping[str, AnyTensor],
     dims: Mapping[str, int],
     count: int,
     where: str,
@@ -94,21 +94,11 @@ def apply(
             name = target.format(i=i)
             if name in targets:
                 raise ValueError(f"two rules make {name}")  # a mistake in a family, not in a checkpoint
-            targets[name] = tensor if len(rule.targets) == 1 else tensor.rows(n * rows, (n + 1) * rows)
+            if len(rule.targets) > 1 or isinstance(tensor, Joined):
+                targets[name] = tensor.rows(n * rows, (n + 1) * rows)
+            else:
+                targets[name] = tensor
     return targets
-
-
-@dataclass(frozen=True)
-class Joined:
-    """A tensor that ``parts`` make up, one after another along dim 0."""
-
-    info: TensorInfo
-    parts: tuple[SourceTensor, ...]
-
-    def split(self, max_bytes: int) -> Iterator[SourceTensor]:
-        """As `SourceTensor.split`."""
-        for part in self.parts:
-            yield from part.split(max_bytes)
 
 
 def invert(
@@ -118,7 +108,7 @@ def invert(
     count: int,
     where: str,
     known_problems: Iterable[str] = (),
-) -> dict[str, Joined]:
+) -> dict[str, AnyTensor]:
     """`apply`, backwards: of ``tensors``, the targets, the sources by key, in the order of `expand`.
 
     Raises:
@@ -128,23 +118,25 @@ def invert(
     parts = {key: [target.format(i=i) for target in rule.targets] for key, (rule, _, i) in keys.items()}
     expected = {name: _part(shape, len(parts[key])) for key, (_, shape, _) in keys.items() for name in parts[key]}
     _require_fit(tensors, expected, where, known_problems, {})
-    return {
-        key: Joined(TensorInfo(tensors[parts[key][0]].info.dtype, shape), tuple(tensors[name] for name in parts[key]))
-        for key, (_, shape, _) in keys.items()
-    }
+    return {key: joined([tensors[name] for name in names]) for key, names in parts.items()}
 
 
-def guess_sources(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """What ``targets`` were made from, as their names and shapes have it; those that no rule makes are left out."""
+def guess_sources(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
+    """The sources that ``targets`` were made from, each with those that make it up; what fits no rule is its own.
+
+    Parts of one source have one dtype and shape.
+    """
     makers = {target: rule for rule in rules for target in rule.targets if rule.value is None}
-    sources = {}
-    for name, info in targets.items():
+    sources: dict[str, tuple[str, ...]] = {}
+    for name in targets:
         number = _NUMBER.search(name)
-        rule = makers.get(_NUMBER.sub("{i}", name, count=1))
-        if rule is not None and "{i}" not in name:
-            rows = [n * len(rule.targets) for n in info.shape[:1]]
-            key = rule.source.format(i=number and number[0])
-            sources[key] = TensorInfo(info.dtype, (*rows, *info.shape[1:]))
+        rule = makers.get(_NUMBER.sub("{i}", name, count=1)) if "{i}" not in name else None
+        i = number and number[0]
+        parts = tuple(target.format(i=i) for target in rule.targets) if rule is not None else ()
+        if rule is not None and targets.keys() >= {*parts} and len({targets[part] for part in parts}) == 1:
+            sources[rule.source.format(i=i)] = parts
+        else:
+            sources[name] = (name,)
     return sources
 
 
@@ -154,7 +146,7 @@ def _part(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
 
 
 def _require_fit(
-    tensors: Mapping[str, SourceTensor],
+    tensors: Mapping[str, AnyTensor],
     expected: Mapping[str, tuple[int, ...]],
     where: str,
     known_problems: Iterable[str],

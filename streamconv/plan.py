@@ -17,7 +17,7 @@ from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families import Family, Model, find_family
 from streamconv.mapping import apply, expand, fillings
 from streamconv.selection import LeftOut, Selection
-from streamconv.tensors import DTYPE_SIZES, SourceTensor, TensorInfo, filled
+from streamconv.tensors import DTYPE_SIZES, AnyTensor, SourceTensor, TensorInfo, filled
 
 PIECE_BYTES = 512 << 10  # what is read and written at once: it stays in the cache of a CPU
 
@@ -44,7 +44,7 @@ class Move:
     """One source tensor and what becomes of it: renamed, or cut along dim 0 into several."""
 
     source: str
-    tensor: SourceTensor
+    tensor: AnyTensor
     targets: tuple[str, ...]
 
 
@@ -140,7 +140,7 @@ class Plan:
 
 
 def make_plan(
-    tensors: Mapping[str, SourceTensor],
+    tensors: Mapping[str, AnyTensor],
     where: str,
     labels: Sequence[str] | None = None,
     max_shard_size: int | str = "5GB",
@@ -178,12 +178,12 @@ def make_plan(
     found = model or _published(alike, where)
     layout = family.layout(geometry)
     expected = expand(layout.rules, layout.dims, layout.count)
-    names = selection.names if selection is not None else {}
+    called = selection.called if selection is not None else {}
     problems = [*layout.problems]
     if selection is not None:
         unread = [(selection.prefix + key, kind) for key, kind in selection.unread.items() if key in expected]
         problems += [f"{key} is a {kind}, which is not read" for key, kind in unread]
-    targets = apply(layout.rules, tensors, layout.dims, layout.count, where, problems, names)
+    targets = apply(layout.rules, tensors, layout.dims, layout.count, where, problems, called)
     _refuse_unstreamable(targets)
 
     stored = next(iter(targets.values())).info.dtype  # of them all: `apply` refuses mixed ones
@@ -208,7 +208,7 @@ def make_plan(
         geometry=geometry,
         architecture=layout.architecture,
         moves=tuple(
-            Move(names.get(key, key), tensors[key], tuple(target.format(i=i) for target in rule.targets))
+            Move(called.get(key, key), tensors[key], tuple(target.format(i=i) for target in rule.targets))
             for key, (rule, _, i) in expected.items()
         ),
         shards=shards,
@@ -235,7 +235,7 @@ def _with_heads(family: Family, geometry: Any, num_heads: int | None) -> Any:
 
 def _block_chunks(family: Family, selection: Selection, layers: int) -> int:
     """How many chunks make the names that the file has; 0 where its blocks are in none, or otherwise cut."""
-    names = {key: name.removeprefix(selection.prefix) for key, name in selection.names.items()}
+    names = {key: name.removeprefix(selection.prefix) for key, name in selection.called.items()}
     if all(key == name for key, name in names.items()):
         return 0
     counts = range(1, layers + 1)

@@ -14,15 +14,15 @@ from typing import Any
 
 from streamconv.checkpoint import Checkpoint, open_checkpoint
 from streamconv.errors import MappingError, OutputError, SourceMissingError, UsageError
-from streamconv.families import HEAD_PREFIX, Family, Model, all_families
+from streamconv.families import HEAD_PREFIX, Family, Model, all_families, find_converted
 from streamconv.manifest import read_manifest
-from streamconv.mapping import Joined, guess_sources, invert
+from streamconv.mapping import invert
 from streamconv.output import OutputFile, require_space, whole_file
 from streamconv.plan import PIECE_BYTES, make_header
 from streamconv.progress import Progress, ignore_progress
 from streamconv.pth import STORAGES, write_pth
 from streamconv.streaming import SYNC_BYTES
-from streamconv.tensors import SourceTensor, filled
+from streamconv.tensors import AnyTensor, SourceTensor, filled, joined
 
 SAFETENSORS = ".safetensors"
 MAX_FILLING_BYTES = 1 << 20  # a LayerScale or a mask token is a few kB
@@ -132,19 +132,20 @@ def _without_fillings(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Ma
 
 def _originals(
     checkpoint: Mapping[str, SourceTensor], where: str
-) -> tuple[Family, Model | None, int, dict[str, Joined]]:
+) -> tuple[Family, Model | None, int, dict[str, AnyTensor]]:
     """What the checkpoint was before, in the order of its authors' model, and how many blocks it has.
 
     A head's tensors stand under `HEAD_PREFIX`.
     """
     infos = {name: tensor.info for name, tensor in checkpoint.items()}
-    guesses = [(family, guess_sources(family.rules, infos)) for family in all_families()]
-    family, guess = max(guesses, key=lambda each: len(each[0].signature & each[1].keys()))
-    if 2 * len(family.signature & guess.keys()) <= len(family.signature):
+    found = find_converted(infos)
+    if found is None:
         known = ", ".join(each.name for each in all_families())
         held = [*list(infos)[:3], *["…"] * (len(infos) > 3)]
         raise MappingError(f"{where} holds no model that streamconv converts to ({known}), but:", held)
-    geometry = family.geometry(guess)
+    family, sources = found
+    originals = {key: joined([checkpoint[name] for name in names]) for key, names in sources.items()}
+    geometry = family.geometry({key: tensor.info for key, tensor in originals.items()})
     layout = family.layout(geometry)
     tensors = invert(layout.rules, checkpoint, layout.dims, layout.count, where)
     dtype = next(iter(tensors.values())).info.dtype  # of them all: `invert` refuses mixed ones
@@ -154,11 +155,11 @@ def _originals(
     return family, model, layout.count, tensors
 
 
-def _size(tensors: Mapping[str, Joined]) -> int:
+def _size(tensors: Mapping[str, AnyTensor]) -> int:
     return sum(tensor.info.nbytes for tensor in tensors.values())
 
 
-def _write(files: Mapping[Path, Mapping[str, Joined]], checkpoint: Checkpoint, progress: Progress) -> None:
+def _write(files: Mapping[Path, Mapping[str, AnyTensor]], checkpoint: Checkpoint, progress: Progress) -> None:
     """All of the files, or none."""
     for path, tensors in files.items():
         require_space(path.parent, _size(tensors))
@@ -177,7 +178,9 @@ def _write(files: Mapping[Path, Mapping[str, Joined]], checkpoint: Checkpoint, p
             source.require_unchanged()
 
 
-def _write_state(file: OutputFile, path: Path, tensors: Mapping[str, Joined], advance: Callable[[int], None]) -> None:
+def _write_state(
+    file: OutputFile, path: Path, tensors: Mapping[str, AnyTensor], advance: Callable[[int], None]
+) -> None:
     """One file, in the format that its suffix names."""
     infos = {key: tensor.info for key, tensor in tensors.items()}
     buffer = memoryview(bytearray(PIECE_BYTES))

@@ -6,11 +6,11 @@ whole keys that begin with it, never off their middle: `dino_head.norm.bias` is 
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from streamconv.checkpoint import Checkpoint
 from streamconv.errors import MappingError, UsageError
-from streamconv.families import Apart, Family, all_families, find_family
+from streamconv.families import Apart, Family, all_families, find_converted, find_family
 from streamconv.tensors import SourceTensor
 
 FLAT_PARAMETER = "_flat_param"  # torch.distributed.fsdp's name of many tensors in one
@@ -31,15 +31,23 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Selection:
-    """``names`` gives the name in the file for each of a backbone's names as its family's rules have them.
+    """What of a file is converted.
 
-    ``unread`` is the class of each of its values that is no tensor, by the same names.
+    ``names`` gives for each of a backbone's names, as its family's rules have them, the one in the file; of a model
+    that was converted before, the three of its queries, keys and values. ``unread`` is the class of each of its values
+    that is no tensor, by the rules' names.
     """
 
     prefix: str
-    names: Mapping[str, str]
-    left_out: tuple[LeftOut, ...]
-    unread: Mapping[str, str]
+    names: Mapping[str, tuple[str, ...]]
+    left_out: tuple[LeftOut, ...] = ()
+    unread: Mapping[str, str] = field(default_factory=dict)
+    is_converted: bool = False
+
+    @property
+    def called(self) -> dict[str, str]:
+        """``names``, for messages."""
+        return {key: " + ".join(names) for key, names in self.names.items()}
 
 
 def find_backbone(checkpoint: Checkpoint, where: str, prefix: str | None = None) -> Selection:
@@ -64,7 +72,11 @@ def find_backbone(checkpoint: Checkpoint, where: str, prefix: str | None = None)
         )
     if not found:
         _refuse_heads(checkpoint, where)
-        find_family({name: tensor.info for name, tensor in checkpoint.items()}, where)  # says what is missing
+        infos = {name: tensor.info for name, tensor in checkpoint.items()}
+        converted = find_converted(infos)
+        if converted is not None:
+            return Selection("", converted[1], is_converted=True)
+        find_family(infos, where)  # says what is missing
     chosen = next(iter(found)) if prefix is None else prefix
     return _divide(checkpoint, where, chosen, found[chosen], is_chosen=prefix is not None)
 
@@ -117,7 +129,7 @@ def _divide(checkpoint: Checkpoint, where: str, prefix: str, family: Family, is_
         raise MappingError(f"{where} holds more than a backbone{mend}", problems)
     return Selection(
         prefix,
-        names,
+        {key: (name,) for key, name in names.items()},
         tuple(LeftOut(start, len(sizes), sum(sizes), reason) for (start, reason), sizes in left_out.items()),
         {
             family.flat_name(name.removeprefix(prefix)): kind

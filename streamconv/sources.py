@@ -3,6 +3,7 @@
 A model's files are those that torch.hub keeps, else those at their authors' addresses.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,12 +13,14 @@ from typing import Any
 
 from streamconv.checkpoint import Checkpoint, open_checkpoint
 from streamconv.checkpoint.addresses import Address, Place, place_of
+from streamconv.checkpoint.storage import read_small
 from streamconv.errors import (
     ChangedError,
     CorruptError,
     MappingError,
     NetworkError,
     NotACheckpointError,
+    SourceError,
     SourceMissingError,
     TruncatedError,
     UsageError,
@@ -25,7 +28,7 @@ from streamconv.errors import (
 from streamconv.families import HEAD_PREFIX, Model, RemoteFile, find_model
 from streamconv.progress import Progress, ignore_progress
 from streamconv.selection import Selection, find_backbone
-from streamconv.tensors import SourceTensor
+from streamconv.tensors import AnyTensor, joined, parts_of
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ def _kept(file: RemoteFile) -> Place:
     return path if os.path.exists(path) else Address(file.url)
 
 
-def _is_checkable(tensors: Mapping[str, SourceTensor]) -> bool:
-    return all(tensor.record.crc32 is not None for tensor in tensors.values())
+def _is_checkable(tensors: Mapping[str, AnyTensor]) -> bool:
+    return all(part.record.crc32 is not None for tensor in tensors.values() for part in parts_of(tensor))
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class OpenSource:
     """
 
     source: Source
-    tensors: Mapping[str, SourceTensor]
+    tensors: Mapping[str, AnyTensor]
     checkpoints: Mapping[str, Checkpoint]
     selection: Selection
 
@@ -131,7 +134,16 @@ class OpenSource:
     @property
     def said(self) -> dict[str, Any]:
         """What `plan.make_plan` is told beside the tensors."""
-        return {"model": self.source.model, "num_heads": self.source.num_heads, "selection": self.selection}
+        said = (self.source.num_heads, self.config.get("num_attention_heads"))
+        num_heads = next((number for number in said if type(number) is int), None)
+        return {"model": self.source.model, "num_heads": num_heads, "selection": self.selection}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json beside a model that was converted before: what its tensors do not say stands there."""
+        if not self.selection.is_converted or not isinstance(self.source.backbone, Path):
+            return {}
+        return read_config(self.source.backbone)
 
     @property
     def is_checkable(self) -> bool:
@@ -183,7 +195,7 @@ def opened(source: Source, progress: Progress = ignore_progress, *, is_exact: bo
         if heads:
             raise MappingError(f"{source.backbone} is no backbone alone. Save the head's weight and bias apart:", heads)
         selection = find_backbone(backbone, str(source.backbone), source.select)
-        tensors = {key: backbone[name] for key, name in selection.names.items()}
+        tensors = {key: joined([backbone[name] for name in names]) for key, names in selection.names.items()}
         if source.head is not None:
             head = checkpoints["head"]
             if head.keys() != {"weight", "bias"}:
@@ -207,3 +219,12 @@ def _kept_copies_named(source: Source) -> Iterator[None]:
             raise
         hint = f"It is torch.hub's copy. Delete it to have it fetched again:\n  {named[0]}"
         raise type(error)(f"{error}\n{hint}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json; an empty one where that is none."""
+    try:
+        config = json.loads(read_small(folder / "config.json"))
+    except (SourceError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}

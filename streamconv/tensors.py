@@ -6,7 +6,7 @@ record have them. Everything here is arithmetic; the only I/O is ``read_at`` of 
 
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, Protocol
@@ -189,6 +189,46 @@ class SourceTensor:
             piece.read_into(view[at : at + piece.info.nbytes])
             at += piece.info.nbytes
         return bytes(data)
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A tensor that is made up of ``parts`` of one shape, one after another along dim 0."""
+
+    info: TensorInfo
+    parts: tuple[SourceTensor, ...]
+
+    @property
+    def target(self) -> TensorInfo:
+        """As `SourceTensor.target`."""
+        return TensorInfo(self.parts[0].target.dtype, self.info.shape)
+
+    def rows(self, start: int, stop: int) -> SourceTensor:
+        """The part that has these rows, and no others."""
+        size = self.info.shape[0] // len(self.parts)
+        if start % size or stop - start != size:
+            raise ValueError(f"rows {start} to {stop} are no part of {self.info}, whose parts have {size}")
+        return self.parts[start // size]
+
+    def split(self, max_bytes: int) -> Iterator[SourceTensor]:
+        """As `SourceTensor.split`."""
+        for part in self.parts:
+            yield from part.split(max_bytes)
+
+
+AnyTensor = SourceTensor | Joined
+
+
+def parts_of(tensor: AnyTensor) -> tuple[SourceTensor, ...]:
+    return tensor.parts if isinstance(tensor, Joined) else (tensor,)
+
+
+def joined(parts: Sequence[SourceTensor]) -> AnyTensor:
+    """``parts`` of one shape as one tensor; a single one as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    dtype, (rows, *others) = parts[0].info.dtype, parts[0].info.shape
+    return Joined(TensorInfo(dtype, (rows * len(parts), *others)), tuple(parts))
 
 
 @dataclass(frozen=True, slots=True)

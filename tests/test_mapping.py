@@ -7,7 +7,7 @@ import pytest
 from streamconv import MappingError, TensorInfo
 from streamconv.checkpoint.storage import LocalFile
 from streamconv.mapping import apply, chunk, count_of, guess_sources, invert, rename
-from streamconv.tensors import ByteRange, Record, SourceTensor, contiguous_strides
+from streamconv.tensors import ByteRange, Record, SourceTensor, contiguous_strides, joined
 
 RULES = (
     rename("cls", "embeddings.cls", "1 D"),
@@ -72,10 +72,13 @@ def test_inverting_gives_the_parts_in_order_block_by_block(make) -> None:  # typ
     targets = apply(rules, sources, DIMS, 11, "x")
     back = invert(rules, dict(reversed(targets.items())), DIMS, 11, "x")
     assert list(back) == ["cls", *(f"blocks.{i}.{name}" for i in range(11) for name in ("a", "b", "qkv"))]
-    assert {key: joined.info for key, joined in back.items()} == {key: t.info for key, t in sources.items()}
+    assert {key: tensor.info for key, tensor in back.items()} == {key: t.info for key, t in sources.items()}
     assert back["blocks.10.qkv"].parts == tuple(targets[f"layer.10.{name}"] for name in "qkv")
     infos = {name: target.info for name, target in targets.items()}
-    assert guess_sources(rules, infos) == {key: joined.info for key, joined in back.items()}
+    guessed = guess_sources(rules, infos)
+    assert guessed["blocks.10.qkv"] == ("layer.10.q", "layer.10.k", "layer.10.v")
+    assert {key: joined([targets[name] for name in names]) for key, names in guessed.items()} == back
+    assert apply(rules, back, DIMS, 11, "x") == targets
 
 
 def test_everything_wrong_on_the_way_back_is_listed_at_once(make) -> None:  # type: ignore[no-untyped-def]
@@ -92,10 +95,17 @@ def test_everything_wrong_on_the_way_back_is_listed_at_once(make) -> None:  # ty
     ]
 
 
-def test_guessing_leaves_names_out_that_no_rule_makes() -> None:
+def test_guessing_joins_nothing_that_no_rule_makes_whole(make) -> None:  # type: ignore[no-untyped-def]
     info = TensorInfo("F32", (2,))
-    strays = ("layer.00.q", "layer.0.1.q", "layer.x.q", "xlayer.0.q", "layer.0.q.weight", "layer.{i}.q")
-    assert guess_sources(RULES, dict.fromkeys(strays, info)) == {}
+    strays = ("layer.00.q", "layer.0.1.q", "layer.x.q", "xlayer.0.q", "layer.0.q.weight", "layer.{i}.q", "layer.1.q")
+    assert guess_sources(RULES, dict.fromkeys(strays, info)) == {name: (name,) for name in strays}
+    for odd in (TensorInfo("F16", (2,)), TensorInfo("F32", (3,))):
+        parts = {"layer.0.q": info, "layer.0.k": odd, "layer.0.v": info}
+        assert guess_sources(RULES, parts) == {name: (name,) for name in parts}
+    whole = joined([make(2, 2), make(2, 2)])
+    for start, stop in ((0, 1), (1, 3), (0, 4)):
+        with pytest.raises(ValueError, match="are no part of"):
+            whole.rows(start, stop)
 
 
 def test_counting_takes_gaps_and_leaves_strays() -> None:

@@ -53,7 +53,7 @@ def plan_of_shapes(
                 info, Record(file, name, ByteRange(0, info.nbytes)), 0, contiguous_strides(shape)
             )
         selection = find_backbone(Checkpoint(tensors, {}, [], ""), filename)
-        selected = {key: tensors[called] for key, called in selection.names.items()}
+        selected = {key: tensors[called] for key, (called,) in selection.names.items()}
         return make_plan(selected, filename, selection=selection, **options)  # type: ignore[arg-type]
     finally:
         file.close()

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from transformers import Dinov2Model, Dinov2WithRegistersModel
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
 
 import streamconv
-from streamconv import MappingError, UsageError
+from streamconv import MappingError, OutputError, UsageError
 from streamconv.families.dinov2 import Geometry
 from tests.conftest import State, make_states, seeds_mapping, tiny
 from tests.file_server import FileServer
@@ -404,3 +404,83 @@ def test_an_interrupted_conversion_with_fillings_goes_on(tmp_path: Path, monkeyp
     interrupt_after(monkeypatch, source, tmp_path / "out", 0.5)
     assert streamconv.convert(source, tmp_path / "out").taken_up > 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("classes", [None, 5])
+@pytest.mark.parametrize("limit", ["5GB", "200KB"])
+def test_what_was_converted_is_a_source(
+    tmp_path: Path, swiglu: bool, registers: int, classes: int | None, limit: str
+) -> None:
+    """Cast and cut anew, it is what the original gives at once; the labels stay."""
+    backbone, head = make_states(tiny(swiglu, classes, registers=registers))
+    source = saved(backbone, tmp_path / "x.pth")
+    given: dict[str, Any] = {}
+    if classes:
+        (tmp_path / "labels.txt").write_text("a\nb\nc\nd\ne\n")
+        given = {"head": saved(head, tmp_path / "h.pth"), "labels": tmp_path / "labels.txt"}
+    streamconv.convert(source, tmp_path / "first", max_shard_size=limit, **given)
+    done = streamconv.convert(tmp_path / "first", tmp_path / "second", dtype="bfloat16", max_shard_size="150KB")
+    streamconv.convert(source, tmp_path / "at once", dtype="bfloat16", max_shard_size="150KB", **given)
+    ours, theirs = contents(tmp_path / "second"), contents(tmp_path / "at once")
+    assert done.labels_from == ("config.json of what was converted" if classes else None)
+    del ours["streamconv.json"], theirs["streamconv.json"]
+    assert ours == theirs
+    found = streamconv.verify(tmp_path / "second", tmp_path / "first", device="cpu")
+    assert [rung.passed for rung in found.rungs] == [True] * 4, found.rungs
+    assert found.rungs[2].numbers["largest"] <= 1e-13
+
+
+def test_what_transformers_saved_is_a_source(tmp_path: Path, server: FileServer) -> None:
+    """Its heads are those of its config.json; at an address it is read as any other file."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 96, "num_attention_heads": 3, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
+    model = Dinov2Model(Dinov2Config(**sizes))
+    model.save_pretrained(tmp_path / "theirs")
+    streamconv.convert(tmp_path / "theirs", tmp_path / "ours")
+    again = Dinov2Model.from_pretrained(tmp_path / "ours")
+    assert again.config.num_attention_heads == 3
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+    assert streamconv.verify(tmp_path / "ours", tmp_path / "theirs", device="cpu").passed
+    (tmp_path / "served" / "x.safetensors").write_bytes((tmp_path / "theirs" / "model.safetensors").read_bytes())
+    address = f"{server.url}/x.safetensors"
+    with pytest.raises(
+        MappingError, match="hidden size 96 is no multiple of 1 heads: give their number by --num-heads"
+    ):
+        streamconv.plan(address)
+    streamconv.convert(address, tmp_path / "far", num_heads=3, dtype="float16", stream=True)
+    found = streamconv.verify(tmp_path / "far", address, stream=True, device="cpu")
+    assert [rung.passed for rung in found.rungs] == [True] * 4, found.rungs
+
+
+def test_a_converted_model_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
+    source = saved(make_states(tiny())[0], tmp_path / "x.pth")
+    folder = streamconv.convert(source, tmp_path / "out").output
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    del tensors["encoder.layer.1.attention.attention.key.weight"]
+    tensors["more"] = torch.ones(3)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(MappingError) as caught:
+        streamconv.plan(folder)
+    assert sorted(caught.value.problems) == [
+        "missing: blocks.1.attn.qkv.weight [384, 128]",
+        "unexpected: encoder.layer.1.attention.attention.query.weight [128, 128]",
+        "unexpected: encoder.layer.1.attention.attention.value.weight [128, 128]",
+        "unexpected: more [3]",
+    ]
+    told = run("plan", "out", cwd=tmp_path)
+    assert told.returncode == 3
+    safetensors.torch.save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(MappingError, match="is no checkpoint of a model that streamconv knows"):
+        streamconv.plan(folder)
+
+
+def test_a_folder_is_not_converted_into_itself(tmp_path: Path) -> None:
+    source = saved(make_states(tiny())[0], tmp_path / "x.pth")
+    folder = streamconv.convert(source, tmp_path / "out").output
+    before = contents(folder)
+    with pytest.raises((UsageError, OutputError)):
+        streamconv.convert(folder, folder, dtype="bfloat16")
+    assert contents(folder) == before

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from streamconv.errors import MappingError, UsageError
-from streamconv.mapping import Rule, expand
+from streamconv.mapping import Rule, expand, guess_sources
 from streamconv.tensors import TensorInfo
 
 # A linear head's keys, `weight` and `bias`, stand in the source under this prefix.
@@ -142,6 +142,18 @@ def find_family(infos: Mapping[str, TensorInfo], where: str) -> Family:
             missing,
         )
     return nearest
+
+
+def find_converted(infos: Mapping[str, TensorInfo]) -> tuple[Family, dict[str, tuple[str, ...]]] | None:
+    """The family of whose targets these are, and of what targets each of its sources is made up (`guess_sources`).
+
+    None where no family has more than half of its signature here.
+    """
+    for family in all_families():
+        sources = guess_sources(family.rules, infos)
+        if 2 * len(family.signature & sources.keys() - infos.keys()) > len(family.signature):
+            return family, sources
+    return None
 
 
 def find_model(name: str) -> tuple[Family, Model]:

@@ -49,7 +49,9 @@ class Geometry:
 
     @property
     def num_heads(self) -> int:
-        return self.heads or self.hidden // (HEAD_SIZE if self.hidden <= MAX_HIDDEN else LARGE_HEAD_SIZE)
+        """0 where no one said it, and the family's size of a head does not divide the hidden one."""
+        size = HEAD_SIZE if self.hidden <= MAX_HIDDEN else LARGE_HEAD_SIZE
+        return self.heads or (self.hidden // size if self.hidden % size == 0 else 0)
 
 
 def ffn_size(hidden: int, mlp_ratio: int, swiglu: bool) -> int:
@@ -158,8 +160,8 @@ def layout(sizes: Geometry) -> Layout:
     problems = [
         problem
         for problem, is_wrong in (
-            (f"hidden size {sizes.hidden} is no multiple of {heads} heads: give their number by --num-heads",
-             not heads or sizes.hidden % heads),
+            (f"hidden size {sizes.hidden} cannot be cut into {heads or 'heads as the published models have them'}: "
+             "give the number of heads by --num-heads", not heads or sizes.hidden % heads),
             (f"feed-forward width {sizes.ffn} is no whole mlp_ratio of hidden size {sizes.hidden}", not mlp_ratio),
             (f"pos_embed has {sizes.positions} positions, which are no square grid and a CLS token",
              not grid or grid * grid + 1 != sizes.positions),

@@ -3,7 +3,6 @@
 Importing this room imports no torch; its rungs do when they run.
 """
 
-import json
 import math
 import os
 import platform
@@ -18,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv._version import __version__
 from streamconv.check import check_bytes, check_files, check_names
-from streamconv.checkpoint.storage import read_small
 from streamconv.download import downloaded
-from streamconv.errors import OutputError, SourceError
+from streamconv.errors import OutputError
 from streamconv.folder import JOURNAL_NAME
+from streamconv.labels import labels_in
 from streamconv.manifest import MANIFEST_NAME, is_of, read_manifest
 from streamconv.plan import CASTS, Plan, make_plan
 from streamconv.progress import Progress, ignore_progress
-from streamconv.sources import OpenSource, locate, opened
+from streamconv.sources import OpenSource, locate, opened, read_config
 
 if TYPE_CHECKING:
     from streamconv.verify.models import Found, Models
@@ -274,10 +273,10 @@ def _verification(
 
 def _plan_of(folder: Path, source: OpenSource) -> Plan:
     """What the folder should hold: its own labels and dtype, which the source does not know, and all else from it."""
-    config = _config_of(folder)
+    config = read_config(folder)
     dtype = next((known for known in CASTS if known == config.get("dtype")), None)
     planned = partial(make_plan, source.tensors, source.where, max_shard_size=sys.maxsize, **source.said)
-    plan, labels = planned(dtype=dtype), _labels_in(config)
+    plan, labels = planned(dtype=dtype), labels_in(config)
     if len(labels) != len(plan.config.get("id2label", ())):
         return plan  # the bytes rung will say what is wrong with config.json
     return planned(dtype=dtype, labels=labels or None)
@@ -286,23 +285,6 @@ def _plan_of(folder: Path, source: OpenSource) -> Plan:
 def _of_type(value: Any, kind: type) -> Any:
     """A value of the manifest, which anyone may have written, or None where it is of another type."""
     return value if type(value) is kind else None
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    """Its config.json; an empty one where that is none."""
-    try:
-        config = json.loads(read_small(folder / "config.json"))
-    except (SourceError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _labels_in(config: Mapping[str, Any]) -> list[str]:
-    try:
-        labels = config["id2label"]
-        return [labels[str(i)] for i in range(len(labels))]
-    except (KeyError, TypeError):
-        return []
 
 
 def _bytes(

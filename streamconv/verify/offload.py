@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from streamconv.crc import RecordChecks
 from streamconv.plan import PIECE_BYTES
-from streamconv.tensors import SourceTensor
+from streamconv.tensors import AnyTensor, parts_of
 from streamconv.verify.mapped import FileMappings
 
 RECENT_BYTES = 128 << 20  # what running layers may still use: a block of ViT-g has 113 MB
@@ -65,7 +65,7 @@ class StreamedWeights(Mapping[str, Tensor]):
     stay for a while, in the dtype that each is cast to. A record that is read whole is held against its CRC-32.
     """
 
-    def __init__(self, tensors: Mapping[str, SourceTensor], device: torch.device, dtype: torch.dtype = torch.float32):
+    def __init__(self, tensors: Mapping[str, AnyTensor], device: torch.device, dtype: torch.dtype = torch.float32):
         self.device, self.dtype = device, dtype
         self._tensors, self._order = tensors, list(tensors)
         self._recent: dict[str, Tensor] = {}
@@ -91,7 +91,7 @@ class StreamedWeights(Mapping[str, Tensor]):
             names.append(name)
         while self._recent and sum(tensor.nbytes for tensor in self._recent.values()) > AHEAD_BYTES:
             del self._recent[next(iter(self._recent))]
-        wanted = [self._tensors[name] for name in names]
+        wanted = [part for name in names for part in parts_of(self._tensors[name])]
         for file in {tensor.record.file for tensor in wanted}:
             file.expect(tensor.read_range for tensor in wanted if tensor.record.file is file)
         checks = RecordChecks()
@@ -99,7 +99,7 @@ class StreamedWeights(Mapping[str, Tensor]):
             self._recent[name] = _read_tensor(name, self._tensors[name], checks)
 
 
-def _read_tensor(name: str, tensor: SourceTensor, checks: RecordChecks) -> Tensor:
+def _read_tensor(name: str, tensor: AnyTensor, checks: RecordChecks) -> Tensor:
     data = torch.empty(tensor.info.nbytes, dtype=torch.uint8)
     view, at = data.numpy().data, 0
     for piece in tensor.split(PIECE_BYTES):

@@ -26,6 +26,7 @@ from streamconv.errors import UsageError
 from streamconv.families import HEAD_PREFIX
 from streamconv.plan import Plan
 from streamconv.sources import OpenSource
+from streamconv.tensors import AnyTensor, joined, parts_of
 from streamconv.verify.offload import StreamedWeights
 
 BUILTIN, HUB = "builtin", "hub"
@@ -83,16 +84,23 @@ def load_weights(original: Any, source: OpenSource, device: torch.device, cast_t
     if source.is_remote:
         shapes = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
         original.load_state_dict(shapes, strict=True, assign=True)
-        tensors = {name: replace(source.tensors[name], cast_to=cast_to) for name in original.state_dict()}
+        tensors = {name: _cast(source.tensors[name], cast_to) for name in original.state_dict()}
         return StreamedWeights(tensors, device)
     files = {
         role: {name: value for path in checkpoint.paths for name, value in _flatten(_map_file(path))}
         for role, checkpoint in source.checkpoints.items()
     }
-    state = {key: files["backbone"][name] for key, name in source.selection.names.items()}
+    state: dict[str, Any] = {}
+    for key, names in source.selection.names.items():
+        parts = [files["backbone"][name] for name in names]
+        state[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
     state |= {HEAD_PREFIX + name: value for name, value in files.get("head", {}).items()}
     original.load_state_dict(state, strict=True, assign=True)
     return None
+
+
+def _cast(tensor: AnyTensor, dtype: str) -> AnyTensor:
+    return joined([replace(part, cast_to=dtype) for part in parts_of(tensor)])
 
 
 def _map_file(path: Path) -> Any:
