@@ -5,8 +5,9 @@ import io
 import os
 import pickle
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from datetime import datetime
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,17 @@ def test_no_other_name_of_torch_is_answered(pth: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["os system", "posix system", "builtins eval", "__builtin__ open", "subprocess Popen", "importlib.util find"],
+)
+def test_what_names_something_harmful_is_refused_wherever_it_stands(pth: Path, name: str) -> None:
+    module, _, function = name.partition(" ")
+    rewrite(pth, {"data.pkl": f"\x80\x02}}X\x01\x00\x00\x00ac{module}\n{function}\ns.".encode("latin1")})
+    with pytest.raises(UnsafePickleError, match=rf"names {module}.{function}, which no checkpoint has a use for"):
+        streamconv.open_checkpoint(pth)
+
+
+@pytest.mark.parametrize(
     "state", [{"offset": 1 << 40}, [None, None, 1 << 40], (None, {"offset": 1 << 40}), ({}, {"n": 1})]
 )
 def test_a_description_cannot_be_altered_behind_its_check(pth: Path, state: object) -> None:
@@ -189,6 +201,10 @@ def test_what_is_no_dict_is_described(tmp_path: Path) -> None:
         streamconv.open_checkpoint(tmp_path / "x.pth")
 
 
+class Stage(Enum):
+    LATE = 2
+
+
 class Settings(argparse.Namespace):
     """Of a module that streamconv never imports."""
 
@@ -208,6 +224,9 @@ def test_what_lies_beside_tensors_is_passed_by(tmp_path: Path, is_zip: bool) -> 
         "args": Settings(lr=1e-3, betas=(0.9, 0.95), path=Path("a")),
         "history": [torch.ones(1), {"loss": np.float64(0.5)}],
         "seen": {"a", "b"},
+        "stage": Stage.LATE,
+        "recent": deque([1, 2, torch.ones(1)]),
+        "sums": defaultdict(list, {"a": [1], "b": [torch.ones(1)]}),
         "rng": np.random.default_rng(0).bit_generator.state,
         "when": datetime(2026, 1, 2),
         "dtype": torch.float32,
@@ -229,6 +248,7 @@ def test_what_lies_beside_tensors_is_passed_by(tmp_path: Path, is_zip: bool) -> 
         assert {name: tensor.tobytes() for name, tensor in checkpoint.items()} == {
             name: bytes_of(value) for name, value in wanted.items()
         }
+        assert list(checkpoint)[:5] == ["model.weight", "model.bias", *list(wanted)[4:6], "teacher.center"]
         assert checkpoint.others["args"] == f"{Settings.__module__}.Settings"
         assert checkpoint.others["sparse"] == "torch._utils._rebuild_sparse_tensor"
         assert {"seen", "when", "rng.state", "blob"} & checkpoint.others.keys() >= {"seen", "when", "blob"}

@@ -446,7 +446,7 @@ def test_what_transformers_saved_is_a_source(tmp_path: Path, server: FileServer)
     assert streamconv.verify(tmp_path / "ours", tmp_path / "theirs", device="cpu").passed
     (tmp_path / "served" / "x.safetensors").write_bytes((tmp_path / "theirs" / "model.safetensors").read_bytes())
     address = f"{server.url}/x.safetensors"
-    with pytest.raises(MappingError, match="hidden size 96 cannot be cut into heads as .* by --num-heads"):
+    with pytest.raises(MappingError, match=r"hidden size 96 cannot be cut into heads as .* by --num-heads"):
         streamconv.plan(address)
     streamconv.convert(address, tmp_path / "far", num_heads=3, dtype="float16", stream=True)
     found = streamconv.verify(tmp_path / "far", address, stream=True, device="cpu")

@@ -27,8 +27,7 @@ _V3_DTYPES = {
 
 # No checkpoint has a use for these: a file that names one is meant to do harm, and is better not kept.
 _HARMFUL_MODULES = {"os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "runpy", "importlib", "ctypes"}
-_HARMFUL_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "getattr", "setattr", "delattr", "globals",
-                     "execfile", "apply", "input", "breakpoint"}  # fmt: skip
+_HARMFUL_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "execfile", "input", "breakpoint"}
 
 
 _MAX_ENTRIES = 4 * MAX_TENSORS  # of a dict and the dicts in it; an optimizer has a few for each tensor
