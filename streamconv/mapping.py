@@ -75,17 +75,20 @@ def apply(
     where: str,
     known_problems: Iterable[str] = (),
     called: Mapping[str, str] | None = None,
+    is_cast: bool = False,
 ) -> dict[str, SourceTensor]:
     """The targets by name, in the order of the rules. ``known_problems`` are listed with those found here.
 
-    ``called`` gives the names that ``tensors`` have in their file, for messages, where they are others.
+    ``called`` gives the names that ``tensors`` have in their file, for messages, where they are others. Tensors of
+    several dtypes are no problem where all will be cast to one.
 
     Raises:
         MappingError: source keys that are missing, that no rule knows, or whose shape is another.
     """
     expected = expand(rules, dims, count)
     shapes = {key: shape for key, (_, shape, _) in expected.items()}
-    _require_fit(tensors, shapes, where, known_problems, called or {})
+    one_dtype = None if is_cast else "a model has one (--dtype)"
+    _require_fit(tensors, shapes, where, known_problems, called or {}, one_dtype)
     targets: dict[str, SourceTensor] = {}
     for key, (rule, shape, i) in expected.items():
         tensor = tensors[key]
@@ -151,6 +154,7 @@ def _require_fit(
     where: str,
     known_problems: Iterable[str],
     called: Mapping[str, str],
+    one_dtype: str | None = "a model has one",
 ) -> None:
     shapes = {name: tensor.info.shape for name, tensor in tensors.items()}
     problems = [*known_problems]
@@ -164,8 +168,8 @@ def _require_fit(
         if shapes.get(name, shape) != shape
     ]
     dtypes = {tensor.info.dtype for name, tensor in tensors.items() if name in expected}
-    if len(dtypes) > 1:
-        problems.append(f"mixed dtypes: {', '.join(sorted(dtypes))}; a model has one")
+    if len(dtypes) > 1 and one_dtype is not None:
+        problems.append(f"mixed dtypes: {', '.join(sorted(dtypes))}; {one_dtype}")
     if problems:
         raise MappingError(f"{where} does not fit ({len(problems)} problems):", problems)
 

@@ -86,16 +86,19 @@ class Plan:
 
     @property
     def cast_to(self) -> str:
-        """The dtype that all tensors are cast to, as `SourceTensor` has it; empty where they stay as stored."""
-        return self.shards[0].tensors[0][1].cast_to
+        """The dtype that tensors are cast to, as `SourceTensor` has it; empty where all stay as they are stored."""
+        return next((tensor.cast_to for shard in self.shards for _, tensor in shard.tensors if tensor.cast_to), "")
 
     @property
     def cast(self) -> dict[str, str] | None:
         """torch's names of the dtypes that the tensors are cast "from" and "to"; None where they stay as stored."""
         if not self.cast_to:
             return None
-        stored = self.shards[0].tensors[0][1].info.dtype
-        return {"from": _TORCH_DTYPES[stored], "to": _TORCH_DTYPES[self.cast_to]}
+        stored = {tensor.info.dtype for shard in self.shards for _, tensor in shard.tensors if tensor.cast_to}
+        return {
+            "from": " and ".join(sorted(_TORCH_DTYPES[dtype] for dtype in stored)),
+            "to": _TORCH_DTYPES[self.cast_to],
+        }
 
     @property
     def title(self) -> str:
@@ -167,33 +170,23 @@ def make_plan(
     """
     if dtype is not None and dtype not in CASTS:
         raise UsageError(f"{dtype!r} is no dtype to cast to. Choose one of {', '.join(CASTS)}.")
-    infos = {name: tensor.info for name, tensor in tensors.items()}
-    family = find_family(infos, where)
-    geometry = _with_heads(family, family.geometry(infos), num_heads)
-    alike = [known for known in family.models if known.geometry == geometry]
-    if model is not None and model not in alike:
-        if alike:
-            raise MappingError(f"{where} is not {model.name}:", [f"its shapes are those of {alike[0].name}"])
-        geometry, alike = model.geometry, [model]  # so that what is listed is measured against the model asked for
-    found = model or _published(alike, where)
+    selection = selection or Selection("", {key: (key,) for key in tensors})
+    family, geometry, alike = _identify(tensors, where, model, num_heads)
     layout = family.layout(geometry)
     expected = expand(layout.rules, layout.dims, layout.count)
-    called = selection.called if selection is not None else {}
-    problems = [*layout.problems]
-    if selection is not None:
-        unread = [(selection.prefix + key, kind) for key, kind in selection.unread.items() if key in expected]
-        problems += [f"{key} is a {kind}, which is not read" for key, kind in unread]
-    targets = apply(layout.rules, tensors, layout.dims, layout.count, where, problems, called)
+    called = selection.called
+    unread = [(selection.prefix + key, kind) for key, kind in selection.unread.items() if key in expected]
+    problems = [*layout.problems, *(f"{name} is a {kind}, which is not read" for name, kind in unread)]
+    targets = apply(
+        layout.rules, tensors, layout.dims, layout.count, where, problems, called, is_cast=dtype is not None
+    )
     _refuse_unstreamable(targets)
 
-    stored = next(iter(targets.values())).info.dtype  # of them all: `apply` refuses mixed ones
-    if stored not in _TORCH_DTYPES:
-        raise MappingError(f"{where} cannot become a model:", [f"its tensors are {stored}, which is no model's dtype"])
-    fills = fillings(layout.rules, layout.dims, layout.count)
-    targets |= {name: filled(value, TensorInfo(stored, shape)) for name, (value, shape) in fills.items()}
+    stored = _dtype_of(targets, where)
     written = stored if dtype is None else CASTS[dtype]
-    if written != stored:
-        targets = {name: replace(tensor, cast_to=written) for name, tensor in targets.items()}
+    targets = {name: _as_written(tensor, written) for name, tensor in targets.items()}
+    fills = fillings(layout.rules, layout.dims, layout.count)
+    targets |= {name: filled(value, TensorInfo(written, shape)) for name, (value, shape) in fills.items()}
     config = {"architectures": [layout.architecture], "dtype": _TORCH_DTYPES[written], **layout.config}
     classes = layout.dims.get("K", 0)
     if classes:
@@ -204,7 +197,7 @@ def make_plan(
     image_processor = alike[0].image_processor if alike else family.image_processor
     return Plan(
         family=family,
-        model=found,
+        model=model or _published(alike, where),
         geometry=geometry,
         architecture=layout.architecture,
         moves=tuple(
@@ -217,13 +210,41 @@ def make_plan(
         files={"config.json": to_json(config), "preprocessor_config.json": to_json(image_processor)},
         index=index,
         notes=() if alike and geometry.heads is None else layout.notes,
-        left_out=selection.left_out if selection is not None else (),
+        left_out=selection.left_out,
         filled={name: value for name, (value, _) in fills.items()},
-        block_chunks=_block_chunks(family, selection, layout.count) if selection is not None else 0,
+        block_chunks=_block_chunks(family, selection, layout.count),
     )
 
 
-def _with_heads(family: Family, geometry: Any, num_heads: int | None) -> Any:
+def _identify(
+    tensors: Mapping[str, AnyTensor], where: str, model: Model | None, num_heads: int | None
+) -> tuple[Family, Any, Sequence[Model]]:
+    """The family, the sizes, and the published models that have them; or ``model``'s, which it is said to be."""
+    infos = {name: tensor.info for name, tensor in tensors.items()}
+    family = find_family(infos, where)
+    geometry = _with_heads(family.geometry(infos), num_heads)
+    alike = [known for known in family.models if known.geometry == geometry]
+    if model is None or model in alike:
+        return family, geometry, alike
+    if alike:
+        raise MappingError(f"{where} is not {model.name}:", [f"its shapes are those of {alike[0].name}"])
+    return family, model.geometry, [model]  # so that what is listed is measured against the model asked for
+
+
+def _dtype_of(targets: Mapping[str, SourceTensor], where: str) -> str:
+    """The first one's. Of others than these it would be no model's."""
+    others = {tensor.info.dtype for tensor in targets.values()} - _TORCH_DTYPES.keys()
+    if others:
+        held = ", ".join(sorted(others))
+        raise MappingError(f"{where} cannot become a model:", [f"its tensors are {held}, which is no model's dtype"])
+    return next(iter(targets.values())).info.dtype
+
+
+def _as_written(tensor: SourceTensor, dtype: str) -> SourceTensor:
+    return tensor if tensor.info.dtype == dtype else replace(tensor, cast_to=dtype)
+
+
+def _with_heads(geometry: Any, num_heads: int | None) -> Any:
     """``geometry`` with a number of heads that is said; as it is, where that is the family's own."""
     if num_heads is None:
         return geometry

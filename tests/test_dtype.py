@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 import streamconv
-from streamconv import CorruptError, OutputError, UsageError
+from streamconv import CorruptError, MappingError, OutputError, UsageError
 from streamconv.folder import Journal
 from tests.conftest import make_states, run_python, seeds_mapping, tiny
 from tests.test_cli import run
@@ -288,3 +288,35 @@ def test_another_cast_than_config_says_is_found(tmp_path: Path, save: Save) -> N
         path.write_text(json.dumps({**good, "dtype": dtype}))
         bytes_rung = streamconv.verify(tmp_path / "out", source, device="cpu", parity=False).rungs[0]
         assert bytes_rung.passed is False, dtype
+
+
+def mixed_state() -> dict[str, torch.Tensor]:
+    state = state_of("float16")
+    return state | {name: value.float() for name, value in state.items() if "norm" in name or "qkv" in name}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_several_dtypes_become_one(tmp_path: Path, dtype: str) -> None:
+    state = mixed_state()
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(MappingError, match=r"mixed dtypes: F16, F32; a model has one \(--dtype\)"):
+        streamconv.plan(tmp_path / "x.pth")
+    done = streamconv.convert(tmp_path / "x.pth", tmp_path / "out", dtype=dtype)
+    stored = {"float32": "float16", "float16": "float32", "bfloat16": "float16 and float32"}[dtype]
+    assert done.plan.cast == {"from": stored, "to": dtype}
+    theirs = {name: value.to(TORCH[dtype]) for name, value in seeds_mapping(state).items()}
+    safetensors.torch.save_file(theirs, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    found = streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
+    assert [rung.passed for rung in found.rungs] == [True] * 4, found.rungs
+
+
+@pytest.mark.usefixtures("many_marks")
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+def test_several_dtypes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """What is cast and what is not stand side by side in one file."""
+    torch.save(mixed_state(), tmp_path / "x.pth")
+    streamconv.convert(tmp_path / "x.pth", tmp_path / "whole", dtype="float16")
+    interrupt_after(monkeypatch, tmp_path / "x.pth", tmp_path / "out", share, dtype="float16")
+    assert streamconv.convert(tmp_path / "x.pth", tmp_path / "out", dtype="float16").taken_up > 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
