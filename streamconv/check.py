@@ -19,7 +19,8 @@ from streamconv.crc import RecordChecks
 from streamconv.errors import CorruptError, OutputError, SourceError
 from streamconv.hashing import BUFFER_BYTES, BackgroundHash
 from streamconv.manifest import MANIFEST_NAME, read_manifest
-from streamconv.plan import Plan, index_of
+from streamconv.plan import Plan
+from streamconv.shards import index_of
 from streamconv.tensors import ByteSource, SourceTensor
 
 SPAN_BYTES = 32 << 20  # between two reports of progress

@@ -20,8 +20,9 @@ from streamconv.folder import Mark, OutputFolder, claimed, find_finished, marks_
 from streamconv.labels import imagenet_labels, labels_in, read_labels
 from streamconv.manifest import MANIFEST_NAME, is_of, manifest_bytes, read_manifest
 from streamconv.output import temporary_path, write_file
-from streamconv.plan import Plan, Shard, make_plan
+from streamconv.plan import Plan, make_plan
 from streamconv.progress import Progress, ignore_progress
+from streamconv.shards import Shard
 from streamconv.sources import OpenSource, Source, locate, opened
 from streamconv.streaming import write_shard
 

@@ -1,42 +1,21 @@
-"""The plan: every byte that will be written, decided from the indexes alone. Pure data, no I/O.
-
-Shards and their index are laid out as transformers' save_pretrained (5.x) lays them out, headers
-as the safetensors library writes them.
-"""
+"""The plan: every byte that will be written, decided from the indexes alone. Pure data, no I/O."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import PurePath
 from typing import Any
 
-from streamconv.checkpoint.safetensors import SINGLE_NAME
 from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families import Family, Model, find_family
 from streamconv.mapping import apply, expand, fillings
 from streamconv.selection import LeftOut, Selection
-from streamconv.tensors import DTYPE_SIZES, AnyTensor, SourceTensor, TensorInfo, filled
-
-PIECE_BYTES = 512 << 10  # what is read and written at once: it stays in the cache of a CPU
+from streamconv.shards import PIECE_BYTES, Shard, lay_out, to_json
+from streamconv.tensors import AnyTensor, SourceTensor, TensorInfo, filled
 
 _TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what a model may be cast to
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One safetensors file: its header's bytes, then ``tensors`` in this order without holes."""
-
-    filename: str
-    header: bytes
-    tensors: tuple[tuple[str, SourceTensor], ...]
-
-    @property
-    def size(self) -> int:
-        """Of the whole file, in bytes."""
-        return len(self.header) + sum(tensor.target.nbytes for _, tensor in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -193,7 +172,7 @@ def make_plan(
         config |= _label_config(labels, classes)
 
     ordered = sorted(targets.items(), key=lambda item: _natural_key(family.in_memory_name(item[0])))
-    shards, index = _lay_out(dict(ordered), max_shard_size)
+    shards, index = lay_out(dict(ordered), max_shard_size)
     image_processor = alike[0].image_processor if alike else family.image_processor
     return Plan(
         family=family,
@@ -269,11 +248,6 @@ def _published(alike: Sequence[Model], where: str) -> Model | None:
     return alike[0] if len(alike) == 1 else next(iter(named), None)
 
 
-def to_json(value: Mapping[str, Any]) -> bytes:
-    """As transformers writes its JSON files."""
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
 def _label_config(labels: Sequence[str] | None, classes: int) -> dict[str, Any]:
     names = list(labels) if labels is not None else [f"LABEL_{i}" for i in range(classes)]
     if len(names) != classes:
@@ -301,70 +275,3 @@ def _natural_key(name: str) -> list[tuple[int, int | str, int]]:
         number = part[len(text) :]
         key.append((1, text, int(number) if number else -1) if text else (0, int(number or 0), 0))
     return key
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes from a number or from words as huggingface_hub takes them: "500MB" is 500,000,000.
-
-    Raises:
-        UsageError: it is no size, or none above 0.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])B)?", str(size).strip().upper())
-    count = int(float(match[1]) * {None: 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2]]) if match else 0
-    if not count:
-        raise UsageError(f"{size!r} is no shard size. Write it as 500MB or 5GB.")
-    return count
-
-
-def _lay_out(targets: dict[str, SourceTensor], max_shard_size: int | str) -> tuple[tuple[Shard, ...], bytes | None]:
-    max_bytes = parse_size(max_shard_size)
-    if sum(tensor.target.nbytes for tensor in targets.values()) <= max_bytes:
-        return (make_shard(SINGLE_NAME, targets),), None
-    # Only here, since huggingface_hub before 1.0 costs 20 MB to import.
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    split = split_state_dict_into_shards_factory(
-        targets,
-        get_storage_size=lambda tensor: tensor.target.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_bytes,
-    )
-    shards = tuple(
-        make_shard(filename, {name: targets[name] for name in names})
-        for filename, names in split.filename_to_tensors.items()
-    )
-    if not split.is_sharded:  # one tensor, larger than the limit
-        return shards, None
-    return shards, to_json(index_of(targets, split.tensor_to_filename))
-
-
-def index_of(targets: Mapping[str, SourceTensor], filenames: Mapping[str, str]) -> dict[str, Any]:
-    """What model.safetensors.index.json says of tensors in files."""
-    sizes = {
-        "total_parameters": sum(tensor.info.nbytes // tensor.info.itemsize for tensor in targets.values()),
-        "total_size": sum(tensor.target.nbytes for tensor in targets.values()),
-    }
-    return {"metadata": sizes, "weight_map": dict(filenames)}
-
-
-def make_shard(filename: str, tensors: Mapping[str, SourceTensor]) -> Shard:
-    """A file as `make_header` lays it out."""
-    header, names = make_header({name: tensor.target for name, tensor in tensors.items()})
-    return Shard(filename, header, tuple((name, tensors[name]) for name in names))
-
-
-def make_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, list[str]]:
-    """What safetensors.torch.save_file(…, metadata={"format": "pt"}) writes before the tensors, and their order.
-
-    They are ordered by dtype, then name.
-    """
-    rank = {dtype: i for i, dtype in enumerate(DTYPE_SIZES)}
-    ordered = sorted(infos.items(), key=lambda item: (-rank[item[1].dtype], item[0].encode()))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, info in ordered:
-        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [at, at + info.nbytes]}
-        at += info.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, [name for name, _ in ordered]

@@ -18,9 +18,9 @@ from streamconv.families import HEAD_PREFIX, Family, Model, all_families, find_c
 from streamconv.manifest import read_manifest
 from streamconv.mapping import invert
 from streamconv.output import OutputFile, require_space, whole_file
-from streamconv.plan import PIECE_BYTES, make_header
 from streamconv.progress import Progress, ignore_progress
 from streamconv.pth import STORAGES, write_pth
+from streamconv.shards import PIECE_BYTES, make_header
 from streamconv.streaming import SYNC_BYTES
 from streamconv.tensors import AnyTensor, SourceTensor, filled, joined
 

@@ -20,7 +20,7 @@ from streamconv.errors import CorruptError
 from streamconv.folder import NOTHING, Mark, OutputFolder
 from streamconv.hashing import BUFFER_BYTES, BackgroundHash
 from streamconv.output import OutputFile, whole_file
-from streamconv.plan import PIECE_BYTES, Shard
+from streamconv.shards import PIECE_BYTES, Shard
 from streamconv.tensors import ByteRange, ByteSource, Record, SourceTensor
 
 # Read or written between two marks; a kill costs at most three of these, one that is filled while one is

@@ -17,8 +17,9 @@ from streamconv import Checkpoint, MappingError, UsageError
 from streamconv.checkpoint.storage import LocalFile
 from streamconv.families import find_model
 from streamconv.families.dinov2 import FAMILY
-from streamconv.plan import Plan, make_plan, make_shard, parse_size, to_json
+from streamconv.plan import Plan, make_plan
 from streamconv.selection import find_backbone
+from streamconv.shards import make_shard, parse_size, to_json
 from streamconv.tensors import ByteRange, Record, SourceTensor, TensorInfo, contiguous_strides
 from tests.conftest import make_states, seeds_mapping, tiny
 from tests.test_tensors import DTYPES, NAMES

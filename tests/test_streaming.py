@@ -11,7 +11,7 @@ import streamconv
 from streamconv import hashing, streaming
 from streamconv.crc import RecordChecks
 from streamconv.folder import claimed
-from streamconv.plan import make_shard
+from streamconv.shards import make_shard
 
 
 class SlowDigest:

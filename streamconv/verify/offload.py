@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from streamconv.crc import RecordChecks
-from streamconv.plan import PIECE_BYTES
+from streamconv.shards import PIECE_BYTES
 from streamconv.tensors import AnyTensor, parts_of
 from streamconv.verify.mapped import FileMappings
 

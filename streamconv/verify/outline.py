@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.safetensors import INDEX_NAME
-from streamconv.plan import Plan, Shard
+from streamconv.plan import Plan
+from streamconv.shards import Shard
 from streamconv.tensors import SourceTensor, TensorInfo, contiguous_strides
 from streamconv.verify.mapped import FileMappings
 
