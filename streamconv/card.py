@@ -124,6 +124,8 @@ def _provenance(manifest: Mapping[str, Any]) -> Iterator[str]:
     for name, file in (manifest.get("files") or {}).items():
         yield f"| {_code(name)} | {file.get('size', 0):,} | {_code(file.get('sha256'))} |"
     yield ""
+    yield from (f"{_cell(note)}.\n" for note in manifest.get("notes") or ())
+    yield from (f"Left out: {_code(each)}.\n" for each in manifest.get("left_out") or ())
     if isinstance(cast := manifest.get("cast"), dict):
         yield f"The weights were cast from {_code(cast.get('from'))} to {_code(cast.get('to'))}."
         overflowed = sum(file.get("overflowed", 0) for file in (manifest.get("files") or {}).values())

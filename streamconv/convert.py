@@ -64,6 +64,8 @@ class Conversion:
             "is_crc_checked": self.is_crc_checked,
             "labels_from": self.labels_from,
             "cast": self.plan.cast,
+            "notes": self.plan.notes,
+            "left_out": [str(each) for each in self.plan.left_out],
             "overflowed": self.overflowed,
         }
 

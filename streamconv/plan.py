@@ -100,6 +100,7 @@ class Plan:
             "cast": self.cast,
             "notes": self.notes,
             "left_out": [asdict(each) for each in self.left_out],
+            "filled": self.filled,
             "config": self.config,
             "fingerprint": self.fingerprint,
         }
