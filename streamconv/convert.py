@@ -278,8 +278,8 @@ def _plan(
     if HEAD_PREFIX + "bias" in source.tensors:
         if labels is not None:
             names, labels_from = read_labels(Path(labels)), Path(labels).name
-        elif source.config:
-            names, labels_from = labels_in(source.config), "config.json of what was converted"
+        elif own := labels_in(source.selection.config):
+            names, labels_from = own, "config.json of what was converted"
         elif source.tensors[HEAD_PREFIX + "bias"].info.shape == (1000,):
             progress("asking the Hub for ImageNet's labels", 0, 1, "steps")
             names, labels_from = imagenet_labels()

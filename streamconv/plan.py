@@ -17,6 +17,12 @@ from streamconv.tensors import AnyTensor, SourceTensor, TensorInfo, filled
 _TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what a model may be cast to
 
+# What a configuration may say otherwise, and the model computes the same at inference.
+_FREE_KEYS = frozenset(
+    {"attention_probs_dropout_prob", "drop_path_rate", "hidden_dropout_prob", "initializer_range", "layerscale_value",
+     "apply_layernorm", "out_features", "out_indices", "reshape_hidden_states", "stage_names"}
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Move:
@@ -157,6 +163,11 @@ def make_plan(
     called = selection.called
     unread = [(selection.prefix + key, kind) for key, kind in selection.unread.items() if key in expected]
     problems = [*layout.problems, *(f"{name} is a {kind}, which is not read" for name, kind in unread)]
+    problems += [
+        f"its config.json says {key} {selection.config[key]!r}, and streamconv's models have {value!r}"
+        for key, value in layout.config.items()
+        if key not in _FREE_KEYS and selection.config.get(key, value) != value
+    ]
     targets = apply(
         layout.rules, tensors, layout.dims, layout.count, where, problems, called, is_cast=dtype is not None
     )
@@ -189,7 +200,10 @@ def make_plan(
         image_processor=image_processor,
         files={"config.json": to_json(config), "preprocessor_config.json": to_json(image_processor)},
         index=index,
-        notes=() if alike and geometry.heads is None else layout.notes,
+        notes=(
+            *(() if alike and geometry.heads is None else layout.notes),
+            *(("config.json and preprocessor_config.json are written anew",) if selection.is_converted else ()),
+        ),
         left_out=selection.left_out,
         filled={name: value for name, (value, _) in fills.items()},
         block_chunks=_block_chunks(family, selection, layout.count),

@@ -7,6 +7,7 @@ whole keys that begin with it, never off their middle: `dino_head.norm.bias` is 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from streamconv.checkpoint import Checkpoint
 from streamconv.errors import MappingError, UsageError
@@ -35,7 +36,7 @@ class Selection:
 
     ``names`` gives for each of a backbone's names, as its family's rules have them, the one in the file; of a model
     that was converted before, the three of its queries, keys and values. ``unread`` is the class of each of its values
-    that is no tensor, by the rules' names.
+    that is no tensor, by the rules' names. ``config`` is the config.json of a model that was converted before.
     """
 
     prefix: str
@@ -43,6 +44,7 @@ class Selection:
     left_out: tuple[LeftOut, ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
     is_converted: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def called(self) -> dict[str, str]:

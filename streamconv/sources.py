@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +134,9 @@ class OpenSource:
     @property
     def said(self) -> dict[str, Any]:
         """What `plan.make_plan` is told beside the tensors."""
-        said = (self.source.num_heads, self.config.get("num_attention_heads"))
+        said = (self.source.num_heads, self.selection.config.get("num_attention_heads"))
         num_heads = next((number for number in said if type(number) is int), None)
         return {"model": self.source.model, "num_heads": num_heads, "selection": self.selection}
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """config.json beside a model that was converted before: what its tensors do not say stands there."""
-        if not self.selection.is_converted or not isinstance(self.source.backbone, Path):
-            return {}
-        return read_config(self.source.backbone)
 
     @property
     def is_checkable(self) -> bool:
@@ -195,6 +188,9 @@ def opened(source: Source, progress: Progress = ignore_progress, *, is_exact: bo
         if heads:
             raise MappingError(f"{source.backbone} is no backbone alone. Save the head's weight and bias apart:", heads)
         selection = find_backbone(backbone, str(source.backbone), source.select)
+        if selection.is_converted and isinstance(source.backbone, Path):
+            path = source.backbone
+            selection = replace(selection, config=read_config(path if os.path.isdir(path) else path.parent))
         tensors = {key: joined([backbone[name] for name in names]) for key, names in selection.names.items()}
         if source.head is not None:
             head = checkpoints["head"]

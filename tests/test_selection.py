@@ -249,12 +249,12 @@ class ShardedTensor:
 
 @pytest.mark.parametrize("value", [torch.ones(1000), ShardedTensor()])
 def test_shards_of_fsdp_are_refused_with_what_to_use_instead(tmp_path: Path, value: object) -> None:
-    source = saved(
-        {"model": {"_flat_param": value, "blocks.0._fsdp_wrapped_module._flat_param": value}}, tmp_path / "x"
-    )
+    long = "_fsdp_wrapped_module." * 6
+    flat = {"_flat_param": value, f"blocks.0.{long}_flat_param": value}
+    source = saved({"model": flat}, tmp_path / "x.pth")
     with pytest.raises(MappingError, match=r"(?s)FSDP cut up.*teacher_checkpoint.pth.*FULL_STATE_DICT") as caught:
         streamconv.plan(source)
-    assert "model._flat_param" in caught.value.problems
+    assert set(caught.value.problems) == {f"model.{name}" for name in flat}
 
 
 @pytest.mark.parametrize("wrap", ["", "state_dict."])
@@ -473,6 +473,24 @@ def test_a_converted_model_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.ones(1)}, folder / "model.safetensors")
     with pytest.raises(MappingError, match="is no checkpoint of a model that streamconv knows"):
         streamconv.plan(folder)
+
+
+def test_a_configuration_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    folder = streamconv.convert(saved(make_states(tiny())[0], tmp_path / "x.pth"), tmp_path / "out").output
+    config = json.loads((folder / "config.json").read_bytes())
+    changed = {**config, "layer_norm_eps": 1e-5, "hidden_act": "relu", "drop_path_rate": 0.1, "mine": 3}
+    (folder / "config.json").write_text(json.dumps(changed))
+    for source in (folder, folder / "model.safetensors"):
+        with pytest.raises(MappingError) as caught:
+            streamconv.plan(source)
+        assert sorted(caught.value.problems) == [
+            "its config.json says hidden_act 'relu', and streamconv's models have 'gelu'",
+            "its config.json says layer_norm_eps 1e-05, and streamconv's models have 1e-06",
+        ]
+    (folder / "config.json").write_text(json.dumps({**config, "drop_path_rate": 0.1}))
+    assert "config.json and preprocessor_config.json are written anew" in streamconv.plan(folder).notes
+    (folder / "config.json").write_text("[")
+    assert streamconv.plan(folder).config == config
 
 
 def test_a_folder_is_not_converted_into_itself(tmp_path: Path) -> None:

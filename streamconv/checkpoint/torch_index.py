@@ -30,6 +30,7 @@ _HARMFUL_MODULES = {"os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "
 _HARMFUL_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "execfile", "input", "breakpoint"}
 
 
+_MAX_OTHERS = 10_000
 _MAX_ENTRIES = 4 * MAX_TENSORS  # of a dict and the dicts in it; an optimizer has a few for each tensor
 
 
@@ -162,7 +163,8 @@ def tensors_in(contents: Any, where: str) -> tuple[dict[str, SourceTensor], dict
                 raise SourceError(f"{where} names two tensors '{shown(name)}'. Do not trust this file.")
             tensors[name] = value
         elif type(value) is Unread:
-            others[shown(name)] = shown(value.name)
+            if len(others) < _MAX_OTHERS:
+                others[name if name.isprintable() else shown(name)] = shown(value.name)
         elif type(value) is dict and value:
             count += len(value)  # a dict may stand in many others, or in itself
             if count > _MAX_ENTRIES or len(name) > MAX_NAME_LENGTH:
