@@ -87,7 +87,7 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break
                 journal._add(json.loads(line))
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 break
             journal.length += len(line)
         return journal

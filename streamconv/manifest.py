@@ -27,7 +27,11 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         labels = conversion["labels"]
         # Where they come from by default can change with the network; that is no other conversion.
         named = labels["sha256"] if labels and not labels["is_default"] else "default"
-        return {**sources, "plan (its names, its shard size, its dtype)": conversion["plan"], "list of labels": named}
+        return {
+            **sources,
+            "plan (its names, its selection, its shard size, its dtype)": conversion["plan"],
+            "list of labels": named,
+        }
 
     try:
         mine, theirs = parts(one, other), parts(other, one)

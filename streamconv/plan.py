@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from streamconv.errors import MappingError, SourceError, UsageError
-from streamconv.families import Family, Model, find_family
+from streamconv.families import Family, Layout, Model, config_problems, find_family
 from streamconv.mapping import apply, expand, fillings
 from streamconv.selection import LeftOut, Selection
 from streamconv.shards import PIECE_BYTES, Shard, lay_out, to_json
@@ -16,12 +16,6 @@ from streamconv.tensors import AnyTensor, SourceTensor, TensorInfo, filled
 
 _TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what a model may be cast to
-
-# What a configuration may say otherwise, and the model computes the same at inference.
-_FREE_KEYS = frozenset(
-    {"attention_probs_dropout_prob", "drop_path_rate", "hidden_dropout_prob", "initializer_range", "layerscale_value",
-     "apply_layernorm", "out_features", "out_indices", "reshape_hidden_states", "stage_names"}
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,11 +157,10 @@ def make_plan(
     called = selection.called
     unread = [(selection.prefix + key, kind) for key, kind in selection.unread.items() if key in expected]
     problems = [*layout.problems, *(f"{name} is a {kind}, which is not read" for name, kind in unread)]
-    problems += [
-        f"its config.json says {key} {selection.config[key]!r}, and streamconv's models have {value!r}"
-        for key, value in layout.config.items()
-        if key not in _FREE_KEYS and selection.config.get(key, value) != value
-    ]
+    problems += config_problems(layout, selection.config)
+    chunks = _block_chunks(family, selection, layout.count)
+    if chunks is None:
+        problems.append("its blocks are in chunks, and not in those of any block_chunks of DinoVisionTransformer")
     targets = apply(
         layout.rules, tensors, layout.dims, layout.count, where, problems, called, is_cast=dtype is not None
     )
@@ -200,14 +193,27 @@ def make_plan(
         image_processor=image_processor,
         files={"config.json": to_json(config), "preprocessor_config.json": to_json(image_processor)},
         index=index,
-        notes=(
-            *(() if alike and geometry.heads is None else layout.notes),
-            *(("config.json and preprocessor_config.json are written anew",) if selection.is_converted else ()),
-        ),
+        notes=_notes(layout, image_processor, is_published=bool(alike) and geometry.heads is None, selection=selection),
         left_out=selection.left_out,
         filled={name: value for name, (value, _) in fills.items()},
-        block_chunks=_block_chunks(family, selection, layout.count),
+        block_chunks=chunks or 0,
     )
+
+
+def _notes(
+    layout: Layout, image_processor: Mapping[str, Any], *, is_published: bool, selection: Selection
+) -> tuple[str, ...]:
+    """What no tensor says, and is written nevertheless."""
+    notes = [] if is_published else [*layout.notes]
+    trained, cropped = layout.config["image_size"], image_processor["crop_size"]["height"]
+    if not is_published and trained != cropped:
+        notes.append(
+            f"the image processor cuts out {cropped} x {cropped} pixels, as DINOv2's published ones do; "
+            f"the model's own size is {trained}"
+        )
+    if selection.is_converted:
+        notes.append("config.json and preprocessor_config.json are written anew")
+    return tuple(notes)
 
 
 def _identify(
@@ -248,13 +254,15 @@ def _with_heads(geometry: Any, num_heads: int | None) -> Any:
     return geometry if said.num_heads == geometry.num_heads else said
 
 
-def _block_chunks(family: Family, selection: Selection, layers: int) -> int:
-    """How many chunks make the names that the file has; 0 where its blocks are in none, or otherwise cut."""
+def _block_chunks(family: Family, selection: Selection, layers: int) -> int | None:
+    """How many chunks make the names that the file has; 0 where its blocks are in none, None where no number does."""
     names = {key: name.removeprefix(selection.prefix) for key, name in selection.called.items()}
-    if all(key == name for key, name in names.items()):
+    if selection.is_converted or all(key == name for key, name in names.items()):
         return 0
-    counts = range(1, layers + 1)
-    return next((n for n in counts if all(family.chunked_name(k, layers, n) == name for k, name in names.items())), 0)
+    for count in range(1, layers + 1):
+        if all(family.chunked_name(key, layers, count) == name for key, name in names.items()):
+            return count
+    return None
 
 
 def _published(alike: Sequence[Model], where: str) -> Model | None:

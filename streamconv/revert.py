@@ -1,26 +1,27 @@
 """Back again: a folder of transformers' to its authors' layout, by the rules that led there, and as lean.
 
-The sizes come from the tensors' names and shapes; config.json is not read.
+The sizes come from the tensors' names and shapes; a config.json beside them must say the same.
 """
 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint import Checkpoint, open_checkpoint
 from streamconv.errors import MappingError, OutputError, SourceMissingError, UsageError
-from streamconv.families import HEAD_PREFIX, Family, Model, all_families, find_converted
+from streamconv.families import HEAD_PREFIX, Family, Model, all_families, config_problems, find_converted
 from streamconv.manifest import read_manifest
 from streamconv.mapping import invert
 from streamconv.output import OutputFile, require_space, whole_file
 from streamconv.progress import Progress, ignore_progress
 from streamconv.pth import STORAGES, write_pth
 from streamconv.shards import PIECE_BYTES, make_header
+from streamconv.sources import read_config
 from streamconv.streaming import SYNC_BYTES
 from streamconv.tensors import AnyTensor, SourceTensor, filled, joined
 
@@ -87,7 +88,9 @@ def revert(
         raise SourceMissingError(f"{source} is no folder. Name the one that holds the safetensors files.")
     manifest = read_manifest(source) or {}
     with open_checkpoint(source) as checkpoint:
-        family, model, count, tensors = _originals(_without_fillings(checkpoint, manifest), str(source))
+        family, model, count, tensors = _originals(
+            _without_fillings(checkpoint, manifest), str(source), read_config(source)
+        )
         said = (block_chunks, manifest.get("block_chunks"), model.block_chunks if model else 0, 0)
         chunks = next(n for n in said if type(n) is int)
         if not 0 <= chunks <= count:
@@ -131,7 +134,7 @@ def _without_fillings(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Ma
 
 
 def _originals(
-    checkpoint: Mapping[str, SourceTensor], where: str
+    checkpoint: Mapping[str, SourceTensor], where: str, config: Mapping[str, Any]
 ) -> tuple[Family, Model | None, int, dict[str, AnyTensor]]:
     """What the checkpoint was before, in the order of its authors' model, and how many blocks it has.
 
@@ -146,8 +149,10 @@ def _originals(
     family, sources = found
     originals = {key: joined([checkpoint[name] for name in names]) for key, names in sources.items()}
     geometry = family.geometry({key: tensor.info for key, tensor in originals.items()})
-    layout = family.layout(geometry)
-    tensors = invert(layout.rules, checkpoint, layout.dims, layout.count, where)
+    heads = config.get("num_attention_heads")
+    layout = family.layout(replace(geometry, heads=heads if type(heads) is int and heads > 0 else 1))
+    problems = config_problems(layout, config)
+    tensors = invert(layout.rules, checkpoint, layout.dims, layout.count, where, problems)
     dtype = next(iter(tensors.values())).info.dtype  # of them all: `invert` refuses mixed ones
     if dtype not in STORAGES:
         raise MappingError(f"{where} cannot be reverted:", [f"its tensors are {dtype}, which is no model's dtype"])

@@ -4,6 +4,7 @@ A backbone stands under a prefix ("", "teacher.backbone.", "state_dict.module.")
 whole keys that begin with it, never off their middle: `dino_head.norm.bias` is no backbone's `norm.bias`.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ class LeftOut:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.start}* ({self.tensors:,} tensors, {self.nbytes:,} bytes): {self.reason}"
+        name = f"{self.start}*" if self.start.endswith(".") else self.start
+        return f"{name} ({self.tensors:,} tensors, {self.nbytes:,} bytes): {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -60,20 +62,20 @@ def find_backbone(checkpoint: Checkpoint, where: str, prefix: str | None = None)
             stands there twice.
         UsageError: there is none under ``prefix``.
     """
-    _refuse_flat_parameters((*checkpoint, *checkpoint.others), where)
     found = _candidates(checkpoint)
     if prefix is not None:
-        prefix = prefix and prefix.rstrip(".") + "."
-        if prefix not in found:
-            offer = f" Choose {_listed(found)}." if found else ""
-            raise UsageError(f"{where} has no backbone under {prefix or 'no prefix'!r}.{offer}")
+        prefix = _complete(prefix, found, where)
     elif len(found) > 1:
         raise MappingError(
             f"{where} holds several backbones. Choose one by --select PREFIX:",
             [f"{each or '(none)'} {sum(name.startswith(each) for name in checkpoint):,} tensors" for each in found],
         )
     if not found:
+        _refuse_flat_parameters((*checkpoint, *checkpoint.others), where)
         _refuse_heads(checkpoint, where)
+        if not checkpoint and checkpoint.others:
+            held = [f"{name} is a {kind}" for name, kind in checkpoint.others.items()]
+            raise MappingError(f"{where} holds objects, which are not read, and no tensor in a plain dict:", held)
         infos = {name: tensor.info for name, tensor in checkpoint.items()}
         converted = find_converted(infos)
         if converted is not None:
@@ -83,8 +85,16 @@ def find_backbone(checkpoint: Checkpoint, where: str, prefix: str | None = None)
     return _divide(checkpoint, where, chosen, found[chosen], is_chosen=prefix is not None)
 
 
-def _listed(prefixes: Iterable[str]) -> str:
-    return " or ".join(repr(each) for each in prefixes)
+def _complete(prefix: str, found: Iterable[str], where: str) -> str:
+    """The one that was found and is ``prefix``, with or without its last dot; or that ends in it."""
+    if f"{prefix.rstrip('.')}." in found or prefix in found:
+        return prefix and f"{prefix.rstrip('.')}."
+    ending = [each for each in found if prefix and each.endswith(f".{prefix.rstrip('.')}.")]
+    if len(ending) == 1:
+        return ending[0]
+    choices = " or ".join(f"--select {each.rstrip('.') or repr('')}" for each in ending or found)
+    under = f"one backbone under {prefix}" if prefix else "a backbone without a prefix"
+    raise UsageError(f"{where} does not have {under}. Say {choices}." if choices else f"{where} holds no backbone.")
 
 
 def _candidates(tensors: Mapping[str, SourceTensor]) -> dict[str, Family]:
@@ -104,12 +114,12 @@ def _candidates(tensors: Mapping[str, SourceTensor]) -> dict[str, Family]:
 
 
 def _divide(checkpoint: Checkpoint, where: str, prefix: str, family: Family, is_chosen: bool) -> Selection:
-    parents = [prefix[: i + 1] for i, letter in enumerate(prefix) if letter == "."]
+    parents = ["", *(prefix[: i + 1] for i, letter in enumerate(prefix) if letter == ".")]
     names: dict[str, str] = {}
     left_out: dict[tuple[str, str], list[int]] = {}
     problems: list[str] = []
     for name, tensor in checkpoint.items():
-        apart = _apart(name, ["", *parents], family)
+        apart = _apart(name, parents, family) or _no_weight(name, tensor, prefix)
         if apart is None and name.startswith(prefix):
             flat = family.flat_name(name.removeprefix(prefix))
             if flat in names:
@@ -148,6 +158,17 @@ def _apart(name: str, parents: Iterable[str], family: Family) -> tuple[str, Apar
             if name.startswith(parent + apart.start):
                 return parent + apart.start, apart
     return None
+
+
+def _no_weight(name: str, tensor: SourceTensor, prefix: str) -> tuple[str, Apart] | None:
+    """What training keeps beside a backbone: torch.optim's state by parameters' numbers, counters, random states."""
+    if name.startswith(prefix) and prefix:
+        return None
+    state = re.match(r"(?:.*?\.)??state\.(?=\d+\.)", name)
+    if state is not None:
+        return state[0], Apart(state[0], "an optimizer's state")
+    is_weight = tensor.info.shape and tensor.info.dtype in ("F64", "F32", "F16", "BF16")
+    return None if is_weight or name.startswith(prefix) else (name, Apart(name, "a number of the training's"))
 
 
 def _start(name: str, prefix: str) -> str:

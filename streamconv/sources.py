@@ -192,6 +192,8 @@ def opened(source: Source, progress: Progress = ignore_progress, *, is_exact: bo
             path = source.backbone
             selection = replace(selection, config=read_config(path if os.path.isdir(path) else path.parent))
         tensors = {key: joined([backbone[name] for name in names]) for key, names in selection.names.items()}
+        if selection.is_converted and source.head is not None and HEAD_PREFIX + "weight" in tensors:
+            raise UsageError(f"{source.backbone} is a classifier, and has its head. Leave --head out.")
         if source.head is not None:
             head = checkpoints["head"]
             if head.keys() != {"weight", "bias"}:

@@ -34,7 +34,7 @@ def conversion_lines(done: Conversion) -> Iterator[str]:
 
 def reverted_lines(done: Reverted) -> Iterator[str]:
     yield f"{done.title}: reverted, {done.weights:,} bytes of weights in {' and '.join(map(str, done.files))}"
-    yield "  the folder carries no CRC-32s, so that its bytes could not be checked for damage"
+    yield "  its bytes were believed: `streamconv verify DIR` checks a folder that has a streamconv.json"
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
@@ -98,8 +98,9 @@ def _number_lines(rung: Rung, device: str | None) -> Iterator[str]:
         yield f"pixels differ by {numbers['pil']:.3g} on Pillow, {default} ({grey_level})"
     if rung.name == "preprocessing" and numbers.get("as_published"):
         yield (
-            f"outputs differ by {_listed(numbers['as_published'])}, since Meta scales positions by (n + 0.1) / 37 "
-            f"and transformers to the size; interpolated the same way, by {_listed(numbers['same_interpolation'])}"
+            f"outputs differ by {_listed(numbers['as_published'])}, since Meta scales positions by (n + 0.1) / N "
+            "(N patches a side, n here) and transformers to the size; interpolated the same way, by "
+            f"{_listed(numbers['same_interpolation'])}"
         )
 
 

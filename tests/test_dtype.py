@@ -75,7 +75,9 @@ def test_the_dtype_that_is_stored_is_no_cast(tmp_path: Path, save: Save) -> None
     streamconv.convert(source, tmp_path / "out")
     before = contents(tmp_path / "out")
     assert streamconv.convert(source, tmp_path / "out", dtype="float32").was_finished
-    with pytest.raises(OutputError, match=r"its plan \(its names, its shard size, its dtype\) is another"):
+    with pytest.raises(
+        OutputError, match=r"its plan \(its names, its selection, its shard size, its dtype\) is another"
+    ):
         streamconv.convert(source, tmp_path / "out", dtype="float16")
     assert contents(tmp_path / "out") == before
 

@@ -260,7 +260,7 @@ def test_mistakes_end_in_one_message_and_their_code(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr, words
     done = run("revert", "folder", "-o", "x.pth", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "writing x.pth\n")
-    assert "bytes of weights in x.pth\n  the folder carries no CRC-32s" in done.stdout
+    assert "bytes of weights in x.pth\n  its bytes were believed" in done.stdout
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -486,3 +486,19 @@ def test_heads_of_any_number_come_back(tmp_path: Path) -> None:
     folder = converted(tmp_path, geometry, num_heads=3)
     streamconv.revert(folder, tmp_path / "back.pth")
     assert_same(original_states(geometry)[0], tmp_path / "back.pth")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"hidden_act": "relu"}, {"layer_norm_eps": 1e-5}, {"model_type": "vit"}, {"num_hidden_layers": 2},
+                {"patch_size": 16}, {"num_attention_heads": "x"}, {"image_size": 224}],
+)  # fmt: skip
+def test_a_configuration_that_says_something_else_is_refused(tmp_path: Path, changed: dict[str, object]) -> None:
+    torch.save(original_states(tiny())[0], tmp_path / "x.pth")
+    folder = streamconv.convert(tmp_path / "x.pth", tmp_path / "folder").output
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(MappingError) as caught:
+        streamconv.revert(folder, tmp_path / "back.pth")
+    ((key, value),) = changed.items()
+    assert any(f"its config.json says {key} {value!r}" in problem for problem in caught.value.problems)
+    assert not (tmp_path / "back.pth").exists()

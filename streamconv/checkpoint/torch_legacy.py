@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from streamconv.checkpoint.limits import MAX_TENSORS
 from streamconv.checkpoint.storage import File
 from streamconv.checkpoint.torch_index import Index, tensors_in
-from streamconv.checkpoint.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles
+from streamconv.checkpoint.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles, Unread
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError
 from streamconv.tensors import DTYPE_SIZES, ByteRange, Record, SourceTensor
 
@@ -46,7 +46,7 @@ def read_index(file: File, is_exact: bool = True) -> tuple[dict[str, SourceTenso
     index = Index(file.where, storages.record_of)
     try:
         _check_system(pickles.load(_refuse_name, _refuse_storage, _MAX_SYSTEM_OPCODES), file.where)
-        contents = pickles.load(index.find, lambda pid: index.storage(storages.without_view(pid)))
+        contents = pickles.load(index.find, lambda pid: _module(pid) or index.storage(storages.without_view(pid)))
         tensors, others = tensors_in(contents, file.where)
         keys = pickles.load(_refuse_name, _refuse_storage, _MAX_KEY_OPCODES)
     except (PickleError, TypeError) as error:  # TypeError: a function was given too few or too many values
@@ -179,6 +179,12 @@ def _fingerprint(file: File, end: int) -> str:
         digest.update(file.read(start, min(_PIECE_BYTES, end - start)))
     digest.update(file.size.to_bytes(8, "little"))
     return digest.hexdigest()
+
+
+def _module(pid: Any) -> Unread | None:
+    """What stands for a whole module's class, whose source torch.save wrote beside it: nothing of it is read."""
+    is_module = type(pid) is tuple and len(pid) == 4 and type(pid[0]) is str and pid[0] == "module"
+    return pid[1] if is_module and type(pid[1]) is Unread else None
 
 
 def _refuse_name(module: str, name: str) -> NoReturn:

@@ -119,6 +119,22 @@ class Family:
         return {self.chunked_name(key, layout.count, block_chunks): info for key, info in infos.items()}
 
 
+# What a configuration may say otherwise, and the model computes the same at inference.
+_FREE_KEYS = frozenset(
+    {"attention_probs_dropout_prob", "drop_path_rate", "hidden_dropout_prob", "initializer_range", "layerscale_value",
+     "apply_layernorm", "out_features", "out_indices", "reshape_hidden_states", "stage_names"}
+)  # fmt: skip
+
+
+def config_problems(layout: Layout, config: Mapping[str, Any]) -> list[str]:
+    """Where a model's config.json says what another model than this layout's would compute."""
+    return [
+        f"its config.json says {key} {config[key]!r}, and streamconv's models have {value!r}"
+        for key, value in layout.config.items()
+        if key not in _FREE_KEYS and config.get(key, value) != value
+    ]
+
+
 @cache
 def all_families() -> Sequence[Family]:
     modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))

@@ -177,7 +177,7 @@ def layout(sizes: Geometry) -> Layout:
         for note, is_so in (
             (f"{heads} attention heads, of {sizes.hidden // max(1, heads)} channels as in the family's published "
              "models: no tensor says how many there are (--num-heads)", sizes.heads is None),
-            (f"{heads} attention heads, as was said", sizes.heads is not None),
+            (f"{heads} attention heads, as --num-heads or config.json says", sizes.heads is not None),
             ("the source has no LayerScale: ones are written, which change nothing", not sizes.has_layer_scale),
             ("the source has no mask token: zeros are written", sizes.registers and not sizes.has_mask_token),
         )
@@ -352,6 +352,8 @@ FAMILY = Family(
         Apart("ibot_head.", _TRAINING_HEAD),
         Apart("optimizer.", _OPTIMIZER),
         Apart("optimizer_state_dict.", _OPTIMIZER),
+        Apart("head.mlp.", _TRAINING_HEAD),  # of the first DINO
+        Apart("head.last_layer.", _TRAINING_HEAD),
         Apart("decode_head.", _TASK_HEAD, is_left_out=False),
     ),
     flat_name=flat_name,

@@ -79,7 +79,7 @@ class Models:
             pixels = check_pixels(folder, self.plan, self.image).since(start)
             return Found((loaded, Rung("parity", None, why), pixels))
         try:
-            weights = load_weights(self.original, source, self.device, self.plan.cast_to)
+            weights, why = load_weights(self.original, source, self.device, self.plan.cast_to)
         except Exception as error:  # torch refuses the source, or the graph its tensors
             problem = f"{type(error).__name__}: {error}"
             if self.reference != BUILTIN:
@@ -96,6 +96,11 @@ class Models:
         if is_outline:
             proves = f"{parity.proves}; transformers with the source's weights, from where the sent files have theirs"
             parity = replace(parity, proves=proves)
+        if self.plan.model is None:
+            heads = f"{self.plan.config['num_attention_heads']} attention heads in either, which no tensor tells"
+            parity = replace(parity, proves=f"{parity.proves}, with {heads}")
+        if why:
+            parity = replace(parity, unproved="; ".join(filter(None, [parity.unproved, why])))
         parity, start_next = parity.since(start), time.monotonic()
         if source.is_remote or is_outline:
             preprocessing = check_pixels(folder, self.plan, self.image).since(start_next)

@@ -76,27 +76,36 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Cal
                 del sys.modules[name]
 
 
-def load_weights(original: Any, source: OpenSource, device: torch.device, cast_to: str) -> StreamedWeights | None:
+def load_weights(
+    original: Any, source: OpenSource, device: torch.device, cast_to: str
+) -> tuple[StreamedWeights | None, str]:
     """Assign the files' tensors, mapped and not copied, to a model on the meta device, strictly.
 
-    Those of a source at an address are not assigned, but given, to be read when they are needed, and cast.
+    Those of a source at an address are not assigned, but given, to be read when they are needed, and cast; so are
+    those of a file that torch does not load without trusting it, and then what is told of that is not empty.
     """
-    if source.is_remote:
+    files, why = {}, ""
+    if not source.is_remote:
+        try:
+            files = {
+                role: {name: value for path in checkpoint.paths for name, value in _flatten(_map_file(path))}
+                for role, checkpoint in source.checkpoints.items()
+            }
+        except (UnpicklingError, ValueError, TypeError, AttributeError) as error:
+            reason = str(error).partition("\n")[0]
+            why = f"torch does not load all that the source holds ({reason}): streamconv read its tensors"
+    if source.is_remote or why:
         shapes = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
         original.load_state_dict(shapes, strict=True, assign=True)
         tensors = {name: _cast(source.tensors[name], cast_to) for name in original.state_dict()}
-        return StreamedWeights(tensors, device)
-    files = {
-        role: {name: value for path in checkpoint.paths for name, value in _flatten(_map_file(path))}
-        for role, checkpoint in source.checkpoints.items()
-    }
+        return StreamedWeights(tensors, device), why
     state: dict[str, Any] = {}
     for key, names in source.selection.names.items():
         parts = [files["backbone"][name] for name in names]
         state[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
     state |= {HEAD_PREFIX + name: value for name, value in files.get("head", {}).items()}
     original.load_state_dict(state, strict=True, assign=True)
-    return None
+    return None, ""
 
 
 def _cast(tensor: AnyTensor, dtype: str) -> AnyTensor:
