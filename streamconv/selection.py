@@ -29,7 +29,8 @@ class LeftOut:
 
     def __str__(self) -> str:
         name = f"{self.start}*" if self.start.endswith(".") else self.start
-        return f"{name} ({self.tensors:,} tensors, {self.nbytes:,} bytes): {self.reason}"
+        count = "1 tensor" if self.tensors == 1 else f"{self.tensors:,} tensors"
+        return f"{name} ({count}, {self.nbytes:,} bytes): {self.reason}"
 
 
 @dataclass(frozen=True)

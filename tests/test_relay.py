@@ -314,7 +314,7 @@ def test_a_training_checkpoints_backbone_is_sent_only(hub: HubServer, server: Fi
     assert done.verification.rungs[2].numbers["largest"] == 0.0
     card = hub.files("ada/it")["README.md"].decode()
     assert "the source has no LayerScale: ones are written, which change nothing." in card
-    assert "Left out: `teacher.dino_head.* (1 tensors, 12 bytes): a head of the training" in card
+    assert "Left out: `teacher.dino_head.* (1 tensor, 12 bytes): a head of the training" in card
     require_the_folders_files(hub, server, tmp_path)
 
 

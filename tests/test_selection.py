@@ -150,7 +150,7 @@ def test_what_stays_behind_is_told_and_never_read(tmp_path: Path) -> None:
     for line in (
         "left out: teacher.dino_head.* (3 tensors, 2,576 bytes): a head of the training",
         "left out: teacher.ibot_head.* (2 tensors, 1,024 bytes): a head of the training",
-        "left out: optimizer.* (1 tensors, 3,996 bytes): an optimizer's state",
+        "left out: optimizer.* (1 tensor, 3,996 bytes): an optimizer's state",
     ):
         assert line in done.stdout
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
@@ -221,7 +221,7 @@ def test_unknown_tensors_beside_a_backbone_take_the_users_word(tmp_path: Path) -
         streamconv.plan(source)
     assert list(caught.value.problems) == ["model.head.weight [5, 128]"]
     done = streamconv.convert(source, tmp_path / "out", select="model.net")
-    assert [str(each) for each in done.plan.left_out] == ["model.head.* (1 tensors, 2,560 bytes): not selected"]
+    assert [str(each) for each in done.plan.left_out] == ["model.head.* (1 tensor, 2,560 bytes): not selected"]
     # Within a backbone nothing is left out that no rule names.
     within = saved({"model": {**prefixed(state, "net."), "net.head.weight": torch.ones(5, 128)}}, tmp_path / "z.pth")
     with pytest.raises(MappingError, match=r"unexpected: model.net.head.weight \[5, 128\]"):
@@ -244,11 +244,11 @@ def test_what_training_keeps_beside_is_left_out(tmp_path: Path) -> None:
     teacher = {**prefixed(state, "backbone."), **beside.pop("teacher")}  # type: ignore[dict-item]
     done = streamconv.convert(saved({"teacher": teacher, **beside}, tmp_path / "x.pth"), tmp_path / "out")
     assert [str(each) for each in done.plan.left_out] == [
-        "teacher.head.mlp.* (1 tensors, 16 bytes): a head of the training, which no class of transformers has",
-        "teacher.head.last_layer.* (1 tensors, 8 bytes): a head of the training, which no class of transformers has",
+        "teacher.head.mlp.* (1 tensor, 16 bytes): a head of the training, which no class of transformers has",
+        "teacher.head.last_layer.* (1 tensor, 8 bytes): a head of the training, which no class of transformers has",
         "adam.state.* (3 tensors, 48 bytes): an optimizer's state",
-        "scaler.scale (1 tensors, 4 bytes): a number of the training's",
-        "rng (1 tensors, 5 bytes): a number of the training's",
+        "scaler.scale (1 tensor, 4 bytes): a number of the training's",
+        "rng (1 tensor, 5 bytes): a number of the training's",
     ]
 
 
