@@ -5,6 +5,8 @@ at the end of a tensor, on how it was cut up: here they are those of AVX2 and AV
 which knows no bfloat16, is imported by the first cast: a conversion without one does not pay for it.
 """
 
+from functools import cache
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,6 +46,14 @@ def cast(data: memoryview, dtype: str, out: memoryview, target: str) -> int:
     return overflowed
 
 
+@cache
+def _scratch(thread: int) -> "Array":
+    """What is made on the way, for one thread: to ask the system for it anew would take longer than all else."""
+    import numpy as np
+
+    return np.empty((3, _AT_ONCE), "<u4")
+
+
 def _to_float32(values: "Array", dtype: str) -> "Array":
     import numpy as np
 
@@ -65,22 +75,22 @@ def _round_to_float16(single: "Array", result: "Array") -> None:
     """
     import numpy as np
 
-    bits = single.view("<u4")
-    size = np.abs(single)
+    bits, (sums, power, rounded) = single.view("<u4"), _scratch(get_ident())[:, : len(single)]
+    size = sums.view("<f4")
+    np.abs(single, out=size)
     size *= np.float32(2.0**112)  # what float16 cannot hold is infinite from here on
     size *= np.float32(2.0**-110)
-    power = bits & 0x7F800000
+    np.bitwise_and(bits, 0x7F800000, out=power)
     np.maximum(power, 0x38800000, out=power)  # 2^-14: below it a float16's last bit stands for the same
     power += 0x07800000
     size += power.view("<f4")
-    sums = size.view("<u4")
-    rounded = sums >> 13
+    np.right_shift(sums, 13, out=rounded)
     rounded &= 0x7C00
     sums &= 0x0FFF
     rounded += sums
-    sign = bits >> 16
-    sign &= 0x8000
-    rounded |= sign
+    np.right_shift(bits, 16, out=power)
+    power &= 0x8000
+    rounded |= power
     result.view("<u2")[:] = rounded
     if (nans := np.isnan(single)).any():
         bits = single.view("<u4")[nans]
@@ -92,7 +102,8 @@ def _round_to_bfloat16(single: "Array", result: "Array", nan: int) -> None:
     import numpy as np
 
     bits = single.view("<u4")
-    rounded = bits >> 16
+    rounded = _scratch(get_ident())[0, : len(single)]
+    np.right_shift(bits, 16, out=rounded)
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits
