@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def title(self) -> str:
-        return self.model.name if self.model else f"a {self.family.name} model of its own sizes"
+        return self.family.title_of(self.model)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

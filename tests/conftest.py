@@ -1,5 +1,6 @@
 """What several tests need: small checkpoints, made by torch."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -49,6 +50,20 @@ def save(tmp_path: Path) -> Callable[..., tuple[Path, Path | None]]:
         return tmp_path / f"{name}.pth", tmp_path / f"{name}_head.pth" if head else None
 
     return make
+
+
+@pytest.fixture
+def read_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes each reading of a file at an offset gives from now on."""
+    counts: list[int] = []
+    real = os.preadv
+
+    def counting(fd: int, buffers: list[memoryview], offset: int) -> int:
+        counts.append(real(fd, buffers, offset))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", counting)
+    return counts
 
 
 def seeds_mapping(state: State, prefix: str = "") -> State:

@@ -39,21 +39,11 @@ def pth(tmp_path: Path) -> Path:
     return tmp_path / "x.pth"
 
 
-def test_only_the_index_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_index_is_read(tmp_path: Path, read_counts: list[int]) -> None:
     torch.save({f"layer.{i}": torch.zeros(1 << 20) for i in range(8)}, tmp_path / "big.pth")
-    read = 0
-    real = os.preadv
-
-    def counting(fd: int, buffers: list[memoryview], offset: int) -> int:
-        nonlocal read
-        count = real(fd, buffers, offset)
-        read += count
-        return count
-
-    monkeypatch.setattr(os, "preadv", counting)
     with streamconv.open_checkpoint(tmp_path / "big.pth") as checkpoint:
         assert len(checkpoint) == 8
-    assert read < 10_000
+    assert 0 < sum(read_counts) < 10_000
 
 
 def test_parameters_and_module_metadata_are_read(tmp_path: Path) -> None:

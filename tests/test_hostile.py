@@ -17,6 +17,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -809,6 +810,21 @@ def described(state: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int,
     return {name: (codes[value.dtype], tuple(value.shape), bytes_of(value)) for name, value in state.items()}
 
 
+def is_read_as_by(load: Callable[[Path], dict[str, torch.Tensor]], path: Path) -> bool:
+    """Whether both read it, and then the same; False where either refuses it."""
+    ours = read_or_refuse(path)
+    if ours is None:
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            loaded = load(path)
+        except Exception:
+            return False
+    assert described(loaded) == ours
+    return True
+
+
 def mutated(data: bytes, chance: random.Random) -> bytes:
     """Some bytes changed, taken away, put in, or doubled."""
     changed = bytearray(data)
@@ -857,17 +873,7 @@ def test_torch_and_streamconv_never_read_two_different_models(tmp_path: Path, se
                     archive.writestr(name, mutated(data, chance) if name.endswith("data.pkl") else data)
         else:
             (tmp_path / "y.pth").write_bytes(mutated(whole, chance))
-        ours = read_or_refuse(tmp_path / "y.pth")
-        if ours is None:
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                loaded = torch.load(tmp_path / "y.pth", weights_only=True)
-            except Exception:
-                continue
-        assert described(loaded) == ours
-        both += 1
+        both += is_read_as_by(partial(torch.load, weights_only=True), tmp_path / "y.pth")
     assert both > 20
 
 
@@ -880,17 +886,7 @@ def test_torch_and_streamconv_never_read_two_different_rows_of_pickles(tmp_path:
     both = 0
     for _ in range(1200):
         (tmp_path / "y.pth").write_bytes(mutated(whole, chance))
-        ours = read_or_refuse(tmp_path / "y.pth")
-        if ours is None:
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                loaded = torch.load(tmp_path / "y.pth", weights_only=True)
-            except Exception:
-                continue
-        assert described(loaded) == ours
-        both += 1
+        both += is_read_as_by(partial(torch.load, weights_only=True), tmp_path / "y.pth")
     assert both > 20
 
 
@@ -905,13 +901,5 @@ def test_safetensors_and_streamconv_never_read_two_different_models(tmp_path: Pa
         header = mutated(whole[8:start], chance) if i % 4 else whole[8:start]
         data = struct.pack("<Q", len(header)) + header + whole[start:]
         (tmp_path / "y.safetensors").write_bytes(data if i % 4 else mutated(data, chance))
-        ours = read_or_refuse(tmp_path / "y.safetensors")
-        if ours is None:
-            continue
-        try:
-            loaded = safetensors.torch.load_file(tmp_path / "y.safetensors")
-        except Exception:
-            continue
-        assert described(loaded) == ours
-        both += 1
+        both += is_read_as_by(safetensors.torch.load_file, tmp_path / "y.safetensors")
     assert both > 20

@@ -171,8 +171,10 @@ def test_a_line_without_a_word_times_out_and_is_tried_again(
     server: FileServer, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "TIMEOUT_SECONDS", 0.3)
-    server.faults.stall = [0.0, 0.6, 0.0, 0.6]
-    streamconv.convert(source, tmp_path / "out", stream=True)
+    server.faults.stall = [0.0, 0.6, 0.6, 0.6, 0.0, 0.6]  # a kept line and the next are tried again without a word
+    told: list[str] = []
+    streamconv.convert(source, tmp_path / "out", stream=True, progress=lambda what, *rest: told.append(what))
+    assert any("timed out; trying again" in what for what in told)
     require_the_same_from_the_file(server, tmp_path / "out")
 
 

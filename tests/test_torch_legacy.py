@@ -96,21 +96,11 @@ def test_a_state_dict_with_its_metadata_is_read(tmp_path: Path) -> None:
         assert checkpoint.fingerprint != ""
 
 
-def test_only_the_index_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_index_is_read(tmp_path: Path, read_counts: list[int]) -> None:
     path = save({f"layer.{i}": torch.zeros(1 << 20) for i in range(8)}, tmp_path / "big.pth")
-    read = 0
-    real = os.preadv
-
-    def counting(fd: int, buffers: list[memoryview], offset: int) -> int:
-        nonlocal read
-        count = real(fd, buffers, offset)
-        read += count
-        return count
-
-    monkeypatch.setattr(os, "preadv", counting)
     with streamconv.open_checkpoint(path) as checkpoint:
         assert len(checkpoint) == 8
-    assert read < 70_000
+    assert 0 < sum(read_counts) < 70_000
 
 
 def test_the_fingerprint_stands_for_the_index(tmp_path: Path) -> None:

@@ -109,6 +109,10 @@ class Family:
         """All that any of its models has, since between them the published ones have all."""
         return tuple(rule for model in self.models for rule in self.layout(model.geometry).rules)
 
+    def title_of(self, model: Model | None) -> str:
+        """What to call a checkpoint that is this published model, or none of them."""
+        return model.name if model else f"a {self.name} model of its own sizes"
+
     def sources(self, geometry: Any, block_chunks: int = 0) -> dict[str, TensorInfo]:
         """Every tensor of a float32 checkpoint of these sizes; a head's stand under `HEAD_PREFIX`."""
         layout = self.layout(geometry)
