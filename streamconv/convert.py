@@ -302,9 +302,9 @@ def _write_shards(plan: Plan, folder: OutputFolder, progress: Progress) -> tuple
 def advance_in(plan: Plan, shard: Shard, progress: Progress) -> Callable[[int, bool], None]:
     """What `write_shard` tells of one shard, as progress of them all."""
     sizes = [each.size for each in plan.shards]
-    before = sum(sizes[: plan.shards.index(shard)])
+    before, total = sum(sizes[: plan.shards.index(shard)]), sum(sizes)
 
     def advance(position: int, is_kept: bool) -> None:
-        progress(f"{'checking' if is_kept else 'writing'} {shard.filename}", before + position, sum(sizes), "bytes")
+        progress(f"{'checking' if is_kept else 'writing'} {shard.filename}", before + position, total, "bytes")
 
     return advance

@@ -12,12 +12,15 @@ from typing import BinaryIO
 
 from streamconv.errors import OutputError
 
+PAGE_BYTES = 4096  # what disks and file systems want to be given whole
+
 
 class OutputFile:
     """A file of known size that is being written, at offsets."""
 
     def __init__(self, fd: int, path: Path):
         self._fd, self._path = fd, path
+        self._is_direct: bool | None = None  # None: not tried yet
 
     @property
     def size(self) -> int:
@@ -38,10 +41,37 @@ class OutputFile:
     def write_at(self, offset: int, data: memoryview) -> None:
         with explained(self._path):
             while data:
-                count = os.pwrite(self._fd, data, offset)
+                count = self._pwrite(data, offset)
                 if not count:
                     raise OSError(errno.EIO, "the disk takes no more bytes")
                 data, offset = data[count:], offset + count
+
+    def write_pages(self, offset: int, pages: memoryview) -> None:
+        """Write past the system's cache, where the file system can. From then on nothing else reads or writes.
+
+        ``offset``, the length and the memory of ``pages`` are multiples of `PAGE_BYTES`. To find memory for
+        the cache's copy and to bring it to the disk takes longer than all else.
+        """
+        if self._is_direct is None:
+            try:
+                self._set_direct(True)
+            except (OSError, AttributeError):  # a file system that cannot; macOS has no such flag
+                self._is_direct = False
+        self.write_at(offset, pages)
+
+    def _pwrite(self, data: memoryview, offset: int) -> int:
+        try:
+            return os.pwrite(self._fd, data, offset)
+        except OSError as error:
+            if not self._is_direct or error.errno != errno.EINVAL:
+                raise
+        self._set_direct(False)  # a file system that says only now that it cannot, or wants larger pages
+        return os.pwrite(self._fd, data, offset)
+
+    def _set_direct(self, is_direct: bool) -> None:
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT if is_direct else flags & ~os.O_DIRECT)
+        self._is_direct = is_direct
 
     def read_at(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with what was written from ``offset`` on, all of it within the size."""
@@ -68,6 +98,32 @@ class OutputFile:
             getattr(os, "fdatasync", os.fsync)(self._fd)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+class Pages:
+    """The bytes of a file in order, buffer by buffer, as whole pages for `OutputFile.write_pages`.
+
+    The page that a buffer ends within is written as it is, and once more with the next buffer, which begins with
+    a copy of it. What the last one has beyond the file's end is cut off in the end.
+    """
+
+    def __init__(self, start: bytes):
+        self.position = len(start)
+        self._begun = start[self.position - self.position % PAGE_BYTES :]
+        self._buffer = memoryview(b"")
+
+    def room_in(self, buffer: memoryview) -> memoryview:
+        """Where in ``buffer``, which is of pages of memory, the next bytes belong."""
+        buffer[: len(self._begun)] = self._begun
+        self._buffer = buffer
+        return buffer[len(self._begun) :]
+
+    def add(self, count: int) -> tuple[int, memoryview]:
+        """Take note of ``count`` bytes that are there now; give the offset and the pages that hold them."""
+        offset, end = self.position - len(self._begun), len(self._begun) + count
+        self.position += count
+        self._begun = bytes(self._buffer[end - end % PAGE_BYTES : end])
+        return offset, self._buffer[: end + -end % PAGE_BYTES]
 
 
 def temporary_path(path: Path, version: str = "") -> Path:

@@ -1,8 +1,7 @@
 """The byte mover: a shard's tensors from the source's ranges into a file, in a few buffers.
 
-One thread reads, checks and writes; a second one hashes what was written, a third one syncs and
-marks in the folder's journal how far the file is. Two threads that write one file wait for its lock
-instead of working, so there is one writer.
+One thread reads and checks; a second one hashes what was read; a third one writes it, syncs, and marks in
+the folder's journal how far the file is.
 
 A shard that was interrupted goes on from its mark: what lies before it is read back from the file
 instead of from the source, through the same hash and the same CRC-32s. What was cast there has no
@@ -19,7 +18,7 @@ from streamconv.crc import RecordChecks
 from streamconv.errors import CorruptError
 from streamconv.folder import NOTHING, Mark, OutputFolder
 from streamconv.hashing import BUFFER_BYTES, BackgroundHash
-from streamconv.output import OutputFile, whole_file
+from streamconv.output import OutputFile, Pages, whole_file
 from streamconv.shards import PIECE_BYTES, Shard
 from streamconv.tensors import ByteRange, ByteSource, Record, SourceTensor
 
@@ -61,22 +60,24 @@ def _write(
     shard: Shard, folder: OutputFolder, mark: Mark, checks: RecordChecks, advance: Callable[[int, bool], None]
 ) -> Mark:
     synced: Future[None] | None = None
+    size = shard.size  # a sum over its tensors
     with (
         whole_file(folder.path / shard.filename, resume=True) as file,
         BackgroundHash() as digest,
-        ThreadPoolExecutor(1, "sync") as syncing,
+        ThreadPoolExecutor(1, "disk") as disk,
     ):
-        file.allocate(shard.size)
+        file.allocate(size)
         file.write_at(0, memoryview(shard.header))
         digest.update(shard.header)
-        position = synced_to = len(shard.header)
+        pages = Pages(shard.header)
+        position = synced_to = pages.position
         is_cast = any(tensor.cast_to for _, tensor in shard.tensors)
         stored, again = (memoryview(bytearray(PIECE_BYTES if is_cast else 0)) for _ in range(2))
         moved, overflowed = 0, mark.overflowed
         begun: dict[Record, int] = {}  # where in the file the first bytes of a record went that was read
         _expect(shard, mark)
         for batch in _batches(shard):
-            buffer, filled, is_kept = digest.next_buffer(), 0, position < mark.size
+            buffer, filled, is_kept = pages.room_in(digest.next_buffer()), 0, position < mark.size
             for name, piece in batch:
                 at = position + filled
                 part = buffer[filled : filled + piece.target.nbytes]
@@ -92,34 +93,37 @@ def _write(
                             raise CorruptError(f"{name} in {shard.filename} is not what its source is cast to.")
                     else:
                         overflowed += _read(name, piece, part, stored, checks)
-                        file.write_at(at, part)
                         moved += max(piece.info.nbytes, len(part))
                 filled += len(part)
-            digest.update(buffer[:filled])
-            position += filled
+            whole_pages = pages.add(filled)
+            position = pages.position
             if is_kept:
+                digest.update(buffer[:filled])
                 synced_to = position
                 if position >= mark.size and digest.so_far().result() != mark.sha256:
                     raise CorruptError(f"{shard.filename} is not what its journal says.")
-            elif moved >= SYNC_BYTES and position < shard.size:  # a mark of all says that all was settled
+            else:
+                digest.update(buffer[:filled], disk.submit(file.write_pages, *whole_pages))
+            if moved >= SYNC_BYTES and position < size:  # a mark of all says that all was settled
                 if synced is not None:
                     synced.result()
                 proven = min((at for record, at in begun.items() if checks.is_open(record)), default=position)
                 unproven = position - proven if is_cast else 0
                 reached = Mark(position, "", overflowed=overflowed, unproven=unproven)
-                synced = syncing.submit(_keep, file, folder, shard.filename, synced_to, reached, digest.so_far())
+                synced = disk.submit(_keep, file, folder, shard.filename, synced_to, reached, digest.so_far())
                 synced_to, moved = position, 0
             advance(position, is_kept)
         if synced is not None:
             synced.result()
         sha256 = digest.hexdigest()
-        if mark.size == shard.size:  # it had its name, and all of it was read back
+        file.truncate(size)
+        if mark.size == size:  # it had its name, and all of it was read back
             checks.trust()
         else:
             checks.settle()
         for source in {tensor.record.file for _, tensor in shard.tensors if tensor.record.crc32 is None}:
             source.require_unchanged()
-    return Mark(shard.size, sha256, overflowed=overflowed)
+    return Mark(size, sha256, overflowed=overflowed)
 
 
 def _is_read(piece: SourceTensor, at: int, is_kept: bool, mark: Mark) -> bool:

@@ -9,6 +9,7 @@ HOW is what is left behind:
 Prints what went wrong, as JSON. Sizes are scaled down by 2048, so that a small model has many marks.
 """
 
+import fcntl
 import json
 import mmap
 import os
@@ -23,6 +24,7 @@ from typing import Any
 
 import streamconv
 from streamconv import hashing, streaming
+from streamconv.output import PAGE_BYTES
 
 SCALE = 2048
 MAX_REPEATED = (256 << 20) // SCALE
@@ -55,7 +57,9 @@ class Disk:
             self._count()
             if self.steps == self.stop_at:
                 if self.half and name in ("pwrite", "write"):
-                    self.real[name](args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
+                    half = len(args[1]) // 2
+                    is_direct = fcntl.fcntl(args[0], fcntl.F_GETFL) & os.O_DIRECT
+                    self.real[name](args[0], args[1][: half - half % PAGE_BYTES if is_direct else half], *args[2:])
                 os._exit(9)
             if name in ("fsync", "fdatasync"):
                 return self._sync(args[0])

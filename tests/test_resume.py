@@ -38,7 +38,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def many_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mark after every 32 kB, so that a small model has many."""
+    """A mark after every 32 kB, so that a small model has many; what is read is ahead of the disk by that much."""
+    monkeypatch.setattr(hashing, "RING_BUFFERS", 2)
     for module in (hashing, streaming):
         monkeypatch.setattr(module, "BUFFER_BYTES", 16 << 10)
     monkeypatch.setattr(streaming, "PIECE_BYTES", 8 << 10)

@@ -1,8 +1,13 @@
-"""The byte mover: buffers are not reused before they were hashed."""
+"""The byte mover: buffers are not reused before they were hashed and written, and these go past the cache."""
 
+import fcntl
 import hashlib
+import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,12 +38,21 @@ class SlowDigest:
         return self._digest.hexdigest()
 
 
+def slow_write(real: Callable[..., int], *args: Any) -> int:
+    time.sleep(0.01)
+    return real(*args)
+
+
 @pytest.mark.parametrize("ring", [1, 2, hashing.RING_BUFFERS])
-def test_a_hash_that_falls_behind_is_still_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ring: int
+@pytest.mark.parametrize("slow", ["hash", "disk"])
+def test_a_hash_or_a_disk_that_falls_behind_has_all_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ring: int, slow: str
 ) -> None:
     torch.save({f"x{i}": torch.randn(1000, 577) for i in range(10)}, tmp_path / "x.pth")  # 23 MB
-    monkeypatch.setattr(hashing, "hashlib", type("slow", (), {"sha256": SlowDigest}))
+    if slow == "hash":
+        monkeypatch.setattr(hashing, "hashlib", type("slow", (), {"sha256": SlowDigest}))
+    else:
+        monkeypatch.setattr(os, "pwrite", partial(slow_write, os.pwrite))
     monkeypatch.setattr(hashing, "RING_BUFFERS", ring)
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
         shard = make_shard("x.safetensors", checkpoint)
@@ -47,3 +61,31 @@ def test_a_hash_that_falls_behind_is_still_of_the_file(
         data = (tmp_path / "x.safetensors").read_bytes()
         assert data == shard.header + b"".join(tensor.tobytes() for _, tensor in shard.tensors)
         assert written.sha256 == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no such flag")
+def test_weights_do_not_go_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fd = os.open(tmp_path / "probe", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
+    except OSError:
+        pytest.skip("this file system has only its cache")
+    finally:
+        os.close(fd)
+    torch.save({f"x{i}": torch.randn(1 << 18, 9) for i in range(2)}, tmp_path / "x.pth")  # buffers are filled
+    cached, real = 0, os.pwrite
+
+    def pwrite(fd: int, data: Any, offset: int) -> int:
+        nonlocal cached
+        cached += 0 if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT else len(data)
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        shard = make_shard("x.safetensors", checkpoint)
+        with claimed(tmp_path, {}, [], 0) as folder:
+            streaming.write_shard(shard, folder, RecordChecks(), lambda position, is_kept: None)
+        assert (tmp_path / "x.safetensors").read_bytes() == shard.header + b"".join(
+            tensor.tobytes() for _, tensor in shard.tensors
+        )
+    assert cached == len(shard.header)
