@@ -15,7 +15,7 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
-from benchmarks.convert import machine, made_source, parse_arguments
+from benchmarks.measure import machine, made_source, parse_arguments
 
 SHARD_SIZES = ("5GB", "500MB")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -88,7 +88,7 @@ def rounds(source: Path, out: Path, shard_size: str, kills: int) -> tuple[int, i
 
 def main() -> None:
     args = parse_arguments(__doc__, runs=40)
-    with made_source(args) as (source, out):
+    with made_source(args.model, args.dir) as (source, out):
         size = source.stat().st_size
         print(
             f"{args.model}, {size:,} bytes; {machine()}\n`python -m benchmarks.kills {args.model} --runs {args.runs}`\n"

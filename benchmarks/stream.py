@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.convert import SETTLE_SECONDS, machine, made_source, parse_arguments
+from benchmarks.measure import machine, made_source, parse_arguments
 
+SETTLE_SECONDS = 4
 WAYS = ("curl -o", "curl -o; sync", "streamconv convert --stream", "streamconv convert, from the file")
 LINES = {"as fast as this machine sends": (0.0, 0.0), "50 ms and 50 MB/s a connection": (0.05, 0.02)}
 
@@ -61,7 +62,7 @@ def measure(words: list[str], out: Path) -> tuple[float, float]:
 
 def main() -> None:
     args = parse_arguments(__doc__, runs=5)
-    with made_source(args) as (source, out):
+    with made_source(args.model, args.dir) as (source, out):
         print(f"{args.model}, {source.stat().st_size:,} bytes; {machine()}")
         print(f"`python -m benchmarks.stream {args.model} --runs {args.runs}`: median (least to most), interleaved")
         for line, (latency, seconds_a_megabyte) in LINES.items():

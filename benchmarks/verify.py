@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convert import Cgroup, machine, made_source, parse_arguments
+from benchmarks.measure import Cgroup, machine, made_source, parse_arguments
 
 LIMITS_MB = (None, 1024, 768)
 SETTLE_SECONDS = 4
@@ -74,7 +74,7 @@ def measure(source: Path, out: Path, limit_mb: int | None) -> dict[str, Any] | N
 
 def main() -> None:
     args = parse_arguments(__doc__, runs=3)
-    with made_source(args) as (source, out):
+    with made_source(args.model, args.dir) as (source, out):
         runs: dict[int | None, list[dict[str, Any] | None]] = {limit: [] for limit in LIMITS_MB}
         for _ in range(args.runs):
             for limit in LIMITS_MB:

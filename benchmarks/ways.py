@@ -1,39 +1,98 @@
-"""The ways to convert that are compared, each run as a process of its own: python -m benchmarks.ways WAY SOURCE OUT.
+"""The ways to convert that are compared, each run as a process of its own: python -m benchmarks.ways WAY SOURCE OUT …
 
 Peers are called through their public API, as their documentation says. Their key names come from
 streamconv's plan, which favours them: it costs them nothing and they read nothing for it.
 """
 
+import argparse
+import json
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+CP, DD = "cp; sync", "dd, past the cache; fsync"
+CONVERT, RUN = "streamconv convert", "streamconv run"
+MMAP = "torch.load(mmap) + save_torch_state_dict"
+MERGEKIT = "mergekit LazyTensorLoader + TensorWriter"
+ORIGINAL, ORIGINAL_CHECKED = "original script's way, no check", "original script's way"
+CONSOLIDATE = "torch.distributed.checkpoint consolidation"
 
-def renamed(state_dict: dict[str, Any], source: Path) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of every way that can."""
+
+    max_shard_size: str = "5GB"
+    dtype: str | None = None
+
+
+def command(way: str, source: Path, out: Path, options: Options) -> list[str]:
+    words = ["--max-shard-size", options.max_shard_size, *(["--dtype", options.dtype] if options.dtype else [])]
+    if way in (CONVERT, RUN):
+        return [sys.executable, "-m", "streamconv", way.split()[1], str(source), "-o", str(out), *words,
+                *(["--device", "cpu"] if way == RUN else [])]  # fmt: skip
+    if way == CP:  # the shell's, so that no Python start is counted
+        return ["sh", "-c", f"mkdir '{out}' && cp -r '{source}' '{out}' && sync"]
+    if way == DD:
+        copy = f"dd if='{source}' of='{out}/x' bs=1M oflag=direct conv=fsync status=none"
+        return ["sh", "-c", f"mkdir '{out}' && {copy}"]
+    return [sys.executable, "-m", "benchmarks.ways", way, str(source), str(out), *words]
+
+
+def names_of(source: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each source name with those of its targets."""
     import streamconv
 
-    result = {}
     for move in streamconv.plan(source).moves:
-        value = state_dict[move.source]
-        if len(move.targets) == 1:
-            result[move.targets[0]] = value
-        else:  # chunks of one storage would count as shared tensors, of which only one is kept
-            result |= {name: part.clone() for name, part in zip(move.targets, value.chunk(3), strict=True)}
-    return result
+        yield move.source, move.targets
 
 
-def mmap_save(source: Path, out: Path) -> None:
-    """torch.load(mmap=True), renamed, huggingface_hub.save_torch_state_dict."""
+def chunked(targets: tuple[str, ...], value: Any) -> Iterable[tuple[str, Any]]:
+    if len(targets) == 1:
+        return [(targets[0], value)]
+    # Chunks of one storage would count as shared tensors, of which only one is kept.
+    return zip(targets, (part.clone() for part in value.chunk(len(targets))), strict=True)
+
+
+def mmap_save(source: Path, out: Path, options: Options) -> None:
     import torch
     from huggingface_hub import save_torch_state_dict
 
-    state_dict = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
+    loaded = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    state_dict = {
+        target: part.to(dtype) if dtype else part
+        for name, targets in names_of(source)
+        for target, part in chunked(targets, loaded[name])
+    }
     out.mkdir()
-    save_torch_state_dict(renamed(state_dict, source), out)
+    save_torch_state_dict(state_dict, out, max_shard_size=options.max_shard_size)
 
 
-def whole_model(source: Path, out: Path) -> None:
-    """The original script's way without its two forward passes: both models whole in memory, save_pretrained."""
+def mergekit(source: Path, out: Path, options: Options) -> None:
+    import torch
+    from mergekit.io import LazyTensorLoader, ShardedTensorIndex, TensorWriter
+
+    from streamconv.shards import parse_size
+
+    if source.is_dir():
+        loader = LazyTensorLoader.from_disk(str(source))
+        names: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in loader.index.tensor_paths]
+    else:
+        loader = LazyTensorLoader(ShardedTensorIndex.from_file(str(source)))
+        names = list(names_of(source))
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    with TensorWriter(str(out), max_shard_size=parse_size(options.max_shard_size)) as writer:
+        for name, targets in names:
+            for target, part in chunked(targets, loader.get_tensor(name)):
+                writer.save_tensor(target, part.to(dtype) if dtype else part)
+
+
+def original(source: Path, out: Path, options: Options, is_checked: bool = False) -> None:
+    """Both models whole in memory, save_pretrained; with the script's two forward passes at 224 pixels, or without."""
     import torch
     import transformers
 
@@ -41,16 +100,99 @@ def whole_model(source: Path, out: Path) -> None:
     from streamconv.verify.originals import dinov2
 
     plan = streamconv.plan(source)
-    original = dinov2.build(plan.geometry)
-    original.load_state_dict(torch.load(source, map_location="cpu", weights_only=True))
+    model: Any = dinov2.build(plan.geometry)
+    model.eval()
+    model.load_state_dict(torch.load(source, map_location="cpu", weights_only=True))
     config = transformers.Dinov2Config(**plan.config)
-    state_dict = renamed(original.state_dict(), source)
+    loaded = model.state_dict()
+    state_dict = dict(pair for name, targets in names_of(source) for pair in chunked(targets, loaded[name]))
     # load_state_dict of the original script no longer fits transformers 5's names; this does on 4 and 5.
-    model = transformers.Dinov2Model.from_pretrained(None, config=config, state_dict=state_dict)
-    model.save_pretrained(out)
+    converted: Any = transformers.Dinov2Model.from_pretrained(None, config=config, state_dict=state_dict)
+    if is_checked:
+        pixels = torch.randn(1, 3, 224, 224)
+        with torch.no_grad():
+            for _ in dinov2.states(model, pixels):
+                pass
+            converted(pixels, output_hidden_states=True)
+    converted.save_pretrained(out, max_shard_size=options.max_shard_size)
 
 
-WAYS = {"torch.load(mmap) + save_torch_state_dict": mmap_save, "original script's way": whole_model}
+def original_checked(source: Path, out: Path, options: Options) -> None:
+    original(source, out, options, is_checked=True)
+
+
+def consolidate(source: Path, out: Path, options: Options) -> None:
+    """``source`` is a folder that `save_distributed` wrote."""
+    # torch has no public name for it; torchtitan calls it by this one, too.
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+
+    out.mkdir()
+    consolidate_safetensors_files(str(source), str(out), dict.fromkeys(_tensors_in(source), 1), num_threads=2)
+
+
+def save_distributed(source: Path, out: Path, options: Options) -> None:
+    """The tensors of a folder of safetensors as torch.distributed.checkpoint shards them, in as many files."""
+    import torch.distributed.checkpoint
+    from safetensors import safe_open
+
+    dcp: Any = torch.distributed.checkpoint
+
+    state_dict, index = {}, {}
+    for number, path in enumerate(sorted(source.glob("*.safetensors")), start=1):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                state_dict[name], index[name] = file.get_tensor(name), number
+    writer = dcp.HuggingFaceStorageWriter(str(out), fqn_to_index_mapping=index, save_distributed=True)
+    dcp.save(state_dict, storage_writer=writer, no_dist=True)
+
+
+def _tensors_in(folder: Path) -> dict[str, Path]:
+    from safetensors import safe_open
+
+    found: dict[str, Path] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def digest(folder: Path) -> str:
+    """The sha256 of all tensors in a folder of safetensors: names, dtypes, shapes and bytes, by the library."""
+    import torch
+    from safetensors import safe_open
+
+    found, paths = sha256(), _tensors_in(folder)
+    for name in sorted(paths):
+        with safe_open(paths[name], "pt") as file:
+            tensor = file.get_tensor(name).contiguous()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+PEERS: dict[str, Callable[[Path, Path, Options], None]] = {
+    MMAP: mmap_save,
+    MERGEKIT: mergekit,
+    ORIGINAL: original,
+    ORIGINAL_CHECKED: original_checked,
+    CONSOLIDATE: consolidate,
+    "save_distributed": save_distributed,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("way", choices=[*PEERS, "digest"])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("--dtype")
+    args = parser.parse_args()
+    if args.way == "digest":
+        print(json.dumps(digest(args.source)))
+    else:
+        PEERS[args.way](args.source, args.out, Options(args.max_shard_size, args.dtype))
+
 
 if __name__ == "__main__":
-    WAYS[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+    main()

@@ -1,0 +1,291 @@
+"""python -m benchmarks [SECTION …] [--models …] [--runs N] [--dir DIR] [--to DIR]: streamconv beside other ways.
+
+Makes its own inputs with `streamconv synth` in DIR and deletes them. Every run is a process of its own, the ways
+one after another and over again, so that all have the same machine; what is in the page cache, and when not, is said.
+Writes side_by_side.json, .md and .png files; a section that is run again takes its old place there.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import (
+    Run,
+    as_json,
+    files_in,
+    forget_cached,
+    machine,
+    remove,
+    run,
+    size_on_disk,
+    smallest_limit,
+    synthesize,
+)
+from benchmarks.ways import (
+    CONSOLIDATE,
+    CONVERT,
+    CP,
+    DD,
+    MERGEKIT,
+    MMAP,
+    ORIGINAL,
+    ORIGINAL_CHECKED,
+    RUN,
+    Options,
+    command,
+)
+
+MODELS = ("dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14")
+LARGE = "webssl_dino7b_full8b_518"
+WAYS = (CP, DD, CONVERT, MMAP, MERGEKIT, ORIGINAL, RUN, ORIGINAL_CHECKED)
+SLOW = {ORIGINAL, RUN, ORIGINAL_CHECKED}
+RUNS_OF_SLOW = 3  # of models above 1 GB
+MAX_MB = 20480  # what takes more is ended, before the machine is
+Result = dict[str, Any]
+
+
+class Bench:
+    """The sections, and what they share."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.runs, self.folder, self.search = args.runs, args.dir, not args.no_search
+        self.models, self.ways = args.models, [way for way in WAYS if way in args.ways]
+        self.digests: dict[tuple[str, str | None], str] = {}
+
+    def sections(self) -> dict[str, Callable[[], Result]]:
+        return {
+            "models": lambda: {model: self.one_model(model) for model in self.models},
+            "variants": self.variants,
+            "formats": self.formats,
+            "resume": self.resume,
+            "where": self.where,
+            "large": self.large,
+        }
+
+    def one_model(self, model: str) -> Result:
+        with self.place() as place:
+            source = synthesize(model, place / f"{model}_pretrain.pth")
+            is_large = source.stat().st_size > 10**9
+            counts = {way: RUNS_OF_SLOW if is_large and way in SLOW else self.runs for way in self.ways}
+            found = self.compare({way: (source, Options()) for way in self.ways}, place / "out", counts)
+            self.look_closer(found, {way: (source, Options()) for way in self.ways}, place / "out")
+            return {"bytes": source.stat().st_size, "ways": found}
+
+    def variants(self) -> Result:
+        """As stored and cast, one file and many."""
+        model, found = self.models[-1], {}
+        with self.place() as place:
+            source = synthesize(model, place / f"{model}_pretrain.pth")
+            for dtype in (None, "bfloat16"):
+                for shard_size in ("5GB", "500MB"):
+                    ways = [way for way in self.ways if way in (CP, CONVERT, MMAP, MERGEKIT)]
+                    options = Options(shard_size, dtype)
+                    found[f"{dtype or 'float32, as stored'}, shards of {shard_size}"] = self.compare(
+                        dict.fromkeys(ways, (source, options)), place / "out", dict.fromkeys(ways, self.runs)
+                    )
+            return {"model": model, "bytes": source.stat().st_size, "tables": found}
+
+    def formats(self) -> Result:
+        """Safetensors to safetensors: shards of 500 MB made one file."""
+        model = self.models[-1]
+        with self.place() as place:
+            source = synthesize(model, place / f"{model}_pretrain.pth")
+            sharded, distributed = place / "sharded", place / "distributed"
+            subprocess.run(command(CONVERT, source, sharded, Options("500MB")), check=True, stdout=sys.stderr)
+            subprocess.run(command("save_distributed", sharded, distributed, Options()), check=True, stdout=sys.stderr)
+            source.unlink()
+            ways = [way for way in (CP, CONVERT, MERGEKIT, CONSOLIDATE) if way in (*self.ways, CONSOLIDATE)]
+            sources = {way: (distributed if way == CONSOLIDATE else sharded, Options("500GB")) for way in ways}
+            found = self.compare(sources, place / "out", dict.fromkeys(ways, self.runs))
+            self.look_closer(found, sources, place / "out")
+            return {"model": model, "bytes": size_on_disk(sharded), "ways": found}
+
+    def resume(self) -> Result:
+        """Killed when half is written, and run again: what the second run costs."""
+        model, found = self.models[-1], {}
+        with self.place() as place:
+            source, out = synthesize(model, place / f"{model}_pretrain.pth"), place / "out"
+            for way in [way for way in self.ways if way in (CONVERT, MMAP, MERGEKIT)]:
+                words, runs = command(way, source, out, Options()), []
+                for _ in range(self.runs):
+                    kill_at_half(words, out, source.stat().st_size)
+                    if way != CONVERT:
+                        remove(out)  # they have nothing to go on from, and mergekit and mmap would not start in it
+                    begun = out.rename(out.with_name("begun")) if out.exists() else None
+                    runs.append(run(words, out, begun=begun))
+                found[way] = {"runs": as_json(runs)}
+                self.show(way, runs[-1])
+            return {"model": model, "bytes": source.stat().st_size, "ways": found}
+
+    def where(self) -> Result:
+        model = self.models[-1]
+        with self.place() as place:
+            source, out = synthesize(model, place / f"{model}_pretrain.pth"), place / "out"
+            found: dict[str, list[Any]] = {"inside": [], "alone": [], "start": []}
+            for _ in range(self.runs):
+                for word in ("inside", "alone"):
+                    os.sync()
+                    time.sleep(3)
+                    words = [sys.executable, "-m", "benchmarks.inside", str(source), str(out), word]
+                    done = subprocess.run(words, check=True, stdout=subprocess.PIPE)
+                    found[word].append(json.loads(done.stdout)[word])
+                    remove(out)
+                planned = run([sys.executable, "-m", "streamconv", "plan", str(source)], out)
+                found["start"].append(planned.wall)
+            return {"model": model, "bytes": source.stat().st_size, **found}
+
+    def large(self) -> Result:
+        with self.place() as place:
+            source, out = synthesize(LARGE, place / f"{LARGE}.pth"), place / "out"
+            fast = {way: (source, Options()) for way in self.ways if way in (CP, DD, CONVERT)}
+            found = self.compare(fast, out, dict.fromkeys(fast, RUNS_OF_SLOW), warm_up=False, cold=True)
+            name = f"{CONVERT} --dtype bfloat16"
+            cast = run(command(CONVERT, source, out, Options(dtype="bfloat16")), out)
+            found[name] = {"runs": as_json([cast])}
+            for way in [way for way in self.ways if way in (MMAP, MERGEKIT, ORIGINAL)]:
+                forget_cached([source])
+                done = run(command(way, source, out, Options()), out, limit_mb=MAX_MB if self.search else None)
+                self.show(way, done)
+                found[way] = {"runs": as_json([done])}
+            if self.search and CONVERT in fast:
+                remove(out)
+                found[CONVERT]["limit"] = smallest_limit(command(CONVERT, source, out, Options()), out, 30)
+            return {"bytes": source.stat().st_size, "ways": found}
+
+    def compare(
+        self,
+        ways: dict[str, tuple[Path, Options]],
+        out: Path,
+        counts: dict[str, int],
+        warm_up: bool = True,
+        cold: bool = False,
+    ) -> dict[str, Result]:
+        """Run them in turns, each as often as it says, after a first turn that only warms up."""
+        runs: dict[str, list[Run]] = {way: [] for way in ways}
+        seen: set[str] = set()
+        for turn in range(-1 if warm_up else 0, max(counts.values())):
+            for way, (source, options) in ways.items():
+                if turn >= counts[way] or (turn < 0 and counts[way] < self.runs):
+                    continue
+                if cold:
+                    os.sync()
+                    forget_cached(files_in(source))
+                done = run(command(way, source, out, options), out)
+                self.show(way, done)
+                if done.code:
+                    raise SystemExit(f"{way} failed")
+                if way not in seen:
+                    self.require_same(way, out, options)
+                    seen.add(way)
+                if turn >= 0:
+                    runs[way].append(done)
+        remove(out)
+        return {way: {"runs": as_json(each)} for way, each in runs.items()}
+
+    def look_closer(self, found: dict[str, Result], ways: dict[str, tuple[Path, Options]], out: Path) -> None:
+        """Once more from the disk, for what is read of it; and the smallest memory that each ends in."""
+        for way, (source, options) in ways.items():
+            words = command(way, source, out, options)
+            os.sync()
+            forget_cached(files_in(source))
+            found[way]["cold"] = as_json([run(words, out)])[0]
+            self.show(f"{way}, from the disk", run_of(found[way]["cold"]))
+            if self.search:
+                found[way]["limit"] = smallest_limit(words, out, statistics.median(walls(found[way])))
+        remove(out)
+
+    def require_same(self, way: str, out: Path, options: Options) -> None:
+        """That a way's output holds the same tensors as the others': a faster way to something else is none."""
+        if way in (CP, DD):
+            return
+        words = [sys.executable, "-m", "benchmarks.ways", "digest", str(out)]
+        digest = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
+        key = (str(out.parent), options.dtype)
+        if self.digests.setdefault(key, digest) != digest:
+            raise SystemExit(f"{way} wrote other tensors than the ways before it")
+
+    def place(self) -> "Place":
+        return Place(self.folder)
+
+    def show(self, way: str, done: Run) -> None:
+        print(f"  {way}: {done.wall:.2f} s, {done.peak_mb:.0f} MB, exit {done.code}", file=sys.stderr, flush=True)
+
+
+class Place(tempfile.TemporaryDirectory[str]):
+    """A folder for as long as it is needed, as a path."""
+
+    def __init__(self, parent: Path):
+        super().__init__(dir=parent)
+
+    def __enter__(self) -> Path:  # type: ignore[override]
+        return Path(super().__enter__())
+
+
+def run_of(kept: Result) -> Run:
+    return Run(**kept)
+
+
+def walls(found: Result) -> list[float]:
+    return [each["wall"] for each in found["runs"]]
+
+
+def kill_at_half(words: Sequence[str], out: Path, size: int) -> None:
+    """Kill a command when it has written half of ``size`` bytes."""
+    remove(out)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None:
+            with suppress(OSError, IndexError):  # it ended meanwhile
+                if int(Path(f"/proc/{process.pid}/io").read_text().split("wchar: ")[1].split()[0]) > size // 2:
+                    break
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def main() -> None:
+    assert __doc__
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("section", nargs="*", help="models, variants, formats, resume, where, large; default: all")
+    parser.add_argument("--models", type=lambda words: words.split(","), default=list(MODELS), metavar="A,B")
+    parser.add_argument("--ways", type=lambda words: words.split(","), default=list(WAYS), metavar="A,B",
+                        help=f"some of: {', '.join(WAYS)}")  # fmt: skip
+    parser.add_argument("--runs", type=int, default=5, help="of each way, after one that is not counted")
+    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="where to put sources and outputs")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where to write the results")
+    parser.add_argument("--no-search", action="store_true", help="do not search for the smallest memory cgroup")
+    args = parser.parse_args()
+    bench = Bench(args)
+    sections = bench.sections()
+    if unknown := [name for name in args.section if name not in sections]:
+        parser.error(f"there is no section {', '.join(unknown)}; there are {', '.join(sections)}")
+    kept = args.to / "side_by_side.json"
+    results: Result = json.loads(kept.read_text()) if kept.exists() else {}
+    for name in args.section or sections:
+        print(f"{name}:", file=sys.stderr)
+        found = sections[name]()
+        if name == "models":
+            found = {**results.get(name, {}), **found}
+        results[name] = found
+        results["machine"], results.setdefault("commands", {})[name] = (
+            machine(),
+            " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        )
+        kept.write_text(json.dumps(results, indent=1) + "\n")
+    # The plots' library is large, and a child's peak memory begins with its parent's.
+    subprocess.run([sys.executable, "-m", "benchmarks.tables", str(args.to)], check=True)
+
+
+if __name__ == "__main__":
+    main()
