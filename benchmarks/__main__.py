@@ -9,12 +9,11 @@ import argparse
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -62,15 +61,21 @@ class Bench:
         self.models, self.ways = args.models, [way for way in WAYS if way in args.ways]
         self.digests: dict[tuple[str, str | None], str] = {}
 
-    def sections(self) -> dict[str, Callable[[], Result]]:
+    def sections(self) -> dict[str, Callable[[Result], Iterator[Result]]]:
+        """Each is told what it found before, and gives what it has found so far, once or more."""
         return {
-            "models": lambda: {model: self.one_model(model) for model in self.models},
-            "variants": self.variants,
-            "formats": self.formats,
-            "resume": self.resume,
-            "where": self.where,
-            "large": self.large,
+            "models": self.each_model,
+            "variants": lambda _: iter([self.variants()]),
+            "formats": lambda _: iter([self.formats()]),
+            "resume": lambda _: iter([self.resume()]),
+            "where": lambda _: iter([self.where()]),
+            "large": lambda _: iter([self.large()]),
         }
+
+    def each_model(self, before: Result) -> Iterator[Result]:
+        for model in self.models:
+            before = {**before, model: self.one_model(model)}
+            yield before
 
     def one_model(self, model: str) -> Result:
         with self.place() as place:
@@ -159,7 +164,9 @@ class Bench:
                 found[way] = {"runs": as_json([done])}
             if self.search and CONVERT in fast:
                 remove(out)
-                found[CONVERT]["limit"] = smallest_limit(command(CONVERT, source, out, Options()), out, 30)
+                found[CONVERT]["limit"] = smallest_limit(
+                    command(CONVERT, source, out, Options()), out, run_of(found[CONVERT]["runs"][-1])
+                )
             return {"bytes": source.stat().st_size, "ways": found}
 
     def compare(
@@ -201,7 +208,7 @@ class Bench:
             found[way]["cold"] = as_json([run(words, out)])[0]
             self.show(f"{way}, from the disk", run_of(found[way]["cold"]))
             if self.search:
-                found[way]["limit"] = smallest_limit(words, out, statistics.median(walls(found[way])))
+                found[way]["limit"] = smallest_limit(words, out, run_of(found[way]["runs"][-1]))
         remove(out)
 
     def require_same(self, way: str, out: Path, options: Options) -> None:
@@ -235,10 +242,6 @@ def run_of(kept: Result) -> Run:
     return Run(**kept)
 
 
-def walls(found: Result) -> list[float]:
-    return [each["wall"] for each in found["runs"]]
-
-
 def kill_at_half(words: Sequence[str], out: Path, size: int) -> None:
     """Kill a command when it has written half of ``size`` bytes."""
     remove(out)
@@ -252,6 +255,16 @@ def kill_at_half(words: Sequence[str], out: Path, size: int) -> None:
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+def command_line(section: str, args: argparse.Namespace) -> str:
+    """What anyone gives to have this section again; where files lie does not matter."""
+    words = ["python -m benchmarks", section, f"--runs {args.runs}"]
+    if args.models != list(MODELS):
+        words.append(f"--models {','.join(args.models)}")
+    if args.ways != list(WAYS):
+        words.append(f'--ways "{",".join(args.ways)}"')
+    return " ".join(words + ["--no-search"] * args.no_search)
 
 
 def main() -> None:
@@ -274,15 +287,10 @@ def main() -> None:
     results: Result = json.loads(kept.read_text()) if kept.exists() else {}
     for name in args.section or sections:
         print(f"{name}:", file=sys.stderr)
-        found = sections[name]()
-        if name == "models":
-            found = {**results.get(name, {}), **found}
-        results[name] = found
-        results["machine"], results.setdefault("commands", {})[name] = (
-            machine(),
-            " ".join(["python -m benchmarks", *sys.argv[1:]]),
-        )
-        kept.write_text(json.dumps(results, indent=1) + "\n")
+        for found in sections[name](results.get(name, {})):
+            results |= {name: found, "machine": machine()}
+            results.setdefault("commands", {})[name] = command_line(name, args)
+            kept.write_text(json.dumps(results, indent=1) + "\n")
     # The plots' library is large, and a child's peak memory begins with its parent's.
     subprocess.run([sys.executable, "-m", "benchmarks.tables", str(args.to)], check=True)
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -172,18 +173,27 @@ def run(
 last_output = [0]  # bytes, of the run before
 
 
-def smallest_limit(words: Sequence[str], out: Path, usual: float) -> str:
-    """The smallest of `LIMITS_MB` in which a command ends well; ``usual`` is how long it takes without a limit.
+def smallest_limit(words: Sequence[str], out: Path, usual: Run) -> str:
+    """The smallest of `LIMITS_MB` in which a command ends well; ``usual`` is a run without a limit.
 
-    What takes ten times as long and a minute counts as not ending.
+    What takes ten times as long and a minute counts as not ending. The search begins at the usual peak, and goes
+    down as long as it ends, or else up.
     """
-    low, high = 0, len(LIMITS_MB)  # it ends in LIMITS_MB[high:], as far as tried
-    while low < high:
-        middle = (low + high) // 2
-        found = run(words, out, LIMITS_MB[middle], timeout=10 * usual + 60)
-        print(f"    in {LIMITS_MB[middle]} MB: exit {found.code}, {found.wall:.1f} s", file=sys.stderr)
-        low, high = (low, middle) if found.code == 0 else (middle + 1, high)
-    return f"{LIMITS_MB[high]:,}" if high < len(LIMITS_MB) else f"above {LIMITS_MB[-1]:,}"
+
+    def ends(at: int) -> bool:
+        found = run(words, out, LIMITS_MB[at], timeout=10 * usual.wall + 60)
+        print(f"    in {LIMITS_MB[at]} MB: exit {found.code}, {found.wall:.1f} s", file=sys.stderr)
+        return found.code == 0
+
+    at = min(bisect_left(LIMITS_MB, usual.peak_mb), len(LIMITS_MB) - 1)
+    if ends(at):
+        while at and ends(at - 1):
+            at -= 1
+        return f"{LIMITS_MB[at]:,}"
+    for higher in range(at + 1, len(LIMITS_MB)):
+        if ends(higher):
+            return f"{LIMITS_MB[higher]:,}"
+    return f"above {LIMITS_MB[-1]:,}"
 
 
 def forget_cached(paths: Iterable[Path]) -> None:
