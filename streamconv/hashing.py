@@ -21,7 +21,9 @@ class BackgroundHash:
 
     def __init__(self) -> None:
         size = BUFFER_BYTES + PAGE_BYTES
-        self._ring = deque(memoryview(mmap.mmap(-1, size)) for _ in range(RING_BUFFERS))
+        self._ring = deque(
+            memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) for _ in range(RING_BUFFERS)
+        )
         self._pending: deque[tuple[Future[Any], ...]] = deque()
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1, "hash")

@@ -59,11 +59,16 @@ class OutputFile:
                 self._is_direct = False
         self.write_at(offset, pages)
 
+    def close(self) -> None:
+        """What another thread still wants of it fails; it shall not meet the next file that gets the descriptor."""
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
     def _pwrite(self, data: memoryview, offset: int) -> int:
         try:
             return os.pwrite(self._fd, data, offset)
         except OSError as error:
-            if not self._is_direct or error.errno != errno.EINVAL:
+            if not self._is_direct or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
         self._set_direct(False)  # a file system that says only now that it cannot, or wants larger pages
         return os.pwrite(self._fd, data, offset)
@@ -92,7 +97,7 @@ class OutputFile:
         """Bring everything written so far to the disk, and let go of this range's cached pages.
 
         Syncing on the way keeps the disk busy; letting go keeps a small machine's cache for others
-        and writes the next range into the same, warm pages.
+        and, where all goes through the cache, writes the next range into the same, warm pages.
         """
         with explained(self._path):
             getattr(os, "fdatasync", os.fsync)(self._fd)
@@ -179,13 +184,14 @@ def whole_file(path: Path, *, resume: bool = False, version: str = "") -> Iterat
             fd = open_alone(temporary)
         except BlockingIOError:
             raise OutputError(f"{path} is being written by another process. Let it finish, or end it.") from None
+    file = OutputFile(fd, path)
     try:
         with explained(path):
             if resume:
                 sync_folder(path.parent)  # its temporary name lasts, as what will be synced under it
             else:
                 os.ftruncate(fd, 0)
-        yield OutputFile(fd, path)
+        yield file
         with explained(path):
             os.fsync(fd)
             if not is_named(fd, temporary):
@@ -199,7 +205,7 @@ def whole_file(path: Path, *, resume: bool = False, version: str = "") -> Iterat
                     temporary.unlink()
         raise
     finally:
-        os.close(fd)
+        file.close()
 
 
 def write_file(path: Path, data: bytes) -> None:

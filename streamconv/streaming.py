@@ -1,7 +1,7 @@
 """The byte mover: a shard's tensors from the source's ranges into a file, in a few buffers.
 
-One thread reads and checks; a second one hashes what was read; a third one writes it, syncs, and marks in
-the folder's journal how far the file is.
+One thread reads and checks; a second one hashes what was read; a third one writes it; a fourth one syncs, and
+marks in the folder's journal how far the file is.
 
 A shard that was interrupted goes on from its mark: what lies before it is read back from the file
 instead of from the source, through the same hash and the same CRC-32s. What was cast there has no
@@ -23,7 +23,7 @@ from streamconv.shards import PIECE_BYTES, Shard
 from streamconv.tensors import ByteRange, ByteSource, Record, SourceTensor
 
 # Read or written between two marks; a kill costs at most three of these, one that is filled while one is
-# synced. A 64 MB cgroup holds two, and no more dirty pages are ever wanted.
+# synced. Where it goes through the cache, a 64 MB cgroup holds two, and no more dirty pages are ever wanted.
 SYNC_BYTES = 32 << 20
 
 
@@ -64,6 +64,7 @@ def _write(
     with (
         whole_file(folder.path / shard.filename, resume=True) as file,
         BackgroundHash() as digest,
+        ThreadPoolExecutor(1, "sync") as syncing,
         ThreadPoolExecutor(1, "disk") as disk,
     ):
         file.allocate(size)
@@ -74,6 +75,7 @@ def _write(
         is_cast = any(tensor.cast_to for _, tensor in shard.tensors)
         stored, again = (memoryview(bytearray(PIECE_BYTES if is_cast else 0)) for _ in range(2))
         moved, overflowed = 0, mark.overflowed
+        writes: list[Future[None]] = []  # since the last mark
         begun: dict[Record, int] = {}  # where in the file the first bytes of a record went that was read
         _expect(shard, mark)
         for batch in _batches(shard):
@@ -103,15 +105,19 @@ def _write(
                 if position >= mark.size and digest.so_far().result() != mark.sha256:
                     raise CorruptError(f"{shard.filename} is not what its journal says.")
             else:
-                digest.update(buffer[:filled], disk.submit(file.write_pages, *whole_pages))
+                writes.append(disk.submit(file.write_pages, *whole_pages))
+                digest.update(buffer[:filled], writes[-1])
             if moved >= SYNC_BYTES and position < size:  # a mark of all says that all was settled
                 if synced is not None:
                     synced.result()
                 proven = min((at for record, at in begun.items() if checks.is_open(record)), default=position)
                 unproven = position - proven if is_cast else 0
                 reached = Mark(position, "", overflowed=overflowed, unproven=unproven)
-                synced = disk.submit(_keep, file, folder, shard.filename, synced_to, reached, digest.so_far())
+                synced = syncing.submit(
+                    _keep, file, folder, shard.filename, synced_to, reached, digest.so_far(), tuple(writes)
+                )
                 synced_to, moved = position, 0
+                writes.clear()
             advance(position, is_kept)
         if synced is not None:
             synced.result()
@@ -141,8 +147,18 @@ def _read(name: str, piece: SourceTensor, part: memoryview, stored: memoryview, 
     return cast(stored, piece.info.dtype, part, piece.cast_to) if piece.cast_to else 0
 
 
-def _keep(file: OutputFile, folder: OutputFolder, name: str, start: int, reached: Mark, sha256: "Future[str]") -> None:
-    """Bring the file's bytes from ``start`` on to the disk, and mark that it is as far as ``reached``."""
+def _keep(
+    file: OutputFile,
+    folder: OutputFolder,
+    name: str,
+    start: int,
+    reached: Mark,
+    sha256: "Future[str]",
+    writes: "tuple[Future[None], ...]",
+) -> None:
+    """When ``writes`` are done, bring the file's bytes from ``start`` on to the disk, and mark that it is there."""
+    for write in writes:
+        write.result()  # one that failed is no sync's business: past the cache, only it knows
     file.sync(start, reached.size - start)
     folder.mark(name, replace(reached, sha256=sha256.result()))
 

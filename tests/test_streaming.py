@@ -1,10 +1,12 @@
 """The byte mover: buffers are not reused before they were hashed and written, and these go past the cache."""
 
+import errno
 import fcntl
 import hashlib
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ import torch
 import streamconv
 from streamconv import hashing, streaming
 from streamconv.crc import RecordChecks
-from streamconv.folder import claimed
+from streamconv.errors import OutputError
+from streamconv.folder import NOTHING, Journal, claimed
+from streamconv.output import temporary_path, whole_file
 from streamconv.shards import make_shard
 
 
@@ -89,3 +93,43 @@ def test_weights_do_not_go_through_the_cache(tmp_path: Path, monkeypatch: pytest
             tensor.tobytes() for _, tensor in shard.tensors
         )
     assert cached == len(shard.header)
+
+
+def test_no_mark_stands_for_what_a_failed_write_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the cache, a write that failed is no later sync's error."""
+    torch.save({f"x{i}": torch.randn(1 << 16, 9) for i in range(4)}, tmp_path / "x.pth")
+    for module in (hashing, streaming):
+        monkeypatch.setattr(module, "BUFFER_BYTES", 64 << 10)
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 64 << 10)
+    monkeypatch.setattr(streaming, "SYNC_BYTES", 128 << 10)
+    real = os.pwrite
+    for failing in range(2, 60, 5):
+        calls = 0
+
+        def pwrite(fd: int, data: Any, offset: int) -> int:
+            nonlocal calls
+            calls += 1
+            if calls == failing:  # noqa: B023 - called within the turn
+                raise OSError(errno.EIO, "Input/output error")
+            return real(fd, data, offset)
+
+        out = tmp_path / f"out{failing}"
+        with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+            shard = make_shard("x.safetensors", checkpoint)
+            with monkeypatch.context() as patch, suppress(OutputError), claimed(out, {}, [shard.filename], 0) as folder:
+                patch.setattr(os, "pwrite", pwrite)
+                streaming.write_shard(shard, folder, RecordChecks(), lambda position, is_kept: None)
+        assert not (out / shard.filename).exists()
+        mark = Journal.read(out).marks.get(shard.filename, NOTHING)
+        if mark.size:
+            written = temporary_path(out / shard.filename).read_bytes()[: mark.size]
+            assert hashlib.sha256(written).hexdigest() == mark.sha256, failing
+    assert mark.size  # the last ones had marks
+
+
+def test_what_is_still_wanted_of_a_closed_file_fails(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "x") as file:
+        pass
+    with open(tmp_path / "other", "wb"), pytest.raises(OutputError, match="Bad file descriptor"):
+        file.write_at(0, memoryview(b"x"))
+    assert (tmp_path / "other").read_bytes() == b""
