@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ from benchmarks.ways import (
     CONVERT,
     CP,
     DD,
+    KEYS,
     MERGEKIT,
     MMAP,
     ORIGINAL,
-    ORIGINAL_CHECKED,
     RUN,
     Options,
     command,
@@ -46,9 +47,9 @@ from benchmarks.ways import (
 
 MODELS = ("dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14")
 LARGE = "webssl_dino7b_full8b_518"
-WAYS = (CP, DD, CONVERT, MMAP, MERGEKIT, ORIGINAL, RUN, ORIGINAL_CHECKED)
-SLOW = {ORIGINAL, RUN, ORIGINAL_CHECKED}
-RUNS_OF_SLOW = 3  # of models above 1 GB
+WAYS = (CP, DD, CONVERT, MMAP, MERGEKIT, RUN, ORIGINAL)
+SLOW = {RUN, ORIGINAL}
+FEW_RUNS = 2  # of the slow ways of a model above 1 GB, and of the large one
 MAX_MB = 20480  # what takes more is ended, before the machine is
 Result = dict[str, Any]
 
@@ -58,7 +59,8 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.runs, self.folder, self.search = args.runs, args.dir, not args.no_search
-        self.models, self.ways = args.models, [way for way in WAYS if way in args.ways]
+        self.models, self.all_ways = args.models, args.ways
+        self.ways = [way for way in WAYS if way in args.ways]
         self.digests: dict[tuple[str, str | None], str] = {}
 
     def sections(self) -> dict[str, Callable[[Result], Iterator[Result]]]:
@@ -80,10 +82,11 @@ class Bench:
     def one_model(self, model: str) -> Result:
         with self.place() as place:
             source = synthesize(model, place / f"{model}_pretrain.pth")
-            is_large = source.stat().st_size > 10**9
-            counts = {way: RUNS_OF_SLOW if is_large and way in SLOW else self.runs for way in self.ways}
-            found = self.compare({way: (source, Options()) for way in self.ways}, place / "out", counts)
-            self.look_closer(found, {way: (source, Options()) for way in self.ways}, place / "out")
+            is_large = source.stat().st_size > 2 * 10**9
+            counts = {way: min(self.runs, FEW_RUNS) if is_large and way in SLOW else self.runs for way in self.ways}
+            ways = dict.fromkeys(self.ways, (source, Options()))
+            found = self.compare(ways, place / "out", counts)
+            self.look_closer(found, ways, place / "out")
             return {"bytes": source.stat().st_size, "ways": found}
 
     def variants(self) -> Result:
@@ -92,7 +95,7 @@ class Bench:
         with self.place() as place:
             source = synthesize(model, place / f"{model}_pretrain.pth")
             for dtype in (None, "bfloat16"):
-                for shard_size in ("5GB", "500MB"):
+                for shard_size in ("5GB", "500MB")[not dtype :]:  # as stored and in one file: among the models
                     ways = [way for way in self.ways if way in (CP, CONVERT, MMAP, MERGEKIT)]
                     options = Options(shard_size, dtype)
                     found[f"{dtype or 'float32, as stored'}, shards of {shard_size}"] = self.compare(
@@ -109,7 +112,7 @@ class Bench:
             subprocess.run(command(CONVERT, source, sharded, Options("500MB")), check=True, stdout=sys.stderr)
             subprocess.run(command("save_distributed", sharded, distributed, Options()), check=True, stdout=sys.stderr)
             source.unlink()
-            ways = [way for way in (CP, CONVERT, MERGEKIT, CONSOLIDATE) if way in (*self.ways, CONSOLIDATE)]
+            ways = [way for way in (CP, CONVERT, MERGEKIT, CONSOLIDATE) if way in self.all_ways]
             sources = {way: (distributed if way == CONSOLIDATE else sharded, Options("500GB")) for way in ways}
             found = self.compare(sources, place / "out", dict.fromkeys(ways, self.runs))
             self.look_closer(found, sources, place / "out")
@@ -124,12 +127,17 @@ class Bench:
                 words, runs = command(way, source, out, Options()), []
                 for _ in range(self.runs):
                     kill_at_half(words, out, source.stat().st_size)
-                    if way != CONVERT:
-                        remove(out)  # they have nothing to go on from, and mergekit and mmap would not start in it
-                    begun = out.rename(out.with_name("begun")) if out.exists() else None
+                    begun = None
+                    if way == CONVERT:
+                        begun = out.rename(out.with_name("begun"))
+                    else:
+                        remove(out)  # nothing is gone on with, and some would not start in it
                     runs.append(run(words, out, begun=begun))
+                    self.show(way, runs[-1])
+                    if runs[-1].code:
+                        raise SystemExit(f"{way} failed")
+                self.require_same(way, out, Options())
                 found[way] = {"runs": as_json(runs)}
-                self.show(way, runs[-1])
             return {"model": model, "bytes": source.stat().st_size, "ways": found}
 
     def where(self) -> Result:
@@ -150,23 +158,27 @@ class Bench:
             return {"model": model, "bytes": source.stat().st_size, **found}
 
     def large(self) -> Result:
+        """Always from the disk, since a machine's page cache need not hold it; peers in a memory cgroup."""
         with self.place() as place:
             source, out = synthesize(LARGE, place / f"{LARGE}.pth"), place / "out"
             fast = {way: (source, Options()) for way in self.ways if way in (CP, DD, CONVERT)}
-            found = self.compare(fast, out, dict.fromkeys(fast, RUNS_OF_SLOW), warm_up=False, cold=True)
-            name = f"{CONVERT} --dtype bfloat16"
-            cast = run(command(CONVERT, source, out, Options(dtype="bfloat16")), out)
-            found[name] = {"runs": as_json([cast])}
-            for way in [way for way in self.ways if way in (MMAP, MERGEKIT, ORIGINAL)]:
-                forget_cached([source])
-                done = run(command(way, source, out, Options()), out, limit_mb=MAX_MB if self.search else None)
-                self.show(way, done)
-                found[way] = {"runs": as_json([done])}
+            counts = dict.fromkeys(fast, min(self.runs, FEW_RUNS))
+            found = self.compare(fast, out, counts, warm_up=False, cold=True)
             if self.search and CONVERT in fast:
+                words, usual = command(CONVERT, source, out, Options()), run_of(found[CONVERT]["runs"][-1])
+                found[CONVERT]["limit"] = smallest_limit(words, source, out, usual)
+            cast = Options(dtype="bfloat16")
+            once = {f"{CONVERT} --dtype bfloat16": (CONVERT, cast)} if CONVERT in fast else {}
+            once |= {way: (way, Options()) for way in self.ways if way in (MMAP, MERGEKIT, ORIGINAL)}
+            for name, (way, options) in once.items():
                 remove(out)
-                found[CONVERT]["limit"] = smallest_limit(
-                    command(CONVERT, source, out, Options()), out, run_of(found[CONVERT]["runs"][-1])
-                )
+                os.sync()
+                forget_cached([source])
+                done = run(command(way, source, out, options), out, limit_mb=MAX_MB)
+                self.show(name, done)
+                if not done.code:
+                    self.require_same(name, out, options)
+                found[name] = {"runs": as_json([done])}
             return {"bytes": source.stat().st_size, "ways": found}
 
     def compare(
@@ -205,10 +217,13 @@ class Bench:
             words = command(way, source, out, options)
             os.sync()
             forget_cached(files_in(source))
-            found[way]["cold"] = as_json([run(words, out)])[0]
-            self.show(f"{way}, from the disk", run_of(found[way]["cold"]))
+            cold = run(words, out)
+            self.show(f"{way}, from the disk", cold)
+            if cold.code:
+                raise SystemExit(f"{way} failed")
+            found[way]["cold"] = asdict(cold)
             if self.search:
-                found[way]["limit"] = smallest_limit(words, out, run_of(found[way]["runs"][-1]))
+                found[way]["limit"] = smallest_limit(words, source, out, run_of(found[way]["runs"][-1]))
         remove(out)
 
     def require_same(self, way: str, out: Path, options: Options) -> None:
@@ -252,6 +267,8 @@ def kill_at_half(words: Sequence[str], out: Path, size: int) -> None:
                 if int(Path(f"/proc/{process.pid}/io").read_text().split("wchar: ")[1].split()[0]) > size // 2:
                     break
             time.sleep(0.002)
+        else:
+            raise SystemExit("it ended before it was killed")
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -262,8 +279,8 @@ def command_line(section: str, args: argparse.Namespace) -> str:
     words = ["python -m benchmarks", section, f"--runs {args.runs}"]
     if args.models != list(MODELS):
         words.append(f"--models {','.join(args.models)}")
-    if args.ways != list(WAYS):
-        words.append(f'--ways "{",".join(args.ways)}"')
+    if set(args.ways) != set(KEYS.values()):
+        words.append(f"--ways {' '.join(key for key, way in KEYS.items() if way in args.ways)}")
     return " ".join(words + ["--no-search"] * args.no_search)
 
 
@@ -272,13 +289,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n\n")[2])
     parser.add_argument("section", nargs="*", help="models, variants, formats, resume, where, large; default: all")
     parser.add_argument("--models", type=lambda words: words.split(","), default=list(MODELS), metavar="A,B")
-    parser.add_argument("--ways", type=lambda words: words.split(","), default=list(WAYS), metavar="A,B",
-                        help=f"some of: {', '.join(WAYS)}")  # fmt: skip
+    parser.add_argument("--ways", nargs="+", choices=KEYS, default=list(KEYS))
     parser.add_argument("--runs", type=int, default=5, help="of each way, after one that is not counted")
     parser.add_argument("--dir", type=Path, default=Path.cwd(), help="where to put sources and outputs")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where to write the results")
     parser.add_argument("--no-search", action="store_true", help="do not search for the smallest memory cgroup")
     args = parser.parse_args()
+    args.ways = [KEYS[key] for key in args.ways]
+    subprocess.run([sys.executable, "-m", "compileall", "-q", "streamconv", "benchmarks"], check=True)
     bench = Bench(args)
     sections = bench.sections()
     if unknown := [name for name in args.section if name not in sections]:
@@ -289,7 +307,9 @@ def main() -> None:
         print(f"{name}:", file=sys.stderr)
         for found in sections[name](results.get(name, {})):
             results |= {name: found, "machine": machine()}
-            results.setdefault("commands", {})[name] = command_line(name, args)
+            results.setdefault("commands", {}).setdefault(name, [])
+            if (line := command_line(name, args)) not in results["commands"][name]:
+                results["commands"][name].append(line)
             kept.write_text(json.dumps(results, indent=1) + "\n")
     # The plots' library is large, and a child's peak memory begins with its parent's.
     subprocess.run([sys.executable, "-m", "benchmarks.tables", str(args.to)], check=True)

@@ -3,7 +3,7 @@
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,33 @@ TITLES = {
     "where": "Where the time goes",
     "large": "A 7B-shaped checkpoint",
 }
+NOTES = {
+    "formats": "Shards of 500 MB are made one file; the consolidation reads its own shards of the same tensors.",
+    "resume": "wall, CPU and bytes of the second run. What streamconv had written it reads back from the disk, and "
+    "checks; the others keep nothing that they could go on from.",
+    "large": "Every run is from the disk, since the page cache need not hold the source. Those that ran once did so in "
+    "a memory cgroup of 20,480 MB, and not in turns with the others: `of cp` is by its first run there.",
+}
 INTRODUCTION = """# streamconv beside what people use
 
 Made by the commands below, on random weights that `streamconv synth` made; `__main__.py` says what is run, `ways.py`
-the calls that each peer gets, `measure.py` how each number is taken. The ways of a table run in turns. All outputs of a
-table hold the same tensors: names, dtypes, shapes and bytes, by their sha256.
+the calls that each peer gets, `measure.py` how each number is taken. The ways of a table run in turns, and each ends
+with its output on the disk. All outputs of a table hold the same tensors: names, dtypes, shapes and bytes, by their
+sha256, taken after each way's first run.
 
 - wall: median (least to most) in seconds. The source is in the page cache, but where it says "from the disk".
 - of cp: the median, pair by pair, of wall by that of `cp; sync`.
 - CPU: seconds, of all threads and processes, user and system.
-- peak: the largest VmHWM of its processes, in MB of 10^6 bytes.
-- ends in: the smallest memory cgroup, page cache included, in MB of 2^20 bytes, of 16, 24, 32, 48, 64, 96, 128, 192, …
+- peak: the largest VmHWM of its processes, in MB of 10^6 bytes. It counts pages of files that are mapped, which the
+  system can take away again (torch.load(mmap) has many). own: without these, as far as seen by looking every 5 ms.
+- ends in: the smallest memory cgroup, in MB of 2^20 bytes, of 16, 24, 32, 48, 64, 96, 128, 192, … The source is not in
+  the page cache before, so that its pages count, as the output's do.
 - from the disk: one run after the source was dropped from the page cache: wall, MB read from and written to the disk.
 - beyond: MB of disk that it took at most besides the source and its output.
 
 `cp; sync` finds a page of memory for every page that it writes, and on a virtual machine the host may have to find it,
-too: that is most of its time here. `dd` past the cache is what the disk takes, and the real limit.
+too: that is most of its time here. `dd` past the cache does not; it reads and writes in turn, and keeps one core idle.
+streamconv checks every byte's CRC-32 and takes the output's sha256; the others check and take nothing.
 """
 
 
@@ -51,19 +62,19 @@ def cells(found: Result, limit: Result | None) -> list[str]:
     runs = found["runs"]
     if failed := [each["code"] for each in runs if each["code"]]:
         said = "killed" if failed[0] in (-9, 137) else f"exit {failed[0]}"
-        return [said, "", "", f"{max(each['peak_mb'] for each in runs):,.0f}"]
+        return [said, "", "", *(f"{max(each[key] for each in runs):,.0f}" for key in ("peak_mb", "own_mb"))]
     ratios = [mine / limits for mine, limits in zip(walls(found), walls(limit), strict=False)] if limit else []
     return [
         spread(walls(found)) if len(runs) > 1 else f"{runs[0]['wall']:.2f}",
         f"{statistics.median(ratios):.2f}" if ratios else "",
         f"{statistics.median(each['cpu'] for each in runs):.2f}",
-        f"{max(each['peak_mb'] for each in runs):,.0f}",
+        *(f"{max(each[key] for each in runs):,.0f}" for key in ("peak_mb", "own_mb")),
     ]
 
 
 def table(ways: Result, is_resumed: bool = False) -> list[str]:
     """One row a way, with the columns that any of them has; of a resumed run, what the disk had to do again."""
-    columns = ["way", "runs", "wall, s", "of cp", "CPU, s", "peak, MB"]
+    columns = ["way", "runs", "wall, s", "of cp", "CPU, s", "peak, MB", "own, MB"]
     has_limit, has_cold = (any(key in found for found in ways.values()) for key in ("limit", "cold"))
     columns += ["ends in, MB"] * has_limit + ["from the disk, s"] * has_cold
     columns += ["read, MB", "written, MB"] * (has_cold or is_resumed) + ["beyond, MB"] * (not is_resumed)
@@ -117,14 +128,15 @@ def where_lines(where: Result) -> list[str]:
 
 
 def growth(results: Result) -> dict[str, list[tuple[float, float, float]]]:
-    """Of each way: bytes of the source, median seconds, peak MB, by size."""
+    """Of each way: bytes of the source, seconds from the disk (the large one's median), peak MB, by size."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     sizes = [*results.get("models", {}).values(), *([results["large"]] if "large" in results else [])]
     for one in sorted(sizes, key=lambda each: each["bytes"]):
         for way, result in one["ways"].items():
             if not any(each["code"] for each in result["runs"]):
                 peak = max(each["peak_mb"] for each in result["runs"])
-                found.setdefault(way, []).append((one["bytes"], statistics.median(walls(result)), peak))
+                seconds = result["cold"]["wall"] if "cold" in result else statistics.median(walls(result))
+                found.setdefault(way, []).append((one["bytes"], seconds, peak))
     return found
 
 
@@ -140,8 +152,8 @@ def growth_lines(points: list[tuple[float, float, float]]) -> list[str]:
     off = np.max(np.abs(slope * sizes + start - seconds) / seconds)
     return [
         f"`{CONVERT}` from {sizes[0] / MB:,.0f} MB to {sizes[-1] / GB:,.1f} GB: peak memory from {peaks.min():.1f} to "
-        f"{peaks.max():.1f} MB; time {start:.2f} s + {slope * GB:.2f} s a GB, the farthest point {off:.0%} off that "
-        "line.",
+        f"{peaks.max():.1f} MB; from the disk {start:.2f} s + {slope * GB:.2f} s a GB, the farthest point {off:.0%} "
+        "off that line.",
         "",
     ]
 
@@ -156,7 +168,7 @@ def plot_growth(found: dict[str, list[tuple[float, float, float]]], path: Path) 
         style |= {"color": "tab:red", "linewidth": 2.5} if way == CONVERT else {}
         times.plot(sizes, [seconds for _, seconds, _ in points], marker="o", markersize=4, label=way, **style)
         peaks.plot(sizes, [peak for _, _, peak in points], marker="o", markersize=4, label=way, **style)
-    for axes, label in ((times, "wall, s"), (peaks, "peak memory, MB")):
+    for axes, label in ((times, "from the disk, s"), (peaks, "peak memory, MB")):
         axes.set(xscale="log", yscale="log", xlabel="checkpoint, GB", ylabel=label)
         axes.grid(alpha=0.3)
     figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -211,6 +223,26 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def _median(key: str) -> Callable[[Result], float | None]:
+    return lambda found: statistics.median(each[key] for each in found["runs"])
+
+
+def _limit(found: Result) -> float | None:
+    said = found.get("limit", "above")
+    return None if said.startswith("above") else float(said.replace(",", ""))
+
+
+MEASURES: tuple[tuple[str, int, Callable[[Result], float | None]], ...] = (
+    ("s", 2, _median("wall")),
+    ("s from the disk", 2, lambda found: found["cold"]["wall"] if "cold" in found else None),
+    ("s of CPU", 2, _median("cpu")),
+    ("MB at peak", 0, lambda found: max(float(each["peak_mb"]) for each in found["runs"])),
+    ("MB of its own", 0, lambda found: max(float(each["own_mb"]) for each in found["runs"])),
+    ("MB to end in", 0, _limit),
+    ("MB of disk beyond", 0, _median("disk_mb")),
+)
+
+
 def losses(results: Result) -> list[str]:
     """Where streamconv convert has not the best number of those that convert."""
     tables = {model: one["ways"] for model, one in results.get("models", {}).items()}
@@ -224,10 +256,9 @@ def losses(results: Result) -> list[str]:
             if CONVERT not in ways or way.startswith("streamconv") or any(each["code"] for each in found["runs"]):
                 continue
             better = []
-            for key, what, digits in (("wall", "s", 2), ("cpu", "s of CPU", 2), ("peak_mb", "MB at peak", 0),
-                                      ("disk_mb", "MB of disk beyond", 0)):  # fmt: skip
-                mine, theirs = (statistics.median(e[key] for e in one["runs"]) for one in (ways[CONVERT], found))
-                if round(theirs, digits) < round(mine, digits):
+            for what, digits, value in MEASURES:
+                mine, theirs = value(ways[CONVERT]), value(found)
+                if mine is not None and theirs is not None and round(theirs, digits) < round(mine, digits):
                     better.append(f"{theirs:,.{digits}f} {what} (streamconv {mine:,.{digits}f})")
             if better:
                 lines.append(f"- {title}: {way} takes {', '.join(better)}")
@@ -240,7 +271,7 @@ def text(results: Result, made: Sequence[str]) -> str:
         if section not in results:
             continue
         found = results[section]
-        lines += [f"## {title}", "", f"`{results['commands'][section]}`", ""]
+        lines += [f"## {title}", "", *(f"`{each}`" for each in results["commands"][section]), ""]
         if section == "models":
             lines += [f"![time and memory against size]({name})\n" for name in made if "growth" in name]
             lines += growth_lines(growth(results).get(CONVERT, []))
@@ -255,7 +286,8 @@ def text(results: Result, made: Sequence[str]) -> str:
             lines += [f"![what each thread did]({name})\n" for name in made if "where" in name]
             lines += [*where_lines(found), ""]
         else:
-            lines += [f"{found['bytes']:,} bytes.", "", *table(found["ways"], section == "resume"), ""]
+            lines += [f"{found['bytes']:,} bytes. {NOTES[section]}", ""]
+            lines += [*table(found["ways"], section == "resume"), ""]
     lines += ["## Where streamconv loses", "", "`streamconv convert` beside every other row, by the tables above.", ""]
     return "\n".join(lines + (losses(results) or ["Nowhere."])) + "\n"
 

@@ -1,11 +1,12 @@
 """The ways to convert that are compared, each run as a process of its own: python -m benchmarks.ways WAY SOURCE OUT …
 
-Peers are called through their public API, as their documentation says. Their key names come from
-streamconv's plan, which favours them: it costs them nothing and they read nothing for it.
+Peers are called through their public API, as their documentation says, and synced at the end. Their key names come
+from streamconv's plan, a few hundredths of a second of theirs.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ CP, DD = "cp; sync", "dd, past the cache; fsync"
 CONVERT, RUN = "streamconv convert", "streamconv run"
 MMAP = "torch.load(mmap) + save_torch_state_dict"
 MERGEKIT = "mergekit LazyTensorLoader + TensorWriter"
-ORIGINAL, ORIGINAL_CHECKED = "original script's way, no check", "original script's way"
+ORIGINAL = "original script's way"
 CONSOLIDATE = "torch.distributed.checkpoint consolidation"
+KEYS = {"cp": CP, "dd": DD, "convert": CONVERT, "mmap": MMAP, "mergekit": MERGEKIT, "consolidate": CONSOLIDATE,
+        "run": RUN, "original": ORIGINAL}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,15 @@ def names_of(source: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield move.source, move.targets
 
 
-def chunked(targets: tuple[str, ...], value: Any) -> Iterable[tuple[str, Any]]:
-    if len(targets) == 1:
-        return [(targets[0], value)]
-    # Chunks of one storage would count as shared tensors, of which only one is kept.
-    return zip(targets, (part.clone() for part in value.chunk(len(targets))), strict=True)
+def chunked(targets: tuple[str, ...], value: Any, dtype: Any) -> Iterable[tuple[str, Any]]:
+    parts = value.chunk(len(targets))
+    return zip(targets, (part.to(dtype) for part in parts) if dtype else parts, strict=True)
+
+
+def torch_dtype(options: Options) -> Any:
+    import torch
+
+    return getattr(torch, options.dtype) if options.dtype else None
 
 
 def mmap_save(source: Path, out: Path, options: Options) -> None:
@@ -62,18 +69,17 @@ def mmap_save(source: Path, out: Path, options: Options) -> None:
     from huggingface_hub import save_torch_state_dict
 
     loaded = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
     state_dict = {
-        target: part.to(dtype) if dtype else part
+        # It takes no part of a storage whose other parts go elsewhere, as the chunks of qkv are.
+        target: part.clone() if len(targets) > 1 and not options.dtype else part
         for name, targets in names_of(source)
-        for target, part in chunked(targets, loaded[name])
+        for target, part in chunked(targets, loaded[name], torch_dtype(options))
     }
     out.mkdir()
     save_torch_state_dict(state_dict, out, max_shard_size=options.max_shard_size)
 
 
 def mergekit(source: Path, out: Path, options: Options) -> None:
-    import torch
     from mergekit.io import LazyTensorLoader, ShardedTensorIndex, TensorWriter
 
     from streamconv.shards import parse_size
@@ -84,15 +90,14 @@ def mergekit(source: Path, out: Path, options: Options) -> None:
     else:
         loader = LazyTensorLoader(ShardedTensorIndex.from_file(str(source)))
         names = list(names_of(source))
-    dtype = getattr(torch, options.dtype) if options.dtype else None
     with TensorWriter(str(out), max_shard_size=parse_size(options.max_shard_size)) as writer:
         for name, targets in names:
-            for target, part in chunked(targets, loader.get_tensor(name)):
-                writer.save_tensor(target, part.to(dtype) if dtype else part)
+            for target, part in chunked(targets, loader.get_tensor(name), torch_dtype(options)):
+                writer.save_tensor(target, part)
 
 
-def original(source: Path, out: Path, options: Options, is_checked: bool = False) -> None:
-    """Both models whole in memory, save_pretrained; with the script's two forward passes at 224 pixels, or without."""
+def original(source: Path, out: Path, options: Options) -> None:
+    """Both models whole in memory, the two forward passes at 224 pixels, save_pretrained."""
     import torch
     import transformers
 
@@ -105,20 +110,15 @@ def original(source: Path, out: Path, options: Options, is_checked: bool = False
     model.load_state_dict(torch.load(source, map_location="cpu", weights_only=True))
     config = transformers.Dinov2Config(**plan.config)
     loaded = model.state_dict()
-    state_dict = dict(pair for name, targets in names_of(source) for pair in chunked(targets, loaded[name]))
+    state_dict = dict(pair for name, targets in names_of(source) for pair in chunked(targets, loaded[name], None))
     # load_state_dict of the original script no longer fits transformers 5's names; this does on 4 and 5.
     converted: Any = transformers.Dinov2Model.from_pretrained(None, config=config, state_dict=state_dict)
-    if is_checked:
-        pixels = torch.randn(1, 3, 224, 224)
-        with torch.no_grad():
-            for _ in dinov2.states(model, pixels):
-                pass
-            converted(pixels, output_hidden_states=True)
+    pixels = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        for _ in dinov2.states(model, pixels):
+            pass
+        converted(pixels, output_hidden_states=True)
     converted.save_pretrained(out, max_shard_size=options.max_shard_size)
-
-
-def original_checked(source: Path, out: Path, options: Options) -> None:
-    original(source, out, options, is_checked=True)
 
 
 def consolidate(source: Path, out: Path, options: Options) -> None:
@@ -174,7 +174,6 @@ PEERS: dict[str, Callable[[Path, Path, Options], None]] = {
     MMAP: mmap_save,
     MERGEKIT: mergekit,
     ORIGINAL: original,
-    ORIGINAL_CHECKED: original_checked,
     CONSOLIDATE: consolidate,
     "save_distributed": save_distributed,
 }
@@ -192,6 +191,7 @@ def main() -> None:
         print(json.dumps(digest(args.source)))
     else:
         PEERS[args.way](args.source, args.out, Options(args.max_shard_size, args.dtype))
+        os.sync()  # as cp and streamconv: done is what is on the disk
 
 
 if __name__ == "__main__":
