@@ -134,6 +134,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype: str | None = None) -> dict[str, Any]:
     hashing.BUFFER_BYTES = streaming.BUFFER_BYTES = (1 << 20) // SCALE * 2
     streaming.PIECE_BYTES = (512 << 10) // SCALE * 2
+    hashing.RING_BUFFERS //= 2  # of buffers that are larger, so scaled
     streaming.SYNC_BYTES //= SCALE
     shadow, folder = place / "shadow", place / "out"
 
