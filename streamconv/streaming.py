@@ -9,7 +9,7 @@ CRC-32 in the source. Of it, the mark proves the records that had been read whol
 those that it cut are read, checked and cast once more, and must come to what the file holds.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -76,7 +76,7 @@ def _write(
         stored, again = (memoryview(bytearray(PIECE_BYTES if is_cast else 0)) for _ in range(2))
         moved, overflowed = 0, mark.overflowed
         writes: list[Future[None]] = []  # since the last mark
-        begun: dict[Record, int] = {}  # where in the file the first bytes of a record went that was read
+        read: dict[Record, tuple[int, int]] = {}  # where in the file its first and its last piece went
         _expect(shard, mark)
         for batch in _batches(shard):
             buffer, filled, is_kept = pages.room_in(digest.next_buffer()), 0, position < mark.size
@@ -88,7 +88,7 @@ def _write(
                     if not piece.cast_to:
                         checks.add(name, piece, part)
                 if _is_read(piece, at, is_kept, mark):
-                    begun.setdefault(piece.record, at)
+                    read[piece.record] = read.get(piece.record, (at, at))[0], at
                     if is_kept:
                         _read(name, piece, again[: len(part)], stored, checks)
                         if bytes(again[: len(part)]) != bytes(part):
@@ -110,8 +110,7 @@ def _write(
             if moved >= SYNC_BYTES and position < size:  # a mark of all says that all was settled
                 if synced is not None:
                     synced.result()
-                proven = min((at for record, at in begun.items() if checks.is_open(record)), default=position)
-                unproven = position - proven if is_cast else 0
+                unproven = position - _proven(position, read, checks) if is_cast else 0
                 reached = Mark(position, "", overflowed=overflowed, unproven=unproven)
                 synced = syncing.submit(
                     _keep, file, folder, shard.filename, synced_to, reached, digest.so_far(), tuple(writes)
@@ -130,6 +129,17 @@ def _write(
         for source in {tensor.record.file for _, tensor in shard.tensors if tensor.record.crc32 is None}:
             source.require_unchanged()
     return Mark(size, sha256, overflowed=overflowed)
+
+
+def _proven(position: int, read: Mapping[Record, tuple[int, int]], checks: RecordChecks) -> int:
+    """Up to where the file holds only what was checked, and no record that goes on behind it.
+
+    Who goes on from there reads each record that it meets as a whole, and so can check it.
+    """
+    proven = min((first for record, (first, _) in read.items() if checks.is_open(record)), default=position)
+    while cut := [first for first, last in read.values() if first < proven <= last]:
+        proven = min(cut)
+    return proven
 
 
 def _is_read(piece: SourceTensor, at: int, is_kept: bool, mark: Mark) -> bool:
