@@ -49,7 +49,9 @@ def test_every_view_reads_as_torch_loads_it(tmp_path: Path, state: dict[str, tor
         assert list(checkpoint) == list(loaded)
         assert {name: (t.info.dtype, t.info.shape, t.tobytes()) for name, t in checkpoint.items()} == described(loaded)
         records = {tensor.record for tensor in checkpoint.values()}
-        assert len(records) == len({tensor.untyped_storage()._cdata for tensor in loaded.values()})
+        storages = [tensor.untyped_storage() for tensor in loaded.values()]  # torch may load an empty one twice
+        filled = {storage.data_ptr() for storage in storages if len(storage)}
+        assert sum(record.range.length > 0 for record in records) == len(filled)
         assert all(record.crc32 is None for record in records)
 
 
