@@ -130,8 +130,8 @@ def where_lines(where: Result, cores: int) -> list[str]:
         *lines,
         "",
         f"{checks:.2f} s of that CPU are the CRC-32 and the sha256, which `cp` does not take: its distance to `cp` is "
-        f"made of them. {cores} cores take {cpu / cores:.2f} s for all of the CPU at best, and the sha256, a chain over "
-        f"each file, {lone['sha256']:.2f} s on one of any number.",
+        f"made of them. {cores} cores take {cpu / cores:.2f} s for all of the CPU at best, and the sha256, a chain "
+        f"over a file, {lone['sha256']:.2f} s on one of any number.",
     ]
 
 

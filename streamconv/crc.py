@@ -12,7 +12,7 @@ from streamconv.tensors import Record, SourceTensor
 
 _POLYNOMIAL = 0xEDB88320  # IEEE 802.3's, bits reversed: the highest bit is x^0
 _ONE, _X = 1 << 31, 1 << 30
-_READ_BYTES = 1 << 20
+_READ_BYTES = 128 << 10  # a piece of any record, on top of all that a conversion needs
 
 
 def combine(first: int, second: int, second_length: int) -> int:
@@ -85,6 +85,7 @@ class RecordChecks:
         """
         for record in self._touched:
             if record not in self._settled:
+                record.file.expect((record.range,))
                 self._require_match(record)
             record.file.require_unchanged()  # since it was read whole, which may be shards ago
         self._settled |= self._touched

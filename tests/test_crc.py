@@ -90,6 +90,25 @@ def test_a_record_is_read_only_once_by_shards_that_share_it(tmp_path: Path, monk
         assert tensor.record not in checks._pieces
 
 
+def test_what_is_read_again_takes_little_memory_and_is_asked_for_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"x": torch.randn(3, 1 << 18)}, path)  # 3 MiB, as a model's qkv in two shards
+    calls: list[object] = []
+    with streamconv.open_checkpoint(path) as checkpoint:
+        checks, tensor = RecordChecks(), checkpoint["x"]
+        read(checks, "x", tensor.rows(0, 1))
+        file = type(tensor.record.file)
+        real = file.read_at
+        monkeypatch.setattr(file, "expect", lambda _, ranges: calls.extend(ranges))
+        monkeypatch.setattr(file, "read_at", lambda *a: (calls.append(len(a[2])), real(*a)))
+        checks.settle()
+        assert calls[0] == tensor.record.range
+        assert sum(int(str(size)) for size in calls[1:]) == 3 << 20
+        assert max(int(str(size)) for size in calls[1:]) <= 128 << 10
+
+
 @pytest.mark.parametrize("view", [torch.randn(20, 20)[:, ::2], torch.randn(2, 8).t()], ids=["skipping", "transposed"])
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_strided_tensors_have_their_records_checked_too(tmp_path: Path, view: torch.Tensor, is_damaged: bool) -> None:

@@ -2,7 +2,8 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +11,9 @@ from streamconv.checkpoint.addresses import Place, on_the_hub
 from streamconv.checkpoint.limits import MAX_JSON_BYTES
 from streamconv.errors import ChangedError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 from streamconv.tensors import ByteRange, ByteSource
+
+# What a disk has to do while what it brought is checked: these few MB keep it busy, and a small machine has them.
+AHEAD_BYTES, _REQUEST_BYTES = 4 << 20, 512 << 10
 
 
 class File(ByteSource, Protocol):
@@ -68,10 +72,12 @@ def read_small(path: Path) -> bytes:
 
 
 class LocalFile:
-    """A file opened for reading at offsets; safe to use from several threads."""
+    """A file opened for reading at offsets; for one thread at a time."""
 
     def __init__(self, path: Path):
         self.path = path
+        self._expected: Iterator[ByteRange] = iter(())
+        self._ahead = 0  # bytes that the system was asked for and that were not read yet
         try:
             # preadv, not mmap: touched pages of a mapping count in RSS, a reused buffer does not grow.
             if not stat.S_ISREG(os.stat(path).st_mode):
@@ -98,7 +104,10 @@ class LocalFile:
         return {"modified_ns": self.modified_ns, "changed_ns": self.changed_ns}
 
     def expect(self, ranges: Iterable[ByteRange]) -> None:
-        """Nothing to prepare: the system reads ahead by itself."""
+        """Have the system fetch them while others are checked: by itself it lets the disk rest meanwhile."""
+        cuts = ((each, range(each.start, each.end, _REQUEST_BYTES)) for each in ranges)
+        self._expected = (ByteRange(at, min(_REQUEST_BYTES, each.end - at)) for each, cut in cuts for at in cut)
+        self._ahead = 0
 
     def read_at(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` on.
@@ -107,6 +116,7 @@ class LocalFile:
             TruncatedError: the file ends within the range.
             SourceError: the disk reports an error.
         """
+        self._fetch_ahead(len(buffer))
         at = 0
         while at < len(buffer):
             try:
@@ -122,6 +132,13 @@ class LocalFile:
                     "it was cut short or is being changed. Fetch it again."
                 )
             at += count
+
+    def _fetch_ahead(self, count: int) -> None:
+        self._ahead = max(0, self._ahead - count)
+        while self._ahead < AHEAD_BYTES and (wanted := next(self._expected, None)) is not None:
+            self._ahead += wanted.length
+            with suppress(AttributeError, OSError):  # macOS has no such call; where it does nothing, reading only waits
+                os.posix_fadvise(self._file.fileno(), wanted.start, wanted.length, os.POSIX_FADV_WILLNEED)
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` on; errors as `read_at`'s."""
