@@ -9,7 +9,6 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,9 +19,8 @@ from hypothesis import strategies as st
 
 import streamconv
 from streamconv import CorruptError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
-from streamconv.checkpoint.storage import AHEAD_BYTES, LocalFile
+from streamconv.checkpoint import storage
 from streamconv.errors import UnsafePickleError
-from streamconv.tensors import ByteRange
 from tests.test_tensors import NAMES, bytes_of
 
 
@@ -343,37 +341,18 @@ def test_a_file_saved_without_crcs_is_read_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS has no such call")
-def test_the_system_is_asked_for_what_is_read_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x"
-    path.write_bytes(bytes(20 << 20))
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda _, *where: asked.append(where[:2]))
-    file, buffer = LocalFile(path), memoryview(bytearray(1 << 20))
-    file.read_at(0, buffer)
-    assert not asked  # a look at an index fetches no weights
-    file.expect([ByteRange(3, 9 << 20), ByteRange(15 << 20, 100), ByteRange(11 << 20, 4 << 20)])
-    whole = [3 + (i << 19) for i in range(18)] + [15 << 20] + [(11 << 20) + (i << 19) for i in range(8)]
-    starts = [3, *(3 + (i << 20) for i in range(1, 9)), *(((11 + i) << 20) for i in range(4))]
-    for done, start in enumerate(starts):
-        file.read_at(start, buffer)
-        ahead = sum(size for _, size in asked) - (done << 20)
-        assert ahead <= AHEAD_BYTES + (1 << 20)
-        assert ahead >= min(AHEAD_BYTES, (13 << 20) + 100 - (done << 20))
-    assert [start for start, _ in asked] == whole
-    file.close()
-
-
-def test_a_system_that_fetches_nothing_ahead_is_read_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("memory", "wanted"), [(130 << 20, []), (100 << 20, [31 << 20, 63 << 20])])
+def test_the_cache_keeps_only_a_file_that_memory_can_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, wanted: list[int]
 ) -> None:
     path = tmp_path / "x"
-    path.write_bytes(b"0123456789")
-    for refusing in (None, Mock(side_effect=OSError(22, "Invalid argument"))):
-        if refusing is None:
-            monkeypatch.delattr(os, "posix_fadvise", raising=False)
-        else:
-            monkeypatch.setattr(os, "posix_fadvise", refusing, raising=False)
-        file = LocalFile(path)
-        file.expect([ByteRange(2, 5)])
-        assert file.read(2, 5) == b"23456"
-        file.close()
+    path.touch()
+    os.truncate(path, 65 << 20)
+    told: list[object] = []
+    monkeypatch.setattr(storage, "_memory_bytes", lambda: memory)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *told_of: told.append(told_of))
+    file, buffer = storage.LocalFile(path), memoryview(bytearray(1 << 20))
+    for at in range(65):
+        file.read_at(at << 20, buffer)
+    file.close()
+    assert told == [(0, end, os.POSIX_FADV_DONTNEED) for end in wanted]

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -12,8 +12,7 @@ from streamconv.checkpoint.limits import MAX_JSON_BYTES
 from streamconv.errors import ChangedError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 from streamconv.tensors import ByteRange, ByteSource
 
-# What a disk has to do while what it brought is checked: these few MB keep it busy, and a small machine has them.
-AHEAD_BYTES, _REQUEST_BYTES = 4 << 20, 512 << 10
+_LET_GO_BYTES = 32 << 20  # read of a file that memory cannot hold, between two times that the cache is told so
 
 
 class File(ByteSource, Protocol):
@@ -72,12 +71,10 @@ def read_small(path: Path) -> bytes:
 
 
 class LocalFile:
-    """A file opened for reading at offsets; for one thread at a time."""
+    """A file opened for reading at offsets; safe to use from several threads."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._expected: Iterator[ByteRange] = iter(())
-        self._ahead = 0  # bytes that the system was asked for and that were not read yet
         try:
             # preadv, not mmap: touched pages of a mapping count in RSS, a reused buffer does not grow.
             if not stat.S_ISREG(os.stat(path).st_mode):
@@ -89,6 +86,8 @@ class LocalFile:
             raise SourceError(f"{path} cannot be opened: {error}.") from error
         state = os.fstat(self._file.fileno())
         self.size, self.modified_ns, self.changed_ns = state.st_size, state.st_mtime_ns, state.st_ctime_ns
+        self._is_let_go = hasattr(os, "posix_fadvise") and self.size > _memory_bytes() // 2
+        self._read_bytes = 0  # since the cache let go
 
     @property
     def name(self) -> str:
@@ -104,10 +103,7 @@ class LocalFile:
         return {"modified_ns": self.modified_ns, "changed_ns": self.changed_ns}
 
     def expect(self, ranges: Iterable[ByteRange]) -> None:
-        """Have the system fetch them while others are checked: by itself it lets the disk rest meanwhile."""
-        cuts = ((each, range(each.start, each.end, _REQUEST_BYTES)) for each in ranges)
-        self._expected = (ByteRange(at, min(_REQUEST_BYTES, each.end - at)) for each, cut in cuts for at in cut)
-        self._ahead = 0
+        """Nothing to prepare: the system reads ahead by itself."""
 
     def read_at(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` on.
@@ -116,7 +112,6 @@ class LocalFile:
             TruncatedError: the file ends within the range.
             SourceError: the disk reports an error.
         """
-        self._fetch_ahead(len(buffer))
         at = 0
         while at < len(buffer):
             try:
@@ -132,13 +127,12 @@ class LocalFile:
                     "it was cut short or is being changed. Fetch it again."
                 )
             at += count
-
-    def _fetch_ahead(self, count: int) -> None:
-        self._ahead = max(0, self._ahead - count)
-        while self._ahead < AHEAD_BYTES and (wanted := next(self._expected, None)) is not None:
-            self._ahead += wanted.length
-            with suppress(AttributeError, OSError):  # macOS has no such call; where it does nothing, reading only waits
-                os.posix_fadvise(self._file.fileno(), wanted.start, wanted.length, os.POSIX_FADV_WILLNEED)
+        self._read_bytes += at
+        if self._is_let_go and self._read_bytes >= _LET_GO_BYTES:
+            # It would be gone before it is read again. To find room for it page by page takes half of the time.
+            with suppress(OSError):
+                os.posix_fadvise(self._file.fileno(), 0, offset, os.POSIX_FADV_DONTNEED)
+            self._read_bytes = 0
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` on; errors as `read_at`'s."""
@@ -158,3 +152,8 @@ class LocalFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _memory_bytes() -> int:
+    """Of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
