@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from benchmarks import measure, tables
 from benchmarks.__main__ import Bench
 from benchmarks.measure import Run, smallest_limit
-from benchmarks.ways import CONVERT, CP, MMAP, Options
+from benchmarks.ways import CONVERT, CP, MMAP, ORIGINAL, RUN, Options
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,7 +95,7 @@ def result(wall: float, peak_mb: float, code: int = 0) -> dict[str, Any]:
     return {"runs": [run, run], "cold": {**run, "wall": 3.0 - wall}, "limit": f"{peak_mb:,.0f}"}
 
 
-def test_losses_are_told_and_what_was_killed_is_shown(tmp_path: Path) -> None:
+def test_losses_are_told() -> None:
     ways = {CP: result(1, 2), CONVERT: result(2, 45), MMAP: result(1.5, 700), "killed": result(0.1, 1, code=-9)}
     losses = tables.losses({"models": {"m": {"bytes": 10**9, "ways": ways}}})
     assert losses == [
@@ -106,7 +106,15 @@ def test_losses_are_told_and_what_was_killed_is_shown(tmp_path: Path) -> None:
     assert tables.losses({"models": {"m": {"bytes": 1, "ways": {CONVERT: result(1, 45), MMAP: result(2, 700)}}}}) == [
         f"- m: {MMAP} takes 1.00 s from the disk (streamconv 2.00)"
     ]
-    lines = tables.table(ways)
+    ways = {CONVERT: result(1, 45), RUN: result(3, 900), ORIGINAL: result(2, 1000)}
+    assert tables.losses({"models": {"m": {"bytes": 1, "ways": ways}}}) == [
+        f"- m: {ORIGINAL} takes 1.00 s from the disk (streamconv 2.00)",
+        f"- m: {ORIGINAL} takes 2.00 s (streamconv run 3.00)",
+    ]
+
+
+def test_what_was_killed_is_shown() -> None:
+    lines = tables.table({CP: result(1, 2), CONVERT: result(2, 45), "killed": result(0.1, 1, code=-9)})
     assert (
         "| **streamconv convert** | 2 | 2.00 (2.00 to 2.00) | 2.00 | 1.00 | 45 | 22 | 45 | 1.00 | 0 | 88 | 0 |" in lines
     )
