@@ -6,6 +6,7 @@ from streamconv's plan, a few hundredths of a second of theirs.
 
 import argparse
 import json
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -68,7 +69,11 @@ def mmap_save(source: Path, out: Path, options: Options) -> None:
     import torch
     from huggingface_hub import save_torch_state_dict
 
-    loaded = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
+    # Torch maps a file privately, which the system refuses where it is larger than memory.
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    flags = mmap.MAP_SHARED if source.stat().st_size > memory else mmap.MAP_PRIVATE
+    with torch.serialization.set_default_mmap_options(flags):
+        loaded = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
     state_dict = {
         # It takes no part of a storage whose other parts go elsewhere, as the chunks of qkv are.
         target: part.clone() if len(targets) > 1 and not options.dtype else part
