@@ -25,7 +25,8 @@ NOTES = {
     "resume": "wall, CPU and bytes of the second run. What streamconv had written it reads back from the disk, and "
     "checks; the others keep nothing that they could go on from.",
     "large": "Every run is from the disk, since the page cache need not hold the source. Those that ran once did so in "
-    "a memory cgroup of 20,480 MB, and not in turns with the others: `of cp` is by its first run there.",
+    "a memory cgroup of 20,480 MB, and not in turns with the others: `of cp` is by its first run there. An exit 1 of "
+    "torch.load(mmap) is the system's: torch maps a file privately, and the system refuses that beyond its memory.",
 }
 INTRODUCTION = """# streamconv beside what people use
 
@@ -174,6 +175,7 @@ def plot_growth(found: dict[str, list[tuple[float, float, float]]], path: Path) 
         style: Any = {"color": "black", "linestyle": "--"} if way == CP else {}
         style |= {"color": "tab:gray", "linestyle": ":"} if way == DD else {}
         style |= {"color": "tab:red", "linewidth": 2.5} if way == CONVERT else {}
+        style |= {"color": "tab:brown"} if way == ORIGINAL else {}
         times.plot(sizes, [seconds for _, seconds, _ in points], marker="o", markersize=4, label=way, **style)
         peaks.plot(sizes, [peak for _, _, peak in points], marker="o", markersize=4, label=way, **style)
     for axes, label in ((times, "from the disk, s"), (peaks, "peak memory, MB")):
