@@ -62,7 +62,7 @@ class TimedHash:
 
 def converted(source: Path, out: Path) -> dict[str, Any]:
     import streamconv
-    from streamconv import hashing
+    from streamconv.output import hashing
 
     clock, sha256 = Clock(), hashlib.sha256
     for step, (module, name) in CALLS.items():

@@ -33,7 +33,7 @@ def matmul_rate(geometry: Any) -> dict[str, float]:
     import torch
     from torch.nn import functional
 
-    from streamconv.verify.offload import fast_linear_layers
+    from streamconv.verification.offload import fast_linear_layers
 
     rows = geometry.ffn * 2 if geometry.swiglu else geometry.ffn
     x, weight = torch.randn(geometry.positions, geometry.hidden), torch.randn(rows, geometry.hidden)
@@ -95,17 +95,17 @@ def main() -> None:
                 continue
             walls = [result["wall"] for result in ended]
             cells = [f"{statistics.median(walls):.1f} ({min(walls):.1f} to {max(walls):.1f})"]
-            for rung in (0, 2, 3):
-                cells.append(f"{statistics.median(r['rungs'][rung]['numbers']['seconds'] for r in ended):.1f}")
+            for check in (0, 2, 3):
+                cells.append(f"{statistics.median(r['checks'][check]['numbers']['seconds'] for r in ended):.1f}")
             peak = max(r["memory"]["host_anonymous_peak"] for r in ended)
             start = max(r["memory"]["host_anonymous_start"] for r in ended)
             print(f"| {name} | " + " | ".join(cells) + f" | {peak / 1e6:.0f}, {(peak - start) / 1e6:.0f} |")
-    from streamconv.families import find_model
+    from streamconv.families.registry import find_model
 
     geometry = find_model(args.model)[1].geometry
     rates, work = matmul_rate(geometry), 2 * flops(geometry)
     ended = [result for result in runs[None] if result]
-    seconds = statistics.median(r["rungs"][2]["numbers"]["seconds"] for r in ended)
+    seconds = statistics.median(r["checks"][2]["numbers"]["seconds"] for r in ended)
     print(f"\nParity: {work / 1e12:.2f} TFLOP in {seconds:.1f} s, {work / seconds / 1e9:.0f} GFLOP/s: ", end="")
     print(", ".join(f"{work / seconds / rate:.0%} of {name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()))
 

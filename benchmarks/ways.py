@@ -87,7 +87,7 @@ def mmap_save(source: Path, out: Path, options: Options) -> None:
 def mergekit(source: Path, out: Path, options: Options) -> None:
     from mergekit.io import LazyTensorLoader, ShardedTensorIndex, TensorWriter
 
-    from streamconv.shards import parse_size
+    from streamconv.planning.shards import parse_size
 
     if source.is_dir():
         loader = LazyTensorLoader.from_disk(str(source))
@@ -107,7 +107,7 @@ def original(source: Path, out: Path, options: Options) -> None:
     import transformers
 
     import streamconv
-    from streamconv.verify.originals import dinov2
+    from streamconv.verification.originals import dinov2
 
     plan = streamconv.plan(source)
     model: Any = dinov2.build(plan.geometry)

@@ -4,8 +4,6 @@ Importing it imports neither torch nor transformers; `verify` does when it is ca
 """
 
 from streamconv._version import __version__
-from streamconv.checkpoint import Checkpoint, open_checkpoint
-from streamconv.convert import Conversion, convert, plan
 from streamconv.errors import (
     ChangedError,
     CorruptError,
@@ -21,14 +19,19 @@ from streamconv.errors import (
     UnsafePickleError,
     UsageError,
 )
-from streamconv.plan import Plan
-from streamconv.revert import Reverted, revert
-from streamconv.synth import synth
-from streamconv.tensors import SourceTensor, TensorInfo
-from streamconv.verify import Rung, Verification, verify
+from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
+from streamconv.jobs.convert import Conversion, convert, plan
+from streamconv.jobs.revert import Reverted, revert
+from streamconv.jobs.synth import synth
+from streamconv.jobs.verify import verify
+from streamconv.planning.plan import Plan
+from streamconv.tensors.expressions import SourceTensor
+from streamconv.tensors.info import TensorInfo
+from streamconv.verification.result import Check, Verification
 
 __all__ = [
     "ChangedError",
+    "Check",
     "Checkpoint",
     "Conversion",
     "CorruptError",
@@ -39,7 +42,6 @@ __all__ = [
     "OutputError",
     "Plan",
     "Reverted",
-    "Rung",
     "SourceError",
     "SourceMissingError",
     "SourceTensor",

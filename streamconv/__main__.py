@@ -1,4 +1,4 @@
-from streamconv.cli import main
+from streamconv.cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -83,3 +83,9 @@ class MissingUploadError(HubError):
     def __init__(self, message: str, said: str, names: Iterable[str]):
         self.names = tuple(names)
         super().__init__(message, said)
+
+
+def printable(text: str) -> str:
+    """``text`` as a message can hold it: nothing that a terminal obeys, and not too long."""
+    text = text if len(text) <= 80 else f"{text[:77]}…"
+    return text if text.isprintable() else text.encode("unicode_escape").decode()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamconv.checkpoint import remote
-from streamconv.families import HEAD_PREFIX
+from streamconv.families.base import HEAD_PREFIX
 from streamconv.families.dinov2 import FAMILY, Geometry, ffn_size
+from streamconv.files import remote
 from tests.file_server import FileServer, serving
 
 State = dict[str, torch.Tensor]

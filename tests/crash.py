@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import streamconv
-from streamconv import hashing, streaming
-from streamconv.output import PAGE_BYTES
+from streamconv.output import hashing
+from streamconv.output import writer as streaming
+from streamconv.output.files import PAGE_BYTES
 
 SCALE = 2048
 MAX_REPEATED = (256 << 20) // SCALE
@@ -152,7 +153,7 @@ def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype
     choice = random.Random(how + shard_size)
     points = sorted(choice.sample(range(1, steps + 1), min(tries, steps)))
     wrong: list[str] = []
-    kills = taken_up = worst = 0
+    kills = resumed_bytes = worst = 0
     for point in points:
         shutil.rmtree(folder, ignore_errors=True)
         done = 0
@@ -175,8 +176,8 @@ def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype
             wrong.append(f"step {point}: ended in {code}, and {other} are others")
         repeated = done + disk.counted()[1] - read
         worst = max(worst, repeated)
-        taken_up += disk.counted()[1] < read
-    return {"wrong": wrong, "kills": kills, "taken_up": taken_up, "repeated": worst, "read": read}
+        resumed_bytes += disk.counted()[1] < read
+    return {"wrong": wrong, "kills": kills, "resumed_bytes": resumed_bytes, "repeated": worst, "read": read}
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def guided(options: argparse.Namespace, place: Path) -> None:
     """Does not return: libFuzzer ends the process, and prints the number of executions."""
     import atheris
 
-    with atheris.instrument_imports(include=["streamconv.checkpoint", "streamconv.tensors"]):
+    with atheris.instrument_imports(include=["streamconv.files", "streamconv.formats", "streamconv.tensors"]):
         import streamconv  # noqa: F401 - before anything else imports it
     seeds = real_checkpoints(place)
     for i, (pickled, pth, old, header) in enumerate(seeds):
@@ -72,7 +72,7 @@ def guided(options: argparse.Namespace, place: Path) -> None:
 
 
 def mutate(options: argparse.Namespace, place: Path) -> None:
-    from tests.test_hostile import mutated
+    from tests.engine.test_hostile import mutated
 
     check, seeds = checker(), real_checkpoints(place)
     chance = random.Random(options.seed or None)
@@ -109,7 +109,7 @@ def checker() -> Callable[[Path], bool | None]:
     import torch
 
     import streamconv
-    from tests.test_hostile import described
+    from tests.engine.test_hostile import described
 
     warnings.simplefilter("ignore")  # torch's, on other protocols
 
@@ -149,7 +149,7 @@ def real_checkpoints(place: Path) -> list[tuple[bytes, bytes, bytes, bytes]]:
     import safetensors.torch
     import torch
 
-    from tests.test_hostile import STATE
+    from tests.engine.test_hostile import STATE
 
     linear = torch.nn.Linear(2, 2)
     shared = torch.arange(6.0)

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streamconv.families import HEAD_PREFIX, Apart, Family, Layout, Model, RemoteFile
-from streamconv.mapping import Rule, chunk, count_of, fill, rename
-from streamconv.tensors import TensorInfo
+from streamconv.families.base import HEAD_PREFIX, ConversionSpec, ExtraPrefix, Family, Model, RemoteFile
+from streamconv.families.rules import Rule, chunk, count_of, fill, rename
+from streamconv.tensors.info import TensorInfo
 
 HEAD_SIZE, LARGE_HEAD_SIZE = 64, 128  # channels of an attention head, up to a hidden size of 1536 and above
 MAX_HIDDEN = 1536
@@ -152,7 +152,7 @@ HEAD_RULES = (
 )
 
 
-def layout(sizes: Geometry) -> Layout:
+def layout(sizes: Geometry) -> ConversionSpec:
     """Rules and configuration of these sizes."""
     mlp_ratio = next((r for r in range(1, 17) if ffn_size(sizes.hidden, r, sizes.swiglu) == sizes.ffn), 0)
     grid = math.isqrt(max(0, sizes.positions - 1))
@@ -216,7 +216,7 @@ def layout(sizes: Geometry) -> Layout:
         "use_swiglu_ffn": sizes.swiglu,
         **({"num_register_tokens": sizes.registers} if sizes.registers else {"use_mask_token": sizes.has_mask_token}),
     }
-    return Layout(
+    return ConversionSpec(
         rules=rules(sizes, f"{prefix}." if is_classifier else "") + (HEAD_RULES if is_classifier else ()),
         dims=dims,
         count=sizes.layers,
@@ -348,13 +348,13 @@ FAMILY = Family(
         "Dinov2WithRegistersForImageClassification": "image-classification",
     },
     apart=(
-        Apart("dino_head.", _TRAINING_HEAD),
-        Apart("ibot_head.", _TRAINING_HEAD),
-        Apart("optimizer.", _OPTIMIZER),
-        Apart("optimizer_state_dict.", _OPTIMIZER),
-        Apart("head.mlp.", _TRAINING_HEAD),  # of the first DINO
-        Apart("head.last_layer.", _TRAINING_HEAD),
-        Apart("decode_head.", _TASK_HEAD, is_left_out=False),
+        ExtraPrefix("dino_head.", _TRAINING_HEAD),
+        ExtraPrefix("ibot_head.", _TRAINING_HEAD),
+        ExtraPrefix("optimizer.", _OPTIMIZER),
+        ExtraPrefix("optimizer_state_dict.", _OPTIMIZER),
+        ExtraPrefix("head.mlp.", _TRAINING_HEAD),  # of the first DINO
+        ExtraPrefix("head.last_layer.", _TRAINING_HEAD),
+        ExtraPrefix("decode_head.", _TASK_HEAD, is_left_out=False),
     ),
     flat_name=flat_name,
     chunked_name=chunked_name,

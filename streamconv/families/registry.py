@@ -1,0 +1,31 @@
+"""The known families and their published models. A module of this package that has a ``FAMILY`` is a family."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from functools import cache
+
+from streamconv import families
+from streamconv.errors import UsageError
+from streamconv.families.base import Family, Model
+
+
+@cache
+def all_families() -> Sequence[Family]:
+    names = (f"{families.__name__}.{each.name}" for each in pkgutil.iter_modules(families.__path__))
+    modules = (importlib.import_module(name) for name in names)
+    return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+
+
+def find_model(name: str) -> tuple[Family, Model]:
+    """
+    Raises:
+        UsageError: there is no such model; offers the nearest names.
+    """
+    models = {model.name: (family, model) for family in all_families() for model in family.models}
+    if name in models:
+        return models[name]
+    near = difflib.get_close_matches(name, models, n=3, cutoff=0.5)
+    offer = f"Did you mean {' or '.join(near)}?" if near else "`streamconv models` lists them."
+    raise UsageError(f"{name} is neither a file nor a model that streamconv knows. {offer}")

@@ -1,0 +1,196 @@
+"""The index of a .pth from before torch 1.6, or saved with ``_use_new_zipfile_serialization=False``.
+
+No zip: five pickles lie one after another, then the storages. The pickles are a magic number, the
+protocol's version, the system's properties, the tensors (`torch_index`), and the storages' keys in the
+order in which they follow: each its number of elements in 8 bytes, then its bytes. `_legacy_save` and
+`_legacy_load` in torch/serialization.py are all that documents it.
+
+Nothing says where the pickles end but they themselves, and nothing carries a checksum.
+"""
+
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any, NoReturn
+
+from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError
+from streamconv.files.base import ByteRange, File
+from streamconv.formats.limits import MAX_TENSORS
+from streamconv.formats.torch_pickle import Index, tensors_in
+from streamconv.formats.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles, Unread
+from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.info import DTYPE_SIZES
+
+MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # 0x1950a86a20f9469cfc6c, pickled
+_HEAD = MAGIC + b"\x80\x02M\xe9\x03."  # and 1001
+_PIECE_BYTES = 64 << 10
+_COUNT_BYTES = 8
+_MAX_SYSTEM_OPCODES = 1_000  # torch writes 27
+_MAX_KEY_OPCODES = 3 * MAX_TENSORS  # and two a key
+_MAX_KEY_LENGTH = 20  # the decimal digits of a 64-bit address
+
+
+def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
+    """The tensors by name, the classes of what is none, and a fingerprint of the pickles and the file's size.
+
+    Where the weights lie follows from the pickles. The counts before them say it again: they are read and
+    compared, as torch does, unless ``read_local_headers`` is False.
+
+    Raises:
+        TruncatedError, CorruptError, NotACheckpointError, UnsafePickleError, SourceError
+    """
+    pieces = _Pieces(file)
+    start = pieces.read(len(_HEAD))
+    if not start.startswith(_HEAD):
+        raise NotACheckpointError(f"{file.where} begins as torch.save's format from before 1.6, and is no such file.")
+    pickles = Pickles(start[len(_HEAD) :], pieces.read)
+    storages = _Storages(file)
+    index = Index(file.where, storages.record_of)
+    try:
+        _check_system(pickles.load(_refuse_name, _refuse_storage, _MAX_SYSTEM_OPCODES), file.where)
+        contents = pickles.load(index.find, lambda pid: _module(pid) or index.storage(storages.without_view(pid)))
+        tensors, others = tensors_in(contents, file.where)
+        keys = pickles.load(_refuse_name, _refuse_storage, _MAX_KEY_OPCODES)
+    except (PickleError, TypeError) as error:  # TypeError: a function was given too few or too many values
+        raise CorruptError(
+            f"{file.where}: its index is cut short, damaged or not of torch.save: {error}. Fetch it again."
+        ) from error
+    end = pieces.position - len(pickles.rest)
+    fingerprint = _fingerprint(file, end)
+    records = storages.place(keys, end)
+    if read_local_headers:
+        storages.check_counts(records)
+    for name, tensor in tensors.items():
+        tensors[name] = SourceTensor(tensor.info, records[tensor.record.name], tensor.offset, tensor.strides)
+    return tensors, others, fingerprint
+
+
+class _Pieces:
+    """The file from its beginning on, as far as pickles may reach."""
+
+    def __init__(self, file: File):
+        self._file, self.position = file, 0
+
+    def read(self, count: int) -> bytes:
+        """The bytes that follow, at least ``count`` where there are so many."""
+        if self.position >= MAX_PICKLE_BYTES:
+            raise SourceError(
+                f"{self._file.where} has an index of more than {MAX_PICKLE_BYTES:,} bytes: {MAX_TENSORS:,} tensors "
+                "need no more. Do not trust this file."
+            )
+        start = self.position
+        self.position = min(start + max(count, _PIECE_BYTES), self._file.size)
+        return self._file.read(start, self.position - start)
+
+
+class _Storages:
+    """The storages that the tensors name, whose places are known only when their keys are read, behind the tensors."""
+
+    def __init__(self, file: File):
+        self._file = file
+        self._counts: dict[str, int] = {}  # of elements
+        self._records: dict[str, Record] = {}  # by key, as if each storage were a file of its own
+
+    def without_view(self, pid: Any) -> tuple[Any, ...]:
+        """The persistent id as a zip has it; behind that stands None, or where in another storage a view lies."""
+        if type(pid) is not tuple or len(pid) != 6:
+            raise PickleError("it has a persistent id that is no storage's")
+        if pid[5] is not None:  # no torch of today writes one
+            raise SourceError(
+                f"{self._file.where} holds a storage that is a view of another one, as the first releases of torch "
+                "wrote them. Write it anew: torch.save(torch.load(FILE, weights_only=True), FILE)."
+            )
+        if pid[1] == "UntypedStorage":
+            raise SourceError(
+                f"{self._file.where} holds tensors of a type that came after this format, such as float8, which torch "
+                "writes into it but cannot load. Save them again without _use_new_zipfile_serialization=False."
+            )
+        return pid[:5]
+
+    def record_of(self, key: str, dtype: str, numel: int) -> Record:
+        if not (key.isascii() and key.isdigit() and len(key) <= _MAX_KEY_LENGTH):
+            raise PickleError("it names a storage by a key that is no number")
+        if key not in self._records:
+            record = Record(self._file, f"storage/{key}", ByteRange(0, numel * DTYPE_SIZES[dtype]))
+            self._counts[key], self._records[key] = numel, record
+            if len(self._records) > MAX_TENSORS:
+                raise PickleError(f"it names more than {MAX_TENSORS:,} storages")
+        if self._counts[key] != numel:
+            raise CorruptError(
+                f"{self._file.where} names its storage {key} with {self._counts[key]:,} elements and with {numel:,}."
+            )
+        return self._records[key]
+
+    def place(self, keys: Any, start: int) -> dict[str, Record]:
+        """The records by name, one behind the other from ``start`` on, in the order of ``keys``."""
+        if (
+            type(keys) is not list
+            or not all(type(key) is str for key in keys)
+            or len(keys) != len(self._records)
+            or set(keys) != self._records.keys()
+        ):
+            raise CorruptError(
+                f"{self._file.where}: its list of storages is not that of its tensors' storages, each once. "
+                "Fetch it again, and do not trust this file."
+            )
+        records: dict[str, Record] = {}
+        self._counts = {key: self._counts[key] for key in keys}
+        for key in keys:
+            record = self._records.pop(key)
+            where = ByteRange(start + _COUNT_BYTES, record.range.length)
+            records[record.name] = replace(record, range=where)
+            start = where.end
+        if start > self._file.size:
+            raise TruncatedError(
+                f"{self._file.where} ends within its weights: the download was cut short. Fetch it again."
+            )
+        if start < self._file.size:
+            raise CorruptError(
+                f"{self._file.where} has {self._file.size - start:,} bytes at its end that belong to no storage."
+            )
+        return records
+
+    def check_counts(self, records: dict[str, Record]) -> None:
+        """Whether each storage begins with its number of elements.
+
+        A zip's headers are read as these are, so that a file at an address costs the same requests.
+        """
+        starts = [record.range.start - _COUNT_BYTES for record in records.values()]
+        self._file.prefetch(ByteRange(start, _COUNT_BYTES) for start in starts)
+        for start, (key, count) in zip(starts, self._counts.items(), strict=True):
+            found = int.from_bytes(self._file.read(start, _COUNT_BYTES), "little")
+            if found != count:
+                raise CorruptError(
+                    f"{self._file.where}: its storage {key} begins with {found:,} elements where its index says "
+                    f"{count:,}. Fetch it again, and do not trust this file."
+                )
+
+
+def _check_system(properties: Any, where: str) -> None:
+    is_little = properties.get("little_endian") if type(properties) is dict else None
+    if is_little is False:
+        raise SourceError(f"{where} was saved on a big-endian machine. Load and save it on a little-endian one.")
+    if is_little is not True:
+        raise CorruptError(f"{where} does not say in which order its bytes are. Fetch it again.")
+
+
+def _fingerprint(file: File, end: int) -> str:
+    # Read once more, and not hashed on the way: the machine finds the pickles' end only when it is past it.
+    digest = sha256()
+    for start in range(0, end, _PIECE_BYTES):
+        digest.update(file.read(start, min(_PIECE_BYTES, end - start)))
+    digest.update(file.size.to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+def _module(pid: Any) -> Unread | None:
+    """What stands for a whole module's class, whose source torch.save wrote beside it: nothing of it is read."""
+    is_module = type(pid) is tuple and len(pid) == 4 and type(pid[0]) is str and pid[0] == "module"
+    return pid[1] if is_module and type(pid[1]) is Unread else None
+
+
+def _refuse_name(module: str, name: str) -> NoReturn:
+    raise PickleError("it names something where only strings and numbers belong")
+
+
+def _refuse_storage(pid: Any) -> NoReturn:
+    raise PickleError("it names a storage where only strings and numbers belong")

@@ -1,0 +1,71 @@
+"""The index of a .pth: names, dtypes, shapes and where the bytes lie, without reading a weight.
+
+The container (torch >= 1.6) is a zip of stored records: ``<prefix>/data.pkl`` describes the
+tensors (`torch_index`), ``<prefix>/data/<key>`` holds a storage's bytes. torch's own reader needs 600 MB
+to import and checks no checksum. The format is documented in
+https://docs.pytorch.org/docs/stable/notes/serialization.html and in torch/serialization.py.
+"""
+
+from collections.abc import Mapping
+from hashlib import sha256
+
+from streamconv.errors import CorruptError, NotACheckpointError, SourceError, printable
+from streamconv.files.base import File
+from streamconv.formats.torch_pickle import Index, tensors_in
+from streamconv.formats.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles
+from streamconv.formats.zip_directory import read_record, read_records
+from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.info import DTYPE_SIZES
+
+
+def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
+    """The tensors of a .pth by name, the classes of what is none, and the file's fingerprint.
+
+    Dicts in dicts are names with dots; ``read_local_headers`` as `zip_index.read_records` has it.
+
+    Raises:
+        TruncatedError, CorruptError, NotACheckpointError, UnsafePickleError, SourceError
+    """
+    records = read_records(file, read_local_headers)
+    pickles = [name for name in records if name.endswith("/data.pkl")]
+    if len(pickles) != 1 or any("/code/" in name for name in records):
+        raise NotACheckpointError(
+            f"{file.where} is a zip, but not of torch.save (it has {len(pickles)} data.pkl records). "
+            "A TorchScript archive is a program: save its state_dict() instead."
+        )
+    prefix = pickles[0].removesuffix("data.pkl")
+    if next(iter(records)).partition("/")[0] + "/" != prefix:  # where torch looks for it
+        raise CorruptError(f"{file.where}: its {pickles[0]} is not in the folder of its first record.")
+    byteorders = [name for name in records if name.lower() == f"{prefix}byteorder".lower()]  # as torch finds it
+    if byteorders and read_record(file, records[byteorders[0]], 16) != b"little":
+        raise SourceError(f"{file.where} was saved on a big-endian machine. Load and save it on a little-endian one.")
+    pickled = read_record(file, records[pickles[0]], MAX_PICKLE_BYTES)
+
+    def record_of(key: str, dtype: str, numel: int) -> Record:
+        record = records.get(f"{prefix}data/{key}")
+        if record is None:
+            raise CorruptError(f"{file.where} has no record data/{printable(key)}, which its index names.")
+        if record.range.length != numel * DTYPE_SIZES[dtype]:
+            raise CorruptError(
+                f"{file.where}: its record {record.name} has {record.range.length} bytes where its index says "
+                f"{numel} elements of {dtype}."
+            )
+        return record
+
+    index = Index(file.where, record_of)
+    try:
+        contents = Pickles(pickled).load(index.find, index.storage)
+    except (PickleError, TypeError) as error:  # TypeError: a function was given too few or too many values
+        raise CorruptError(f"{file.where}: its data.pkl is damaged or not of torch.save: {error}.") from error
+    return *tensors_in(contents, file.where), _fingerprint(records, pickled)
+
+
+def _fingerprint(records: Mapping[str, Record], pickled: bytes) -> str:
+    """A sha256 of the pickle and of every record's name, size and CRC-32.
+
+    With CRCs in the file, this stands for every byte of every weight, and no weight is read.
+    """
+    digest = sha256(pickled)
+    for name, record in sorted(records.items()):
+        digest.update(f"\0{name}\0{record.range.length}\0{record.crc32 or 0}".encode())
+    return digest.hexdigest()

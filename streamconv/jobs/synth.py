@@ -1,0 +1,118 @@
+"""Random checkpoints in a model's original layout, exact in names and shapes, in bounded memory.
+
+They show and test the whole job where no weights can be had. The same seed gives the same file.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from streamconv.errors import OutputError, UsageError
+from streamconv.families.base import HEAD_PREFIX
+from streamconv.families.registry import find_model
+from streamconv.output.files import as_output_error, atomic_file, open_exclusive, require_space
+from streamconv.tensors.info import TensorInfo
+
+CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class SyntheticFiles:
+    """A backbone's file, and a classifier's head's."""
+
+    backbone: Path
+    head: Path | None
+
+
+def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> SyntheticFiles:
+    """Write a random checkpoint of a published model; a classifier's head goes beside it.
+
+    Raises:
+        UsageError: there is no such model.
+        OutputError: a file is there already, or cannot be written.
+    """
+    family, found = find_model(model)
+    backbone = Path(path)
+    head = head_path(backbone) if found.head else None
+    for file in (backbone, head):
+        if file is not None and os.path.exists(file):
+            raise OutputError(f"{file} is there already. Choose another name, or delete it.")
+        if file is not None and not os.path.isdir(file.parent):
+            raise OutputError(f"{file.parent} is no folder. Make it first.")
+    infos = family.sources(found.geometry, found.block_chunks)
+    _write(backbone, {name: info for name, info in infos.items() if not name.startswith(HEAD_PREFIX)}, seed)
+    if head is not None:
+        head_infos = {n.removeprefix(HEAD_PREFIX): info for n, info in infos.items() if n.startswith(HEAD_PREFIX)}
+        _write(head, head_infos, seed + 1)
+    return SyntheticFiles(backbone, head)
+
+
+@contextmanager
+def temporary_checkpoint(model: str, output: Path | None, *, seed: int = 0) -> Iterator[SyntheticFiles]:
+    """A random checkpoint for as long as the block runs, in a hidden folder beside ``output``.
+
+    What a killed process left there is used, and deleted in the end.
+
+    Raises:
+        UsageError, OutputError: as `synth`; or another process has it.
+    """
+    try:
+        _, found = find_model(model)
+    except UsageError as error:
+        raise UsageError(f"--synthetic makes a model by its name: {error}") from None
+    folder = output or Path(found.published_name)
+    near = next((path for path in folder.absolute().parents if os.path.isdir(path)), folder)
+    temporary = near / f".{folder.name}.streamconv-synthetic"
+    with as_output_error(temporary):
+        temporary.mkdir(exist_ok=True)
+        try:
+            lock = open_exclusive(temporary / "lock")
+        except BlockingIOError:
+            raise OutputError(f"{folder} is being written by another process. Let it finish, or end it.") from None
+    try:
+        # The name stands in the manifest: no one shall take these weights for the published ones.
+        backbone = temporary / f"{model}_synthetic_seed{seed}.pth"
+        head = head_path(backbone) if found.head else None
+        made = SyntheticFiles(backbone, head)
+        if not all(os.path.exists(file) for file in (backbone, head) if file is not None):
+            backbone.unlink(missing_ok=True)
+            made = synth(model, backbone, seed=seed)
+        yield made
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def head_path(backbone: Path) -> Path:
+    """Beside the backbone, named as Meta names them: x_pretrain.pth and x_linear_head.pth."""
+    return backbone.with_name(f"{backbone.stem.removesuffix('_pretrain')}_linear_head{backbone.suffix}")
+
+
+def _write(path: Path, infos: dict[str, TensorInfo], seed: int) -> None:
+    from streamconv.formats.torch_writer import write_pth  # and zipfile, which a conversion needs not
+
+    order = {name: i for i, name in enumerate(infos)}
+    require_space(path.parent, sum(info.nbytes for info in infos.values()))
+    with atomic_file(path) as file, file.stream() as stream:
+        write_pth(stream, path.stem, infos, lambda name: _values(name, infos[name], seed, order[name]))
+
+
+def _values(name: str, info: TensorInfo, seed: int, number: int) -> Iterator[bytes]:
+    """Normal values at the scale that keeps activations near 1, so that outputs are finite and vary."""
+    import numpy as np
+
+    random = np.random.default_rng([seed, number])
+    mean, scale = 0.0, 0.02
+    if len(info.shape) == 1 and not name.endswith("bias"):  # a norm's weight or a layer scale
+        mean, scale = 1.0, 0.1
+    elif info.shape[0] > 1 and len(info.shape) > 1:  # a layer's weight
+        scale = math.prod(info.shape[1:]) ** -0.5
+    count = math.prod(info.shape)
+    for start in range(0, count, CHUNK_ELEMENTS):
+        values = random.standard_normal(min(CHUNK_ELEMENTS, count - start), dtype=np.float32)
+        yield (values * np.float32(scale) + np.float32(mean)).tobytes()

@@ -1,0 +1,156 @@
+"""What a user's SOURCE means: a model's name, a checkpoint file, or its address.
+
+A model's files are those that torch.hub keeps, else those at their authors' addresses.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import (
+    ChangedError,
+    CorruptError,
+    MappingError,
+    NetworkError,
+    NotACheckpointError,
+    SourceError,
+    TruncatedError,
+    UsageError,
+)
+from streamconv.families.base import HEAD_PREFIX
+from streamconv.families.selection import Selection, find_backbone
+from streamconv.files.address import Address
+from streamconv.files.local import read_small
+from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
+from streamconv.progress import Progress, ignore_progress
+from streamconv.source.resolve import Source, torch_hub_cache
+from streamconv.tensors.expressions import AnyTensor, joined, parts_of
+
+
+def _has_checksums(tensors: Mapping[str, AnyTensor]) -> bool:
+    return all(part.record.crc32 is not None for tensor in tensors.values() for part in parts_of(tensor))
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source's tensors, a head's under `HEAD_PREFIX`, and the checkpoints they come from by role.
+
+    ``tensors`` are the selected ones, by their names in the family's rules; ``selection`` knows what files call them.
+    """
+
+    source: Source
+    tensors: Mapping[str, AnyTensor]
+    checkpoints: Mapping[str, Checkpoint]
+    selection: Selection
+
+    @property
+    def where(self) -> str:
+        return " with ".join(str(path) for path in (self.source.backbone, self.source.head) if path)
+
+    @property
+    def is_remote(self) -> bool:
+        return any(checkpoint.is_remote for checkpoint in self.checkpoints.values())
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What `plan.make_plan` is told beside the tensors."""
+        said = (self.source.num_heads, self.selection.config.get("num_attention_heads"))
+        num_heads = next((number for number in said if type(number) is int), None)
+        return {"model": self.source.model, "num_heads": num_heads, "selection": self.selection}
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether every tensor has a CRC-32 in its file."""
+        return _has_checksums(self.tensors)
+
+    def describe(self) -> dict[str, dict[str, object]]:
+        """For the manifest: file names, sizes in bytes, and fingerprints (see `torch_zip.read_index`).
+
+        A fingerprint stands for the weights only where they carry CRC-32s. Elsewhere the files' times,
+        or what their servers call this version, go with it, so that another file of the same names and
+        shapes is noticed.
+        """
+        places = self.source.places
+        origins = {role: place for role, place in places.items() if isinstance(place, Address)}
+        origins |= self.source.origins
+        return {
+            role: {
+                "file": checkpoint.names[0] if len(checkpoint.names) == 1 else places[role].name,
+                **({"address": str(origins[role])} if role in origins else {}),
+                "size": checkpoint.size,
+                "fingerprint": checkpoint.fingerprint,
+                **({} if _has_checksums(checkpoint) else checkpoint.version),
+            }
+            for role, checkpoint in self.checkpoints.items()
+        }
+
+
+@contextmanager
+def open_source(
+    source: Source, progress: Progress = ignore_progress, *, read_local_headers: bool = True
+) -> Iterator[OpenSource]:
+    """The source's indexes, read; ``read_local_headers`` and errors as `open_checkpoint`'s."""
+
+    def notify(text: str) -> None:
+        progress(text, 0, 1, "steps")
+
+    with ExitStack() as stack:
+        stack.enter_context(_name_torch_hub_copy(source))
+        checkpoints: dict[str, Checkpoint] = {}
+        for role, place in source.places.items():
+            try:
+                checkpoints[role] = stack.enter_context(
+                    open_checkpoint(place, read_local_headers=read_local_headers, notify=notify)
+                )
+            except NetworkError as error:
+                if source.model is None:
+                    raise
+                path = torch_hub_cache() / place.name
+                raise NetworkError(f"{error}\nIf you have {place.name}, put it at\n  {path}") from error
+        backbone = checkpoints["backbone"]
+        heads = [f"unexpected: {key}" for key in backbone if key.startswith(HEAD_PREFIX)]
+        if heads:
+            raise MappingError(f"{source.backbone} is no backbone alone. Save the head's weight and bias apart:", heads)
+        selection = find_backbone(backbone, str(source.backbone), source.select)
+        if selection.is_converted and isinstance(source.backbone, Path):
+            path = source.backbone
+            selection = replace(selection, config=read_config(path if os.path.isdir(path) else path.parent))
+        tensors = {key: joined([backbone[name] for name in names]) for key, names in selection.names.items()}
+        if selection.is_converted and source.head is not None and HEAD_PREFIX + "weight" in tensors:
+            raise UsageError(f"{source.backbone} is a classifier, and has its head. Leave --head out.")
+        if source.head is not None:
+            head = checkpoints["head"]
+            if head.keys() != {"weight", "bias"}:
+                raise MappingError(
+                    f"{source.head} is no linear head, which holds weight and bias. It holds:",
+                    [f"{key} {list(tensor.info.shape)}" for key, tensor in head.items()],
+                )
+            tensors |= {HEAD_PREFIX + key: tensor for key, tensor in head.items()}
+        yield OpenSource(source, tensors, checkpoints, selection)
+
+
+@contextmanager
+def _name_torch_hub_copy(source: Source) -> Iterator[None]:
+    """What is wrong with a file that torch.hub keeps is mended by deleting it; then it is fetched again."""
+    try:
+        yield
+    except (CorruptError, TruncatedError, NotACheckpointError) as error:
+        kept = [path for path in source.places.values() if isinstance(path, Path) and path.parent == torch_hub_cache()]
+        named = [path for path in kept if str(path) in str(error) or path.name in str(error)]
+        if isinstance(error, ChangedError) or not named:
+            raise
+        hint = f"It is torch.hub's copy. Delete it to have it fetched again:\n  {named[0]}"
+        raise type(error)(f"{error}\n{hint}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json; an empty one where that is none."""
+    try:
+        config = json.loads(read_small(folder / "config.json"))
+    except (SourceError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}

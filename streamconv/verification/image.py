@@ -1,0 +1,71 @@
+"""The picture to verify on: the user's, or one of the project's own, so that no network is needed."""
+
+import io
+import urllib.request
+from os import PathLike, fspath
+
+import torch
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torchvision.transforms import functional
+
+from streamconv._version import __version__
+from streamconv.errors import UsageError, printable
+from streamconv.files.address import Address
+
+WIDTH, HEIGHT = 640, 480
+TIMEOUT_SECONDS, MAX_DOWNLOAD_BYTES = 30, 64 << 20
+MAX_ASPECT = 50  # of the longer side to the shorter, which the image processor makes 256
+
+
+def open_image(place: str | PathLike[str] | None) -> Image.Image:
+    """The user's picture, a file or an http(s) address, in RGB; or the project's own.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    if place is None:
+        return make_image()
+    is_address = fspath(place).lower().startswith(("http://", "https://"))
+    where = Address(fspath(place)) if is_address else place
+    try:
+        with Image.open(_download(fspath(place)) if is_address else place) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its values, of Pillow's mode {image.mode}, have more than 8 bits; save it with 8")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels are a line; crop it")
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise UsageError(f"{where} is no image that Pillow knows.") from None
+    except Exception as error:  # of the network, and whatever Pillow's readers make of a damaged file
+        raise UsageError(f"The image {where} cannot be read: {printable(str(error))}.") from error
+
+
+def _download(address: str) -> io.BytesIO:
+    # Some hosts refuse a client without a name.
+    request = urllib.request.Request(address, headers={"User-Agent": f"streamconv/{__version__}"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+        data = response.read(MAX_DOWNLOAD_BYTES + 1)
+    if len(data) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(f"it has more than {MAX_DOWNLOAD_BYTES >> 20} MB")
+    return io.BytesIO(data)
+
+
+def make_image() -> Image.Image:
+    """A hill before a sky with a sun, a house, and grain, always the same: RGB, 640 x 480."""
+    image = Image.new("RGB", (WIDTH, HEIGHT))
+    draw = ImageDraw.Draw(image)
+    for y in range(HEIGHT):
+        share = y / HEIGHT
+        draw.line([(0, y), (WIDTH, y)], (int(70 + 150 * share), int(130 + 90 * share), int(215 - 40 * share)))
+    draw.ellipse([455, 50, 535, 130], (255, 236, 150))
+    draw.ellipse([-180, 270, 430, 760], (66, 122, 60))
+    draw.ellipse([250, 310, 900, 800], (92, 148, 70))
+    draw.rectangle([300, 250, 430, 350], (186, 90, 66))
+    draw.polygon([(285, 250), (365, 185), (445, 250)], (96, 52, 44))
+    draw.rectangle([350, 295, 382, 350], (70, 44, 30))
+    for x in range(40, 280, 48):
+        draw.rectangle([x + 8, 300, x + 14, 345], (84, 60, 40))
+        draw.ellipse([x - 8, 240, x + 30, 312], (34, 90 + x // 6, 44))
+    grain = torch.randn(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 0.03
+    return functional.to_pil_image((functional.to_tensor(image) + grain).clamp(0, 1))  # type: ignore[no-any-return]

@@ -1,0 +1,120 @@
+"""The rungs that run models, in their order, and what they leave to look at."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+
+from torch import Tensor
+
+from streamconv.errors import UsageError
+from streamconv.planning.plan import Plan
+from streamconv.progress import Progress
+from streamconv.source.open import OpenSource
+from streamconv.verification.devices import MemoryWatch, choose_device, versions
+from streamconv.verification.image import open_image
+from streamconv.verification.load import check_load
+from streamconv.verification.offload import DTYPES, OffloadedModel, StreamedWeights
+from streamconv.verification.page_cache import return_freed_buffers
+from streamconv.verification.parity import PROVES, Pair, check_parity
+from streamconv.verification.patch_pca import draw_pictures
+from streamconv.verification.preprocessing import check_pixels, check_preprocessing
+from streamconv.verification.reference import BUILTIN, HUB, build_original, load_weights
+from streamconv.verification.result import Check
+from streamconv.verification.sparse_folder import source_tensors_of
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class ModelResults:
+    """The models' part of a `Verification`."""
+
+    checks: tuple[Check, ...]
+    memory: Mapping[str, int | None] = field(default_factory=dict)
+    predictions: tuple[tuple[str, float], ...] = ()
+    pictures: Mapping[str, str] = field(default_factory=dict)
+
+
+class ModelVerifier:
+    """What a verification runs on; all that a user can get wrong is refused when it is made."""
+
+    def __init__(self, plan: Plan, device: str, image: str | PathLike[str] | None, reference: str | PathLike[str]):
+        self.plan = plan
+        self.device, self.image = choose_device(device), open_image(image)
+        self.original, self.states = build_original(plan, reference)
+        self.reference = reference if reference in (BUILTIN, HUB) else f"folder {Path(reference).resolve().name}"
+        self.versions = versions()
+
+    def check(
+        self, folder: Path, source: OpenSource, progress: Progress, parity: bool = True, is_sparse: bool = False
+    ) -> ModelResults:
+        """Load, parity and preprocessing; the latter two only with a model that transformers loads.
+
+        Without ``parity``, no model runs. A source at an address is read for one pass of it. Of an
+        ``outline``'s folder, the converted model's weights are read from the source, too.
+        """
+        return_freed_buffers()
+        with MemoryWatch(self.device) as memory:
+            found = self._check(folder, source, progress, parity, is_sparse)
+            return replace(found, memory=memory.as_dict())
+
+    def _check(
+        self, folder: Path, source: OpenSource, progress: Progress, with_parity: bool, is_sparse: bool
+    ) -> ModelResults:
+        start = time.monotonic()
+        progress("loading with transformers", 0, 1, "steps")
+        loaded, converted = check_load(folder, self.plan)
+        if is_sparse:
+            loaded = replace(loaded, proves=f"{loaded.proves}, in files with the headers of those that were sent")
+        loaded = loaded.since(start)
+        if not loaded.passed:
+            why = "transformers did not load the model"
+            return ModelResults((loaded, Check("parity", None, why), Check("preprocessing", None, why)))
+        start = time.monotonic()
+        targets = source_tensors_of(converted, self.plan, folder) if is_sparse else {}
+        if not with_parity or targets is None:
+            why = "this system does not tell where weights are loaded from" if with_parity else "--no-parity"
+            pixels = check_pixels(folder, self.plan, self.image).since(start)
+            return ModelResults((loaded, Check("parity", None, why), pixels))
+        try:
+            weights, why = load_weights(self.original, source, self.device, self.plan.cast_to)
+        except Exception as error:  # torch refuses the source, or the graph its tensors
+            problem = f"{type(error).__name__}: {error}"
+            if self.reference != BUILTIN:
+                message = f"The reference, {self.reference}, does not take the source's tensors: {problem}"
+                raise UsageError(f"{message}. Use --reference builtin.") from error
+            parity = Check("parity", False, PROVES, (problem,))
+            why = "torch did not load the original"
+            return ModelResults((loaded, parity, Check("preprocessing", None, why)))
+        cast_to = DTYPES[self.plan.cast_to] if self.plan.cast_to else None
+        original = OffloadedModel(self.original, self.device, weights, cast_to)
+        model = OffloadedModel(converted, self.device, StreamedWeights(targets, self.device) if targets else None)
+        pair = Pair(original, self.states, model, self.device, progress)
+        parity, comparison = check_parity(pair, self.plan, self.image)
+        if is_sparse:
+            proves = f"{parity.proves}; transformers with the source's weights, from where the sent files have theirs"
+            parity = replace(parity, proves=proves)
+        if self.plan.model is None:
+            heads = f"{self.plan.config['num_attention_heads']} attention heads in either, which no tensor tells"
+            parity = replace(parity, proves=f"{parity.proves}, with {heads}")
+        if why:
+            parity = replace(parity, not_checked="; ".join(filter(None, [parity.not_checked, why])))
+        parity, start_next = parity.since(start), time.monotonic()
+        if source.is_remote or is_sparse:
+            preprocessing = check_pixels(folder, self.plan, self.image).since(start_next)
+        else:
+            preprocessing = check_preprocessing(pair, folder, self.plan, self.image).since(start_next)
+        kept = comparison.kept if comparison is not None else {}
+        predictions = best(kept["logits"][1], pair.config.id2label) if "logits" in kept else ()
+        pictures = draw_pictures(self.image, *kept["patches"]) if "patches" in kept else {}
+        return ModelResults((loaded, parity, preprocessing), {}, predictions, pictures)
+
+
+def best(logits: Tensor, labels: Mapping[int, str]) -> tuple[tuple[str, float], ...]:
+    """The best `TOP` labels of (1, K) logits, with their shares; none where the logits are no numbers."""
+    if not logits.isfinite().all():
+        return ()
+    shares, ids = logits[0].softmax(-1).topk(min(TOP, logits.shape[-1]))
+    return tuple((labels[int(i)], float(share)) for i, share in zip(ids, shares, strict=True))

@@ -1,0 +1,158 @@
+"""Runs a model whose weights stay in their file: each layer's are on the device only while it runs.
+
+accelerate's hooks bring them and let them go, on a CPU as on a GPU, so that a device needs room for
+a layer and not for a model. A forward pass uses every weight once: nothing is moved twice in it.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from streamconv.planning.shards import PIECE_BYTES
+from streamconv.tensors.checksums import RecordChecks
+from streamconv.tensors.expressions import AnyTensor, parts_of
+from streamconv.verification.page_cache import FileMappings
+
+RECENT_BYTES = 128 << 20  # what running layers may still use: a block of ViT-g has 113 MB
+AHEAD_BYTES = 32 << 20  # what is read at once of a source that is streamed
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class OffloadedWeights(Mapping[str, Tensor]):
+    """A state dict of tensors mapped from a file; what is taken out is on ``device``, in ``dtype``.
+
+    Where they were ``cast_to`` another dtype when they were converted, they are brought to that one first.
+    It is the mapped tensor itself where that will do. MKL's matrix product may round otherwise at another
+    alignment, and a file's alignment is its own: it gets a copy.
+    """
+
+    def __init__(
+        self, mapped: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, cast_to: torch.dtype | None = None
+    ):
+        self.mapped, self.device, self.dtype, self.cast_to = mapped, device, dtype, cast_to
+        self._files = FileMappings()
+        self._recent: deque[Tensor] = deque()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.mapped[name]
+        self._files.will_need(tensor)
+        self._recent.append(tensor)
+        while len(self._recent) > 1 and sum(tensor.nbytes for tensor in self._recent) > RECENT_BYTES:
+            self._files.release(self._recent.popleft())
+        if self.cast_to is not None:
+            tensor = tensor.to(self.cast_to)
+        return tensor.to(self.device, self.dtype, copy=not _has_onednn())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.mapped)
+
+    def __len__(self) -> int:
+        return len(self.mapped)
+
+
+class StreamedWeights(Mapping[str, Tensor]):
+    """A checkpoint's tensors, read when they are taken out, from wherever they lie.
+
+    They are in the order in which a model computes with them, nearly: the next ones are read along, and
+    stay for a while, in the dtype that each is cast to. A record that is read whole is held against its CRC-32.
+    """
+
+    def __init__(self, tensors: Mapping[str, AnyTensor], device: torch.device, dtype: torch.dtype = torch.float32):
+        self.device, self.dtype = device, dtype
+        self._tensors, self._order = tensors, list(tensors)
+        self._recent: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._recent:
+            self._read_from(self._order.index(name))
+        return self._recent[name].to(self.device, self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def _read_from(self, first: int) -> None:
+        names: list[str] = []
+        size = 0
+        for name in self._order[first:]:
+            size += self._tensors[name].info.nbytes
+            if names and (size > AHEAD_BYTES or name in self._recent):
+                break
+            names.append(name)
+        while self._recent and sum(tensor.nbytes for tensor in self._recent.values()) > AHEAD_BYTES:
+            del self._recent[next(iter(self._recent))]
+        wanted = [part for name in names for part in parts_of(self._tensors[name])]
+        for file in {tensor.record.file for tensor in wanted}:
+            file.prefetch(tensor.read_range for tensor in wanted if tensor.record.file is file)
+        checks = RecordChecks()
+        for name in names:
+            self._recent[name] = _read_tensor(name, self._tensors[name], checks)
+
+
+def _read_tensor(name: str, tensor: AnyTensor, checks: RecordChecks) -> Tensor:
+    data = torch.empty(tensor.info.nbytes, dtype=torch.uint8)
+    view, at = data.numpy().data, 0
+    for piece in tensor.split(PIECE_BYTES):
+        part = view[at : at + piece.info.nbytes]
+        piece.read_into(part)
+        checks.add(name, piece, part)
+        at += len(part)
+    return data.view(DTYPES[tensor.info.dtype]).reshape(tensor.info.shape).to(DTYPES[tensor.target.dtype])
+
+
+class OffloadedModel:
+    """``model`` made to run on ``device`` layer by layer, in float32.
+
+    Its parameters are mapped from a file (``cast_to`` is `OffloadedWeights`'s), or given as ``weights``.
+    What its module computes with in a method other than ``forward`` are its own parameters, not its
+    children's; these few are on the device always.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        weights: "StreamedWeights | None" = None,
+        cast_to: torch.dtype | None = None,
+    ):
+        self.model = model
+        self._weights = weights or OffloadedWeights(model.state_dict(), device, torch.float32, cast_to)
+        model.eval().to("meta")
+        cpu_offload(model, execution_device=device, state_dict=self._weights)
+        self.compute_in(torch.float32)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        self._weights.dtype = dtype
+        self.model.to(dtype)
+        for name, _ in self.model.named_parameters(recurse=False):
+            value = self._weights[name]
+            set_module_tensor_to_device(self.model, name, value.device, value=value)
+
+
+class _OneDnnLinear(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear and not kwargs and args[0].dtype == torch.float32 and args[0].device.type == "cpu":
+            inputs, weight, bias = (*args, None)[:3]
+            return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return func(*args, **(kwargs or {}))
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def fast_linear_layers() -> Iterator[None]:
+    """Linear layers by oneDNN, which torch brings along: on AMD's CPUs twice as fast as MKL, torch's choice."""
+    with _OneDnnLinear() if _has_onednn() else nullcontext():
+        yield

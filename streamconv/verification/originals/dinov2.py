@@ -1,0 +1,185 @@
+"""DINOv2's graph at inference, after Meta's dinov2/models/vision_transformer.py and layers/.
+
+The names of parameters, attributes and methods and the order of operations are Meta's, so that its
+files load strictly, its numbers come out bit for bit, and `states` drives its code as well as this.
+Training and masks are left out. Chunks of blocks change nothing that is computed: here are none.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from streamconv.families.base import Model
+from streamconv.families.dinov2 import Geometry
+
+REPOSITORY = "facebookresearch/dinov2"
+EPSILON = 1e-6
+INTERPOLATE_OFFSET = 0.1  # positions are scaled by (n + 0.1) / 37; models with registers interpolate to the size
+
+
+class Attention(nn.Module):
+    def __init__(self, sizes: Geometry):
+        super().__init__()
+        self.heads = sizes.num_heads
+        self.qkv = nn.Linear(sizes.hidden, 3 * sizes.hidden, bias=sizes.has_qkv_bias)
+        self.proj = nn.Linear(sizes.hidden, sizes.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, hidden = x.shape
+        # (B, T, 3, heads, size) to three times (B, heads, T, size)
+        query, key, value = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, hidden))  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden, width)
+        self.fc2 = nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(functional.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+class SwiGlu(nn.Module):
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.w12 = nn.Linear(hidden, 2 * width)
+        self.w3 = nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(functional.silu(gate) * value)  # type: ignore[no-any-return]
+
+
+class LayerScale(nn.Module):
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, sizes: Geometry):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(sizes.hidden, eps=EPSILON)
+        self.attn = Attention(sizes)
+        self.ls1 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(sizes.hidden, eps=EPSILON)
+        self.mlp = (SwiGlu if sizes.swiglu else Mlp)(sizes.hidden, sizes.ffn)
+        self.ls2 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, sizes: Geometry):
+        super().__init__()
+        self.proj = nn.Conv2d(sizes.channels, sizes.hidden, sizes.patch, stride=sizes.patch)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.proj(pixels).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class VisionTransformer(nn.Module):
+    """The backbone, and a linear head where the sizes have classes."""
+
+    def __init__(self, sizes: Geometry):
+        super().__init__()
+        self.patch_size = sizes.patch
+        self.num_register_tokens = sizes.registers
+        self.interpolate_offset = 0.0 if sizes.registers else INTERPOLATE_OFFSET
+        self.interpolate_antialias = bool(sizes.registers)
+        self.patch_embed = PatchEmbed(sizes)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, sizes.hidden))
+        self.pos_embed = nn.Parameter(torch.empty(1, sizes.positions, sizes.hidden))
+        if sizes.registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, sizes.registers, sizes.hidden))
+        if sizes.has_mask_token:
+            self.mask_token = nn.Parameter(torch.empty(1, sizes.hidden))
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
+        self.norm = nn.LayerNorm(sizes.hidden, eps=EPSILON)
+        if sizes.classes:
+            self.linear_head = nn.Linear(2 * sizes.hidden, sizes.classes)
+
+    def prepare_tokens_with_masks(self, pixels: Tensor) -> Tensor:
+        x = self.patch_embed(pixels)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        x = x + self.interpolate_pos_encoding(x, *pixels.shape[2:])
+        if self.num_register_tokens:
+            x = torch.cat((x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]), dim=1)
+        return x
+
+    def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Positions for another grid than the native one, by Meta's scale or, without an offset, to the size."""
+        if x.shape[1] == self.pos_embed.shape[1] and height == width:
+            return self.pos_embed
+        positions = self.pos_embed.float()
+        side = math.isqrt(positions.shape[1] - 1)
+        grid = positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        rows, columns = height // self.patch_size, width // self.patch_size
+        if self.interpolate_offset:
+            scale = tuple((n + self.interpolate_offset) / side for n in (rows, columns))
+            grid = functional.interpolate(
+                grid, scale_factor=scale, mode="bicubic", antialias=self.interpolate_antialias
+            )
+        else:
+            grid = functional.interpolate(
+                grid, size=(rows, columns), mode="bicubic", antialias=self.interpolate_antialias
+            )
+        grid = grid.permute(0, 2, 3, 1).reshape(1, rows * columns, -1)
+        return torch.cat((positions[:, :1], grid), dim=1).to(x.dtype)
+
+
+def build(sizes: Geometry) -> VisionTransformer:
+    return VisionTransformer(sizes)
+
+
+def load(repository: str, source: str, model: Model) -> Any:
+    """Meta's own model, its head beside its blocks as in `VisionTransformer`. Runs the repository's code."""
+    load_entry: Any = torch.hub.load
+    entry = model.name.removesuffix("_1layer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that xFormers is or is not there
+        arguments: dict[str, Any] = {"source": source, "trust_repo": True, "verbose": False, "pretrained": False}
+        if model.head is None:
+            return load_entry(repository, entry, **arguments)
+        classifier: Any = load_entry(repository, f"{entry}_lc", layers=1, **arguments)
+    classifier.backbone.linear_head = classifier.linear_head
+    return classifier.backbone
+
+
+def states(model: Any, pixels: Tensor, as_transformers: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """What ``model``, Meta's or ours, computes on its way, each by name as it comes.
+
+    ``pixels`` is (B, C, H, W). Gives "embeddings" and "layer 0" and so on, (B, T, D) each; "cls"
+    (B, D), of models that have them "registers" (B, R, D), and "patches" (B, P, D) behind the last norm;
+    and "logits" (B, K) of a classifier.
+    Positions at another size than the native one are interpolated in Meta's way, or, where
+    ``as_transformers``, to the very size, as transformers has it since its pull request 33226.
+    """
+    registers = model.num_register_tokens
+    model.interpolate_offset = 0.0 if as_transformers or registers else INTERPOLATE_OFFSET
+    x = model.prepare_tokens_with_masks(pixels)
+    yield "embeddings", x
+    for i, block in enumerate(model.blocks):
+        x = block(x)
+        yield f"layer {i}", x
+    x = model.norm(x)
+    cls, patches = x[:, 0], x[:, 1 + registers :]
+    yield "cls", cls
+    if registers:
+        yield "registers", x[:, 1 : 1 + registers]
+    yield "patches", patches
+    if hasattr(model, "linear_head"):
+        yield "logits", model.linear_head(torch.cat((cls, patches.mean(dim=1)), dim=1))

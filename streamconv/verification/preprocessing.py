@@ -1,0 +1,94 @@
+"""The preprocessing rung: the saved image processor, and the original script's own check at its size.
+
+The original script compares both models at 224 pixels, where they differ by design: Meta's code
+interpolates position embeddings by a scale, (n + 0.1) / 37, and transformers to the very size. So
+the difference is measured as published, and shown to vanish when both interpolate the same way.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+from transformers import AutoImageProcessor
+
+from streamconv.planning.plan import Plan
+from streamconv.verification.load import quiet_transformers
+from streamconv.verification.parity import Pair, compare, out_of_memory
+from streamconv.verification.result import Check
+
+PROVES_PIXELS = "the saved image processor gives the original's pixels"
+PROVES = f"{PROVES_PIXELS}, and on them both models agree"
+
+
+def check_preprocessing(pair: Pair, folder: Path, plan: Plan, image: Image.Image) -> Check:
+    """Pixels of ``folder``'s processor against torchvision's, then both models on them."""
+    try:
+        wanted = original_pixels(image, plan)
+        numbers, problems = _compare_pixels(folder, plan, image, wanted)
+        verdict = compare(pair, wanted, "comparing at the image processor's size", is_native=False)
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise out_of_memory(pair.device, error) from error
+    except Exception as error:  # transformers or torch refuse what was written
+        return Check("preprocessing", False, PROVES, (f"{type(error).__name__}: {error}",))
+    size = wanted.shape[-1]
+    numbers |= {"size": size, "tolerance": verdict.numbers["tolerance"]}
+    for name, differences in (
+        ("same_interpolation", verdict.judged.differences),
+        ("as_published", verdict.as_published.differences if verdict.as_published else {}),
+    ):
+        numbers[name] = {state: differences[state] for state in ("cls", "patches", "logits") if state in differences}
+    proves = f"{PROVES} at {size}x{size} once they interpolate positions the same way{verdict.note}"
+    return Check(
+        "preprocessing", not problems and not verdict.problems, proves, (*problems, *verdict.problems), numbers
+    )
+
+
+def check_pixels(folder: Path, plan: Plan, image: Image.Image) -> Check:
+    """The processor's half of `check_preprocessing`."""
+    try:
+        wanted = original_pixels(image, plan)
+        numbers, problems = _compare_pixels(folder, plan, image, wanted)
+    except Exception as error:  # transformers or torch refuse what was written
+        return Check("preprocessing", False, PROVES_PIXELS, (f"{type(error).__name__}: {error}",))
+    not_checked = f"no model ran at {wanted.shape[-1]}x{wanted.shape[-1]}"
+    return Check("preprocessing", not problems, PROVES_PIXELS, tuple(problems), numbers, not_checked)
+
+
+def original_pixels(image: Image.Image, plan: Plan) -> Tensor:
+    """(1, 3, C, C), as the original script's own transforms make them."""
+    processor = plan.image_processor
+    steps = [
+        transforms.Resize(processor["size"]["shortest_edge"], interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(processor["crop_size"]["height"]),
+        transforms.ToTensor(),
+        transforms.Normalize(processor["image_mean"], processor["image_std"]),
+    ]
+    return transforms.Compose(steps)(image).unsqueeze(0)  # type: ignore[no-any-return]
+
+
+def _compare_pixels(folder: Path, plan: Plan, image: Image.Image, wanted: Tensor) -> tuple[dict[str, Any], list[str]]:
+    """On Pillow it must be exact; what AutoImageProcessor chooses by itself may work on tensors, and differ."""
+    load: Any = AutoImageProcessor.from_pretrained
+    with quiet_transformers():
+        exact, default = (load(folder, local_files_only=True, **backend) for backend in ({"backend": "pil"}, {}))
+    grey_level = 1 / 255 / min(plan.image_processor["image_std"])
+    differences: list[float | None] = []
+    problems = []
+    for processor in (exact, default):
+        pixels = processor(image, return_tensors="pt")["pixel_values"]
+        if pixels.shape != wanted.shape:
+            shapes = f"{list(pixels.shape)}, and the original {list(wanted.shape)}"
+            problems.append(f"{type(processor).__name__} makes {shapes}")
+            differences.append(None)
+        else:
+            differences.append(float((pixels - wanted).abs().max()))
+    if differences[0]:
+        problems.append(f"{type(exact).__name__}'s pixels differ from the original's by {differences[0]:.3g}")
+    numbers = {
+        "pil": differences[0], "default": differences[1], "default_backend": type(default).__name__,
+        "grey_level": grey_level,
+    }  # fmt: skip
+    return numbers, problems

@@ -1,0 +1,358 @@
+"""Checkpoint files: what is read equals what torch and safetensors read, and nothing bad gets in."""
+
+import argparse
+import io
+import os
+import pickle
+import zipfile
+from collections import Counter, OrderedDict, defaultdict, deque
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import streamconv
+from streamconv import CorruptError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
+from streamconv.errors import UnsafePickleError
+from streamconv.files import local as storage
+from tests.engine.test_tensors import NAMES, bytes_of
+
+
+def rewrite(path: Path, change: dict[str, bytes], **options: object) -> None:
+    """The same zip with some records' contents replaced."""
+    with zipfile.ZipFile(path) as old:
+        records = {name: old.read(name) for name in old.namelist()}
+    records |= {next(n for n in records if n.endswith(key)): value for key, value in change.items()}
+    with zipfile.ZipFile(path, "w", **options) as new:  # type: ignore[call-overload]
+        for name, data in records.items():
+            new.writestr(name, data)
+
+
+@pytest.fixture
+def pth(tmp_path: Path) -> Path:
+    torch.save({"x": torch.arange(1000.0), "y": torch.ones(2)}, tmp_path / "x.pth")
+    return tmp_path / "x.pth"
+
+
+def test_only_the_index_is_read(tmp_path: Path, read_counts: list[int]) -> None:
+    torch.save({f"layer.{i}": torch.zeros(1 << 20) for i in range(8)}, tmp_path / "big.pth")
+    with streamconv.open_checkpoint(tmp_path / "big.pth") as checkpoint:
+        assert len(checkpoint) == 8
+    assert 0 < sum(read_counts) < 10_000
+
+
+def test_parameters_and_module_metadata_are_read(tmp_path: Path) -> None:
+    module = torch.nn.Linear(3, 2)
+    torch.save({"weight": module.weight, "bias": module.bias}, tmp_path / "parameters.pth")
+    torch.save(module.state_dict(), tmp_path / "state.pth")  # an OrderedDict with a _metadata attribute
+    for name in ("parameters", "state"):
+        with streamconv.open_checkpoint(tmp_path / f"{name}.pth") as checkpoint:
+            assert checkpoint["weight"].tobytes() == bytes_of(module.weight.detach())
+
+
+def test_a_renamed_file_keeps_its_prefix(pth: Path) -> None:
+    renamed = pth.rename(pth.with_name("other-name.pt"))
+    with streamconv.open_checkpoint(renamed) as checkpoint:
+        assert checkpoint["y"].record.name == "x/data/1"
+
+
+def test_the_fingerprint_stands_for_every_weight(tmp_path: Path) -> None:
+    prints = []
+    for value in (0.0, 0.0, 1.0):
+        torch.save({"x": torch.full((4,), value)}, tmp_path / "x.pth")
+        with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+            prints.append(checkpoint.fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        NAMES.filter(lambda name: name != "__metadata__"),
+        st.tuples(
+            st.lists(st.integers(0, 4), max_size=3), st.sampled_from([torch.float32, torch.int8, torch.bfloat16])
+        ),
+        max_size=5,
+    )
+)
+def test_safetensors_read_as_the_library_reads_them(
+    tmp_path: Path, shapes: dict[str, tuple[list[int], torch.dtype]]
+) -> None:
+    state = {name: torch.randint(-9, 9, shape).to(dtype) for name, (shape, dtype) in shapes.items()}
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    with streamconv.open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
+        assert {name: tensor.tobytes() for name, tensor in checkpoint.items()} == {
+            k: bytes_of(v) for k, v in state.items()
+        }
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("executed",)
+
+
+def test_a_foreign_global_is_named_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": torch.ones(2), "evil": Evil()}, "evil.pth")
+    with pytest.raises(UnsafePickleError, match=rf"{os.mkdir.__module__}\.mkdir"):
+        streamconv.open_checkpoint("evil.pth")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["torch._utils _rebuild_sparse_tensor", "builtins eval", "torch load", "torch.serialization load"]
+)
+def test_no_other_name_of_torch_is_answered(pth: Path, name: str) -> None:
+    module, _, function = name.partition(" ")
+    rewrite(pth, {"data.pkl": f"\x80\x02c{module}\n{function}\n.".encode("latin1")})
+    with pytest.raises(UnsafePickleError, match=function):
+        streamconv.open_checkpoint(pth)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os system", "posix system", "builtins eval", "__builtin__ open", "subprocess Popen", "importlib.util find"],
+)
+def test_what_names_something_harmful_is_refused_wherever_it_stands(pth: Path, name: str) -> None:
+    module, _, function = name.partition(" ")
+    rewrite(pth, {"data.pkl": f"\x80\x02}}X\x01\x00\x00\x00ac{module}\n{function}\ns.".encode("latin1")})
+    with pytest.raises(UnsafePickleError, match=rf"names {module}.{function}, which no checkpoint has a use for"):
+        streamconv.open_checkpoint(pth)
+
+
+@pytest.mark.parametrize(
+    "state", [{"offset": 1 << 40}, [None, None, 1 << 40], (None, {"offset": 1 << 40}), ({}, {"n": 1})]
+)
+def test_a_description_cannot_be_altered_behind_its_check(pth: Path, state: object) -> None:
+    """BUILD sets attributes of whatever is on the stack: a checked tensor must not take them."""
+    with zipfile.ZipFile(pth) as archive:
+        data = archive.read("x/data.pkl")
+    end = data.index(b"X\x01\x00\x00\x00y")  # the first tensor is on the stack here
+    build = pickle.dumps(state, protocol=2)[2:-1] + b"b"
+    rewrite(pth, {"data.pkl": data[:end] + build + data[end:]})
+    with pytest.raises(CorruptError):
+        streamconv.open_checkpoint(pth)
+
+
+def test_lazy_conjugates_are_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2, dtype=torch.complex64).conj()}, tmp_path / "x.pth")
+    with pytest.raises(SourceError, match="resolve_conj"):
+        streamconv.open_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
+def test_a_cut_download_is_called_one(pth: Path, share: float) -> None:
+    data = pth.read_bytes()
+    pth.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(TruncatedError, match=r"cut short\. Fetch it again"):
+        streamconv.open_checkpoint(pth)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>404</html>", "web page"),
+        (b"no checkpoint at all", "neither"),
+        (b"\x00" * 64, "neither"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_that(tmp_path: Path, data: bytes, says: str) -> None:
+    (tmp_path / "x.pth").write_bytes(data)
+    with pytest.raises(NotACheckpointError, match=says):
+        streamconv.open_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_program_archive_is_no_checkpoint(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02}.")
+        archive.writestr("x/code/__torch__.py", b"")
+    with pytest.raises(NotACheckpointError, match="TorchScript"):
+        streamconv.open_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_missing_file_is_called_missing(tmp_path: Path) -> None:
+    with pytest.raises(SourceMissingError, match="no such file"):
+        streamconv.open_checkpoint(tmp_path / "x.pth")
+
+
+def test_what_is_no_dict_is_described(tmp_path: Path) -> None:
+    for value, says in (([torch.ones(1)], "holds a list"), (torch.ones(1), "holds a tensor")):
+        torch.save(value, tmp_path / "x.pth")
+        with pytest.raises(NotACheckpointError, match=says):
+            streamconv.open_checkpoint(tmp_path / "x.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
+    with pytest.raises(UnsafePickleError, match=r"Linear, which is no dict.*Save its state_dict\(\)"):
+        streamconv.open_checkpoint(tmp_path / "x.pth")
+
+
+class Stage(Enum):
+    LATE = 2
+
+
+class Settings(argparse.Namespace):
+    """Of a module that streamconv never imports."""
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_what_lies_beside_tensors_is_passed_by(tmp_path: Path, is_zip: bool) -> None:
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(3)).sum().backward()
+    optimizer.step()
+    training = {
+        "model": layer.state_dict(),
+        "teacher": {"backbone": OrderedDict(layer.state_dict()), "center": torch.ones(1, 4)},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": {"milestones": Counter([3, 3]), "T_max": 10, "by": {(1, 2): 0.5, None: 1, 0.5: torch.ones(3)}},
+        "epoch": 3,
+        "args": Settings(lr=1e-3, betas=(0.9, 0.95), path=Path("a")),
+        "history": [torch.ones(1), {"loss": np.float64(0.5)}],
+        "seen": {"a", "b"},
+        "stage": Stage.LATE,
+        "recent": deque([1, 2, torch.ones(1)]),
+        "sums": defaultdict(list, {"a": [1], "b": [torch.ones(1)]}),
+        "rng": np.random.default_rng(0).bit_generator.state,
+        "when": datetime(2026, 1, 2),
+        "dtype": torch.float32,
+        "size": torch.Size([2, 3]),
+        "blob": bytes(range(256)),
+        "loss": float("nan"),
+        "name": "vit",
+        "sparse": torch.eye(3).to_sparse(),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    training["parameter"].extra = 1
+    torch.save(training, tmp_path / "x.pth", _use_new_zipfile_serialization=is_zip)
+    wanted = {"teacher.center": torch.ones(1, 4), "parameter": torch.ones(2)}
+    for name in ("model", "teacher.backbone"):
+        wanted |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        wanted |= {f"optimizer.state.{i}.{key}": value for key, value in state.items()}
+    with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        assert {name: tensor.tobytes() for name, tensor in checkpoint.items()} == {
+            name: bytes_of(value) for name, value in wanted.items()
+        }
+        assert list(checkpoint)[:5] == ["model.weight", "model.bias", *list(wanted)[4:6], "teacher.center"]
+        assert checkpoint.others["args"] == f"{Settings.__module__}.Settings"
+        assert checkpoint.others["sparse"] == "torch._utils._rebuild_sparse_tensor"
+        assert {"seen", "when", "rng.state", "blob"} & checkpoint.others.keys() >= {"seen", "when", "blob"}
+        assert not checkpoint.others.keys() & {"epoch", "name", "history"}
+
+
+def test_records_that_do_not_fit_their_description_are_refused(pth: Path) -> None:
+    whole = pth.read_bytes()
+    for size in (3996, 4004):
+        rewrite(pth, {"data/0": bytes(size)})
+        with pytest.raises(CorruptError, match=f"{size} bytes where its index says 1000 elements of F32"):
+            streamconv.open_checkpoint(pth)
+        pth.write_bytes(whole)
+    rewrite(pth, {}, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(NotACheckpointError, match="compressed"):
+        streamconv.open_checkpoint(pth)
+    pth.write_bytes(whole.replace(b"little", b"big---"))
+    with pytest.raises(CorruptError, match="CRC-32"):
+        streamconv.open_checkpoint(pth)
+
+
+def test_a_view_beyond_its_storage_is_refused(pth: Path) -> None:
+    with zipfile.ZipFile(pth) as archive:
+        data = archive.read("x/data.pkl")
+    number = b"M" + (1000).to_bytes(2, "little")
+    assert data.count(number) == 2  # the storage's element count, then the tensor's shape
+    at = data.rindex(number)
+    rewrite(pth, {"data.pkl": data[:at] + b"M" + (1001).to_bytes(2, "little") + data[at + 3 :]})
+    with pytest.raises(CorruptError, match="beyond its storage"):
+        streamconv.open_checkpoint(pth)
+
+
+def test_a_flipped_bit_in_the_index_is_found(pth: Path) -> None:
+    data = bytearray(pth.read_bytes())
+    data[data.index(b"FloatStorage") + 2] ^= 1
+    pth.write_bytes(data)
+    with pytest.raises(CorruptError, match="CRC-32"):
+        streamconv.open_checkpoint(pth)
+
+
+def test_a_damaged_zip_directory_is_not_called_a_cut_download(pth: Path) -> None:
+    data = bytearray(pth.read_bytes())
+    data[data.rindex(b"PK\x01\x02")] ^= 1  # the last entry's magic number
+    pth.write_bytes(data)
+    with pytest.raises(CorruptError, match="damaged zip directory"):
+        streamconv.open_checkpoint(pth)
+
+
+def test_two_records_of_one_name_are_refused(pth: Path) -> None:
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(pth, "a") as archive:
+        archive.writestr("x/data/0", b"")
+    with pytest.raises(CorruptError, match="two records"):
+        streamconv.open_checkpoint(pth)
+
+
+def test_a_safetensors_header_that_lies_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for header, error in (
+        (b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', CorruptError),
+        (b'{"x":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', CorruptError),
+        (b'{"x":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}', SourceError),
+        (b'{"x":{"dtype":"F32","shape":[200],"data_offsets":[0,800]}}', TruncatedError),
+        (b'{"x":7}', CorruptError),
+        (b'{"x":', CorruptError),
+    ):
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+        with pytest.raises(error):
+            streamconv.open_checkpoint(path)
+
+
+def test_an_index_stays_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../secret.safetensors"}}')
+    with pytest.raises(CorruptError, match="no file of its folder"):
+        streamconv.open_checkpoint(tmp_path)
+
+
+def test_files_are_closed_when_opening_fails(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(b"not a checkpoint")
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    for _ in range(5):
+        with pytest.raises(SourceError):
+            streamconv.open_checkpoint(tmp_path / "x.pth")
+    after = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    assert after == before
+
+
+def test_a_file_saved_without_crcs_is_read_and_says_so(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    options = torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save({"x": torch.arange(4.0)}, buffer)
+    finally:
+        torch.serialization.set_crc32_options(options)
+    (tmp_path / "x.pth").write_bytes(buffer.getvalue())
+    with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        assert checkpoint["x"].record.crc32 is None
+        assert checkpoint["x"].tobytes() == bytes_of(torch.arange(4.0))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS has no such call")
+@pytest.mark.parametrize(("memory", "wanted"), [(130 << 20, []), (100 << 20, [31 << 20, 63 << 20])])
+def test_the_cache_keeps_only_a_file_that_memory_can_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, wanted: list[int]
+) -> None:
+    path = tmp_path / "x"
+    path.touch()
+    os.truncate(path, 65 << 20)
+    told: list[object] = []
+    monkeypatch.setattr(storage, "_memory_bytes", lambda: memory)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *told_of: told.append(told_of))
+    file, buffer = storage.LocalFile(path), memoryview(bytearray(1 << 20))
+    for at in range(65):
+        file.read_at(at << 20, buffer)
+    file.close()
+    assert told == [(0, end, os.POSIX_FADV_DONTNEED) for end in wanted]

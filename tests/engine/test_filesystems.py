@@ -1,0 +1,121 @@
+"""Addresses that fsspec reaches; its own memory:// stands in for the stores of others."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import safetensors.torch
+import torch
+
+import streamconv
+from streamconv import ChangedError, NetworkError, SourceError, SourceMissingError, UsageError
+from streamconv.files import remote
+from streamconv.formats.checkpoint import open_checkpoint
+from tests.conftest import make_states, tiny
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0.01, 0.01))
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    yield memory
+    memory.store.clear()
+
+
+def put(files: Any, seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(make_states(tiny(layers=3, hidden=256), seed)[0], buffer)
+    files.pipe_file("/bucket/x.pth", buffer.getvalue())
+    return buffer.getvalue()
+
+
+def test_a_store_is_read_by_ranges_and_gives_the_files_bytes(files: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(put(files))
+    there = streamconv.convert("memory://bucket/x.pth", tmp_path / "there", stream=True)
+    here = streamconv.convert(tmp_path / "x.pth", tmp_path / "here")
+    assert there.shards == here.shards
+    assert '"address": "memory://bucket/x.pth"' in (tmp_path / "there" / "streamconv.json").read_text()
+
+
+def test_a_package_that_reads_one_thing_at_a_time_is_asked_so(tmp_path: Path) -> None:
+    """tar's has one position in one file: four threads would mix up each other's bytes, and no CRC would tell."""
+    state = make_states(tiny(layers=4, hidden=512))[0]
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "x.safetensors", "x.safetensors")
+    expected = streamconv.convert(tmp_path / "x.safetensors", tmp_path / "here").shards
+    for name in ("one", "two", "three"):
+        place = f"tar://x.safetensors::{tmp_path}/x.tar"
+        assert streamconv.convert(place, tmp_path / name, stream=True).shards == expected
+
+
+def test_what_fails_is_tried_again(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(files)
+    cat_file, calls = type(files).cat_file, 0
+
+    def sometimes(self: Any, *args: Any, **kwargs: Any) -> bytes:
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0:
+            raise RuntimeError("the store's own kind of error")
+        data: bytes = cat_file(self, *args, **kwargs)
+        return data[:-1] if calls % 5 == 0 else data
+
+    monkeypatch.setattr(type(files), "cat_file", sometimes)
+    with open_checkpoint("memory://bucket/x.pth") as checkpoint:
+        for name, value in make_states(tiny(layers=3, hidden=256))[0].items():
+            assert checkpoint[name].tobytes() == value.numpy().tobytes()
+    assert calls > 15
+    monkeypatch.setattr(type(files), "cat_file", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(NetworkError, match="ZeroDivisionError"):
+        open_checkpoint("memory://bucket/x.pth")
+
+
+def test_a_fault_at_opening_passes(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(files)
+    info, faults = type(files).info, [TimeoutError("slow"), RuntimeError("busy")]
+
+    def sometimes(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return info(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(files), "info", sometimes)
+    open_checkpoint("memory://bucket/x.pth").close()
+    faults += [RuntimeError("\x1b[31mbusy")] * 20
+    with pytest.raises(SourceError, match="cannot be read: RuntimeError") as caught:
+        open_checkpoint("memory://bucket/x.pth")
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_changed_file_is_noticed(files: Any) -> None:
+    put(files)
+    with open_checkpoint("memory://bucket/x.pth") as checkpoint:
+        file = checkpoint["norm.weight"].record.file
+        file.require_unchanged()
+        put(files, seed=1)
+        with pytest.raises(ChangedError, match=r"memory://bucket/x\.pth was changed"):
+            file.require_unchanged()
+
+
+def test_mistakes_are_one_message(files: Any) -> None:
+    put(files)
+    with pytest.raises(SourceMissingError, match=r"memory://bucket/y\.pth: there is no such file"):
+        open_checkpoint("memory://bucket/y.pth")
+    with pytest.raises(SourceError, match="is no file"):
+        open_checkpoint("memory://bucket")
+    with pytest.raises(UsageError, match=r"nosuch://a/b\.pth: Protocol not known"):
+        open_checkpoint("nosuch://a/b.pth")
+    with pytest.raises(UsageError, match="names no file"):
+        open_checkpoint("memory://bucket/")
+
+
+def test_a_scheme_whose_package_is_missing_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(UsageError, match="s3fs"):
+        open_checkpoint("s3://bucket/x.pth")

@@ -1,0 +1,905 @@
+"""Files that someone made to do harm: each is one clear refusal, in a second and in 100 MB of memory.
+
+The files are written by hand, small or sparse. Every one is opened in a process of its own, which
+measures itself.
+"""
+
+import json
+import os
+import pickle
+import pickletools
+import random
+import re
+import struct
+import subprocess
+import sys
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import streamconv
+from streamconv.errors import SourceError
+from streamconv.formats import limits
+from tests.engine.test_checkpoint import rewrite
+from tests.engine.test_tensors import bytes_of
+
+OPEN = """
+import json, sys, time
+import streamconv
+start = time.process_time()  # the machine may have other work
+try:
+    streamconv.open_checkpoint(sys.argv[1]).close()
+    error, text = "none", "it was opened"
+except Exception as e:
+    error, text = type(e).__name__ if isinstance(e, streamconv.SourceError) else f"bare {type(e)}", str(e)
+seconds = time.process_time() - start
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(json.dumps([error, text, seconds, int(status["VmHWM"].split()[0]) * 1024]))
+"""
+
+
+def refusal(path: Path, seconds: float = 1.0) -> str:
+    """The one message that opening ``path`` ends with, once it is sure that it cost next to nothing."""
+    if not Path("/proc/self/status").exists():
+        with pytest.raises(SourceError) as caught:
+            streamconv.open_checkpoint(path)
+        return str(caught.value)
+    done = subprocess.run([sys.executable, "-c", OPEN, str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    error, text, took, peak = json.loads(done.stdout)
+    assert error.endswith("Error"), text
+    assert not error.startswith("bare"), (error, text)
+    if "SHOW_COSTS" in os.environ:
+        print(f"COST {took:.2f} s {peak / 1e6:.0f} MB {text[-90:]}")
+    assert took < seconds, f"{took:.2f} s for {text}"
+    assert peak < 100_000_000, f"{peak:,} bytes for {text}"
+    assert len(text) < 1000, text[:2000]
+    assert text.isprintable(), text
+    return text
+
+
+# Pickles.
+
+NEW_DICT = b"ccollections\nOrderedDict\n)R"
+TENSOR, TENSOR_V3 = b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_tensor_v3\n"
+
+
+def put(value: object) -> bytes:
+    """The opcodes that push a plain value."""
+    return pickletools.optimize(pickle.dumps(value, protocol=2))[2:-1]
+
+
+def storage(numel: object = 2, kind: bytes = b"ctorch\nFloatStorage\n", key: object = "0") -> bytes:
+    return b"(" + put("storage") + kind + put(key) + put("cpu") + put(numel) + b"tQ"
+
+
+def tensor(
+    offset: object = 0, shape: object = (2,), strides: object = (1,), store: bytes = storage(), more: bytes = b""
+) -> bytes:
+    return TENSOR + b"(" + store + put(offset) + put(shape) + put(strides) + b"\x89" + NEW_DICT + more + b"tR"
+
+
+def state(*values: bytes) -> bytes:
+    """A state dict of ``values``, which are opcodes."""
+    return b"\x80\x02}(" + b"".join(put(f"x{i}") + value for i, value in enumerate(values)) + b"u."
+
+
+@pytest.fixture
+def pth(tmp_path: Path) -> Path:
+    torch.save({"x": torch.arange(2.0)}, tmp_path / "x.pth")
+    return tmp_path / "x.pth"
+
+
+def test_the_pickles_below_are_read_where_nothing_is_wrong_with_them(pth: Path) -> None:
+    rewrite(pth, {"data.pkl": state(tensor())})
+    with streamconv.open_checkpoint(pth) as checkpoint:
+        assert checkpoint["x0"].tobytes() == bytes_of(torch.arange(2.0))
+    assert torch.equal(torch.load(pth, weights_only=True)["x0"], torch.arange(2.0))
+
+
+DAG = b"]" + b"".join(b"h\x00h\x00\x86q\x00" for _ in range(100))  # a tuple of 2^100 leaves
+SHARED = b"\x80\x02)q\x00" + DAG[1:]
+
+
+def many_items(count: int) -> bytes:
+    """The opcodes that set ``count`` items, 50,000 at once."""
+    items = [b"J" + struct.pack("<i", i) + b"\x89" for i in range(count)]
+    return b"".join(b"(" + b"".join(items[at : at + 50_000]) + b"u" for at in range(0, count, 50_000))
+
+
+PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
+    "a name that runs code": (b"\x80\x02cos\nsystem\n" + put(("touch executed",)) + b"R.", r"names os\.system"),
+    "a name that a terminal obeys": (b"\x80\x02cos\n\x1b[2Jx\n.", r"names os\.\\x1b\[2Jx"),
+    "an endless name": (lambda: b"\x80\x02c" + b"a" * 5_000_000, "of more than 1,000 bytes"),
+    "a name stored as an attribute path": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "opcode 0x8c"),
+    "an extension": (b"\x80\x02\x82\x01.", "opcode 0x82"),
+    "an instance": (b"\x80\x02(ios\nsystem\n.", "opcode 0x69"),
+    "an object by NEWOBJ": (b"\x80\x02" + NEW_DICT[:-2] + b")\x81.", "an object of a function"),
+    "a set": (b"\x80\x02\x8f.", "opcode 0x8f"),
+    "a memo of four billion": (b"\x80\x02}r\xfe\xff\xff\xff.", "remembers a value as number"),
+    "a value never remembered": (b"\x80\x02j\x00\x00\x00\x7f.", "ends too early, or takes more"),
+    "an empty stack": (b"\x80\x02.", "takes more from its stack"),
+    "no end": (b"\x80\x02}", "ends too early"),
+    "a string of four gigabytes": (b"\x80\x02X\xff\xff\xff\xff.", "a string of 4,294,967,295"),
+    "a string that is not UTF-8": (b"\x80\x02X\x02\x00\x00\x00\xff\xff.", "not UTF-8"),
+    "a persistent id that takes for ever to show": (SHARED + b"h\x00Q.", "no storage's"),
+    "arguments that take for ever to show": (SHARED + TENSOR + b"h\x00R.", "damaged"),
+    "a dtype that takes for ever to hash": (
+        SHARED + TENSOR_V3 + b"(" + storage() + b"K\x00K\x02\x85K\x01\x85\x89Nh\x00tR.", "without a storage or a dtype"
+    ),
+    "a shape that takes for ever to show": (
+        SHARED + TENSOR + b"(" + storage() + b"K\x00h\x00h\x00\x89NtR.", "impossible offset"
+    ),
+    "a key that takes for ever to hash": (SHARED + b"]}h\x00Nsa.", "holds a list"),
+    "keys whose hashes collide": (
+        lambda: b"\x80\x02]}(" + b"".join(put(i * (2**61 - 1)) + b"N" for i in range(1, 100_000)) + b"ua.", "a list"
+    ),
+    "a list of itself": (b"\x80\x02]q\x00h\x00a.", "holds a list"),
+    "a dict of itself": (b"\x80\x02}q\x00X\x01\x00\x00\x00xh\x00s.", "dicts too deep"),
+    "a dict in more and more dicts": (
+        b"\x80\x02}q\x00" + b"".join(b"}(" + put("a") + b"h%c" % i + put("b") + b"h%c" % i + b"uq%c" % (i + 1)
+        for i in range(99)) + b".", "too many entries",
+    ),
+    "many dicts below a name of a megabyte": (
+        lambda: b"\x80\x02}" + put("a" * 1_000_000) + b"}(" + b"".join(
+            put(f"{i}") + b"}K\x00Ns" for i in range(60_000)) + b"us.", "too deep",
+    ),
+    "one name of a megabyte in many dicts": (
+        lambda: b"\x80\x02}(" + put("a" * 1_000_000) + b"q\x00cmine\nThing\nq\x01" + b"".join(
+            put(f"{i}") + b"}h\x00h\x01s" for i in range(60_000)) + put("") + tensor() + b"u.",
+        "names a tensor ''",
+    ),
+    "an object of a name that runs code": (b"\x80\x02cposix\nsystem\n)\x81.", "posix.system, which no checkpoint"),
+    "an object instead of a dict": (b"\x80\x02cmine\nModel\n)\x81}b.", "holds a mine.Model, which is no dict"),
+
+    "millions of dicts": (lambda: b"\x80\x02(" + b"}" * 12_000_000 + b"l.", "bytes of objects"),
+    "millions of lists": (lambda: b"\x80\x02](" + b"]" * 12_000_000 + b"e.", "bytes of objects"),
+    "millions of dicts of one item": (lambda: b"\x80\x02Nq\x00" + b"}K\x00Ns" * 2_400_000 + b".", "bytes of objects"),
+    "millions of lists of one item": (lambda: b"\x80\x02" + b"]Na" * 2_900_000 + b".", "bytes of objects"),
+    "one dict of millions": (lambda: b"\x80\x02}" + many_items(1_250_000) + b".", "bytes of objects"),
+    "one list of millions": (lambda: b"\x80\x02](" + b"N" * 2_900_000 + b"e" + b"N" * 200_000, "opcodes|bytes of obj"),
+    "one tuple over and over": (lambda: b"\x80\x02(" + b"N" * 1_000_000 + b"t" + b"(h\x00t" * 500_000, "at once"),
+    "a tuple within a tuple, millions deep": (lambda: b"\x80\x02)" + b"\x85" * 12_000_000 + b".", "bytes of objects"),
+    "a list within a list, millions deep": (lambda: b"\x80\x02" + b"](" * 6_000_000, "nested deeper"),
+    "millions of marks": (lambda: b"\x80\x02" + b"(" * 12_000_000, "nested deeper"),
+    "millions of remembered values": (lambda: b"\x80\x02N" + b"".join(
+        b"r" + struct.pack("<I", i) for i in range(2_400_000)) + b".", "holds a NoneType"),
+    "millions of large numbers": (lambda: b"\x80\x02" + b"M\x00\x02" * 4_000_000, "bytes of objects"),
+    "millions of fractions": (lambda: b"\x80\x02" + (b"G" + b"\x40" * 8) * 1_300_000, "too early|bytes of objects"),
+    "millions of short strings": (lambda: b"\x80\x02" + b"X\x02\x00\x00\x00ab" * 1_700_000, "bytes of objects"),
+    "a long string of wide characters": (
+        lambda: b"\x80\x02X" + struct.pack("<I", 12_000_004) + b"a" * 12_000_000 + "🙂".encode(), "string of 12,000,004"
+    ),
+    "millions of states": (lambda: b"\x80\x02}q\x00" + b"h\x00b" * 1_400_000 + b".", "bytes of objects"),
+    "too many tensors": (
+        lambda: b"\x80\x02(" + storage() + b"K\x00K\x02\x85K\x01\x85\x89Ntq\x00" + TENSOR + b"q\x01"
+        + b"h\x01h\x00R" * 70_000 + b".", "more than 65,536 tensors",
+    ),
+    "one tensor by too many names": (
+        lambda: b"\x80\x02" + tensor() + b"q\x00}(" + b"".join(put(f"{i}") + b"h\x00" for i in range(70_000)) + b"u.",
+        "more than 65,536 tensors",
+    ),
+    "millions of truths": (lambda: b"\x80\x02" + b"\x88" * 12_000_000 + b".", "200,000 at once"),
+    "millions of opcodes": (lambda: b"\x80\x02N" + b"q\x00" * 6_000_000 + b".", "more than 2,600,000 opcodes"),
+    "a pickle of 13 MB": (lambda: b"\x80\x02" + b"N" * 13_000_000 + b".", "streamconv reads up to"),
+    "a negative offset": (state(tensor(offset=-1)), "impossible offset"),
+    "a negative size": (state(tensor(shape=(-1,))), "impossible offset, shape"),
+    "a negative stride": (state(tensor(strides=(-1,))), "impossible offset"),
+    "a true offset": (state(tensor(offset=True)), "impossible offset"),
+    "a true size": (state(tensor(shape=(True,))), "impossible offset, shape"),
+    "a fractional size": (state(tensor(shape=(2.0,))), "impossible offset, shape"),
+    "a huge offset": (state(tensor(offset=1 << 62)), "beyond its storage"),
+    "an offset beyond 64 bits": (state(tensor(offset=1 << 70)), "impossible offset"),
+    "a size whose bytes wrap around 64 bits": (state(tensor(shape=(1 << 62, 4), strides=(0, 0))), "impossible offset"),
+    "an empty tensor of absurd sizes": (state(tensor(shape=(0, 1 << 62, 4), strides=(1, 1, 1))), "impossible offset"),
+    "a stride that wraps around 64 bits": (state(tensor(shape=(2,), strides=(1 << 62,))), "beyond its storage"),
+    "sizes without strides": (state(tensor(shape=(2, 1))), "shape and strides do not fit"),
+    "a hundred dimensions": (state(tensor(shape=(1,) * 100, strides=(1,) * 100)), "impossible offset, shape"),
+    "a list for a shape": (state(tensor(shape=[2])), "shape and strides do not fit"),
+    "a negative storage": (state(tensor(store=storage(-2))), "a storage without"),
+    "a true storage": (state(tensor(store=storage(True))), "a storage without"),
+    "a huge storage": (state(tensor(store=storage(1 << 61))), "8 bytes where its index says"),
+    "a storage beyond 64 bits": (state(tensor(store=storage(1 << 80))), "a storage without"),
+    "a storage of no type": (state(tensor(store=storage(kind=b"N"))), "a storage without"),
+    "a storage whose type is a dtype": (state(tensor(store=storage(kind=b"ctorch\nuint16\n"))), "a storage without"),
+    "a storage that is elsewhere": (state(tensor(store=storage(key="../../x"))), r"no record data/\.\./\.\./x"),
+    "a storage whose key a terminal obeys": (state(tensor(store=storage(key="\x1b[2J"))), r"no record data/\\x1b\[2J"),
+    "a storage whose key is a number": (state(tensor(store=storage(key=0))), "a storage without"),
+    "a storage that is a tuple": (state(tensor(store=put(("F32", "x")))), "tensor without a storage"),
+    "one storage as two types": (
+        state(tensor(), tensor(store=storage(kind=b"ctorch\nIntStorage\n"))), "and as another dtype"
+    ),
+    "a tensor altered behind its check": (state(tensor() + put({"offset": 8}) + b"b"), "sets attributes of a Source"),
+    "a tensor whose bytes are not its values": (state(tensor(more=put({"conj": True}))), "resolve_conj"),
+    "a call of what is no function": (b"\x80\x02NNR.", "calls a NoneType"),
+    "a million names": (lambda: b"\x80\x02" + b"ctorch\nuint16\n" * 890_000 + b".", "describes more than|more values"),
+    "a million names in tuples": (
+        lambda: b"\x80\x02" + (b"(" + b"ctorch\nuint16\n" * 1000 + b"t") * 850 + b".", "describes more than"
+    ),
+    "half a million classes": (
+        lambda: b"\x80\x02" + b"ctorch\nFloatStorage\n" * 550_000 + b".", "describes more than|more values"
+    ),
+    "a call of a dtype": (b"\x80\x02ctorch\nuint16\n)R.", "calls a _Name"),
+    "items of a tensor": (state(tensor() + b"K\x00Ns"), "sets items of a SourceTensor"),
+    "items without a value": (b"\x80\x02}(K\x00u.", "key without a value"),
+    "an append to a dict": (b"\x80\x02}Na.", "appends to a dict"),
+    "no dict": (b"\x80\x02" + tensor() + b".", "holds a tensor, not a dict"),
+    "an empty name": (b"\x80\x02}" + put("") + tensor() + b"s.", "names a tensor ''"),
+    "a name of two lines": (b"\x80\x02}" + put("a\nb") + tensor() + b"s.", r"names a tensor 'a\\nb'"),
+    "a name that is no text": (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80" + tensor() + b"s.", r"'\\ud800'"),
+    "a name that hides itself": (b"\x80\x02}" + put("weight\u202e") + tensor() + b"s.", r"\\u202e"),
+    "an endless tensor name": (b"\x80\x02}" + put("x" * 2000) + tensor() + b"s.", "longer than"),
+    "one name twice": (
+        b"\x80\x02}(" + put("a.b") + tensor() + put("a") + b"}" + put("b") + tensor() + b"su.", "two tensors 'a.b'"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", PICKLES)
+def test_a_hostile_pickle_is_refused(pth: Path, attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pth.parent)
+    data, says = PICKLES[attack]
+    rewrite(pth, {"data.pkl": data() if callable(data) else data})
+    text = refusal(pth)
+    assert re.search(says, text), text
+    assert "x.pth" in text
+    assert not Path("executed").exists()
+
+
+# The format from before torch 1.6: pickles one after another, then each storage's count and bytes.
+
+SYSTEM = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+TWO = struct.pack("<q2f", 2, 0.0, 1.0)  # a storage
+
+
+def legacy(
+    contents: bytes, keys: object = ("0",), data: bytes = TWO, system: object = SYSTEM, more: bytes = b""
+) -> bytes:
+    """``contents`` is a pickle as of a zip, whose persistent ids do not say that they are no views.
+
+    ``keys`` and ``system`` may be pickles, too.
+    """
+    start = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001))
+    parts = [
+        x if type(x) is bytes else pickle.dumps(x, protocol=2)
+        for x in (system, list(keys) if type(keys) is tuple else keys)
+    ]
+    return start + parts[0] + re.sub(rb"(cpu.{1,15}?)tQ", rb"\1NtQ", contents, flags=re.DOTALL) + parts[1] + data + more
+
+
+def test_the_files_below_are_read_where_nothing_is_wrong_with_them(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(legacy(state(tensor())))
+    with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        assert checkpoint["x0"].tobytes() == bytes_of(torch.arange(2.0))
+    assert torch.equal(torch.load(tmp_path / "x.pth", weights_only=True)["x0"], torch.arange(2.0))
+
+
+IN_A_ROW = {  # what a pickle is refused for that is not in a zip
+    "no end": "holds a list",  # of keys
+    "a pickle of 13 MB": "at once",
+    "a huge storage": "ends within its weights",
+    "a storage that is elsewhere": "a key that is no number",
+    "a storage whose key a terminal obeys": "a key that is no number",
+}
+
+
+@pytest.mark.parametrize("attack", PICKLES)
+def test_a_hostile_pickle_in_a_row_is_refused(tmp_path: Path, attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, says = PICKLES[attack]
+    (tmp_path / "x.pth").write_bytes(legacy(data() if callable(data) else data))
+    text = refusal(tmp_path / "x.pth")
+    assert re.search(IN_A_ROW.get(attack, says), text), text
+    assert "x.pth" in text
+    assert not Path("executed").exists()
+
+
+ONE, VIEW = state(tensor()), b"(" + put("storage") + b"ctorch\nFloatStorage\n" + put("0") + put("cpu") + put(2)
+INTS = storage(kind=b"ctorch\nIntStorage\n")
+
+LEGACY: dict[str, tuple[Callable[[], bytes], str]] = {
+    "another byte order": (lambda: legacy(ONE, system=SYSTEM | {"little_endian": False}), "big-endian"),
+    "no byte order": (lambda: legacy(ONE, system={}), "in which order"),
+    "a byte order that is a number": (lambda: legacy(ONE, system=SYSTEM | {"little_endian": 1}), "in which order"),
+    "a system that is a list": (lambda: legacy(ONE, system=[True]), "in which order"),
+    "a system that runs code": (lambda: legacy(ONE, system=b"\x80\x02cos\nsystem\n."), "only strings and numbers"),
+    "a system that is a storage": (lambda: legacy(ONE, system=b"\x80\x02K\x00Q."), "only strings and numbers"),
+    "a system of millions": (lambda: legacy(ONE, system=b"\x80\x02N" + b"q\x00" * 5_000_000 + b"."), "1,000 opcodes"),
+    "a system without end": (lambda: legacy(ONE, system=b"\x80\x02(" + b"]" * 12_000_000), "1,000 opcodes"),
+    "strings without end": (
+        lambda: legacy(b"\x80\x02](" + b"".join(put("a" * (1 << 20)) for _ in range(14)) + b"e."), "12,582,912"
+    ),
+    "a string behind the end": (lambda: legacy(b"\x80\x02X" + struct.pack("<I", 1 << 20), b"", b""), "ends too early"),
+    "a view": (lambda: legacy(state(tensor(store=VIEW + put(("1", 0, 1)) + b"tq\x00Q"))), "view of another"),
+    "a view of nothing": (lambda: legacy(state(tensor(store=VIEW + b")tq\x00Q"))), "view of another"),
+    "a zip's storage": (lambda: legacy(state(tensor(store=VIEW + b"tq\x00Q"))), "no storage's"),
+    "an untyped storage": (
+        lambda: legacy(state(tensor(store=storage(kind=b"ctorch.storage\nUntypedStorage\n")))), "torch writes into it"
+    ),
+    "a key that is empty": (lambda: legacy(state(tensor(store=storage(key=""))), ("",)), "no number"),
+    "a key of other digits": (lambda: legacy(state(tensor(store=storage(key="٣"))), ("٣",)), "no number"),
+    "an endless key": (lambda: legacy(state(tensor(store=storage(key="1" * 21))), ("1" * 21,)), "no number"),
+    "one storage of two sizes": (
+        lambda: legacy(state(tensor(), tensor(shape=(1,), store=storage(1)))), "with 2 elements and with 1"
+    ),
+    "one storage of two types": (lambda: legacy(state(tensor(), tensor(store=INTS))), "as another dtype"),
+    "too many storages": (
+        lambda: legacy(b"\x80\x02]" + b"".join(storage(key=str(i)) + b"a" for i in range(66_000)) + b"."),
+        "more than 65,536 storages",
+    ),
+    "no keys": (lambda: legacy(ONE, ()), "list of storages"),
+    "a key twice": (lambda: legacy(ONE, ("0", "0"), TWO * 2), "list of storages"),
+    "a key twice for two": (
+        lambda: legacy(state(tensor(), tensor(store=storage(key="1"))), ("0", "0"), TWO * 2), "list of storages"
+    ),
+    "a key of no tensor": (lambda: legacy(ONE, ("0", "1"), TWO * 2), "list of storages"),
+    "another key": (lambda: legacy(ONE, ("1",)), "list of storages"),
+    "a key that is a number": (lambda: legacy(ONE, (0,)), "list of storages"),
+    "a key that is a list": (lambda: legacy(ONE, ([],)), "list of storages"),
+    "keys that are letters": (lambda: legacy(ONE, "0"), "list of storages"),
+    "keys that are a dict": (lambda: legacy(ONE, {"0": 0}), "list of storages"),
+    "a key that takes for ever to hash": (lambda: legacy(ONE, SHARED + b"]h\x00a."), "list of storages"),
+    "keys that run code": (lambda: legacy(ONE, b"\x80\x02cos\nsystem\n."), "only strings and numbers"),
+    "millions of keys": (lambda: legacy(ONE, b"\x80\x02N" + b"q\x00" * 500_000 + b"."), "196,608 opcodes"),
+    "no keys at all": (lambda: legacy(ONE, b"", b""), "ends too early"),
+    "a count too low": (lambda: legacy(ONE, data=struct.pack("<q2f", 1, 0, 1)), "begins with 1 elements"),
+    "a count too high": (lambda: legacy(ONE, data=struct.pack("<q2f", 3, 0, 1)), "begins with 3 elements"),
+    "a negative count": (lambda: legacy(ONE, data=struct.pack("<q2f", -1, 0, 1)), "begins with 18,446"),
+    "a count of bytes": (lambda: legacy(ONE, data=struct.pack("<q2f", 8, 0, 1)), "begins with 8 elements"),
+    "a count of an empty storage": (
+        lambda: legacy(state(tensor(shape=(0,), store=storage(0))), data=struct.pack("<q", 1)), "begins with 1 elements"
+    ),
+    "no count": (lambda: legacy(ONE, data=b""), "cut short"),
+    "a byte too few": (lambda: legacy(ONE, data=TWO[:-1]), "cut short"),
+    "a byte too many": (lambda: legacy(ONE, more=b"\0"), "1 bytes at its end"),
+    "a second file behind it": (lambda: legacy(ONE, more=legacy(ONE)), "bytes at its end"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", LEGACY)
+def test_a_hostile_row_of_pickles_is_refused(tmp_path: Path, attack: str) -> None:
+    data, says = LEGACY[attack]
+    (tmp_path / "x.pth").write_bytes(data())
+    text = refusal(tmp_path / "x.pth")
+    assert re.search(says, text), text
+    assert "x.pth" in text
+
+
+# Zips. The records are named as torch names them, and laid out by hand, so that anything can lie.
+
+
+def local(name: bytes, data: bytes, size: int | None = None, method: int = 0, flags: int = 0) -> bytes:
+    size = len(data) if size is None else size
+    return (
+        struct.pack("<4s5H3L2H", b"PK\3\4", 20, flags, method, 0, 0, zlib.crc32(data), size, size, len(name), 0)
+        + name + data
+    )  # fmt: skip
+
+
+def entry(
+    name: bytes, data: bytes, offset: int, size: int | None = None, stored: int | None = None, method: int = 0,
+    flags: int = 0, extra: bytes = b"", disk: int = 0, attributes: int = 0,
+) -> bytes:  # fmt: skip
+    size = len(data) if size is None else size
+    stored = size if stored is None else stored
+    head = (
+        b"PK\1\2",
+        20,
+        20,
+        flags,
+        method,
+        0,
+        0,
+        zlib.crc32(data),
+        stored,
+        size,
+        len(name),
+        len(extra),
+        0,
+        disk,
+        0,
+        attributes,
+    )
+    return struct.pack("<4s6H3L5H2L", *head, offset) + name + extra
+
+
+def end(entries: bytes, start: int, count: int, size: int | None = None, comment: bytes = b"") -> bytes:
+    size = len(entries) if size is None else size
+    return entries + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, size, start, len(comment)) + comment
+
+
+def end64(entries: bytes, begin: int, n: int, **lies: int) -> bytes:
+    n, where = lies.get("count", n), lies.get("where", begin + len(entries))
+    return (
+        entries
+        + struct.pack(
+            "<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, n, n, lies.get("size", len(entries)), lies.get("start", begin)
+        )
+        + struct.pack("<4sLQL", b"PK\6\7", 0, where, 1)
+        + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    )
+
+
+NAMES = (b"x/data.pkl", b"x/data/0", b"x/byteorder", b"x/version")
+DATA = (state(tensor()), struct.pack("<2f", 0.0, 1.0), b"little", b"3\n")
+PARTS = [local(name, data) for name, data in zip(NAMES, DATA, strict=True)]
+OFFSETS = [sum(map(len, PARTS[:i])) for i in range(len(PARTS))]
+BODY = b"".join(PARTS)
+ENTRIES = [entry(name, data, at) for name, data, at in zip(NAMES, DATA, OFFSETS, strict=True)]
+
+
+def with_entry(**lies: object) -> bytes:
+    """The zip whose directory describes data/0 with some ``lies``."""
+    entries = ENTRIES[0] + entry(NAMES[1], DATA[1], **({"offset": OFFSETS[1]} | lies)) + ENTRIES[2] + ENTRIES[3]  # type: ignore
+    return BODY + end(entries, len(BODY), 4)
+
+
+def with_local(part: bytes) -> bytes:
+    """The zip whose data/0 is ``part``, of the same length."""
+    assert len(part) == len(PARTS[1])
+    return PARTS[0] + part + PARTS[2] + PARTS[3] + end(ALL, len(BODY), 4)
+
+
+def patched(data: bytes, at: int, value: int) -> bytes:
+    return data[:at] + bytes([value]) + data[at:][1:]
+
+
+def zip64_size(size: int) -> bytes:
+    return struct.pack("<2H2Q", 1, 16, size, size)
+
+
+BIG = 0xFFFFFFFF
+ALL = b"".join(ENTRIES)
+
+ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "data before the zip": (lambda: BODY[:30] + BODY + end(ALL, len(BODY), 4), "not where its end says"),
+    "data behind the zip": (lambda: BODY + end(ALL, len(BODY), 4) + b"more", "something was appended"),
+    "a comment": (lambda: BODY + end(ALL, len(BODY), 4, comment=b"hello"), "something was appended"),
+    "a comment that is another end": (
+        lambda: BODY + end(ALL, len(BODY), 4, comment=end(b"", 0, 0)), "not where its end says"
+    ),
+    "bytes between the records and the end": (lambda: BODY + end(ALL + b"gap", len(BODY), 4, len(ALL)), "not where"),
+    "fewer entries than there are": (lambda: BODY + end(ALL, len(BODY), 3), "its entries"),
+    "more entries than there are": (lambda: BODY + end(ALL, len(BODY), 5), "damaged zip directory"),
+    "a directory before the file": (lambda: BODY + end(ALL, len(BODY), 4, size=len(ALL) + 1), "not where its end says"),
+    "a directory of four gigabytes": (lambda: BODY + end(ALL, len(BODY), 4, size=BIG), "not where its end says"),
+    "a directory of 2^64 bytes": (lambda: BODY + end64(ALL, len(BODY), 4, size=2**64 - 1), "not where its end says"),
+    "a directory that starts at 2^64": (lambda: BODY + end64(ALL, len(BODY), 4, start=2**64 - 1), "not where its end"),
+    "2^64 entries": (lambda: BODY + end64(ALL, len(BODY), 4, count=2**64 - 1), "more than 65,536 tensors need"),
+    "another 64-bit end than the last": (lambda: BODY + end64(ALL, len(BODY), 4, where=7), "its ends differ"),
+    "a file on another disk": (lambda: with_entry(disk=1), "no entry of torch.save"),
+    "a compressed record": (lambda: with_entry(method=8), "compressed or encrypted"),
+    "an encrypted record": (lambda: with_entry(flags=1), "compressed or encrypted"),
+    "a strongly encrypted record": (lambda: with_entry(flags=64), "compressed or encrypted"),
+    "a record compressed by its own header alone": (lambda: with_local(local(NAMES[1], DATA[1], method=8)), "header"),
+    "a record encrypted by its own header alone": (lambda: with_local(local(NAMES[1], DATA[1], flags=1)), "header"),
+    "a record that torch takes for a folder": (lambda: with_entry(attributes=0x3A), "marked as a folder"),  # fuzzed
+    "a record with a folder's name": (
+        lambda: BODY + local(b"x/data/0/", b"") + end(
+            ALL + entry(b"x/data/0/", b"", len(BODY)), len(BODY) + 39, 5), "marked as a folder"
+    ),
+    "a record of another name": (lambda: with_local(local(b"x/data/1", DATA[1])), "header of its record x/data/0"),
+    "a record of another size": (lambda: with_local(local(NAMES[1], DATA[1], 4)), "header of its record x/data/0"),
+    "a record of another stored size": (lambda: with_local(patched(PARTS[1], 18, 4)), "header of its record x/data/0"),
+    "a record of another full size": (lambda: with_local(patched(PARTS[1], 22, 4)), "header of its record x/data/0"),
+    "a header longer than the file": (lambda: with_local(patched(PARTS[1], 28, 255)), "header of its record x/data/0"),
+    "fewer entries on this disk": (lambda: patched(BODY + end(ALL, len(BODY), 4), -14, 3), "not where its end says"),
+    "a comment that is not there": (lambda: patched(BODY + end(ALL, len(BODY), 4), -2, 5), "something was appended"),
+    "a record without a header": (lambda: with_local(b"PK\3\5" + PARTS[1][4:]), "header of its record x/data/0"),
+    "a record that pretends to be compressed": (lambda: with_entry(stored=4), "has 4 bytes for 8"),
+    "a record behind the file": (lambda: with_entry(offset=1 << 30), "beyond the zip's records"),
+    "a record in the directory": (lambda: with_entry(offset=len(BODY)), "beyond the zip's records"),
+    "a record that reaches into the directory": (lambda: with_entry(size=10_000), "beyond the zip's records"),
+    "a record of 2^64 bytes": (
+        lambda: with_entry(size=BIG, extra=zip64_size(2**64 - 1)), "beyond the zip's records"
+    ),
+    "a record at 2^64": (
+        lambda: with_entry(offset=BIG, extra=struct.pack("<2HQ", 1, 8, 2**64 - 1)), "beyond the zip's records"
+    ),
+    "a 64-bit size that is missing": (lambda: with_entry(size=BIG), "64-bit size is missing"),
+    "a 64-bit size cut short": (lambda: with_entry(size=BIG, extra=struct.pack("<2HL", 1, 4, 8)), "damaged zip"),
+    "two records in one place": (lambda: with_entry(offset=0), "header of|overlaps"),
+    "a record within another": (
+        lambda: local(b"x/data.pkl", DATA[0]) + local(b"x/data/1", PARTS[1] + b"1234") + end(
+            ENTRIES[0] + entry(b"x/data/1", PARTS[1] + b"1234", OFFSETS[1]) + entry(NAMES[1], DATA[1], OFFSETS[1] + 38),
+            OFFSETS[1] + 38 + len(PARTS[1]) + 4, 3), "overlaps another one"
+    ),
+    "one record twice": (lambda: BODY + end(ALL + ENTRIES[1], len(BODY), 5), "two records of one name"),
+    "two records that differ in case": (
+        lambda: BODY + local(b"x/DATA/0", DATA[1]) + end(
+            ALL + entry(b"x/DATA/0", DATA[1], len(BODY)), len(BODY + PARTS[1]), 5), "two records of one name"
+    ),
+    "a name with a NUL": (
+        lambda: BODY + local(b"x/data/0\0y", b"") + end(
+            ALL + entry(b"x/data/0\0y", b"", len(BODY)), len(BODY) + 40, 5), "no entry of torch.save"
+    ),
+    "a name that is not UTF-8": (
+        lambda: BODY + local(b"x/\xff", b"") + end(ALL + entry(b"x/\xff", b"", len(BODY)), len(BODY) + 33, 5), "damaged"
+    ),
+    "an endless record name": (
+        lambda: BODY + local(b"x" * 9999, b"") + end(
+            ALL + entry(b"x" * 9999, b"", len(BODY)), len(BODY) + 30 + 9999, 5), "no entry of torch.save"
+    ),
+    "two pickles": (
+        lambda: BODY + local(b"y/data.pkl", b"") + end(
+            ALL + entry(b"y/data.pkl", b"", len(BODY)), len(BODY) + 40, 5), "2 data.pkl records"
+    ),
+    "a pickle elsewhere than where torch looks": (
+        lambda: (zipped := BODY.replace(b"x/byteorder", b"y/byteorder"))
+        + end(ENTRIES[2].replace(b"x/", b"y/") + ENTRIES[0] + ENTRIES[1], len(zipped), 3), "folder of its first record"
+    ),
+    "a big-endian file that hides it": (
+        lambda: PARTS[0] + PARTS[1] + local(b"x/BYTEORDER", b"big") + end(
+            ENTRIES[0] + ENTRIES[1] + entry(b"x/BYTEORDER", b"big", OFFSETS[2]), OFFSETS[3] - 3, 3), "big-endian"
+    ),
+    "a million records": (
+        lambda: BODY + end64(entry(b"x/0", b"", 0) * 160_000, len(BODY), 160_000), "more than 65,536 tensors need"
+    ),
+    "a directory of 9 MB": (
+        lambda: BODY + end64(entry(b"x/0", b"", 0, extra=bytes(60_000)) * 150, len(BODY), 150), "more than 65,536"
+    ),
+    "60,000 records in one place": (
+        lambda: BODY + end64(b"".join(entry(b"x/%d" % i, b"", 0) for i in range(60_000)), len(BODY), 60_000), "header"
+    ),
+    "half a file": (lambda: BODY[: len(BODY) // 2], "cut short"),
+    "a magic number": (lambda: b"PK\3\4", "cut short"),
+    "a magic number and an end": (lambda: b"PK\3\4" + end(b"", 4, 0), "0 data.pkl records"),
+    "TorchScript": (lambda: BODY.replace(b"x/byteorder", b"x/code/aaaa") + end(
+        ALL.replace(b"x/byteorder", b"x/code/aaaa"), len(BODY), 4), "TorchScript"),
+}  # fmt: skip
+
+
+def test_the_zips_below_are_read_where_nothing_is_wrong_with_them(tmp_path: Path) -> None:
+    for data in (BODY + end(ALL, len(BODY), 4), BODY + end64(ALL, len(BODY), 4), with_entry()):
+        (tmp_path / "x.pth").write_bytes(data)
+        with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+            assert checkpoint["x0"].tobytes() == DATA[1]
+        assert torch.equal(torch.load(tmp_path / "x.pth", weights_only=True)["x0"], torch.arange(2.0))
+
+
+@pytest.mark.parametrize("attack", ZIPS)
+def test_a_hostile_zip_is_refused(tmp_path: Path, attack: str) -> None:
+    data, says = ZIPS[attack]
+    (tmp_path / "x.pth").write_bytes(data())
+    text = refusal(tmp_path / "x.pth")
+    assert re.search(says, text), text
+    assert "x.pth" in text
+
+
+def test_sizes_that_only_a_sparse_file_has_are_refused(tmp_path: Path) -> None:
+    """A header, a directory or a pickle that the file could hold, but no checkpoint needs."""
+    with open(tmp_path / "x.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", 99_000_000) + b"{")
+        file.truncate(1 << 40)
+    assert "a header of 99,000,000 bytes" in refusal(tmp_path / "x.safetensors")
+    with open(tmp_path / "x.pth", "wb") as file:
+        file.write(BODY)
+        file.truncate(4_000_000_000)
+        file.seek(4_000_000_000)
+        file.write(end(b"", len(BODY), 9, size=4_000_000_000 - len(BODY)))
+    assert "a zip directory of 9 records in 3,999," in refusal(tmp_path / "x.pth")
+    with open(tmp_path / "y.pth", "wb") as file:
+        file.write(local(b"x/data.pkl", b"", 3_000_000_000))
+        file.truncate(3_000_000_040)
+        file.seek(3_000_000_040)
+        file.write(end(entry(b"x/data.pkl", b"", 0, 3_000_000_000), 3_000_000_040, 1))
+    assert "data.pkl has 3,000,000,000 bytes" in refusal(tmp_path / "y.pth")
+    (tmp_path / "model.safetensors.index.json").write_bytes(b"")
+    os.truncate(tmp_path / "model.safetensors.index.json", 1 << 40)
+    assert "1,099,511,627,776 bytes" in refusal(tmp_path)
+
+
+# safetensors files.
+
+
+def header_of(**tensors: object) -> bytes:
+    return json.dumps(tensors).encode()
+
+
+def t(start: object, stop: object, shape: object = (2,), dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+DEEP = b'{"x":' + b"[" * 100_000
+HEADERS: dict[str, tuple[bytes | Callable[[], bytes], int, str]] = {
+    "a hole": (header_of(a=t(0, 8), b=t(16, 24)), 24, "b has bytes before it that belong to no tensor"),
+    "a hole at the start": (header_of(a=t(8, 16)), 16, "a has bytes before it"),
+    "an overlap": (header_of(a=t(0, 8), b=t(4, 12)), 12, "b overlaps another"),
+    "one range twice": (header_of(a=t(0, 8), b=t(0, 8)), 8, "b overlaps another"),
+    "bytes at the end": (header_of(a=t(0, 8)), 11, "3 bytes at its end"),
+    "bytes without a tensor": (b"{}", 5, "5 bytes at its end"),
+    "an empty tensor amid another": (header_of(a=t(0, 8), b=t(4, 4, [0])), 8, "b overlaps another"),
+    "a file cut short": (header_of(a=t(0, 8)), 7, "cut short"),
+    "a negative start": (header_of(a=t(-8, 0)), 0, "does not fill the range"),
+    "an end before the start": (header_of(a=t(8, 0)), 8, "does not fill the range"),
+    "an end at 2^64": (header_of(a=t(2**64 - 8, 2**64)), 8, "does not fill the range"),
+    "a fractional offset": (header_of(a=t(0.0, 8)), 8, "no whole number"),
+    "a true offset": (header_of(a=t(False, 8)), 8, "does not fill the range"),
+    "three offsets": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,8]}}', 8, "does not fill the range"),
+    "a negative size": (header_of(a=t(0, 8, [-2])), 8, "impossible shape"),
+    "sizes that wrap around 64 bits": (header_of(a=t(0, 0, [1 << 62, 4])), 0, "impossible shape"),
+    "an empty tensor of absurd sizes": (header_of(a=t(0, 0, [0, 1 << 62, 4])), 0, "impossible shape"),
+    "ten thousand dimensions": (header_of(a=t(0, 8, [2] + [1] * 10_000)), 8, "impossible shape"),
+    "a dtype of no one": (header_of(a=t(0, 8, dtype="F\x1b[2J")), 8, r"the dtype F\\x1b\[2J"),
+    "a dtype that is a list": (header_of(a=t(0, 8, dtype=["F32"])), 8, "the dtype list"),
+    "a tensor without a shape": (b'{"a":{"dtype":"F32","data_offsets":[0,8]}}', 8, "no dtype, shape"),
+    "a tensor that is a number": (b'{"a":7}', 8, "no dtype, shape"),
+    "a name twice": (b'{"a":' + json.dumps(t(0, 8)).encode() + b',"a":' + json.dumps(t(0, 8)).encode() + b"}", 8,
+                     "'a' stands twice"),
+    "a dtype twice": (b'{"a":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', 8, "'dtype' stands"),
+    "metadata without end": (
+        lambda: b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(500_000)) + b"}}", 0,
+        "more than 65,536 tensors need",
+    ),
+    "metadata of numbers": (b'{"__metadata__":{"a":1}}', 0, "__metadata__"),
+    "metadata that is a list": (b'{"__metadata__":["a"]}', 0, "__metadata__"),
+    "an empty name": (header_of(**{"": t(0, 8)}), 8, "names a tensor ''"),
+    "a name of two lines": (header_of(**{"a\nb": t(0, 8)}), 8, r"'a\\nb'"),
+    "a name that is no text": (header_of(**{"a\ud800": t(0, 8)}), 8, r"a\\ud800"),
+    "an endless name": (header_of(**{"a" * 1001: t(0, 8)}), 8, "longer than"),
+    "bytes that are no text": (b'{"\xff":7}', 0, "damaged"),
+    "no object": (b'{"a"', 0, "damaged"),
+    "a number that is none": (b'{"a":NaN}', 0, "no whole number"),
+    "endless digits": (b'{"a":' + b"9" * 5_000_000 + b"}", 0, "damaged"),
+    "a deep list": (DEEP, 0, "damaged|more than"),
+    "a deeper list": (lambda: b'{"x":' + b"[" * 10_000_000, 0, "more than 65,536 tensors need"),
+    "millions of lists": (lambda: b'{"x":[' + b"[]," * 3_000_000 + b"[]]}", 0, "more than 65,536 tensors need"),
+    "as many lists as pass": (lambda: b'{"x":[' + b"[]," * 190_000 + b"[]]}", 0, "no dtype"),
+    "millions of objects": (lambda: b'{"x":[' + b"{}," * 3_000_000 + b"{}]}", 0, "more than 65,536 tensors need"),
+    "as many objects of one item as pass": (lambda: b'{"x":[' + b'{"a":1000},' * 190_000 + b"{}]}", 0, "no dtype"),
+    "millions of numbers": (lambda: b'{"x":[' + b"999," * 2_000_000 + b"9]}", 0, "more than 65,536 tensors need"),
+    "as many numbers as pass": (lambda: b'{"x":[' + b"999999," * 500_000 + b"9]}", 0, "no dtype"),
+    "as many names as pass": (
+        lambda: b"{" + b"".join(b'"%d":{},' % i for i in range(190_000)) + b'"a":{}}', 0, "more than 65,536 tensors"
+    ),
+    "as many dimensions as pass": (lambda: header_of(a=t(0, 0, [0] + [1] * 500_000)), 0, "impossible shape"),
+    "a long name of wide characters": (lambda: '{"🙂'.encode() + b"a" * 10_400_000 + b'":7}', 0, "more than"),
+    "as long a one as passes": (lambda: '{"🙂'.encode() + b"a" * 2_600_000 + b'":7}', 0, "longer than"),
+    "long escapes": (lambda: b'{"' + b"\\u00e9" * 1_700_000 + b'":7}', 0, "more than|longer than"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", HEADERS)
+def test_a_hostile_safetensors_header_is_refused(tmp_path: Path, attack: str) -> None:
+    header, size, says = HEADERS[attack]
+    data = header() if callable(header) else header
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(data)) + data + bytes(size))
+    text = refusal(tmp_path / "x.safetensors")
+    assert re.search(says, text), text
+    assert "x.safetensors" in text
+
+
+# Folders.
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A folder of two shards, beside a file that is none of its own."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    safetensors.torch.save_file({"a": torch.ones(2)}, folder / "one.safetensors")
+    safetensors.torch.save_file({"b": torch.ones(2)}, folder / "two.safetensors")
+    safetensors.torch.save_file({"b": torch.zeros(2)}, tmp_path / "secret.safetensors")
+    (folder / INDEX).write_text('{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}')
+    return folder
+
+
+def test_the_folder_below_is_read_where_nothing_is_wrong_with_it(sharded: Path) -> None:
+    with streamconv.open_checkpoint(sharded) as checkpoint:
+        assert sorted(checkpoint) == ["a", "b"]
+
+
+INDEXES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
+    "a path upwards": (b'{"weight_map": {"b": "../secret.safetensors"}}', "no file of its folder"),
+    "a path by backslashes": (b'{"weight_map": {"b": "..\\\\secret.safetensors"}}', "no file of its folder"),
+    "a path through a folder": (b'{"weight_map": {"b": "sub/two.safetensors"}}', "no file of its folder"),
+    "an absolute path": (b'{"weight_map": {"b": "/etc/passwd.safetensors"}}', "no file of its folder"),
+    "a drive": (b'{"weight_map": {"b": "C:two.safetensors"}}', "no file of its folder"),
+    "the folder": (b'{"weight_map": {"b": "."}}', "no file of its folder"),
+    "the folder above": (b'{"weight_map": {"b": ".."}}', "no file of its folder"),
+    "nothing": (b'{"weight_map": {"b": ""}}', "no file of its folder"),
+    "a NUL": (b'{"weight_map": {"b": "two.safetensors\\u0000.safetensors"}}', r"two\.safetensors\\x00"),
+    "a terminal's escape": (b'{"weight_map": {"b": "\\u001b[2J.safetensors"}}', r"\\x1b\[2J"),
+    "a pickle": (b'{"weight_map": {"b": "two.bin"}}', "no file of its folder"),
+    "an endless name": (b'{"weight_map": {"b": "' + b"x" * 300 + b'.safetensors"}}', "no file of its folder"),
+    "a file that is not there": (b'{"weight_map": {"b": "three.safetensors"}}', "no such file"),
+    "a number": (b'{"weight_map": {"b": 7}}', "names a int"),
+    "a list": (b'{"weight_map": [["b", "two.safetensors"]]}', "no weight_map"),
+    "no tensors": (b'{"weight_map": {}}', "no weight_map"),
+    "no map": (b"{}", "no weight_map"),
+    "no object": (b"[]", "no JSON object"),
+    "no JSON": (b"{", "is damaged"),
+    "a tensor twice": (b'{"weight_map": {"b": "two.safetensors", "b": "one.safetensors"}}', "'b' stands twice"),
+    "a tensor of another file": (b'{"weight_map": {"a": "two.safetensors"}}', "disagree on 2 tensors"),
+    "a tensor too many": (
+        b'{"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}}',
+        "'c' is in the index alone",
+    ),
+    "a deep list": (DEEP, "damaged|more than"),
+    "millions of lists": (lambda: b'{"weight_map":[' + b"[]," * 3_000_000 + b"[]]}", "more than 65,536"),
+}
+
+
+@pytest.mark.parametrize("attack", INDEXES)
+def test_a_hostile_index_is_refused(sharded: Path, attack: str) -> None:
+    index, says = INDEXES[attack]
+    (sharded / INDEX).write_bytes(index() if callable(index) else index)
+    text = refusal(sharded)
+    assert re.search(says, text), text
+    assert "folder" in text
+
+
+@pytest.mark.parametrize("name", ["two.safetensors", INDEX, "model.safetensors"])
+def test_a_link_out_of_the_folder_is_refused(sharded: Path, name: str) -> None:
+    (sharded / name).unlink(missing_ok=True)
+    (sharded / name).symlink_to(sharded.parent / "secret.safetensors")
+    assert f"{name} is a link to" in refusal(sharded)
+
+
+@pytest.mark.parametrize("subfolder", [".", "sub"])
+def test_the_links_of_the_hubs_cache_are_followed(sharded: Path, subfolder: str) -> None:
+    """models--x/snapshots/<revision>/<file> links to models--x/blobs/<hash>; the cache itself may be a link."""
+    model = sharded.parent / "cache" / "models--x"
+    (model / "blobs").mkdir(parents=True)
+    snapshot = model / "snapshots" / "abc" / subfolder
+    snapshot.mkdir(parents=True)
+    for i, name in enumerate(("one.safetensors", "two.safetensors", INDEX)):
+        (sharded / name).rename(model / "blobs" / str(i))
+        (snapshot / name).symlink_to(os.path.relpath(model / "blobs" / str(i), snapshot))
+    (sharded.parent / "elsewhere").symlink_to(sharded.parent / "cache")
+    with streamconv.open_checkpoint(sharded.parent / "elsewhere/models--x/snapshots/abc" / subfolder) as checkpoint:
+        assert sorted(checkpoint) == ["a", "b"]
+    (snapshot / "two.safetensors").unlink()
+    (snapshot / "two.safetensors").symlink_to(sharded.parent / "secret.safetensors")
+    assert "is a link to" in refusal(snapshot)
+
+
+def test_a_file_that_never_ends_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.pth")
+    assert "no regular file" in refusal(tmp_path / "x.pth")
+    assert "no regular file" in refusal(Path("/dev/zero"))
+
+
+# What is well-formed, and as large as may be.
+
+WIDE_KEYS = b"\x80\x02](" + put("a" * 1_000_000 + "🙂") * 12  # behind as many tensors as may be
+
+
+@pytest.mark.parametrize("kind", ["pth", "old.pth", "safetensors"])
+def test_as_many_tensors_as_may_be_are_opened(tmp_path: Path, kind: str) -> None:
+    state = {f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(2, 3, 1, 1) for i in range(limits.MAX_TENSORS)}
+    if kind == "old.pth":
+        torch.save(state, tmp_path / "x.old.pth", _use_new_zipfile_serialization=False)
+    else:
+        (torch.save if kind == "pth" else safetensors.torch.save_file)(state, tmp_path / f"x.{kind}")
+    with streamconv.open_checkpoint(tmp_path / f"x.{kind}") as checkpoint:
+        assert len(checkpoint) == 65_536
+    if kind == "pth":
+        with zipfile.ZipFile(tmp_path / "x.pth") as archive:
+            data = archive.read("x/data.pkl")
+        rewrite(tmp_path / "x.pth", {"data.pkl": data[:-1] + b"cos\nsystem\n."})
+        assert "os.system" in refusal(tmp_path / "x.pth", seconds=3)  # all of it had to be read
+    elif kind == "old.pth":
+        whole = (tmp_path / "x.old.pth").read_bytes()
+        (tmp_path / "x.old.pth").write_bytes(whole[: whole.rindex(b"\x80\x02]q\x00(X")] + WIDE_KEYS)
+        assert "bytes of objects" in refusal(tmp_path / "x.old.pth", seconds=3)
+
+
+# Against the libraries: what they take, streamconv reads the same, or refuses.
+
+
+def read_or_refuse(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+    try:
+        with streamconv.open_checkpoint(path) as checkpoint:
+            return {name: (t.info.dtype, t.info.shape, t.tobytes()) for name, t in checkpoint.items()}
+    except SourceError:
+        return None
+
+
+def described(state: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    codes = {v: k for k, v in safetensors.torch._TYPES.items()}
+    return {name: (codes[value.dtype], tuple(value.shape), bytes_of(value)) for name, value in state.items()}
+
+
+def is_read_as_by(load: Callable[[Path], dict[str, torch.Tensor]], path: Path) -> bool:
+    """Whether both read it, and then the same; False where either refuses it."""
+    ours = read_or_refuse(path)
+    if ours is None:
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            loaded = load(path)
+        except Exception:
+            return False
+    assert described(loaded) == ours
+    return True
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    """Some bytes changed, taken away, put in, or doubled."""
+    changed = bytearray(data)
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        at = chance.randrange(len(changed))
+        what = chance.randrange(5)
+        if what == 0:
+            changed[at] ^= 1 << chance.randrange(8)
+        elif what == 1:
+            changed[at] = chance.choice(b"\0\1\2\x7f\x80\xff.()tRQqhjrKMJXbu}]")
+        elif what == 2:
+            del changed[at : at + chance.choice((1, 1, 2, 5))]
+        elif what == 3:
+            changed[at:at] = bytes([chance.randrange(256)])
+        else:
+            size = chance.choice((1, 4, 20, 60))
+            to = chance.randrange(len(changed))
+            changed[to:to] = changed[at : at + size]
+        changed = changed or bytearray(b"\0")
+    return bytes(changed)
+
+
+STATE = {
+    "weight": torch.arange(12.0).reshape(3, 4),
+    "view": torch.arange(12.0).reshape(3, 4).t()[1:],
+    "half": torch.arange(4, dtype=torch.float16),
+    "bytes": torch.arange(5, dtype=torch.uint8),
+    "fp8": torch.ones(3).to(torch.float8_e4m3fn),
+    "scalar": torch.tensor(7),
+    "empty": torch.ones(0, 3),
+}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_torch_and_streamconv_never_read_two_different_models(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    torch.save(dict(STATE), tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    whole = (tmp_path / "x.pth").read_bytes()
+    both = 0
+    for i in range(1200):
+        if i % 4:
+            with zipfile.ZipFile(tmp_path / "y.pth", "w") as archive:
+                for name, data in records.items():
+                    archive.writestr(name, mutated(data, chance) if name.endswith("data.pkl") else data)
+        else:
+            (tmp_path / "y.pth").write_bytes(mutated(whole, chance))
+        both += is_read_as_by(partial(torch.load, weights_only=True), tmp_path / "y.pth")
+    assert both > 20
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_torch_and_streamconv_never_read_two_different_rows_of_pickles(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    old = {name: value for name, value in STATE.items() if name != "fp8"}  # which torch cannot load from there
+    torch.save(old, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "x.pth").read_bytes()
+    both = 0
+    for _ in range(1200):
+        (tmp_path / "y.pth").write_bytes(mutated(whole, chance))
+        both += is_read_as_by(partial(torch.load, weights_only=True), tmp_path / "y.pth")
+    assert both > 20
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_safetensors_and_streamconv_never_read_two_different_models(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    safetensors.torch.save_file({k: v.contiguous() for k, v in STATE.items()}, tmp_path / "x.safetensors")
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    both = 0
+    for i in range(1200):
+        header = mutated(whole[8:start], chance) if i % 4 else whole[8:start]
+        data = struct.pack("<Q", len(header)) + header + whole[start:]
+        (tmp_path / "y.safetensors").write_bytes(data if i % 4 else mutated(data, chance))
+        both += is_read_as_by(safetensors.torch.load_file, tmp_path / "y.safetensors")
+    assert both > 20

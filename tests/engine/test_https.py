@@ -1,0 +1,145 @@
+"""Addresses over TLS, with a certificate made on the spot, and through a proxy that is asked to CONNECT."""
+
+import base64
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import streamconv
+from streamconv import NetworkError, SourceError
+from streamconv.files import remote
+from tests.conftest import make_states, tiny
+from tests.file_server import FileServer, serving
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+
+
+@pytest.fixture(autouse=True)
+def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0.01, 0.01))
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """For 127.0.0.1, with its key, signed by itself."""
+    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext subjectAltName=IP:127.0.0.1"
+    files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "only.pem"]
+    subprocess.run(["openssl", *words.split(), *files], check=True, capture_output=True)
+    both = tmp_path / "certificate.pem"
+    both.write_bytes((tmp_path / "key.pem").read_bytes() + (tmp_path / "only.pem").read_bytes())
+    return both
+
+
+@pytest.fixture
+def server(tmp_path: Path, certificate: Path) -> Iterator[FileServer]:
+    (tmp_path / "served").mkdir()
+    torch.save(make_states(tiny(layers=3, hidden=512))[0], tmp_path / "served" / "x.pth")
+    with serving(tmp_path / "served", certificate) as running:
+        yield running
+
+
+class ConnectProxy(threading.Thread):
+    """Tunnels whatever it is asked to, and keeps the heads of the requests."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.heads: list[str] = []
+        self.start()
+
+    def run(self) -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=self.tunnel, args=(self.listening.accept()[0],), daemon=True).start()
+
+    def tunnel(self, client: socket.socket) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += client.recv(4096)
+        self.heads.append(head.decode())
+        host, port = head.split()[1].decode().rsplit(":", 1)
+        with suppress(OSError), client, socket.create_connection((host, int(port))) as server:
+            client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            back = threading.Thread(target=copy, args=(server, client), daemon=True)
+            back.start()
+            copy(client, server)
+            back.join()
+
+    def close(self) -> None:
+        self.listening.shutdown(socket.SHUT_RDWR)
+        self.join()
+        self.listening.close()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.listening.getsockname()[1]}"
+
+
+def copy(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+def require_the_same(server: FileServer, output: Path) -> None:
+    expected = streamconv.convert(server.folder / "x.pth", output.with_name("expected")).shards
+    assert streamconv.convert(f"{server.url}/x.pth", output, stream=True).shards == expected
+
+
+def test_a_trusted_certificate_is_taken_and_another_one_is_not(
+    server: FileServer, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SourceError, match=r"127\.0\.0\.1 shows no certificate that can be trusted: self.signed"):
+        streamconv.plan(f"{server.url}/x.pth")
+    assert not server.requests
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    require_the_same(server, tmp_path / "out")
+    with pytest.raises(SourceError, match="no certificate that can be trusted"):
+        streamconv.plan(f"{server.url}/x.pth".replace("127.0.0.1", "localhost"))
+
+
+def test_a_proxy_tunnels_and_sees_no_more_than_the_host(
+    server: FileServer, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("no_proxy", "")
+    with closing(ConnectProxy()) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://me:word@{proxy.address}")
+        require_the_same(server, tmp_path / "out")
+    secret = base64.b64encode(b"me:word").decode()
+    assert proxy.heads
+    for head in proxy.heads:
+        assert head.startswith(f"CONNECT 127.0.0.1:{server.server_port} ")
+        assert f"Proxy-Authorization: Basic {secret}" in head
+        assert "x.pth" not in head
+    assert all("Proxy-Authorization" not in headers for _, _, headers in server.requests)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(NetworkError, match=r"the proxy 127\.0\.0\.1 leads nowhere"):
+        streamconv.plan(f"{server.url}/x.pth")
+
+
+def test_a_redirect_may_lead_to_a_safer_line_and_to_no_less_safe_one(
+    server: FileServer, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with serving(server.folder) as plain:
+        plain.faults.redirects = {"/a": f"{server.url}/x.pth"}
+        assert streamconv.plan(f"{plain.url}/a").weights
+        server.faults.redirects = {"/b": f"{plain.url}/x.pth"}
+        with pytest.raises(SourceError, match="no safe line"):
+            streamconv.plan(f"{server.url}/b")
+
+
+def test_a_server_that_speaks_no_tls_is_an_error(server: FileServer) -> None:
+    with serving(server.folder) as plain, pytest.raises(NetworkError, match="cannot be read from the beginning"):
+        streamconv.plan(plain.url.replace("http://", "https://") + "/x.pth")

@@ -1,0 +1,23 @@
+"""Where a model that was loaded from an outline has its weights from."""
+
+from pathlib import Path
+
+import torch
+
+from streamconv.formats.checkpoint import open_checkpoint
+from streamconv.verification.sparse_folder import _part
+
+
+def test_a_part_of_a_tensor_has_its_bytes_or_is_none(tmp_path: Path) -> None:
+    """A part of a strided one is no range of its record."""
+    state = {"plain": torch.arange(24.0).reshape(6, 4), "strided": torch.arange(24.0).reshape(4, 6).t()}
+    torch.save(state, tmp_path / "x.pth")
+    with open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        plain, strided = checkpoint["plain"], checkpoint["strided"]
+        part = _part(plain, 2 * 4 * 4, (3, 4))
+        assert part is not None
+        assert part.tobytes() == state["plain"][2:5].numpy().tobytes()
+        assert _part(plain, 0, (6, 4)) == plain
+        assert _part(plain, 2 * 4 * 4, (5, 4)) is None  # beyond its end
+        assert _part(strided, 0, (6, 4)) == strided
+        assert _part(strided, 4 * 4, (2, 4)) is None

@@ -1,0 +1,96 @@
+"""Synthetic checkpoints are files that torch loads, the same for the same seed."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import streamconv
+from streamconv import OutputError, TensorInfo, UsageError
+from streamconv.formats.torch_writer import write_pth
+from streamconv.jobs.synth import temporary_checkpoint
+from tests.conftest import run_python
+from tests.engine.test_tensors import NAMES, bytes_of
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        NAMES,
+        st.tuples(st.sampled_from(["F32", "F16", "BF16", "F64"]), st.lists(st.integers(0, 5), max_size=4)),
+        max_size=6,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_what_is_written_is_what_torch_loads(tmp_path: Path, shapes: dict[str, tuple[str, list[int]]], random) -> None:  # type: ignore[no-untyped-def]
+    infos = {name: TensorInfo(dtype, tuple(shape)) for name, (dtype, shape) in shapes.items()}
+    data = {name: random.randbytes(info.nbytes) for name, info in infos.items()}
+    with (tmp_path / "x.pth").open("wb") as file:
+        write_pth(file, "x", infos, lambda name: [data[name][:3], data[name][3:]])
+    for mmap in (False, True):
+        loaded = torch.load(tmp_path / "x.pth", weights_only=True, mmap=mmap)
+        assert {name: tuple(value.shape) for name, value in loaded.items()} == {n: i.shape for n, i in infos.items()}
+        assert {name: bytes_of(value) for name, value in loaded.items()} == data
+    with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        assert all(tensor.record.range.start % 64 == 0 for tensor in checkpoint.values())
+    with zipfile.ZipFile(tmp_path / "x.pth") as archive:
+        assert archive.testzip() is None
+
+
+def test_a_classifier_is_two_files_of_finite_varied_values(tmp_path: Path) -> None:
+    made = streamconv.synth("dinov2_vits14_1layer", tmp_path / "dinov2_vits14_pretrain.pth", seed=3)
+    assert made.head == tmp_path / "dinov2_vits14_linear_head.pth"
+    backbone, head = (torch.load(path, weights_only=True) for path in (made.backbone, made.head))
+    assert {name: list(value.shape) for name, value in head.items()} == {"weight": [1000, 768], "bias": [1000]}
+    for name, value in (backbone | head).items():
+        assert value.dtype == torch.float32
+        assert value.isfinite().all(), name
+        assert value.std() > 0.001, name
+    assert len({value.flatten()[0].item() for value in backbone.values()}) == len(backbone)
+
+
+def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
+    paths = [tmp_path / str(i) / "x.pth" for i in range(3)]
+    for path, seed in zip(paths, (0, 0, 1), strict=True):
+        path.parent.mkdir()
+        streamconv.synth("dinov2_vits14", path, seed=seed)
+    one, two, other = (path.read_bytes() for path in paths)
+    assert one == two != other
+
+
+def test_nothing_is_overwritten_and_nothing_unknown_is_made(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(b"mine")
+    with pytest.raises(OutputError, match="there already"):
+        streamconv.synth("dinov2_vits14", tmp_path / "x.pth")
+    assert (tmp_path / "x.pth").read_bytes() == b"mine"
+    with pytest.raises(UsageError, match="dinov2_vits14"):
+        streamconv.synth("dinov2_vits", tmp_path / "y.pth")
+    with pytest.raises(OutputError, match="no folder"):
+        streamconv.synth("dinov2_vits14", tmp_path / "none" / "y.pth")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is Linux's")
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    code = (
+        f"import streamconv; streamconv.synth('dinov2_vitb14', {str(tmp_path / 'x.pth')!r})\n"
+        "print(*(l.split()[1] for l in open('/proc/self/status') if l[:5] == 'VmHWM'))"
+    )
+    assert int(run_python(code)) < 100 * 1024
+
+
+def test_a_temporary_checkpoint_that_a_killed_process_left_is_used_by_one_at_a_time_and_deleted(tmp_path: Path) -> None:
+    left = tmp_path / ".out.streamconv-synthetic" / "dinov2_vits14_synthetic_seed0.pth"
+    left.parent.mkdir()
+    left.write_bytes(b"left")
+    with temporary_checkpoint("dinov2_vits14", tmp_path / "out") as made:
+        assert made.backbone.read_bytes() == b"left"
+        with (
+            pytest.raises(OutputError, match="being written by another process"),
+            temporary_checkpoint("dinov2_vits14", tmp_path / "out"),
+        ):
+            pass
+        assert left.exists()
+    assert list(tmp_path.iterdir()) == []

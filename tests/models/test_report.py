@@ -1,0 +1,285 @@
+"""The report page: what it says, that hostile text stays text, and how a browser takes it."""
+
+import base64
+import html
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
+
+from streamconv.errors import UsageError
+from streamconv.verification import report
+from tests.conftest import run_python
+
+STATES = ("embeddings", *(f"layer {i}" for i in range(12)), "cls", "patches")
+HOSTILE = "$x$ <b> & \"'<script>console.error('ran')</script>"
+
+
+def picture(colour: str) -> str:
+    out = io.BytesIO()
+    Image.new("RGB", (37, 37), colour).save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def passing() -> dict[str, Any]:
+    def check(name: str, proves: str, **numbers: Any) -> dict[str, Any]:
+        return {"name": name, "passed": True, "proves": proves, "problems": [], "numbers": numbers}
+
+    return {
+        "passed": True,
+        "output": {
+            "model": "dinov2_vits14",
+            "architecture": "Dinov2Model",
+            "files": {"model.safetensors": {"size": 88_248_016, "sha256": "8be1" * 16}},
+        },
+        "source": {"backbone": {"file": "vits14.pth", "size": 88_283_115, "fingerprint": "sha256:" + "c0de" * 16}},
+        "device": "cpu",
+        "reference": "builtin",
+        "checks": [
+            check("bytes", "every byte equals its source's", tensors=223, bytes=88_226_304, seconds=0.1),
+            check("load", "transformers loads every tensor", parameters=22_056_576, seconds=1.2),
+            check(
+                "parity", "both compute the same", size=518, tolerance=0.0, largest=0.0, first=None,
+                differences=dict.fromkeys(STATES, 0.0), seconds=4.0,
+            ),
+            check(
+                "preprocessing", "the saved processor is the original's", size=224, tolerance=0.0, pil=0.0,
+                default=0.0175, default_backend="BitImageProcessor", grey_level=0.0171,
+                as_published={"cls": 0.012, "patches": 0.071}, same_interpolation={"cls": 0.0, "patches": 0.0},
+            ),
+        ],
+        "predictions": [],
+        "memory": {"host_start": 700_000_000, "host_peak": 900_000_000, "host_anonymous_peak": None, "gpu_peak": None},
+        "seconds": 61.2,
+        "versions": {"streamconv": "0.1.0", "torch": "2.15.0"},
+        "pictures": {"image": picture("green"), "original": picture("red"), "converted": picture("red")},
+    }  # fmt: skip
+
+
+def failing() -> dict[str, Any]:
+    found = passing()
+    found["passed"] = False
+    loaded, parity, preprocessing = found["checks"][1:]
+    loaded["problems"] = []
+    parity |= {"passed": False, "problems": [f"layer {i} differs by 0.0123" for i in range(7, 12)] * 5}
+    parity["numbers"]["differences"] |= {f"layer {i}": 0.0123 for i in range(7, 12)} | {"cls": "inf", "patches": "nan"}
+    parity["numbers"] |= {"largest": "inf", "first": "layer 7"}
+    preprocessing |= {"passed": None, "proves": "not run: parity failed", "numbers": {}}
+    return found
+
+
+def words(page: str) -> str:
+    """What a reader sees of it, in one line."""
+    return " ".join(html.unescape(re.sub(r"<style.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)).split())
+
+
+def test_a_passing_verification_says_so_with_every_number() -> None:
+    page = report.render(passing())
+    assert "<title>dinov2_vits14: verified · streamconv</title>" in page
+    text = words(page)
+    for said in (
+        "✓ Verified All 4 checks passed.", "Computed on cpu", "Original graph builtin", "Bytes compared 88,226,304",
+        "Parameters loaded 22,056,576", "518 × 518 pixels", "0.0 in all 15 states", "Tolerance 0.0, bit for bit",
+        "BitImageProcessor, it is 0.0175, where one grey level is 0.0171", "cls 0.012 0.0", "patches 0.071 0.0",
+        "(n + 0.1) / 37", "Main memory at peak 900 MB", "Time 1 min 1 s", "torch 2.15.0", "8be1" * 16,
+        "backbone: vits14.pth 88.3 MB sha256:" + "c0de" * 16,
+    ):  # fmt: skip
+        assert said in text
+    assert "failed" not in text
+    assert "None" not in text
+
+
+def test_a_failing_one_names_the_checks_the_problems_and_the_first_state() -> None:
+    text = words(report.render(failing()))
+    assert "✗ Verification failed 1 of 4 checks failed: parity. Not run: preprocessing." in text
+    assert "What was to be proved: both compute the same." in text
+    assert text.count("layer 7 differs by 0.0123") == 5
+    assert "5 more problems" in text
+    assert "First state to differ layer 7" in text
+    assert text.count("first: layer 7") == 2  # in both drawings
+    assert "– not run Not run: parity failed." in text
+
+
+def test_infinite_and_undefined_differences_are_drawn_and_said() -> None:
+    text = words(report.render(failing()))
+    assert "exactly 0 in 8 of 15 states" in text
+    assert "cls infinite patches not a number" in text
+    assert text.count("not finite") == 2
+    assert "not finite" not in words(report.render(passing()))
+
+
+def test_every_state_is_drawn_once_in_each_size_in_its_verdicts_colour() -> None:
+    def marks(found: dict[str, Any], colour: str) -> int:
+        return len(re.findall(rf"<use [^>]*var\(--{colour}\)", report.render(found)))
+
+    assert (marks(passing(), "good"), marks(passing(), "bad")) == (2 * 15, 0)
+    assert (marks(failing(), "good"), marks(failing(), "bad")) == (2 * 8, 2 * 7)  # the undefined one is no right one
+
+
+@pytest.mark.parametrize("lacks", [{}, {"checks": []}, {"memory": {"gpu_peak": None}, "output": {"model": None}}])
+def test_what_is_not_there_is_left_out(lacks: dict[str, Any]) -> None:
+    text = words(report.render({"passed": False, **lacks}))
+    assert "– Not verified" in text
+    assert "checks" not in text
+    assert "None" not in text
+
+
+def test_a_rung_without_numbers_keeps_its_place() -> None:
+    found = passing()
+    for check in found["checks"]:
+        check["numbers"] = {}
+    found |= {"pictures": {}, "predictions": []}
+    page = report.render(found)
+    assert "All 4 checks passed." in words(page)
+    assert "Difference by layer" not in page
+
+
+def test_a_check_that_did_not_run_is_named_beside_the_passed_ones() -> None:
+    found = passing()
+    found["checks"][3] |= {"passed": None, "numbers": {}}
+    assert "The 3 checks that ran passed. Not run: preprocessing." in words(report.render(found))
+
+
+def test_a_classifier_shows_its_best_labels() -> None:
+    page = report.render(passing() | {"predictions": [["tabby, tabby cat", 0.9312], ["tub", 0.0004]]})
+    assert "tabby, tabby cat 93.1 % tub 0.0 %" in words(page)
+    assert 'style="width: 93.1%"' in page
+
+
+def test_float64_and_float32_stand_side_by_side() -> None:
+    found = passing()
+    found["checks"][2]["numbers"] |= {
+        "tolerance": 1e-13, "largest": 2e-15, "differences": dict.fromkeys(STATES, 2e-15),
+        "float32": {"largest": 3e-6, "differences": dict.fromkeys(STATES, 3e-6)},
+    }  # fmt: skip
+    text = words(report.render(found))
+    assert "State float64 float32 embeddings 2e-15 3e-06" in text
+    assert "Largest difference 2e-15; exactly 0 in none of 15 states." in text
+    assert text.count("tolerance 1e-13") == 2
+    assert "in all 15 states" not in text
+
+
+def test_hostile_text_stays_text_and_only_pictures_are_pictures() -> None:
+    found = failing()
+    found["output"]["model"] = found["checks"][2]["problems"][0] = HOSTILE
+    found["output"]["files"][HOSTILE] = found["source"][HOSTILE] = {"file": "\udcff" + HOSTILE, "sha256": HOSTILE}
+    found["checks"][2]["numbers"]["differences"][HOSTILE] = 0.5
+    found["checks"][2]["numbers"]["first"] = HOSTILE
+    found["predictions"] = [[HOSTILE, 0.5]]
+    found["pictures"] = {
+        "image": "https://example.com/x.png",
+        "original": 'data:image/png;base64,"onerror="x',
+        "converted": "javascript:1",
+    }
+    page = report.render(found)
+    assert "<script" not in page
+    assert words(page).count("<script>console.error('ran')</script>") >= 9
+    drawn = page[page.index('class="plot"') : page.index("</figure>")]
+    assert words(drawn).count("$x$ <b> &") == 4  # below the axis and as the first to differ, in both sizes: no formula
+    assert "What both models see" not in page
+    assert "onerror" not in page
+    assert "example.com" not in page
+    page.encode("utf-8")
+
+
+def test_equal_verifications_give_equal_bytes_whatever_the_users_matplotlibrc(tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_text("xtick.labelsize: 30\nfont.weight: bold\nsvg.fonttype: path\n")
+    found = failing()
+    found["checks"][2]["numbers"]["differences"] |= dict.fromkeys("abcdef", 0.0)  # enough for a set's order to show
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    code = (
+        "import json, sys\nfrom streamconv import report\nprint(report.render(json.load(open('found.json'))), end='')"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path, env=environment)
+    assert done.stdout.decode() == report.render(found), done.stderr.decode()
+
+
+def test_importing_and_requiring_it_imports_nothing_large() -> None:
+    code = (
+        "import sys, streamconv.verification.report\nstreamconv.verification.report.require()\n"
+        "print(sorted({'matplotlib', 'jinja2', 'numpy', 'torch'} & set(sys.modules)))"
+    )
+    assert run_python(code) == "[]\n"
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "jinja2" else object())
+    with pytest.raises(UsageError, match=r"^--report needs Jinja2: pip install 'streamconv\[report\]'$"):
+        report.require()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no chromium here")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+def faults(browser: Browser, file: Path, width: int, scheme: Any) -> list[str]:
+    """All that is wrong with the page in a window of ``width`` pixels: errors, requests, pictures, overwidth."""
+    found: list[str] = []
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.on("console", lambda message: found.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: found.append(str(error)))
+    page.on("requestfailed", lambda request: found.append(f"failed: {request.url[:80]}"))
+    page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else found.append(f"asks for {r.url}"))
+    page.goto(file.as_uri())
+    found += page.evaluate(
+        """async () => {
+            const faults = [];
+            if (document.documentElement.scrollWidth > innerWidth) faults.push("scrolls sideways");
+            for (const img of document.images) if (!img.naturalWidth) faults.push("no picture in an img");
+            for (const image of document.querySelectorAll("svg image")) {
+                const img = new Image();
+                img.src = image.getAttribute("href");
+                await img.decode().catch(() => faults.push("no picture in an svg"));
+            }
+            return faults;
+        }"""
+    )
+    for words in (".verdict strong", "h1", ".plot svg >> visible=true"):
+        if page.locator(words).count() != 1 or not page.locator(words).is_visible():
+            found.append(f"{words} is not seen")
+    page.close()
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_finds_no_fault(browser: Browser, tmp_path: Path, width: int, scheme: str) -> None:
+    labelled = {"predictions": [["tabby, tabby cat", 0.93], ["x" * 200, 0.07]]}
+    for found in (passing() | labelled, failing() | labelled):
+        (tmp_path / "report.html").write_text(report.render(found), "utf-8")
+        assert faults(browser, tmp_path / "report.html", width, scheme) == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "fault"),
+    [
+        ("<script>console.error(1)</script>", "Executing inline script violates"),  # it does not even run
+        ('<img src="data:image/png;base64,AAAA" alt="">', "no picture in an img"),
+        ('<svg><image href="data:image/png;base64,AAAA"/></svg>', "no picture in an svg"),
+        ('<img src="http://127.0.0.1:9/x.png" alt="">', "violates the following Content Security Policy"),
+        ('<div style="width: 1300px">wide</div>', "scrolls sideways"),
+        ("<style>.verdict { display: none }</style>", ".verdict strong is not seen"),
+    ],
+)
+def test_a_browser_sees_what_is_broken(browser: Browser, tmp_path: Path, broken: str, fault: str) -> None:
+    page = report.render(passing()).replace("</body>", broken + "</body>")
+    (tmp_path / "report.html").write_text(page, "utf-8")
+    assert fault in "\n".join(faults(browser, tmp_path / "report.html", 1280, "light"))

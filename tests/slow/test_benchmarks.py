@@ -1,0 +1,152 @@
+"""The benchmarks measure what they say, compare only what is the same, and hide no loss."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import measure, tables
+from benchmarks.__main__ import Bench
+from benchmarks.measure import Run, smallest_limit
+from benchmarks.ways import CONVERT, CP, MMAP, ORIGINAL, RUN, Options
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="measures by /proc")
+
+HOLDS_AND_LEAVES = """
+import os, pathlib, time
+held = memoryview(b"x" * 60_000_000)
+pathlib.Path("between").write_bytes(held[:30_000_000])
+os.sync()
+time.sleep(0.1)
+os.unlink("between")
+pathlib.Path("out").write_bytes(held[:5_000_000])
+"""
+
+
+def test_a_run_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = measure.run([sys.executable, "-c", HOLDS_AND_LEAVES], tmp_path / "out")
+    assert found.code == 0
+    assert 0.1 < found.wall < 20
+    assert 60 < found.peak_mb < 100
+    assert 35 <= found.written_mb < 40
+    assert 20 < found.disk_mb < 40
+    assert (tmp_path / "out").stat().st_size == 5_000_000
+
+
+def test_a_childs_memory_and_time_count(tmp_path: Path) -> None:
+    script = "held = b'x' * 60_000_000; sum(range(3_000_000)); exit(7)"
+    found = measure.run(["sh", "-c", f'{sys.executable} -c "{script}"; exit $?'], tmp_path / "out")
+    assert found.code == 7
+    assert found.peak_mb > 60
+    assert found.cpu > 0.03
+
+
+@pytest.mark.parametrize("peak", [1, 100, 50_000])
+@pytest.mark.parametrize(("needed", "said"), [(0, "16"), (16, "16"), (100, "128"), (20480, "20,480"), (10**9, "above")])
+def test_the_smallest_limit_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, said: str, peak: float
+) -> None:
+    def run(words: Any, out: Path, limit_mb: int, timeout: float) -> Run:
+        return Run(0 if limit_mb >= needed else -9, 1, 1, 1, 1, 1, 1, 1)
+
+    monkeypatch.setattr(measure, "run", run)
+    usual = Run(code=0, wall=1, cpu=1, peak_mb=peak, own_mb=peak, read_mb=0, written_mb=0, disk_mb=0)
+    assert smallest_limit(["x"], tmp_path, tmp_path / "out", usual).startswith(said)
+
+
+def test_a_real_cgroup_ends_what_is_too_large(tmp_path: Path) -> None:
+    group = measure.Cgroup(64 << 20)
+    if group.path is None:
+        pytest.skip("may not make a memory cgroup")
+    group.close()
+    for megabytes, code in ((10, 0), (200, -9)):
+        words = [sys.executable, "-c", f"b'x' * {megabytes}_000_000"]
+        assert measure.run(words, tmp_path / "out", limit_mb=64).code == code
+
+
+def test_other_tensors_are_no_way_to_convert(tmp_path: Path) -> None:
+    bench = Bench(arguments(tmp_path))
+    for name, shape in (("one", (2, 3)), ("same", (2, 3)), ("other", (3, 2))):
+        (tmp_path / name).mkdir()
+        save_file({"x": torch.arange(6.0).reshape(shape)}, tmp_path / name / "model.safetensors")
+    bench.require_same(CONVERT, tmp_path / "one", Options())
+    bench.require_same(MMAP, tmp_path / "same", Options())
+    with pytest.raises(SystemExit, match="wrote other tensors"):
+        bench.require_same(MMAP, tmp_path / "other", Options())
+
+
+def arguments(folder: Path) -> Any:
+    import argparse
+
+    return argparse.Namespace(runs=1, dir=folder, no_search=True, models=["dinov2_vits14"], ways=[CP, CONVERT])
+
+
+def result(wall: float, peak_mb: float, code: int = 0) -> dict[str, Any]:
+    run = {"code": code, "wall": wall, "cpu": 1.0, "peak_mb": peak_mb, "own_mb": peak_mb / 2, "read_mb": 0}
+    run |= {"written_mb": 88, "disk_mb": 0}
+    return {"runs": [run, run], "cold": {**run, "wall": 3.0 - wall}, "limit": f"{peak_mb:,.0f}"}
+
+
+def test_losses_are_told() -> None:
+    ways = {CP: result(1, 2), CONVERT: result(2, 45), MMAP: result(1.5, 700), "killed": result(0.1, 1, code=-9)}
+    losses = tables.losses({"models": {"m": {"bytes": 10**9, "ways": ways}}})
+    assert losses == [
+        f"- m: {CP} takes 1.00 s (streamconv 2.00), 2 MB at peak (streamconv 45), 1 MB of its own (streamconv 22), "
+        "2 MB to end in (streamconv 45)",
+        f"- m: {MMAP} takes 1.50 s (streamconv 2.00)",
+    ]
+    assert tables.losses({"models": {"m": {"bytes": 1, "ways": {CONVERT: result(1, 45), MMAP: result(2, 700)}}}}) == [
+        f"- m: {MMAP} takes 1.00 s from the disk (streamconv 2.00)"
+    ]
+    ways = {CONVERT: result(1, 45), RUN: result(3, 900), ORIGINAL: result(2, 1000)}
+    assert tables.losses({"models": {"m": {"bytes": 1, "ways": ways}}}) == [
+        f"- m: {ORIGINAL} takes 1.00 s from the disk (streamconv 2.00)",
+        f"- m: {ORIGINAL} takes 2.00 s (streamconv run 3.00)",
+    ]
+
+
+def test_what_was_killed_is_shown() -> None:
+    lines = tables.table({CP: result(1, 2), CONVERT: result(2, 45), "killed": result(0.1, 1, code=-9)})
+    assert (
+        "| **streamconv convert** | 2 | 2.00 (2.00 to 2.00) | 2.00 | 1.00 | 45 | 22 | 45 | 1.00 | 0 | 88 | 0 |" in lines
+    )
+    assert "| killed | 2 | killed |  |  | 1 | 0 | 1 | 2.90 | 0 | 88 |  |" in lines
+
+
+def test_growth_is_of_a_straight_line() -> None:
+    points = [(1e9, 3.0, 45.0), (2e9, 5.0, 45.5), (10e9, 21.0, 46.0)]  # 1 s, and 2 s a GB
+    (line, _) = tables.growth_lines(points)
+    assert "peak memory from 45.0 to 46.0 MB; from the disk 1.00 s + 2.00 s a GB, the farthest point 0% off" in line
+    assert "0% off" not in tables.growth_lines([*points, (20e9, 60.0, 46.0)])[0]
+
+
+def test_the_whole_of_it_on_the_smallest_model(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "benchmarks", "models", "variants", "resume", "where", "--models", "dinov2_vits14"]
+    words += ["--ways", "cp", "convert", "mmap", "--runs", "1", "--no-search", "--dir", tmp_path, "--to", tmp_path]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "side_by_side.json").read_text())
+    assert results["models"]["dinov2_vits14"]["bytes"] == 88_291_185
+    cold = results["models"]["dinov2_vits14"]["ways"][CONVERT]["cold"]
+    assert 88 < cold["written_mb"] < 95
+    resumed = results["resume"]["ways"][CONVERT]["runs"][0]
+    assert 30 < resumed["written_mb"] < 70  # half of it was there
+    inside = results["where"]["inside"][0]
+    assert {"MainThread", "hash", "disk"} <= inside["threads"].keys()
+    assert sum(inside["threads"]["MainThread"].values()) < inside["wall"]
+    text = (tmp_path / "side_by_side.md").read_text()
+    assert text in done.stdout
+    for heading in ("models", "variants", "resume", "where"):
+        assert tables.TITLES[heading] in text
+    assert "Where streamconv loses" in text
+    for name in ("side_by_side_ways.png", "side_by_side_where.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []  # its own inputs are gone

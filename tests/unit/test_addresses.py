@@ -1,0 +1,59 @@
+"""What is an address and what a path, what an address's file is called, and what of an address is never shown."""
+
+from pathlib import Path
+
+import pytest
+
+from streamconv import UsageError
+from streamconv.files.address import Address, parse_location
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "shown"),
+    [
+        ("https://h.org/a/x.pth", "x.pth", "https://h.org/a/x.pth"),
+        ("HTTPS://h.org:8443/a%20b/x%20y.pth?sig=1#part", "x y.pth", "HTTPS://h.org:8443/a%20b/x%20y.pth"),
+        ("http://user:word@h.org/x.pth", "x.pth", "http://h.org/x.pth"),
+        ("http://[::1]:80/x.pth", "x.pth", "http://[::1]:80/x.pth"),
+        ("s3://bucket/a/x#1%20.pth", "x#1%20.pth", "s3://bucket/a/x#1%20.pth"),
+        ("abfs://user:word@h/x.pth?sv=word", "x.pth?sv=word", "abfs://h/x.pth"),
+        ("ftp://user:word@h/x.pth", "x.pth", "ftp://h/x.pth"),
+        ("tar://a/s.pth::http://u:word@h/x.tar?sig=word", "s.pth", "tar://a/s.pth::http://h/x.tar"),
+        ("simplecache::https://h/a%20b.pth?sig=word", "a b.pth", "simplecache::https://h/a%20b.pth"),
+        ("hf://owner/name@v1/x.pth", "x.pth", "hf://owner/name@v1/x.pth"),
+    ],
+)
+def test_an_address_has_a_files_name_and_shows_no_secret(words: str, name: str, shown: str) -> None:
+    address = parse_location(words)
+    assert isinstance(address, Address)
+    assert (address.name, str(address)) == (name, shown)
+    assert "word" not in repr(address)
+
+
+@pytest.mark.parametrize("words", ["x.pth", "a/b.pth", "C:/x.pth", "http:/x.pth", "./https://x", Path("s3://a/b")])
+def test_other_words_are_paths(words: str | Path) -> None:
+    assert parse_location(words) == Path(words)
+
+
+def test_a_file_address_is_a_path() -> None:
+    assert (
+        parse_location("file:///tmp/a%20b?c#d.pth")
+        == parse_location("file://localhost/tmp/a b?c#d.pth")
+        == Path("/tmp/a b?c#d.pth")
+    )
+    with pytest.raises(UsageError, match="on another machine, other"):
+        parse_location("file://other/x.pth")
+
+
+NO_FILES = ["https://", "https:///x.pth", "https://h:port/x.pth", "https://h/", "https://h", "https://h/.."]
+NO_FILES += ["https://h/a%00b", "https://h/a\x1b[31m", "https://[::1/x.pth", "s3://", "s3://bucket/"]
+NO_FILES += ["http://h:99999/x.pth", "http://a..b/x.pth", f"http://{'a' * 70}/x.pth", "http://a b/x.pth"]
+NO_FILES += ["http://user:pass/word@h/x.pth"]
+
+
+@pytest.mark.parametrize("words", [*NO_FILES, "https://user:word@:1/x.pth"])
+def test_what_names_no_file_is_one_message(words: str) -> None:
+    with pytest.raises(UsageError, match=r"is no valid address|names no file") as caught:
+        parse_location(words)
+    assert str(caught.value).isprintable()
+    assert "word" not in str(caught.value)

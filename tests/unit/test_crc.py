@@ -1,0 +1,129 @@
+"""CRC-32s put together from pieces are zlib's."""
+
+import zlib
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import streamconv
+from streamconv import CorruptError
+from streamconv.tensors.checksums import RecordChecks, combine
+from streamconv.tensors.expressions import SourceTensor
+
+
+@given(st.binary(), st.binary())
+def test_combining_is_appending(first: bytes, second: bytes) -> None:
+    assert combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
+
+
+def test_combining_works_for_gigabytes() -> None:
+    zeros = bytes(1 << 20)
+    crc = zlib.crc32(b"x")
+    expected = crc
+    for _ in range(1 << 10):
+        expected = zlib.crc32(zeros, expected)
+    many = 0
+    for _ in range(1 << 10):
+        many = zlib.crc32(zeros, many)
+    assert combine(crc, many, 1 << 30) == expected
+
+
+def read(checks: RecordChecks, name: str, tensor: SourceTensor) -> None:
+    for piece in tensor.split(64):
+        checks.add(name, piece, memoryview(piece.tobytes()))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1], [0, 0, 1, 2]], ids=str)
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_record_is_checked_in_whatever_order_and_share_it_is_read(
+    tmp_path: Path, order: list[int], is_damaged: bool
+) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"x": torch.randn(30, 7)}, path)
+    if is_damaged:  # in rows that only some of the orders read
+        data = bytearray(path.read_bytes())
+        with streamconv.open_checkpoint(path) as checkpoint:
+            data[checkpoint["x"].record.range.start + 30] ^= 1
+        path.write_bytes(data)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        checks = RecordChecks()
+        with pytest.raises(CorruptError, match="the name") if is_damaged else nullcontext():
+            for part in order:
+                read(checks, "the name", checkpoint["x"].rows(10 * part, 10 * part + 10))
+            checks.verify_pending()
+
+
+def test_a_damaged_record_is_found_when_its_last_byte_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"x": torch.randn(30, 7)}, path)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        at = checkpoint["x"].record.range.start
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        checks = RecordChecks()
+        *pieces, last = checkpoint["x"].split(64)
+        for piece in pieces:
+            checks.add("x", piece, memoryview(piece.tobytes()))
+        with pytest.raises(CorruptError, match=rf"bytes {at:,} to {at + 840:,}"):
+            checks.add("x", last, memoryview(last.tobytes()))
+
+
+def test_a_record_is_read_only_once_by_shards_that_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"x": torch.randn(30, 7)}, path)
+    again: list[int] = []
+    with streamconv.open_checkpoint(path) as checkpoint:
+        checks, tensor = RecordChecks(), checkpoint["x"]
+        real = type(tensor.record.file).read_at
+        read(checks, "x", tensor.rows(0, 10))
+        monkeypatch.setattr(type(tensor.record.file), "read_at", lambda *a: (again.append(a[1]), real(*a)))
+        checks.verify_pending()  # before the first shard gets its name
+        assert len(again) == 1
+        monkeypatch.undo()
+        read(checks, "x", tensor.rows(10, 30))  # complete, with what the first shard read
+        assert tensor.record not in checks._pieces
+
+
+def test_what_is_read_again_takes_little_memory_and_is_asked_for_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"x": torch.randn(3, 1 << 18)}, path)  # 3 MiB, as a model's qkv in two shards
+    calls: list[object] = []
+    with streamconv.open_checkpoint(path) as checkpoint:
+        checks, tensor = RecordChecks(), checkpoint["x"]
+        read(checks, "x", tensor.rows(0, 1))
+        file = type(tensor.record.file)
+        real = file.read_at
+        monkeypatch.setattr(file, "prefetch", lambda _, ranges: calls.extend(ranges))
+        monkeypatch.setattr(file, "read_at", lambda *a: (calls.append(len(a[2])), real(*a)))
+        checks.verify_pending()
+        assert calls[0] == tensor.record.range
+        assert sum(int(str(size)) for size in calls[1:]) == 3 << 20
+        assert max(int(str(size)) for size in calls[1:]) <= 128 << 10
+
+
+@pytest.mark.parametrize("view", [torch.randn(20, 20)[:, ::2], torch.randn(2, 8).t()], ids=["skipping", "transposed"])
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_strided_tensors_have_their_records_checked_too(tmp_path: Path, view: torch.Tensor, is_damaged: bool) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"x": view}, path)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        last = checkpoint["x"].record.range.end - 1  # of the first view, a byte that it skips
+    data = bytearray(path.read_bytes())
+    data[last] ^= is_damaged
+    path.write_bytes(data)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        checks = RecordChecks()
+        read(checks, "x", checkpoint["x"])
+        if is_damaged:
+            with pytest.raises(CorruptError, match=r"x \(record"):
+                checks.verify_pending()
+        else:
+            checks.verify_pending()

@@ -1,0 +1,30 @@
+"""The house keeps its walls: layers by import-linter, and what importing costs."""
+
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import streamconv
+from tests.conftest import run_python
+
+
+def test_layers_hold() -> None:
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout
+
+
+def test_nothing_outside_verify_imports_torch_or_its_like() -> None:
+    names = [
+        module.name
+        for module in pkgutil.walk_packages(streamconv.__path__, "streamconv.")
+        if not module.name.startswith("streamconv.verification.") and module.name != "streamconv.__main__"
+    ]
+    assert {"streamconv.cli.commands", "streamconv.jobs.verify", "streamconv.families.dinov2"} <= set(names)
+    code = (
+        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
+        "large = {'torch', 'numpy', 'transformers', 'accelerate', 'torchvision', 'PIL', 'rich'}\n"
+        "print(sorted(large & set(sys.modules)))"
+    )
+    assert run_python(code) == "[]\n"

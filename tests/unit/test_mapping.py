@@ -1,0 +1,119 @@
+"""Rules: every key once, every target once, and all that is wrong at once."""
+
+from pathlib import Path
+
+import pytest
+
+from streamconv import MappingError, TensorInfo
+from streamconv.families.detection import source_names_of
+from streamconv.families.rules import chunk, count_of, invert, map_tensors, rename
+from streamconv.files.base import ByteRange
+from streamconv.files.local import LocalFile
+from streamconv.tensors.expressions import Record, SourceTensor, joined
+from streamconv.tensors.info import contiguous_strides
+
+RULES = (
+    rename("cls", "embeddings.cls", "1 D"),
+    chunk("blocks.{i}.qkv", ("layer.{i}.q", "layer.{i}.k", "layer.{i}.v"), "3D D"),
+)
+DIMS = {"D": 2, "3D": 6}
+
+
+@pytest.fixture
+def make(tmp_path: Path):  # type: ignore[no-untyped-def]
+    (tmp_path / "x").write_bytes(bytes(1000))
+    file = LocalFile(tmp_path / "x")
+
+    def tensor(*shape: int, dtype: str = "F32") -> SourceTensor:
+        info = TensorInfo(dtype, shape)
+        return SourceTensor(info, Record(file, "r", ByteRange(100, 500)), 0, contiguous_strides(shape))
+
+    yield tensor
+    file.close()
+
+
+def test_chunks_are_rows_in_order(make) -> None:  # type: ignore[no-untyped-def]
+    targets = map_tensors(RULES, {"cls": make(1, 2), "blocks.0.qkv": make(6, 2)}, DIMS, 1, "x")
+    assert {name: (t.info.shape, t.offset) for name, t in targets.items()} == {
+        "embeddings.cls": ((1, 2), 0),
+        "layer.0.q": ((2, 2), 0),
+        "layer.0.k": ((2, 2), 16),
+        "layer.0.v": ((2, 2), 32),
+    }
+
+
+def test_everything_wrong_is_listed_at_once(make) -> None:  # type: ignore[no-untyped-def]
+    source = {"blocks.0.qkv": make(6, 3), "blocks.00.qkv": make(6, 2), "extra": make(1), "blocks.1.qkv.x": make(6, 2)}
+    with pytest.raises(MappingError) as caught:
+        map_tensors(RULES, source, DIMS, 2, "x.pth")
+    assert sorted(caught.value.problems) == [
+        "misshaped: blocks.0.qkv is [6, 3], not [6, 2]",
+        "missing: blocks.1.qkv [6, 2]",
+        "missing: cls [1, 2]",
+        "unexpected: blocks.00.qkv [6, 2]",
+        "unexpected: blocks.1.qkv.x [6, 2]",
+        "unexpected: extra [1]",
+    ]
+    assert all(problem in str(caught.value) for problem in caught.value.problems)
+
+
+def test_mixed_dtypes_are_refused(make) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(MappingError, match="mixed dtypes: BF16, F32"):
+        map_tensors(RULES, {"cls": make(1, 2), "blocks.0.qkv": make(6, 2, dtype="BF16")}, DIMS, 1, "x")
+
+
+def test_two_rules_for_one_target_are_a_mistake_of_the_family(make) -> None:  # type: ignore[no-untyped-def]
+    rules = (*RULES, rename("other", "embeddings.cls", "1 D"))
+    with pytest.raises(ValueError, match="two rules"):
+        map_tensors(rules, {"cls": make(1, 2), "other": make(1, 2), "blocks.0.qkv": make(6, 2)}, DIMS, 1, "x")
+
+
+def test_inverting_gives_the_parts_in_order_block_by_block(make) -> None:  # type: ignore[no-untyped-def]
+    rules = (RULES[0], *(rename(f"blocks.{{i}}.{name}", f"layer.{{i}}.{name}", "D") for name in "ab"), *RULES[1:])
+    sources = {"cls": make(1, 2), **{f"blocks.{i}.{name}": make(2) for i in range(11) for name in "ab"}}
+    sources |= {f"blocks.{i}.qkv": make(6, 2) for i in range(11)}
+    targets = map_tensors(rules, sources, DIMS, 11, "x")
+    back = invert(rules, dict(reversed(targets.items())), DIMS, 11, "x")
+    assert list(back) == ["cls", *(f"blocks.{i}.{name}" for i in range(11) for name in ("a", "b", "qkv"))]
+    assert {key: tensor.info for key, tensor in back.items()} == {key: t.info for key, t in sources.items()}
+    assert back["blocks.10.qkv"].parts == tuple(targets[f"layer.10.{name}"] for name in "qkv")
+    infos = {name: target.info for name, target in targets.items()}
+    guessed = source_names_of(rules, infos)
+    assert guessed["blocks.10.qkv"] == ("layer.10.q", "layer.10.k", "layer.10.v")
+    assert {key: joined([targets[name] for name in names]) for key, names in guessed.items()} == back
+    assert map_tensors(rules, back, DIMS, 11, "x") == targets
+
+
+def test_everything_wrong_on_the_way_back_is_listed_at_once(make) -> None:  # type: ignore[no-untyped-def]
+    targets = {"layer.0.q": make(2, 2), "layer.0.k": make(3, 2), "layer.00.v": make(2, 2), "cls": make(1, 2)}
+    with pytest.raises(MappingError) as caught:
+        invert(RULES, targets | {"embeddings.cls": make(1, 2, dtype="F16")}, DIMS, 1, "x", ["known"])
+    assert sorted(caught.value.problems) == [
+        "known",
+        "misshaped: layer.0.k is [3, 2], not [2, 2]",
+        "missing: layer.0.v [2, 2]",
+        "mixed dtypes: F16, F32; a model has one",
+        "unexpected: cls [1, 2]",
+        "unexpected: layer.00.v [2, 2]",
+    ]
+
+
+def test_guessing_joins_nothing_that_no_rule_makes_whole(make) -> None:  # type: ignore[no-untyped-def]
+    info = TensorInfo("F32", (2,))
+    strays = ("layer.00.q", "layer.0.1.q", "layer.x.q", "xlayer.0.q", "layer.0.q.weight", "layer.{i}.q", "layer.1.q")
+    assert source_names_of(RULES, dict.fromkeys(strays, info)) == {name: (name,) for name in strays}
+    for odd in (TensorInfo("F16", (2,)), TensorInfo("F32", (3,))):
+        parts = {"layer.0.q": info, "layer.0.k": odd, "layer.0.v": info}
+        assert source_names_of(RULES, parts) == {name: (name,) for name in parts}
+    whole = joined([make(2, 2), make(2, 2)])
+    for start, stop in ((0, 1), (1, 3), (0, 4)):
+        with pytest.raises(ValueError, match="are no part of"):
+            whole.rows(start, stop)
+
+
+def test_counting_takes_gaps_and_leaves_strays() -> None:
+    pattern = "blocks.{i}.norm"
+    assert count_of(pattern, []) == 0
+    assert count_of(pattern, ["blocks.0.norm", "blocks.1.norm", "blocks.3.norm"]) == 4
+    assert count_of(pattern, ["blocks.0.norm", "blocks.99999.norm"]) == 1
+    assert count_of(pattern, ["blocks.00.norm", "xblocks.0.norm", "blocks.0.norms"]) == 0

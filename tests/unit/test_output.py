@@ -1,0 +1,151 @@
+"""Files are whole or absent, and no one else's."""
+
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamconv import OutputError
+from streamconv.output.files import PAGE_BYTES, PageAligner, atomic_file, temporary_path, write_file
+
+
+def test_a_file_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "x") as file:
+        file.write_at(0, memoryview(b"whole"))
+        assert not (tmp_path / "x").exists()
+    assert (tmp_path / "x").read_bytes() == b"whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    write_file(tmp_path / "x", b"before")
+    writing = atomic_file(tmp_path / "x")
+    writing.__enter__().write_at(0, memoryview(b"half"))
+    assert not writing.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert (tmp_path / "x").read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_a_dead_process_left_is_written_over(tmp_path: Path) -> None:
+    temporary_path(tmp_path / "x").write_bytes(b"a longer half file")
+    write_file(tmp_path / "x", b"whole")
+    assert (tmp_path / "x").read_bytes() == b"whole"
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "x") as file:
+        with pytest.raises(OutputError, match="being written by another process"):
+            write_file(tmp_path / "x", b"other")
+        file.write_at(0, memoryview(b"mine"))
+    assert (tmp_path / "x").read_bytes() == b"mine"
+
+
+def test_a_writer_that_opened_just_before_the_other_finished_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.flock
+
+    def late(fd: int, operation: int) -> None:
+        os.replace(temporary_path(tmp_path / "x"), tmp_path / "x")  # as the other does, between open and lock
+        real(fd, operation)
+
+    temporary_path(tmp_path / "x").write_bytes(b"the other's")
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(OutputError, match="being written by another process"):
+        write_file(tmp_path / "x", b"mine")
+    assert (tmp_path / "x").read_bytes() == b"the other's"
+
+
+def test_a_link_in_the_temporary_files_place_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"precious")
+    temporary_path(tmp_path / "x").symlink_to(tmp_path / "precious")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_file(tmp_path / "x", b"mine")
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_is_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(f"sync {os.fstat(fd).st_size}") or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda old, new: calls.append("name") or replace(old, new))
+    write_file(tmp_path / "x", b"whole")
+    assert calls == ["sync 5", "name", f"sync {tmp_path.stat().st_size}"]
+
+
+@given(st.binary(max_size=3 * PAGE_BYTES), st.lists(st.binary(max_size=2 * PAGE_BYTES), max_size=6))
+def test_pages_written_in_order_are_the_file(header: bytes, parts: list[bytes]) -> None:
+    written, pages = bytearray(header), PageAligner(header)
+    for number, part in enumerate(parts):
+        room = pages.next_window(memoryview(bytearray([number]) * (4 * PAGE_BYTES)))
+        room[: len(part)] = part
+        offset, data = pages.add(len(part))
+        assert offset % PAGE_BYTES == len(data) % PAGE_BYTES == 0
+        written[offset : offset + len(data)] = data
+    whole = b"".join([header, *parts])
+    assert pages.position == len(whole)
+    assert written[: len(whole)] == whole
+
+
+def is_direct(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
+
+
+def refuse_flag(real: Callable[..., Any], fd: int, command: int, *rest: int) -> Any:
+    if command == fcntl.F_SETFL and rest[0] & os.O_DIRECT:
+        raise OSError(errno.EINVAL, "Invalid argument")
+    return real(fd, command, *rest)
+
+
+def refuse_writes(real: Callable[..., Any], fd: int, data: memoryview, offset: int) -> Any:
+    if is_direct(fd):
+        raise OSError(errno.EINVAL, "Invalid argument")
+    return real(fd, data, offset)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no such flag")
+@pytest.mark.parametrize(
+    ("module", "name", "refuse"),
+    [(None, "", None), (fcntl, "fcntl", refuse_flag), (os, "pwrite", refuse_writes)],
+    ids=["takes it", "refuses the flag", "refuses the write"],
+)
+def test_pages_go_past_the_cache_where_the_file_system_lets_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, refuse: Any
+) -> None:
+    if refuse is not None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: refuse(real, *args))
+    pages = memoryview(mmap.mmap(-1, 2 * PAGE_BYTES))
+    pages[:] = os.urandom(len(pages))
+    with atomic_file(tmp_path / "x") as file:
+        file.write_at(0, memoryview(b"header"))
+        file.write_pages(0, pages)
+        file.write_pages(PAGE_BYTES, pages)
+        if refuse is not None:
+            assert not is_direct(file._fd)
+        elif not is_direct(file._fd):
+            pytest.skip("this file system has only its cache")
+        file.truncate(2 * PAGE_BYTES + 5)
+    assert (tmp_path / "x").read_bytes() == bytes(pages[:PAGE_BYTES]) + bytes(pages[: PAGE_BYTES + 5])
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no such flag")
+def test_another_error_past_the_cache_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int, data: memoryview, offset: int) -> int:
+        if is_direct(fd):
+            raise OSError(errno.EIO, "Input/output error")
+        pytest.skip("this file system has only its cache")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(OutputError, match="Input/output error"), atomic_file(tmp_path / "x") as file:
+        file.write_pages(0, memoryview(mmap.mmap(-1, PAGE_BYTES)))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,191 @@
+"""Reading by ranges in an announced order, whatever the line does: against a plain slice of the same bytes."""
+
+import random
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamconv import NetworkError, TruncatedError
+from streamconv.files import remote
+from streamconv.files.address import Address
+from streamconv.files.base import ByteRange
+from streamconv.files.remote import GAP_BYTES, RemoteFile, RetryLater, RetryNow
+
+DATA = random.Random(0).randbytes(300_000)
+SHARE_THAT_BREAKS = 4
+
+
+class FakeFile(RemoteFile):
+    """Serves `DATA`; every few calls fail, never more than two without a byte in between. Counts what it gives."""
+
+    request_bytes = 20_000
+
+    def __init__(self, seed: int = 0, breaks: bool = True):
+        self.size, self.waits = len(DATA), []
+        super().__init__(Address("fake://host/file"), self.waits.append)
+        self.random, self.breaks = random.Random(seed), breaks
+        self.in_a_row = self.given = self.closed = 0
+        self.asked: list[ByteRange] = []
+
+    @property
+    def version(self) -> dict[str, object]:
+        return {}
+
+    def require_unchanged(self) -> None: ...
+
+    def maybe_break(self) -> None:
+        if self.breaks and self.in_a_row < 2 and not self.random.randrange(SHARE_THAT_BREAKS):
+            self.in_a_row += 1
+            raise self.random.choice([ConnectionResetError, TimeoutError, lambda: RetryLater("busy", 0)])()
+
+    def _ask(self, wanted: ByteRange) -> "FakeAnswer":
+        self.maybe_break()
+        self.asked.append(wanted)
+        return FakeAnswer(self, wanted)
+
+
+class FakeAnswer:
+    def __init__(self, file: FakeFile, wanted: ByteRange):
+        self.file, self.at, self.end = file, wanted.start, wanted.end
+
+    def readinto(self, buffer: memoryview) -> int:
+        self.file.maybe_break()
+        count = min(len(buffer), self.end - self.at, self.file.random.choice([1, 100, 5_000, 100_000]))
+        buffer[:count] = DATA[self.at : self.at + count]
+        self.at += count
+        self.file.given += count
+        self.file.in_a_row = 0
+        return count
+
+    def close(self) -> None:
+        self.file.closed += 1
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+
+
+def read(file: RemoteFile, where: ByteRange) -> bytes:
+    data = bytearray(where.length)
+    file.read_at(where.start, memoryview(data))
+    return bytes(data)
+
+
+ranges = st.builds(
+    lambda start, length: ByteRange(start, min(length, len(DATA) - start)),
+    st.integers(0, len(DATA)),
+    st.one_of(st.integers(0, 50), st.integers(0, 100_000)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ranges, max_size=12), st.lists(ranges, max_size=3), st.integers(0, 1 << 30))
+def test_any_reads_give_the_files_bytes_on_a_line_that_breaks(
+    expected: list[ByteRange], others: list[ByteRange], seed: int
+) -> None:
+    file = FakeFile(seed)
+    file.prefetch(expected)
+    reads = list(expected)
+    for other in others:
+        reads.insert(file.random.randrange(len(reads) + 1), other)
+    for where in reads:
+        assert read(file, where) == DATA[where.start : where.end]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(ranges, max_size=12), st.integers(0, 1 << 30))
+def test_small_reads_of_an_index_give_the_files_bytes(reads: list[ByteRange], seed: int) -> None:
+    file = FakeFile(seed)
+    for where in reads:
+        assert file.read(where.start, where.length) == DATA[where.start : where.end]
+
+
+def in_order(count: int, length: int, gap: int) -> Iterable[ByteRange]:
+    return [ByteRange(i * (length + gap), length) for i in range(count)]
+
+
+def test_what_is_announced_is_given_once_and_neighbours_are_asked_for_as_one() -> None:
+    file = FakeFile(breaks=False)
+    wanted = list(in_order(100, 1_000, 64))
+    file.prefetch(wanted)
+    for where in wanted:
+        read(file, where)
+    last = wanted[-1].end
+    assert file.given == last
+    assert len(file.asked) == -(-last // file.request_bytes)
+
+
+def test_far_ranges_are_asked_for_ahead_and_what_lies_between_is_not_read() -> None:
+    file = FakeFile(breaks=False)
+    wanted = list(in_order(6, 100, GAP_BYTES + 1))
+    file.prefetch(wanted)
+    read(file, wanted[0])
+    assert file.asked == wanted[: remote.MAX_IN_FLIGHT]
+    for where in wanted[1:]:
+        read(file, where)
+    assert (file.asked, file.given) == (wanted, 600)
+
+
+def test_ranges_in_another_order_are_asked_for_as_they_are_and_what_is_skipped_is_let_go() -> None:
+    file = FakeFile(breaks=False)
+    wanted = [ByteRange(200_000, 100), ByteRange(50_000, 100), ByteRange(40_000, 100), ByteRange(40_200, 100)]
+    file.prefetch(wanted)
+    read(file, wanted[1])
+    assert file.asked == [wanted[0], wanted[1], ByteRange(40_000, 300)]
+    assert (file.given, file.closed) == (100 + 100, 2)  # the first one, whose answer is short, was read out
+
+
+def test_a_line_that_stays_broken_is_tried_for_two_minutes_with_growing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    file = FakeFile()
+    file._ask = lambda wanted: exec("raise ConnectionRefusedError('refused')")  # type: ignore[assignment, method-assign]
+    with pytest.raises(NetworkError, match=r"fake://host/file cannot be read at byte 7: refused \(tried 9 times\)"):
+        file.read_at(7, memoryview(bytearray(1)))
+    assert waited == sorted(waited)
+    assert 60 <= sum(waited) <= 120
+    assert len(file.waits) == len(waited)
+    assert "trying again in 30 s" in file.waits[-1]
+
+
+def test_a_byte_gives_hope_anew() -> None:
+    """Two failures, then some bytes, over and over: more failures in all than are borne in a row."""
+    file = FakeFile(seed=1)
+    file.random.choice = lambda kinds: kinds[0]  # type: ignore[assignment]
+    where = ByteRange(0, 300)
+    failures = 0
+    wait = file._wait
+
+    def counted(position: int, error: Exception) -> None:
+        nonlocal failures
+        failures += 1
+        wait(position, error)
+
+    file._wait = counted  # type: ignore[method-assign]
+    assert read(file, where) == DATA[:300]
+    assert failures > len(remote.WAITS_SECONDS)
+
+
+def test_the_other_sides_wish_to_wait_is_heard_within_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    file = FakeFile()
+    errors = [RetryNow("moved"), RetryLater("busy", 17.0), RetryLater("busy", 9999.0), RetryLater("busy", None)]
+
+    def ask(wanted: ByteRange) -> FakeAnswer:
+        if errors:
+            raise errors.pop(0)
+        file.breaks = False
+        return FakeAnswer(file, wanted)
+
+    file._ask = ask  # type: ignore[method-assign]
+    assert read(file, ByteRange(5, 5)) == DATA[5:10]
+    assert waited == [17.0, 30, 2]
+
+
+def test_nothing_is_read_beyond_the_end() -> None:
+    with pytest.raises(TruncatedError, match="ends at byte 300,000"):
+        FakeFile().read_at(len(DATA) - 1, memoryview(bytearray(2)))

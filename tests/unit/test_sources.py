@@ -1,0 +1,88 @@
+"""What SOURCE means."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamconv import NetworkError, SourceMissingError, UsageError
+from streamconv.files import remote
+from streamconv.files.address import Address
+from streamconv.source.open import open_source
+from streamconv.source.resolve import resolve_source, torch_hub_cache
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, {"TORCH_HOME": "/tmp/torch-home"}, {"XDG_CACHE_HOME": "/tmp/cache"}, {"TORCH_HOME": "~/x"}],
+    ids=str,
+)
+def test_the_folder_is_torch_hubs_own(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(torch_hub_cache()) == f"{torch.hub.get_dir()}/checkpoints"
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_a_name_is_the_files_that_torch_hub_keeps(kept: Path) -> None:
+    (kept / "dinov2_vitb14_pretrain.pth").touch()
+    (kept / "dinov2_vitb14_linear_head.pth").touch()
+    found = resolve_source("dinov2_vitb14")
+    assert (found.backbone, found.head) == (kept / "dinov2_vitb14_pretrain.pth", None)
+    found = resolve_source("dinov2_vitb14_1layer")
+    assert (found.backbone, found.head) == (kept / "dinov2_vitb14_pretrain.pth", kept / "dinov2_vitb14_linear_head.pth")
+
+
+def test_what_torch_hub_lacks_is_at_its_authors_address(kept: Path) -> None:
+    address = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitg14/dinov2_vitg14_"
+    assert resolve_source("dinov2_vitg14").backbone == Address(f"{address}pretrain.pth")
+    (kept / "dinov2_vitg14_pretrain.pth").touch()
+    found = resolve_source("dinov2_vitg14_1layer")
+    assert (found.backbone, found.head) == (kept / "dinov2_vitg14_pretrain.pth", Address(f"{address}linear_head.pth"))
+
+
+def test_a_model_that_cannot_be_fetched_says_where_its_file_goes(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0, 0))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(NetworkError) as caught, open_source(resolve_source("dinov2_vitg14")):
+        pass
+    assert "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitg14/dinov2_vitg14_pretrain.pth" in str(caught.value)
+    assert str(kept / "dinov2_vitg14_pretrain.pth") in str(caught.value)
+
+
+def test_near_names_are_offered() -> None:
+    with pytest.raises(UsageError, match="Did you mean dinov2_vitg14 "):
+        resolve_source("dino2_vitg14")
+    with pytest.raises(UsageError, match="streamconv models"):
+        resolve_source("resnet")
+
+
+@pytest.mark.parametrize("name", ["missing.pth", "some/folder/missing", Path("missing")])
+def test_a_path_that_is_not_there_is_called_missing(name: str | Path) -> None:
+    with pytest.raises(SourceMissingError, match="no such file"):
+        resolve_source(name)
+
+
+def test_an_empty_word_is_no_model() -> None:
+    with pytest.raises(UsageError, match="SOURCE is empty"):
+        resolve_source("")
+
+
+def test_heads_belong_to_classifiers(kept: Path) -> None:
+    (kept / "dinov2_vits14_pretrain.pth").touch()
+    (kept / "head.pth").touch()
+    with pytest.raises(UsageError, match="dinov2_vits14_1layer"):
+        resolve_source("dinov2_vits14", kept / "head.pth")
+    assert resolve_source("dinov2_vits14_1layer", kept / "head.pth").head == kept / "head.pth"
+    with pytest.raises(SourceMissingError):
+        resolve_source(kept / "dinov2_vits14_pretrain.pth", kept / "none.pth")
