@@ -22,7 +22,7 @@ class Address:
 
     @property
     def scheme(self) -> str:
-        return re.split("://|::", self.url)[0].lower()
+        return re.split("://|::|:", self.url, maxsplit=1)[0].lower()
 
     @property
     def _links(self) -> list[str]:

@@ -1,12 +1,19 @@
-"""What a file is to those who read it, wherever it is."""
+"""A file to those who read it, wherever it is: what names it, and what it can do while it is open."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
+
+from streamconv.files.address import Location
+
+Version = tuple[tuple[str, str | int | None], ...]
+"""What tells a file from another one of the same name and size, such as its times or a server's ETag, sorted by key."""
 
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
+    """``length`` bytes from ``start`` on."""
+
     start: int
     length: int
 
@@ -15,8 +22,25 @@ class ByteRange:
         return self.start + self.length
 
 
-class ByteSource(Protocol):
-    """A file, wherever it is, that can be read at an offset."""
+@dataclass(frozen=True, slots=True)
+class FileRef:
+    """A file by location, size in bytes and version: pure data, to be kept, compared and sent to another process."""
+
+    location: Location
+    size: int
+    version: Version = ()
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.location.name
+
+
+class File(Protocol):
+    """An open file. ``where`` is its location as the user gave it, for messages."""
+
+    @property
+    def ref(self) -> FileRef: ...
 
     @property
     def name(self) -> str: ...
@@ -24,30 +48,19 @@ class ByteSource(Protocol):
     @property
     def size(self) -> int: ...
 
-    def prefetch(self, ranges: "Iterable[ByteRange]") -> None:
-        """Be told what `read_at` will be asked for next, and in which order."""
+    @property
+    def where(self) -> str: ...
+
+    def prefetch(self, ranges: Iterable[ByteRange]) -> None:
+        """Announce what `read_at` will be asked for next, in that order. Anything else may be read in between."""
 
     def read_at(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` on, or raise `SourceError`."""
 
-    def require_unchanged(self) -> None:
-        """Raise `ChangedError` where it is not as it was opened."""
-
-
-class File(ByteSource, Protocol):
-    """What a checkpoint is read from.
-
-    ``where`` is its place for messages; ``version`` tells this file from another one of the same name
-    and size, as far as anything does.
-    """
-
-    @property
-    def where(self) -> str: ...
-
-    @property
-    def version(self) -> Mapping[str, object]: ...
-
     def read(self, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset`` on; errors as `read_at`'s."""
+        """Read ``length`` bytes from ``offset`` on; errors as for `read_at`."""
+
+    def require_unchanged(self) -> None:
+        """Raise `ChangedError` if the file is not the one that was opened."""
 
     def close(self) -> None: ...

@@ -29,7 +29,7 @@ class FsspecFile(RemoteFile):
         self.size, self._key = self._state()
 
     @property
-    def version(self) -> dict[str, object]:
+    def version(self) -> dict[str, str | int | None]:
         return {"key": self._key}
 
     def require_unchanged(self) -> None:

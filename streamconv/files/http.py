@@ -41,7 +41,7 @@ class _Version:
     etag: str | None
     modified: str | None
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, str | int | None]:
         return {"etag": self.etag} if self.etag else {"last_modified": self.modified} if self.modified else {}
 
 
@@ -66,7 +66,7 @@ class HttpFile(RemoteFile):
         self._open()
 
     @property
-    def version(self) -> dict[str, object]:
+    def version(self) -> dict[str, str | int | None]:
         """Where nothing tells one version from another, when it was opened: what was begun is not gone on with then."""
         said = self._version.as_dict() if self._version is not None else {}
         return said or {"opened_ns": self._opened_ns}

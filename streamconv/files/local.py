@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 from streamconv.errors import (
@@ -13,8 +14,9 @@ from streamconv.errors import (
     SourceMissingError,
     TruncatedError,
 )
-from streamconv.files.base import ByteRange
+from streamconv.files.base import ByteRange, FileRef
 
+MAX_JSON_BYTES = 10 << 20  # 65,536 tensors take 7 MB to 9 MB of a safetensors header
 _LET_GO_BYTES = 32 << 20  # read of a file that memory cannot hold, between two times that the cache is told so
 
 
@@ -63,10 +65,11 @@ class LocalFile:
     def where(self) -> str:
         return str(self.path)
 
-    @property
-    def version(self) -> dict[str, object]:
-        """When its contents and when anything of it last changed, in nanoseconds since 1970."""
-        return {"modified_ns": self.modified_ns, "changed_ns": self.changed_ns}
+    @cached_property
+    def ref(self) -> FileRef:
+        """With the times, in nanoseconds since 1970, at which its contents and anything of it last changed."""
+        version = (("changed_ns", self.changed_ns), ("modified_ns", self.modified_ns))
+        return FileRef(Path(os.path.abspath(self.path)), self.size, version)
 
     def prefetch(self, ranges: Iterable[ByteRange]) -> None:
         """Nothing to prepare: the system reads ahead by itself."""
@@ -123,6 +126,3 @@ class LocalFile:
 def _memory_bytes() -> int:
     """Of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-MAX_JSON_BYTES = 10 << 20  # 65,536 tensors take 7 MB to 9 MB of a safetensors header

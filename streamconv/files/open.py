@@ -16,7 +16,11 @@ def open_file(place: Location, notify: Callable[[str], None]) -> File:
     """
     if isinstance(place, Path):
         return LocalFile(place)
-    # What each needs to import costs memory that a file of this machine needs not.
+    # Each is imported only when it is needed: a local conversion does without their memory.
+    if place.scheme == "data":
+        from streamconv.files.inline import InlineFile
+
+        return InlineFile(place)
     if place.scheme in ("http", "https", "hf"):
         from streamconv.files.http import HttpFile
 

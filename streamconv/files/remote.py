@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from http.client import HTTPException
 from itertools import islice
 from typing import Protocol
 
 from streamconv.errors import NetworkError, TruncatedError, printable
 from streamconv.files.address import Address
-from streamconv.files.base import ByteRange
+from streamconv.files.base import ByteRange, FileRef
 
 WINDOW_BYTES = 256 << 10  # of an index, read at once
 WINDOWS = 8
@@ -100,8 +101,13 @@ class RemoteFile(ABC):
 
     @property
     @abstractmethod
-    def version(self) -> dict[str, object]:
+    def version(self) -> dict[str, str | int | None]:
         """What tells this version of the file from others, for the manifest of what carries no checksums."""
+
+    @cached_property
+    def ref(self) -> FileRef:
+        """Valid once the file has been opened."""
+        return FileRef(self.address, self.size, tuple(sorted(self.version.items())))
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
@@ -13,6 +14,7 @@ from streamconv.files.address import Address, Location, parse_location
 from streamconv.files.base import File
 from streamconv.files.local import LocalFile
 from streamconv.files.open import open_file
+from streamconv.files.reader import Reader
 from streamconv.formats import safetensors, torch_legacy, torch_zip
 from streamconv.formats import zip_directory as zip_index
 from streamconv.tensors.expressions import SourceTensor
@@ -55,10 +57,20 @@ class Checkpoint(Mapping[str, SourceTensor]):
         return sum(file.size for file in self._files)
 
     @property
-    def version(self) -> dict[str, list[object]]:
-        """Each file's (`storage.File`): its times, in nanoseconds since 1970, or its server's mark of a version."""
-        keys = {key for file in self._files for key in file.version}
-        return {key: [file.version.get(key) for file in self._files] for key in sorted(keys)}
+    def version(self) -> dict[str, list[str | int | None]]:
+        """Each file's version, key by key: its times in nanoseconds since 1970, or what its server calls it."""
+        versions = [dict(file.ref.version) for file in self._files]
+        return {key: [version.get(key) for version in versions] for key in sorted({k for v in versions for k in v})}
+
+    @property
+    def files(self) -> list[File]:
+        """Its files, open until the checkpoint is closed."""
+        return list(self._files)
+
+    @cached_property
+    def reader(self) -> Reader:
+        """Reads its tensors, as long as it is open."""
+        return Reader(self._files)
 
     def close(self) -> None:
         for file in self._files:

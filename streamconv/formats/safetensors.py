@@ -82,7 +82,7 @@ def _tensor(file: File, data_start: int, name: str, entry: Any) -> SourceTensor:
         raise CorruptError(
             f"{file.where}: {printable(name)}, {info}, does not fill the range that its data_offsets name."
         )
-    record = Record(file, name, ByteRange(data_start + offsets[0], info.nbytes))
+    record = Record(file.ref, name, ByteRange(data_start + offsets[0], info.nbytes))
     return SourceTensor(info, record, 0, contiguous_strides(info.shape))
 
 

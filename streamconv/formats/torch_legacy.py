@@ -110,7 +110,7 @@ class _Storages:
         if not (key.isascii() and key.isdigit() and len(key) <= _MAX_KEY_LENGTH):
             raise PickleError("it names a storage by a key that is no number")
         if key not in self._records:
-            record = Record(self._file, f"storage/{key}", ByteRange(0, numel * DTYPE_SIZES[dtype]))
+            record = Record(self._file.ref, f"storage/{key}", ByteRange(0, numel * DTYPE_SIZES[dtype]))
             self._counts[key], self._records[key] = numel, record
             if len(self._records) > MAX_TENSORS:
                 raise PickleError(f"it names more than {MAX_TENSORS:,} storages")

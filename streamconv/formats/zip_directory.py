@@ -72,7 +72,7 @@ def read_records(file: File, read_local_headers: bool = True) -> dict[str, Recor
             where = _range_of(file, name, offset, size, directory_start)
         else:
             where = _range_as_torch_writes(name, offset, size)
-        records[name] = Record(file, name, where, crc if has_crcs else None)
+        records[name] = Record(file.ref, name, where, crc if has_crcs else None)
         end = where.end
     return records
 

@@ -13,6 +13,7 @@ from typing import Any
 from streamconv._version import __version__
 from streamconv.errors import NoRangesError, UsageError
 from streamconv.families.base import HEAD_PREFIX
+from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.output.files import temporary_path
 from streamconv.output.folder import OutputFolder, find_finished, open_output_folder
@@ -136,7 +137,7 @@ def convert(
             return finished
         plan, folder = decided.plan, decided.folder
         with open_output_folder(folder, decided.conversion, decided.names, plan.size) as work:
-            written, resumed_bytes = _write_shards(plan, work, progress)
+            written, resumed_bytes = _write_shards(plan, work, source_files.reader, progress)
             for name, data in plan.files.items():
                 work.write(name, data)
             manifest = build_manifest(decided.conversion, plan, written, source_files.has_checksums)
@@ -283,12 +284,16 @@ def _plan(
     return plan, labels_from
 
 
-def _write_shards(plan: Plan, folder: OutputFolder, progress: Progress) -> tuple[dict[str, ResumePoint], int]:
+def _write_shards(
+    plan: Plan, folder: OutputFolder, reader: Reader, progress: Progress
+) -> tuple[dict[str, ResumePoint], int]:
     """Their marks by name, and how many of their bytes were there before."""
-    resumed_bytes, checks = 0, RecordChecks()
+    resumed_bytes, checks = 0, RecordChecks(reader)
     written = {}
     for shard in plan.shards:
-        written[shard.filename], kept = write_shard(shard, folder, checks, shard_progress(plan, shard, progress))
+        written[shard.filename], kept = write_shard(
+            shard, folder, reader, checks, shard_progress(plan, shard, progress)
+        )
         resumed_bytes += kept
     return written, resumed_bytes
 

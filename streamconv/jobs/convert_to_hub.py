@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import MissingUploadError, UsageError
+from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.hub.card import CARD_NAME
 from streamconv.hub.repository import Repository
@@ -84,7 +85,7 @@ def convert_to_hub(
         largest = max(shard.size for shard in plan.shards)
         with open_output_folder(decided.folder, decided.conversion, decided.names, largest) as work:
             repository.create()
-            written, resumed_bytes = _send_shards(plan, work, repository, progress)
+            written, resumed_bytes = _send_shards(plan, work, repository, source_files.reader, progress)
             manifest = build_manifest(decided.conversion, plan, written, source_files.has_checksums)
             found = None
             if verify is not None:
@@ -100,17 +101,17 @@ def convert_to_hub(
 
 
 def _send_shards(
-    plan: Plan, work: OutputFolder, repository: Repository, progress: Progress
+    plan: Plan, work: OutputFolder, repository: Repository, reader: Reader, progress: Progress
 ) -> tuple[dict[str, ResumePoint], int]:
     """Their marks by name, and how many of their bytes an interrupted run had sent or written."""
-    written, resumed_bytes, checks = {}, 0, RecordChecks()
+    written, resumed_bytes, checks = {}, 0, RecordChecks(reader)
     for shard in plan.shards:
         sent = work.sent(shard.filename, repository.id)
         if sent is not None and sent.size == shard.size:
             repository.restore(shard.filename, sent.size, sent.sha256)
             written[shard.filename], resumed_bytes = sent, resumed_bytes + sent.size
             continue
-        written[shard.filename], kept = write_shard(shard, work, checks, shard_progress(plan, shard, progress))
+        written[shard.filename], kept = write_shard(shard, work, reader, checks, shard_progress(plan, shard, progress))
         sha256 = written[shard.filename].sha256
         repository.upload(work.path / shard.filename, shard.filename, sha256, progress)  # reads it back, and checks it
         work.mark_uploaded(shard.filename, repository.id)

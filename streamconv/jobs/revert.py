@@ -17,6 +17,7 @@ from streamconv.families.base import HEAD_PREFIX, Family, Model, config_problems
 from streamconv.families.detection import find_converted
 from streamconv.families.registry import all_families
 from streamconv.families.rules import invert
+from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.safetensors import make_header
 from streamconv.formats.torch_writer import STORAGES, write_pth
@@ -131,7 +132,7 @@ def _without_fillings(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Ma
         info = checkpoint[name].info
         if not isinstance(value, float) or info.dtype not in STORAGES or info.nbytes > MAX_FILLING_BYTES:
             return checkpoint
-        if checkpoint[name].tobytes() != filled(value, info).tobytes():
+        if checkpoint[name].tobytes(checkpoint.reader) != filled(value, info).tobytes():
             return checkpoint
     return {name: tensor for name, tensor in checkpoint.items() if name not in constants}
 
@@ -181,13 +182,13 @@ def _write(files: Mapping[Path, Mapping[str, AnyTensor]], checkpoint: Checkpoint
     with ExitStack() as whole:
         for path, tensors in files.items():
             name = path.name
-            _write_state(whole.enter_context(atomic_file(path)), path, tensors, advance)
-        for source in {tensor.record.file for tensor in checkpoint.values()}:
-            source.require_unchanged()
+            _write_state(whole.enter_context(atomic_file(path)), path, tensors, checkpoint.reader, advance)
+        for file in checkpoint.files:
+            file.require_unchanged()
 
 
 def _write_state(
-    file: OutputFile, path: Path, tensors: Mapping[str, AnyTensor], advance: Callable[[int], None]
+    file: OutputFile, path: Path, tensors: Mapping[str, AnyTensor], reader: Reader, advance: Callable[[int], None]
 ) -> None:
     """One file, in the format that its suffix names."""
     infos = {key: tensor.info for key, tensor in tensors.items()}
@@ -198,7 +199,7 @@ def _write_state(
         def data(key: str) -> Iterator[memoryview]:
             for piece in tensors[key].split(PIECE_BYTES):
                 part = buffer[: piece.info.nbytes]
-                piece.read_into(part)
+                piece.read_into(part, reader)
                 yield part
                 sync(stream.tell())
                 advance(len(part))

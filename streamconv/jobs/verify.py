@@ -235,7 +235,7 @@ def _bytes(
         done += count
         progress("comparing bytes", done, plan.weights, "bytes")
 
-    found = check_bytes(folder, plan, advance)
+    found = check_bytes(folder, plan, source.reader, advance)
     crc = "every source record matches its CRC-32" if source.has_checksums else "the source carries no CRC-32s to check"
     proves = f"every byte of every tensor equals its source's{_cast_of(plan)}; {crc}"
     numbers = {"tensors": found.tensors, "bytes": found.compared}

@@ -14,7 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from streamconv.errors import CorruptError
-from streamconv.files.base import ByteRange, ByteSource
+from streamconv.files.base import ByteRange, FileRef
+from streamconv.files.reader import Reader
 from streamconv.output.files import OutputFile, PageAligner, atomic_file
 from streamconv.output.folder import OutputFolder
 from streamconv.output.hashing import BUFFER_BYTES, BackgroundHash
@@ -30,7 +31,7 @@ SYNC_BYTES = 32 << 20
 
 
 def write_shard(
-    shard: Shard, folder: OutputFolder, checks: RecordChecks, advance: Callable[[int, bool], None]
+    shard: Shard, folder: OutputFolder, reader: Reader, checks: RecordChecks, advance: Callable[[int, bool], None]
 ) -> tuple[ResumePoint, int]:
     """Write one shard, or what is missing of it; give the mark of the whole file, and how many bytes were there.
 
@@ -47,7 +48,7 @@ def write_shard(
         kept = NOT_STARTED
     for mark in (kept, NOT_STARTED):
         try:
-            whole = _write(shard, folder, mark, checks, advance)
+            whole = _write(shard, folder, mark, reader, checks, advance)
             break
         except CorruptError:
             folder.discard(shard.filename)
@@ -59,7 +60,12 @@ def write_shard(
 
 
 def _write(
-    shard: Shard, folder: OutputFolder, mark: ResumePoint, checks: RecordChecks, advance: Callable[[int, bool], None]
+    shard: Shard,
+    folder: OutputFolder,
+    mark: ResumePoint,
+    reader: Reader,
+    checks: RecordChecks,
+    advance: Callable[[int, bool], None],
 ) -> ResumePoint:
     synced: Future[None] | None = None
     size = shard.size  # a sum over its tensors
@@ -79,7 +85,7 @@ def _write(
         moved, overflow_count = 0, mark.overflow_count
         writes: list[Future[None]] = []  # since the last mark
         read: dict[Record, tuple[int, int]] = {}  # where in the file its first and its last piece went
-        _expect(shard, mark)
+        _expect(shard, mark, reader)
         for batch in _batches(shard):
             buffer, filled, is_kept = pages.next_window(digest.next_buffer()), 0, position < mark.size
             for name, piece in batch:
@@ -88,15 +94,15 @@ def _write(
                 if is_kept:
                     file.read_at(at, part)
                     if not piece.cast_to:
-                        checks.add(name, piece, part)
+                        checks.add(name, piece, part if piece.is_contiguous else None)
                 if _is_read(piece, at, is_kept, mark):
                     read[piece.record] = read.get(piece.record, (at, at))[0], at
                     if is_kept:
-                        _read(name, piece, again[: len(part)], stored, checks)
+                        _read(name, piece, again[: len(part)], stored, reader, checks)
                         if bytes(again[: len(part)]) != bytes(part):
                             raise CorruptError(f"{name} in {shard.filename} is not what its source is cast to.")
                     else:
-                        overflow_count += _read(name, piece, part, stored, checks)
+                        overflow_count += _read(name, piece, part, stored, reader, checks)
                         moved += max(piece.info.nbytes, len(part))
                 filled += len(part)
             whole_pages = pages.add(filled)
@@ -129,7 +135,7 @@ def _write(
         else:
             checks.verify_pending()
         for source in {tensor.record.file for _, tensor in shard.tensors if tensor.record.crc32 is None}:
-            source.require_unchanged()
+            reader.open(source).require_unchanged()
     return ResumePoint(size, sha256, overflow_count=overflow_count)
 
 
@@ -138,7 +144,7 @@ def _proven(position: int, read: Mapping[Record, tuple[int, int]], checks: Recor
 
     Who goes on from there reads each record that it meets as a whole, and so can check it.
     """
-    proven = min((first for record, (first, _) in read.items() if checks.is_open(record)), default=position)
+    proven = min((first for record, (first, _) in read.items() if checks.is_pending(record)), default=position)
     while cut := [first for first, last in read.values() if first < proven <= last]:
         proven = min(cut)
     return proven
@@ -149,13 +155,14 @@ def _is_read(piece: SourceTensor, at: int, is_kept: bool, mark: ResumePoint) -> 
     return not is_kept or (bool(piece.cast_to) and at + piece.target.nbytes > mark.size - mark.unproven)
 
 
-def _read(name: str, piece: SourceTensor, part: memoryview, stored: memoryview, checks: RecordChecks) -> int:
+def _read(
+    name: str, piece: SourceTensor, part: memoryview, stored: memoryview, reader: Reader, checks: RecordChecks
+) -> int:
     """Fill ``part`` from the source, by way of ``stored`` where it is cast; give how many values that made infinite."""
     if not piece.cast_to:
         stored = part
     stored = stored[: piece.info.nbytes]
-    piece.read_into(stored)
-    checks.add(name, piece, stored)
+    checks.add(name, piece, piece.read_into(stored, reader))
     return cast_into(stored, piece.info.dtype, part, piece.cast_to) if piece.cast_to else 0
 
 
@@ -175,18 +182,18 @@ def _keep(
     folder.mark(name, replace(reached, sha256=sha256.result()))
 
 
-def _expect(shard: Shard, mark: ResumePoint) -> None:
+def _expect(shard: Shard, mark: ResumePoint, reader: Reader) -> None:
     """Tell the source's files what will be read of them."""
     for file in {tensor.record.file for _, tensor in shard.tensors}:
-        file.prefetch(_reads(shard, mark, file))
+        reader.open(file).prefetch(_reads(shard, mark, file))
 
 
-def _reads(shard: Shard, mark: ResumePoint, file: ByteSource) -> Iterator[ByteRange]:
+def _reads(shard: Shard, mark: ResumePoint, file: FileRef) -> Iterator[ByteRange]:
     position = len(shard.header)
     for batch in _batches(shard):
         is_kept = position < mark.size
         for _, piece in batch:
-            if piece.record.file is file and _is_read(piece, position, is_kept, mark):
+            if piece.record.file == file and _is_read(piece, position, is_kept, mark):
                 yield piece.read_range
             position += piece.target.nbytes
 

@@ -60,7 +60,7 @@ def _download(address: Address, path: Path, progress: Progress) -> Path:
             return path
         with as_output_error(path):
             make_folder(path.parent)
-        version = sha256(repr((str(address), file.size, file.version)).encode()).hexdigest()[:16]
+        version = sha256(repr((str(address), file.size, file.ref.version)).encode()).hexdigest()[:16]
         _remove_others(path, version)
         partial = temporary_path(path, version)
         missing = file.size - (os.path.getsize(partial) if os.path.exists(partial) else 0)
@@ -94,10 +94,11 @@ def _download(address: Address, path: Path, progress: Progress) -> Path:
 def _require_intact(path: Path, name: str, progress: Progress) -> None:
     """Hold every record against its CRC-32, before anyone finds the file."""
     with open_checkpoint(path) as checkpoint:
+        reader = checkpoint.reader
         records = {tensor.record for tensor in checkpoint.values() if tensor.record.crc32 is not None}
         total, done = sum(record.range.length for record in records), 0
         for record in sorted(records, key=lambda record: record.range.start):
-            if read_crc(record) != record.crc32:
+            if read_crc(record, reader.open(record.file)) != record.crc32:
                 raise CorruptError(
                     f"{path} came damaged: bytes {record.range.start:,} to {record.range.end:,} do not match their "
                     "CRC-32. Run again, to fetch it anew."

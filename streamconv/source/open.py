@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from streamconv.families.base import HEAD_PREFIX
 from streamconv.families.selection import Selection, find_backbone
 from streamconv.files.address import Address
 from streamconv.files.local import read_small
+from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.progress import Progress, ignore_progress
 from streamconv.source.resolve import Source, torch_hub_cache
@@ -61,6 +63,11 @@ class OpenSource:
         said = (self.source.num_heads, self.selection.config.get("num_attention_heads"))
         num_heads = next((number for number in said if type(number) is int), None)
         return {"model": self.source.model, "num_heads": num_heads, "selection": self.selection}
+
+    @cached_property
+    def reader(self) -> Reader:
+        """Reads its tensors, as long as it is open."""
+        return Reader(file for checkpoint in self.checkpoints.values() for file in checkpoint.files)
 
     @property
     def has_checksums(self) -> bool:

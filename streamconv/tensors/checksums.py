@@ -8,11 +8,15 @@ import zlib
 from functools import lru_cache
 
 from streamconv.errors import CorruptError
+from streamconv.files.base import File
+from streamconv.files.reader import Reader
 from streamconv.tensors.expressions import Record, SourceTensor
 
 _POLYNOMIAL = 0xEDB88320  # IEEE 802.3's, bits reversed: the highest bit is x^0
 _ONE, _X = 1 << 31, 1 << 30
-_READ_BYTES = 128 << 10  # a piece of any record, on top of all that a conversion needs
+_READ_BYTES = 128 << 10  # memory in addition to all else that a conversion needs
+
+_Piece = tuple[int, int, int]  # its offset in the record, its length, its CRC-32
 
 
 def combine(first: int, second: int, second_length: int) -> int:
@@ -43,81 +47,106 @@ def _multiply(a: int, b: int) -> int:
 
 
 class RecordChecks:
-    """Collects the CRC-32s of pieces as they are read, and holds whole records against the file's."""
+    """Collects the CRC-32s of pieces as they are read, and compares whole records with their file's CRC-32."""
 
-    def __init__(self) -> None:
-        self._pieces: dict[Record, list[tuple[int, int, int]]] = {}  # of records that are not complete
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._pieces: dict[Record, list[_Piece]] = {}  # of records that are not complete
         self._names: dict[Record, str] = {}
-        self._touched: set[Record] = set()  # since `verify_pending` was last called
-        self._settled: set[Record] = set()
+        self._pending: set[Record] = set()
+        self._verified: set[Record] = set()  # by reading them once more
 
-    def add(self, name: str, piece: SourceTensor, data: memoryview) -> None:
-        """Take note of ``data``, the bytes of ``piece``, which belongs to the tensor ``name``.
+    def add(self, name: str, piece: SourceTensor, stored: memoryview | None) -> None:
+        """Note that ``piece`` of the tensor ``name`` was read.
 
-        A piece that is added twice costs `verify_pending` a reading of its record.
+        A contiguous piece that is added twice costs `verify_pending` another read of its record.
+
+        Args:
+            stored: The bytes of ``piece.read_range`` as they are in the file; None if only the gathered values
+                of a strided piece are at hand.
 
         Raises:
-            CorruptError: with them, the record is complete, and does not match its CRC-32.
+            CorruptError: this completes the record, and it does not match its CRC-32.
         """
         record = piece.record
         if record.crc32 is None:
             return
         pieces = self._pieces.setdefault(record, [])
         self._names.setdefault(record, name)
-        self._touched.add(record)
+        self._pending.add(record)
+        if stored is None:
+            return
         if piece.is_contiguous:
-            pieces.append((piece.offset, len(data), zlib.crc32(data)))
-            is_last = piece.offset + len(data) == record.range.length
-            if is_last and sum(length for _, length, _ in pieces) == record.range.length:
-                self._require_match(record)
-                self._touched.remove(record)
-                del self._pieces[record]  # who reads it once more is checked once more
+            pieces.append((piece.offset, len(stored), zlib.crc32(stored)))
+        else:  # spans of strided pieces may overlap
+            for start, end in _uncovered(pieces, piece.offset, piece.offset + len(stored)):
+                part = stored[start - piece.offset : end - piece.offset]
+                pieces.append((start, len(part), zlib.crc32(part)))
+        is_last = piece.offset + len(stored) == record.range.length
+        if is_last and sum(length for _, length, _ in pieces) == record.range.length:
+            self._require_match(record)
+            self._pending.remove(record)
+            del self._pieces[record]  # a second read of the record is checked again
 
-    def is_open(self, record: Record) -> bool:
-        """Whether something of it was added that neither completed it nor was settled."""
-        return record in self._touched
+    def is_pending(self, record: Record) -> bool:
+        """Return whether a part of the record was added, and its CRC-32 has not been compared since."""
+        return record in self._pending
 
     def verify_pending(self) -> None:
-        """Check what was added of records that are not complete: these are read once, whole, and must stay as they are.
+        """Read each incomplete record once, whole, and compare its CRC-32; its file must stay unchanged.
 
         Raises:
             CorruptError: names the tensor and its place in the file.
         """
-        for record in self._touched:
-            if record not in self._settled:
-                record.file.prefetch((record.range,))
+        for record in self._pending:
+            file = self._reader.open(record.file)
+            if record not in self._verified:
+                file.prefetch((record.range,))
                 self._require_match(record)
-            record.file.require_unchanged()  # since it was read whole, which may be shards ago
-        self._settled |= self._touched
-        self._touched.clear()
+            file.require_unchanged()  # since it was read whole, which may be shards ago
+        self._verified |= self._pending
+        self._pending.clear()
 
     def skip_pending(self) -> None:
-        """Instead of `verify_pending`, for what was settled in an earlier process: all of it came from the output."""
-        self._touched.clear()
+        """Forget what is pending: all of it came from an output that an earlier process had verified."""
+        self._pending.clear()
 
     def _require_match(self, record: Record) -> None:
-        if _crc_of(record, self._pieces[record]) != record.crc32:
-            record.file.require_unchanged()
+        file = self._reader.open(record.file)
+        if _crc_of(record, self._pieces[record], file) != record.crc32:
+            file.require_unchanged()
             raise CorruptError(
-                f"{record.file.name} is damaged: {self._names[record]} (record {record.name}, bytes "
+                f"{file.name} is damaged: {self._names[record]} (record {record.name}, bytes "
                 f"{record.range.start:,} to {record.range.end:,}) does not match its CRC-32. Fetch the file again."
             )
 
 
-def _crc_of(record: Record, pieces: list[tuple[int, int, int]]) -> int:
+def _uncovered(pieces: list[_Piece], start: int, end: int) -> list[tuple[int, int]]:
+    """Return the ranges of [start, end) that no piece covers."""
+    ranges = []
+    for offset, length, _ in sorted(pieces):
+        if start < offset < end:
+            ranges.append((start, offset))
+        if offset < end and offset + length > start:
+            start = offset + length
+    return [*ranges, (start, end)] if start < end else ranges
+
+
+def _crc_of(record: Record, pieces: list[_Piece], file: File) -> int:
+    """Combine the pieces' CRC-32s; read the record if they do not tile it."""
     crc, at = 0, 0
     for offset, length, piece_crc in sorted(pieces):
         if offset != at:
-            return read_crc(record)
+            return read_crc(record, file)
         crc, at = combine(crc, piece_crc, length), at + length
-    return crc if at == record.range.length else read_crc(record)
+    return crc if at == record.range.length else read_crc(record, file)
 
 
-def read_crc(record: Record) -> int:
-    """Of its bytes, read now."""
+def read_crc(record: Record, file: File) -> int:
+    """Compute the CRC-32 of a record by reading it."""
     crc, buffer = 0, memoryview(bytearray(_READ_BYTES))
     for at in range(record.range.start, record.range.end, _READ_BYTES):
         part = buffer[: min(_READ_BYTES, record.range.end - at)]
-        record.file.read_at(at, part)
+        file.read_at(at, part)
         crc = zlib.crc32(part, crc)
     return crc

@@ -1,7 +1,7 @@
 """A tensor before anyone reads it: what it is, and where its bytes lie.
 
 Strides are in elements and offsets in bytes, as ``torch._utils._rebuild_tensor_v2`` and the zip
-record have them. Everything here is arithmetic; the only I/O is ``read_at`` of the file behind.
+record have them. Everything here is pure data: a `Reader` opens the files when bytes are read.
 """
 
 import math
@@ -12,7 +12,9 @@ from itertools import product
 from typing import Literal
 
 from streamconv.errors import SourceError
-from streamconv.files.base import ByteRange, ByteSource
+from streamconv.files.base import ByteRange, FileRef
+from streamconv.files.inline import inline_ref
+from streamconv.files.reader import Reader
 from streamconv.tensors.info import TensorInfo, contiguous_strides
 
 # A strided tensor is gathered from memory; this bounds what a piece of it may span.
@@ -26,7 +28,7 @@ class Record:
     ``crc32`` is None where the file carries no checksum for it.
     """
 
-    file: ByteSource
+    file: FileRef
     name: str
     range: ByteRange
     crc32: int | None = None
@@ -111,23 +113,34 @@ class SourceTensor:
             step = min(step, 1 + (MAX_SPAN_BYTES - row.span) // pitch)
         yield from (self.rows(i, min(i + step, count)) for i in range(0, count, step))
 
-    def read_into(self, buffer: memoryview) -> None:
-        """Write the row-major bytes, as they are stored, into ``buffer``, which is ``info.nbytes`` long."""
+    def read_into(self, buffer: memoryview, reader: Reader) -> memoryview:
+        """Write the row-major bytes, as they are stored, into ``buffer``, which is ``info.nbytes`` long.
+
+        Returns:
+            The bytes of `read_range` as they are in the file: of a contiguous tensor, ``buffer`` itself.
+        """
         where = self.read_range
         if self.is_contiguous:
             if buffer.nbytes:
-                self.record.file.read_at(where.start, buffer)
-            return
+                reader.open(self.record.file).read_at(where.start, buffer)
+            return buffer
         memory = memoryview(bytearray(where.length))
-        self.record.file.read_at(where.start, memory)
+        reader.open(self.record.file).read_at(where.start, memory)
         _gather(memory, self.info, self.strides, buffer)
+        return memory
 
-    def tobytes(self) -> bytes:
-        """The row-major bytes, as they are stored, all of them in memory."""
+    def tobytes(self, reader: Reader | None = None) -> bytes:
+        """Read the row-major bytes, as they are stored, all of them into memory.
+
+        Without a ``reader``, the file is opened for as long as this takes.
+        """
+        if reader is None:
+            with Reader() as own:
+                return self.tobytes(own)
         data = bytearray(self.info.nbytes)
         view, at = memoryview(data), 0
         for piece in self.split(MAX_SPAN_BYTES):
-            piece.read_into(view[at : at + piece.info.nbytes])
+            piece.read_into(view[at : at + piece.info.nbytes], reader)
             at += piece.info.nbytes
         return bytes(data)
 
@@ -172,30 +185,20 @@ def joined(parts: Sequence[SourceTensor]) -> AnyTensor:
     return Joined(TensorInfo(dtype, (rows * len(parts), *others)), tuple(parts))
 
 
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """A number as a file of its own: what `filled` tensors are read from."""
-
-    name: str
-    data: bytes
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
-
-    def prefetch(self, ranges: Iterable[ByteRange]) -> None: ...
-
-    def read_at(self, offset: int, buffer: memoryview) -> None:
-        buffer[:] = self.data[offset : offset + len(buffer)]
-
-    def require_unchanged(self) -> None: ...
+def prefetch(tensors: Iterable[SourceTensor], reader: Reader) -> None:
+    """Announce to each file that these tensors will be read, in this order."""
+    ranges: dict[FileRef, list[ByteRange]] = {}
+    for tensor in tensors:
+        ranges.setdefault(tensor.record.file, []).append(tensor.read_range)
+    for file, wanted in ranges.items():
+        reader.open(file).prefetch(wanted)
 
 
 def filled(value: float, info: TensorInfo) -> SourceTensor:
     """A tensor of ``value`` throughout, for what no checkpoint holds. ``info``'s dtype is a floating-point one."""
     single = struct.pack("<f", value)
     data = {"F64": struct.pack("<d", value), "F32": single, "F16": struct.pack("<e", value), "BF16": single[2:]}
-    record = Record(_Value(f"{value:g}", data[info.dtype]), f"{value:g}", ByteRange(0, info.itemsize))
+    record = Record(inline_ref(data[info.dtype]), f"{value:g}", ByteRange(0, info.itemsize))
     return SourceTensor(info, record, 0, (0,) * len(info.shape))
 
 

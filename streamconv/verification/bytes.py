@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import CorruptError, OutputError, SourceError
-from streamconv.files.base import ByteSource
+from streamconv.files.base import File, FileRef
 from streamconv.files.local import LocalFile, read_small
+from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.safetensors import INDEX_NAME, LOADED_BESIDE, SINGLE_NAME, index_of
 from streamconv.output.hashing import BUFFER_BYTES, BackgroundHash
@@ -21,7 +22,7 @@ from streamconv.output.manifest import MANIFEST_NAME, read_manifest
 from streamconv.planning.plan import Plan
 from streamconv.tensors.casts import cast_into
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.expressions import SourceTensor
+from streamconv.tensors.expressions import SourceTensor, prefetch
 
 SPAN_BYTES = 32 << 20  # between two reports of progress
 
@@ -39,7 +40,7 @@ class ByteCheck:
     files: Mapping[str, Mapping[str, Any]]
 
 
-def check_bytes(folder: Path, plan: Plan, advance: Callable[[int], None]) -> ByteCheck:
+def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int], None]) -> ByteCheck:
     """Compare every tensor and small file of ``folder`` with what the plan takes from the source.
 
     Every record of the source that carries a CRC-32 is checked on the way, and the folder's own
@@ -49,7 +50,7 @@ def check_bytes(folder: Path, plan: Plan, advance: Callable[[int], None]) -> Byt
         SourceError: the source cannot be read. An output that cannot be is a problem among others.
     """
     wanted = {name: tensor for shard in plan.shards for name, tensor in shard.tensors}
-    checks, compared = RecordChecks(), 0
+    checks, compared = RecordChecks(reader), 0
     problems: list[str] = []
     files: dict[str, dict[str, Any]] = {}
     for name, data in plan.files.items():
@@ -60,13 +61,14 @@ def check_bytes(folder: Path, plan: Plan, advance: Callable[[int], None]) -> Byt
         return ByteCheck(0, len(wanted), (*problems, f"the output cannot be read: {error}"), files)
     with written, BackgroundHash() as digest:
         problems += _name_problems(wanted, written) + _file_problems(folder, written)
-        for file, names in _in_file_order(written).items():
-            _expect([wanted[name] for name in names if name in wanted])
+        for ref, names in _in_file_order(written).items():
+            file = written.reader.open(ref)
+            prefetch([wanted[name] for name in names if name in wanted], reader)
             _hash(file, 0, written[names[0]].record.range.start, digest)
             for name in names:
                 source, output = wanted.get(name), written[name]
                 if source is not None and source.target == output.info:
-                    problems += _differences(name, source, output, checks, digest, advance)
+                    problems += _differences(name, source, output, file, reader, checks, digest, advance)
                     compared += source.target.nbytes
                 else:
                     _hash(file, output.record.range.start, output.record.range.end, digest)
@@ -140,9 +142,9 @@ def _weights_in(folder: Path) -> set[Path]:
     return {path for pattern in LOADED_BESIDE for path in folder.glob(pattern)}
 
 
-def _in_file_order(written: Checkpoint) -> dict[ByteSource, list[str]]:
+def _in_file_order(written: Checkpoint) -> dict[FileRef, list[str]]:
     """The tensors' names, file by file, as their bytes follow one another; there is nothing between them."""
-    files: dict[ByteSource, list[str]] = {}
+    files: dict[FileRef, list[str]] = {}
     for name in sorted(written, key=lambda name: written[name].record.range.start):
         files.setdefault(written[name].record.file, []).append(name)
     return files
@@ -181,13 +183,7 @@ def _manifest_problems(folder: Path, plan: Plan, files: Mapping[str, Mapping[str
         return [f"{MANIFEST_NAME} is of no finished conversion ({error})"]
 
 
-def _expect(tensors: list[SourceTensor]) -> None:
-    """Tell the source's files what will be read of them."""
-    for file in {tensor.record.file for tensor in tensors}:
-        file.prefetch(tensor.read_range for tensor in tensors if tensor.record.file is file)
-
-
-def _hash(file: ByteSource, start: int, end: int, digest: BackgroundHash) -> None:
+def _hash(file: File, start: int, end: int, digest: BackgroundHash) -> None:
     for at in range(start, end, BUFFER_BYTES):
         part = digest.next_buffer()[: min(BUFFER_BYTES, end - at)]
         file.read_at(at, part)
@@ -198,6 +194,8 @@ def _differences(
     name: str,
     source: SourceTensor,
     output: SourceTensor,
+    file: File,
+    reader: Reader,
     checks: RecordChecks,
     digest: BackgroundHash,
     advance: Callable[[int], None],
@@ -211,15 +209,15 @@ def _differences(
         if size != len(wanted):  # bytearrays compare like memcmp, memoryviews an element at a time
             wanted = bytearray(size)
         data = stored[: piece.info.nbytes] if source.cast_to else memoryview(wanted)
-        piece.read_into(data)
+        read = piece.read_into(data, reader)
         try:
-            checks.add(name, piece, data)
+            checks.add(name, piece, read)
         except CorruptError as error:
             problems.append(str(error))
         if source.cast_to:
             cast_into(data, source.info.dtype, memoryview(wanted), source.cast_to)
         part = digest.next_buffer()[:size]
-        output.record.file.read_at(at, part)
+        file.read_at(at, part)
         digest.update(part)
         if not differs and wanted != part:
             differs = True

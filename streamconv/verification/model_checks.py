@@ -90,7 +90,9 @@ class ModelVerifier:
             return ModelResults((loaded, parity, Check("preprocessing", None, why)))
         cast_to = DTYPES[self.plan.cast_to] if self.plan.cast_to else None
         original = OffloadedModel(self.original, self.device, weights, cast_to)
-        model = OffloadedModel(converted, self.device, StreamedWeights(targets, self.device) if targets else None)
+        model = OffloadedModel(
+            converted, self.device, StreamedWeights(targets, source.reader, self.device) if targets else None
+        )
         pair = Pair(original, self.states, model, self.device, progress)
         parity, comparison = check_parity(pair, self.plan, self.image)
         if is_sparse:

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from streamconv.files.reader import Reader
 from streamconv.planning.shards import PIECE_BYTES
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.expressions import AnyTensor, parts_of
+from streamconv.tensors.expressions import AnyTensor, parts_of, prefetch
 from streamconv.verification.page_cache import FileMappings
 
 RECENT_BYTES = 128 << 20  # what running layers may still use: a block of ViT-g has 113 MB
@@ -65,8 +66,14 @@ class StreamedWeights(Mapping[str, Tensor]):
     stay for a while, in the dtype that each is cast to. A record that is read whole is held against its CRC-32.
     """
 
-    def __init__(self, tensors: Mapping[str, AnyTensor], device: torch.device, dtype: torch.dtype = torch.float32):
-        self.device, self.dtype = device, dtype
+    def __init__(
+        self,
+        tensors: Mapping[str, AnyTensor],
+        reader: Reader,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.device, self.dtype, self._reader = device, dtype, reader
         self._tensors, self._order = tensors, list(tensors)
         self._recent: dict[str, Tensor] = {}
 
@@ -92,20 +99,18 @@ class StreamedWeights(Mapping[str, Tensor]):
         while self._recent and sum(tensor.nbytes for tensor in self._recent.values()) > AHEAD_BYTES:
             del self._recent[next(iter(self._recent))]
         wanted = [part for name in names for part in parts_of(self._tensors[name])]
-        for file in {tensor.record.file for tensor in wanted}:
-            file.prefetch(tensor.read_range for tensor in wanted if tensor.record.file is file)
-        checks = RecordChecks()
+        prefetch(wanted, self._reader)
+        checks = RecordChecks(self._reader)
         for name in names:
-            self._recent[name] = _read_tensor(name, self._tensors[name], checks)
+            self._recent[name] = _read_tensor(name, self._tensors[name], self._reader, checks)
 
 
-def _read_tensor(name: str, tensor: AnyTensor, checks: RecordChecks) -> Tensor:
+def _read_tensor(name: str, tensor: AnyTensor, reader: Reader, checks: RecordChecks) -> Tensor:
     data = torch.empty(tensor.info.nbytes, dtype=torch.uint8)
     view, at = data.numpy().data, 0
     for piece in tensor.split(PIECE_BYTES):
         part = view[at : at + piece.info.nbytes]
-        piece.read_into(part)
-        checks.add(name, piece, part)
+        checks.add(name, piece, piece.read_into(part, reader))
         at += len(part)
     return data.view(DTYPES[tensor.info.dtype]).reshape(tensor.info.shape).to(DTYPES[tensor.target.dtype])
 

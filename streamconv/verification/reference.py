@@ -98,7 +98,7 @@ def load_weights(
         shapes = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
         original.load_state_dict(shapes, strict=True, assign=True)
         tensors = {name: _cast(source.tensors[name], cast_to) for name in original.state_dict()}
-        return StreamedWeights(tensors, device), why
+        return StreamedWeights(tensors, source.reader, device), why
     state: dict[str, Any] = {}
     for key, names in source.selection.names.items():
         parts = [files["backbone"][name] for name in names]

@@ -294,25 +294,25 @@ def test_a_server_without_ranges_is_read_in_one_pass_where_the_order_is_the_same
     safetensors.torch.save_file({name: torch.randn(300_000) for name in names}, server.folder / "x.safetensors")
     with open_checkpoint(f"{server.url}/x.safetensors") as there, open_checkpoint(server.folder / "x.safetensors") as f:
         server.sent, server.faults.cut_after, server.faults.cuts = 0, 1_500_000, 1
-        next(iter(there.values())).record.file.prefetch(there[name].read_range for name in names)
+        there.files[0].prefetch(there[name].read_range for name in names)
         for name in names:
-            assert there[name].tobytes() == f[name].tobytes()
+            assert there[name].tobytes(there.reader) == f[name].tobytes()
         assert server.faults.cuts == 0
         with pytest.raises(NoRangesError, match="another order"):
-            there["a"].record.file.prefetch(there[name].read_range for name in reversed(names))
+            there.files[0].prefetch(there[name].read_range for name in reversed(names))
 
 
 def test_a_server_that_once_sends_the_whole_file_is_asked_again(server: FileServer, source: str) -> None:
     with open_checkpoint(source) as there, open_checkpoint(server.folder / "x.pth") as file:
         server.faults.ranges = False
         told: list[str] = []
-        there["norm.weight"].record.file._notify = lambda text: [told.append(text), set_ranges()]  # type: ignore[attr-defined]
+        there.files[0]._notify = lambda text: [told.append(text), set_ranges()]  # type: ignore[attr-defined]
 
         def set_ranges() -> None:
             server.faults.ranges = True
 
         name = "blocks.1.mlp.fc1.weight"
-        assert there[name].tobytes() == file[name].tobytes()
+        assert there[name].tobytes(there.reader) == file[name].tobytes()
         assert "the whole file instead of a part" in told[0]
 
 
@@ -402,12 +402,12 @@ def test_when_a_redirect_expires_its_hosts_connections_are_used_no_more(
         hub.faults.redirects = {"/start": f"{server.url}/first/x.pth"}
         with open_checkpoint(f"{hub.url}/start") as there, open_checkpoint(server.folder / "x.pth") as file:
             names = [f"blocks.{i}.mlp.{layer}.weight" for i in range(3) for layer in ("fc1", "fc2")]
-            assert there[names[0]].tobytes() == file[names[0]].tobytes()  # its connection waits now
-            there[names[0]].record.file.prefetch(there[name].read_range for name in names[1:])
+            assert there[names[0]].tobytes(there.reader) == file[names[0]].tobytes()  # its connection waits now
+            there.files[0].prefetch(there[name].read_range for name in names[1:])
             server.faults.statuses = [403]
             hub.faults.redirects = {"/start": f"{second.url}/second/x.pth"}
             for name in names[1:]:
-                assert there[name].tobytes() == file[name].tobytes()
+                assert there[name].tobytes(there.reader) == file[name].tobytes()
         assert {path for path, _, _ in server.requests} == {"/first/x.pth"}
         assert {path for path, _, _ in second.requests} == {"/second/x.pth"}
         with_user = f"{hub.url}/start".replace("http://", "http://someone:secret@")

@@ -17,8 +17,7 @@ from streamconv import Checkpoint, MappingError, UsageError
 from streamconv.families.dinov2 import FAMILY
 from streamconv.families.registry import find_model
 from streamconv.families.selection import find_backbone
-from streamconv.files.base import ByteRange
-from streamconv.files.local import LocalFile
+from streamconv.files.base import ByteRange, FileRef
 from streamconv.planning.plan import Plan, make_plan
 from streamconv.planning.shards import make_shard, parse_size, to_json
 from streamconv.tensors.expressions import Record, SourceTensor
@@ -45,21 +44,15 @@ def expanded(shapes: dict[str, list[int]], layers: int, chunks: Sequence[int] = 
 def plan_of_shapes(
     shapes: dict[str, tuple[int, ...]], where: Path, filename: str = "golden", **options: object
 ) -> Plan:
-    """A plan needs no bytes: an empty file serves for any size."""
-    (where / "empty").touch()
-    file = LocalFile(where / "empty")
-    try:
-        tensors = {}
-        for name, shape in shapes.items():
-            info = TensorInfo("F32", shape)
-            tensors[name] = SourceTensor(
-                info, Record(file, name, ByteRange(0, info.nbytes)), 0, contiguous_strides(shape)
-            )
-        selection = find_backbone(Checkpoint(tensors, {}, [], ""), filename)
-        selected = {key: tensors[called] for key, (called,) in selection.names.items()}
-        return make_plan(selected, filename, selection=selection, **options)  # type: ignore[arg-type]
-    finally:
-        file.close()
+    """A plan needs no bytes, and no file."""
+    tensors = {}
+    for name, shape in shapes.items():
+        info = TensorInfo("F32", shape)
+        record = Record(FileRef(where / filename, info.nbytes), name, ByteRange(0, info.nbytes))
+        tensors[name] = SourceTensor(info, record, 0, contiguous_strides(shape))
+    selection = find_backbone(Checkpoint(tensors, {}, [], ""), filename)
+    selected = {key: tensors[called] for key, (called,) in selection.names.items()}
+    return make_plan(selected, filename, selection=selection, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", MODELS)

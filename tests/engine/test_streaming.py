@@ -63,7 +63,9 @@ def test_a_hash_or_a_disk_that_falls_behind_has_all_of_the_file(
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
         shard = make_shard("x.safetensors", checkpoint)
         with open_output_folder(tmp_path, {}, [], 0) as folder:
-            written, _ = streaming.write_shard(shard, folder, RecordChecks(), lambda position, is_kept: None)
+            written, _ = streaming.write_shard(
+                shard, folder, checkpoint.reader, RecordChecks(checkpoint.reader), lambda position, is_kept: None
+            )
         data = (tmp_path / "x.safetensors").read_bytes()
         assert data == shard.header + b"".join(tensor.tobytes() for _, tensor in shard.tensors)
         assert written.sha256 == hashlib.sha256(data).hexdigest()
@@ -90,7 +92,9 @@ def test_weights_do_not_go_through_the_cache(tmp_path: Path, monkeypatch: pytest
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
         shard = make_shard("x.safetensors", checkpoint)
         with open_output_folder(tmp_path, {}, [], 0) as folder:
-            streaming.write_shard(shard, folder, RecordChecks(), lambda position, is_kept: None)
+            streaming.write_shard(
+                shard, folder, checkpoint.reader, RecordChecks(checkpoint.reader), lambda position, is_kept: None
+            )
         assert (tmp_path / "x.safetensors").read_bytes() == shard.header + b"".join(
             tensor.tobytes() for _, tensor in shard.tensors
         )
@@ -124,7 +128,9 @@ def test_no_mark_stands_for_what_a_failed_write_left_out(tmp_path: Path, monkeyp
                 open_output_folder(out, {}, [shard.filename], 0) as folder,
             ):
                 patch.setattr(os, "pwrite", pwrite)
-                streaming.write_shard(shard, folder, RecordChecks(), lambda position, is_kept: None)
+                streaming.write_shard(
+                    shard, folder, checkpoint.reader, RecordChecks(checkpoint.reader), lambda position, is_kept: None
+                )
         assert not (out / shard.filename).exists()
         mark = Journal.read(out).marks.get(shard.filename, NOT_STARTED)
         if mark.size:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import streamconv
 from streamconv import CorruptError
+from streamconv.files.local import LocalFile
+from streamconv.files.reader import Reader
 from streamconv.tensors.checksums import RecordChecks, combine
 from streamconv.tensors.expressions import SourceTensor
 
@@ -34,7 +36,8 @@ def test_combining_works_for_gigabytes() -> None:
 
 def read(checks: RecordChecks, name: str, tensor: SourceTensor) -> None:
     for piece in tensor.split(64):
-        checks.add(name, piece, memoryview(piece.tobytes()))
+        with Reader() as reader:
+            checks.add(name, piece, piece.read_into(memoryview(bytearray(piece.info.nbytes)), reader))
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1], [0, 0, 1, 2]], ids=str)
@@ -50,7 +53,7 @@ def test_a_record_is_checked_in_whatever_order_and_share_it_is_read(
             data[checkpoint["x"].record.range.start + 30] ^= 1
         path.write_bytes(data)
     with streamconv.open_checkpoint(path) as checkpoint:
-        checks = RecordChecks()
+        checks = RecordChecks(checkpoint.reader)
         with pytest.raises(CorruptError, match="the name") if is_damaged else nullcontext():
             for part in order:
                 read(checks, "the name", checkpoint["x"].rows(10 * part, 10 * part + 10))
@@ -66,7 +69,7 @@ def test_a_damaged_record_is_found_when_its_last_byte_is_read(tmp_path: Path) ->
     data[at] ^= 1
     path.write_bytes(data)
     with streamconv.open_checkpoint(path) as checkpoint:
-        checks = RecordChecks()
+        checks = RecordChecks(checkpoint.reader)
         *pieces, last = checkpoint["x"].split(64)
         for piece in pieces:
             checks.add("x", piece, memoryview(piece.tobytes()))
@@ -79,10 +82,10 @@ def test_a_record_is_read_only_once_by_shards_that_share_it(tmp_path: Path, monk
     torch.save({"x": torch.randn(30, 7)}, path)
     again: list[int] = []
     with streamconv.open_checkpoint(path) as checkpoint:
-        checks, tensor = RecordChecks(), checkpoint["x"]
-        real = type(tensor.record.file).read_at
+        checks, tensor = RecordChecks(checkpoint.reader), checkpoint["x"]
+        real = LocalFile.read_at
         read(checks, "x", tensor.rows(0, 10))
-        monkeypatch.setattr(type(tensor.record.file), "read_at", lambda *a: (again.append(a[1]), real(*a)))
+        monkeypatch.setattr(LocalFile, "read_at", lambda *a: (again.append(a[1]), real(*a)))
         checks.verify_pending()  # before the first shard gets its name
         assert len(again) == 1
         monkeypatch.undo()
@@ -97,9 +100,9 @@ def test_what_is_read_again_takes_little_memory_and_is_asked_for_ahead(
     torch.save({"x": torch.randn(3, 1 << 18)}, path)  # 3 MiB, as a model's qkv in two shards
     calls: list[object] = []
     with streamconv.open_checkpoint(path) as checkpoint:
-        checks, tensor = RecordChecks(), checkpoint["x"]
+        checks, tensor = RecordChecks(checkpoint.reader), checkpoint["x"]
         read(checks, "x", tensor.rows(0, 1))
-        file = type(tensor.record.file)
+        file = LocalFile
         real = file.read_at
         monkeypatch.setattr(file, "prefetch", lambda _, ranges: calls.extend(ranges))
         monkeypatch.setattr(file, "read_at", lambda *a: (calls.append(len(a[2])), real(*a)))
@@ -120,10 +123,41 @@ def test_strided_tensors_have_their_records_checked_too(tmp_path: Path, view: to
     data[last] ^= is_damaged
     path.write_bytes(data)
     with streamconv.open_checkpoint(path) as checkpoint:
-        checks = RecordChecks()
-        read(checks, "x", checkpoint["x"])
+        checks = RecordChecks(checkpoint.reader)
+        with pytest.raises(CorruptError, match=r"x \(record") if is_damaged else nullcontext():
+            read(checks, "x", checkpoint["x"])
+            checks.verify_pending()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        torch.randn(20, 30).t(),
+        torch.randn(4, 9, 5).permute(1, 0, 2),
+        torch.randn(6, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.randn(3, 50).flip(0)[:, :].t(),
+    ],
+    ids=["transposed", "permuted", "channels last", "flipped"],
+)
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_permuted_tensors_are_checked_without_a_second_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: torch.Tensor, is_damaged: bool
+) -> None:
+    """All bytes of the record are read in some order, so that nothing is left to verify at the end."""
+    path = tmp_path / "x.pth"
+    torch.save({"x": view}, path)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        middle = checkpoint["x"].record.range.start + checkpoint["x"].record.range.length // 2
+    data = bytearray(path.read_bytes())
+    data[middle] ^= is_damaged
+    path.write_bytes(data)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        checks = RecordChecks(checkpoint.reader)
         if is_damaged:
             with pytest.raises(CorruptError, match=r"x \(record"):
-                checks.verify_pending()
-        else:
-            checks.verify_pending()
+                read(checks, "x", checkpoint["x"])
+            return
+        read(checks, "x", checkpoint["x"])
+        monkeypatch.setattr(LocalFile, "read_at", lambda *a: pytest.fail("the record is read a second time"))
+        assert not checks.is_pending(checkpoint["x"].record)
+        checks.verify_pending()

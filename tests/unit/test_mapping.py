@@ -7,8 +7,7 @@ import pytest
 from streamconv import MappingError, TensorInfo
 from streamconv.families.detection import source_names_of
 from streamconv.families.rules import chunk, count_of, invert, map_tensors, rename
-from streamconv.files.base import ByteRange
-from streamconv.files.local import LocalFile
+from streamconv.files.base import ByteRange, FileRef
 from streamconv.tensors.expressions import Record, SourceTensor, joined
 from streamconv.tensors.info import contiguous_strides
 
@@ -21,15 +20,13 @@ DIMS = {"D": 2, "3D": 6}
 
 @pytest.fixture
 def make(tmp_path: Path):  # type: ignore[no-untyped-def]
-    (tmp_path / "x").write_bytes(bytes(1000))
-    file = LocalFile(tmp_path / "x")
+    file = FileRef(tmp_path / "x", 1000)
 
     def tensor(*shape: int, dtype: str = "F32") -> SourceTensor:
         info = TensorInfo(dtype, shape)
         return SourceTensor(info, Record(file, "r", ByteRange(100, 500)), 0, contiguous_strides(shape))
 
-    yield tensor
-    file.close()
+    return tensor
 
 
 def test_chunks_are_rows_in_order(make) -> None:  # type: ignore[no-untyped-def]

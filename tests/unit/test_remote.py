@@ -30,7 +30,7 @@ class FakeFile(RemoteFile):
         self.asked: list[ByteRange] = []
 
     @property
-    def version(self) -> dict[str, object]:
+    def version(self) -> dict[str, str | int | None]:
         return {}
 
     def require_unchanged(self) -> None: ...
