@@ -50,7 +50,7 @@ def names_of(source: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Each source name with those of its targets."""
     import streamconv
 
-    for move in streamconv.plan(source).moves:
+    for move in streamconv.plan(source).mapping:
         yield move.source, move.targets
 
 
@@ -110,7 +110,7 @@ def original(source: Path, out: Path, options: Options) -> None:
     from streamconv.verification.originals import dinov2
 
     plan = streamconv.plan(source)
-    model: Any = dinov2.build(plan.geometry)
+    model: Any = dinov2.build(plan.dimensions)
     model.eval()
     model.load_state_dict(torch.load(source, map_location="cpu", weights_only=True))
     config = transformers.Dinov2Config(**plan.config)

@@ -42,9 +42,9 @@ def reverted_lines(done: Reverted) -> Iterator[str]:
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
-    width = max(len(move.source) for move in plan.moves)
-    for move in plan.moves:
-        yield f"{move.source:{width}}  {move.tensor.info!s:24}  -> {', '.join(move.targets)}"
+    width = max(len(move.source) for move in plan.mapping)
+    for move in plan.mapping:
+        yield f"{move.source:{width}}  {move.info!s:24}  -> {', '.join(move.targets)}"
     yield ""
     for shard in plan.shards:
         yield f"{shard.filename}  {len(shard.tensors)} tensors, {shard.size:,} bytes"

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from streamconv.jobs import run as pushing
-from streamconv.planning.plan import CASTS
+from streamconv.tensors.info import CastDtype
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, a checkpoint file, or its address.")]
 DEFAULT_MODEL = "dinov2_vitg14"
@@ -47,7 +47,9 @@ Labels = Annotated[
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The largest size of one file.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(metavar="|".join(CASTS), help="What to cast the weights to. [default: as they are stored]"),
+    typer.Option(
+        metavar="|".join(get_args(CastDtype)), help="What to cast the weights to. [default: as they are stored]"
+    ),
 ]
 Select = Annotated[
     str | None,

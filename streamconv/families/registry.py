@@ -18,6 +18,14 @@ def all_families() -> Sequence[Family]:
     return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
 
 
+def family_named(name: str) -> Family:
+    """
+    Raises:
+        KeyError: there is no such family.
+    """
+    return {family.name: family for family in all_families()}[name]
+
+
 def find_model(name: str) -> tuple[Family, Model]:
     """
     Raises:

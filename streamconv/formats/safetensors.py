@@ -25,7 +25,7 @@ from streamconv.files.base import ByteRange, File
 from streamconv.files.local import MAX_JSON_BYTES, read_small
 from streamconv.formats.limits import MAX_TENSORS, are_sizes, check_name, is_shape, read_json
 from streamconv.tensors.expressions import Record, SourceTensor
-from streamconv.tensors.info import DTYPE_SIZES, TensorInfo, contiguous_strides
+from streamconv.tensors.info import DTYPES, TensorInfo, contiguous_strides
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -72,7 +72,7 @@ def _tensor(file: File, data_start: int, name: str, entry: Any) -> SourceTensor:
     if type(entry) is not dict or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise CorruptError(f"{file.where} has no dtype, shape or data_offsets of {printable(name)}.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if type(dtype) is not str or dtype not in DTYPE_SIZES:
+    if type(dtype) is not str or dtype not in DTYPES:
         what = printable(dtype) if type(dtype) is str else type(dtype).__name__
         raise SourceError(f"{file.where}: {printable(name)} has the dtype {what}, which streamconv does not read.")
     if type(shape) is not list or type(offsets) is not list or not is_shape(shape):
@@ -188,7 +188,7 @@ def make_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, list[str]]:
 
     They are ordered by dtype, then name.
     """
-    rank = {dtype: i for i, dtype in enumerate(DTYPE_SIZES)}
+    rank = {dtype: i for i, dtype in enumerate(DTYPES)}
     ordered = sorted(infos.items(), key=lambda item: (-rank[item[1].dtype], item[0].encode()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

@@ -18,7 +18,7 @@ from streamconv.formats.limits import MAX_TENSORS
 from streamconv.formats.torch_pickle import Index, tensors_in
 from streamconv.formats.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles, Unread
 from streamconv.tensors.expressions import Record, SourceTensor
-from streamconv.tensors.info import DTYPE_SIZES
+from streamconv.tensors.info import DTYPES
 
 MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # 0x1950a86a20f9469cfc6c, pickled
 _HEAD = MAGIC + b"\x80\x02M\xe9\x03."  # and 1001
@@ -110,7 +110,7 @@ class _Storages:
         if not (key.isascii() and key.isdigit() and len(key) <= _MAX_KEY_LENGTH):
             raise PickleError("it names a storage by a key that is no number")
         if key not in self._records:
-            record = Record(self._file.ref, f"storage/{key}", ByteRange(0, numel * DTYPE_SIZES[dtype]))
+            record = Record(self._file.ref, f"storage/{key}", ByteRange(0, numel * DTYPES[dtype].itemsize))
             self._counts[key], self._records[key] = numel, record
             if len(self._records) > MAX_TENSORS:
                 raise PickleError(f"it names more than {MAX_TENSORS:,} storages")

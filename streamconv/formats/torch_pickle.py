@@ -13,18 +13,11 @@ from streamconv.errors import CorruptError, NotACheckpointError, SourceError, Un
 from streamconv.formats.limits import MAX_NAME_LENGTH, MAX_TENSORS, are_sizes, check_name, is_shape
 from streamconv.formats.unpickle import PickleError, Unread
 from streamconv.tensors.expressions import Record, SourceTensor
-from streamconv.tensors.info import DTYPE_SIZES, TensorInfo
+from streamconv.tensors.info import DTYPES, TensorInfo
 
-# torch's storage classes and dtype names, to safetensors' codes.
-_STORAGE_DTYPES = {
-    "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
-    "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
-}  # fmt: skip
-_V3_DTYPES = {
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "uint16": "U16", "uint32": "U32", "uint64": "U64",
-}  # fmt: skip
+# torch's names of the typed storages and, for dtypes without one, of the dtypes themselves; to safetensors' codes.
+_STORAGE_DTYPES = {dtype.storage: dtype.code for dtype in DTYPES.values() if dtype.storage}
+_V3_DTYPES = {dtype.torch: dtype.code for dtype in DTYPES.values() if not dtype.storage}
 
 # No checkpoint has a use for these: a file that names one is meant to do harm, and is better not kept.
 _HARMFUL_MODULES = {"os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "runpy", "importlib", "ctypes"}
@@ -125,7 +118,7 @@ class Index:
                 f"{self._where} holds a tensor whose values are a lazy view of its bytes, conjugated or negated. "
                 "Save it again after tensor.resolve_conj().resolve_neg()."
             )
-        tensor = SourceTensor(TensorInfo(dtype, shape), storage.record, offset * DTYPE_SIZES[dtype], strides)
+        tensor = SourceTensor(TensorInfo(dtype, shape), storage.record, offset * DTYPES[dtype].itemsize, strides)
         if 0 not in shape and tensor.offset + tensor.span > storage.record.range.length:
             raise PickleError(
                 f"a tensor {tensor.info} at element {offset} reaches beyond its storage {storage.record.name} "

@@ -10,9 +10,8 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import BinaryIO
 
-from streamconv.tensors.info import TensorInfo, contiguous_strides
+from streamconv.tensors.info import DTYPES, TensorInfo, contiguous_strides
 
-STORAGES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage", "F64": "DoubleStorage"}
 _EMPTY_DICT = b"ccollections\nOrderedDict\n)R"
 _ALIGNMENT = 64  # torch maps records into memory, and wants them aligned
 
@@ -51,7 +50,7 @@ def _pickled(tensors: Mapping[str, TensorInfo]) -> bytes:
     items = b"".join(
         _literal(name)
         + b"ctorch._utils\n_rebuild_tensor_v2\n("
-        + b"(" + _literal("storage") + f"ctorch\n{STORAGES[info.dtype]}\n".encode()
+        + b"(" + _literal("storage") + f"ctorch\n{DTYPES[info.dtype].storage}\n".encode()
         + _literal(str(key)) + _literal("cpu") + _literal(info.nbytes // info.itemsize) + b"tQ"
         + _literal(0) + _literal(info.shape) + _literal(contiguous_strides(info.shape)) + _literal(False)
         + _EMPTY_DICT + b"tR"

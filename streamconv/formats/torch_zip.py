@@ -15,7 +15,7 @@ from streamconv.formats.torch_pickle import Index, tensors_in
 from streamconv.formats.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles
 from streamconv.formats.zip_directory import read_record, read_records
 from streamconv.tensors.expressions import Record, SourceTensor
-from streamconv.tensors.info import DTYPE_SIZES
+from streamconv.tensors.info import DTYPES
 
 
 def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
@@ -45,7 +45,7 @@ def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, S
         record = records.get(f"{prefix}data/{key}")
         if record is None:
             raise CorruptError(f"{file.where} has no record data/{printable(key)}, which its index names.")
-        if record.range.length != numel * DTYPE_SIZES[dtype]:
+        if record.range.length != numel * DTYPES[dtype].itemsize:
             raise CorruptError(
                 f"{file.where}: its record {record.name} has {record.range.length} bytes where its index says "
                 f"{numel} elements of {dtype}."

@@ -15,6 +15,7 @@ from streamconv.errors import NoRangesError, UsageError
 from streamconv.families.base import HEAD_PREFIX
 from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
+from streamconv.jobs.options import ConversionOptions
 from streamconv.output.files import temporary_path
 from streamconv.output.folder import OutputFolder, find_finished, open_output_folder
 from streamconv.output.journal import ResumePoint, resume_points_in
@@ -24,7 +25,8 @@ from streamconv.output.manifest import (
     manifest_bytes,
 )
 from streamconv.output.writer import write_shard
-from streamconv.planning.plan import Plan, make_plan
+from streamconv.planning.make import make_plan
+from streamconv.planning.plan import Plan
 from streamconv.planning.shards import Shard
 from streamconv.progress import Progress, ignore_progress
 from streamconv.source.download import downloaded
@@ -138,7 +140,7 @@ def convert(
         plan, folder = decided.plan, decided.folder
         with open_output_folder(folder, decided.conversion, decided.names, plan.size) as work:
             written, resumed_bytes = _write_shards(plan, work, source_files.reader, progress)
-            for name, data in plan.files.items():
+            for name, data in plan.small_files.items():
                 work.write(name, data)
             manifest = build_manifest(decided.conversion, plan, written, source_files.has_checksums)
             work.write(MANIFEST_NAME, manifest_bytes(manifest))
@@ -199,7 +201,7 @@ def prepare_conversion(
     if output_folder is not None and not fspath(output_folder):
         raise UsageError("The output folder's name is empty. Give -o DIR.")
     folder = Path(output_folder) if output_folder is not None else default_folder(plan, source.source)
-    names = [shard.filename for shard in plan.shards] + list(plan.files) + [INDEX_NAME] * (plan.index is not None)
+    names = [shard.filename for shard in plan.shards] + list(plan.small_files) + [INDEX_NAME] * (plan.index is not None)
     _refuse_own_output(source, folder, names)
     conversion: dict[str, Any] = {
         "model": plan.model.name if plan.model else None,
@@ -225,7 +227,7 @@ def build_manifest(
     conversion: dict[str, Any], plan: Plan, written: Mapping[str, ResumePoint], is_crc_checked: bool
 ) -> dict[str, Any]:
     index = {INDEX_NAME: plan.index} if plan.index is not None else {}
-    small = {**plan.files, **index}.items()
+    small = {**plan.small_files, **index}.items()
     return {
         **conversion,
         "source": {
@@ -268,6 +270,7 @@ def default_folder(plan: Plan, source: Source) -> Path:
 def _plan(
     source: OpenSource, labels: Path_ | None, max_shard_size: int | str, dtype: str | None, progress: Progress
 ) -> tuple[Plan, str | None]:
+    options = ConversionOptions(max_shard_size=max_shard_size, dtype=dtype)  # type: ignore[arg-type]
     names: Sequence[str] | None = None
     labels_from = None
     if HEAD_PREFIX + "bias" in source.tensors:
@@ -280,7 +283,15 @@ def _plan(
             names, labels_from = imagenet_labels()
     elif labels is not None:
         raise UsageError("Labels are for a classifier. Name a _1layer model, or give its --head.")
-    plan = make_plan(source.tensors, source.where, names, max_shard_size, dtype=dtype, **source.said)
+    plan = make_plan(
+        source.tensors,
+        source.where,
+        names,
+        options.max_shard_bytes,
+        dtype=options.dtype,
+        filename=source.source.backbone.name,
+        **source.said,
+    )
     return plan, labels_from
 
 

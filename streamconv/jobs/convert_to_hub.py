@@ -135,7 +135,7 @@ def _commit(
     decided: PreparedConversion, manifest: Mapping[str, Any], work: OutputFolder, repository: Repository
 ) -> str:
     plan = decided.plan
-    small = {**plan.files, **({INDEX_NAME: plan.index} if plan.index is not None else {})}
+    small = {**plan.small_files, **({INDEX_NAME: plan.index} if plan.index is not None else {})}
     small |= {MANIFEST_NAME: manifest_bytes(manifest), **card_files(decided.folder, repository, manifest)}
     try:
         published = repository.commit(small, commit_message(manifest))

@@ -20,7 +20,7 @@ from streamconv.families.rules import invert
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.safetensors import make_header
-from streamconv.formats.torch_writer import STORAGES, write_pth
+from streamconv.formats.torch_writer import write_pth
 from streamconv.output.files import OutputFile, atomic_file, require_space
 from streamconv.output.manifest import read_manifest
 from streamconv.output.writer import SYNC_BYTES
@@ -28,6 +28,7 @@ from streamconv.planning.shards import PIECE_BYTES
 from streamconv.progress import Progress, ignore_progress
 from streamconv.source.open import read_config
 from streamconv.tensors.expressions import AnyTensor, SourceTensor, filled, joined
+from streamconv.tensors.info import DTYPES
 
 SAFETENSORS = ".safetensors"
 MAX_FILLING_BYTES = 1 << 20  # a LayerScale or a mask token is a few kB
@@ -130,7 +131,7 @@ def _without_fillings(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Ma
         return checkpoint
     for name, value in constants.items():
         info = checkpoint[name].info
-        if not isinstance(value, float) or info.dtype not in STORAGES or info.nbytes > MAX_FILLING_BYTES:
+        if not isinstance(value, float) or not DTYPES[info.dtype].is_weight or info.nbytes > MAX_FILLING_BYTES:
             return checkpoint
         if checkpoint[name].tobytes(checkpoint.reader) != filled(value, info).tobytes():
             return checkpoint
@@ -158,7 +159,7 @@ def _originals(
     problems = config_problems(layout, config)
     tensors = invert(layout.rules, checkpoint, layout.dims, layout.count, where, problems)
     dtype = next(iter(tensors.values())).info.dtype  # of them all: `invert` refuses mixed ones
-    if dtype not in STORAGES:
+    if not DTYPES[dtype].is_weight:
         raise MappingError(f"{where} cannot be reverted:", [f"its tensors are {dtype}, which is no model's dtype"])
     model = next((known for known in family.models if known.geometry == geometry), None)
     return family, model, layout.count, tensors

@@ -11,18 +11,20 @@ from collections.abc import Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from streamconv._version import __version__
 from streamconv.errors import OutputError
 from streamconv.output.journal import JOURNAL_NAME
 from streamconv.output.manifest import MANIFEST_NAME, is_of, read_manifest
-from streamconv.planning.plan import CASTS, Plan, make_plan
+from streamconv.planning.make import make_plan
+from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.source.download import downloaded
 from streamconv.source.labels import labels_in
 from streamconv.source.open import OpenSource, open_source, read_config
 from streamconv.source.resolve import resolve_source
+from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import check_bytes, check_files, check_names
 from streamconv.verification.result import Check, Verification
 
@@ -212,8 +214,15 @@ def _verification(
 def _plan_of(folder: Path, source: OpenSource) -> Plan:
     """What the folder should hold: its own labels and dtype, which the source does not know, and all else from it."""
     config = read_config(folder)
-    dtype = next((known for known in CASTS if known == config.get("dtype")), None)
-    planned = partial(make_plan, source.tensors, source.where, max_shard_size=sys.maxsize, **source.said)
+    dtype = next((known for known in get_args(CastDtype) if known == config.get("dtype")), None)
+    planned = partial(
+        make_plan,
+        source.tensors,
+        source.where,
+        max_shard_bytes=sys.maxsize,
+        filename=source.source.backbone.name,
+        **source.said,
+    )
     plan, labels = planned(dtype=dtype), labels_in(config)
     if len(labels) != len(plan.config.get("id2label", ())):
         return plan  # the bytes rung will say what is wrong with config.json

@@ -15,6 +15,7 @@ from streamconv.formats.safetensors import SINGLE_NAME, index_of, make_header
 from streamconv.tensors.expressions import SourceTensor
 
 PIECE_BYTES = 512 << 10  # what is read and written at once: it stays in the cache of a CPU
+DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,12 @@ def parse_size(size: int | str) -> int:
     return count
 
 
-def lay_out(targets: Mapping[str, SourceTensor], max_shard_size: int | str) -> tuple[tuple[Shard, ...], bytes | None]:
-    """The files for ``targets``, in their order, and the bytes of the index; None where one file holds all.
+def lay_out(targets: Mapping[str, SourceTensor], max_bytes: int) -> tuple[tuple[Shard, ...], bytes | None]:
+    """Lay ``targets`` out in files of at most ``max_bytes``, in their order, as transformers cuts them.
 
-    Raises:
-        UsageError: the shard size is none.
+    Returns:
+        The files, and the bytes of their index; None if one file holds all.
     """
-    max_bytes = parse_size(max_shard_size)
     if sum(tensor.target.nbytes for tensor in targets.values()) <= max_bytes:
         return (make_shard(SINGLE_NAME, targets),), None
     # Only here, since huggingface_hub before 1.0 costs 20 MB to import.

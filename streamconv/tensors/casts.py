@@ -9,13 +9,14 @@ from functools import cache
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
+from streamconv.tensors.info import DTYPES
+
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
 _AT_ONCE = 32 << 10  # elements: what is made of them on the way stays in a CPU's cache
-_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 as its bits
 _INFINITIES = {"F16": 0x7C00, "BF16": 0x7F80}
 
 
@@ -29,7 +30,7 @@ def cast_into(data: memoryview, dtype: str, out: memoryview, target: str) -> int
     """
     import numpy as np
 
-    values, results = np.frombuffer(data, _TYPES[dtype]), np.frombuffer(out, _TYPES[target])
+    values, results = np.frombuffer(data, DTYPES[dtype].numpy), np.frombuffer(out, DTYPES[target].numpy)
     overflow_count = 0
     with np.errstate(all="ignore"):
         for at in range(0, len(values), _AT_ONCE):

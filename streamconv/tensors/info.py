@@ -1,15 +1,60 @@
-"""Dtypes, and what a tensor is before anyone reads it. The only dtype table."""
+"""Dtypes, and what a tensor is before anyone reads it.
+
+`DTYPES` is the only dtype table: whatever a dtype is called in a file, in torch or in numpy is looked up here.
+"""
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-# safetensors' dtype codes in its own order (it lays tensors out by it, last first), and bytes per element.
-DTYPE_SIZES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4,
-    "C64": 8, "F64": 8, "I64": 8, "U64": 8,
-}  # fmt: skip
+CastDtype = Literal["float32", "float16", "bfloat16"]
+"""The dtypes that weights can be cast to, by torch's names."""
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """One dtype. ``itemsize`` is in bytes.
+
+    ``storage`` is torch's typed storage class, empty for dtypes that came after those classes. ``numpy`` is the
+    dtype string under which `casts` handles the values; bfloat16, which numpy lacks, is handled by its bits.
+    """
+
+    code: str
+    itemsize: int
+    torch: str
+    storage: str = ""
+    numpy: str = ""
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether a model's weights can have it: the floating-point dtypes of 16 bits and more."""
+        return bool(self.numpy)
+
+
+# By safetensors' code and in safetensors' own order, which is the reverse of the order of tensors in its files.
+DTYPES = {
+    dtype.code: dtype
+    for dtype in (
+        DType("BOOL", 1, "bool", "BoolStorage"),
+        DType("U8", 1, "uint8", "ByteStorage"),
+        DType("I8", 1, "int8", "CharStorage"),
+        DType("F8_E5M2", 1, "float8_e5m2"),
+        DType("F8_E4M3", 1, "float8_e4m3fn"),
+        DType("F8_E8M0", 1, "float8_e8m0fnu"),
+        DType("I16", 2, "int16", "ShortStorage"),
+        DType("U16", 2, "uint16"),
+        DType("F16", 2, "float16", "HalfStorage", "<f2"),
+        DType("BF16", 2, "bfloat16", "BFloat16Storage", "<u2"),
+        DType("I32", 4, "int32", "IntStorage"),
+        DType("U32", 4, "uint32"),
+        DType("F32", 4, "float32", "FloatStorage", "<f4"),
+        DType("C64", 8, "complex64", "ComplexFloatStorage"),
+        DType("F64", 8, "float64", "DoubleStorage", "<f8"),
+        DType("I64", 8, "int64", "LongStorage"),
+        DType("U64", 8, "uint64"),
+    )
+}
+BY_TORCH_NAME = {dtype.torch: dtype for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +66,8 @@ class TensorInfo:
 
     @property
     def itemsize(self) -> int:
-        return DTYPE_SIZES[self.dtype]
+        """Bytes per element."""
+        return DTYPES[self.dtype].itemsize
 
     @property
     def nbytes(self) -> int:

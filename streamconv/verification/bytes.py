@@ -53,7 +53,7 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
     checks, compared = RecordChecks(reader), 0
     problems: list[str] = []
     files: dict[str, dict[str, Any]] = {}
-    for name, data in plan.files.items():
+    for name, data in plan.small_files.items():
         problems += _json_differences(folder, name, json.loads(data))
     try:
         written = open_checkpoint(folder)
@@ -122,7 +122,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any], advance: Callable[[in
 def check_names(folder: Path, plan: Plan) -> list[str]:
     """What is not as the plan says, but for the bytes of weights: names, dtypes, shapes, the small files."""
     wanted = {name: tensor for shard in plan.shards for name, tensor in shard.tensors}
-    problems = [p for name, data in plan.files.items() for p in _json_differences(folder, name, json.loads(data))]
+    problems = [p for name, data in plan.small_files.items() for p in _json_differences(folder, name, json.loads(data))]
     try:
         with open_checkpoint(folder) as written:
             problems += _name_problems(wanted, written) + _file_problems(folder, written)

@@ -15,7 +15,7 @@ from streamconv.source.open import OpenSource
 from streamconv.verification.devices import MemoryWatch, choose_device, versions
 from streamconv.verification.image import open_image
 from streamconv.verification.load import check_load
-from streamconv.verification.offload import DTYPES, OffloadedModel, StreamedWeights
+from streamconv.verification.offload import OffloadedModel, StreamedWeights, torch_dtype
 from streamconv.verification.page_cache import return_freed_buffers
 from streamconv.verification.parity import PROVES, Pair, check_parity
 from streamconv.verification.patch_pca import draw_pictures
@@ -88,7 +88,7 @@ class ModelVerifier:
             parity = Check("parity", False, PROVES, (problem,))
             why = "torch did not load the original"
             return ModelResults((loaded, parity, Check("preprocessing", None, why)))
-        cast_to = DTYPES[self.plan.cast_to] if self.plan.cast_to else None
+        cast_to = torch_dtype(self.plan.cast_to) if self.plan.cast_to else None
         original = OffloadedModel(self.original, self.device, weights, cast_to)
         model = OffloadedModel(
             converted, self.device, StreamedWeights(targets, source.reader, self.device) if targets else None

@@ -20,11 +20,17 @@ from streamconv.files.reader import Reader
 from streamconv.planning.shards import PIECE_BYTES
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.expressions import AnyTensor, parts_of, prefetch
+from streamconv.tensors.info import DTYPES
 from streamconv.verification.page_cache import FileMappings
 
 RECENT_BYTES = 128 << 20  # what running layers may still use: a block of ViT-g has 113 MB
 AHEAD_BYTES = 32 << 20  # what is read at once of a source that is streamed
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The torch dtype of a safetensors code."""
+    dtype: torch.dtype = getattr(torch, DTYPES[code].torch)
+    return dtype
 
 
 class OffloadedWeights(Mapping[str, Tensor]):
@@ -112,7 +118,7 @@ def _read_tensor(name: str, tensor: AnyTensor, reader: Reader, checks: RecordChe
         part = view[at : at + piece.info.nbytes]
         checks.add(name, piece, piece.read_into(part, reader))
         at += len(part)
-    return data.view(DTYPES[tensor.info.dtype]).reshape(tensor.info.shape).to(DTYPES[tensor.target.dtype])
+    return data.view(torch_dtype(tensor.info.dtype)).reshape(tensor.info.shape).to(torch_dtype(tensor.target.dtype))
 
 
 class OffloadedModel:

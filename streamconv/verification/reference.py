@@ -53,7 +53,7 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Cal
     module = importlib.import_module(f"streamconv.verification.originals.{plan.family.name}")
     if reference == BUILTIN:
         with init_empty_weights():
-            return module.build(plan.geometry), module.states
+            return module.build(plan.dimensions), module.states
     check_reference(reference)
     if plan.model is None:
         raise UsageError("torch.hub has published models only, and this is none. Use --reference builtin.")

@@ -23,7 +23,7 @@ def write_sparse_folder(plan: Plan, folder: Path) -> None:
         with open(folder / shard.filename, "wb") as file:
             file.write(shard.header)
             file.truncate(shard.size)
-    for name, data in {**plan.files, **({INDEX_NAME: plan.index} if plan.index is not None else {})}.items():
+    for name, data in {**plan.small_files, **({INDEX_NAME: plan.index} if plan.index is not None else {})}.items():
         (folder / name).write_bytes(data)
 
 

@@ -18,7 +18,8 @@ from streamconv.families.dinov2 import FAMILY
 from streamconv.families.registry import find_model
 from streamconv.families.selection import find_backbone
 from streamconv.files.base import ByteRange, FileRef
-from streamconv.planning.plan import Plan, make_plan
+from streamconv.planning.make import make_plan
+from streamconv.planning.plan import Plan
 from streamconv.planning.shards import make_shard, parse_size, to_json
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import TensorInfo, contiguous_strides
@@ -52,7 +53,7 @@ def plan_of_shapes(
         tensors[name] = SourceTensor(info, record, 0, contiguous_strides(shape))
     selection = find_backbone(Checkpoint(tensors, {}, [], ""), filename)
     selected = {key: tensors[called] for key, (called,) in selection.names.items()}
-    return make_plan(selected, filename, selection=selection, **options)  # type: ignore[arg-type]
+    return make_plan(selected, filename, selection=selection, filename=filename, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -64,9 +65,9 @@ def test_every_published_model_maps_metas_keys_onto_transformers(name: str, tmp_
     assert plan.model is not None
     assert plan.model.name == name
     assert {name: tensor.info.shape for shard in plan.shards for name, tensor in shard.tensors} == target
-    sources = FAMILY.sources(plan.geometry, plan.model.block_chunks)
+    sources = FAMILY.sources(plan.dimensions, plan.model.block_chunks)
     assert {key: info.shape for key, info in sources.items()} == source
-    assert [move.source for move in plan.moves] == list(sources)
+    assert [move.source for move in plan.mapping] == list(sources)
     assert plan.config["num_attention_heads"] == golden["heads"]
 
 
@@ -112,7 +113,7 @@ def test_configs_are_transformers_own_but_for_the_version(name: str, tmp_path: P
     config.save_pretrained(tmp_path)
     theirs = (tmp_path / "config.json").read_text("utf-8")
     lines = [line for line in theirs.splitlines(keepends=True) if '"transformers_version"' not in line]
-    assert plan.files["config.json"].decode() == "".join(lines)
+    assert plan.small_files["config.json"].decode() == "".join(lines)
 
 
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vitg14_reg", *WEB_DINO])
@@ -127,7 +128,7 @@ def test_image_processors_are_transformers_own(name: str, tmp_path: Path) -> Non
     processor.save_pretrained(tmp_path)
     theirs = json.loads((tmp_path / "preprocessor_config.json").read_text("utf-8"))
     plan = plan_of_shapes(expanded(golden["source"], golden["layers"], golden.get("chunks", ())), tmp_path)
-    assert plan.files["preprocessor_config.json"] == to_json(theirs)
+    assert plan.small_files["preprocessor_config.json"] == to_json(theirs)
 
 
 @pytest.mark.parametrize("name", WEB_DINO)

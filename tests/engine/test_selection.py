@@ -103,7 +103,7 @@ def test_a_backbone_is_found_under_any_prefix(
     torch.save(wrap(state, prefix), tmp_path / "x.pth", _use_new_zipfile_serialization=is_zip)
     done = streamconv.convert(tmp_path / "x.pth", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
-    assert {move.source for move in done.plan.moves} == {prefix + key for key in state}
+    assert {move.source for move in done.plan.mapping} == {prefix + key for key in state}
     assert done.plan.skipped == ()
 
 
@@ -191,7 +191,7 @@ def test_several_backbones_are_refused_until_one_is_selected(tmp_path: Path) -> 
         assert streamconv.verify(tmp_path / name, source, device="cpu").passed
     wrong = streamconv.verify(tmp_path / "teacher", source, select="model.student.backbone", device="cpu", parity=False)
     assert wrong.checks[0].passed is False
-    assert streamconv.plan(source, select="teacher.backbone").moves[0].source == "model.teacher.backbone.cls_token"
+    assert streamconv.plan(source, select="teacher.backbone").mapping[0].source == "model.teacher.backbone.cls_token"
     says = r"does not have .* Say --select model.teacher.backbone or --select model.student.backbone"
     for select in ("backbone", "", "model", "eacher.backbone"):
         with pytest.raises(UsageError, match=says):
