@@ -20,8 +20,12 @@ from streamconv.errors import (
     UsageError,
 )
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
+from streamconv.hub.repository import Destination
 from streamconv.jobs.convert import Conversion, convert, plan
+from streamconv.jobs.options import ConversionOptions, PushOptions, SourceOptions, VerificationOptions
+from streamconv.jobs.publish import Published, publish
 from streamconv.jobs.revert import Reverted, revert
+from streamconv.jobs.run import RunResult, run
 from streamconv.jobs.synth import synth
 from streamconv.jobs.verify import verify
 from streamconv.planning.plan import Plan
@@ -34,16 +38,22 @@ __all__ = [
     "Check",
     "Checkpoint",
     "Conversion",
+    "ConversionOptions",
     "CorruptError",
+    "Destination",
     "MappingError",
     "NetworkError",
     "NoRangesError",
     "NotACheckpointError",
     "OutputError",
     "Plan",
+    "Published",
+    "PushOptions",
     "Reverted",
+    "RunResult",
     "SourceError",
     "SourceMissingError",
+    "SourceOptions",
     "SourceTensor",
     "StreamconvError",
     "TensorInfo",
@@ -51,11 +61,14 @@ __all__ = [
     "UnsafePickleError",
     "UsageError",
     "Verification",
+    "VerificationOptions",
     "__version__",
     "convert",
     "open_checkpoint",
     "plan",
+    "publish",
     "revert",
+    "run",
     "synth",
     "verify",
 ]

@@ -1,15 +1,15 @@
-"""The command line: parse the user's words, call one function, print as `terminal` does. Nothing else prints."""
+"""The command line: parse what the user typed, call one job, print its result. Nothing else prints."""
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import streamconv
+from streamconv import ConversionOptions, SourceOptions, VerificationOptions
 from streamconv._version import __version__
 from streamconv.cli.messages import conversion_lines, model_lines, plan_lines, reverted_lines, verification_lines
 from streamconv.cli.options import (
@@ -39,17 +39,13 @@ from streamconv.cli.options import (
     SourceOrDefault,
     Stream,
     Synthetic,
+    push_options,
     with_values,
 )
 from streamconv.cli.progress_bar import ProgressReport
 from streamconv.cli.terminal import fail, print_json, print_lines, report_errors, run_with_signals
-from streamconv.errors import StreamconvError, UsageError
-from streamconv.hub.repository import Repository
+from streamconv.errors import UsageError
 from streamconv.jobs.convert import Conversion
-from streamconv.jobs.convert_to_hub import HubConversion, convert_to_hub
-from streamconv.jobs.run import read_options
-from streamconv.jobs.synth import temporary_checkpoint
-from streamconv.jobs.verifying_tmp import Verifying
 from streamconv.verification.result import Verification
 
 EXIT_CODES = """\b
@@ -98,48 +94,32 @@ def run(
     if source is not None and model_name is not None:
         fail(UsageError("SOURCE and --model_name are the same. Give one of them."))
     name = next((word for word in (source, model_name) if word is not None), DEFAULT_MODEL)
-    with report_errors():
-        if synthetic and head is not None:
-            raise UsageError("--synthetic makes its own head. Leave --head out.")
-        pushing = read_options(push_to_hub, private, revision, create_pr, push_unverified, not no_verify)
-        verifying = None if no_verify else Verifying(device, image, reference, not no_parity, stream, report)
-        if verifying is not None:
-            verifying.check_ahead()
-        options: dict[str, Any] = {"head": head, "labels": labels, "max_shard_size": max_shard_size, "dtype": dtype}
-        options |= {"select": select, "num_heads": num_heads}
-        repository = pushing.open(name, synthetic, **options) if pushing is not None else None
-    with report_errors():
-        published, failure, found = None, None, None
-        with _synthetic(name, output, seed) if synthetic else nullcontext((name, head)) as (path, options["head"]):
-            if stream and pushing is not None and repository is not None:
-                relayed = _relay(path, output, repository, verifying, as_json, unverified=pushing.unverified, **options)
-                converted, found, published = relayed.conversion, relayed.verification, relayed.published
-            else:
-                converted = _convert(path, output, as_json, stream=stream, **options)
-                if verifying is not None:
-                    said = {name: options[name] for name in ("head", "select", "num_heads")}
-                    found = _verify(verifying, converted.output, path, as_json, **said)
-    passed = found is not None and found.passed
-    if pushing is not None and repository is not None and not stream and (passed or pushing.unverified):
-        try:
-            published = pushing.push(converted.output, repository)
-        except StreamconvError as error:
-            failure = error  # said when all that was done is
-    if as_json:
-        verification = found.as_dict() if found else None
-        print_json({**converted.as_dict(), "verification": verification, "published": published})
-    elif found is None:
-        print_lines(["not verified: --no-verify"])
-    with report_errors():
-        if verifying is not None and found is not None:
-            _write_report(verifying, found, as_json)
-        if failure is not None:
-            raise failure
-    if published is not None and not as_json:
-        print_lines([f"published: {published}"])
-    if found is not None and not passed:
-        if pushing is not None and published is None:
-            print("not pushed, since verification failed; --push-unverified would insist", file=sys.stderr)
+    results = _Results(as_json)
+    with report_errors(results.finish):
+        conversion = ConversionOptions(head, select, num_heads, stream, labels, max_shard_size, _dtype(dtype))
+        verification = None if no_verify else VerificationOptions(device, image, reference, not no_parity, report)
+        push = push_options(push_to_hub, private, revision, create_pr, push_unverified)
+        if synthetic:
+            print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)
+        with ProgressReport() as progress:
+            done = streamconv.run(
+                name,
+                output,
+                conversion,
+                verification,
+                push,
+                synthetic_seed=seed if synthetic else None,
+                progress=progress,
+                on_result=results.printer(progress),
+            )
+        results.published = done.published.url if done.published is not None else None
+    results.finish()
+    if verification is None:
+        return
+    _print_report_path(report, as_json)
+    if not done.passed:
+        if push is not None and done.published is None:
+            print("Not pushed, because verification failed. --push-unverified insists.", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -158,11 +138,13 @@ def convert(
 ) -> None:
     """Convert a checkpoint into a folder that transformers loads."""
     with report_errors():
-        options: dict[str, Any] = {"head": head, "labels": labels, "max_shard_size": max_shard_size, "dtype": dtype}
-        options |= {"select": select, "num_heads": num_heads, "stream": stream}
-        converted = _convert(source, output, as_json, **options)
+        options = ConversionOptions(head, select, num_heads, stream, labels, max_shard_size, _dtype(dtype))
+        with ProgressReport() as progress:
+            converted = streamconv.convert(source, output, options, progress=progress)
     if as_json:
         print_json(converted.as_dict())
+    else:
+        print_lines(conversion_lines(converted))
 
 
 @app.command()
@@ -214,20 +196,22 @@ def verify(
     Without SOURCE, each file is checked against the size and sha256 in the folder's streamconv.json.
     """
     with report_errors():
-        given = (head, select, num_heads, device, image, reference, no_parity, stream)
-        if source is None and given != (None, None, None, "auto", None, "builtin", False, False):
+        source_options = SourceOptions(head, select, num_heads, stream)
+        options = VerificationOptions(device, image, reference, not no_parity, report)
+        if source is None and (source_options, options) != (SourceOptions(), VerificationOptions(report=report)):
             raise UsageError(
                 "--head, --select, --num-heads, --device, --image, --reference, --no-parity and --stream are for a "
-                "comparison. Name the SOURCE too."
+                "comparison with the source. Name the SOURCE too."
             )
-        verifying = Verifying(device, image, reference, not no_parity, stream, report)
-        verifying.check_ahead()
-        found = _verify(verifying, folder, source, as_json, head=head, select=select, num_heads=num_heads)
+        with ProgressReport() as progress:
+            verified = streamconv.verify(folder, source, options, source_options, progress=progress)
     if as_json:
-        print_json(found.as_dict())
-    with report_errors():
-        _write_report(verifying, found, as_json)
-    if not found.passed:
+        print_json(verified.as_dict())
+    else:
+        print_lines(verification_lines(verified))
+    _print_notes(verified)
+    _print_report_path(report, as_json)
+    if not verified.passed:
         raise typer.Exit(1)
 
 
@@ -243,12 +227,12 @@ def plan(
 ) -> None:
     """Show what would be written: mapping, shards, bytes. No weight is read."""
     with report_errors():
-        said: dict[str, Any] = {"head": head, "select": select, "num_heads": num_heads}
-        planned = streamconv.plan(source, max_shard_size=max_shard_size, dtype=dtype, **said)
+        options = ConversionOptions(head, select, num_heads, max_shard_size=max_shard_size, dtype=_dtype(dtype))
+        planned = streamconv.plan(source, options)
     if as_json:
         print_json(planned.as_dict())
-        return
-    print_lines(plan_lines(planned))
+    else:
+        print_lines(plan_lines(planned))
 
 
 @app.command()
@@ -290,55 +274,57 @@ def _options(
             raise UsageError("The current folder is gone. Change to another one.") from None
 
 
-def _convert(source: str, folder: str | Path | None, as_json: bool, **options: Any) -> Conversion:
-    with ProgressReport() as progress:
-        done = streamconv.convert(source, folder, progress=progress, **options)
-    if not as_json:
-        print_lines(conversion_lines(done))
-    return done
+class _Results:
+    """Prints results as they come or, as JSON, all of them at the end."""
+
+    def __init__(self, as_json: bool):
+        self._as_json, self._is_finished = as_json, False
+        self._conversion: Conversion | None = None
+        self._verification: Verification | None = None
+        self.published: str | None = None
+
+    def printer(self, progress: ProgressReport) -> Callable[[Conversion | Verification], None]:
+        def on_result(result: Conversion | Verification) -> None:
+            progress.clear()
+            if isinstance(result, Conversion):
+                self._conversion, lines = result, conversion_lines(result)
+            else:
+                self._verification, lines = result, verification_lines(result)
+                _print_notes(result)
+            if not self._as_json:
+                print_lines(lines)
+
+        return on_result
+
+    def finish(self) -> None:
+        """Print what is left to say; called after an error, too, which may come when the work is done."""
+        if self._is_finished or self._conversion is None:
+            return
+        self._is_finished = True
+        if self._as_json:
+            verification = self._verification.as_dict() if self._verification is not None else None
+            print_json({**self._conversion.as_dict(), "verification": verification, "published": self.published})
+            return
+        if self._verification is None:
+            print_lines(["not verified"])
+        if self.published is not None:
+            print_lines([f"published: {self.published}"])
 
 
-def _relay(
-    source: str,
-    folder: str | None,
-    repository: Repository,
-    verifying: Verifying | None,
-    as_json: bool,
-    **options: Any,
-) -> HubConversion:
-    with ProgressReport() as progress:
-        verify = verifying.of_what_was_sent(progress) if verifying is not None else None
-        done = convert_to_hub(source, folder, repository, verify, progress=progress, **options)
-    if not as_json:
-        print_lines(conversion_lines(done.conversion))
-        if done.verification is not None:
-            print_lines(verification_lines(done.verification))
-    return done
+def _dtype(name: str | None) -> Any:
+    return name  # `ConversionOptions` checks it
 
 
-def _verify(verifying: Verifying, folder: Path, source: str | None, as_json: bool, **said: Any) -> Verification:
-    found, why_not_kept = verifying.verify(folder, source, **said)
-    if not as_json:
-        print_lines(verification_lines(found))
-    if why_not_kept is not None:
-        print(f"note: the finding is not kept: {why_not_kept}", file=sys.stderr)
-    return found
+def _print_notes(verification: Verification) -> None:
+    if verification.not_recorded:
+        print(f"note: the result was not recorded in the folder: {verification.not_recorded}", file=sys.stderr)
 
 
-def _write_report(verifying: Verifying, found: Verification, as_json: bool) -> None:
-    verifying.write_report(found)
-    if verifying.report is not None:
-        if as_json:
-            print(f"report: {verifying.report}", file=sys.stderr)
-        else:
-            print_lines([f"report: {verifying.report}"])
-
-
-@contextmanager
-def _synthetic(name: str, output: str | None, seed: int) -> Iterator[tuple[str, str | None]]:
-    print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)
-    with temporary_checkpoint(name, None if output is None else Path(output), seed=seed) as made:
-        yield str(made.backbone), str(made.head) if made.head else None
+def _print_report_path(path: Path | None, as_json: bool) -> None:
+    if path is not None and as_json:
+        print(f"report: {path}", file=sys.stderr)
+    elif path is not None:
+        print_lines([f"report: {path}"])
 
 
 def main() -> None:

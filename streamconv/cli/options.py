@@ -1,12 +1,16 @@
 """The options that several commands of the command line share."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 
-from streamconv.jobs import run as pushing
+from streamconv.errors import UsageError
+from streamconv.families.registry import find_model
+from streamconv.hub.repository import Destination
+from streamconv.jobs.options import PushOptions
 from streamconv.tensors.info import CastDtype
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, a checkpoint file, or its address.")]
@@ -81,7 +85,15 @@ Report = Annotated[
     Path | None, typer.Option(metavar="FILE.html", help="Write what was found as a page to look at and to publish.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of the random weights.")]
-PushToHub = Annotated[str | None, typer.Option(*pushing.OPTIONS, metavar="[REPO]", help=pushing.HELP)]
+PUSH_NAMES = ("--push-to-hub", "--push_to_hub")
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        *PUSH_NAMES,
+        metavar="[REPO]",
+        help="Push what was verified to the Hub, to USER/NAME or your own NAME. [default: the published name]",
+    ),
+]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one.")]
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="The branch to push to; made where it is not. [default: main]")
@@ -92,16 +104,41 @@ PushUnverified = Annotated[
 ]
 
 
-OPTIONS = ("--push-to-hub", "--push_to_hub")
-
-
-HELP = "Push what was verified to the Hub, to USER/NAME or your own NAME. [default: the published name]"
-
-
 def with_values(words: Sequence[str]) -> list[str]:
-    """A command line in which --push-to-hub always has a value, an empty one where the user gave none.
-
-    typer has no options whose value may be left out.
-    """
+    """Give --push-to-hub an empty value if the user gave none: typer has no options with an optional value."""
     following = zip(words, [*words[1:], "-"], strict=False)
-    return [f"{word}=" if word in OPTIONS and after.startswith("-") else word for word, after in following]
+    return [f"{word}=" if word in PUSH_NAMES and after.startswith("-") else word for word, after in following]
+
+
+def push_options(
+    push_to_hub: str | None, private: bool, revision: str | None, create_pr: bool, unverified: bool
+) -> PushOptions | None:
+    """What the options of `run` ask for; None for no push.
+
+    Raises:
+        UsageError: they do not go together, or --push-to-hub took the source as its value.
+    """
+    if push_to_hub is None:
+        given = {"--private": private, "--revision": revision is not None, "--create-pr": create_pr}
+        alone = [name for name, is_given in {**given, "--push-unverified": unverified}.items() if is_given]
+        if alone:
+            raise UsageError(
+                f"{' and '.join(alone)} {'needs' if len(alone) == 1 else 'need'} --push-to-hub. Give it too."
+            )
+        return None
+    if _is_source(push_to_hub):
+        raise UsageError(
+            f"--push-to-hub took {push_to_hub} as the repository's name, but it is a source. Put the source first, "
+            f"streamconv run {push_to_hub} --push-to-hub, or name a repository as USER/NAME."
+        )
+    return PushOptions(Destination(push_to_hub or None, private, revision, create_pr), unverified)
+
+
+def _is_source(word: str) -> bool:
+    if "://" in word or os.path.isfile(word):
+        return True
+    try:
+        find_model(word)
+    except UsageError:
+        return False
+    return True

@@ -19,7 +19,6 @@ class ProgressReport:
     def __enter__(self) -> "ProgressReport":
         if sys.stderr.isatty():
             self._bar = _bar()
-            self._bar.start()
         return self
 
     def __exit__(
@@ -28,9 +27,16 @@ class ProgressReport:
         if self._bar is not None:
             self._bar.stop()
 
+    def clear(self) -> None:
+        """Take the bar off the terminal, for lines to be printed; the next call shows it again."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar, self._task, self._what = _bar(), None, ""
+
     def __call__(self, what: str, done: int, total: int, unit: str) -> None:
         is_new, self._what = what != self._what, what
         if self._bar is not None:
+            self._bar.start()
             if is_new:
                 if self._task is not None:
                     self._bar.remove_task(self._task)

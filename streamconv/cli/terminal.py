@@ -94,11 +94,12 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 @contextmanager
-def report_errors() -> Iterator[None]:
+def report_errors(before: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Our own errors become one message and an exit code; all others are bugs, and show their traceback."""
     try:
         yield
     except StreamconvError as error:
+        before()
         fail(error)
 
 

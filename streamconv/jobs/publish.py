@@ -1,35 +1,72 @@
-"""What of a finished folder is pushed: its manifest's files, the manifest, and a model card, in one commit."""
+"""Publishes a finished folder on the Hub."""
 
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import OutputError, SourceError
+from streamconv.errors import OutputError, SourceError, UsageError
+from streamconv.families.registry import find_model
 from streamconv.files.local import read_small
 from streamconv.hub.card import CARD_NAME, is_ours, make_card
 from streamconv.hub.repository import Repository, require_digest
+from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.output.manifest import MANIFEST_NAME, read_manifest
 from streamconv.progress import Progress, ignore_progress
 
 
-def publish(folder: Path, repository: Repository, progress: Progress = ignore_progress) -> str:
-    """Push a finished folder: what its manifest names, the manifest, and a model card, in one commit.
+@dataclass(frozen=True)
+class Published:
+    """Where a model was published: the repository, "user/name", and the address of the commit or pull request."""
 
-    A README.md in the folder is the card; otherwise one is made, and not kept there, unless the repository
-    has one that someone else wrote. What the Hub has is not sent again.
+    repository: str
+    url: str
 
-    Returns:
-        The commit's or pull request's address.
+
+def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Progress = ignore_progress) -> Published:
+    """Publish a finished folder on the Hub, as the user is logged in there.
+
+    Without a name in ``push``, the repository has the name that the model was published under.
+
+    Raises:
+        UsageError: the model was not verified, or failed verification, and ``push.unverified`` does not insist; or the
+            repository has no name.
+        OutputError: the folder is not finished, or its files are not as its manifest says.
+        HubError: there is no token, or the Hub does not take the model.
+    """
+    manifest = _read_manifest(Path(folder))
+    if not push.unverified and not (manifest.get("verification") or {}).get("passed"):
+        raise UsageError(f"{folder} has not passed verification. Verify it first: streamconv verify DIR SOURCE.")
+    repository = open_repository(push, str(manifest.get("model")))
+    return publish_folder(Path(folder), repository, progress)
+
+
+def open_repository(push: PushOptions, model_name: str | None) -> Repository:
+    """Open the repository to push to; its default name is the one that the model was published under.
+
+    Raises:
+        UsageError, HubError: as `Repository`'s. Nothing was changed on the Hub.
+    """
+    try:
+        default = find_model(model_name)[1].published_name if model_name is not None else None
+    except UsageError:
+        default = None
+    return Repository(push.destination, default)
+
+
+def publish_folder(folder: Path, repository: Repository, progress: Progress = ignore_progress) -> Published:
+    """Push a finished folder in one commit: the files that its manifest names, the manifest, and a model card.
+
+    A README.md in the folder is the card. Otherwise one is made, and not kept in the folder, unless the repository
+    has one that someone else wrote. Files that the Hub has already are not uploaded again.
 
     Raises:
         OutputError: the folder is not finished, or its files are not as its manifest says.
         HubError: the Hub does not take it.
     """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise OutputError(f"{folder} has no {MANIFEST_NAME}, so that it is not known what to push. Convert into it.")
+    manifest = _read_manifest(folder)
     try:
         said = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -48,7 +85,14 @@ def publish(folder: Path, repository: Repository, progress: Progress = ignore_pr
     for name, (_, sha256) in large.items():
         repository.upload(folder / name, name, sha256, progress)
     progress(f"committing to {repository.id}", 0, 1, "steps")
-    return repository.commit(small, commit_message(manifest))
+    return Published(repository.id, repository.commit(small, commit_message(manifest)))
+
+
+def _read_manifest(folder: Path) -> Mapping[str, Any]:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise OutputError(f"{folder} has no {MANIFEST_NAME}, which lists the files to push. Convert into it first.")
+    return manifest
 
 
 def commit_message(manifest: Mapping[str, Any]) -> str:

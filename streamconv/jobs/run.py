@@ -1,76 +1,141 @@
-"""What `run --push-to-hub` asks for: its options, what is refused before anything is converted, and the push."""
+"""The whole job: convert a checkpoint, verify the result, and publish it."""
 
-import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from os import fspath
 from pathlib import Path
 from typing import Any
 
-from streamconv.cli.progress_bar import ProgressReport
 from streamconv.errors import UsageError
-from streamconv.families.registry import find_model
-from streamconv.hub.repository import Destination, Repository
-from streamconv.jobs.convert import plan
-from streamconv.jobs.publish import publish
+from streamconv.hub.repository import Repository
+from streamconv.jobs.convert import Conversion, convert_prepared
+from streamconv.jobs.convert_to_hub import Verify, convert_to_hub
+from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, VerificationOptions
+from streamconv.jobs.prepare import PreparedSource, brought_here, prepared_source
+from streamconv.jobs.publish import Published, open_repository, publish_folder
+from streamconv.jobs.synth import temporary_checkpoint
+from streamconv.jobs.verify import check_options, verify_prepared, verify_uploaded, write_report
+from streamconv.progress import Progress, ignore_progress
+from streamconv.verification.result import Verification
 
 
 @dataclass(frozen=True)
-class Pushing:
-    """A push to come, as `run` is told."""
+class RunResult:
+    """``verification`` is None if none was asked for; ``published`` is None if nothing was pushed."""
 
-    destination: Destination
-    unverified: bool
+    conversion: Conversion
+    verification: Verification | None = None
+    published: Published | None = None
 
-    def open(self, source: str, synthetic: bool, **options: Any) -> Repository:
-        """The repository, with all refused that can be before a conversion. ``options`` are `streamconv.plan`'s.
+    @property
+    def passed(self) -> bool:
+        """Whether the output was verified, and every check that ran passed."""
+        return self.verification is not None and self.verification.passed
 
-        Raises:
-            UsageError, SourceError: the source's, where the repository is to have its model's name.
-            HubError: as `Repository`'s.
-        """
-        name = None
-        if self.destination.repo is None:
-            model = find_model(source)[1] if synthetic else plan(source, **options).model
-            name = model.published_name if model is not None else None
-        return Repository(self.destination, name)
-
-    def push(self, folder: Path, repository: Repository) -> str:
-        with ProgressReport() as progress:
-            return publish(folder, repository, progress)
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **self.conversion.as_dict(),
+            "verification": self.verification.as_dict() if self.verification is not None else None,
+            "published": self.published.url if self.published is not None else None,
+        }
 
 
-def read_options(
-    push_to_hub: str | None, private: bool, revision: str | None, create_pr: bool, unverified: bool, is_verified: bool
-) -> Pushing | None:
-    """What the options of `run` ask for; None for no push.
+def run(
+    source: StrPath,
+    output: StrPath | None = None,
+    conversion: ConversionOptions = ConversionOptions(),
+    verification: VerificationOptions | None = VerificationOptions(),
+    push: PushOptions | None = None,
+    *,
+    synthetic_seed: int | None = None,
+    progress: Progress = ignore_progress,
+    on_result: Callable[[Conversion | Verification], None] = lambda result: None,
+) -> RunResult:
+    """Convert a checkpoint, verify the result against it, and publish it.
+
+    Nothing is pushed unless verification passed, or ``push.unverified`` insists.
+
+    Args:
+        source: A model's name, a checkpoint file, or its address (https://, hf://, s3://, …).
+        output: The folder to write; by default the name that the model was published under.
+        verification: None to convert only.
+        push: None to publish nothing. With ``conversion.stream``, each shard is uploaded and deleted before the next.
+        synthetic_seed: Make a random checkpoint of the model ``source``, and convert that.
+        progress: Called with the steps of each stage.
+        on_result: Called with each result as soon as there is one.
 
     Raises:
-        UsageError: they do not go together, or --push-to-hub took the source for its value.
+        UsageError: the options do not go together, or something that they name does not exist.
+        SourceError, OutputError: as for `streamconv.convert`. HubError: as for `streamconv.publish`.
     """
-    if push_to_hub is None:
-        given = {"--private": private, "--revision": revision is not None, "--create-pr": create_pr}
-        alone = [name for name, is_given in {**given, "--push-unverified": unverified}.items() if is_given]
-        if alone:
-            raise UsageError(
-                f"{' and '.join(alone)} {'is' if len(alone) == 1 else 'are'} for --push-to-hub. Give it too."
-            )
-        return None
-    if _is_source(push_to_hub):
-        raise UsageError(
-            f"--push-to-hub took {push_to_hub} for the repository's name, and it is a source. Put the source first, "
-            f"streamconv run {push_to_hub} --push-to-hub, or name a repository as USER/NAME."
-        )
-    if revision == "":
-        raise UsageError("--revision is empty. Give the name of a branch.")
-    if not is_verified and not unverified:
+    if synthetic_seed is not None and conversion.head is not None:
+        raise UsageError("A synthetic model has a head of its own. Leave --head out.")
+    if push is not None and verification is None and not push.unverified:
         raise UsageError("Nothing is pushed unverified. Leave --no-verify out, or insist: --push-unverified.")
-    return Pushing(Destination(push_to_hub or None, private, revision, create_pr), unverified)
+    if verification is not None:
+        check_options(verification)
+    with ExitStack() as stack:
+        # Before the random checkpoint is made; else the name is known when the source is open.
+        name = fspath(source) if synthetic_seed is not None else None
+        repository = open_repository(push, name) if push is not None and name is not None else None
+        if synthetic_seed is not None:
+            source, conversion = stack.enter_context(_synthetic(fspath(source), output, conversion, synthetic_seed))
+        prepared = stack.enter_context(prepared_source(source, conversion, progress))
+        if push is not None and repository is None:
+            repository = open_repository(push, prepared.plan.model_name)
+        if push is not None and repository is not None and conversion.stream:
+            return _run_to_hub(prepared, output, repository, push, verification, progress, on_result)
+        converted, prepared = convert_prepared(prepared, output, conversion, progress, stack)
+        on_result(converted)
+        verified = None
+        if verification is not None:
+            if not conversion.stream:
+                prepared = stack.enter_context(brought_here(prepared, progress))
+            verified = verify_prepared(converted.output, prepared, verification, progress)
+            on_result(verified)
+            write_report(verified, verification)
+    published = None
+    if push is not None and repository is not None and (push.unverified or (verified is not None and verified.passed)):
+        published = publish_folder(converted.output, repository, progress)
+    return RunResult(converted, verified, published)
 
 
-def _is_source(word: str) -> bool:
-    if "://" in word or os.path.isfile(word):
-        return True
-    try:
-        find_model(word)
-    except UsageError:
-        return False
-    return True
+def _run_to_hub(
+    prepared: PreparedSource,
+    output: StrPath | None,
+    repository: Repository,
+    push: PushOptions,
+    verification: VerificationOptions | None,
+    progress: Progress,
+    on_result: Callable[[Conversion | Verification], None],
+) -> RunResult:
+    done = convert_to_hub(
+        prepared,
+        output,
+        repository,
+        _verify_with(verification, progress) if verification is not None else None,
+        unverified=push.unverified,
+        progress=progress,
+    )
+    on_result(done.conversion)
+    if verification is not None and done.verification is not None:
+        on_result(done.verification)
+        write_report(done.verification, verification)
+    return RunResult(done.conversion, done.verification, done.published)
+
+
+def _verify_with(options: VerificationOptions, progress: Progress) -> Verify:
+    def verify(prepared: PreparedSource, manifest: Mapping[str, Any], folder: Path) -> Verification:
+        return verify_uploaded(prepared, manifest, folder, options, progress)
+
+    return verify
+
+
+@contextmanager
+def _synthetic(
+    model: str, output: StrPath | None, conversion: ConversionOptions, seed: int
+) -> Iterator[tuple[StrPath, ConversionOptions]]:
+    with temporary_checkpoint(model, None if output is None else Path(output), seed=seed) as made:
+        yield made.backbone, replace(conversion, head=made.head)

@@ -1,31 +1,30 @@
-"""Verification: rungs, cheapest first, each of which says what it proves.
+"""Verification of an output: checks, cheapest first, each of which says what it proves.
 
-Importing this room imports no torch; its rungs do when they run.
+Importing this module does not import torch; the checks that run models do when they run.
 """
 
 import os
 import platform
-import sys
 import time
 from collections.abc import Mapping
-from functools import partial
-from os import PathLike
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from streamconv._version import __version__
 from streamconv.errors import OutputError
+from streamconv.jobs.options import ConversionOptions, SourceOptions, StrPath, VerificationOptions
+from streamconv.jobs.prepare import PreparedSource, brought_here, prepared_source
+from streamconv.output.files import write_file
 from streamconv.output.journal import JOURNAL_NAME
-from streamconv.output.manifest import MANIFEST_NAME, is_of, read_manifest
-from streamconv.planning.make import make_plan
+from streamconv.output.manifest import MANIFEST_NAME, is_of, read_manifest, record_verification
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
-from streamconv.source.download import downloaded
-from streamconv.source.labels import labels_in
-from streamconv.source.open import OpenSource, open_source, read_config
-from streamconv.source.resolve import resolve_source
+from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import check_bytes, check_files, check_names
+from streamconv.verification.preflight import check_arguments, check_report
 from streamconv.verification.result import Check, Verification
 
 if TYPE_CHECKING:
@@ -33,114 +32,139 @@ if TYPE_CHECKING:
 
 
 def verify(
-    output_folder: str | PathLike[str],
-    source: str | PathLike[str] | None = None,
+    folder: StrPath,
+    source: StrPath | None = None,
+    options: VerificationOptions = VerificationOptions(),
+    source_options: SourceOptions = SourceOptions(),
     *,
-    head: str | PathLike[str] | None = None,
-    select: str | None = None,
-    num_heads: int | None = None,
-    device: str = "auto",
-    image: str | PathLike[str] | None = None,
-    reference: str | PathLike[str] = "builtin",
-    stream: bool = False,
-    parity: bool = True,
     progress: Progress = ignore_progress,
 ) -> Verification:
-    """Prove a converted folder against its source, or, without one, against its own manifest.
+    """Prove a converted folder against its source or, without one, against its own manifest.
+
+    The result is kept in the folder's manifest if the folder was made from this source.
 
     Args:
-        output_folder: What `streamconv.convert` wrote.
-        source: What it was made from: a model's name, a checkpoint file or its address. None reads only the
-            folder: each file must have the size and the sha256 that it had when it was written.
-        head: The linear head's file, for a classifier from files.
-        select, num_heads: As `streamconv.convert` has them; by default what the folder's manifest says that it got.
-        device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
-        image: A picture to run both models on, a file or an http address; by default one that
-            streamconv draws.
-        reference: What computes the original: "builtin", this package's own graph; "hub", the
-            authors' code, which torch.hub downloads and runs; or a folder that holds that code.
-        stream: Keep no file of an address: its weights are read again for parity, layer by layer, and its bytes
-            were checked when the folder was written, as its manifest says. Otherwise the file is kept in torch.hub's
-            folder.
-        parity: Whether to run the models.
-        progress: Told of each rung's steps.
+        folder: The folder that `streamconv.convert` wrote.
+        source: What it was made from: a model's name, a checkpoint file, or its address. None reads the folder only:
+            each file must have the size and the sha256 that it was written with.
+        source_options: How to read the source; what is not given is taken from the folder's manifest.
+        progress: Called with the steps of each check.
 
     Raises:
         UsageError: the device, the image or the reference does not exist.
         SourceError: the source cannot be read.
-        OutputError: there is no such output folder, or it is unfinished, or needs a source and has none.
+        OutputError: there is no such folder, it is unfinished, or it needs a source and has none.
     """
-    folder, start = Path(output_folder), time.monotonic()
-    if not os.path.isdir(folder):
-        raise OutputError(f"{folder} is no folder. Name the folder that streamconv converted into.")
-    if os.path.exists(folder / JOURNAL_NAME):
-        raise OutputError(f"{folder} holds an unfinished conversion. Run the command that began it once more.")
+    path = Path(folder)
+    if not os.path.isdir(path):
+        raise OutputError(f"{path} is not a folder. Name the folder that streamconv converted into.")
+    if os.path.exists(path / JOURNAL_NAME):
+        raise OutputError(f"{path} holds an unfinished conversion. Run the command that began it again.")
+    check_options(options)
     if source is None:
-        return _verify_alone(folder, progress)
-    manifest = read_manifest(folder)
-    said = manifest or {}
-    located = resolve_source(
-        source,
-        head,
-        select if select is not None else _of_type(said.get("select"), str),
-        num_heads if num_heads is not None else _of_type(said.get("num_heads"), int),
-    )
-    if located.is_remote and not stream:
-        located = downloaded(located, progress)
-    with open_source(located, progress) as source_files:
-        plan = _plan_of(folder, source_files)
-        # torch takes seconds to import: only now that the source proved to be one.
-        progress("starting torch and transformers", 0, 1, "steps")
-        from streamconv.verification.model_checks import ModelVerifier
+        verification = _verify_alone(path, progress)
+    else:
+        with ExitStack() as stack:
+            conversion = _options_of(path, source_options)
+            prepared = stack.enter_context(prepared_source(source, conversion, progress, labels_of=path))
+            if not conversion.stream:
+                prepared = stack.enter_context(brought_here(prepared, progress))
+            verification = verify_prepared(path, prepared, options, progress)
+    write_report(verification, options)
+    return verification
 
-        models = ModelVerifier(plan, device, image, reference)
-        is_ours = manifest is not None and is_of(manifest, source_files.describe())
-        if manifest is not None and is_ours and source_files.is_remote and source_files.has_checksums:
-            check, files = _bytes_as_written(folder, plan, manifest, progress)
-        else:
-            check, files = _bytes(folder, plan, source_files, progress)
-        found = models.check(folder, source_files, progress, parity)
-        return _verification(plan, source_files, (check, *found.checks), found, models, files, start)
+
+def verify_prepared(
+    folder: Path, prepared: PreparedSource, options: VerificationOptions, progress: Progress
+) -> Verification:
+    """Prove a converted folder against a source that is open, and keep the result in the folder's manifest.
+
+    An address is read again for parity only: its bytes were checked when they were written, as the manifest says.
+    """
+    start, source, plan = time.monotonic(), prepared.source, prepared.plan
+    manifest = read_manifest(folder)
+    # torch takes seconds to import: only now that the source has proved to be one.
+    progress("starting torch and transformers", 0, 1, "steps")
+    from streamconv.verification.model_checks import ModelVerifier
+
+    models = ModelVerifier(plan, options.device, options.image, options.reference)
+    is_ours = manifest is not None and is_of(manifest, source.describe())
+    if manifest is not None and is_ours and source.is_remote and source.has_checksums:
+        check, files = _bytes_as_written(folder, plan, manifest, progress)
+    else:
+        check, files = _bytes(folder, plan, source, progress)
+    results = models.check(folder, source, progress, options.parity)
+    verification = _verification(plan, source, (check, *results.checks), results, models, files, start)
+    try:
+        record_verification(folder, verification.as_record(), dict(verification.source))
+    except OutputError as error:
+        return replace(verification, not_recorded=str(error))
+    return verification
 
 
 def verify_uploaded(
-    plan: Plan,
-    source: OpenSource,
+    prepared: PreparedSource,
     manifest: Mapping[str, Any],
-    outline: Path,
-    *,
-    device: str = "auto",
-    image: str | PathLike[str] | None = None,
-    reference: str | PathLike[str] = "builtin",
-    parity: bool = True,
+    folder: Path,
+    options: VerificationOptions,
     progress: Progress = ignore_progress,
 ) -> Verification:
-    """Prove an output that was sent elsewhere, shard by shard, and of which nothing is kept.
+    """Prove an output that was uploaded shard by shard, and that is not kept here.
 
     Args:
-        plan: Its plan, from ``source``, which is open still.
-        manifest: Its own, with the sha256 that each shard had when it was written, and again when it was sent.
-        outline: An empty folder for its headers.
-
-    The others are `verify`'s.
+        prepared: Its source, which is open still, and its plan.
+        manifest: Its manifest, with the sha256 of each shard when it was written, and again when it was uploaded.
+        folder: An empty folder, for files with the shards' headers and holes instead of weights.
     """
     from streamconv.verification.model_checks import ModelVerifier
     from streamconv.verification.sparse_folder import write_sparse_folder
 
-    start = time.monotonic()
+    start, source, plan = time.monotonic(), prepared.source, prepared.plan
     progress("starting torch and transformers", 0, 1, "steps")
-    write_sparse_folder(plan, outline)
-    models = ModelVerifier(plan, device, image, reference)
-    found = models.check(outline, source, progress, parity, is_sparse=True)
+    write_sparse_folder(plan, folder)
+    models = ModelVerifier(plan, options.device, options.image, options.reference)
+    results = models.check(folder, source, progress, options.parity, is_sparse=True)
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     if source.has_checksums:
-        proves = (
-            f"when it was sent, every file was as it was copied{_cast_of(plan)}, from records that matched their CRC-32"
-        )
-        check = Check("bytes", True, proves, (), numbers, "what was sent was not read again")
+        proves = f"every file was uploaded as it was copied{_cast_of(plan)}, from records that matched their CRC-32"
+        check = Check("bytes", True, proves, (), numbers, "the uploaded files were not read back")
     else:
-        check = Check("bytes", None, "the source carries no CRC-32s, and nothing is kept to be compared with it")
-    return _verification(plan, source, (check, *found.checks), found, models, manifest["files"], start)
+        check = Check("bytes", None, "the source carries no CRC-32s, and no file was kept to be compared with it")
+    return _verification(plan, source, (check, *results.checks), results, models, manifest["files"], start)
+
+
+def check_options(options: VerificationOptions) -> None:
+    """Refuse what cannot be done, before hours of work.
+
+    Raises:
+        UsageError: the device, the image or the reference does not exist.
+        OutputError: the report cannot be written.
+    """
+    if options.report is not None:
+        check_report(options.report)
+    image = None if options.image is None else os.fspath(options.image)
+    check_arguments(options.device, image, os.fspath(options.reference))
+
+
+def write_report(verification: Verification, options: VerificationOptions) -> None:
+    """Write the HTML page that was asked for, if any."""
+    if options.report is not None:
+        from streamconv.verification.report import render  # imports what only a report needs
+
+        write_file(options.report, render(verification.as_dict()).encode())
+
+
+def _options_of(folder: Path, given: SourceOptions) -> ConversionOptions:
+    """The options that the folder was converted with, as far as its files show them; those given come first."""
+    manifest, dtype = read_manifest(folder) or {}, read_config(folder).get("dtype")
+    select, num_heads = manifest.get("select"), manifest.get("num_heads")
+    return ConversionOptions(
+        head=given.head,
+        select=given.select if given.select is not None or type(select) is not str else select,
+        num_heads=given.num_heads if given.num_heads is not None or type(num_heads) is not int else num_heads,
+        stream=given.stream,
+        dtype=dtype if dtype in get_args(CastDtype) else None,
+    )
 
 
 def _verify_alone(folder: Path, progress: Progress) -> Verification:
@@ -209,29 +233,6 @@ def _verification(
         predictions=found.predictions,
         pictures=found.pictures,
     )
-
-
-def _plan_of(folder: Path, source: OpenSource) -> Plan:
-    """What the folder should hold: its own labels and dtype, which the source does not know, and all else from it."""
-    config = read_config(folder)
-    dtype = next((known for known in get_args(CastDtype) if known == config.get("dtype")), None)
-    planned = partial(
-        make_plan,
-        source.tensors,
-        source.where,
-        max_shard_bytes=sys.maxsize,
-        filename=source.source.backbone.name,
-        **source.said,
-    )
-    plan, labels = planned(dtype=dtype), labels_in(config)
-    if len(labels) != len(plan.config.get("id2label", ())):
-        return plan  # the bytes rung will say what is wrong with config.json
-    return planned(dtype=dtype, labels=labels or None)
-
-
-def _of_type(value: Any, kind: type) -> Any:
-    """A value of the manifest, which anyone may have written, or None where it is of another type."""
-    return value if type(value) is kind else None
 
 
 def _bytes(

@@ -59,7 +59,7 @@ class OutputFolder:
         with as_output_error(self.path / name):
             temporary_path(self.path / name).unlink(missing_ok=True)
 
-    def sent(self, name: str, to: str) -> ResumePoint | None:
+    def uploaded(self, name: str, to: str) -> ResumePoint | None:
         """What a file was that was sent there before; None where it was not."""
         mark = self._journal.marks.get(name, NOT_STARTED)
         return mark if mark.sent_to == to else None

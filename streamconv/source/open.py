@@ -58,11 +58,16 @@ class OpenSource:
         return any(checkpoint.is_remote for checkpoint in self.checkpoints.values())
 
     @property
-    def said(self) -> dict[str, Any]:
-        """What `plan.make_plan` is told beside the tensors."""
-        said = (self.source.num_heads, self.selection.config.get("num_attention_heads"))
-        num_heads = next((number for number in said if type(number) is int), None)
-        return {"model": self.source.model, "num_heads": num_heads, "selection": self.selection}
+    def num_heads(self) -> int | None:
+        """The number of attention heads, if the user or the config.json of a converted model gives it."""
+        given = (self.source.num_heads, self.selection.config.get("num_attention_heads"))
+        return next((number for number in given if type(number) is int), None)
+
+    @property
+    def classes(self) -> int | None:
+        """The number of a classifier's classes; None for a backbone alone."""
+        bias = self.tensors.get(HEAD_PREFIX + "bias")
+        return bias.info.shape[0] if bias is not None and bias.info.shape else None
 
     @cached_property
     def reader(self) -> Reader:

@@ -107,11 +107,19 @@ def _status() -> dict[str, int]:
     return {name: int(value) << 10 for name, value in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
 
 
+def check_arguments_here(device: str, reference: str, image: str | None) -> None:
+    """
+    Raises:
+        UsageError: the device, the reference or the image does not exist.
+    """
+    choose_device(device)
+    check_reference(reference)
+    open_image(image)
+
+
 if __name__ == "__main__":
     try:
-        choose_device(sys.argv[1])
-        check_reference(sys.argv[2])
-        open_image(sys.argv[3] if len(sys.argv) > 3 else None)
+        check_arguments_here(sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)
     except UsageError as error:
         print(error)  # on stdout: libraries warn on stderr
         sys.exit(error.exit_code)

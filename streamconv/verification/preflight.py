@@ -31,6 +31,11 @@ def check_arguments(device: str, image: str | None, reference: str) -> None:
     """
     if device in ("auto", "cpu") and image is None and reference == "builtin":
         return
+    if "torch" in sys.modules:
+        from streamconv.verification.devices import check_arguments_here
+
+        check_arguments_here(device, reference, image)
+        return
     words = [device, reference, *([image] if image is not None else [])]
     command = [sys.executable, "-m", "streamconv.verification.devices", *words]
     asked = subprocess.run(command, stdout=subprocess.PIPE, text=True)

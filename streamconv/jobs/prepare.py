@@ -1,0 +1,150 @@
+"""What every job begins with: the user's words resolved once, each index opened once, one plan made.
+
+Download, writing, verification and publishing share what is prepared here.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from os import fspath
+from pathlib import Path
+
+from streamconv.errors import ChangedError, NoRangesError, UsageError
+from streamconv.jobs.options import ConversionOptions, StrPath
+from streamconv.output.files import temporary_path
+from streamconv.planning.make import make_plan
+from streamconv.planning.plan import Plan
+from streamconv.progress import Progress
+from streamconv.source.download import downloaded
+from streamconv.source.labels import imagenet_labels, labels_in, read_labels
+from streamconv.source.open import OpenSource, open_source, read_config
+from streamconv.source.resolve import resolve_source
+from streamconv.tensors.expressions import Record, parts_of
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """An open source and the plan of its conversion. ``labels_from`` says where a classifier's labels come from."""
+
+    source: OpenSource
+    plan: Plan
+    labels_from: str | None = None
+    are_labels_default: bool = True
+
+
+@contextmanager
+def prepared_source(
+    source: StrPath,
+    options: ConversionOptions,
+    progress: Progress,
+    *,
+    is_exact: bool = True,
+    labels_of: Path | None = None,
+) -> Iterator[PreparedSource]:
+    """Resolve ``source``, open its indexes and make the plan. No weight is read.
+
+    Of a source at an address that is to be downloaded, only what the plan needs is read; `brought_here` downloads it.
+
+    Args:
+        is_exact: Whether the weights will be read from here. Without it, an index at an address costs fewer requests.
+        labels_of: A folder that was converted from the source, whose labels are to be kept.
+
+    Raises:
+        UsageError, SourceError: the source is not what it should be.
+    """
+    resolved = resolve_source(source, options.head, options.select, options.num_heads)
+    with ExitStack() as stack:
+        if resolved.is_remote and not (options.stream and is_exact):
+            try:
+                opened = stack.enter_context(open_source(resolved, progress, read_local_headers=False))
+            except NoRangesError:  # the index cannot be read by itself: the whole file can
+                if options.stream or not is_exact:
+                    raise
+                opened = stack.enter_context(open_source(downloaded(resolved, progress), progress))
+        else:
+            opened = stack.enter_context(open_source(resolved, progress))
+        yield _plan(opened, options, labels_of, progress)
+
+
+@contextmanager
+def brought_here(prepared: PreparedSource, progress: Progress) -> Iterator[PreparedSource]:
+    """Download what lies at an address, and give the same plan for the files on this machine.
+
+    Raises:
+        SourceError: a file cannot be fetched, came damaged, or has changed since its index was read.
+        OutputError: torch.hub's cache cannot be written.
+    """
+    there = prepared.source
+    if not there.is_remote:
+        yield prepared
+        return
+    with open_source(downloaded(there.source, progress), progress) as here:
+        yield replace(prepared, source=here, plan=prepared.plan.with_records(_moved_records(there, here)))
+
+
+def _moved_records(there: OpenSource, here: OpenSource) -> dict[Record, Record]:
+    if there.tensors.keys() != here.tensors.keys():
+        raise ChangedError(f"{there.where} was changed after its index was read. Run the same command again.")
+    return {
+        old.record: new.record
+        for name, tensor in there.tensors.items()
+        for old, new in zip(parts_of(tensor), parts_of(here.tensors[name]), strict=True)
+    }
+
+
+def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None, progress: Progress) -> PreparedSource:
+    labels: Sequence[str] | None = None
+    labels_from = None
+    if source.classes is None:
+        if options.labels is not None:
+            raise UsageError("Labels are for a classifier. Name a _1layer model, or give its --head.")
+    elif labels_of is not None:
+        kept = labels_in(read_config(labels_of))
+        labels = kept if len(kept) == source.classes else None  # else verification reports what is wrong
+    elif options.labels is not None:
+        labels, labels_from = read_labels(Path(options.labels)), Path(options.labels).name
+    elif own := labels_in(source.selection.config):
+        labels, labels_from = own, "the source's config.json"
+    elif source.classes == 1000:
+        progress("asking the Hub for ImageNet's labels", 0, 1, "steps")
+        labels, labels_from = imagenet_labels()
+    plan = make_plan(
+        source.tensors,
+        source.where,
+        labels,
+        options.max_shard_bytes,
+        model=source.source.model,
+        dtype=options.dtype,
+        num_heads=source.num_heads,
+        selection=source.selection,
+        filename=source.source.backbone.name,
+    )
+    return PreparedSource(source, plan, labels_from, options.labels is None)
+
+
+def output_folder(folder: StrPath | None, prepared: PreparedSource) -> Path:
+    """The folder to write into: the user's, or one of the model's published name.
+
+    Raises:
+        UsageError: it has no name, the model has no published name, or it holds the source itself.
+    """
+    plan = prepared.plan
+    if folder is not None and not fspath(folder):
+        raise UsageError("The output folder's name is empty. Give -o DIR.")
+    if folder is None and plan.model is None:
+        backbone = prepared.source.source.backbone
+        raise UsageError(f"{backbone} is not a published model, so the output needs a name. Give -o DIR.")
+    path = Path(folder) if folder is not None else Path(plan.model.published_name)  # type: ignore[union-attr]
+    _refuse_own_output(prepared.source, path, plan.filenames)
+    return path
+
+
+def _refuse_own_output(source: OpenSource, folder: Path, names: list[str]) -> None:
+    """Refuse to write over the source."""
+    written = [
+        each for name in names for each in (folder / name, temporary_path(folder / name)) if os.path.exists(each)
+    ]
+    for path in (path for checkpoint in source.checkpoints.values() for path in checkpoint.paths):
+        if any(os.path.samefile(path, each) for each in written):
+            raise UsageError(f"{path} is the source, and {folder} would write over it. Choose another folder.")
