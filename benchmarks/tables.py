@@ -217,7 +217,7 @@ def plot_where(where: Result, path: Path) -> None:
             if seconds > wall / 40:
                 axes.bar_label(bar, [f"{step}\n{seconds:.2f} s"], label_type="center", fontsize=8)
             left += seconds
-    axes.axvline(wall, color="black", linestyle="--", label=f"whole conversion, {wall:.2f} s")
+    axes.axvline(wall, color="black", linestyle="--", label=f"total, {wall:.2f} s")
     axes.set(xlabel=f"s, {where['model']}", xlim=(0, wall * 1.1))
     axes.invert_yaxis()
     axes.legend(loc="upper right", frameon=False)

@@ -82,23 +82,25 @@ class HubClient:
         status = getattr(response, "status_code", 0)
         server_messages = (str(m) for e in chain if (m := getattr(e, "server_message", None)))
         message = self._redact(next(server_messages, "" if status else str(error)))
-        problem, fix = self._diagnose(status, message, chain)
-        is_transient = status in (408, 429) or status >= 500 or (not status and fix == RUN_AGAIN)
-        details = f": {message.rstrip('.')}" if message and (status or fix != RUN_AGAIN) else ""
+        timeout, transport = _network_errors()
+        has_timed_out = any(isinstance(e, timeout) for e in chain)
+        is_network_error = not status and (has_timed_out or any(isinstance(e, transport) for e in chain))
+        problem, fix = self._diagnose(status, message, has_timed_out, is_network_error)
+        is_transient = is_network_error or status in (408, 429) or status >= 500
+        details = f": {message.rstrip('.')}" if message and not is_network_error else ""
         return HubError(f"{failure}: {problem}{details}. {fix}", message), is_transient
 
-    def _diagnose(self, status: int, message: str, chain: list[BaseException]) -> tuple[str, str]:
+    def _diagnose(self, status: int, message: str, has_timed_out: bool, is_network_error: bool) -> tuple[str, str]:
         """The problem and its fix, as text. ``status`` is 0 if the server did not respond."""
         new_token = (
             f"Create a token with write access at {self.token_settings}, then log in with `hf auth login` or set "
             "HF_TOKEN."
         )
-        timeout, transport = _network_errors()
-        if any(isinstance(error, timeout) for error in chain):
+        if has_timed_out:
             return f"{self.endpoint} does not respond in time", RUN_AGAIN
-        if not status and any(isinstance(error, transport) for error in chain):
+        if is_network_error:
             return f"{self.endpoint} cannot be reached, or the connection broke", RUN_AGAIN
-        # There is no error code for a full account: several statuses are used, and only the message tells.
+        # There is no error code for a full account: several statuses are used, and only the message is specific.
         if status == 402 or (status in (0, 400, 403, 413, 507) and re.search("storage|quota|payment", message, re.I)):
             return "the account has no storage left", f"Free some, or push to another account. {RUN_AGAIN}"
         if status == 401:
