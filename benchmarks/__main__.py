@@ -1,8 +1,8 @@
-"""python -m benchmarks [SECTION …] [--models …] [--runs N] [--dir DIR] [--to DIR]: streamconv beside other ways.
+"""python -m benchmarks [SECTION …] [--models …] [--runs N] [--dir DIR] [--to DIR]: streamconv and other converters.
 
-Makes its own inputs with `streamconv synth` in DIR and deletes them. Every run is a process of its own, the ways
-one after another and over again, so that all have the same machine; what is in the page cache, and when not, is said.
-Writes side_by_side.json, .md and .png files; a section that is run again takes its old place there.
+Generates its inputs in DIR with `streamconv synth` and deletes them afterwards. Every run is a process of its own.
+The converters take turns, so that changes of the machine's speed affect all of them alike. The tables state whether
+the source was in the page cache. Results go to side_by_side.json, .md and .png; running a section again replaces it.
 """
 
 import argparse
@@ -49,13 +49,13 @@ MODELS = ("dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14")
 LARGE = "webssl_dino7b_full8b_518"
 WAYS = (CP, DD, CONVERT, MMAP, MERGEKIT, RUN, ORIGINAL)
 SLOW = {RUN, ORIGINAL}
-FEW_RUNS = 2  # of the slow ways of a model above 1 GB, and of the large one
-MAX_MB = 20480  # what takes more is ended, before the machine is
+FEW_RUNS = 2  # for slow converters with a source above 2 GB, and for the large model
+MAX_MB = 20480  # memory limit of runs that could exhaust the machine
 Result = dict[str, Any]
 
 
 class Bench:
-    """The sections, and what they share."""
+    """The sections of the benchmark. "Way" is a way to convert, as in `benchmarks.ways`."""
 
     def __init__(self, args: argparse.Namespace):
         self.runs, self.folder, self.search = args.runs, args.dir, not args.no_search
@@ -64,7 +64,7 @@ class Bench:
         self.digests: dict[tuple[str, str | None], str] = {}
 
     def sections(self) -> dict[str, Callable[[Result], Iterator[Result]]]:
-        """Each is told what it found before, and gives what it has found so far, once or more."""
+        """The sections by name. Each is given its earlier result and yields its new one, complete or not yet."""
         return {
             "models": self.each_model,
             "variants": lambda _: iter([self.variants()]),
@@ -90,12 +90,12 @@ class Bench:
             return {"bytes": source.stat().st_size, "ways": found}
 
     def variants(self) -> Result:
-        """As stored and cast, one file and many."""
+        """Conversions without and with a cast, to one shard and to several."""
         model, found = self.models[-1], {}
         with self.place() as place:
             source = synthesize(model, place / f"{model}_pretrain.pth")
             for dtype in (None, "bfloat16"):
-                for shard_size in ("5GB", "500MB")[not dtype :]:  # as stored and in one file: among the models
+                for shard_size in ("5GB", "500MB")[not dtype :]:  # "as stored, one file" is in the section "models"
                     ways = [way for way in self.ways if way in (CP, CONVERT, MMAP, MERGEKIT)]
                     options = Options(shard_size, dtype)
                     found[f"{dtype or 'float32, as stored'}, shards of {shard_size}"] = self.compare(
@@ -104,7 +104,7 @@ class Bench:
             return {"model": model, "bytes": source.stat().st_size, "tables": found}
 
     def formats(self) -> Result:
-        """Safetensors to safetensors: shards of 500 MB made one file."""
+        """Safetensors to safetensors: merge shards of 500 MB into one file."""
         model = self.models[-1]
         with self.place() as place:
             source = synthesize(model, place / f"{model}_pretrain.pth")
@@ -119,7 +119,7 @@ class Bench:
             return {"model": model, "bytes": size_on_disk(sharded), "ways": found}
 
     def resume(self) -> Result:
-        """Killed when half is written, and run again: what the second run costs."""
+        """Cost of the second run after the first was killed at half of its output."""
         model, found = self.models[-1], {}
         with self.place() as place:
             source, out = synthesize(model, place / f"{model}_pretrain.pth"), place / "out"
@@ -127,12 +127,12 @@ class Bench:
                 words, runs = command(way, source, out, Options()), []
                 for _ in range(self.runs):
                     kill_at_half(words, out, source.stat().st_size)
-                    begun = None
+                    unfinished = None
                     if way == CONVERT:
-                        begun = out.rename(out.with_name("begun"))
+                        unfinished = out.rename(out.with_name("unfinished"))
                     else:
-                        remove(out)  # nothing is gone on with, and some would not start in it
-                    runs.append(run(words, out, begun=begun))
+                        remove(out)  # it cannot resume, and may refuse a folder that is not empty
+                    runs.append(run(words, out, unfinished=unfinished))
                     self.show(way, runs[-1])
                     if runs[-1].code:
                         raise SystemExit(f"{way} failed")
@@ -158,7 +158,7 @@ class Bench:
             return {"model": model, "bytes": source.stat().st_size, **found}
 
     def large(self) -> Result:
-        """Always from the disk, since a machine's page cache need not hold it; peers in a memory cgroup."""
+        """A source that the page cache may not hold: always read from disk, and with a memory limit for the peers."""
         with self.place() as place:
             source, out = synthesize(LARGE, place / f"{LARGE}.pth"), place / "out"
             fast = {way: (source, Options()) for way in self.ways if way in (CP, DD, CONVERT)}
@@ -189,7 +189,7 @@ class Bench:
         warm_up: bool = True,
         cold: bool = False,
     ) -> dict[str, Result]:
-        """Run them in turns, each as often as it says, after a first turn that only warms up."""
+        """Run the ways in turns, each ``counts`` times, after one turn that is not counted."""
         runs: dict[str, list[Run]] = {way: [] for way in ways}
         seen: set[str] = set()
         for turn in range(-1 if warm_up else 0, max(counts.values())):
@@ -212,7 +212,7 @@ class Bench:
         return {way: {"runs": as_json(each)} for way, each in runs.items()}
 
     def look_closer(self, found: dict[str, Result], ways: dict[str, tuple[Path, Options]], out: Path) -> None:
-        """Once more from the disk, for what is read of it; and the smallest memory that each ends in."""
+        """Add a run with an empty page cache, and the smallest memory limit in which each way succeeds."""
         for way, (source, options) in ways.items():
             words = command(way, source, out, options)
             os.sync()
@@ -227,14 +227,14 @@ class Bench:
         remove(out)
 
     def require_same(self, way: str, out: Path, options: Options) -> None:
-        """That a way's output holds the same tensors as the others': a faster way to something else is none."""
+        """Exit if the output does not hold the same tensors as the other ways' outputs: only equal work is compared."""
         if way in (CP, DD):
             return
         words = [sys.executable, "-m", "benchmarks.ways", "digest", str(out)]
         digest = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
         key = (str(out.parent), options.dtype)
         if self.digests.setdefault(key, digest) != digest:
-            raise SystemExit(f"{way} wrote other tensors than the ways before it")
+            raise SystemExit(f"{way} wrote different tensors than the ways before it")
 
     def place(self) -> "Place":
         return Place(self.folder)
@@ -244,7 +244,7 @@ class Bench:
 
 
 class Place(tempfile.TemporaryDirectory[str]):
-    """A folder for as long as it is needed, as a path."""
+    """A temporary folder, as a Path."""
 
     def __init__(self, parent: Path):
         super().__init__(dir=parent)
@@ -258,24 +258,24 @@ def run_of(kept: Result) -> Run:
 
 
 def kill_at_half(words: Sequence[str], out: Path, size: int) -> None:
-    """Kill a command when it has written half of ``size`` bytes."""
+    """Kill a command once it has written half of ``size`` bytes."""
     remove(out)
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while process.poll() is None:
-            with suppress(OSError, IndexError):  # it ended meanwhile
+            with suppress(OSError, IndexError):  # the process may have ended
                 if int(Path(f"/proc/{process.pid}/io").read_text().split("wchar: ")[1].split()[0]) > size // 2:
                     break
             time.sleep(0.002)
         else:
-            raise SystemExit("it ended before it was killed")
+            raise SystemExit("The command ended before it could be killed.")
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
 
 
 def command_line(section: str, args: argparse.Namespace) -> str:
-    """What anyone gives to have this section again; where files lie does not matter."""
+    """The command that reproduces a section; folders are omitted."""
     words = ["python -m benchmarks", section, f"--runs {args.runs}"]
     if args.models != list(MODELS):
         words.append(f"--models {','.join(args.models)}")
@@ -290,10 +290,10 @@ def main() -> None:
     parser.add_argument("section", nargs="*", help="models, variants, formats, resume, where, large; default: all")
     parser.add_argument("--models", type=lambda words: words.split(","), default=list(MODELS), metavar="A,B")
     parser.add_argument("--ways", nargs="+", choices=KEYS, default=list(KEYS))
-    parser.add_argument("--runs", type=int, default=5, help="of each way, after one that is not counted")
-    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="where to put sources and outputs")
-    parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where to write the results")
-    parser.add_argument("--no-search", action="store_true", help="do not search for the smallest memory cgroup")
+    parser.add_argument("--runs", type=int, default=5, help="counted runs of each way, after one warm-up")
+    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="folder for sources and outputs")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="folder for the results")
+    parser.add_argument("--no-search", action="store_true", help="do not search for the smallest memory limit")
     args = parser.parse_args()
     args.ways = [KEYS[key] for key in args.ways]
     subprocess.run([sys.executable, "-m", "compileall", "-q", "streamconv", "benchmarks"], check=True)
@@ -311,7 +311,7 @@ def main() -> None:
             if (line := command_line(name, args)) not in results["commands"][name]:
                 results["commands"][name].append(line)
             kept.write_text(json.dumps(results, indent=1) + "\n")
-    # The plots' library is large, and a child's peak memory begins with its parent's.
+    # In a process of its own: matplotlib is large, and a child's peak memory includes its parent's at the fork.
     subprocess.run([sys.executable, "-m", "benchmarks.tables", str(args.to)], check=True)
 
 

@@ -1,7 +1,7 @@
-"""Where a conversion's time goes: python -m benchmarks.inside SOURCE OUT, as JSON.
+"""python -m benchmarks.inside SOURCE OUT [alone]: where a conversion spends its time, as JSON.
 
-First the conversion with a clock around each call that moves, checks, writes or syncs bytes, thread by thread;
-then each of these steps alone, on as many bytes.
+Measures either a conversion, with a timer around each call that reads, checks, writes or syncs, by thread; or,
+with "alone", each of these steps by itself, on the same number of bytes.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ PIECE_BYTES, WRITE_BYTES, SYNC_BYTES = 512 << 10, 1 << 20, 32 << 20
 
 
 class Clock:
-    """Seconds, by thread and step, that pass in the calls."""
+    """Accumulates the seconds spent in calls, by thread and step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -49,7 +49,7 @@ class Clock:
 
 
 class TimedHash:
-    """What hashlib.sha256() gives, with a clock."""
+    """A hash object with a timer."""
 
     def __init__(self, clock: Clock, digest: Any):
         self._clock, self._digest = clock, digest
@@ -60,7 +60,8 @@ class TimedHash:
         return TimedHash(self._clock, self._digest.copy())
 
 
-def converted(source: Path, out: Path) -> dict[str, Any]:
+def measure_conversion(source: Path, out: Path) -> dict[str, Any]:
+    """Wall and CPU seconds of a conversion, and the seconds of each step by thread."""
     import streamconv
     from streamconv.output import hashing
 
@@ -74,8 +75,8 @@ def converted(source: Path, out: Path) -> dict[str, Any]:
     return {"wall": wall, "cpu": cpu, "threads": {thread: dict(steps) for thread, steps in clock.seconds.items()}}
 
 
-def alone(source: Path, out: Path) -> dict[str, float]:
-    """Seconds that each step takes when nothing else is done."""
+def measure_steps(source: Path, out: Path) -> dict[str, float]:
+    """Seconds that each step takes by itself."""
     size = source.stat().st_size
     buffer, fd = memoryview(mmap.mmap(-1, WRITE_BYTES)), os.open(source, os.O_RDONLY)
     found: dict[str, float] = {}
@@ -110,4 +111,10 @@ def alone(source: Path, out: Path) -> dict[str, float]:
 
 if __name__ == "__main__":
     source, out = Path(sys.argv[1]), Path(sys.argv[2])
-    print(json.dumps({"alone": alone(source, out)} if "alone" in sys.argv else {"inside": converted(source, out)}))
+    print(
+        json.dumps(
+            {"alone": measure_steps(source, out)}
+            if "alone" in sys.argv
+            else {"inside": measure_conversion(source, out)}
+        )
+    )

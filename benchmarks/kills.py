@@ -1,8 +1,8 @@
-"""python -m benchmarks.kills [MODEL] [--runs KILLS] [--dir DIR]: what killing a conversion at random moments costs.
+"""python -m benchmarks.kills [MODEL] [--runs KILLS] [--dir DIR]: how much work is lost if a conversion is killed.
 
-A conversion is ended by SIGKILL, SIGTERM or SIGINT at a random moment, and begun again, over and
-over; each time that it ends by itself, its folder must be byte for byte that of an undisturbed one.
-Written again is what a killed process had written less what the journal says is kept.
+A conversion is ended by SIGKILL, SIGTERM or SIGINT at random moments and started again, over and over. Each
+time that it finishes, its folder must equal that of an undisturbed conversion, byte for byte. The bytes
+written again are those that a killed process had written minus those that the journal keeps.
 """
 
 import json
@@ -33,16 +33,16 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def kept(folder: Path) -> int:
-    """Bytes, as the folder's journal says."""
+    """Bytes of output that the folder's journal keeps."""
     journal = folder / ".streamconv-journal"
-    if not journal.exists():  # not begun, or killed when all was done
+    if not journal.exists():  # not started, or killed after the journal was deleted
         return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     entries = [json.loads(line) for line in journal.read_text().splitlines()]
     return sum({entry["file"]: entry["bytes"] for entry in entries if "file" in entry}.values())
 
 
 def watch(process: "subprocess.Popen[bytes]", seconds: float) -> tuple[int, int]:
-    """Until it ends or the time is over: bytes that it wrote, and its peak memory in bytes."""
+    """Wait until the process ends or the time is over; returns the bytes that it wrote and its peak memory in bytes."""
     end, written, peak = time.monotonic() + seconds, 0, 0
     while process.poll() is None and time.monotonic() < end:
         try:
@@ -56,7 +56,7 @@ def watch(process: "subprocess.Popen[bytes]", seconds: float) -> tuple[int, int]
 
 
 def rounds(source: Path, out: Path, shard_size: str, kills: int) -> tuple[int, int, int]:
-    """How often it ended by itself, the most bytes written again, and the peak memory."""
+    """Kill a conversion ``kills`` times; returns how often it finished, most bytes written again, and peak memory."""
     words = [sys.executable, "-m", "streamconv", "convert", str(source), "-o", str(out), "--max-shard-size", shard_size]
     start = time.monotonic()
     subprocess.run(words, check=True, capture_output=True)
@@ -65,7 +65,7 @@ def rounds(source: Path, out: Path, shard_size: str, kills: int) -> tuple[int, i
     shutil.rmtree(out)
     choice = random.Random(shard_size)
     finished = most = peak = done = 0
-    while done < kills or out.exists():  # the last one, which no one kills, goes on to the end
+    while done < kills or out.exists():  # the last run is not killed
         before = kept(out)
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         written, memory = watch(
@@ -93,7 +93,7 @@ def main() -> None:
         print(
             f"{args.model}, {size:,} bytes; {machine()}\n`python -m benchmarks.kills {args.model} --runs {args.runs}`\n"
         )
-        print("| shards of | kills | ended by itself, all equal | most written again | peak memory |")
+        print("| shard size | kills | finished, all equal | most bytes written again | peak memory |")
         print("|---|---|---|---|---|")
         for shard_size in SHARD_SIZES:
             finished, most, peak = rounds(source, out, shard_size, args.runs)

@@ -1,6 +1,6 @@
-"""What one run of a command costs: time, memory, bytes and disk, and the smallest memory that it ends in.
+"""Measures a run of a command: time, memory, disk I/O and disk space, and the smallest memory limit that it needs.
 
-The measuring process stays small, since a child's peak begins with its parent's pages.
+The measuring process stays small, because a child's peak memory includes its parent's pages at the fork.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from typing import Any
 
 LIMITS_MB = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288,
              16384, 20480)  # fmt: skip
-# As installed programs have it: what is imported was compiled before.
+# Like an installed program: modules are loaded from compiled files.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 _SAMPLE_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a command. Megabytes are of 10^6 bytes but for a cgroup's, as the system counts them.
+    """One run of a command. A megabyte is 10^6 bytes, except in the limits of a cgroup (2^20).
 
-    ``peak_mb`` is the largest VmHWM of its processes, which counts pages of mapped files, too; ``own_mb`` leaves these
-    out, as far as it was seen by looking every 5 ms. ``read_mb`` came from the disk, and so is 0 where the page
-    cache had it. ``disk_mb`` is what it took of the disk at most, beyond the output that it left.
+    ``peak_mb`` is the largest VmHWM of its processes, which includes pages of mapped files. ``own_mb`` excludes these;
+    it is sampled every 5 ms. ``read_mb`` counts reads from the disk, not from the page cache.
+    ``disk_mb`` is the peak of the disk space used in addition to the output.
     """
 
     code: int
@@ -49,7 +49,7 @@ class Run:
 
 
 class Cgroup:
-    """A memory cgroup of version 1 or 2, where there is one that we may write."""
+    """A memory cgroup, version 1 or 2. ``path`` is None if this process may not create one."""
 
     def __init__(self, limit: int):
         self.path: Path | None = None
@@ -69,12 +69,12 @@ class Cgroup:
             path.rmdir()
 
     def enter(self) -> None:
-        """Move this process in; for a child, before its exec."""
+        """Move this process into the group; called in a child before its exec."""
         if self.path is not None:
             (self.path / "cgroup.procs").write_text(str(os.getpid()))
 
     def close(self) -> None:
-        """End what is left in it, too."""
+        """Delete the group, and kill the processes that are left in it."""
         for _ in range(100):
             with suppress(OSError):
                 if self.path is not None:
@@ -87,7 +87,7 @@ class Cgroup:
 
 
 class _Watch(threading.Thread):
-    """Looks at a process and its children until it is told to stop: their peak memory, and the least free disk."""
+    """Samples a process and its children until `stop`: their peak memory, and the minimum of free disk space."""
 
     def __init__(self, pid: int, folder: Path):
         super().__init__(daemon=True)
@@ -113,7 +113,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def memory_of(pid: int) -> dict[str, float]:
-    """What /proc says of a process's memory, in MB; nothing where it is gone."""
+    """A process's memory in MB, with the names of /proc/PID/status; empty if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -133,22 +133,22 @@ def run(
     out: Path,
     limit_mb: int | None = None,
     timeout: float | None = None,
-    begun: Path | None = None,
+    unfinished: Path | None = None,
 ) -> Run:
-    """Run a command that writes ``out``, which is deleted before and stays behind; ``begun`` is put in its place.
+    """Run a command that writes ``out``. An earlier ``out`` is deleted, and replaced by ``unfinished`` if given.
 
-    Before it, what was written is synced and the machine left alone: a run's freed pages and blocks are given back
-    in the background (to a virtual machine's host, to the disk), and the next run shall not pay for that.
+    Before the run, everything is synced and a pause is made: the previous run's pages and blocks are freed in the
+    background (to a virtual machine's host, on the disk), which the next run should not pay for.
     """
     remove(out)
-    if begun is not None:
-        begun.rename(out)
+    if unfinished is not None:
+        unfinished.rename(out)
     os.sync()
     time.sleep(1 + 2 * (last_output[0] > 10**9))
     before = free_bytes(out.parent)
     group = Cgroup(limit_mb << 20) if limit_mb else None
     if group is not None and group.path is None:
-        raise SystemExit("no memory cgroup may be made here; leave the search out with --no-search")
+        raise SystemExit("This process may not create a memory cgroup. Skip the search with --no-search.")
     with ExitStack() as stack:
         if group is not None:
             stack.callback(group.close)
@@ -192,36 +192,36 @@ def run(
     )
 
 
-last_output = [0]  # bytes, of the run before
+last_output = [0]  # bytes written by the previous run
 
 
 def smallest_limit(words: Sequence[str], source: Path, out: Path, usual: Run) -> str:
-    """The smallest of `LIMITS_MB` in which a command ends well; ``usual`` is a run without a limit.
+    """Find the smallest of `LIMITS_MB` in which a command succeeds; ``usual`` is a run without a limit.
 
-    What takes ten times as long and a minute counts as not ending. The search begins at the usual peak, and goes
-    down as long as it ends, or else up. The source is out of the page cache before each run, so that its pages
-    count, too.
+    A run that takes longer than ten times the usual and a minute counts as failed. The search begins at the usual
+    peak; it goes down as long as runs succeed, or else up. The source is dropped from the page cache before each
+    run, so that its pages count, too.
     """
 
-    def ends(at: int) -> bool:
+    def succeeds(at: int) -> bool:
         forget_cached(files_in(source))
         found = run(words, out, LIMITS_MB[at], timeout=10 * usual.wall + 60)
         print(f"    in {LIMITS_MB[at]} MB: exit {found.code}, {found.wall:.1f} s", file=sys.stderr)
         return found.code == 0
 
     at = min(bisect_left(LIMITS_MB, usual.peak_mb), len(LIMITS_MB) - 1)
-    if ends(at):
-        while at and ends(at - 1):
+    if succeeds(at):
+        while at and succeeds(at - 1):
             at -= 1
         return f"{LIMITS_MB[at]:,}"
     for higher in range(at + 1, len(LIMITS_MB)):
-        if ends(higher):
+        if succeeds(higher):
             return f"{LIMITS_MB[higher]:,}"
     return f"above {LIMITS_MB[-1]:,}"
 
 
 def forget_cached(paths: Iterable[Path]) -> None:
-    """Take files out of the page cache; what of them is written must be synced."""
+    """Drop files from the page cache. Data that was not synced stays in it."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -252,29 +252,29 @@ def machine() -> str:
 
 
 def synthesize(model: str, path: Path) -> Path:
-    """A random checkpoint of the model, there and on the disk."""
+    """Write a random checkpoint of the model, and sync it."""
     subprocess.run([sys.executable, "-m", "streamconv", "synth", model, str(path)], check=True, stdout=sys.stderr)
     return path
 
 
 def parse_arguments(description: str, runs: int) -> argparse.Namespace:
-    """A benchmark's of one model: ``model``, ``runs`` and ``dir``."""
+    """Parse the arguments of a benchmark with one model: ``model``, ``runs`` and ``dir``."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("model", nargs="?", default="dinov2_vits14")
     parser.add_argument("--runs", type=int, default=runs)
-    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="where to put the source and outputs")
+    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="folder for the source and outputs")
     return parser.parse_args()
 
 
 @contextmanager
 def made_source(model: str, folder: Path) -> Iterator[tuple[Path, Path]]:
-    """A random checkpoint of the model and a place for outputs, for as long as they are needed."""
+    """Make a temporary random checkpoint of the model, and a temporary path for outputs."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         yield synthesize(model, Path(place, f"{model}_pretrain.pth")), Path(place, "out")
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     known = list(values)
     return f"{statistics.median(known):.{digits}f} ({min(known):.{digits}f} to {max(known):.{digits}f})"
 

@@ -1,9 +1,9 @@
-"""python -m benchmarks.stream [MODEL] [--runs N] [--dir DIR]: converting from an address beside curl -o, two tables.
+"""python -m benchmarks.stream [MODEL] [--runs N] [--dir DIR]: converting from a URL compared with curl -o.
 
-A server on this machine (tests/file_server.py, which sends by sendfile) stands for the network: first
-as fast as it can, then, for what is below 1 GB, with 50 ms before each answer and 50 MB/s a connection,
-as far servers have them. Pairs are interleaved. curl's time is that of `curl -o` alone; the other line
-adds a sync, which streamconv's time includes. The same two cores serve and convert.
+A server on this machine (tests/file_server.py, which uses sendfile) stands for the network: first at full
+speed, then, for sources below 1 GB, with the latency and speed of a distant server: 50 ms before each response
+and 50 MB/s per connection. The runs are interleaved. `curl -o` is timed alone and with a sync, which
+streamconv's time includes. Server and converter share the machine's cores.
 """
 
 import os
@@ -20,12 +20,13 @@ from benchmarks.measure import machine, made_source, parse_arguments
 
 SETTLE_SECONDS = 4
 WAYS = ("curl -o", "curl -o; sync", "streamconv convert --stream", "streamconv convert, from the file")
-LINES = {"as fast as this machine sends": (0.0, 0.0), "50 ms and 50 MB/s a connection": (0.05, 0.02)}
+NETWORKS = {"at full speed": (0.0, 0.0), "50 ms latency, 50 MB/s per connection": (0.05, 0.02)}
 
 
 @contextmanager
-def served(folder: Path, latency: float, seconds_a_megabyte: float) -> Iterator[str]:
-    words = [sys.executable, "-m", "tests.file_server", str(folder), str(latency), str(seconds_a_megabyte)]
+def served(folder: Path, latency: float, seconds_per_megabyte: float) -> Iterator[str]:
+    """Serve a folder from a process of its own; yields its URL."""
+    words = [sys.executable, "-m", "tests.file_server", str(folder), str(latency), str(seconds_per_megabyte)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -56,7 +57,7 @@ def measure(words: list[str], out: Path) -> tuple[float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{words} ended in {process.returncode}")
+        raise SystemExit(f"{words} exited with {process.returncode}")
     return time.monotonic() - start, usage.ru_maxrss / 1024
 
 
@@ -64,11 +65,13 @@ def main() -> None:
     args = parse_arguments(__doc__, runs=5)
     with made_source(args.model, args.dir) as (source, out):
         print(f"{args.model}, {source.stat().st_size:,} bytes; {machine()}")
-        print(f"`python -m benchmarks.stream {args.model} --runs {args.runs}`: median (least to most), interleaved")
-        for line, (latency, seconds_a_megabyte) in LINES.items():
+        print(
+            f"`python -m benchmarks.stream {args.model} --runs {args.runs}`: median (minimum to maximum), interleaved"
+        )
+        for network, (latency, seconds_per_megabyte) in NETWORKS.items():
             if latency and source.stat().st_size > 10**9:
                 continue
-            with served(source.parent, latency, seconds_a_megabyte) as url:
+            with served(source.parent, latency, seconds_per_megabyte) as url:
                 runs: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
                 for turn in range(args.runs + 1):  # the first warms up
                     for way in WAYS:
@@ -76,9 +79,8 @@ def main() -> None:
                         print(f"{way}: {result[0]:.2f} s, {result[1]:.0f} MB", file=sys.stderr)
                         if turn:
                             runs[way].append(result)
-            print(
-                f"\n{line}:\n\n| way | wall, s | of curl -o's throughput, pair by pair | peak MB |\n|---|---|---|---|"
-            )
+            print(f"\n{network}:\n")
+            print("| command | wall, s | curl -o's time / its own, median of pairs | peak MB |\n|---|---|---|---|")
             for way in WAYS:
                 walls = [seconds for seconds, _ in runs[way]]
                 ratios = [curl[0] / mine[0] for mine, curl in zip(runs[way], runs["curl -o"], strict=True)]

@@ -1,7 +1,7 @@
-"""python -m benchmarks.verify [MODEL] [--runs N] [--dir DIR]: what `streamconv run` on a CPU costs.
+"""python -m benchmarks.verify [MODEL] [--runs N] [--dir DIR]: time and memory of `streamconv run` on a CPU.
 
-Each run is a process of its own, in memory cgroups of several sizes. Beside the table stand the
-model's arithmetic, the rate of this machine's matrix product, and the share of it that parity reaches.
+Each run is a process of its own, in memory cgroups of several sizes. The output also compares the
+arithmetic rate of the parity check with that of this machine's matrix product.
 """
 
 import json
@@ -20,7 +20,7 @@ SETTLE_SECONDS = 4
 
 
 def flops(geometry: Any) -> float:
-    """Of one forward pass at the native size: two for every weight of a linear layer and token, and attention's."""
+    """Floating-point operations of a forward pass at the native size: two per token and weight, and attention's."""
     tokens, hidden, ffn = geometry.positions, geometry.hidden, geometry.ffn
     feed_forward = 3 * hidden * ffn if geometry.swiglu else 2 * hidden * ffn
     linear = 2 * tokens * (4 * hidden**2 + feed_forward)
@@ -29,7 +29,7 @@ def flops(geometry: Any) -> float:
 
 
 def matmul_rate(geometry: Any) -> dict[str, float]:
-    """FLOP/s of the model's largest matrix product: torch's own choice of library, and oneDNN."""
+    """FLOP/s of the model's largest matrix product, with torch's default library and with oneDNN."""
     import torch
     from torch.nn import functional
 
@@ -52,7 +52,7 @@ def matmul_rate(geometry: Any) -> dict[str, float]:
 
 
 def measure(source: Path, out: Path, limit_mb: int | None) -> dict[str, Any] | None:
-    """One run's wall seconds and verification, or None where it was killed."""
+    """Wall seconds and verification of one run; None if it was killed or the limit cannot be set."""
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(["sync"], check=True)
     time.sleep(SETTLE_SECONDS)
@@ -82,16 +82,19 @@ def main() -> None:
                 print(f"{limit}: {found['wall']:.1f} s" if found else f"{limit}: killed", file=sys.stderr)
                 runs[limit].append(found)
         print(f"{args.model}, {source.stat().st_size:,} bytes; {machine()}")
-        print(f"`python -m benchmarks.verify {args.model} --runs {args.runs}`: median (least to most), interleaved\n")
         print(
-            "| memory cgroup | run, wall s | bytes, s | parity, s | preprocessing, s | peak MB, above torch's start |"
+            f"`python -m benchmarks.verify {args.model} --runs {args.runs}`: median (minimum to maximum), interleaved\n"
+        )
+        print(
+            "| memory limit | run, wall s | bytes, s | parity, s | preprocessing, s "
+            "| peak MB, growth after importing torch |"
         )
         print("|---|---|---|---|---|---|")
         for limit, results in runs.items():
             ended = [result for result in results if result]
             name = f"{limit} MB" if limit else "none"
             if len(ended) < len(results):
-                print(f"| {name} | killed or not tried: {len(results) - len(ended)} of {len(results)} | | | | |")
+                print(f"| {name} | killed or not run: {len(results) - len(ended)} of {len(results)} | | | | |")
                 continue
             walls = [result["wall"] for result in ended]
             cells = [f"{statistics.median(walls):.1f} ({min(walls):.1f} to {max(walls):.1f})"]

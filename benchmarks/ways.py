@@ -1,7 +1,7 @@
-"""The ways to convert that are compared, each run as a process of its own: python -m benchmarks.ways WAY SOURCE OUT …
+"""python -m benchmarks.ways WAY SOURCE OUT …: the ways to convert that are compared, each run as a process of its own.
 
-Peers are called through their public API, as their documentation says, and synced at the end. Their key names come
-from streamconv's plan, a few hundredths of a second of theirs.
+Peers are called through their public API, as documented, and their output is synced at the end. Their key names come
+from streamconv's plan, which takes a few hundredths of a second of their time.
 """
 
 import argparse
@@ -27,7 +27,7 @@ KEYS = {"cp": CP, "dd": DD, "convert": CONVERT, "mmap": MMAP, "mergekit": MERGEK
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of every way that can."""
+    """Options for every way that supports them."""
 
     max_shard_size: str = "5GB"
     dtype: str | None = None
@@ -38,7 +38,7 @@ def command(way: str, source: Path, out: Path, options: Options) -> list[str]:
     if way in (CONVERT, RUN):
         return [sys.executable, "-m", "streamconv", way.split()[1], str(source), "-o", str(out), *words,
                 *(["--device", "cpu"] if way == RUN else [])]  # fmt: skip
-    if way == CP:  # the shell's, so that no Python start is counted
+    if way == CP:  # in a shell, so that no Python start is counted
         return ["sh", "-c", f"mkdir '{out}' && cp -r '{source}' '{out}' && sync"]
     if way == DD:
         copy = f"dd if='{source}' of='{out}/x' bs=1M oflag=direct conv=fsync status=none"
@@ -47,7 +47,7 @@ def command(way: str, source: Path, out: Path, options: Options) -> list[str]:
 
 
 def names_of(source: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each source name with those of its targets."""
+    """Yield each source tensor's name with the names of its targets."""
     import streamconv
 
     for move in streamconv.plan(source).mapping:
@@ -69,13 +69,13 @@ def mmap_save(source: Path, out: Path, options: Options) -> None:
     import torch
     from huggingface_hub import save_torch_state_dict
 
-    # Torch maps a file privately, which the system refuses where it is larger than memory.
+    # By default torch maps a file privately, which the system refuses if the file is larger than memory.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     flags = mmap.MAP_SHARED if source.stat().st_size > memory else mmap.MAP_PRIVATE
     with torch.serialization.set_default_mmap_options(flags):
         loaded = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
     state_dict = {
-        # It takes no part of a storage whose other parts go elsewhere, as the chunks of qkv are.
+        # save_torch_state_dict does not accept tensors that share a storage, such as the chunks of qkv.
         target: part.clone() if len(targets) > 1 and not options.dtype else part
         for name, targets in names_of(source)
         for target, part in chunked(targets, loaded[name], torch_dtype(options))
@@ -102,7 +102,7 @@ def mergekit(source: Path, out: Path, options: Options) -> None:
 
 
 def original(source: Path, out: Path, options: Options) -> None:
-    """Both models whole in memory, the two forward passes at 224 pixels, save_pretrained."""
+    """Do what the original script does: both models in memory, their forward passes at 224 pixels, save_pretrained."""
     import torch
     import transformers
 
@@ -116,7 +116,7 @@ def original(source: Path, out: Path, options: Options) -> None:
     config = transformers.Dinov2Config(**plan.config)
     loaded = model.state_dict()
     state_dict = dict(pair for name, targets in names_of(source) for pair in chunked(targets, loaded[name], None))
-    # load_state_dict of the original script no longer fits transformers 5's names; this does on 4 and 5.
+    # The original script's load_state_dict does not work with transformers 5's names; this works with 4 and 5.
     converted: Any = transformers.Dinov2Model.from_pretrained(None, config=config, state_dict=state_dict)
     pixels = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
@@ -127,8 +127,8 @@ def original(source: Path, out: Path, options: Options) -> None:
 
 
 def consolidate(source: Path, out: Path, options: Options) -> None:
-    """``source`` is a folder that `save_distributed` wrote."""
-    # torch has no public name for it; torchtitan calls it by this one, too.
+    """Merge the shards in ``source``, a folder written by `save_distributed`."""
+    # There is no public name for this function; torchtitan imports it from here, too.
     from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
     out.mkdir()
@@ -136,7 +136,7 @@ def consolidate(source: Path, out: Path, options: Options) -> None:
 
 
 def save_distributed(source: Path, out: Path, options: Options) -> None:
-    """The tensors of a folder of safetensors as torch.distributed.checkpoint shards them, in as many files."""
+    """Save a folder of safetensors again as torch.distributed.checkpoint does, in as many files."""
     import torch.distributed.checkpoint
     from safetensors import safe_open
 
@@ -145,7 +145,7 @@ def save_distributed(source: Path, out: Path, options: Options) -> None:
     state_dict, index = {}, {}
     for number, path in enumerate(sorted(source.glob("*.safetensors")), start=1):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
+            for name in file.keys():  # noqa: SIM118 - not a dict
                 state_dict[name], index[name] = file.get_tensor(name), number
     writer = dcp.HuggingFaceStorageWriter(str(out), fqn_to_index_mapping=index, save_distributed=True)
     dcp.save(state_dict, storage_writer=writer, no_dist=True)
@@ -162,7 +162,7 @@ def _tensors_in(folder: Path) -> dict[str, Path]:
 
 
 def digest(folder: Path) -> str:
-    """The sha256 of all tensors in a folder of safetensors: names, dtypes, shapes and bytes, by the library."""
+    """The sha256 of all tensors in a folder: names, dtypes, shapes and bytes, read with safetensors itself."""
     import torch
     from safetensors import safe_open
 
@@ -196,7 +196,7 @@ def main() -> None:
         print(json.dumps(digest(args.source)))
     else:
         PEERS[args.way](args.source, args.out, Options(args.max_shard_size, args.dtype))
-        os.sync()  # as cp and streamconv: done is what is on the disk
+        os.sync()  # as for cp and streamconv: the output must be on the disk
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the command line says of results, as lines; it prints them."""
+"""The text output of the commands: one function per kind of result, each yielding lines to print."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,36 +9,36 @@ from streamconv.jobs.revert import Reverted
 from streamconv.planning.plan import Plan
 from streamconv.verification.result import Check, Verification
 
-VERDICTS = {True: "ok", False: "FAILED", None: "not run"}
-INDENT = " " * 22  # where a rung's text begins
+VERDICTS = {True: "ok", False: "FAILED:", None: "not run:"}
+INDENT = " " * 23  # the column where the text of a check begins
 
 
 def conversion_lines(done: Conversion) -> Iterator[str]:
-    state = "was converted already and is left as it is" if done.was_finished else "converted"
-    before = (
-        f", {done.resumed_bytes:,} of them before an interruption"
+    state = "was already converted; nothing was changed" if done.was_finished else "converted"
+    resumed = (
+        f" ({done.resumed_bytes:,} of them before an interruption)"
         if done.resumed_bytes and not done.was_finished
         else ""
     )
-    where = f"in {done.output}" if done.sent_to is None else f"sent to {done.sent_to}, a file at a time"
-    yield f"{done.plan.title}: {state}, {done.plan.weights:,} bytes of weights{before} {where}"
+    where = f"in {done.output}" if done.sent_to is None else f"uploaded to {done.sent_to}, one file at a time"
+    yield f"{done.plan.title}: {state}, {done.plan.weights:,} bytes of weights{resumed} {where}"
     for name, digest in done.shards.items():
         yield f"  {name}  sha256 {digest}{' as recorded' if done.was_finished else ''}"
     if done.plan.cast:
         yield "  cast from {from} to {to}".format_map(done.plan.cast)
     if done.overflow_count:
         dtype = done.plan.config["dtype"]
-        yield f"  {done.overflow_count:,} finite values are beyond the range of {dtype}, and infinite now"
+        yield f"  {done.overflow_count:,} finite values are outside the range of {dtype} and are now infinite"
     if not done.is_crc_checked:
-        yield "  the source carries no CRC-32s, so that its bytes could not be checked for damage"
-    yield from (f"  {line}" for line in _told(done.plan))
+        yield "  the source has no CRC-32s, so its bytes could not be checked for damage"
+    yield from (f"  {line}" for line in _plan_notes(done.plan))
     if done.labels_from:
         yield f"  labels from {done.labels_from}"
 
 
 def reverted_lines(done: Reverted) -> Iterator[str]:
     yield f"{done.title}: reverted, {done.weights:,} bytes of weights in {' and '.join(map(str, done.files))}"
-    yield "  its bytes were believed: `streamconv verify DIR` checks a folder that has a streamconv.json"
+    yield "  the folder's files were not verified first; `streamconv verify DIR` does that if it has a streamconv.json"
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
@@ -50,13 +50,13 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"{shard.filename}  {len(shard.tensors)} tensors, {shard.size:,} bytes"
     if plan.cast:
         yield "cast from {from} to {to}".format_map(plan.cast)
-    yield from _told(plan)
+    yield from _plan_notes(plan)
     yield f"{plan.title}: {plan.parameters:,} parameters, {plan.size:,} bytes to write"
 
 
-def _told(plan: Plan) -> Iterator[str]:
+def _plan_notes(plan: Plan) -> Iterator[str]:
     yield from plan.notes
-    yield from (f"left out: {each}" for each in plan.skipped)
+    yield from (f"skipped: {each}" for each in plan.skipped)
 
 
 def model_lines() -> Iterator[str]:
@@ -71,50 +71,50 @@ def model_lines() -> Iterator[str]:
         yield f"{name:{widths[0]}}  {published:{widths[1]}}  {size:>{widths[2]}}  {file_names}"
 
 
-def verification_lines(found: Verification) -> Iterator[str]:
-    for check in found.checks:
-        yield f"{check.name:14}{VERDICTS[check.passed]:8}{'not so: ' if check.passed is False else ''}{check.proves}"
-        for line in (*_number_lines(check, found.device), *check.problems, *filter(None, [check.not_checked])):
-            yield INDENT + line
-    if found.predictions:
-        yield "Predicted class:"
-        for label, share in found.predictions:
-            yield f"  {share:6.1%}  {label}"
-    yield ", ".join(_cost(found.memory, found.seconds))
-    said_by = "the source says" if found.device is not None else "was written"
-    left = [f"{check.name} did not run" if check.passed is None else check.not_checked for check in found.checks]
-    if not found.passed:
-        yield f"The output is not what {said_by}. Do not use it."
-    elif found.device is None or not any(left):
+def verification_lines(verification: Verification) -> Iterator[str]:
+    has_source = verification.device is not None
+    for check in verification.checks:
+        yield f"{check.name:14}{VERDICTS[check.passed]:9}{check.proves}"
+        details = [*_number_lines(check, verification.device), *check.problems, check.not_checked]
+        yield from (INDENT + line for line in details if line)
+    if verification.predictions:
+        yield "Predicted classes:"
+        for label, probability in verification.predictions:
+            yield f"  {probability:6.1%}  {label}"
+    yield ", ".join(_cost(verification.memory, verification.seconds))
+    gaps = [f"{check.name} did not run" if check.passed is None else check.not_checked for check in verification.checks]
+    if not verification.passed:
+        yield f"The output differs from {'its source' if has_source else 'what was written'}. Do not use it."
+    elif not has_source or not any(gaps):
         yield "Looks ok!"
     else:
-        yield f"Looks ok, as far as it was checked: {'; '.join(filter(None, left))}."
+        yield f"Looks ok, but not everything was checked: {'; '.join(filter(None, gaps))}."
 
 
 def _number_lines(check: Check, device: str | None) -> Iterator[str]:
     numbers = check.numbers
     if check.name == "parity" and "largest" in numbers:
         largest = f"largest difference {numbers['largest']:.3g}, allowed {numbers['tolerance']:g}"
-        yield f"{len(numbers['differences'])} states on {device}: {largest}"
+        yield f"{len(numbers['differences'])} layer outputs on {device}: {largest}"
     if check.name == "preprocessing" and numbers.get("pil") is not None and numbers.get("default") is not None:
-        default = f"by {numbers['default']:.3g} as {numbers['default_backend']}, transformers' own choice"
-        grey_level = f"a grey level is {numbers['grey_level']:.3g}"
-        yield f"pixels differ by {numbers['pil']:.3g} on Pillow, {default} ({grey_level})"
+        default = f"by {numbers['default']:.3g} with transformers' default, {numbers['default_backend']}"
+        grey_level = f"one grey level is {numbers['grey_level']:.3g}"
+        yield f"pixels differ by {numbers['pil']:.3g} with Pillow, {default} ({grey_level})"
     if check.name == "preprocessing" and numbers.get("as_published"):
         yield (
-            f"outputs differ by {_listed(numbers['as_published'])}, since Meta scales positions by (n + 0.1) / N "
-            "(N patches a side, n here) and transformers to the size; interpolated the same way, by "
-            f"{_listed(numbers['same_interpolation'])}"
+            f"outputs differ by {_join(numbers['as_published'])}, because Meta interpolates positions by the factor "
+            "(n + 0.1) / N (from N patches per side to n) and transformers by n / N; with the same interpolation they "
+            f"differ by {_join(numbers['same_interpolation'])}"
         )
 
 
-def _listed(differences: Mapping[str, Any]) -> str:
+def _join(differences: Mapping[str, Any]) -> str:
     return ", ".join(f"{difference:.3g} ({name})" for name, difference in differences.items())
 
 
 def _cost(memory: Mapping[str, int | None], seconds: float) -> Iterator[str]:
     yield f"{seconds:.1f} s"
     if (peak := memory.get("host_anonymous_peak")) and (start := memory.get("host_anonymous_start")):
-        yield f"{peak / 1e6:,.0f} MB of memory at peak, {start / 1e6:,.0f} MB of it torch's and transformers' own start"
+        yield f"{peak / 1e6:,.0f} MB peak memory, {start / 1e6:,.0f} MB of it from importing torch and transformers"
     if (gpu_peak := memory.get("gpu_peak")) is not None:
-        yield f"{gpu_peak / 1e6:,.0f} MB of GPU memory"
+        yield f"{gpu_peak / 1e6:,.0f} MB peak GPU memory"

@@ -1,4 +1,4 @@
-"""The options that several commands of the command line share."""
+"""Command-line options that several commands share."""
 
 import os
 from collections.abc import Sequence
@@ -13,13 +13,12 @@ from streamconv.hub.repository import Destination
 from streamconv.jobs.options import PushOptions
 from streamconv.tensors.info import CastDtype
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, a checkpoint file, or its address.")]
+PUSH_TO_HUB = ("--push-to-hub", "--push_to_hub")
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, a checkpoint file, or its URL.")]
 DEFAULT_MODEL = "dinov2_vitg14"
 SourceOrDefault = Annotated[
     str | None,
-    typer.Argument(
-        metavar="SOURCE", help=f"A model's name, a checkpoint file, or its address. [default: {DEFAULT_MODEL}]"
-    ),
+    typer.Argument(metavar="SOURCE", help=f"A model's name, a checkpoint file, or its URL. [default: {DEFAULT_MODEL}]"),
 ]
 ModelName = Annotated[str | None, typer.Option("--model_name", metavar="NAME", help="The same as SOURCE.")]
 OutputOrDefault = Annotated[
@@ -32,82 +31,84 @@ OutputOrDefault = Annotated[
         help="The folder to write. [default: the published name]",
     ),
 ]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Convert only.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Convert only; do not verify.")]
 Synthetic = Annotated[
-    bool, typer.Option("--synthetic", help="Make a random checkpoint of the model, and convert that.")
+    bool, typer.Option("--synthetic", help="Generate a random checkpoint of the model and convert it.")
 ]
 Head = Annotated[
-    str | None, typer.Option(metavar="FILE", help="A linear head's file or address, for a classifier from files.")
+    str | None, typer.Option(metavar="FILE", help="The linear head's file or URL, for a classifier from files.")
 ]
 Stream = Annotated[
-    bool, typer.Option("--stream", help="Read an address straight into the output, and keep no other file.")
+    bool, typer.Option("--stream", help="Convert a URL directly, without downloading it to a file first.")
 ]
 Labels = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="The classes' names: JSON, or a line each. [default: ImageNet's for 1000 classes]"
+        metavar="FILE", help="The class names, as JSON or one per line. [default: ImageNet's for 1000 classes]"
     ),
 ]
-ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The largest size of one file.")]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The maximum size of one output file.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        metavar="|".join(get_args(CastDtype)), help="What to cast the weights to. [default: as they are stored]"
-    ),
+    typer.Option(metavar="|".join(get_args(CastDtype)), help="Cast the weights to this dtype. [default: no cast]"),
 ]
 Select = Annotated[
     str | None,
-    typer.Option(metavar="PREFIX", help="Of the backbone's names, where the file holds several: teacher.backbone"),
+    typer.Option(
+        metavar="PREFIX", help="Which backbone to convert if the file holds several, such as teacher.backbone."
+    ),
 ]
 NumHeads = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Attention heads, which no tensor tells. [default: as the family's models have]"),
+    typer.Option(
+        metavar="N", help="Number of attention heads, which tensors do not show. [default: by the family's rule]"
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Device = Annotated[
-    str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to verify on; auto takes a GPU if there is one.")
+    str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="The device to verify on; auto is a GPU if there is one.")
 ]
-NoParity = Annotated[bool, typer.Option("--no-parity", help="Run no model; what that leaves unproved is said.")]
+NoParity = Annotated[
+    bool, typer.Option("--no-parity", help="Do not run the models; the output lists what was not checked.")
+]
 Image = Annotated[
     str | None,
-    typer.Option(
-        metavar="FILE", help="A picture to verify on, or its http address. [default: one of the project's own]"
-    ),
+    typer.Option(metavar="FILE", help="The image to verify with, a file or URL. [default: one that streamconv draws]"),
 ]
 Reference = Annotated[
     str,
     typer.Option(
         metavar="builtin|hub|PATH",
-        help="What computes the original: streamconv's graph, or the authors' code, which torch.hub fetches and runs.",
+        help="The original model: streamconv's own code, or the authors', downloaded by torch.hub or in a folder.",
     ),
 ]
 Report = Annotated[
-    Path | None, typer.Option(metavar="FILE.html", help="Write what was found as a page to look at and to publish.")
+    Path | None, typer.Option(metavar="FILE.html", help="Write the verification result as an HTML page.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of the random weights.")]
-PUSH_NAMES = ("--push-to-hub", "--push_to_hub")
+Seed = Annotated[int, typer.Option(min=0, help="The seed of the random weights.")]
 PushToHub = Annotated[
     str | None,
     typer.Option(
-        *PUSH_NAMES,
+        *PUSH_TO_HUB,
         metavar="[REPO]",
-        help="Push what was verified to the Hub, to USER/NAME or your own NAME. [default: the published name]",
+        help="Push the verified output to USER/NAME on the Hub, or to NAME of your own. [default: the published name]",
     ),
 ]
-Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one.")]
+Private = Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")]
 Revision = Annotated[
-    str | None, typer.Option(metavar="REV", help="The branch to push to; made where it is not. [default: main]")
+    str | None, typer.Option(metavar="REV", help="The branch to push to, created if needed. [default: main]")
 ]
-CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request, and commit nothing to the branch.")]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing to the branch.")]
 PushUnverified = Annotated[
-    bool, typer.Option("--push-unverified", help="Push what was not verified, or found wrong. The model card says so.")
+    bool,
+    typer.Option("--push-unverified", help="Push even if verification failed or did not run. The model card says so."),
 ]
 
 
 def with_values(words: Sequence[str]) -> list[str]:
-    """Give --push-to-hub an empty value if the user gave none: typer has no options with an optional value."""
+    """Give each --push-to-hub without a value an empty one, because typer has no options with optional values."""
     following = zip(words, [*words[1:], "-"], strict=False)
-    return [f"{word}=" if word in PUSH_NAMES and after.startswith("-") else word for word, after in following]
+    return [f"{word}=" if word in PUSH_TO_HUB and after.startswith("-") else word for word, after in following]
 
 
 def push_options(

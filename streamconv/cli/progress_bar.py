@@ -1,18 +1,18 @@
-"""TODO cli.progress_bar"""
+"""Progress on stderr: a bar in a terminal, a line now and then in a log."""
 
 import sys
 import time
 from types import TracebackType
 from typing import Any
 
-QUIET_SECONDS = 10.0  # between the lines of a log
+LOG_INTERVAL_SECONDS = 10.0  # between two log lines about the same step
 
 
 class ProgressReport:
-    """Call it with what is being done, how far, of how much, in which unit; use it in a ``with`` statement."""
+    """A `streamconv.progress.Progress` that prints. Use it in a ``with`` statement."""
 
     def __init__(self) -> None:
-        self._what, self._last, self._last_done = "", 0.0, 0
+        self._step, self._logged_at, self._logged_done = "", 0.0, 0
         self._bar: Any = None
         self._task: Any = None
 
@@ -31,27 +31,27 @@ class ProgressReport:
         """Take the bar off the terminal, for lines to be printed; the next call shows it again."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar, self._task, self._what = _bar(), None, ""
+            self._bar, self._task, self._step = _bar(), None, ""
 
-    def __call__(self, what: str, done: int, total: int, unit: str) -> None:
-        is_new, self._what = what != self._what, what
+    def __call__(self, step: str, done: int, total: int, unit: str) -> None:
+        is_new, self._step = step != self._step, step
         if self._bar is not None:
             self._bar.start()
             if is_new:
                 if self._task is not None:
                     self._bar.remove_task(self._task)
-                self._task = self._bar.add_task(what, amount="")
+                self._task = self._bar.add_task(step, amount="")
             speed = self._bar.tasks[0].speed
             rate = f"  {speed / 1e6:,.0f} MB/s" if unit == "bytes" and speed else ""
-            amount = _amount(done, total, unit) + rate if total > 1 else ""  # one step: the bar only moves
+            amount = _amount(done, total, unit) + rate if total > 1 else ""  # a single step shows an indeterminate bar
             self._bar.update(self._task, completed=done, total=total if total > 1 else None, amount=amount)
         elif is_new:
-            self._last, self._last_done = time.monotonic(), done
-            print(what, file=sys.stderr, flush=True)
-        elif (seconds := time.monotonic() - self._last) >= QUIET_SECONDS:
-            rate = f", {(done - self._last_done) / seconds / 1e6:,.1f} MB/s" if unit == "bytes" else ""
-            self._last, self._last_done = time.monotonic(), done
-            print(f"{what}: {_amount(done, total, unit)}{rate}", file=sys.stderr, flush=True)
+            self._logged_at, self._logged_done = time.monotonic(), done
+            print(step, file=sys.stderr, flush=True)
+        elif (seconds := time.monotonic() - self._logged_at) >= LOG_INTERVAL_SECONDS:
+            rate = f", {(done - self._logged_done) / seconds / 1e6:,.1f} MB/s" if unit == "bytes" else ""
+            self._logged_at, self._logged_done = time.monotonic(), done
+            print(f"{step}: {_amount(done, total, unit)}{rate}", file=sys.stderr, flush=True)
 
 
 def _amount(done: int, total: int, unit: str) -> str:
@@ -59,7 +59,7 @@ def _amount(done: int, total: int, unit: str) -> str:
 
 
 def _bar() -> Any:
-    """rich costs 3 MB and 60 ms: only a terminal pays for it."""
+    """rich's progress bar, imported here because it costs 3 MB and 60 ms, which only a terminal should pay."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,8 @@
-"""What a process of the command line owes its terminal: streams, signals, lines, one message an error, an exit code."""
+"""The command line's terminal: output streams, signals, error messages and exit codes.
+
+A conversion must not fail because its terminal went away or its output is no longer read; an interrupted
+one must say how to resume it.
+"""
 
 import io
 import json
@@ -18,18 +22,21 @@ from streamconv.files.address import Address
 
 
 class InterruptedByUser(BaseException):
-    """Ctrl-C, SIGTERM, or a closed terminal. No KeyboardInterrupt, which typer ends without a word."""
+    """Raised for Ctrl-C, SIGTERM and a closed terminal.
 
-    is_raised = False
+    It is not a KeyboardInterrupt, because typer exits on that one without a message.
+    """
+
+    was_raised = False
 
 
-def _interrupt(number: int, frame: object) -> NoReturn:
-    InterruptedByUser.is_raised = True
+def _raise_interrupted(number: int, frame: object) -> NoReturn:
+    InterruptedByUser.was_raised = True
     raise InterruptedByUser
 
 
 class _IgnoreBrokenPipe(io.TextIOBase):
-    """stderr, whether or not someone is there to read it: a job does not end for want of a listener."""
+    """stderr that ignores write errors: progress that cannot be shown must not end the job."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -50,52 +57,57 @@ class _IgnoreBrokenPipe(io.TextIOBase):
 
 
 def run_with_signals(command: Callable[[], object]) -> None:
-    """Run a command; where it is interrupted, say how to go on, and exit with 130."""
+    """Run a command. If it is interrupted, print how to resume it and exit with 130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
-    # What stands in for a closed stream takes its number, too, which must not become that of a file that we write.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+            stream.reconfigure(errors="backslashreplace")  # print names that the terminal cannot show
+    # If the user closed stdout or stderr, os.devnull takes its file descriptor, so that no file of ours gets it.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     sys.stderr = _IgnoreBrokenPipe(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
     signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    for number in signals:  # nohup, and scripts for what they run in the background, have them ignored
-        signal.signal(number, _interrupt)
+    for number in signals:  # signals that nohup or a shell script ignores stay ignored
+        signal.signal(number, _raise_interrupted)
     try:
         command()
     except BaseException as error:
-        # What imports torch may catch the interruption, and end in an error of its own.
-        if not InterruptedByUser.is_raised or (isinstance(error, SystemExit) and not error.code):
+        # A library may catch the interruption, for instance while it imports torch, and raise an error of its own.
+        if not InterruptedByUser.was_raised or (isinstance(error, SystemExit) and not error.code):
             raise
-        print(f"interrupted. To go on, run\n  {_again(sys.argv[1:])}", file=sys.stderr)
+        print(f"Interrupted. To resume, run\n  {_redacted_command(sys.argv[1:])}", file=sys.stderr)
         sys.exit(130)
     finally:
         for number in signals:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _again(words: list[str]) -> str:
-    """The command line, but for what may be secret of its addresses: users, passwords, queries."""
-    shown = [
-        re.sub(r"(?i)(?<![^\s=])[a-z][a-z0-9+.-]+://\S+", lambda found: str(Address(found[0])), word) for word in words
+def _redacted_command(arguments: list[str]) -> str:
+    """The command line, without the parts of URLs that may be secret: users, passwords, queries."""
+    redacted = [
+        re.sub(r"(?i)(?<![^\s=])[a-z][a-z0-9+.-]+://\S+", lambda match: str(Address(match[0])), argument)
+        for argument in arguments
     ]
-    hidden = "" if shown == words else "  (with the addresses in full; what may be secret of them is not shown)"
-    return shlex.join(["streamconv", *shown]) + hidden
+    note = "" if redacted == arguments else "  (with the full URLs: parts that may be secret are not shown)"
+    return shlex.join(["streamconv", *redacted]) + note
 
 
 def print_lines(lines: Iterable[str]) -> None:
+    """Print a result on stdout. It is an error if it cannot be written, but not if the reader closed the pipe."""
     try:
         for line in lines:
             print(line)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
-        if not isinstance(error, BrokenPipeError):  # `… | head`: no one reads on, and the verdict is what it was
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is left in the buffer
+        if not isinstance(error, BrokenPipeError):  # `… | head` read enough; the exit code stays the command's own
             fail(OutputError(f"The result cannot be printed: {error.strerror}."))
 
 
 @contextmanager
 def report_errors(before: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Our own errors become one message and an exit code; all others are bugs, and show their traceback."""
+    """Turn an error of streamconv into one message and its exit code. Any other error is a bug: show its traceback.
+
+    ``before`` is called before the message is printed.
+    """
     try:
         yield
     except StreamconvError as error:

@@ -1,8 +1,8 @@
-"""Publishing: a repository on the Hub, its files sent one by one and made visible by one commit.
+"""A repository on the Hub: large files are uploaded one by one, then a single commit makes them visible.
 
-A large file can be deleted once it is sent, and what the Hub has is not sent again, so that a model
-needs no more disk than its largest file and an interrupted upload goes on. huggingface_hub is
-imported where it is used: it costs memory, which a conversion has no use for.
+A large file may be deleted once it is uploaded, and files that the Hub already has are not uploaded again.
+So a model needs no more disk space than its largest file, and an interrupted upload can be resumed.
+huggingface_hub is imported only where it is used, because it costs memory that a conversion does not need.
 """
 
 import hashlib
@@ -17,21 +17,25 @@ from typing import TYPE_CHECKING, Any
 from streamconv.errors import HubError, MissingUploadError, OutputError, UsageError
 from streamconv.formats.safetensors import LOADED_BESIDE
 from streamconv.hub.card import CARD_NAME
-from streamconv.hub.client import PATIENCE, Hub
+from streamconv.hub.client import TIMEOUT_SECONDS, HubClient
 from streamconv.progress import Progress, ignore_progress
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-# Weights as streamconv names them, which another conversion of the same model may replace.
+# The names that streamconv gives to weights. A later conversion may replace files with these names.
 OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-# What the Hub says of a commit whose uploaded file it does not have, or has no more.
+# Part of the Hub's message if a commit names an upload that it does not have. The message is the only sign:
+# the status is 400 like that of any bad request, without an error code, and huggingface_hub has no exception for it.
 MISSING_UPLOAD = "pointer pointed to a file that does not exist"
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where to, as the user asked for. ``repo`` is "user/name", a name of the user's, or None for the model's own."""
+    """The repository and revision that the user asked for.
+
+    ``repo`` is "user/name", just a name in the user's own namespace, or None for the model's published name.
+    """
 
     repo: str | None = None
     private: bool = False
@@ -40,33 +44,34 @@ class Destination:
 
 
 class Repository:
-    """A repository of the Hub that this user may write. ``id`` is its "user/name".
+    """A repository on the Hub that this user can write to. ``id`` is its "user/name".
 
     Args:
-        wanted: What the user asked for.
-        default_name: The name that the model was published under, where it was.
+        destination: What the user asked for.
+        default_name: The name under which the model was published, if it was.
 
     Raises:
-        UsageError: there is no name, or it is none that the Hub takes.
-        HubError: there is no token, the Hub cannot be reached or refuses the token, the token may
-            only read, or the repository is public and should be private, or holds other weights.
-            Nothing was changed there.
+        UsageError: there is no name, or the Hub does not accept it.
+        HubError: there is no token, the Hub cannot be reached or does not accept the token, the token is
+            read-only, the repository is public although a private one was asked for, or it holds other
+            weights. Nothing has been changed on the Hub.
     """
 
-    def __init__(self, wanted: Destination, default_name: str | None):
-        self._wanted, name = wanted, wanted.repo if wanted.repo is not None else default_name
+    def __init__(self, destination: Destination, default_name: str | None):
+        self._destination = destination
+        name = destination.repo if destination.repo is not None else default_name
         if not name:
-            raise UsageError("The model is no published one, so its repository needs a name. Give --push-to-hub NAME.")
-        _require_name(name)
-        self._hub = Hub()
+            raise UsageError("This is not a published model, so its repository needs a name. Use --push-to-hub NAME.")
+        _check_name(name)
+        self._hub = HubClient()
         self._api = self._hub.api
-        who = self._hub.ask("The token cannot be used", self._api.whoami, is_repeated=False)
-        self.id = name if "/" in name else f"{who['name']}/{name}"
-        _require_name(self.id)
-        if _is_read_only(who, wanted.create_pr):
+        user = self._hub.call("The token cannot be used", self._api.whoami, is_repeatable=False)
+        self.id = name if "/" in name else f"{user['name']}/{name}"
+        _check_name(self.id)
+        if _is_read_only(user, destination.create_pr):
             raise HubError(
-                f"The token may only read, and {self.id} is to be written. Make one that may write at "
-                f"{self._hub.settings} and log in with it: hf auth login, or HF_TOKEN."
+                f"The token is read-only, so {self.id} cannot be written. Create a token with write access at "
+                f"{self._hub.token_settings}, then log in with `hf auth login` or set HF_TOKEN."
             )
         self._uploaded: dict[str, CommitOperationAdd] = {}
         self._restored: list[str] = []
@@ -77,88 +82,90 @@ class Repository:
         return f"{self._hub.endpoint}/{self.id}"
 
     def refuse_others(self, names: Collection[str] | None) -> None:
-        """Refuse a revision that holds weights which transformers would load instead of ours, or beside.
+        """Refuse a revision with other weights, which transformers would load instead of ours or in addition.
 
         Args:
-            names: Of the files that will be written; None while they are not known, when whatever
-                streamconv may write is let pass.
+            names: The files that will be written. None if they are not known yet; then every name that
+                streamconv writes is accepted.
 
         Raises:
-            HubError: it does, or is public where a private one was asked for.
+            HubError: there are such weights, or the repository is public although a private one was asked for.
         """
-        info = self._hub.ask(f"{self.id} cannot be looked at", self._look)
+        info = self._hub.call(f"{self.id} cannot be read", self._find_revision)
         if info is None:
             return
-        if self._wanted.private and info.private is False:
+        if self._destination.private and info.private is False:
             raise HubError(
-                f"{self.id} exists and is public. Make it private at {self.address}/settings, leave --private out, "
+                f"{self.id} exists and is public. Make it private at {self.address}/settings, omit --private, "
                 "or choose another name."
             )
-        self._refuse_others_in(info, names)
+        self._refuse_other_weights(info, names)
 
     def create(self) -> None:
-        """Make the repository and the revision's branch where they are not.
+        """Create the repository and the revision's branch if they do not exist.
 
         Raises:
-            HubError: the user may not.
+            HubError: they cannot be created.
         """
-        private = self._wanted.private or None  # None: as the account does by itself
-        failed = f"{self.id} cannot be created"
-        self._hub.ask(failed, self._api.create_repo, self.id, private=private, exist_ok=True)
-        branch = self._wanted.revision
+        private = self._destination.private or None  # None: the account's default
+        failure = f"{self.id} cannot be created"
+        self._hub.call(failure, self._api.create_repo, self.id, private=private, exist_ok=True)
+        branch = self._destination.revision
         if branch is not None and not branch.startswith("refs/"):
-            failed = f"The branch {branch} of {self.id} cannot be created"
-            self._hub.ask(failed, self._api.create_branch, self.id, branch=branch, exist_ok=True)
+            failure = f"The branch {branch} of {self.id} cannot be created"
+            self._hub.call(failure, self._api.create_branch, self.id, branch=branch, exist_ok=True)
 
     def upload(self, path: Path, name: str, sha256: str, progress: Progress = ignore_progress) -> None:
-        """Send one large file, which may be deleted then; a commit will make it visible as ``name``.
+        """Upload one large file. It may be deleted afterwards; a commit will make it visible as ``name``.
 
         Args:
-            sha256: The file's, in hexadecimal, as it was when it was written.
+            sha256: The hexadecimal digest that the file had when it was written.
 
         Raises:
-            OutputError: the file has another sha256.
-            HubError: the Hub does not take it.
+            OutputError: the file has a different sha256 now.
+            HubError: the upload failed.
         """
         from huggingface_hub import CommitOperationAdd
 
-        progress(f"sending {name} to {self.id}", 0, 1, "steps")
+        progress(f"uploading {name} to {self.id}", 0, 1, "steps")
         operation = CommitOperationAdd(name, str(path))
         require_digest(path, operation.upload_info.sha256.hex(), sha256)
-        self._hub.ask(
-            f"{name} cannot be sent to {self.id}",
+        self._hub.call(
+            f"{name} cannot be uploaded to {self.id}",
             self._api.preupload_lfs_files,
             self.id,
             additions=[operation],
-            revision=self._wanted.revision,
-            create_pr=self._wanted.create_pr,
+            revision=self._destination.revision,
+            create_pr=self._destination.create_pr,
         )
-        if not operation._is_uploaded:  # the Hub wants it in the commit itself, or not at all
-            raise HubError(f"{self.id} does not keep {name} as a large file. Remove its .gitattributes and .gitignore.")
+        if not operation._is_uploaded:  # the Hub wants the file in the commit itself, or ignores it
+            raise HubError(
+                f"{self.id} does not store {name} as a large file. Remove .gitattributes and .gitignore there."
+            )
         self._uploaded[name] = operation
 
     def restore(self, name: str, size: int, sha256: str) -> None:
-        """Say that an earlier process sent this file: the commit names it without sending it again."""
+        """Declare that an earlier process uploaded this file, so that the commit includes it without a new upload."""
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.lfs import UploadInfo
 
         operation = CommitOperationAdd(name, b"")
-        # What huggingface_hub itself sets when it has sent a file; it has no public way to say so of another process.
+        # huggingface_hub sets these after an upload; there is no public way to declare an upload by another process.
         operation.upload_info = UploadInfo(size=size, sample=b"", sha256=bytes.fromhex(sha256))
         operation._upload_mode, operation._is_uploaded = "lfs", True
         self._uploaded[name] = operation
         self._restored.append(name)
 
     def read_card(self) -> str | None:
-        """The model card that the revision has; None where it has none.
+        """Read the revision's model card; None if it has none.
 
         Raises:
-            HubError: the Hub does not say.
+            HubError: it cannot be read.
         """
-        info = self._hub.ask(f"{self.id} cannot be looked at", self._look)
+        info = self._hub.call(f"{self.id} cannot be read", self._find_revision)
         if info is None or all(file.rfilename != CARD_NAME for file in info.siblings or ()):
             return None
-        return self._hub.ask(f"The card of {self.id} cannot be read", self._read_card, info.sha)
+        return self._hub.call(f"The card of {self.id} cannot be read", self._read_card, info.sha)
 
     def _read_card(self, revision: str) -> str:
         with TemporaryDirectory() as folder:
@@ -166,53 +173,65 @@ class Repository:
             return Path(path).read_text("utf-8", "replace")
 
     def commit(self, files: Mapping[str, bytes | Path], message: str) -> str:
-        """Make the uploaded files and these small ones visible, all at once; the commit's or pull request's address.
+        """Commit the uploaded files and these small ones, all at once.
 
-        Where the revision holds just these files already, there is no new commit.
+        If the revision already holds these very files, no commit is made.
+
+        Returns:
+            The address of the commit or pull request.
 
         Raises:
-            MissingUploadError: the Hub has lost what `restore` said it has.
-            HubError: it takes no commit, or holds other weights by now.
+            MissingUploadError: the Hub does not have a file that was declared by `restore`.
+            HubError: the commit failed, or the revision holds other weights by now.
         """
         from huggingface_hub import CommitOperationAdd
 
         small = [CommitOperationAdd(n, data if isinstance(data, bytes) else str(data)) for n, data in files.items()]
         operations = [*small, *self._uploaded.values()]
         names = {operation.path_in_repo for operation in operations}
-        wanted = self._wanted
+        destination = self._destination
 
-        def attempt() -> str:
-            # Looked at anew each time: a commit whose answer was lost is seen to be there, and is not made twice.
-            info = self._api.model_info(self.id, revision=wanted.revision, files_metadata=True, timeout=PATIENCE)
-            self._refuse_others_in(info, names)
-            if not wanted.create_pr and all(_holds(info, operation) for operation in operations):
+        def commit_once() -> str:
+            # The revision is read again for each retry: if the commit was made and only the response was lost, we see
+            # it there and do not commit twice.
+            info = self._api.model_info(
+                self.id, revision=destination.revision, files_metadata=True, timeout=TIMEOUT_SECONDS
+            )
+            self._refuse_other_weights(info, names)
+            if not destination.create_pr and all(_holds(info, operation) for operation in operations):
                 return f"{self.address}/commit/{info.sha}"
-            done = self._api.create_commit(
+            commit = self._api.create_commit(
                 self.id,
                 operations,
                 commit_message=message,
-                revision=wanted.revision,
-                create_pr=wanted.create_pr,
+                revision=destination.revision,
+                create_pr=destination.create_pr,
                 parent_commit=info.sha,
             )
-            return str(done.pr_url or done.commit_url)
+            return str(commit.pr_url or commit.commit_url)
 
         try:
-            # A pull request whose answer was lost would be opened twice.
-            return self._hub.ask(f"{self.id} takes no commit", attempt, is_repeated=not wanted.create_pr)
+            # A retry would open a second pull request if the first one was opened and only the response was lost.
+            return self._hub.call(
+                f"The commit to {self.id} failed", commit_once, is_repeatable=not destination.create_pr
+            )
         except HubError as error:
             if self._restored and MISSING_UPLOAD in error.said.lower():
-                lost = f"{self.id} has lost what was sent before, {', '.join(self._restored)}"
-                raise MissingUploadError(f"{lost}. Run the same command again.", error.said, self._restored) from None
+                missing = ", ".join(self._restored)
+                raise MissingUploadError(
+                    f"{self.id} no longer has files that were uploaded earlier: {missing}. Run the same command again.",
+                    error.said,
+                    self._restored,
+                ) from None
             raise
 
-    def _look(self) -> Any:
-        """The revision's information, or, where it is to be made, that of what it will begin from; None for nothing."""
+    def _find_revision(self) -> Any:
+        """The revision's `ModelInfo`, or that of the main branch, from which it would be created; None for neither."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-        for revision in dict.fromkeys((self._wanted.revision, None)):
+        for revision in dict.fromkeys((self._destination.revision, None)):
             try:
-                return self._api.model_info(self.id, revision=revision, timeout=PATIENCE)
+                return self._api.model_info(self.id, revision=revision, timeout=TIMEOUT_SECONDS)
             except GatedRepoError:
                 raise
             except RevisionNotFoundError:
@@ -221,7 +240,7 @@ class Repository:
                 break
         return None
 
-    def _refuse_others_in(self, info: Any, names: Collection[str] | None) -> None:
+    def _refuse_other_weights(self, info: Any, names: Collection[str] | None) -> None:
         others = sorted(
             name
             for name in (file.rfilename for file in info.siblings or ())
@@ -230,32 +249,38 @@ class Repository:
             and (name not in names if names is not None else not OUR_WEIGHTS.fullmatch(name))
         )
         if others:
-            where = f"{self.id} at {self._wanted.revision}" if self._wanted.revision else self.id
+            where = f"{self.id} at {self._destination.revision}" if self._destination.revision else self.id
             raise HubError(
-                f"{where} already holds {', '.join(others)}, which transformers would load instead of what is to be "
-                "pushed, or beside it. Delete them there, or choose another repository or --revision."
+                f"{where} already holds {', '.join(others)}, which transformers would load instead of the new weights "
+                "or in addition to them. Delete them there, or choose another repository or --revision."
             )
 
 
-def require_digest(path: Path, digest: str, wanted: str) -> None:
-    if digest != wanted:
+def require_digest(path: Path, digest: str, expected: str) -> None:
+    """Raise an OutputError if a file's sha256 is not the one that it had when it was written."""
+    if digest != expected:
         raise OutputError(
-            f"{path} has changed since it was written: its sha256 is {digest}, not {wanted}. Convert again."
+            f"{path} has changed since it was written: its sha256 is {digest}, not {expected}. Convert again."
         )
 
 
-def _require_name(name: str) -> None:
+def _check_name(name: str) -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UsageError(f"{name} is no repository's name: {error} Give --push-to-hub NAME or USER/NAME.") from None
+        raise UsageError(
+            f"{name} is not a valid repository name: {error} Use --push-to-hub NAME or USER/NAME."
+        ) from None
 
 
-def _is_read_only(who: Mapping[str, Any], create_pr: bool) -> bool:
-    """Whether the Hub says that the token can write nowhere. Where it may not write here, the Hub will say so."""
-    token = (who.get("auth") or {}).get("accessToken") or {}
+def _is_read_only(user: Mapping[str, Any], create_pr: bool) -> bool:
+    """True if the token cannot write anywhere. If it can write, but not to this repository, a later call fails.
+
+    ``user`` is the response of `whoami`.
+    """
+    token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") != "fineGrained":
         return bool(token.get("role") == "read")
     scopes = (token.get("fineGrained") or {}).get("scoped") or ()
@@ -264,7 +289,7 @@ def _is_read_only(who: Mapping[str, Any], create_pr: bool) -> bool:
 
 
 def _holds(info: Any, operation: "CommitOperationAdd") -> bool:
-    """Whether a revision has the file as it is."""
+    """True if the revision has exactly this file already."""
     file = next((file for file in info.siblings or () if file.rfilename == operation.path_in_repo), None)
     if file is None:
         return False
@@ -272,5 +297,5 @@ def _holds(info: Any, operation: "CommitOperationAdd") -> bool:
         return bool(file.lfs.sha256 == operation.upload_info.sha256.hex())
     with operation.as_file() as content:
         data = content.read()
-    # The name that git itself gives a file's content; a hash of git's, where no one guards against attacks.
+    # git's own name for this content (a blob id). It only detects equality, it does not protect against attacks.
     return bool(file.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())

@@ -1,8 +1,8 @@
-"""The device that a verification runs on, the memory that it takes there, the versions that it ran with.
+"""The device that a verification runs on, its peak memory, and the versions of the libraries.
 
-As a program, ``python -m streamconv.verification.devices DEVICE REFERENCE [IMAGE]`` says whether all of
-them exist: the command line asks it before a conversion, in a process of its own, so that the
-conversion's stays free of torch.
+As a program, ``python -m streamconv.verification.devices DEVICE REFERENCE [IMAGE]`` checks that all of
+them exist. The command line runs it before a conversion, as a separate process, so that torch is not
+imported into the converting one.
 """
 
 import re
@@ -20,86 +20,88 @@ from streamconv.errors import UsageError
 from streamconv.verification.image import open_image
 from streamconv.verification.reference import check_reference
 
-LOOK_SECONDS = 0.02  # the kernel keeps no peak of anonymous memory
+SAMPLE_SECONDS = 0.02  # sampled, because the kernel records no peak of anonymous memory
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that ``name`` means; "auto" takes a GPU where there is one. TF32 is switched off.
+    """Choose the torch device called ``name``; "auto" is a GPU if there is one. TF32 is switched off.
 
     Raises:
-        UsageError: there is no such device here.
+        UsageError: there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"{name!r} is no device. Use auto, cpu, cuda or cuda:N.") from None
+        raise UsageError(f"{name!r} is not a device. Use auto, cpu, cuda or cuda:N.") from None
     if device.type not in ("cpu", "cuda") or name.startswith("cpu:"):
-        raise UsageError(f"{name!r} is no device that streamconv verifies on. Use auto, cpu, cuda or cuda:N.")
+        raise UsageError(f"streamconv cannot verify on the device {name!r}. Use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UsageError(f"{name} was asked for, and torch finds no CUDA GPU here. Use --device cpu.")
+            raise UsageError(f"torch finds no CUDA GPU, so {name} cannot be used. Use --device cpu.")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"{name} was asked for, and there are {torch.cuda.device_count()} GPUs, from cuda:0 on.")
-        # TF32 keeps 10 bits of a product's mantissa: it would drown what is looked for.
+            last = torch.cuda.device_count() - 1
+            raise UsageError(f"There is no {name}: the devices are cuda:0 to cuda:{last}.")
+        # TF32 multiplies with 10 bits of mantissa: its rounding would hide the differences to be found.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     return device
 
 
 def versions() -> dict[str, str]:
+    """The versions of streamconv and of the libraries that the models run with."""
     packages = (torch, torchvision, transformers, accelerate)
     return {"streamconv": __version__, **{package.__name__: package.__version__ for package in packages}}
 
 
 class MemoryWatch:
-    """The memory of this process and of a GPU within a ``with`` statement, in bytes; looked at every `LOOK_SECONDS`.
+    """Peak memory of this process and of a GPU during a ``with`` statement, in bytes.
 
-    Pages of mapped files count in a process's resident memory although the system takes them back
-    when it needs them; its anonymous memory is what a small machine must have. Linux tells both.
+    Resident memory includes pages of mapped files, which the system takes back when it needs them. A small
+    machine must have enough for the anonymous memory only. Linux reports both; other systems, neither.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._start = _status()
-        self._anonymous = self._start.get("RssAnon")
+        self._anonymous_peak = self._start.get("RssAnon")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look_on, name="memory", daemon=True)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample_until_stopped, name="memory", daemon=True)
 
     def __enter__(self) -> "MemoryWatch":
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._ended.set()
+        self._stopped.set()
         self._thread.join()
 
-    def _look_on(self) -> None:
-        while not self._ended.wait(LOOK_SECONDS):
-            self._look()
+    def _sample_until_stopped(self) -> None:
+        while not self._stopped.wait(SAMPLE_SECONDS):
+            self._sample()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         anonymous = _status().get("RssAnon")
-        if anonymous is not None and self._anonymous is not None:
-            self._anonymous = max(self._anonymous, anonymous)
+        if anonymous is not None and self._anonymous_peak is not None:
+            self._anonymous_peak = max(self._anonymous_peak, anonymous)
 
     def as_dict(self) -> dict[str, int | None]:
-        """For JSON: resident memory after torch's start, peaks of resident and anonymous memory, and of the GPU's."""
-        self._look()
+        """Bytes for JSON: memory when the watch began (with torch imported), and the peaks."""
+        self._sample()
         return {
             "host_start": self._start.get("VmRSS"),
             "host_anonymous_start": self._start.get("RssAnon"),
             "host_peak": _status().get("VmHWM"),
-            "host_anonymous_peak": self._anonymous,
+            "host_anonymous_peak": self._anonymous_peak,
             "gpu_peak": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
         }
 
 
 def _status() -> dict[str, int]:
-    """This process's memory in bytes, by the names of proc_pid_status(5); nothing where there is no such file."""
+    """This process's memory in bytes, with the names of proc_pid_status(5); empty on systems without that file."""
     try:
         text = Path("/proc/self/status").read_text()
     except OSError:
@@ -121,5 +123,5 @@ if __name__ == "__main__":
     try:
         check_arguments_here(sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)
     except UsageError as error:
-        print(error)  # on stdout: libraries warn on stderr
+        print(error)  # on stdout, because libraries print warnings on stderr
         sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""The picture to verify on: the user's, or one of the project's own, so that no network is needed."""
+"""The image to verify with: the user's, or one that is drawn here, so that no network is needed."""
 
 import io
 import urllib.request
@@ -14,45 +14,45 @@ from streamconv.files.address import Address
 
 WIDTH, HEIGHT = 640, 480
 TIMEOUT_SECONDS, MAX_DOWNLOAD_BYTES = 30, 64 << 20
-MAX_ASPECT = 50  # of the longer side to the shorter, which the image processor makes 256
+MAX_ASPECT = 50  # longer side / shorter side; the image processor scales the shorter one to 256 pixels
 
 
-def open_image(place: str | PathLike[str] | None) -> Image.Image:
-    """The user's picture, a file or an http(s) address, in RGB; or the project's own.
+def open_image(path: str | PathLike[str] | None) -> Image.Image:
+    """Open the user's image, a file or an http(s) URL, as RGB; for None, draw one.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: the image cannot be read.
     """
-    if place is None:
+    if path is None:
         return make_image()
-    is_address = fspath(place).lower().startswith(("http://", "https://"))
-    where = Address(fspath(place)) if is_address else place
+    is_url = fspath(path).lower().startswith(("http://", "https://"))
+    where = Address(fspath(path)) if is_url else path
     try:
-        with Image.open(_download(fspath(place)) if is_address else place) as opened:
+        with Image.open(_download(fspath(path)) if is_url else path) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its values, of Pillow's mode {image.mode}, have more than 8 bits; save it with 8")
+                raise ValueError(f"its values have more than 8 bits (Pillow's mode {image.mode}); save it with 8 bits")
             if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} pixels are a line; crop it")
+                raise ValueError(f"it is too narrow, {image.width} x {image.height} pixels; crop it")
             return image.convert("RGB")
     except UnidentifiedImageError:
-        raise UsageError(f"{where} is no image that Pillow knows.") from None
-    except Exception as error:  # of the network, and whatever Pillow's readers make of a damaged file
+        raise UsageError(f"{where} is not an image that Pillow can read.") from None
+    except Exception as error:  # from the network, or anything that Pillow raises for a damaged file
         raise UsageError(f"The image {where} cannot be read: {printable(str(error))}.") from error
 
 
-def _download(address: str) -> io.BytesIO:
-    # Some hosts refuse a client without a name.
-    request = urllib.request.Request(address, headers={"User-Agent": f"streamconv/{__version__}"})
+def _download(url: str) -> io.BytesIO:
+    # Some hosts reject clients that do not name themselves.
+    request = urllib.request.Request(url, headers={"User-Agent": f"streamconv/{__version__}"})
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
         data = response.read(MAX_DOWNLOAD_BYTES + 1)
     if len(data) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"it has more than {MAX_DOWNLOAD_BYTES >> 20} MB")
+        raise ValueError(f"it is larger than {MAX_DOWNLOAD_BYTES >> 20} MB")
     return io.BytesIO(data)
 
 
 def make_image() -> Image.Image:
-    """A hill before a sky with a sun, a house, and grain, always the same: RGB, 640 x 480."""
+    """Draw a landscape with a house, and noise over it. The image is always the same: RGB, 640 x 480."""
     image = Image.new("RGB", (WIDTH, HEIGHT))
     draw = ImageDraw.Draw(image)
     for y in range(HEIGHT):
@@ -67,5 +67,5 @@ def make_image() -> Image.Image:
     for x in range(40, 280, 48):
         draw.rectangle([x + 8, 300, x + 14, 345], (84, 60, 40))
         draw.ellipse([x - 8, 240, x + 30, 312], (34, 90 + x // 6, 44))
-    grain = torch.randn(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 0.03
-    return functional.to_pil_image((functional.to_tensor(image) + grain).clamp(0, 1))  # type: ignore[no-any-return]
+    noise = torch.randn(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 0.03
+    return functional.to_pil_image((functional.to_tensor(image) + noise).clamp(0, 1))  # type: ignore[no-any-return]

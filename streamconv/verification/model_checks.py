@@ -1,4 +1,4 @@
-"""The rungs that run models, in their order, and what they leave to look at."""
+"""The checks that run models (load, parity, preprocessing), in order, with the predictions and pictures they yield."""
 
 import time
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from streamconv.verification.reference import BUILTIN, HUB, build_original, load
 from streamconv.verification.result import Check
 from streamconv.verification.sparse_folder import source_tensors_of
 
-TOP = 5
+PREDICTION_COUNT = 5
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ModelResults:
 
 
 class ModelVerifier:
-    """What a verification runs on; all that a user can get wrong is refused when it is made."""
+    """The device, image and original model of a verification. Creating it rejects every wrong option."""
 
     def __init__(self, plan: Plan, device: str, image: str | PathLike[str] | None, reference: str | PathLike[str]):
         self.plan = plan
@@ -50,10 +50,14 @@ class ModelVerifier:
     def check(
         self, folder: Path, source: OpenSource, progress: Progress, parity: bool = True, is_sparse: bool = False
     ) -> ModelResults:
-        """Load, parity and preprocessing; the latter two only with a model that transformers loads.
+        """Run the load check and, if it passes, the parity and preprocessing checks.
 
-        Without ``parity``, no model runs. A source at an address is read for one pass of it. Of an
-        ``outline``'s folder, the converted model's weights are read from the source, too.
+        Args:
+            parity: Run the models. Otherwise preprocessing compares only pixels.
+            is_sparse: ``folder`` was written by `write_sparse_folder`; the converted model's weights come
+                from the source, too.
+
+        A remote source is read only once: for parity, not for preprocessing.
         """
         return_freed_buffers()
         with MemoryWatch(self.device) as memory:
@@ -67,7 +71,7 @@ class ModelVerifier:
         progress("loading with transformers", 0, 1, "steps")
         loaded, converted = check_load(folder, self.plan)
         if is_sparse:
-            loaded = replace(loaded, proves=f"{loaded.proves}, in files with the headers of those that were sent")
+            loaded = replace(loaded, proves=f"{loaded.proves}, from files with the uploaded files' headers")
         loaded = loaded.since(start)
         if not loaded.passed:
             why = "transformers did not load the model"
@@ -75,15 +79,15 @@ class ModelVerifier:
         start = time.monotonic()
         targets = source_tensors_of(converted, self.plan, folder) if is_sparse else {}
         if not with_parity or targets is None:
-            why = "this system does not tell where weights are loaded from" if with_parity else "--no-parity"
+            why = "this system does not report where weights are loaded from" if with_parity else "--no-parity"
             pixels = check_pixels(folder, self.plan, self.image).since(start)
             return ModelResults((loaded, Check("parity", None, why), pixels))
         try:
             weights, why = load_weights(self.original, source, self.device, self.plan.cast_to)
-        except Exception as error:  # torch refuses the source, or the graph its tensors
+        except Exception as error:  # torch rejects the file, or the model its tensors
             problem = f"{type(error).__name__}: {error}"
             if self.reference != BUILTIN:
-                message = f"The reference, {self.reference}, does not take the source's tensors: {problem}"
+                message = f"The reference {self.reference} does not accept the source's tensors: {problem}"
                 raise UsageError(f"{message}. Use --reference builtin.") from error
             parity = Check("parity", False, PROVES, (problem,))
             why = "torch did not load the original"
@@ -96,11 +100,12 @@ class ModelVerifier:
         pair = Pair(original, self.states, model, self.device, progress)
         parity, comparison = check_parity(pair, self.plan, self.image)
         if is_sparse:
-            proves = f"{parity.proves}; transformers with the source's weights, from where the sent files have theirs"
+            proves = f"{parity.proves}; transformers with the source's weights, located by the uploaded files' headers"
             parity = replace(parity, proves=proves)
         if self.plan.model is None:
-            heads = f"{self.plan.config['num_attention_heads']} attention heads in either, which no tensor tells"
-            parity = replace(parity, proves=f"{parity.proves}, with {heads}")
+            heads = self.plan.config["num_attention_heads"]
+            assumed = f"assuming {heads} attention heads in both, which tensors do not show"
+            parity = replace(parity, proves=f"{parity.proves}, {assumed}")
         if why:
             parity = replace(parity, not_checked="; ".join(filter(None, [parity.not_checked, why])))
         parity, start_next = parity.since(start), time.monotonic()
@@ -109,14 +114,14 @@ class ModelVerifier:
         else:
             preprocessing = check_preprocessing(pair, folder, self.plan, self.image).since(start_next)
         kept = comparison.kept if comparison is not None else {}
-        predictions = best(kept["logits"][1], pair.config.id2label) if "logits" in kept else ()
+        predictions = top_predictions(kept["logits"][1], pair.config.id2label) if "logits" in kept else ()
         pictures = draw_pictures(self.image, *kept["patches"]) if "patches" in kept else {}
         return ModelResults((loaded, parity, preprocessing), {}, predictions, pictures)
 
 
-def best(logits: Tensor, labels: Mapping[int, str]) -> tuple[tuple[str, float], ...]:
-    """The best `TOP` labels of (1, K) logits, with their shares; none where the logits are no numbers."""
+def top_predictions(logits: Tensor, labels: Mapping[int, str]) -> tuple[tuple[str, float], ...]:
+    """The most probable labels of (1, K) logits, with their probabilities; none if the logits are not finite."""
     if not logits.isfinite().all():
         return ()
-    shares, ids = logits[0].softmax(-1).topk(min(TOP, logits.shape[-1]))
-    return tuple((labels[int(i)], float(share)) for i, share in zip(ids, shares, strict=True))
+    probabilities, ids = logits[0].softmax(-1).topk(min(PREDICTION_COUNT, logits.shape[-1]))
+    return tuple((labels[int(i)], float(probability)) for i, probability in zip(ids, probabilities, strict=True))

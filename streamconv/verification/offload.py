@@ -1,7 +1,7 @@
-"""Runs a model whose weights stay in their file: each layer's are on the device only while it runs.
+"""Runs a model whose weights stay in their file: a layer's weights are on the device only while the layer runs.
 
-accelerate's hooks bring them and let them go, on a CPU as on a GPU, so that a device needs room for
-a layer and not for a model. A forward pass uses every weight once: nothing is moved twice in it.
+accelerate's hooks load and release them, on a CPU as on a GPU, so that the device needs memory for one
+layer, not for the model. A forward pass uses every weight once, so none is loaded twice.
 """
 
 from collections import deque
@@ -23,22 +23,22 @@ from streamconv.tensors.expressions import AnyTensor, parts_of, prefetch
 from streamconv.tensors.info import DTYPES
 from streamconv.verification.page_cache import FileMappings
 
-RECENT_BYTES = 128 << 20  # what running layers may still use: a block of ViT-g has 113 MB
-AHEAD_BYTES = 32 << 20  # what is read at once of a source that is streamed
+RECENT_BYTES = 128 << 20  # mapped pages kept for the running layer; a block of ViT-g has 113 MB
+READ_BYTES = 32 << 20  # read at once from a streamed source
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """The torch dtype of a safetensors code."""
+    """The torch dtype for a safetensors code, such as "BF16"."""
     dtype: torch.dtype = getattr(torch, DTYPES[code].torch)
     return dtype
 
 
 class OffloadedWeights(Mapping[str, Tensor]):
-    """A state dict of tensors mapped from a file; what is taken out is on ``device``, in ``dtype``.
+    """A state dict of tensors mapped from a file. Looking one up gives it on ``device``, in ``dtype``.
 
-    Where they were ``cast_to`` another dtype when they were converted, they are brought to that one first.
-    It is the mapped tensor itself where that will do. MKL's matrix product may round otherwise at another
-    alignment, and a file's alignment is its own: it gets a copy.
+    If the conversion cast them (``cast_to``), they are cast first, too. The result is the mapped tensor
+    itself if no cast is needed and oneDNN multiplies it. MKL may round differently depending on a
+    tensor's alignment, which is arbitrary in a file, so it gets a copy.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class OffloadedWeights(Mapping[str, Tensor]):
 
 
 class StreamedWeights(Mapping[str, Tensor]):
-    """A checkpoint's tensors, read when they are taken out, from wherever they lie.
+    """A state dict of a checkpoint's tensors, local or remote, which are read when they are looked up.
 
-    They are in the order in which a model computes with them, nearly: the next ones are read along, and
-    stay for a while, in the dtype that each is cast to. A record that is read whole is held against its CRC-32.
+    Models use their tensors in about the order of ``tensors``. So the next ones are read at the same time and kept
+    for a while, in the dtype that each is cast to. Records that are read completely are checked against their CRC-32.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class StreamedWeights(Mapping[str, Tensor]):
         size = 0
         for name in self._order[first:]:
             size += self._tensors[name].info.nbytes
-            if names and (size > AHEAD_BYTES or name in self._recent):
+            if names and (size > READ_BYTES or name in self._recent):
                 break
             names.append(name)
-        while self._recent and sum(tensor.nbytes for tensor in self._recent.values()) > AHEAD_BYTES:
+        while self._recent and sum(tensor.nbytes for tensor in self._recent.values()) > READ_BYTES:
             del self._recent[next(iter(self._recent))]
-        wanted = [part for name in names for part in parts_of(self._tensors[name])]
-        prefetch(wanted, self._reader)
+        parts = [part for name in names for part in parts_of(self._tensors[name])]
+        prefetch(parts, self._reader)
         checks = RecordChecks(self._reader)
         for name in names:
             self._recent[name] = _read_tensor(name, self._tensors[name], self._reader, checks)
@@ -122,11 +122,11 @@ def _read_tensor(name: str, tensor: AnyTensor, reader: Reader, checks: RecordChe
 
 
 class OffloadedModel:
-    """``model`` made to run on ``device`` layer by layer, in float32.
+    """A model that runs on ``device`` layer by layer, in float32.
 
-    Its parameters are mapped from a file (``cast_to`` is `OffloadedWeights`'s), or given as ``weights``.
-    What its module computes with in a method other than ``forward`` are its own parameters, not its
-    children's; these few are on the device always.
+    Its parameters are mapped from a file, or come from ``weights``. ``cast_to`` is as in `OffloadedWeights`.
+    The top module's own parameters stay on the device, because it uses them in methods other than
+    ``forward``, where no hook loads them. They are few.
     """
 
     def __init__(
@@ -143,6 +143,7 @@ class OffloadedModel:
         self.compute_in(torch.float32)
 
     def compute_in(self, dtype: torch.dtype) -> None:
+        """Switch the dtype of weights and computation; inputs must have it, too."""
         self._weights.dtype = dtype
         self.model.to(dtype)
         for name, _ in self.model.named_parameters(recurse=False):
@@ -164,6 +165,6 @@ def _has_onednn() -> bool:
 
 @contextmanager
 def fast_linear_layers() -> Iterator[None]:
-    """Linear layers by oneDNN, which torch brings along: on AMD's CPUs twice as fast as MKL, torch's choice."""
+    """Compute linear layers with oneDNN, which torch includes: twice as fast as MKL, torch's choice, on AMD CPUs."""
     with _OneDnnLinear() if _has_onednn() else nullcontext():
         yield

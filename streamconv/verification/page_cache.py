@@ -1,7 +1,7 @@
-"""Tells Linux how weights that are mapped from files are used, for which torch has no words. Elsewhere nothing is told.
+"""Advice to Linux about weights that are mapped from files, which torch cannot give. A no-op on other systems.
 
-Without this nothing is wrong, but a small machine is slow: pages of weights that were used once
-push out those of torch itself, and freed buffers stay with the process.
+Results do not depend on it, but a small machine is slow without it: pages of weights that are not
+needed again displace those of torch itself, and freed buffers stay allocated.
 """
 
 import bisect
@@ -19,27 +19,27 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def return_freed_buffers() -> None:
-    """Have the C library give each freed buffer back at once.
+    """Make the C library return each freed buffer to the system at once.
 
-    glibc otherwise learns to keep buffers of up to 32 MB, in a heap that grows with the number of
-    layers: a verification of ViT-g was seen to reach 2.5 GB instead of 0.6.
+    Otherwise glibc adapts and keeps freed buffers of up to 32 MB, in a heap that grows with the number
+    of layers: a verification of ViT-g reached 2.5 GB instead of 0.6.
     """
     if _libc is not None and hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 
 class FileMappings:
-    """The parts of this process's memory that are mapped from files at the moment when it is made."""
+    """The parts of this process's memory that are mapped from files when the object is created."""
 
     def __init__(self) -> None:
         text = Path("/proc/self/maps").read_text(errors="replace") if _libc is not None else ""
-        # proc_pid_maps(5): start-end, permissions, offset, device, an inode that is 0 for anonymous memory, path.
-        found = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) r\S+ ([0-9a-f]+) \S+ [1-9]\d* *(.*)$", text, re.MULTILINE)
-        self._ranges = [(int(start, 16), int(end, 16)) for start, end, _, _ in found]
-        self._files = [(int(offset, 16), Path(path)) for _, _, offset, path in found]
+        # proc_pid_maps(5): start-end, permissions, offset, device, inode (0 for anonymous memory), path.
+        mappings = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) r\S+ ([0-9a-f]+) \S+ [1-9]\d* *(.*)$", text, re.MULTILINE)
+        self._ranges = [(int(start, 16), int(end, 16)) for start, end, _, _ in mappings]
+        self._files = [(int(offset, 16), Path(path)) for _, _, offset, path in mappings]
 
-    def place_of(self, tensor: Tensor) -> tuple[Path, int] | None:
-        """The file that a tensor is mapped from, and where in it; None where none is known."""
+    def location_of(self, tensor: Tensor) -> tuple[Path, int] | None:
+        """The file that a tensor is mapped from and the offset in it; None if that is not known."""
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         at = bisect.bisect(self._ranges, (start, sys.maxsize)) - 1
         if at < 0 or not tensor.is_contiguous() or end > self._ranges[at][1]:
@@ -48,19 +48,19 @@ class FileMappings:
         return path, offset + start - self._ranges[at][0]
 
     def will_need(self, tensor: Tensor) -> None:
-        """Read the tensor's pages ahead, all at once."""
+        """Start reading all of the tensor's pages now."""
         self._advise(tensor, _WILLNEED)
 
     def release(self, tensor: Tensor) -> None:
-        """Take the tensor's pages out of this process; they come from the file again when they are touched.
+        """Drop the tensor's pages from this process; they are read from the file again when touched.
 
-        Files are mapped privately: what was written into such a page would be lost. Nothing here writes.
+        Files are mapped privately, so data written into such a page would be lost. Nothing here writes.
         """
         self._advise(tensor, _DONTNEED)
 
     def _advise(self, tensor: Tensor, advice: int) -> None:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        # Anonymous memory would be lost: only what a file surely holds is released.
-        if _libc is not None and self.place_of(tensor) is not None:
+        # DONTNEED on anonymous memory would lose data: advise only on memory that is known to be mapped from a file.
+        if _libc is not None and self.location_of(tensor) is not None:
             start = start // mmap.PAGESIZE * mmap.PAGESIZE
             _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)

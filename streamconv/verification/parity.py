@@ -1,10 +1,10 @@
-"""The parity rung: the original graph on the original file, transformers on the output, same input.
+"""The parity check: the original model with the original file, and transformers with the output, on the same input.
 
-The two run side by side, layer by layer, and each state is compared when both have it: no more than
-one layer of either and two states are in memory. At the native size the two agree bit for bit on a
-CPU. Where a CPU's matrix product rounds a layer that transformers splits otherwise than the whole
-one, the last bit of float32 differs; then both are run again in float64, where rounding is far
-below what any wrong weight makes, so that the two are told apart.
+Both run layer by layer, and each layer's output is compared as soon as both have it, so memory holds one
+layer of each model and two outputs. On a CPU at the native size, the two agree bit for bit in most cases.
+transformers splits some layers that are one matrix product in the original, and a CPU may round the parts
+differently than the whole. Then float32 differs in the last bits, and both models run again in float64:
+its rounding errors are far smaller than the effect of any wrong weight, so the two can be told apart.
 """
 
 import math
@@ -24,16 +24,17 @@ from streamconv.progress import Progress
 from streamconv.verification.offload import OffloadedModel, fast_linear_layers
 from streamconv.verification.result import Check
 
-PROVES = "the original graph and transformers compute the same from the same picture, in every layer"
-GPU_TOLERANCE = 1e-3  # the original script's
-FLOAT64_TOLERANCE = 1e-13  # of a state's largest value: rounding makes 1e-15, one float32 weight's last bit 1e-12
+PROVES = "the original model and transformers compute the same from the same image, in every layer"
+GPU_TOLERANCE = 1e-3  # as in the original conversion script
+# Relative to a layer output's largest value. Rounding causes 1e-15; the last bit of one float32 weight, 1e-12.
+FLOAT64_TOLERANCE = 1e-13
 
 States = Iterator[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The original, what drives it (a family's `states`), and what transformers made of the output."""
+    """The two models to compare, and the ``states`` function of the original's module in `originals`."""
 
     original: OffloadedModel
     states: Callable[..., States]
@@ -47,10 +48,10 @@ class Pair:
 
 
 class Comparison:
-    """The states of one original against the converted model's, which are taken in as they come.
+    """Compares the states (layer outputs) of the original with the converted model's, one by one.
 
-    ``differences`` are the largest absolute ones by state, in the order of computation, and
-    ``magnitudes`` the original's largest finite values; ``patches`` and ``logits`` keep both models' own.
+    ``differences`` has the largest absolute difference of each state, in the order of computation, and
+    ``magnitudes`` the original's largest finite value. ``kept`` has both models' "patches" and "logits".
     """
 
     def __init__(self, original: States):
@@ -62,8 +63,9 @@ class Comparison:
         self.kept: dict[str, tuple[Tensor, Tensor]] = {}
         self.not_finite_from: str | None = None
 
-    def take(self, name: str, state: Tensor) -> None:
-        while self._next is not None and _place(self._next[0]) < _place(name):
+    def compare(self, name: str, state: Tensor) -> None:
+        """Compare the converted model's next state with the original's of the same name."""
+        while self._next is not None and _order(self._next[0]) < _order(name):
             self.problems.append(f"{self._next[0]} is missing")
             self._next = next(self._original, None)
         if self._next is None or self._next[0] != name:
@@ -71,7 +73,7 @@ class Comparison:
             return
         other = self._next[1]
         if state.shape != other.shape:
-            shapes = f"{list(state.shape)}, and in the original {list(other.shape)}"
+            shapes = f"{list(state.shape)}, but {list(other.shape)} in the original"
             self.problems.append(f"{name} has the shape {shapes}")
         else:
             if self.not_finite_from is None and not other.isfinite().all():
@@ -83,22 +85,22 @@ class Comparison:
         self._next = next(self._original, None)
 
     def finish(self) -> None:
-        """Note what the original has yet to come."""
+        """Report the original's remaining states as missing."""
         while self._next is not None:
             self.problems.append(f"{self._next[0]} is missing")
             self._next = next(self._original, None)
 
     def relative(self) -> dict[str, float]:
-        """The differences as shares of their state's largest value where that is above 1: what is judged."""
+        """The differences that the tolerance applies to: divided by the state's largest value if that is above 1."""
         return {name: d / max(1.0, self.magnitudes[name]) for name, d in self.differences.items()}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``numbers`` are for the rung's.
+    """The result of `compare`. ``problems`` and ``numbers`` are those of the check.
 
-    ``comparison`` is in float32, ``judged`` the same or in float64; ``as_published`` compares an
-    original that interpolates in its own way.
+    ``comparison`` is in float32. ``judged`` decides: it is the same one, or one in float64.
+    ``as_published`` is a comparison with the original's own interpolation, if that differs from transformers'.
     """
 
     problems: tuple[str, ...]
@@ -117,22 +119,22 @@ def check_parity(pair: Pair, plan: Plan, image: Image.Image) -> tuple[Check, Com
         verdict = compare(pair, native_pixels(image, plan), "comparing what both models compute")
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise out_of_memory(pair.device, error) from error
-    except Exception as error:  # torch or transformers refuse what was written, or what it was made from
+    except Exception as error:  # torch or transformers rejects the output or the source
         return Check("parity", False, proves, (f"{type(error).__name__}: {error}",)), None
     numbers, start = {"size": size, **verdict.numbers}, verdict.judged.not_finite_from
-    not_checked = f"nothing is proved of {start} and what follows it" if start is not None else ""
+    not_checked = f"values that are not finite, in {start} and later, were not compared" if start is not None else ""
     check = Check("parity", not verdict.problems, proves + verdict.note, verdict.problems, numbers, not_checked)
     return check, verdict.comparison
 
 
 def out_of_memory(device: torch.device, error: BaseException) -> UsageError:
-    """That says nothing about the output."""
+    """The error to raise instead of a failed check, because lack of memory says nothing about the output."""
     elsewhere = " Use --device cpu, or free the GPU's memory." if device.type == "cuda" else ""
-    return UsageError(f"The memory of {device} is not enough to run the models: {error}.{elsewhere}")
+    return UsageError(f"{device} has too little memory to run the models: {error}.{elsewhere}")
 
 
 def native_pixels(image: Image.Image, plan: Plan) -> Tensor:
-    """(1, 3, S, S) at the model's own size S, where positions need no interpolation; normalised as published."""
+    """Preprocess to (1, 3, S, S), with the model's native size S, at which positions need no interpolation."""
     size, processor = plan.config["image_size"], plan.image_processor
     steps = [
         transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC),
@@ -143,12 +145,12 @@ def native_pixels(image: Image.Image, plan: Plan) -> Tensor:
 
 
 def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Verdict:
-    """Both models on ``pixels``, (1, C, H, W), every state within what the device's rounding makes.
+    """Run both models on ``pixels``, (1, C, H, W), and compare every state within the device's rounding errors.
 
-    Where the pixels are not of the native size, the original interpolates positions as
-    transformers does, and, where its own way is another, runs once more in that, unjudged.
+    If the pixels do not have the native size, the original interpolates positions as transformers does. If
+    its own way is different, it also runs that way; the result is reported, but does not decide.
     """
-    registers = getattr(pair.config, "num_register_tokens", 0)  # with them, both interpolate to the size
+    registers = getattr(pair.config, "num_register_tokens", 0)  # with registers, both interpolate the same way
     is_same_way = is_native or registers > 0
     kinds = [True] if is_same_way else [True, False]
     found, *published = _run(pair, pixels, torch.float32, kinds, what)
@@ -158,67 +160,67 @@ def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Ve
     largest = max(found.relative().values(), default=math.inf)
     if pair.device.type == "cpu" and not found.problems and 0 < largest <= GPU_TOLERANCE:
         numbers["float32"] = {"largest": largest, "differences": found.relative()}
-        note = f"; in float64, since float32 rounds otherwise here, by {largest:.2g}"
+        note = f"; in float64, because float32 rounding differs on this machine by {largest:.2g}"
         judged, tolerance = _run(pair, pixels, torch.float64, kinds[:1], what)[0], FLOAT64_TOLERANCE
     if judged.not_finite_from is not None:
-        note += f"; from {judged.not_finite_from} on there are values that are not finite, of which this proves nothing"
+        note += f"; from {judged.not_finite_from} on, values that are not finite prove nothing"
     differences = judged.relative()
-    beyond = [name for name, d in differences.items() if not d <= tolerance]
+    failed = [name for name, d in differences.items() if not d <= tolerance]
     problems = list(found.problems)
-    if beyond:
-        by = f"{differences[beyond[0]]:.3g} (absolute: {judged.differences[beyond[0]]:.3g})"
-        rest = f"; {len(beyond) - 1} of the {len(differences) - 1} other states differ too" if beyond[1:] else ""
-        problems.append(f"the first difference is in {beyond[0]}, by {by}{rest}")
+    if failed:
+        size = f"{differences[failed[0]]:.3g} (absolute: {judged.differences[failed[0]]:.3g})"
+        rest = f"; {len(failed) - 1} of the {len(differences) - 1} other layer outputs differ too" if failed[1:] else ""
+        problems.append(f"the first difference is in {failed[0]}: {size}{rest}")
     numbers |= {
         "tolerance": tolerance, "largest": max(differences.values(), default=math.inf), "differences": differences,
-        "absolute": judged.differences, "first": beyond[0] if beyond else None,
+        "absolute": judged.differences, "first": failed[0] if failed else None,
     }  # fmt: skip
     return Verdict(tuple(problems), numbers, note, found, judged, *published)
 
 
 @torch.no_grad()
 def _run(pair: Pair, pixels: Tensor, dtype: torch.dtype, as_transformers: list[bool], what: str) -> list[Comparison]:
-    """The converted model once, the original once for each way to interpolate, all layer by layer."""
+    """Run the converted model once, and the original once per way to interpolate, all of them layer by layer."""
     pair.original.compute_in(dtype)
     pair.converted.compute_in(dtype)
     pixels = pixels.to(pair.device, dtype)
-    found = [Comparison(pair.states(pair.original.model, pixels, kind)) for kind in as_transformers]
-    total = pair.config.num_hidden_layers + 3  # the embeddings, the class token and the patches
+    comparisons = [Comparison(pair.states(pair.original.model, pixels, kind)) for kind in as_transformers]
+    total = pair.config.num_hidden_layers + 3  # embeddings, class token, patches
     steps = 0
 
-    def take(name: str, state: Tensor) -> None:
+    def compare_state(name: str, state: Tensor) -> None:
         nonlocal steps
-        for comparison in found:
-            comparison.take(name, state)
+        for comparison in comparisons:
+            comparison.compare(name, state)
         steps += 1
         pair.progress(what, min(steps, total), total, "steps")
 
-    with fast_linear_layers(), _states_taken(pair.converted.model, take):
+    with fast_linear_layers(), _state_hooks(pair.converted.model, compare_state):
         outputs = pair.converted.model(pixels)
         if "logits" in outputs:
-            take("logits", outputs.logits)
-        for comparison in found:
+            compare_state("logits", outputs.logits)
+        for comparison in comparisons:
             comparison.finish()
-    return found
+    return comparisons
 
 
 @contextmanager
-def _states_taken(model: Any, take: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``take`` with every state of a transformers model in a forward pass, named as the originals' are."""
+def _state_hooks(model: Any, receive: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``receive`` with every state of a transformers model's forward pass, named as in `originals`."""
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
 
     def first(module: nn.Module, args: Any, kwargs: Any) -> None:
-        take("embeddings", args[0] if args else kwargs["hidden_states"])
+        receive("embeddings", args[0] if args else kwargs["hidden_states"])
 
     def layer(i: int) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: take(f"layer {i}", output[0] if isinstance(output, tuple) else output)
+        return lambda module, args, output: receive(f"layer {i}", output[0] if isinstance(output, tuple) else output)
 
     def last(module: nn.Module, args: Any, output: Any) -> None:
         registers = getattr(model.config, "num_register_tokens", 0)
-        take("cls", output.last_hidden_state[:, 0])
+        receive("cls", output.last_hidden_state[:, 0])
         if registers:
-            take("registers", output.last_hidden_state[:, 1 : 1 + registers])
-        take("patches", output.last_hidden_state[:, 1 + registers :])
+            receive("registers", output.last_hidden_state[:, 1 : 1 + registers])
+        receive("patches", output.last_hidden_state[:, 1 + registers :])
 
     with ExitStack() as stack:
         stack.callback(layers[0].register_forward_pre_hook(first, with_kwargs=True).remove)
@@ -228,14 +230,14 @@ def _states_taken(model: Any, take: Callable[[str, Tensor], None]) -> Iterator[N
         yield
 
 
-def _place(name: str) -> float:
-    """Where a state stands among the layers; the embeddings, which are always there, need no place."""
+def _order(name: str) -> float:
+    """A sort key: layers by number, everything after them last. Embeddings come first and are never missing."""
     return int(name.removeprefix("layer ")) if name.startswith("layer ") else math.inf
 
 
 def _largest_difference(state: Tensor, other: Tensor) -> float:
-    """Equal infinities and two NaNs are no difference; one NaN is an infinite one."""
-    if torch.equal(state, other):  # one pass over both, and mostly all that is needed
+    """The largest absolute difference. Equal infinities and two NaNs do not differ; a single NaN differs infinitely."""
+    if torch.equal(state, other):  # the usual case, in a single pass
         return 0.0
     same = (state == other) | (state.isnan() & other.isnan())
     return float((state - other).abs().masked_fill(same, 0.0).nan_to_num(math.inf, math.inf).max())

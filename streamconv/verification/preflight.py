@@ -1,4 +1,4 @@
-"""Refuses what a verification cannot do before hours of conversion, without importing torch into this process."""
+"""Checks of the verification's options before hours of conversion, without importing torch into this process."""
 
 import os
 import subprocess
@@ -9,25 +9,27 @@ from streamconv.errors import OutputError, UsageError
 
 
 def check_report(path: Path) -> None:
-    """
-    Raises:
-        UsageError: it is no page's name, or what renders pages is not installed.
-        OutputError: it cannot be written.
-    """
-    from streamconv.verification.report import require  # with what it imports, only for those who want one
+    """Check that a report can be rendered and written to ``path``.
 
-    require()
+    Raises:
+        UsageError: the name does not end in .html, or the packages for a report are not installed.
+        OutputError: the file cannot be written.
+    """
+    from streamconv.verification.report import check_installed  # imported only if a report is wanted
+
+    check_installed()
     parent = path.absolute().parent
     if path.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"{path} is no name for a page. Give --report FILE.html.")
+        raise UsageError(f"The report {path} must be an HTML file. Use --report FILE.html.")
     if os.path.isdir(path) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise OutputError(f"{path} cannot be written. Give --report a file in a folder that can be.")
+        raise OutputError(f"{path} cannot be written. Choose a --report file in a folder that exists and is writable.")
 
 
 def check_arguments(device: str, image: str | None, reference: str) -> None:
-    """
+    """Check that the device, the image and the reference exist.
+
     Raises:
-        UsageError: the device, the image or the reference does not exist.
+        UsageError: one of them does not.
     """
     if device in ("auto", "cpu") and image is None and reference == "builtin":
         return
@@ -36,9 +38,9 @@ def check_arguments(device: str, image: str | None, reference: str) -> None:
 
         check_arguments_here(device, reference, image)
         return
-    words = [device, reference, *([image] if image is not None else [])]
-    command = [sys.executable, "-m", "streamconv.verification.devices", *words]
-    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if asked.returncode == UsageError.exit_code and asked.stdout:
-        raise UsageError(asked.stdout.strip())
-    asked.check_returncode()  # anything else is a bug, and shows its traceback
+    arguments = [device, reference, *([image] if image is not None else [])]
+    command = [sys.executable, "-m", "streamconv.verification.devices", *arguments]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if result.returncode == UsageError.exit_code and result.stdout:
+        raise UsageError(result.stdout.strip())
+    result.check_returncode()  # any other exit is a bug: show its traceback

@@ -1,8 +1,8 @@
-"""The preprocessing rung: the saved image processor, and the original script's own check at its size.
+"""The preprocessing check: the saved image processor, and both models at its size, as in the original script.
 
-The original script compares both models at 224 pixels, where they differ by design: Meta's code
-interpolates position embeddings by a scale, (n + 0.1) / 37, and transformers to the very size. So
-the difference is measured as published, and shown to vanish when both interpolate the same way.
+The original conversion script compares the models at 224 pixels, where they differ by design: Meta's code
+scales position embeddings by (n + 0.1) / 37, and transformers to the size n itself. So the difference
+is measured with both interpolations, and must vanish if both models use the same one.
 """
 
 from pathlib import Path
@@ -19,19 +19,19 @@ from streamconv.verification.load import quiet_transformers
 from streamconv.verification.parity import Pair, compare, out_of_memory
 from streamconv.verification.result import Check
 
-PROVES_PIXELS = "the saved image processor gives the original's pixels"
-PROVES = f"{PROVES_PIXELS}, and on them both models agree"
+PROVES_PIXELS = "the saved image processor makes the original's pixels"
+PROVES = f"{PROVES_PIXELS}, and both models compute the same from them"
 
 
 def check_preprocessing(pair: Pair, folder: Path, plan: Plan, image: Image.Image) -> Check:
-    """Pixels of ``folder``'s processor against torchvision's, then both models on them."""
+    """Compare the pixels of ``folder``'s processor with torchvision's, then both models on these pixels."""
     try:
         wanted = original_pixels(image, plan)
         numbers, problems = _compare_pixels(folder, plan, image, wanted)
         verdict = compare(pair, wanted, "comparing at the image processor's size", is_native=False)
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise out_of_memory(pair.device, error) from error
-    except Exception as error:  # transformers or torch refuse what was written
+    except Exception as error:  # transformers or torch rejects the output
         return Check("preprocessing", False, PROVES, (f"{type(error).__name__}: {error}",))
     size = wanted.shape[-1]
     numbers |= {"size": size, "tolerance": verdict.numbers["tolerance"]}
@@ -40,25 +40,25 @@ def check_preprocessing(pair: Pair, folder: Path, plan: Plan, image: Image.Image
         ("as_published", verdict.as_published.differences if verdict.as_published else {}),
     ):
         numbers[name] = {state: differences[state] for state in ("cls", "patches", "logits") if state in differences}
-    proves = f"{PROVES} at {size}x{size} once they interpolate positions the same way{verdict.note}"
+    proves = f"{PROVES} at {size}x{size} with the same interpolation of positions{verdict.note}"
     return Check(
         "preprocessing", not problems and not verdict.problems, proves, (*problems, *verdict.problems), numbers
     )
 
 
 def check_pixels(folder: Path, plan: Plan, image: Image.Image) -> Check:
-    """The processor's half of `check_preprocessing`."""
+    """Compare only the pixels; no model runs."""
     try:
         wanted = original_pixels(image, plan)
         numbers, problems = _compare_pixels(folder, plan, image, wanted)
-    except Exception as error:  # transformers or torch refuse what was written
+    except Exception as error:  # transformers or torch rejects the output
         return Check("preprocessing", False, PROVES_PIXELS, (f"{type(error).__name__}: {error}",))
     not_checked = f"no model ran at {wanted.shape[-1]}x{wanted.shape[-1]}"
     return Check("preprocessing", not problems, PROVES_PIXELS, tuple(problems), numbers, not_checked)
 
 
 def original_pixels(image: Image.Image, plan: Plan) -> Tensor:
-    """(1, 3, C, C), as the original script's own transforms make them."""
+    """Preprocess to (1, 3, C, C) with the transforms of the original conversion script."""
     processor = plan.image_processor
     steps = [
         transforms.Resize(processor["size"]["shortest_edge"], interpolation=transforms.InterpolationMode.BICUBIC),
@@ -70,7 +70,10 @@ def original_pixels(image: Image.Image, plan: Plan) -> Tensor:
 
 
 def _compare_pixels(folder: Path, plan: Plan, image: Image.Image, wanted: Tensor) -> tuple[dict[str, Any], list[str]]:
-    """On Pillow it must be exact; what AutoImageProcessor chooses by itself may work on tensors, and differ."""
+    """Compare the saved processor's pixels with ``wanted``; returns the numbers and the problems.
+
+    With Pillow they must be equal. transformers' default may resize tensors instead, and is only reported.
+    """
     load: Any = AutoImageProcessor.from_pretrained
     with quiet_transformers():
         exact, default = (load(folder, local_files_only=True, **backend) for backend in ({"backend": "pil"}, {}))
@@ -80,8 +83,8 @@ def _compare_pixels(folder: Path, plan: Plan, image: Image.Image, wanted: Tensor
     for processor in (exact, default):
         pixels = processor(image, return_tensors="pt")["pixel_values"]
         if pixels.shape != wanted.shape:
-            shapes = f"{list(pixels.shape)}, and the original {list(wanted.shape)}"
-            problems.append(f"{type(processor).__name__} makes {shapes}")
+            shapes = f"{list(pixels.shape)}, but the original {list(wanted.shape)}"
+            problems.append(f"{type(processor).__name__} makes pixels of shape {shapes}")
             differences.append(None)
         else:
             differences.append(float((pixels - wanted).abs().max()))

@@ -1,7 +1,8 @@
 """The original model, with its weights mapped from the original file by torch itself.
 
-This shares nothing with the conversion but the sizes, so that a wrong reader, rule or writer shows. A
-file at an address torch cannot map: then its reader is shared, whose bytes are held against CRC-32s.
+It shares only the model's dimensions with the conversion, so that a fault in a reader, a rule or the
+writer shows. torch cannot map a remote file. For such a file the conversion's reader is used, whose
+bytes are checked against CRC-32s.
 """
 
 import importlib
@@ -33,22 +34,23 @@ BUILTIN, HUB = "builtin", "hub"
 
 
 def check_reference(reference: str | PathLike[str]) -> None:
-    """
+    """Check that a reference is "builtin", "hub" or a folder that torch.hub can load from.
+
     Raises:
-        UsageError: it is none of the words, and no folder that torch.hub could load from.
+        UsageError: it is none of them.
     """
     if reference not in (BUILTIN, HUB) and not os.path.exists(os.path.join(reference, "hubconf.py")):
-        raise UsageError(f"The reference {reference} is neither builtin, hub nor a folder with a hubconf.py.")
+        raise UsageError(f"The reference {reference} is not builtin, hub or a folder with a hubconf.py.")
 
 
 def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Callable[..., Any]]:
-    """The original graph on the meta device, and its family's `states`.
+    """Build the original model on the meta device; returns it and the ``states`` function of its `originals` module.
 
-    ``reference`` is "builtin" for this package's graph; "hub" for the authors' own code, which
-    torch.hub fetches and runs; or a folder that holds that code.
+    ``reference`` is "builtin" for the code in `originals`; "hub" for the authors' own code, which
+    torch.hub downloads and runs; or a folder with that code.
 
     Raises:
-        UsageError: the authors' code cannot be had, or knows no such model.
+        UsageError: the authors' code cannot be loaded, or does not have this model.
     """
     module = importlib.import_module(f"streamconv.verification.originals.{plan.family.name}")
     if reference == BUILTIN:
@@ -56,21 +58,21 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Cal
             return module.build(plan.dimensions), module.states
     check_reference(reference)
     if plan.model is None:
-        raise UsageError("torch.hub has published models only, and this is none. Use --reference builtin.")
-    place = (module.REPOSITORY, "github") if reference == HUB else (fspath(reference), "local")
+        raise UsageError("torch.hub has published models only, and this is not one of them. Use --reference builtin.")
+    location = (module.REPOSITORY, "github") if reference == HUB else (fspath(reference), "local")
     before = set(sys.modules)
     try:
         with init_empty_weights():
-            original = module.load(*place, plan.model)
+            original = module.load(*location, plan.model)
         if not isinstance(original, nn.Module) or not hasattr(original, "prepare_tokens_with_masks"):
-            raise TypeError(f"it gives a {type(original).__name__}, and no model of the authors' code")
+            raise TypeError(f"it returns a {type(original).__name__}, which is not the authors' model")
         return original, module.states
-    except (Exception, SystemExit) as error:  # anything may go wrong in code that is not ours
-        message = f"{plan.model.name} could not be loaded from {place[0]}: {type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:  # the code is not ours and may raise anything
+        message = f"{plan.model.name} could not be loaded from {location[0]}: {type(error).__name__}: {error}"
         raise UsageError(f"{message}. Use --reference builtin, or a folder with the authors' code.") from error
     finally:
-        # Another folder's code has the same names, and shall not be taken for this one's.
-        folders = (os.path.realpath(place[0]), os.path.realpath(torch.hub.get_dir()))
+        # Forget the imported modules: another folder's modules have the same names and would not be imported.
+        folders = (os.path.realpath(location[0]), os.path.realpath(torch.hub.get_dir()))
         for name in set(sys.modules) - before:
             if os.path.realpath(getattr(sys.modules[name], "__file__", None) or "").startswith(folders):
                 del sys.modules[name]
@@ -79,10 +81,13 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Cal
 def load_weights(
     original: Any, source: OpenSource, device: torch.device, cast_to: str
 ) -> tuple[StreamedWeights | None, str]:
-    """Assign the files' tensors, mapped and not copied, to a model on the meta device, strictly.
+    """Load the source's tensors into a model on the meta device; missing and unexpected tensors are errors.
 
-    Those of a source at an address are not assigned, but given, to be read when they are needed, and cast; so are
-    those of a file that torch does not load without trusting it, and then what is told of that is not empty.
+    torch maps local files, and nothing is copied. The tensors of a remote source, or of a file that torch does
+    not load safely, are not loaded, but returned as `StreamedWeights`, which read and cast them on demand.
+
+    Returns:
+        The streamed weights or None, and why a local file had to be streamed ("" if it was not).
     """
     files, why = {}, ""
     if not source.is_remote:
@@ -93,7 +98,7 @@ def load_weights(
             }
         except (UnpicklingError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).partition("\n")[0]
-            why = f"torch does not load all that the source holds ({reason}): streamconv read its tensors"
+            why = f"torch does not load everything in the source ({reason}), so streamconv read its tensors"
     if source.is_remote or why:
         shapes = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
         original.load_state_dict(shapes, strict=True, assign=True)
@@ -117,17 +122,18 @@ def _map_file(path: Path) -> Any:
         is_legacy = file.read(len(torch_legacy.MAGIC)) == torch_legacy.MAGIC
     if not is_legacy and not is_zipfile(path):
         return load_file(path)
-    load = partial(torch.load, path, map_location="cpu", mmap=not is_legacy, weights_only=True)  # torch maps zips only
+    # torch maps only zip files
+    load = partial(torch.load, path, map_location="cpu", mmap=not is_legacy, weights_only=True)
     try:
         return load()
-    except UnpicklingError:  # a training checkpoint's settings, of classes that torch would have to import
+    except UnpicklingError:  # a training checkpoint with settings of classes that torch does not know
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Unread, name) for name in names]):
             return load()
 
 
 class _Unread:
-    """Stands for every class that a file names and torch does not trust: none of them is imported or called."""
+    """A substitute for every class that a file names and torch does not allow, so that none is imported or called."""
 
     def __new__(cls, *arguments: object) -> "_Unread":
         return super().__new__(cls)
@@ -136,7 +142,7 @@ class _Unread:
 
 
 def _flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors of dicts in dicts, by their keys joined with dots."""
+    """Yield the tensors of nested dicts, with their keys joined by dots."""
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
             yield f"{prefix}{key}", value

@@ -1,8 +1,8 @@
-"""A folder as transformers loads it, with holes where the weights are: for an output that is sent elsewhere.
+"""A folder that transformers can load, with holes in place of the weights, for an output that was uploaded and deleted.
 
-Its files have the output's own headers and sizes, and take no room. Loading it shows whether every
-tensor is found, and where each of the loaded model's parameters lies in the files, so that its weights
-can be read from the source when they are computed with.
+Its files have the output's headers and sizes, but occupy no disk space. Loading it shows that every
+tensor is found, and at which file offset each of the model's parameters lies. That identifies the
+parameter's source tensor, from which its values are read when the model runs.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from streamconv.verification.page_cache import FileMappings
 
 
 def write_sparse_folder(plan: Plan, folder: Path) -> None:
+    """Write the plan's files into an existing folder, each shard as a header followed by a hole."""
     for shard in plan.shards:
         with open(folder / shard.filename, "wb") as file:
             file.write(shard.header)
@@ -28,17 +29,17 @@ def write_sparse_folder(plan: Plan, folder: Path) -> None:
 
 
 def source_tensors_of(model: Any, plan: Plan, folder: Path) -> Mapping[str, SourceTensor] | None:
-    """The source of each parameter of a model that was loaded from an outline, in the model's order.
+    """The source of each parameter of a model that was loaded from a sparse folder, in the model's order.
 
-    None where the system does not tell what is mapped from where, or transformers copied something.
+    None if the system does not report file mappings, or if transformers copied a tensor.
     """
     mappings, found = FileMappings(), {}
-    shards = {(folder / shard.filename).resolve(): _places(shard) for shard in plan.shards}
+    shards = {(folder / shard.filename).resolve(): _offsets(shard) for shard in plan.shards}
     for name, parameter in model.state_dict().items():
-        path, offset = mappings.place_of(parameter) or (None, 0)
-        places = shards.get(path) if path is not None else None
+        path, offset = mappings.location_of(parameter) or (None, 0)
+        offsets = shards.get(path) if path is not None else None
         tensor = next(
-            (_part(t, offset - at, parameter.shape) for at, t in places or () if at <= offset < at + t.target.nbytes),
+            (_part(t, offset - at, parameter.shape) for at, t in offsets or () if at <= offset < at + t.target.nbytes),
             None,
         )
         if tensor is None:
@@ -47,16 +48,17 @@ def source_tensors_of(model: Any, plan: Plan, folder: Path) -> Mapping[str, Sour
     return found
 
 
-def _places(shard: Shard) -> list[tuple[int, SourceTensor]]:
-    places, at = [], len(shard.header)
+def _offsets(shard: Shard) -> list[tuple[int, SourceTensor]]:
+    """The tensors of a shard with their offsets in the file, in bytes."""
+    offsets, at = [], len(shard.header)
     for _, tensor in shard.tensors:
-        places.append((at, tensor))
+        offsets.append((at, tensor))
         at += tensor.target.nbytes
-    return places
+    return offsets
 
 
 def _part(tensor: SourceTensor, offset: int, shape: tuple[int, ...]) -> SourceTensor | None:
-    """The tensor that begins ``offset`` bytes into another one's row-major bytes, as they are written."""
+    """The tensor of this shape that begins ``offset`` bytes into ``tensor``'s bytes in the output, if there is one."""
     info = TensorInfo(tensor.info.dtype, tuple(shape))
     if offset == 0 and info == tensor.info:
         return tensor

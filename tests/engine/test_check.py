@@ -106,7 +106,7 @@ def test_the_command_line_needs_no_torch_for_it_and_ends_in_1(folder: Path) -> N
     verify = [sys.executable, "-m", "streamconv", "verify", folder]
     done = subprocess.run([*verify, "--report", folder.parent / "x.html"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "The output is not what was written" in done.stdout
+    assert "The output differs from what was written" in done.stdout
     assert "Verification failed" in (folder.parent / "x.html").read_text("utf-8")
     done = subprocess.run([*verify, "--device", "cpu"], capture_output=True, text=True)
     assert (done.returncode, "Name the SOURCE too" in done.stderr) == (2, True)

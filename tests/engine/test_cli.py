@@ -14,8 +14,7 @@ import torch
 
 import streamconv
 import streamconv.verification.report
-from streamconv import progress
-from streamconv.cli import terminal
+from streamconv.cli import progress_bar, terminal
 from tests.conftest import make_states, tiny
 
 Save = Callable[..., tuple[Path, Path | None]]
@@ -32,8 +31,8 @@ def test_the_whole_job_on_a_machine_with_nothing_on_it(tmp_path: Path) -> None:
     done = run("run", "dinov2_vits14", "--synthetic", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "Looks ok!"
-    assert "17 states on cpu: largest difference 0, allowed 0" not in done.stdout  # 12 layers and four more
-    assert "15 states on cpu: largest difference 0, allowed 0" in done.stdout
+    assert "17 layer outputs on cpu: largest difference 0, allowed 0" not in done.stdout  # 12 layers and four more
+    assert "15 layer outputs on cpu: largest difference 0, allowed 0" in done.stdout
     assert "\r" not in done.stderr
     assert "Traceback" not in done.stderr
     folder = tmp_path / "dinov2-small"
@@ -44,7 +43,7 @@ def test_the_whole_job_on_a_machine_with_nothing_on_it(tmp_path: Path) -> None:
     assert json.loads((folder / "streamconv.json").read_text())["verification"]["passed"] is True
     again = run("run", "--model_name", "dinov2_vits14", "--synthetic", "--no-verify", cwd=tmp_path)
     assert again.returncode == 0
-    assert "was converted already" in again.stdout
+    assert "was already converted" in again.stdout
     source = json.loads((folder / "streamconv.json").read_text())["source"]["backbone"]["file"]
     assert source == "dinov2_vits14_synthetic_seed0.pth"
     other = run("run", "dinov2_vits14", "--synthetic", "--seed", 1, "--no-verify", cwd=tmp_path)
@@ -63,7 +62,7 @@ def test_a_classifier_by_name_with_the_original_scripts_flags(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any("labels from torchvision's list, since" in line for line in lines)
-    at = lines.index("Predicted class:")
+    at = lines.index("Predicted classes:")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert lines[at + 1].split("%  ")[1] in config["label2id"]
     assert config["id2label"]["0"] == "tench"
@@ -188,12 +187,12 @@ def test_mistakes_end_in_one_message_and_their_code(tmp_path: Path, save: Save) 
         (4, "cannot be written", ("run", "dinov2_vits14", "--synthetic", "--no-verify", "-o", "x" * 300)),
         (2, "give one of them", ("run", "dinov2_vits14", "--model_name", "dinov2_vits14")),
         (2, "Give -o DIR", ("run", backbone, "--no-verify")),
-        (2, "is no device", ("run", backbone, "-o", "out", "--device", "gpu")),
+        (2, "is not a device", ("run", backbone, "-o", "out", "--device", "gpu")),
         (2, "cannot be read", ("run", backbone, "-o", "out", "--image", "none.png")),
         (2, "cannot be read", ("run", backbone, "-o", "out", "--image", "http://127.0.0.1:1/x.png")),
-        (2, "neither builtin, hub nor a folder", ("run", backbone, "-o", "out", "--reference", "facebook")),
-        (4, "in a folder that can be", ("run", backbone, "-o", "out", "--report", "none/x.html")),
-        (2, "no name for a page", ("run", backbone, "-o", "out", "--report", "out/model.safetensors")),
+        (2, "not builtin, hub or a folder", ("run", backbone, "-o", "out", "--reference", "facebook")),
+        (4, "folder that exists and is writable", ("run", backbone, "-o", "out", "--report", "none/x.html")),
+        (2, "must be an HTML file", ("run", backbone, "-o", "out", "--report", "out/model.safetensors")),
         (2, "500MB or 5GB", ("convert", backbone, "-o", "out", "--max-shard-size", "much")),
         (2, "No such option", ("convert", backbone, "--outptu", "out")),
         (3, "dinov2_vitg14_pretrain.pth, put it at", ("run",)),
@@ -284,16 +283,14 @@ SLOW = (
 
 def test_an_interruption_shows_the_command_without_its_secrets() -> None:
     words = ["run", "https://me:word@h/x.pth?sig=word", "--image=http://me:word@h/y.png", "-o", "a b"]
-    shown = terminal._again(words)
-    assert shown.startswith(
-        "streamconv run https://h/x.pth --image=http://h/y.png -o 'a b'  (with the addresses in full"
-    )
+    shown = terminal._redacted_command(words)
+    assert shown.startswith("streamconv run https://h/x.pth --image=http://h/y.png -o 'a b'  (with the full URLs")
     assert "word" not in shown
-    assert terminal._again(["run", "x.pth"]) == "streamconv run x.pth"
+    assert terminal._redacted_command(["run", "x.pth"]) == "streamconv run x.pth"
 
 
 def test_no_text_of_a_server_is_taken_for_markup() -> None:
-    bar = progress._bar()
+    bar = progress_bar._bar()
     bar.add_task("503 [/bold] [red]", amount="[/x]")
     with bar.console.capture() as shown:
         bar.console.print(bar.get_renderable())
@@ -340,4 +337,4 @@ def test_an_interruption_that_an_import_swallows_is_one_still(tmp_path: Path, sa
         "cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "interrupted. To go on, run\n  streamconv plan x\n")
+    assert (done.returncode, done.stderr) == (130, "Interrupted. To resume, run\n  streamconv plan x\n")

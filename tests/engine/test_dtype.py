@@ -205,7 +205,7 @@ def test_the_command_line_casts_and_tells(tmp_path: Path) -> None:
     done = run("convert", "x.pth", "-o", "out", "--dtype", "float16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "cast from float32 to float16" in done.stdout
-    assert re.search(r"[1-9][0-9,]+ finite values are beyond the range of float16, and infinite now", done.stdout)
+    assert re.search(r"[1-9][0-9,]+ finite values are outside the range of float16 and are now infinite", done.stdout)
     again = run("convert", "x.pth", "-o", "out", "--dtype", "float16", "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["cast"] == {"from": "float32", "to": "float16"}
     assert f"{json.loads(again.stdout)['overflow_count']:,} finite values" in done.stdout

@@ -19,7 +19,7 @@ from huggingface_hub.utils import _http
 import streamconv
 from streamconv.cli.options import with_values
 from streamconv.errors import HubError, MissingUploadError, OutputError, StreamconvError, UsageError
-from streamconv.hub import client as asking
+from streamconv.hub import client
 from streamconv.hub.repository import Destination, Repository
 from streamconv.jobs.publish import publish
 from tests.conftest import run_python, tiny
@@ -147,7 +147,7 @@ def test_what_the_hub_has_lost_is_named(hub: HubServer, folder: Path) -> None:
     repository = Repository(Destination("it"), None)
     repository.create()
     repository.restore("model.safetensors", 5, "a" * 64)
-    with pytest.raises(MissingUploadError, match=r"has lost what was sent before, model\.safetensors") as caught:
+    with pytest.raises(MissingUploadError, match=r"no longer has .* earlier: model\.safetensors") as caught:
         repository.commit({"config.json": b"{}"}, "all")
     assert caught.value.names == ("model.safetensors",)
     assert commits(hub) == 1
@@ -213,16 +213,16 @@ def test_what_can_be_refused_is_refused_before_anything_is_changed(
     hub.put("ada/public", {"notes": b""})
     hub.repos["eve/gated"] = Repo(private=False, gated=True)
     for kind, says, token, wanted, default in (
-        (HubError, "no token to push", None, Destination("it"), None),
-        (HubError, r"refused \(401\).* may write", "hf_wrong", Destination("it"), None),
-        (HubError, "may only read", READ_TOKEN, Destination("it"), None),
-        (HubError, "may only read", "hf_fine", Destination("it"), None),
+        (HubError, "no token for pushing", None, Destination("it"), None),
+        (HubError, r"not accepted \(401\).* write access", "hf_wrong", Destination("it"), None),
+        (HubError, "is read-only", READ_TOKEN, Destination("it"), None),
+        (HubError, "is read-only", "hf_fine", Destination("it"), None),
         (HubError, "exists and is public", TOKEN, Destination("public", private=True), None),
-        (HubError, r"may not do that \(403\)", TOKEN, Destination("eve/gated"), None),
+        (HubError, r"lacks the permission \(403\)", TOKEN, Destination("eve/gated"), None),
         (UsageError, "needs a name", TOKEN, Destination(), None),
-        (UsageError, "no repository's name", TOKEN, Destination("a/b/c"), None),
-        (UsageError, "no repository's name", TOKEN, Destination("it--is"), None),
-        (UsageError, "no repository's name", TOKEN, Destination("my models"), None),
+        (UsageError, "not a valid repository name", TOKEN, Destination("a/b/c"), None),
+        (UsageError, "not a valid repository name", TOKEN, Destination("it--is"), None),
+        (UsageError, "not a valid repository name", TOKEN, Destination("my models"), None),
     ):
         monkeypatch.setenv("HF_TOKEN", token or "")
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
@@ -281,16 +281,16 @@ def test_a_fault_that_passes_at_any_step_changes_nothing(
 @pytest.mark.parametrize(
     ("step", "fault", "says"),
     [
-        ("POST /api/repos/create", {"status": 401, "body": {"error": "x"}}, r"token is refused \(401\)"),
-        ("POST /api/models/ada/it/preupload", {"status": 403, "body": {"error": "x"}}, r"may not do that \(403\): x\."),
-        ("POST /ada/it.git", {"status": 403, "body": {"error": "Private repository storage limit reached"}}, "no room"),
-        ("POST /api/models/ada/it/commit", {"status": 402, "body": {"error": "pay"}}, "no room"),
-        ("POST /api/models/ada/it/commit", {"status": 404, "body": {"error": "x"}}, "no such repository or revision"),
-        ("POST /api/models/ada/it/commit", {"status": 412, "body": {"error": "A commit"}}, "meanwhile"),
-        ("POST /api/models/ada/it/commit", {"status": 429, "body": {"error": "x"}}, "too often"),
-        ("POST /api/models/ada/it/commit", {"status": 500, "body": {"error": "x"}}, r"a fault \(500\)"),
-        ("POST /api/models/ada/it/commit", {"status": 418, "body": {"error": "tea"}}, r"refuses it \(418\): tea"),
-        ("PUT /upload", {"cut_after": 100}, "cannot be reached, or the line broke"),
+        ("POST /api/repos/create", {"status": 401, "body": {"error": "x"}}, r"not accepted \(401\)"),
+        ("POST /api/models/ada/it/preupload", {"status": 403, "body": {"error": "x"}}, r"permission \(403\): x\."),
+        ("POST /ada/it.git", {"status": 403, "body": {"error": "Private storage limit reached"}}, "no storage left"),
+        ("POST /api/models/ada/it/commit", {"status": 402, "body": {"error": "pay"}}, "no storage left"),
+        ("POST /api/models/ada/it/commit", {"status": 404, "body": {"error": "x"}}, "revision does not exist"),
+        ("POST /api/models/ada/it/commit", {"status": 412, "body": {"error": "A commit"}}, "at the same time"),
+        ("POST /api/models/ada/it/commit", {"status": 429, "body": {"error": "x"}}, "too many requests"),
+        ("POST /api/models/ada/it/commit", {"status": 500, "body": {"error": "x"}}, r"an internal error \(500\)"),
+        ("POST /api/models/ada/it/commit", {"status": 418, "body": {"error": "tea"}}, r"the request \(418\): tea"),
+        ("PUT /upload", {"cut_after": 100}, "cannot be reached, or the connection broke"),
     ],
 )  # fmt: skip
 def test_a_fault_that_stays_is_one_message_with_the_mend(
@@ -309,22 +309,22 @@ def test_a_fault_that_stays_is_one_message_with_the_mend(
 def test_an_error_that_the_batch_answers_is_told(hub: HubServer, folder: Path) -> None:
     error = {"oid": sha256(shards(folder)[0]), "size": 1, "error": {"code": 413, "message": "storage quota exceeded"}}
     hub.fail("POST /ada/it.git", status=200, body={"objects": [error]}, times=100)
-    with pytest.raises(HubError, match="no room"):
+    with pytest.raises(HubError, match="no storage left"):
         pushed(folder)
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(
     hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "PATIENCE", 0.3)
-    monkeypatch.setattr(asking, "WAITS", ())
+    monkeypatch.setattr(client, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(client, "RETRY_DELAYS", ())
     hub.fail("GET /api/whoami")
-    with pytest.raises(HubError, match="does not answer in time"):
+    with pytest.raises(HubError, match="does not respond in time"):
         Repository(Destination("it"), None)
     repository = Repository(Destination("it"), None)
     repository.create()
     hub.fail("POST /api/models/ada/it/commit")
-    with pytest.raises(HubError, match="does not answer in time"):
+    with pytest.raises(HubError, match="does not respond in time"):
         repository.commit({"config.json": b"{}"}, "all")
 
 
@@ -339,7 +339,7 @@ def test_someone_elses_commit_is_not_written_over(hub: HubServer, monkeypatch: p
         return create_commit(*args, **options)
 
     monkeypatch.setattr(HfApi, "create_commit", commit_late)
-    with pytest.raises(HubError, match=r"meanwhile \(412\)"):
+    with pytest.raises(HubError, match=r"at the same time \(412\)"):
         repository.commit({"config.json": b"{}"}, "all")
     assert hub.files("ada/it").keys() == {"pytorch_model.bin"}
 
@@ -432,7 +432,7 @@ def test_what_was_verified_is_pushed_and_loads_from_the_hub(tmp_path: Path, save
         assert done.returncode == 0, done.stderr
         name = hub.repos["ada/it"].branches["main"][-1][0]
         assert done.stdout.splitlines()[-1] == f"published: {hub.url}/ada/it/commit/{name}"
-        assert "sending model-00001-of-" in done.stderr
+        assert "uploading model-00001-of-" in done.stderr
         arrived = hub.files("ada/it")
         assert all(arrived[path.name] == path.read_bytes() for path in (tmp_path / "out").iterdir())
         assert "| parity | passed |" in arrived["README.md"].decode()
@@ -491,7 +491,7 @@ def test_a_push_that_fails_after_the_conversion_ends_in_4_and_loses_nothing(tmp_
         hub.fail("POST /api/repos/create", status=403, body={"error": "no, {authorization}"})
         done = run(hub, tmp_path, *words, "--json")
         assert done.returncode == 4
-        assert done.stderr.splitlines()[-1].startswith("error: ada/it cannot be created: the token may not do that")
+        assert done.stderr.splitlines()[-1].startswith("error: ada/it cannot be created: the token lacks")
         assert TOKEN not in done.stdout + done.stderr
         assert json.loads(done.stdout)["published"] is None
         hub.fail("PUT /upload", status=503, body={})
@@ -526,10 +526,10 @@ def test_mistakes_in_pushing_end_in_one_message_before_anything_is_converted(tmp
             (2, "Nothing is pushed unverified", (*push, "it", "--no-verify"), {}),
             (2, "--revision is empty", (*push, "it", "--revision", ""), {}),
             (2, "needs a name", push, {}),
-            (2, "no repository's name", (*push, "a b"), {}),
-            (4, "no token to push", (*push, "it"), {"HF_TOKEN": ""}),
-            (4, "refused (401)", (*push, "it"), {"HF_TOKEN": "hf_wrong"}),
-            (4, "may only read", (*push, "it"), {"HF_TOKEN": READ_TOKEN}),
+            (2, "not a valid repository name", (*push, "a b"), {}),
+            (4, "no token for pushing", (*push, "it"), {"HF_TOKEN": ""}),
+            (4, "not accepted (401)", (*push, "it"), {"HF_TOKEN": "hf_wrong"}),
+            (4, "is read-only", (*push, "it"), {"HF_TOKEN": READ_TOKEN}),
             (4, "pytorch_model.bin, which", (*push, "full"), {}),
             (4, "cannot be reached", (*push, "it"), {"HF_ENDPOINT": "http://127.0.0.1:1"}),
             (4, "HF_HUB_OFFLINE is set", (*push, "it"), {"HF_HUB_OFFLINE": "1"}),

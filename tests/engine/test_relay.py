@@ -171,14 +171,14 @@ def test_a_wrong_mapping_does_not_become_visible(
     assert "FAILED" in hub.files("ada/it")["README.md"].decode()
 
 
-@pytest.mark.parametrize("at", ["sending", "writing", "loading", "committing"])
+@pytest.mark.parametrize("at", ["uploading", "writing", "loading", "committing"])
 def test_an_interrupted_run_sends_no_shard_again(
     hub: HubServer, server: FileServer, source: str, tmp_path: Path, at: str
 ) -> None:
     seen: list[str] = []
 
     def interrupt(what: str, done: int, total: int, unit: str) -> None:
-        if what.startswith(at) and (at not in ("sending", "writing") or "00003-of" in what):
+        if what.startswith(at) and (at not in ("uploading", "writing") or "00003-of" in what):
             raise KeyboardInterrupt
         seen.append(what)
 
@@ -214,7 +214,7 @@ def test_a_killed_run_goes_on(hub: HubServer, server: FileServer, source: str, t
     server.faults.seconds_a_megabyte = 0
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "sent to ada/it, a file at a time" in done.stdout
+    assert "uploaded to ada/it, one file at a time" in done.stdout
     assert f"published: {hub.url}/ada/it/commit/" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
     # A kill between the end of a sending and its mark may cost this one once more.

@@ -98,7 +98,7 @@ def test_signals_at_any_moment_cost_little(tmp_path: Path, save: Save, shard_siz
             continue
         kills += 1
         if process.returncode == 130:
-            again = re.search(r"To go on, run\n  streamconv (.*)\n", said)
+            again = re.search(r"To resume, run\n  streamconv (.*)\n", said)
             assert again is not None, said
             assert again[1] == f"convert {source} -o out --max-shard-size {shard_size}"
         for name in wanted if (tmp_path / "out").exists() else ():

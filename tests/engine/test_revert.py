@@ -276,7 +276,7 @@ def test_an_interrupted_one_leaves_nothing(tmp_path: Path, suffix: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (128 + signal.SIGINT, "")
-    assert done.stderr.startswith("interrupted. To go on, run\n  streamconv revert ")
+    assert done.stderr.startswith("Interrupted. To resume, run\n  streamconv revert ")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 

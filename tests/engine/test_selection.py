@@ -148,9 +148,9 @@ def test_what_stays_behind_is_told_and_never_read(tmp_path: Path) -> None:
     done = run("convert", "x.pth", "-o", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for line in (
-        "left out: teacher.dino_head.* (3 tensors, 2,576 bytes): a head of the training",
-        "left out: teacher.ibot_head.* (2 tensors, 1,024 bytes): a head of the training",
-        "left out: optimizer.* (1 tensor, 3,996 bytes): an optimizer's state",
+        "skipped: teacher.dino_head.* (3 tensors, 2,576 bytes): a head of the training",
+        "skipped: teacher.ibot_head.* (2 tensors, 1,024 bytes): a head of the training",
+        "skipped: optimizer.* (1 tensor, 3,996 bytes): an optimizer's state",
     ):
         assert line in done.stdout
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
@@ -317,7 +317,7 @@ def test_the_number_of_heads_is_told_by_verification(tmp_path: Path) -> None:
     source = saved(make_states(tiny())[0], tmp_path / "x.pth")
     streamconv.convert(source, tmp_path / "out", num_heads=4)
     found = streamconv.verify(tmp_path / "out", source, device="cpu")
-    assert "with 4 attention heads in either, which no tensor tells" in found.checks[2].proves
+    assert "assuming 4 attention heads in both, which tensors do not show" in found.checks[2].proves
 
 
 def test_an_image_processor_of_another_size_is_told(tmp_path: Path) -> None:

@@ -88,10 +88,11 @@ def test_a_passing_verification_says_so_with_every_number() -> None:
     assert "<title>dinov2_vits14: verified · streamconv</title>" in page
     text = words(page)
     for said in (
-        "✓ Verified All 4 checks passed.", "Computed on cpu", "Original graph builtin", "Bytes compared 88,226,304",
-        "Parameters loaded 22,056,576", "518 × 518 pixels", "0.0 in all 15 states", "Tolerance 0.0, bit for bit",
-        "BitImageProcessor, it is 0.0175, where one grey level is 0.0171", "cls 0.012 0.0", "patches 0.071 0.0",
-        "(n + 0.1) / 37", "Main memory at peak 900 MB", "Time 1 min 1 s", "torch 2.15.0", "8be1" * 16,
+        "✓ Verified All 4 checks passed.", "Device cpu", "Original model's code builtin", "Bytes compared 88,226,304",
+        "Parameters loaded 22,056,576", "518 × 518 pixels", "0.0 in all 15 layer outputs",
+        "Tolerance 0.0 (bit for bit)",
+        "BitImageProcessor, the difference is 0.0175; one grey level is 0.0171", "cls 0.012 0.0", "patches 0.071 0.0",
+        "(n + 0.1) / 37", "Peak memory 900 MB", "Time 1 min 1 s", "torch 2.15.0", "8be1" * 16,
         "backbone: vits14.pth 88.3 MB sha256:" + "c0de" * 16,
     ):  # fmt: skip
         assert said in text
@@ -102,17 +103,17 @@ def test_a_passing_verification_says_so_with_every_number() -> None:
 def test_a_failing_one_names_the_checks_the_problems_and_the_first_state() -> None:
     text = words(report.render(failing()))
     assert "✗ Verification failed 1 of 4 checks failed: parity. Not run: preprocessing." in text
-    assert "What was to be proved: both compute the same." in text
+    assert "FAILED: both compute the same." in text
     assert text.count("layer 7 differs by 0.0123") == 5
     assert "5 more problems" in text
-    assert "First state to differ layer 7" in text
+    assert "First difference in layer 7" in text
     assert text.count("first: layer 7") == 2  # in both drawings
     assert "– not run Not run: parity failed." in text
 
 
 def test_infinite_and_undefined_differences_are_drawn_and_said() -> None:
     text = words(report.render(failing()))
-    assert "exactly 0 in 8 of 15 states" in text
+    assert "exactly 0 in 8 of 15 layer outputs" in text
     assert "cls infinite patches not a number" in text
     assert text.count("not finite") == 2
     assert "not finite" not in words(report.render(passing()))
@@ -163,10 +164,10 @@ def test_float64_and_float32_stand_side_by_side() -> None:
         "float32": {"largest": 3e-6, "differences": dict.fromkeys(STATES, 3e-6)},
     }  # fmt: skip
     text = words(report.render(found))
-    assert "State float64 float32 embeddings 2e-15 3e-06" in text
-    assert "Largest difference 2e-15; exactly 0 in none of 15 states." in text
+    assert "Layer output float64 float32 embeddings 2e-15 3e-06" in text
+    assert "Largest difference 2e-15; exactly 0 in none of 15 layer outputs." in text
     assert text.count("tolerance 1e-13") == 2
-    assert "in all 15 states" not in text
+    assert "in all 15 layer outputs" not in text
 
 
 def test_hostile_text_stays_text_and_only_pictures_are_pictures() -> None:
@@ -198,7 +199,8 @@ def test_equal_verifications_give_equal_bytes_whatever_the_users_matplotlibrc(tm
     found["checks"][2]["numbers"]["differences"] |= dict.fromkeys("abcdef", 0.0)  # enough for a set's order to show
     (tmp_path / "found.json").write_text(json.dumps(found))
     code = (
-        "import json, sys\nfrom streamconv import report\nprint(report.render(json.load(open('found.json'))), end='')"
+        "import json, sys\nfrom streamconv.verification import report\n"
+        "print(report.render(json.load(open('found.json'))), end='')"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path, env=environment)
@@ -207,7 +209,7 @@ def test_equal_verifications_give_equal_bytes_whatever_the_users_matplotlibrc(tm
 
 def test_importing_and_requiring_it_imports_nothing_large() -> None:
     code = (
-        "import sys, streamconv.verification.report\nstreamconv.verification.report.require()\n"
+        "import sys, streamconv.verification.report\nstreamconv.verification.report.check_installed()\n"
         "print(sorted({'matplotlib', 'jinja2', 'numpy', 'torch'} & set(sys.modules)))"
     )
     assert run_python(code) == "[]\n"
@@ -216,7 +218,7 @@ def test_importing_and_requiring_it_imports_nothing_large() -> None:
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "find_spec", lambda name: None if name == "jinja2" else object())
     with pytest.raises(UsageError, match=r"^--report needs Jinja2: pip install 'streamconv\[report\]'$"):
-        report.require()
+        report.check_installed()
 
 
 @pytest.fixture(scope="module")

@@ -144,9 +144,9 @@ def test_a_swapped_query_and_key_is_seen_by_bytes_and_by_parity(converted: tuple
     differences = found.checks[2].numbers["differences"]
     assert max(differences["embeddings"], differences["layer 0"]) < 1e-13 < differences["layer 1"]
     assert found.checks[2].numbers["first"] == "layer 1"
-    assert "the first difference is in layer 1, by" in problems(found)
+    assert "the first difference is in layer 1: " in problems(found)
     states = len(differences) - 1  # but for the embeddings and the first layer
-    assert f"; {states - 2} of the {states} other states differ too" in problems(found)
+    assert f"; {states - 2} of the {states} other layer outputs differ too" in problems(found)
 
 
 def test_a_missing_and_an_extra_tensor_are_named(converted: tuple[Path, Path, Path | None]) -> None:
@@ -206,7 +206,7 @@ def test_a_swapped_row_of_the_classifier_shows_in_the_logits(tmp_path: Path, sav
     alter(tmp_path / "out", swap)
     found = streamconv.verify(tmp_path / "out", backbone, head=head, device="cpu")
     assert verdicts(found) == {"bytes": False, "load": True, "parity": False, "preprocessing": False}
-    assert found.checks[2].problems[0].startswith("the first difference is in logits, by")
+    assert found.checks[2].problems[0].startswith("the first difference is in logits: ")
 
 
 def test_a_source_that_rots_is_found(converted: tuple[Path, Path, Path | None]) -> None:
@@ -276,7 +276,7 @@ def test_a_gpu_agrees_within_the_originals_tolerance(converted: tuple[Path, Path
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("no image")
     for path in (tmp_path / "x.png", tmp_path / "none.png"):
-        with pytest.raises(UsageError, match=r"cannot be read|no image that"):
+        with pytest.raises(UsageError, match=r"cannot be read|not an image that"):
             open_image(path)
 
 
@@ -390,7 +390,7 @@ def test_not_a_number_equals_itself_and_nothing_else(tmp_path: Path) -> None:
     assert streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu").passed
     alter(tmp_path / "out", lambda state: state["layernorm.bias"].fill_(0))
     found = streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
-    assert "the first difference is in cls, by inf" in problems(found)
+    assert "the first difference is in cls: inf" in problems(found)
     assert "Infinity" not in json.dumps(found.as_dict())
 
 
@@ -484,7 +484,7 @@ def test_a_changed_interpolation_is_no_explanation(tmp_path: Path, save: Save, m
     monkeypatch.setattr(dinov2.VisionTransformer, "interpolate_pos_encoding", shifted)
     found = streamconv.verify(tmp_path / "out", backbone, device="cpu")
     assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": False}
-    assert "the first difference is in embeddings, by" in problems(found)
+    assert "the first difference is in embeddings: " in problems(found)
 
 
 def test_pictures_show_both_models_patches(converted: tuple[Path, Path, Path | None]) -> None:
@@ -547,7 +547,7 @@ def test_an_image_may_have_an_address(tmp_path: Path, server: str, monkeypatch: 
     assert open_image(f"{server}/x.png").tobytes() == make_image().tobytes()
     with pytest.raises(UsageError, match="404"):
         open_image(f"{server}/none.png")
-    with pytest.raises(UsageError, match="no image that Pillow knows"):
+    with pytest.raises(UsageError, match="not an image that Pillow can read"):
         open_image(f"{server}/page.html")
     with pytest.raises(UsageError, match="refused"):
         open_image("http://127.0.0.1:1/x.png")
@@ -636,7 +636,7 @@ def test_differences_are_judged_and_shown_as_shares_of_a_large_state(tmp_path: P
     assert numbers["largest"] == max(numbers["differences"].values())
     assert numbers["absolute"]["layer 1"] > 10 * numbers["differences"]["layer 1"] > 1e-2
     by = f"{numbers['differences']['layer 1']:.3g} (absolute: {numbers['absolute']['layer 1']:.3g})"
-    assert f"the first difference is in layer 1, by {by}" in problems(found)
+    assert f"the first difference is in layer 1: {by}" in problems(found)
 
 
 @pytest.mark.parametrize("value", [float("inf"), 1e37])
@@ -647,7 +647,7 @@ def test_a_source_that_is_not_finite_is_verified_and_said_to_be_so(tmp_path: Pat
     streamconv.convert(tmp_path / "x.pth", tmp_path / "out")
     found = streamconv.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
     assert found.passed
-    assert ("from cls on there are values that are not finite" in found.checks[2].proves) == (value == float("inf"))
+    assert ("from cls on, values that are not finite" in found.checks[2].proves) == (value == float("inf"))
     assert ("converted" in found.pictures) == (value == 1e37)
 
 
@@ -744,7 +744,7 @@ def test_too_little_memory_says_nothing_of_the_output(
         raise torch.cuda.OutOfMemoryError("tried to allocate")
 
     monkeypatch.setattr(dinov2.VisionTransformer, "prepare_tokens_with_masks", full)
-    with pytest.raises(UsageError, match="memory of cpu is not enough"):
+    with pytest.raises(UsageError, match="cpu has too little memory"):
         streamconv.verify(tmp_path / "out", backbone, device="cpu")
 
 

@@ -46,9 +46,9 @@ def test_without_parity_no_weight_is_read_and_it_is_said(server: FileServer, sou
     done = run("verify", "out", source, "--stream", "--no-parity", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert server.sent < 3 * remote.WINDOW_BYTES
-    assert "parity        not run --no-parity" in done.stdout
+    assert "parity        not run: --no-parity" in done.stdout
     left = "the source's bytes were not read again; parity did not run; no model ran at 224x224"
-    assert done.stdout.splitlines()[-1] == f"Looks ok, as far as it was checked: {left}."
+    assert done.stdout.splitlines()[-1] == f"Looks ok, but not everything was checked: {left}."
 
 
 def test_without_parity_a_file_is_compared_still(source: str, server: FileServer, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_classifier_is_streamed_from_two_addresses(server: FileServer, tmp_pat
 def test_the_whole_job_on_the_command_line(server: FileServer, source: str, tmp_path: Path) -> None:
     done = run("run", source, "-o", "other", "--stream", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("Looks ok, as far as it was checked: the source's bytes")
+    assert done.stdout.splitlines()[-1].startswith("Looks ok, but not everything was checked: the source's bytes")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "served"]
 
 

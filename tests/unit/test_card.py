@@ -14,7 +14,7 @@ from PIL import Image
 
 import streamconv
 from streamconv.families.registry import all_families
-from streamconv.hub.card import make_card
+from streamconv.hub.card import is_ours, make_card
 from streamconv.output.manifest import read_manifest
 from tests.conftest import tiny
 
@@ -63,7 +63,7 @@ def test_the_card_of_a_published_model_says_whose_it_is_and_what_was_proven() ->
         "`dinov2_vits14_pretrain.pth`, `https://example.org/dinov2_vits14_pretrain.pth`", "88,283,115", "`f00d`",
         "streamconv 0.1.0", "`abcd`", "| parity | passed | both compute the same |",
         "Largest difference in any layer: 2.5e-07; allowed: 0.001.", "Run on cpu with torch 2.9, transformers 5.0.",
-        "Every byte read was checked against its CRC-32",
+        "Every byte that was read matched its CRC-32",
     ):  # fmt: skip
         assert said in text
     assert "> **" not in text
@@ -83,23 +83,23 @@ def test_of_other_files_neither_licence_nor_origin_is_claimed(changed: dict[str,
     text = make_card(manifest(**changed), "ada/it")
     data = ModelCard(text).data.to_dict()
     assert not data.keys() & {"license", "base_model"}
-    assert "Its licence is not known" in text
+    assert "does not know its licence" in text
 
 
 def test_what_must_be_known_is_said_first() -> None:
     def first(**changed: Any) -> str:
-        return make_card(manifest(**changed), "ada/it").split("# it\n\n")[1]
+        return make_card(manifest(**changed), "ada/it").split("# it\n\n")[1].partition("-->\n\n")[2]
 
     failed = check("parity", False, "both compute the same", problems=["the first difference is in layer 3"])
     found = {"passed": False, "checks": [failed, check("preprocessing", None, "it was left out")]}
     assert first(verification=None).startswith("> **Not verified.**")
     assert first(verification=found).startswith("> **Verification failed. Do not use this model.**")
-    assert "| parity | **FAILED** | not so: both compute the same |" in first(verification=found)
+    assert "| parity | **FAILED** | both compute the same |" in first(verification=found)
     assert "- the first difference is in layer 3" in first(verification=found)
     assert "| preprocessing | not run | it was left out |" in first(verification=found)
     random = first(source={"backbone": {"file": "dinov2_vits14_synthetic_seed12.pth"}})
     assert random.startswith("> **Random weights.**")
-    assert "carries no CRC-32s" in first(is_crc_checked=False)
+    assert "has no CRC-32s" in first(is_crc_checked=False)
     assert "> **" not in first()
 
 
@@ -113,8 +113,17 @@ def test_names_and_problems_of_whichever_shape_stay_in_their_place() -> None:
     assert "`a b c ## mine?<script>.pth`" in text
     assert r"x \| y \# z \<img\> \[a\](b)" in text
     assert [line for line in text.splitlines() if line.startswith("#")] == [
-        "# it", "## Use", "## Provenance", "## Verification"
+        "# it", "## Usage", "## Provenance", "## Verification"
     ]  # fmt: skip
+
+
+def test_a_generated_card_is_recognised_by_its_marker_alone() -> None:
+    text = make_card(manifest(), "ada/it")
+    (marker,) = (line for line in text.splitlines() if line.startswith("<!--"))
+    assert is_ours(text)
+    assert is_ours(f"# Other words\n\n{marker}\n")
+    assert not is_ours(text.replace(f"{marker}\n", ""))  # a user deletes the line to keep the card
+    assert not is_ours(f"A card that quotes `{marker}`.")
 
 
 def test_every_architecture_has_its_task() -> None:

@@ -1,10 +1,10 @@
-"""The original models' own graphs, one module a family, under the family's name.
+"""The original models, reimplemented: one module per family, with the family's name.
 
 Each module has
 
-- ``build(sizes)``: the model on the device that is current, with the original's parameter names,
-  so that ``load_state_dict(strict=True)`` takes the original's file;
-- ``load(repository, source, model)``: the published ``model`` by its authors' own code, through
-  torch.hub, without weights; and
-- ``states(model, pixels, as_transformers)``: what either of the two computes on its way.
+- ``build(sizes)``: builds the model on the current device, with the original's parameter names, so that
+  ``load_state_dict(strict=True)`` accepts the original's file;
+- ``load(repository, source, model)``: loads the published ``model`` through torch.hub, with its authors' own
+  code and without weights;
+- ``states(model, pixels, as_transformers)``: runs either of the two and yields the output of every layer.
 """

@@ -1,8 +1,8 @@
-"""DINOv2's graph at inference, after Meta's dinov2/models/vision_transformer.py and layers/.
+"""DINOv2 for inference, after Meta's dinov2/models/vision_transformer.py and layers/.
 
-The names of parameters, attributes and methods and the order of operations are Meta's, so that its
-files load strictly, its numbers come out bit for bit, and `states` drives its code as well as this.
-Training and masks are left out. Chunks of blocks change nothing that is computed: here are none.
+Parameters, attributes and methods have Meta's names, and operations Meta's order. So its files load
+strictly, the results are equal bit for bit, and `states` can run Meta's code as well as this one.
+Training and masks are omitted, and so are chunks of blocks, which do not change the results.
 """
 
 import math
@@ -19,7 +19,7 @@ from streamconv.families.dinov2 import Geometry
 
 REPOSITORY = "facebookresearch/dinov2"
 EPSILON = 1e-6
-INTERPOLATE_OFFSET = 0.1  # positions are scaled by (n + 0.1) / 37; models with registers interpolate to the size
+INTERPOLATE_OFFSET = 0.1  # positions are scaled by (n + 0.1) / 37; models with registers have no offset
 
 
 class Attention(nn.Module):
@@ -31,7 +31,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, hidden = x.shape
-        # (B, T, 3, heads, size) to three times (B, heads, T, size)
+        # (B, T, 3, heads, size) to three tensors (B, heads, T, size)
         query, key, value = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, hidden))  # type: ignore[no-any-return]
@@ -92,7 +92,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The backbone, and a linear head where the sizes have classes."""
+    """The backbone, with a linear head if the sizes have classes."""
 
     def __init__(self, sizes: Geometry):
         super().__init__()
@@ -121,7 +121,8 @@ class VisionTransformer(nn.Module):
         return x
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Positions for another grid than the native one, by Meta's scale or, without an offset, to the size."""
+        """Position embeddings for the grid of an image of this size: scaled by Meta's factor or, without an offset,
+        resized to the grid."""
         if x.shape[1] == self.pos_embed.shape[1] and height == width:
             return self.pos_embed
         positions = self.pos_embed.float()
@@ -146,11 +147,11 @@ def build(sizes: Geometry) -> VisionTransformer:
 
 
 def load(repository: str, source: str, model: Model) -> Any:
-    """Meta's own model, its head beside its blocks as in `VisionTransformer`. Runs the repository's code."""
+    """Load Meta's own model, with its head moved into it as in `VisionTransformer`. Runs the repository's code."""
     load_entry: Any = torch.hub.load
     entry = model.name.removesuffix("_1layer")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that xFormers is or is not there
+        warnings.simplefilter("ignore")  # about xFormers
         arguments: dict[str, Any] = {"source": source, "trust_repo": True, "verbose": False, "pretrained": False}
         if model.head is None:
             return load_entry(repository, entry, **arguments)
@@ -160,13 +161,12 @@ def load(repository: str, source: str, model: Model) -> Any:
 
 
 def states(model: Any, pixels: Tensor, as_transformers: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """What ``model``, Meta's or ours, computes on its way, each by name as it comes.
+    """Run Meta's model or ours on ``pixels``, (B, C, H, W), and yield each layer's output by name.
 
-    ``pixels`` is (B, C, H, W). Gives "embeddings" and "layer 0" and so on, (B, T, D) each; "cls"
-    (B, D), of models that have them "registers" (B, R, D), and "patches" (B, P, D) behind the last norm;
-    and "logits" (B, K) of a classifier.
-    Positions at another size than the native one are interpolated in Meta's way, or, where
-    ``as_transformers``, to the very size, as transformers has it since its pull request 33226.
+    Yields "embeddings" and "layer 0", "layer 1", …, (B, T, D) each; after the last norm "cls" (B, D),
+    "registers" (B, R, D) if the model has them, and "patches" (B, P, D); and "logits" (B, K) if it has a head.
+    At other sizes than the native one, positions are interpolated by Meta's factor or, with
+    ``as_transformers``, to the grid's size, as transformers does since its pull request 33226.
     """
     registers = model.num_register_tokens
     model.interpolate_offset = 0.0 if as_transformers or registers else INTERPOLATE_OFFSET
