@@ -1,0 +1,137 @@
+"""Plans as JSON: what `to_json` gives, `from_json` turns back into an equal plan.
+
+Files and records are listed once and named by number. Headers, the index and the small files are not stored: they
+follow from the rest. Users, passwords and queries of addresses are left out, so that no secret is written: a plan of
+such a source has the address without them afterwards.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import UsageError
+from streamconv.families.registry import family_named
+from streamconv.families.selection import Skipped
+from streamconv.files.address import Address, Location
+from streamconv.files.base import ByteRange, FileRef
+from streamconv.formats.safetensors import index_of
+from streamconv.planning.plan import CONFIG_NAME, MappedTensor, Plan, label_config
+from streamconv.planning.shards import Shard, make_shard
+from streamconv.planning.shards import to_json as json_bytes
+from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.info import TensorInfo
+
+FORMAT_VERSION = 1
+
+
+def to_json(plan: Plan) -> str:
+    """Return the plan as a JSON object."""
+    files = {file: i for i, file in enumerate(plan.sources())}
+    tensors = [tensor for shard in plan.shards for _, tensor in shard.tensors]
+    records = {record: i for i, record in enumerate(dict.fromkeys(tensor.record for tensor in tensors))}
+    value = {
+        "format_version": FORMAT_VERSION,
+        "family": plan.family_name,
+        "model": plan.model_name,
+        "dimensions": asdict(plan.dimensions),
+        "architecture": plan.architecture,
+        "files": [_file_to_json(file) for file in files],
+        "records": [[files[r.file], r.name, r.range.start, r.range.length, r.crc32] for r in records],
+        "mapping": [[m.source, m.info.dtype, m.info.shape, m.targets] for m in plan.mapping],
+        "shards": [
+            [s.filename, [[name, records[t.record], *_tensor_to_json(t)] for name, t in s.tensors]] for s in plan.shards
+        ],
+        "config": plan.config,
+        "image_processor": plan.image_processor,
+        "other_files": {name: data.decode() for name, data in plan.small_files.items() if name != CONFIG_NAME},
+        "has_index": plan.index is not None,
+        "notes": plan.notes,
+        "skipped": [asdict(each) for each in plan.skipped],
+        "filled": plan.filled,
+        "block_chunks": plan.block_chunks,
+    }
+    return json.dumps(value)
+
+
+def from_json(text: str) -> Plan:
+    """Return the plan that `to_json` wrote.
+
+    Raises:
+        UsageError: it is not such a plan, or of another version of the format.
+    """
+    try:
+        value = json.loads(text)
+        if value["format_version"] != FORMAT_VERSION:
+            raise UsageError(
+                f"The plan has format version {value['format_version']}, and this streamconv reads {FORMAT_VERSION}. "
+                "Make it again."
+            )
+        return _plan(value)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"This is not a plan of streamconv ({type(error).__name__}: {error}). Make it again."
+        ) from error
+
+
+def _plan(value: dict[str, Any]) -> Plan:
+    files = [_file_from_json(each) for each in value["files"]]
+    records = [
+        Record(files[file], name, ByteRange(start, length), crc32)
+        for file, name, start, length, crc32 in value["records"]
+    ]
+    shards = tuple(
+        make_shard(filename, {name: _tensor_from_json(records[record], rest) for name, record, *rest in tensors})
+        for filename, tensors in value["shards"]
+    )
+    config = value["config"]
+    if "id2label" in config:
+        config |= label_config(list(config["id2label"].values()))
+    dimensions = type(family_named(value["family"]).models[0].geometry)
+    return Plan(
+        family_name=value["family"],
+        model_name=value["model"],
+        dimensions=dimensions(**value["dimensions"]),
+        architecture=value["architecture"],
+        mapping=tuple(
+            MappedTensor(source, TensorInfo(dtype, tuple(shape)), tuple(targets))
+            for source, dtype, shape, targets in value["mapping"]
+        ),
+        shards=shards,
+        config=config,
+        image_processor=value["image_processor"],
+        small_files={
+            CONFIG_NAME: json_bytes(config),
+            **{name: data.encode() for name, data in value["other_files"].items()},
+        },
+        index=_index(shards) if value["has_index"] else None,
+        notes=tuple(value["notes"]),
+        skipped=tuple(Skipped(**each) for each in value["skipped"]),
+        filled=value["filled"],
+        block_chunks=value["block_chunks"],
+    )
+
+
+def _index(shards: tuple[Shard, ...]) -> bytes:
+    targets = {name: tensor for shard in shards for name, tensor in shard.tensors}
+    return json_bytes(index_of(targets, {name: shard.filename for shard in shards for name, _ in shard.tensors}))
+
+
+def _file_to_json(file: FileRef) -> list[Any]:
+    kind = "address" if isinstance(file.location, Address) else "path"
+    return [kind, str(file.location), file.size, [list(pair) for pair in file.version]]
+
+
+def _file_from_json(value: list[Any]) -> FileRef:
+    kind, location, size, version = value
+    place: Location = Address(location) if kind == "address" else Path(location)
+    return FileRef(place, size, tuple((key, each) for key, each in version))
+
+
+def _tensor_to_json(tensor: SourceTensor) -> list[Any]:
+    return [tensor.info.dtype, tensor.info.shape, tensor.offset, tensor.strides, tensor.cast_to]
+
+
+def _tensor_from_json(record: Record, value: list[Any]) -> SourceTensor:
+    dtype, shape, offset, strides, cast_to = value
+    return SourceTensor(TensorInfo(dtype, tuple(shape)), record, offset, tuple(strides), cast_to)
