@@ -45,7 +45,7 @@ def downloaded(source: Source, progress: Progress) -> Source:
             hint = "It is torch.hub's folder: TORCH_HOME names another one, and --stream keeps no copy."
             raise OutputError(f"{error}\n{hint}") from error
 
-    origins = {role: place for role, place in source.places.items() if isinstance(place, Address)}
+    origins = {role: place for role, place in source.locations.items() if isinstance(place, Address)}
     head = None if source.head is None else kept(source.head)
     return replace(source, backbone=kept(source.backbone), head=head, origins=origins)
 

@@ -86,7 +86,7 @@ class OpenSource:
         or what their servers call this version, go with it, so that another file of the same names and
         shapes is noticed.
         """
-        places = self.source.places
+        places = self.source.locations
         origins = {role: place for role, place in places.items() if isinstance(place, Address)}
         origins |= self.source.origins
         return {
@@ -113,7 +113,7 @@ def open_source(
     with ExitStack() as stack:
         stack.enter_context(_name_torch_hub_copy(source))
         checkpoints: dict[str, Checkpoint] = {}
-        for role, place in source.places.items():
+        for role, place in source.locations.items():
             try:
                 checkpoints[role] = stack.enter_context(
                     open_checkpoint(place, read_local_headers=read_local_headers, notify=notify)
@@ -151,7 +151,9 @@ def _name_torch_hub_copy(source: Source) -> Iterator[None]:
     try:
         yield
     except (CorruptError, TruncatedError, NotACheckpointError) as error:
-        kept = [path for path in source.places.values() if isinstance(path, Path) and path.parent == torch_hub_cache()]
+        kept = [
+            path for path in source.locations.values() if isinstance(path, Path) and path.parent == torch_hub_cache()
+        ]
         named = [path for path in kept if str(path) in str(error) or path.name in str(error)]
         if isinstance(error, ChangedError) or not named:
             raise

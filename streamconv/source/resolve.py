@@ -1,14 +1,14 @@
-"""TODO source.resolve"""
+"""From the user's words to locations: a model's name, a checkpoint file, or its address.
+
+A model's files are those in torch.hub's cache or, if they are not there, those at their published addresses.
+"""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streamconv.errors import (
-    SourceMissingError,
-    UsageError,
-)
+from streamconv.errors import SourceMissingError, UsageError
 from streamconv.families.base import Model, RemoteFile
 from streamconv.families.registry import find_model
 from streamconv.files.address import Address, Location, parse_location
@@ -16,10 +16,10 @@ from streamconv.files.address import Address, Location, parse_location
 
 @dataclass(frozen=True)
 class Source:
-    """A backbone's file, perhaps a head's, and the model that they are said to be.
+    """The location of a backbone's file, perhaps of a head's, and the model that the user named.
 
-    ``origins`` are, by role, the addresses of files that are known to have come from there. ``select``,
-    the prefix of the backbone's names, and ``num_heads``, of attention, are what the user says of them.
+    ``origins`` are, by role, the addresses that local files were downloaded from. ``select`` is the prefix of the
+    backbone's names and ``num_heads`` the number of attention heads, if the user gave them.
     """
 
     backbone: Location
@@ -30,18 +30,18 @@ class Source:
     num_heads: int | None = None
 
     @property
-    def places(self) -> dict[str, Location]:
-        """By role: "backbone" and, where there is one, "head"."""
+    def locations(self) -> dict[str, Location]:
+        """By role: "backbone" and, if there is one, "head"."""
         return {"backbone": self.backbone, **({"head": self.head} if self.head is not None else {})}
 
     @property
     def is_remote(self) -> bool:
-        """Whether any of it lies at an address."""
-        return any(isinstance(place, Address) for place in self.places.values())
+        """Whether a file of it is at an address."""
+        return any(isinstance(location, Address) for location in self.locations.values())
 
 
 def torch_hub_cache() -> Path:
-    """Where torch.hub keeps checkpoints (https://docs.pytorch.org/docs/stable/hub.html), torch unimported."""
+    """The folder in which torch.hub keeps checkpoints (https://docs.pytorch.org/docs/stable/hub.html)."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("TORCH_HOME") or f"{cache}/torch"
     return Path(home).expanduser() / "hub" / "checkpoints"
@@ -53,11 +53,11 @@ def resolve_source(
     select: str | None = None,
     num_heads: int | None = None,
 ) -> Source:
-    """Find the files that ``source`` means. A model's name wins over a file of that name.
+    """Find the files that ``source`` means. A model's name takes precedence over a file of that name.
 
     Raises:
-        SourceMissingError: the file is not there.
-        UsageError: ``source`` is no file, no address and no known model, or has a head that it needs not.
+        SourceMissingError: the file does not exist.
+        UsageError: ``source`` is not a file, an address or a known model, or a head is given to a model without one.
     """
     name = os.fspath(source)
     if not name:
@@ -67,12 +67,14 @@ def resolve_source(
     try:
         _, model = find_model(name)
     except UsageError:
-        place = parse_location(source)
-        is_word = isinstance(source, str) and isinstance(place, Path) and len(place.parts) == 1 and not place.suffix
+        location = parse_location(source)
+        is_word = (
+            isinstance(source, str) and isinstance(location, Path) and len(location.parts) == 1 and not location.suffix
+        )
         if is_word and not os.path.exists(name):
             raise
-        _require_exists(place)
-        return Source(place, given_head, select=select, num_heads=num_heads)
+        _require_exists(location)
+        return Source(location, given_head, select=select, num_heads=num_heads)
     if given_head is not None and model.head is None:
         raise UsageError(f"{name} has no head. The model with a linear head is {name}_1layer.")
     if model.head is not None and given_head is None:
@@ -80,9 +82,9 @@ def resolve_source(
     return Source(_cached_or_remote(model.backbone), given_head, model, select=select, num_heads=num_heads)
 
 
-def _require_exists(place: Location | None) -> None:
-    if isinstance(place, Path) and not os.path.exists(place):
-        raise SourceMissingError(f"{place}: there is no such file.")
+def _require_exists(location: Location | None) -> None:
+    if isinstance(location, Path) and not os.path.exists(location):
+        raise SourceMissingError(f"{location}: there is no such file.")
 
 
 def _cached_or_remote(file: RemoteFile) -> Location:

@@ -1,20 +1,17 @@
-"""TODO verification.result"""
+"""The result of a verification: plain data, free of torch."""
 
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Check:
-    """One rung's verdict. ``passed`` is None where it did not run, and ``proves`` then says why not.
+    """The verdict of one check. ``passed`` is None if it did not run, and ``proves`` then says why not.
 
-    ``not_checked`` is what a rung that ran usually proves, and this time did not.
+    ``not_checked`` is what this check usually proves and this time did not.
     """
 
     name: str
@@ -25,7 +22,7 @@ class Check:
     not_checked: str = ""
 
     def since(self, start: float) -> "Check":
-        """With the seconds that it took."""
+        """Return the check with the seconds that it took since ``start``, a time of `time.monotonic`."""
         return replace(self, numbers={**self.numbers, "seconds": time.monotonic() - start})
 
 
@@ -33,12 +30,12 @@ class Check:
 class Verification:
     """What a verification of an output against ``source`` found.
 
-    Without a source, ``source`` is what the output's manifest names, and no model ran: there is no
-    ``device``, no ``reference`` and no ``memory``. ``reference`` is what the original was run by;
-    ``output`` names the model and its files with their sizes and sha256; ``predictions`` are a
-    classifier's best labels for the image, with their shares; ``memory`` is `devices.MemoryWatch`'s,
-    in bytes; ``pictures`` are PNGs as data addresses: the "image" that both models saw, and the patch
-    features of the "original" and the "converted" one.
+    Without a source, ``source`` is what the output's manifest names, and no model ran: ``device`` and ``reference``
+    are None, and ``memory`` is empty. ``reference`` names what computed the original. ``output`` names the model and
+    its files with their sizes and sha256. ``predictions`` are a classifier's best labels for the image with their
+    probabilities. ``memory`` is `devices.MemoryWatch`'s, in bytes. ``pictures`` are PNGs as data addresses: the
+    "image" that both models saw, and the patch features of the "original" and the "converted" model. ``not_recorded``
+    says why the result could not be kept in the output's manifest, if it could not.
     """
 
     checks: tuple[Check, ...]
@@ -55,21 +52,21 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every rung that ran passed, and one did."""
+        """Whether at least one check ran, and every check that ran passed."""
         ran = [check.passed for check in self.checks if check.passed is not None]
         return bool(ran) and all(ran)
 
     def as_record(self) -> dict[str, Any]:
-        """For the manifest, which stays a text to read: `as_dict` without the pictures."""
+        """Return `as_dict` without the pictures, for the manifest, which people read as text."""
         return {**self.as_dict(), "pictures": {}}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields and ``passed``."""
+        """Return the fields and ``passed`` for JSON."""
         return {"passed": self.passed, **_finite(asdict(self))}
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: as a word."""
+    """Replace infinities and NaNs, which JSON does not have, by words."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
