@@ -12,7 +12,7 @@ from streamconv.files import remote
 from streamconv.output import hashing, writer
 from tests.file_server import FileServer, serving
 from tests.hub_server import TOKEN, HubServer, running
-from tests.support import HUB_MODEL, Save
+from tests.support import HUB_MODEL, Opener, Refusal, Save
 
 
 @pytest.fixture
@@ -44,6 +44,14 @@ def read_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(os, "preadv", counting)
     return counts
+
+
+@pytest.fixture(scope="session")
+def refusal() -> Iterator[Refusal]:
+    """`Opener.refusal` of a process that lives as long as the test run."""
+    opener = Opener()
+    yield opener.refusal
+    opener.close()
 
 
 @pytest.fixture
