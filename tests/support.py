@@ -19,16 +19,17 @@ from streamconv.families.dinov2 import FAMILY, Geometry, ffn_size
 from streamconv.families.selection import find_backbone
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.hub.repository import Destination, Repository
-from streamconv.jobs.convert_to_hub import HubConversion, Verify, convert_to_hub
-from streamconv.jobs.options import ConversionOptions, VerificationOptions
-from streamconv.jobs.prepare import PreparedSource, prepared_source
+from streamconv.jobs.convert_to_hub import HubConversion, convert_to_hub
+from streamconv.jobs.verify import _plan_of as planned_for
 from streamconv.jobs.verify import verify_uploaded
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
-from streamconv.progress import Progress, ignore_progress
+from streamconv.progress import ignore_progress
+from streamconv.source.open import open_source
+from streamconv.source.resolve import resolve_source
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import TensorInfo, contiguous_strides
-from tests import api
+from streamconv.verification.bytes import check_bytes
 from tests.file_server import FileServer
 from tests.hub_server import TOKEN, HubServer
 
@@ -298,6 +299,12 @@ def no_half_files(out: Path, whole: dict[str, bytes]) -> bool:
 
 def verdicts(found: Verification) -> dict[str, bool | None]:
     return {check.name: check.passed for check in found.checks}
+
+
+def byte_problems(folder: Path, source: Path, head: Path | None = None) -> str:
+    """What the bytes check finds wrong. No model is built and no forward pass runs."""
+    with open_source(resolve_source(source, head)) as opened:
+        return "\n".join(check_bytes(folder, planned_for(folder, opened), opened.reader, lambda count: None).problems)
 
 
 def problems(found: Verification) -> str:
