@@ -19,17 +19,18 @@ from streamconv.families.dinov2 import FAMILY, Geometry, ffn_size
 from streamconv.families.selection import find_backbone
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.hub.repository import Destination, Repository
-from streamconv.jobs.convert_to_hub import HubConversion, convert_to_hub
-from streamconv.jobs.verify import _plan_of as planned_for
+from streamconv.jobs.convert_to_hub import HubConversion, Verify, convert_to_hub
+from streamconv.jobs.options import ConversionOptions, SourceOptions, VerificationOptions
+from streamconv.jobs.prepare import PreparedSource, prepared_source
+from streamconv.jobs.verify import _options_of as options_of
 from streamconv.jobs.verify import verify_uploaded
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
-from streamconv.progress import ignore_progress
-from streamconv.source.open import open_source
-from streamconv.source.resolve import resolve_source
+from streamconv.progress import Progress, ignore_progress
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import TensorInfo, contiguous_strides
 from streamconv.verification.bytes import check_bytes
+from tests import api
 from tests.file_server import FileServer
 from tests.hub_server import TOKEN, HubServer
 
@@ -224,12 +225,12 @@ def to_hub(
     folder: Path,
     *,
     repository: str = "it",
-    verify: Verify | None = verify_on_cpu,
-    unverified: bool = False,
+    verify: Verify | None = None,
+    unverified: bool = True,
     progress: Progress = ignore_progress,
     **options: Any,
 ) -> HubConversion:
-    """Convert ``source`` to a repository of the test's Hub."""
+    """Convert ``source`` to a repository of the test's Hub, by default without verification."""
     conversion = ConversionOptions(stream=True, **{"max_shard_size": HUB_SHARD_SIZE, **options})
     with prepared_source(source, conversion, progress) as prepared:
         destination = Repository(Destination(repository), None)
@@ -303,8 +304,9 @@ def verdicts(found: Verification) -> dict[str, bool | None]:
 
 def byte_problems(folder: Path, source: Path, head: Path | None = None) -> str:
     """What the bytes check finds wrong. No model is built and no forward pass runs."""
-    with open_source(resolve_source(source, head)) as opened:
-        return "\n".join(check_bytes(folder, planned_for(folder, opened), opened.reader, lambda count: None).problems)
+    options = options_of(folder, SourceOptions(head=head))
+    with prepared_source(source, options, ignore_progress, labels_of=folder) as prepared:
+        return "\n".join(check_bytes(folder, prepared.plan, prepared.source.reader, lambda count: None).problems)
 
 
 def problems(found: Verification) -> str:

@@ -7,8 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
-import streamconv
 from streamconv.formats.safetensors import INDEX_NAME
+from tests import api
 from tests.checkpoints import State, alter, make_states
 from tests.support import Save, byte_problems, flip, tiny
 
@@ -18,7 +18,7 @@ Converted = tuple[Path, Path]  # the folder and its source
 @pytest.fixture
 def converted(tmp_path: Path, save: Save) -> Converted:
     backbone, _ = save(tiny())
-    streamconv.convert(backbone, tmp_path / "out")
+    api.convert(backbone, tmp_path / "out")
     return tmp_path / "out", backbone
 
 
@@ -33,7 +33,7 @@ def test_correct_output_has_no_differences(converted: Converted) -> None:
 )  # fmt: skip
 def test_flipped_bit_anywhere_is_found_and_named(tmp_path: Path, save: Save, name: str) -> None:
     backbone, head = save(tiny(swiglu=True, registers=4, classes=5))
-    streamconv.convert(backbone, tmp_path / "out", head=head)
+    api.convert(backbone, tmp_path / "out", head=head)
     key = name if name.startswith("classifier.") else f"dinov2_with_registers.{name}"
 
     def flip_bit(state: State) -> None:

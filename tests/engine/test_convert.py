@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import safetensors.torch
 import torch
 
 from streamconv import CorruptError, MappingError, OutputError, UsageError
+from streamconv.jobs import prepare
 from tests import api
 from tests.checkpoints import make_states, original_mapping
 from tests.support import Save, contents, flip, run_python, tiny
@@ -130,8 +130,7 @@ def test_finished_folder_keeps_its_default_labels(tmp_path: Path, save: Save, mo
     backbone, head = save(tiny(classes=1000))
     api.convert(backbone, tmp_path / "out", head=head)
     before = contents(tmp_path / "out")
-    module = sys.modules["streamconv.jobs.convert"]
-    monkeypatch.setattr(module, "imagenet_labels", lambda: ([f"name {i}" for i in range(1000)], "the Hub"))
+    monkeypatch.setattr(prepare, "imagenet_labels", lambda: ([f"name {i}" for i in range(1000)], "the Hub"))
     again = api.convert(backbone, tmp_path / "out", head=head)
     assert again.was_finished
     assert again.labels_from is not None

@@ -87,16 +87,16 @@ def test_overflow_count_survives_an_interruption(
     torch.save(state, tmp_path / "x.pth")
     lost = sum(int((value.half().isinf() & value.isfinite()).sum()) for value in state.values())
     options = {"dtype": "float16", "max_shard_size": shard_size}
-    whole = api.convert(tmp_path / "x.pth", tmp_path / "whole", **options)  # type: ignore[arg-type]
+    whole = api.convert(tmp_path / "x.pth", tmp_path / "whole", **options)
     assert whole.overflow_count == whole.as_dict()["overflow_count"] == lost > 1000
     interrupt_after(tmp_path / "x.pth", tmp_path / "out", 0.5, **options)
-    done = api.convert(tmp_path / "x.pth", tmp_path / "out", **options)  # type: ignore[arg-type]
+    done = api.convert(tmp_path / "x.pth", tmp_path / "out", **options)
     assert done.resumed_bytes > 0
     assert done.overflow_count == lost
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     next((tmp_path / "out").glob("*.safetensors")).unlink()
     for was_finished in (False, True):
-        again = api.convert(tmp_path / "x.pth", tmp_path / "out", **options)  # type: ignore[arg-type]
+        again = api.convert(tmp_path / "x.pth", tmp_path / "out", **options)
         assert (again.was_finished, again.overflow_count) == (was_finished, lost)
     assert api.convert(tmp_path / "x.pth", tmp_path / "wide", dtype="bfloat16").overflow_count == 0
 

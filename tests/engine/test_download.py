@@ -72,9 +72,7 @@ def test_model_name_downloads_from_the_authors_address_into_the_cache(
     small = dataclasses.replace(model, geometry=geometry, backbone=files[0], head=files[1])
     monkeypatch.setattr("streamconv.source.resolve.find_model", lambda name: (dinov2.FAMILY, small))
     monkeypatch.setattr(
-        sys.modules["streamconv.planning.plan"],
-        "find_family",
-        lambda *_: dataclasses.replace(dinov2.FAMILY, models=(small,)),
+        "streamconv.planning.make.find_family", lambda *_: dataclasses.replace(dinov2.FAMILY, models=(small,))
     )
     for file, state in zip(files, make_states(geometry), strict=True):
         torch.save(state, server.folder / file.filename)

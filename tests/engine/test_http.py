@@ -37,7 +37,7 @@ def source(server: FileServer) -> str:
 
 def require_the_same_from_the_file(server: FileServer, output: Path, **options: str) -> None:
     expected = output.with_name("expected")
-    api.convert(server.folder / "x.pth", expected, **options)  # type: ignore[arg-type]
+    api.convert(server.folder / "x.pth", expected, **options)
     assert model_files(output) == model_files(expected)
     shutil.rmtree(expected)
 

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants, get_token
 from streamconv.errors import HubError, MissingUploadError, OutputError, StreamconvError, UsageError
 from streamconv.hub import client
 from streamconv.hub.repository import Destination, Repository
-from streamconv.jobs.publish import publish
+from streamconv.jobs.publish import publish_folder
 from tests import api
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer, Repo, running
 from tests.support import Save, run_python, run_with_hub, sha256_of, tiny
@@ -31,7 +31,7 @@ def folder(tmp_path: Path, save: Save) -> Path:
 
 
 def pushed(folder: Path, **wanted: Any) -> str:
-    return publish(folder, Repository(Destination(**{"repo": "it", **wanted}), None))
+    return publish_folder(folder, Repository(Destination(**{"repo": "it", **wanted}), None)).url
 
 
 def shards(folder: Path) -> list[Path]:
@@ -154,7 +154,7 @@ def test_foreign_weights_in_the_repository_are_listed_and_nothing_is_changed(
         hub.put("ada/it", {"model.safetensors": b"4"}, "old")
         repository = Repository(Destination("it", revision="old"), None)
         with pytest.raises(HubError, match=r"ada/it at old already holds model\.safetensors, which"):
-            publish(folder, repository)
+            publish_folder(folder, repository)
     else:
         with pytest.raises(HubError, match=r"holds adapter_config\.json, pytorch_model\.bin, which .* Delete them"):
             Repository(Destination("it", revision=revision), None)
@@ -436,22 +436,22 @@ def test_publishing_mistakes_end_in_one_message_before_anything_is_converted(tmp
 @pytest.mark.hub
 @pytest.mark.skipif(not os.environ.get("HF_TOKEN"), reason="needs the real Hub and a token that may write")
 def test_real_hub_accepts_resumes_and_returns_the_folder(folder: Path) -> None:
-    api = HfApi(token=get_token())
+    hub_api = HfApi(token=get_token())
     repository = Repository(Destination(f"streamconv-test-{os.getpid()}-{time.time_ns()}", private=True), None)
     try:
-        publish(folder, repository)
+        publish_folder(folder, repository)
         again = Repository(Destination(repository.id, private=True), None)
         first, *rest = shards(folder)
         again.restore(first.name, first.stat().st_size, sha256_of(first))
         for path in rest:
             again.upload(path, path.name, sha256_of(path))
-        again.commit({"config.json": b'{"changed": true}'}, "gone on with")
+        again.commit({"config.json": b'{"changed": true}'}, "resumed")
         for path in folder.iterdir():
-            got = Path(api.hf_hub_download(repository.id, path.name)).read_bytes()
+            got = Path(hub_api.hf_hub_download(repository.id, path.name)).read_bytes()
             assert got == path.read_bytes() or path.name == "config.json"
         lost = Repository(Destination(repository.id, private=True), None)
         lost.restore(first.name, 5, "a" * 64)
         with pytest.raises(MissingUploadError):
             lost.commit({}, "lost")
     finally:
-        api.delete_repo(repository.id, missing_ok=True)
+        hub_api.delete_repo(repository.id, missing_ok=True)

@@ -140,7 +140,7 @@ def test_resume_rejects_other_options_and_keeps_the_folder(
         ({}, "head and plan"),
     ):
         with pytest.raises(OutputError, match=rf"unfinished conversion.*{says}.*Choose another folder, or delete this"):
-            api.convert(source, tmp_path / "out", **options)  # type: ignore[arg-type]
+            api.convert(source, tmp_path / "out", **options)
         assert contents(tmp_path / "out") == before
     api.convert(source, tmp_path / "out", head=head)
 

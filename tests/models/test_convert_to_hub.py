@@ -5,23 +5,29 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
+from streamconv import Verification, VerificationOptions
+from streamconv.jobs import prepare
+from streamconv.jobs.prepare import PreparedSource
+from streamconv.jobs.verify import verify_uploaded
 from streamconv.planning.plan import Plan
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
 from tests.hub_server import TOKEN, HubServer
-from tests.support import require_uploaded_folder, tiny, to_hub, verify_on_cpu
+from tests.support import HUB_MODEL, require_uploaded_folder, tiny, to_hub, verify_on_cpu
 
 
 def test_all_checks_run_although_nothing_is_kept_on_disk(hub: HubServer, remote_hub_model: str, tmp_path: Path) -> None:
     """The weights of both models are read from the source, at the places where what was sent has them from."""
-    done = to_hub(remote_hub_model, tmp_path / "stage")
+    done = to_hub(remote_hub_model, tmp_path / "stage", verify=verify_on_cpu, unverified=False)
     assert done.verification is not None
     found = {check.name: check.passed for check in done.verification.checks}
     assert found == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
@@ -43,14 +49,9 @@ def test_wrong_mapping_is_found_and_not_published(
     backbone, head = make_states(tiny(classes=classes))
     torch.save(backbone, server.folder / "x.pth")
     torch.save(head, server.folder / "h.pth")
-    from streamconv import convert as _  # noqa: F401
-
-    module = sys.modules["streamconv.jobs.convert"]
-    make_plan = module.make_plan  # type: ignore[attr-defined]
+    make_plan = prepare.make_plan
 
     def wrong(tensors: Any, *args: Any, **said: Any) -> Plan:
-        import dataclasses
-
         plan = make_plan(tensors, *args, **said)
         shards = []
         for shard in plan.shards:
@@ -60,18 +61,25 @@ def test_wrong_mapping_is_found_and_not_published(
                 swapped = name.replace("query", "*").replace("key", "query").replace("*", "key")
                 return of[swapped if "layer.1." in name else name]
 
-            shards.append(dataclasses.replace(shard, tensors=tuple((name, other(name)) for name in of)))
-        return dataclasses.replace(plan, shards=tuple(shards))
+            shards.append(replace(shard, tensors=tuple((name, other(name)) for name in of)))
+        return replace(plan, shards=tuple(shards))
 
-    monkeypatch.setattr(module, "make_plan", wrong)
+    monkeypatch.setattr(prepare, "make_plan", wrong)
     place = f"{server.url}/h.pth" if classes else None
-    done = to_hub(f"{server.url}/x.pth", tmp_path / "stage", head=place, max_shard_size="5GB")
+    done = to_hub(
+        f"{server.url}/x.pth",
+        tmp_path / "stage",
+        head=place,
+        max_shard_size="5GB",
+        verify=verify_on_cpu,
+        unverified=False,
+    )
     assert done.published is None
     assert done.verification is not None
     assert "the first difference is in layer 1" in "".join(done.verification.checks[2].problems)
     assert len(hub.repos["ada/it"].branches["main"]) == 1
     sent = sum(hub.uploads.values())
-    done = to_hub(f"{server.url}/x.pth", tmp_path / "stage", head=place, max_shard_size="5GB", unverified=True)
+    done = to_hub(f"{server.url}/x.pth", tmp_path / "stage", head=place, max_shard_size="5GB", verify=verify_on_cpu)
     assert done.published is not None
     assert sum(hub.uploads.values()) == sent
     assert "FAILED" in hub.files("ada/it")["README.md"].decode()
@@ -80,7 +88,7 @@ def test_wrong_mapping_is_found_and_not_published(
 def test_weights_are_cast_on_the_way_to_the_hub(
     hub: HubServer, server: FileServer, remote_hub_model: str, tmp_path: Path
 ) -> None:
-    done = to_hub(remote_hub_model, tmp_path / "stage", dtype="bfloat16")
+    done = to_hub(remote_hub_model, tmp_path / "stage", dtype="bfloat16", verify=verify_on_cpu, unverified=False)
     assert done.verification is not None
     assert [check.passed for check in done.verification.checks] == [True] * 4
     assert done.verification.checks[2].numbers["largest"] <= 1e-13
@@ -96,7 +104,7 @@ def test_only_the_backbone_of_a_training_checkpoint_is_uploaded(
     named = {re.sub(r"^blocks\.", "teacher.backbone.blocks.0.", key): value for key, value in state.items()}
     named = {key if key.startswith("t") else f"teacher.backbone.{key}": value for key, value in named.items()}
     torch.save({**named, "teacher.dino_head.norm.bias": torch.ones(3)}, server.folder / "x.pth")
-    done = to_hub(f"{server.url}/x.pth", tmp_path / "stage", verify=verify_on_cpu)
+    done = to_hub(f"{server.url}/x.pth", tmp_path / "stage", verify=verify_on_cpu, unverified=False)
     assert done.verification is not None
     assert [check.passed for check in done.verification.checks] == [True] * 4, done.verification.checks
     assert done.verification.checks[2].numbers["largest"] == 0.0
@@ -109,7 +117,7 @@ def test_only_the_backbone_of_a_training_checkpoint_is_uploaded(
 def test_local_file_is_converted_to_the_hub(
     hub: HubServer, server: FileServer, remote_hub_model: str, tmp_path: Path
 ) -> None:
-    done = to_hub(str(server.folder / "x.pth"), tmp_path / "stage")
+    done = to_hub(str(server.folder / "x.pth"), tmp_path / "stage", verify=verify_on_cpu, unverified=False)
     assert done.verification is not None
     assert done.verification.passed
     require_uploaded_folder(hub, server, tmp_path)
@@ -138,3 +146,31 @@ def test_json_reports_what_was_published(hub: HubServer, remote_hub_model: str, 
     assert found["output"] is None
     assert found["verification"]["passed"] is True
     assert found["published"].startswith(f"{hub.url}/ada/it/commit/")
+
+
+def test_source_without_checksums_leaves_the_bytes_check_open(
+    hub: HubServer, server: FileServer, tmp_path: Path
+) -> None:
+    safetensors.torch.save_file(make_states(HUB_MODEL)[0], server.folder / "x.safetensors")
+    done = to_hub(f"{server.url}/x.safetensors", tmp_path / "stage", verify=verify_on_cpu)
+    assert done.verification is not None
+    assert [check.passed for check in done.verification.checks] == [None, True, True, True]
+    assert "| bytes | not run |" in hub.files("ada/it")["README.md"].decode()
+
+
+def test_run_interrupted_during_verification_uploads_no_shard_twice(
+    hub: HubServer, remote_hub_model: str, tmp_path: Path
+) -> None:
+    def interrupt(what: str, done: int, total: int, unit: str) -> None:
+        if what.startswith("loading"):
+            raise KeyboardInterrupt
+
+    def verify(prepared: PreparedSource, manifest: Mapping[str, Any], folder: Path) -> Verification:
+        return verify_uploaded(prepared, manifest, folder, VerificationOptions(device="cpu"), interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        to_hub(remote_hub_model, tmp_path / "stage", verify=verify)
+    assert len(hub.repos["ada/it"].branches["main"]) == 1
+    done = to_hub(remote_hub_model, tmp_path / "stage", verify=verify_on_cpu, unverified=False)
+    assert done.published is not None
+    assert set(hub.uploads.values()) == {1}

@@ -44,14 +44,14 @@ class Converted(NamedTuple):
     head: Path | None
 
     def verify(self, **options: Any) -> Verification:
-        return streamconv.verify(self.folder, self.backbone, head=self.head, device="cpu", **options)
+        return api.verify(self.folder, self.backbone, head=self.head, device="cpu", **options)
 
 
 def convert(folder: Path, geometry: Geometry) -> Converted:
     backbone, head = make_states(geometry)
     source = saved(backbone, folder / "source.pth")
     head_path = saved(head, folder / "head.pth") if head else None
-    return Converted(streamconv.convert(source, folder / "out", head=head_path).output, source, head_path)
+    return Converted(api.convert(source, folder / "out", head=head_path).output, source, head_path)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     """A published model with random weights: only these have an authors' reference."""
     folder = tmp_path_factory.mktemp("published")
     made = streamconv.synth("dinov2_vits14", folder / "s.pth")
-    return Converted(streamconv.convert(made.backbone, folder / "out").output, made.backbone, None)
+    return Converted(api.convert(made.backbone, folder / "out").output, made.backbone, None)
 
 
 @pytest.mark.transformers
@@ -176,7 +176,7 @@ def test_missing_tensor_fails_the_load_check(converted: Converted) -> None:
 
 def test_changed_bit_of_a_cast_weight_fails_parity(converted: Converted, tmp_path: Path) -> None:
     cast = Converted(
-        streamconv.convert(converted.backbone, tmp_path / "cast", dtype="bfloat16").output, converted.backbone, None
+        api.convert(converted.backbone, tmp_path / "cast", dtype="bfloat16").output, converted.backbone, None
     )
     flip(cast.folder / "model.safetensors", "encoder.layer.1.mlp.fc2.weight", 100)
     found = cast.verify()
@@ -245,7 +245,7 @@ def test_missing_gpu_is_refused_and_auto_uses_the_cpu() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gpu_agrees_within_the_original_scripts_tolerance(tmp_path: Path, architecture: str) -> None:
     folder, backbone, head = convert(tmp_path, ARCHITECTURES[architecture])
-    found = streamconv.verify(folder, backbone, head=head, device="cuda")
+    found = api.verify(folder, backbone, head=head, device="cuda")
     assert found.passed
     assert found.checks[2].numbers["tolerance"] == 1e-3
 
@@ -363,7 +363,7 @@ def test_wrong_image_processor_is_named_and_gives_other_pixels(
     api.convert(backbone, tmp_path / "out")
     path = tmp_path / "out" / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
-    found = streamconv.verify(tmp_path / "out", backbone, device="cpu", parity=False)
+    found = api.verify(tmp_path / "out", backbone, device="cpu", parity=False)
     assert verdicts(found) == {"bytes": False, "load": True, "parity": None, "preprocessing": False}
     assert f"preprocessor_config.json: {field}" in problems(found)
     assert any(
@@ -427,7 +427,7 @@ def test_image_can_be_loaded_from_an_address(server: FileServer, monkeypatch: py
     assert open_image(f"{server.url}/x.png").tobytes() == make_image().tobytes()
     with pytest.raises(UsageError, match="404"):
         open_image(f"{server.url}/none.png")
-    with pytest.raises(UsageError, match="no image that Pillow knows"):
+    with pytest.raises(UsageError, match="not an image that Pillow can read"):
         open_image(f"{server.url}/page.html")
     with pytest.raises(UsageError, match="refused"):
         open_image("http://127.0.0.1:1/x.png")

@@ -94,7 +94,7 @@ def test_models_with_missing_parts_or_other_sizes_are_converted_and_verified(
     state, _ = make_states(geometry)
     source = saved(state, tmp_path / "x.pth")
     said = {"num_heads": geometry.heads, "dtype": dtype}
-    done = api.convert(source, tmp_path / "out", **said)  # type: ignore[arg-type]
+    done = api.convert(source, tmp_path / "out", **said)
     assert told in " ".join(done.plan.notes)
     found = api.verify(tmp_path / "out", source, device="cpu")
     assert [check.passed for check in found.checks] == [True] * 4, found.checks

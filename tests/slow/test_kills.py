@@ -123,7 +123,7 @@ def test_cast_record_damaged_before_an_interruption_is_not_resumed(tmp_path: Pat
     """
     source, _ = save(tiny())
     options = {"dtype": "bfloat16", "max_shard_size": shard_size}
-    api.convert(source, tmp_path / "whole", **options)  # type: ignore[arg-type]
+    api.convert(source, tmp_path / "whole", **options)
     good = source.read_bytes()
     with streamconv.open_checkpoint(source) as checkpoint:
         record = checkpoint["blocks.1.mlp.fc1.weight"].record.range
@@ -139,14 +139,14 @@ def test_cast_record_damaged_before_an_interruption_is_not_resumed(tmp_path: Pat
                 raise Interrupted
 
         try:
-            api.convert(source, tmp_path / "out", progress=progress, **options)  # type: ignore[arg-type]
+            api.convert(source, tmp_path / "out", progress=progress, **options)
         except Interrupted:
             marks = Journal.read(tmp_path / "out").marks.values()
             cut += any(mark.unproven for mark in marks)
         except CorruptError:
             break
         source.write_bytes(good)
-        api.convert(source, tmp_path / "out", **options)  # type: ignore[arg-type]
+        api.convert(source, tmp_path / "out", **options)
         assert contents(tmp_path / "out") == contents(tmp_path / "whole"), share
         shutil.rmtree(tmp_path / "out")
     assert cut > 3
