@@ -1,49 +1,29 @@
-"""What several tests need: small checkpoints, made by torch."""
+"""Fixtures that several test modules share. Importing this module imports no torch: tests/unit must run without it."""
 
 import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from streamconv.families.base import HEAD_PREFIX
-from streamconv.families.dinov2 import FAMILY, Geometry, ffn_size
 from streamconv.files import remote
+from streamconv.output import hashing, writer
 from tests.file_server import FileServer, serving
-
-State = dict[str, torch.Tensor]
-
-
-def tiny(
-    swiglu: bool = False, classes: int | None = None, layers: int = 3, hidden: int = 128, registers: int = 0
-) -> Geometry:
-    """A model that runs in milliseconds: a 4 x 4 grid of patches, two heads."""
-    ffn = ffn_size(hidden, 4, swiglu)
-    return Geometry(hidden, layers, ffn, swiglu, positions=17, registers=registers, classes=classes)
-
-
-def make_states(geometry: Geometry, seed: int = 0) -> tuple[State, State]:
-    """Random backbone and head (empty without classes) in the original layout."""
-    generator = torch.Generator().manual_seed(seed)
-    backbone, head = {}, {}
-    for name, info in FAMILY.sources(geometry).items():
-        value = torch.randn(info.shape, generator=generator) * (0.1 if len(info.shape) == 1 else info.shape[-1] ** -0.5)
-        if name.startswith(HEAD_PREFIX):
-            head[name.removeprefix(HEAD_PREFIX)] = value
-        else:
-            backbone[name] = value
-    return backbone, head
+from tests.hub_server import TOKEN, HubServer, running
+from tests.support import HUB_MODEL, Opener, Refusal, Save
 
 
 @pytest.fixture
-def save(tmp_path: Path) -> Callable[..., tuple[Path, Path | None]]:
-    """Save a geometry's random checkpoint by torch.save; gives the files' paths."""
+def save(tmp_path: Path) -> Save:
+    """Save a random checkpoint of a geometry by torch.save; returns the paths of its files."""
+    import torch
 
-    def make(geometry: Geometry, name: str = "source") -> tuple[Path, Path | None]:
-        backbone, head = make_states(geometry)
+    from tests.checkpoints import make_states
+
+    def make(geometry: object, name: str = "source") -> tuple[Path, Path | None]:
+        backbone, head = make_states(geometry)  # type: ignore[arg-type]
         torch.save(backbone, tmp_path / f"{name}.pth")
         if head:
             torch.save(head, tmp_path / f"{name}_head.pth")
@@ -54,7 +34,7 @@ def save(tmp_path: Path) -> Callable[..., tuple[Path, Path | None]]:
 
 @pytest.fixture
 def read_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many bytes each reading of a file at an offset gives from now on."""
+    """The numbers of bytes that reads of files at an offset return from now on."""
     counts: list[int] = []
     real = os.preadv
 
@@ -66,46 +46,75 @@ def read_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def seeds_mapping(state: State, prefix: str = "") -> State:
-    """The original script's mapping, written down once more: what streamconv's rules are measured against."""
-    result: State = {}
-    for key, value in state.items():
-        if ".attn.qkv." in key:
-            layer, part = key.split(".")[1], key.split(".")[-1]
-            size = value.shape[0] // 3
-            for i, name in enumerate(("query", "key", "value")):
-                rows = value[i * size : (i + 1) * size]
-                result[f"{prefix}encoder.layer.{layer}.attention.attention.{name}.{part}"] = rows.contiguous()
-            continue
-        new = key.replace("blocks.", "encoder.layer.").replace("attn.proj", "attention.output.dense")
-        new = new.replace("ls1.gamma", "layer_scale1.lambda1").replace("ls2.gamma", "layer_scale2.lambda1")
-        new = new.replace("w12", "weights_in").replace("w3", "weights_out")
-        if new.startswith("patch_embed."):
-            new = new.replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
-        elif new in ("cls_token", "mask_token", "register_tokens"):
-            new = f"embeddings.{new}"
-        elif new == "pos_embed":
-            new = "embeddings.position_embeddings"
-        elif new.startswith("norm."):
-            new = f"layernorm.{new.removeprefix('norm.')}"
-        result[prefix + new] = value
-    return result
+@pytest.fixture(scope="session")
+def refusal() -> Iterator[Refusal]:
+    """`Opener.refusal` of a process that lives as long as the test run."""
+    opener = Opener()
+    yield opener.refusal
+    opener.close()
 
 
-def run_python(code: str) -> str:
-    """The output of a Python process of its own."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def frequent_journal_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal entry after every 32 kB, so that a small model has many; reads are ahead of the disk by as much."""
+    monkeypatch.setattr(hashing, "RING_BUFFERS", 2)
+    for module in (hashing, writer):
+        monkeypatch.setattr(module, "BUFFER_BYTES", 16 << 10)
+    monkeypatch.setattr(writer, "PIECE_BYTES", 8 << 10)
+    monkeypatch.setattr(writer, "SYNC_BYTES", 32 << 10)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    (tmp_path / "disk").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path / "disk"], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a small disk")
+    try:
+        yield tmp_path / "disk"
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
 
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """A file server on the loopback, no long waits for it, and a cache of torch.hub's of the test's own."""
+    """A file server on the loopback, with short waits for it and a torch.hub cache of the test's own."""
     monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0.01, 0.01, 0.01, 0.01, 0.01))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for name in ("HF_ENDPOINT", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "served").mkdir()
-    with serving(tmp_path / "served") as running:
-        yield running
+    with serving(tmp_path / "served") as running_server:
+        yield running_server
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A small Hub that this process is logged in to, and for which it does not wait."""
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import _http
+
+    forget_sessions = _http.close_session if hasattr(_http, "close_session") else _http.reset_sessions
+    with running() as hub_server:
+        template = hub_server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patched = {"ENDPOINT": hub_server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+        for name, value in {**patched, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # 0.x has its own
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        forget_sessions()
+        yield hub_server
+    forget_sessions()
+
+
+@pytest.fixture
+def remote_hub_model(server: FileServer) -> str:
+    """The address of a .pth that is converted in several shards."""
+    import torch
+
+    from tests.checkpoints import make_states
+
+    torch.save(make_states(HUB_MODEL)[0], server.folder / "x.pth")
+    return f"{server.url}/x.pth"

@@ -1,4 +1,4 @@
-"""Fuzzes the checkpoint readers for a given time. What it finds becomes a plain test in test_hostile.py.
+"""Fuzzes the checkpoint readers for a given time. Each finding becomes a test in test_hostile.py.
 
     python -m tests.fuzz pickle --seconds 600        a .pth's data.pkl, in a zip that is right
     python -m tests.fuzz zip --seconds 600           a .pth's bytes
@@ -72,8 +72,6 @@ def guided(options: argparse.Namespace, place: Path) -> None:
 
 
 def mutate(options: argparse.Namespace, place: Path) -> None:
-    from tests.engine.test_hostile import mutated
-
     check, seeds = checker(), real_checkpoints(place)
     chance = random.Random(options.seed or None)
     count = opened = both = 0
@@ -103,13 +101,35 @@ def mutate(options: argparse.Namespace, place: Path) -> None:
     print(f"{count:,} checkpoints, {opened:,} of them opened, {both:,} by the library too, and all of these were equal")
 
 
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    """Some bytes changed, taken away, put in, or doubled."""
+    changed = bytearray(data)
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        at = chance.randrange(len(changed))
+        what = chance.randrange(5)
+        if what == 0:
+            changed[at] ^= 1 << chance.randrange(8)
+        elif what == 1:
+            changed[at] = chance.choice(b"\0\1\2\x7f\x80\xff.()tRQqhjrKMJXbu}]")
+        elif what == 2:
+            del changed[at : at + chance.choice((1, 1, 2, 5))]
+        elif what == 3:
+            changed[at:at] = bytes([chance.randrange(256)])
+        else:
+            size = chance.choice((1, 4, 20, 60))
+            to = chance.randrange(len(changed))
+            changed[to:to] = changed[at : at + size]
+        changed = changed or bytearray(b"\0")
+    return bytes(changed)
+
+
 def checker() -> Callable[[Path], bool | None]:
     """None where a file is refused, whether the library took it too where it is opened; raises what is a finding."""
     import safetensors.torch
     import torch
 
     import streamconv
-    from tests.engine.test_hostile import described
+    from tests.checkpoints import described
 
     warnings.simplefilter("ignore")  # torch's, on other protocols
 
@@ -149,12 +169,12 @@ def real_checkpoints(place: Path) -> list[tuple[bytes, bytes, bytes, bytes]]:
     import safetensors.torch
     import torch
 
-    from tests.engine.test_hostile import STATE
+    from tests.checkpoints import EVERY_KIND
 
     linear = torch.nn.Linear(2, 2)
     shared = torch.arange(6.0)
     states: list[Any] = [
-        STATE,
+        EVERY_KIND,
         linear.state_dict(),
         dict(linear.named_parameters()),
         {"a": shared[:4], "b": shared[2:], "c": shared.reshape(2, 3).t()},

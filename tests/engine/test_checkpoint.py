@@ -1,4 +1,4 @@
-"""Checkpoint files: what is read equals what torch and safetensors read, and nothing bad gets in."""
+"""Checkpoint files: what is read equals what torch and safetensors read; everything else is refused."""
 
 import argparse
 import io
@@ -21,17 +21,8 @@ import streamconv
 from streamconv import CorruptError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 from streamconv.errors import UnsafePickleError
 from streamconv.files import local as storage
-from tests.engine.test_tensors import NAMES, bytes_of
-
-
-def rewrite(path: Path, change: dict[str, bytes], **options: object) -> None:
-    """The same zip with some records' contents replaced."""
-    with zipfile.ZipFile(path) as old:
-        records = {name: old.read(name) for name in old.namelist()}
-    records |= {next(n for n in records if n.endswith(key)): value for key, value in change.items()}
-    with zipfile.ZipFile(path, "w", **options) as new:  # type: ignore[call-overload]
-        for name, data in records.items():
-            new.writestr(name, data)
+from tests.checkpoints import NAMES, bytes_of
+from tests.support import rewrite
 
 
 @pytest.fixture
@@ -40,7 +31,7 @@ def pth(tmp_path: Path) -> Path:
     return tmp_path / "x.pth"
 
 
-def test_only_the_index_is_read(tmp_path: Path, read_counts: list[int]) -> None:
+def test_opening_reads_only_the_index(tmp_path: Path, read_counts: list[int]) -> None:
     torch.save({f"layer.{i}": torch.zeros(1 << 20) for i in range(8)}, tmp_path / "big.pth")
     with streamconv.open_checkpoint(tmp_path / "big.pth") as checkpoint:
         assert len(checkpoint) == 8
@@ -56,13 +47,13 @@ def test_parameters_and_module_metadata_are_read(tmp_path: Path) -> None:
             assert checkpoint["weight"].tobytes() == bytes_of(module.weight.detach())
 
 
-def test_a_renamed_file_keeps_its_prefix(pth: Path) -> None:
+def test_renamed_file_keeps_its_record_prefix(pth: Path) -> None:
     renamed = pth.rename(pth.with_name("other-name.pt"))
     with streamconv.open_checkpoint(renamed) as checkpoint:
         assert checkpoint["y"].record.name == "x/data/1"
 
 
-def test_the_fingerprint_stands_for_every_weight(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_every_weight(tmp_path: Path) -> None:
     prints = []
     for value in (0.0, 0.0, 1.0):
         torch.save({"x": torch.full((4,), value)}, tmp_path / "x.pth")
@@ -81,7 +72,7 @@ def test_the_fingerprint_stands_for_every_weight(tmp_path: Path) -> None:
         max_size=5,
     )
 )
-def test_safetensors_read_as_the_library_reads_them(
+def test_safetensors_are_read_like_the_library_reads_them(
     tmp_path: Path, shapes: dict[str, tuple[list[int], torch.dtype]]
 ) -> None:
     state = {name: torch.randint(-9, 9, shape).to(dtype) for name, (shape, dtype) in shapes.items()}
@@ -97,7 +88,7 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
-def test_a_foreign_global_is_named_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_global_is_named_and_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"x": torch.ones(2), "evil": Evil()}, "evil.pth")
     with pytest.raises(UnsafePickleError, match=rf"{os.mkdir.__module__}\.mkdir"):
@@ -108,7 +99,7 @@ def test_a_foreign_global_is_named_and_never_run(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     "name", ["torch._utils _rebuild_sparse_tensor", "builtins eval", "torch load", "torch.serialization load"]
 )
-def test_no_other_name_of_torch_is_answered(pth: Path, name: str) -> None:
+def test_other_torch_globals_are_refused(pth: Path, name: str) -> None:
     module, _, function = name.partition(" ")
     rewrite(pth, {"data.pkl": f"\x80\x02c{module}\n{function}\n.".encode("latin1")})
     with pytest.raises(UnsafePickleError, match=function):
@@ -119,7 +110,7 @@ def test_no_other_name_of_torch_is_answered(pth: Path, name: str) -> None:
     "name",
     ["os system", "posix system", "builtins eval", "__builtin__ open", "subprocess Popen", "importlib.util find"],
 )
-def test_what_names_something_harmful_is_refused_wherever_it_stands(pth: Path, name: str) -> None:
+def test_harmful_global_is_refused_anywhere_in_the_pickle(pth: Path, name: str) -> None:
     module, _, function = name.partition(" ")
     rewrite(pth, {"data.pkl": f"\x80\x02}}X\x01\x00\x00\x00ac{module}\n{function}\ns.".encode("latin1")})
     with pytest.raises(UnsafePickleError, match=rf"names {module}.{function}, which no checkpoint has a use for"):
@@ -129,7 +120,7 @@ def test_what_names_something_harmful_is_refused_wherever_it_stands(pth: Path, n
 @pytest.mark.parametrize(
     "state", [{"offset": 1 << 40}, [None, None, 1 << 40], (None, {"offset": 1 << 40}), ({}, {"n": 1})]
 )
-def test_a_description_cannot_be_altered_behind_its_check(pth: Path, state: object) -> None:
+def test_tensor_cannot_be_altered_after_it_was_checked(pth: Path, state: object) -> None:
     """BUILD sets attributes of whatever is on the stack: a checked tensor must not take them."""
     with zipfile.ZipFile(pth) as archive:
         data = archive.read("x/data.pkl")
@@ -147,7 +138,7 @@ def test_lazy_conjugates_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
-def test_a_cut_download_is_called_one(pth: Path, share: float) -> None:
+def test_truncated_file_is_reported_as_cut_short(pth: Path, share: float) -> None:
     data = pth.read_bytes()
     pth.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(TruncatedError, match=r"cut short\. Fetch it again"):
@@ -163,13 +154,13 @@ def test_a_cut_download_is_called_one(pth: Path, share: float) -> None:
         (b"\x00" * 64, "neither"),
     ],
 )
-def test_what_is_no_checkpoint_is_called_that(tmp_path: Path, data: bytes, says: str) -> None:
+def test_other_files_are_reported_as_no_checkpoint(tmp_path: Path, data: bytes, says: str) -> None:
     (tmp_path / "x.pth").write_bytes(data)
     with pytest.raises(NotACheckpointError, match=says):
         streamconv.open_checkpoint(tmp_path / "x.pth")
 
 
-def test_a_program_archive_is_no_checkpoint(tmp_path: Path) -> None:
+def test_torchscript_archive_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("x/data.pkl", b"\x80\x02}.")
         archive.writestr("x/code/__torch__.py", b"")
@@ -177,12 +168,12 @@ def test_a_program_archive_is_no_checkpoint(tmp_path: Path) -> None:
         streamconv.open_checkpoint(tmp_path / "x.pt")
 
 
-def test_a_missing_file_is_called_missing(tmp_path: Path) -> None:
+def test_missing_file_is_reported_as_missing(tmp_path: Path) -> None:
     with pytest.raises(SourceMissingError, match="no such file"):
         streamconv.open_checkpoint(tmp_path / "x.pth")
 
 
-def test_what_is_no_dict_is_described(tmp_path: Path) -> None:
+def test_checkpoint_that_is_not_a_dict_is_described(tmp_path: Path) -> None:
     for value, says in (([torch.ones(1)], "holds a list"), (torch.ones(1), "holds a tensor")):
         torch.save(value, tmp_path / "x.pth")
         with pytest.raises(NotACheckpointError, match=says):
@@ -201,7 +192,7 @@ class Settings(argparse.Namespace):
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_what_lies_beside_tensors_is_passed_by(tmp_path: Path, is_zip: bool) -> None:
+def test_values_beside_the_tensors_are_skipped(tmp_path: Path, is_zip: bool) -> None:
     layer = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(3)).sum().backward()
@@ -246,7 +237,7 @@ def test_what_lies_beside_tensors_is_passed_by(tmp_path: Path, is_zip: bool) -> 
         assert not checkpoint.others.keys() & {"epoch", "name", "history"}
 
 
-def test_records_that_do_not_fit_their_description_are_refused(pth: Path) -> None:
+def test_records_that_contradict_the_index_are_refused(pth: Path) -> None:
     whole = pth.read_bytes()
     for size in (3996, 4004):
         rewrite(pth, {"data/0": bytes(size)})
@@ -261,7 +252,7 @@ def test_records_that_do_not_fit_their_description_are_refused(pth: Path) -> Non
         streamconv.open_checkpoint(pth)
 
 
-def test_a_view_beyond_its_storage_is_refused(pth: Path) -> None:
+def test_view_beyond_its_storage_is_refused(pth: Path) -> None:
     with zipfile.ZipFile(pth) as archive:
         data = archive.read("x/data.pkl")
     number = b"M" + (1000).to_bytes(2, "little")
@@ -272,7 +263,7 @@ def test_a_view_beyond_its_storage_is_refused(pth: Path) -> None:
         streamconv.open_checkpoint(pth)
 
 
-def test_a_flipped_bit_in_the_index_is_found(pth: Path) -> None:
+def test_flipped_bit_in_the_index_is_found(pth: Path) -> None:
     data = bytearray(pth.read_bytes())
     data[data.index(b"FloatStorage") + 2] ^= 1
     pth.write_bytes(data)
@@ -280,7 +271,7 @@ def test_a_flipped_bit_in_the_index_is_found(pth: Path) -> None:
         streamconv.open_checkpoint(pth)
 
 
-def test_a_damaged_zip_directory_is_not_called_a_cut_download(pth: Path) -> None:
+def test_damaged_zip_directory_is_not_reported_as_cut_short(pth: Path) -> None:
     data = bytearray(pth.read_bytes())
     data[data.rindex(b"PK\x01\x02")] ^= 1  # the last entry's magic number
     pth.write_bytes(data)
@@ -288,14 +279,14 @@ def test_a_damaged_zip_directory_is_not_called_a_cut_download(pth: Path) -> None
         streamconv.open_checkpoint(pth)
 
 
-def test_two_records_of_one_name_are_refused(pth: Path) -> None:
+def test_duplicate_record_names_are_refused(pth: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(pth, "a") as archive:
         archive.writestr("x/data/0", b"")
     with pytest.raises(CorruptError, match="two records"):
         streamconv.open_checkpoint(pth)
 
 
-def test_a_safetensors_header_that_lies_is_refused(tmp_path: Path) -> None:
+def test_inconsistent_safetensors_header_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     for header, error in (
         (b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', CorruptError),
@@ -310,7 +301,7 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path: Path) -> None:
             streamconv.open_checkpoint(path)
 
 
-def test_an_index_stays_in_its_folder(tmp_path: Path) -> None:
+def test_index_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../secret.safetensors"}}')
     with pytest.raises(CorruptError, match="no file of its folder"):
         streamconv.open_checkpoint(tmp_path)
@@ -326,7 +317,7 @@ def test_files_are_closed_when_opening_fails(tmp_path: Path) -> None:
     assert after == before
 
 
-def test_a_file_saved_without_crcs_is_read_and_says_so(tmp_path: Path) -> None:
+def test_file_saved_without_crcs_is_read(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     options = torch.serialization.get_crc32_options()
     try:
@@ -342,7 +333,7 @@ def test_a_file_saved_without_crcs_is_read_and_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS has no such call")
 @pytest.mark.parametrize(("memory", "wanted"), [(130 << 20, []), (100 << 20, [31 << 20, 63 << 20])])
-def test_the_cache_keeps_only_a_file_that_memory_can_hold(
+def test_page_cache_is_dropped_behind_reads_of_a_file_larger_than_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, wanted: list[int]
 ) -> None:
     path = tmp_path / "x"

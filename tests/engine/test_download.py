@@ -1,4 +1,4 @@
-"""Downloads into torch.hub's cache: whole or absent, gone on with, and never mistaken for another file."""
+"""Downloads into torch.hub's cache: complete or absent, resumed, and never mistaken for another file."""
 
 import dataclasses
 import json
@@ -14,13 +14,14 @@ import pytest
 import safetensors.torch
 import torch
 
-import streamconv
 from streamconv import CorruptError, NetworkError, OutputError, SourceError
 from streamconv.families import dinov2
 from streamconv.families.base import RemoteFile
 from streamconv.files import remote
-from tests.conftest import make_states, tiny
+from tests import api
+from tests.checkpoints import make_states
 from tests.file_server import FileServer
+from tests.support import tiny
 
 MODEL = tiny(layers=3, hidden=512)  # 38 MB
 
@@ -42,26 +43,26 @@ def source(server: FileServer, cache: Path) -> str:
     return f"{server.url}/x.pth"
 
 
-def test_an_address_is_downloaded_once_and_converted_from_the_cache(
+def test_address_is_downloaded_once_and_converted_from_the_cache(
     server: FileServer, source: str, cache: Path, tmp_path: Path
 ) -> None:
-    streamconv.convert(source, tmp_path / "out")
+    api.convert(source, tmp_path / "out")
     assert [path.name for path in cache.iterdir()] == ["x.pth"]
     assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
     assert int((cache / "x.pth").stat().st_mtime) == int((server.folder / "x.pth").stat().st_mtime)
-    streamconv.convert(server.folder / "x.pth", tmp_path / "expected")
+    api.convert(server.folder / "x.pth", tmp_path / "expected")
     for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
     manifest = json.loads((tmp_path / "out" / "streamconv.json").read_text())
     assert manifest["source"]["backbone"]["address"] == source
     size, first = (server.folder / "x.pth").stat().st_size, server.sent
     assert first < size + (1 << 20)
-    streamconv.convert(source, tmp_path / "again")
+    api.convert(source, tmp_path / "again")
     assert server.sent - first < 2 << 20
     assert torch.hub.load_state_dict_from_url(source, model_dir=str(cache)).keys() == make_states(MODEL)[0].keys()
 
 
-def test_a_models_name_means_its_authors_address_and_fills_the_cache(
+def test_model_name_downloads_from_the_authors_address_into_the_cache(
     server: FileServer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the original script's torch.hub does. A small model stands in for the published one."""
@@ -71,25 +72,21 @@ def test_a_models_name_means_its_authors_address_and_fills_the_cache(
     small = dataclasses.replace(model, geometry=geometry, backbone=files[0], head=files[1])
     monkeypatch.setattr("streamconv.source.resolve.find_model", lambda name: (dinov2.FAMILY, small))
     monkeypatch.setattr(
-        sys.modules["streamconv.planning.plan"],
-        "find_family",
-        lambda *_: dataclasses.replace(dinov2.FAMILY, models=(small,)),
+        "streamconv.planning.make.find_family", lambda *_: dataclasses.replace(dinov2.FAMILY, models=(small,))
     )
     for file, state in zip(files, make_states(geometry), strict=True):
         torch.save(state, server.folder / file.filename)
-    streamed = streamconv.convert(small.name, tmp_path / "streamed", stream=True)
+    streamed = api.convert(small.name, tmp_path / "streamed", stream=True)
     assert not cache.exists()
-    done = streamconv.convert(small.name, tmp_path / "out")
+    done = api.convert(small.name, tmp_path / "out")
     assert done.shards == streamed.shards
     assert {path.name for path in cache.iterdir()} == {file.filename for file in files}
     server.requests.clear()
-    streamconv.convert(small.name, tmp_path / "again", stream=True)
+    api.convert(small.name, tmp_path / "again", stream=True)
     assert not server.requests
 
 
-def test_an_interrupted_download_goes_on_where_it_was(
-    server: FileServer, source: str, cache: Path, tmp_path: Path
-) -> None:
+def test_interrupted_download_is_resumed(server: FileServer, source: str, cache: Path, tmp_path: Path) -> None:
     size = (server.folder / "x.pth").stat().st_size
 
     def break_at_half(what: str, done: int, total: int, unit: str) -> None:
@@ -97,34 +94,17 @@ def test_an_interrupted_download_goes_on_where_it_was(
             server.faults.cut_after, server.faults.cuts = 0, 1_000
 
     with pytest.raises(NetworkError):
-        streamconv.convert(source, tmp_path / "out", progress=break_at_half)
+        api.convert(source, tmp_path / "out", progress=break_at_half)
     assert not (cache / "x.pth").exists()
     assert not (tmp_path / "out").exists()
     server.faults.cuts, server.sent = 0, 0
-    streamconv.convert(source, tmp_path / "out")
+    api.convert(source, tmp_path / "out")
     assert server.sent < size // 2 + (8 << 20)
     assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
     assert len(list(cache.iterdir())) == 1
 
 
-def test_a_killed_download_goes_on_where_it_was(server: FileServer, source: str, cache: Path, tmp_path: Path) -> None:
-    size = (server.folder / "x.pth").stat().st_size
-    server.faults.seconds_a_megabyte = 0.05
-    command = [sys.executable, "-m", "streamconv", "convert", source, "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not any(path.stat().st_size > size // 2 for path in cache.glob(".x.pth.*")):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (cache / "x.pth").exists()
-    server.faults.seconds_a_megabyte, server.sent = 0, 0
-    streamconv.convert(source, tmp_path / "out")
-    assert server.sent < size // 2 + (8 << 20)
-    assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
-
-
-def test_what_a_power_cut_may_have_lost_is_fetched_again(
+def test_bytes_lost_in_a_power_cut_are_downloaded_again(
     server: FileServer, source: str, cache: Path, tmp_path: Path
 ) -> None:
     """Zeros at the end of what was written and not synced, as a file system leaves them."""
@@ -134,16 +114,16 @@ def test_what_a_power_cut_may_have_lost_is_fetched_again(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        streamconv.convert(source, tmp_path / "out", progress=stop)
+        api.convert(source, tmp_path / "out", progress=stop)
     (left,) = cache.iterdir()
     with open(left, "r+b") as file:
         file.seek(-(3 << 20), os.SEEK_END)
         file.write(bytes(3 << 20))
-    streamconv.convert(source, tmp_path / "out")
+    api.convert(source, tmp_path / "out")
     assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
 
 
-def test_a_download_that_came_damaged_gets_no_name_and_begins_anew(
+def test_damaged_download_is_not_kept_and_starts_over(
     server: FileServer, source: str, cache: Path, tmp_path: Path
 ) -> None:
     path = server.folder / "x.pth"
@@ -151,15 +131,15 @@ def test_a_download_that_came_damaged_gets_no_name_and_begins_anew(
     path.write_bytes(good[: len(good) // 2] + bytes([good[len(good) // 2] ^ 1]) + good[len(good) // 2 + 1 :])
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     with pytest.raises(CorruptError, match=r"http://.*/x\.pth came damaged: bytes .* Run again"):
-        streamconv.convert(source, tmp_path / "out")
+        api.convert(source, tmp_path / "out")
     assert not (cache / "x.pth").exists()
     path.write_bytes(good)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    streamconv.convert(source, tmp_path / "out")
+    api.convert(source, tmp_path / "out")
     assert (cache / "x.pth").read_bytes() == good
 
 
-def test_another_version_is_not_gone_on_with_and_its_beginning_is_removed(
+def test_partial_download_of_another_version_is_discarded(
     server: FileServer, source: str, cache: Path, tmp_path: Path
 ) -> None:
     def stop(what: str, done: int, total: int, unit: str) -> None:
@@ -167,95 +147,95 @@ def test_another_version_is_not_gone_on_with_and_its_beginning_is_removed(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        streamconv.convert(source, tmp_path / "out", progress=stop)
+        api.convert(source, tmp_path / "out", progress=stop)
     torch.save(make_states(MODEL, seed=1)[0], server.folder / "x.pth")
     os.utime(server.folder / "x.pth", (5, 5))
-    streamconv.convert(source, tmp_path / "out")
+    api.convert(source, tmp_path / "out")
     assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
     assert len(list(cache.iterdir())) == 1
 
 
-def test_another_file_of_the_name_is_neither_used_nor_replaced(
+def test_cached_file_of_unknown_origin_is_neither_used_nor_replaced(
     server: FileServer, source: str, cache: Path, tmp_path: Path
 ) -> None:
     cache.mkdir(parents=True)
     torch.save(make_states(MODEL, seed=1)[0], cache / "x.pth")
     before = (cache / "x.pth").read_bytes()
     with pytest.raises(OutputError, match="is there already, and is not known to be http"):
-        streamconv.convert(source, tmp_path / "out")
+        api.convert(source, tmp_path / "out")
     assert (cache / "x.pth").read_bytes() == before
-    streamconv.convert(source, tmp_path / "out", stream=True)
+    api.convert(source, tmp_path / "out", stream=True)
 
 
-def test_files_without_checksums_are_known_by_their_servers_time(
+def test_cached_file_without_checksums_is_identified_by_its_modification_time(
     server: FileServer, cache: Path, tmp_path: Path
 ) -> None:
     path = server.folder / "x.safetensors"
     safetensors.torch.save_file(make_states(MODEL)[0], path)
     os.utime(path, (1_000_000, 1_000_000))
     source = f"{server.url}/x.safetensors"
-    streamconv.convert(source, tmp_path / "out")
-    assert streamconv.convert(source, tmp_path / "out").was_finished
+    api.convert(source, tmp_path / "out")
+    assert api.convert(source, tmp_path / "out").was_finished
     safetensors.torch.save_file(make_states(MODEL, seed=1)[0], path)
     os.utime(path, (2_000_000, 2_000_000))
     with pytest.raises(OutputError, match="is not known to be"):
-        streamconv.convert(source, tmp_path / "out")
+        api.convert(source, tmp_path / "out")
 
 
-def test_a_server_without_ranges_is_downloaded_whole(
+def test_server_without_ranges_is_downloaded_whole(
     server: FileServer, source: str, cache: Path, tmp_path: Path
 ) -> None:
     server.faults.ranges = False
-    streamconv.convert(source, tmp_path / "out")
+    api.convert(source, tmp_path / "out")
     assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
     shutil.rmtree(cache)
     (server.folder / "x.pth").write_text("<html>" + "no model here " * 100_000)
     with pytest.raises(SourceError, match=r"http://.*/x\.pth is neither.*looks like a web page") as caught:
-        streamconv.convert(source, tmp_path / "other")
+        api.convert(source, tmp_path / "other")
     assert "streamconv-incomplete" not in str(caught.value)
     assert not (cache / "x.pth").exists()
 
 
-def test_what_is_no_model_is_refused_before_it_is_downloaded(server: FileServer, cache: Path, tmp_path: Path) -> None:
+def test_unknown_model_is_refused_before_it_is_downloaded(server: FileServer, cache: Path, tmp_path: Path) -> None:
     torch.save({"a": torch.randn(5_000_000)}, server.folder / "x.pth")
     with pytest.raises(SourceError, match="no checkpoint of a model"):
-        streamconv.convert(f"{server.url}/x.pth", tmp_path / "out")
+        api.convert(f"{server.url}/x.pth", tmp_path / "out")
     assert server.sent < 2 << 20
     assert not cache.exists()
 
 
-def test_a_finished_folder_is_left_without_a_download(
-    server: FileServer, source: str, cache: Path, tmp_path: Path
-) -> None:
-    streamconv.convert(source, tmp_path / "out")
+def test_finished_folder_needs_no_download(server: FileServer, source: str, cache: Path, tmp_path: Path) -> None:
+    api.convert(source, tmp_path / "out")
     shutil.rmtree(cache)
-    assert streamconv.convert(source, tmp_path / "out").was_finished
+    assert api.convert(source, tmp_path / "out").was_finished
     assert not cache.exists()
 
 
-def test_a_disk_too_small_says_so_and_names_the_other_way(
+def test_full_disk_is_refused_before_a_download_and_suggests_streaming(
     server: FileServer, source: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     with pytest.raises(OutputError, match=r"(?s)needs .* bytes.*--stream"):
-        streamconv.convert(source, tmp_path / "out")
+        api.convert(source, tmp_path / "out")
 
 
-def test_a_damaged_copy_says_that_it_is_to_be_deleted(
+def test_damaged_cached_file_is_reported_with_the_advice_to_delete_it(
     server: FileServer, source: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streamconv.convert(source, tmp_path / "out")
+    api.convert(source, tmp_path / "out")
     data = bytearray((cache / "x.pth").read_bytes())
     data[len(data) // 2] ^= 1
     (cache / "x.pth").write_bytes(data)
     with pytest.raises(CorruptError, match=r"torch\.hub's copy\. Delete it .*\n  .*checkpoints/x\.pth"):
-        streamconv.convert(source, tmp_path / "again")
+        api.convert(source, tmp_path / "again")
     (cache / "x.pth").write_bytes(data[:1000])
     with pytest.raises(SourceError, match=r"Delete it"):
-        streamconv.convert(cache / "x.pth", tmp_path / "again")
+        api.convert(cache / "x.pth", tmp_path / "again")
 
 
-def test_two_downloads_at_once_are_one_too_many(server: FileServer, source: str, cache: Path, tmp_path: Path) -> None:
+def test_second_download_of_the_same_file_is_refused(
+    server: FileServer, source: str, cache: Path, tmp_path: Path
+) -> None:
     server.faults.seconds_a_megabyte = 0.05
     command = [sys.executable, "-m", "streamconv", "convert", source, "-o"]
     first = subprocess.Popen([*command, str(tmp_path / "one")], stderr=subprocess.DEVNULL)
@@ -263,7 +243,7 @@ def test_two_downloads_at_once_are_one_too_many(server: FileServer, source: str,
     while time.monotonic() < deadline and not list(cache.glob(".x.pth.*")):
         time.sleep(0.01)
     with pytest.raises(OutputError, match="by another process"):
-        streamconv.convert(source, tmp_path / "two")
+        api.convert(source, tmp_path / "two")
     server.faults.seconds_a_megabyte = 0
     assert first.wait() == 0
-    streamconv.convert(source, tmp_path / "two")
+    api.convert(source, tmp_path / "two")

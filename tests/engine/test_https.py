@@ -1,4 +1,4 @@
-"""Addresses over TLS, with a certificate made on the spot, and through a proxy that is asked to CONNECT."""
+"""HTTPS with a certificate made for the test, also through a proxy that is asked to CONNECT."""
 
 import base64
 import shutil
@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import streamconv
 from streamconv import NetworkError, SourceError
 from streamconv.files import remote
-from tests.conftest import make_states, tiny
+from tests import api
+from tests.checkpoints import make_states
 from tests.file_server import FileServer, serving
+from tests.support import tiny
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 
@@ -92,23 +93,23 @@ def copy(source: socket.socket, target: socket.socket) -> None:
 
 
 def require_the_same(server: FileServer, output: Path) -> None:
-    expected = streamconv.convert(server.folder / "x.pth", output.with_name("expected")).shards
-    assert streamconv.convert(f"{server.url}/x.pth", output, stream=True).shards == expected
+    expected = api.convert(server.folder / "x.pth", output.with_name("expected")).shards
+    assert api.convert(f"{server.url}/x.pth", output, stream=True).shards == expected
 
 
-def test_a_trusted_certificate_is_taken_and_another_one_is_not(
+def test_only_a_trusted_certificate_is_accepted(
     server: FileServer, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SourceError, match=r"127\.0\.0\.1 shows no certificate that can be trusted: self.signed"):
-        streamconv.plan(f"{server.url}/x.pth")
+        api.plan(f"{server.url}/x.pth")
     assert not server.requests
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     require_the_same(server, tmp_path / "out")
     with pytest.raises(SourceError, match="no certificate that can be trusted"):
-        streamconv.plan(f"{server.url}/x.pth".replace("127.0.0.1", "localhost"))
+        api.plan(f"{server.url}/x.pth".replace("127.0.0.1", "localhost"))
 
 
-def test_a_proxy_tunnels_and_sees_no_more_than_the_host(
+def test_proxy_tunnel_reveals_only_the_host(
     server: FileServer, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
@@ -125,21 +126,21 @@ def test_a_proxy_tunnels_and_sees_no_more_than_the_host(
     assert all("Proxy-Authorization" not in headers for _, _, headers in server.requests)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(NetworkError, match=r"the proxy 127\.0\.0\.1 leads nowhere"):
-        streamconv.plan(f"{server.url}/x.pth")
+        api.plan(f"{server.url}/x.pth")
 
 
-def test_a_redirect_may_lead_to_a_safer_line_and_to_no_less_safe_one(
+def test_redirect_may_lead_to_https_but_not_back_to_http(
     server: FileServer, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     with serving(server.folder) as plain:
         plain.faults.redirects = {"/a": f"{server.url}/x.pth"}
-        assert streamconv.plan(f"{plain.url}/a").weights
+        assert api.plan(f"{plain.url}/a").weights
         server.faults.redirects = {"/b": f"{plain.url}/x.pth"}
         with pytest.raises(SourceError, match="no safe line"):
-            streamconv.plan(f"{server.url}/b")
+            api.plan(f"{server.url}/b")
 
 
-def test_a_server_that_speaks_no_tls_is_an_error(server: FileServer) -> None:
+def test_server_without_tls_is_an_error(server: FileServer) -> None:
     with serving(server.folder) as plain, pytest.raises(NetworkError, match="cannot be read from the beginning"):
-        streamconv.plan(plain.url.replace("http://", "https://") + "/x.pth")
+        api.plan(plain.url.replace("http://", "https://") + "/x.pth")

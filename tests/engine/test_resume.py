@@ -1,15 +1,13 @@
-"""Whatever ends a conversion, the same command goes on with it, and the folder is that of an undisturbed one."""
+"""An interrupted conversion is resumed by the same command, and the folder equals an undisturbed one."""
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,114 +17,33 @@ import torch
 
 import streamconv
 from streamconv import CorruptError, OutputError, SourceError, UsageError
-from streamconv.output import folder, hashing
-from streamconv.output import writer as streaming
+from streamconv.output import folder
 from streamconv.output.files import temporary_path
 from streamconv.output.journal import JOURNAL_NAME, Journal
-from tests.conftest import make_states, tiny
-
-Save = Callable[..., tuple[Path, Path | None]]
-ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("STREAMCONV_KILLS", "50"))  # in each of the six ways, and some twice
+from tests import api
+from tests.checkpoints import make_states, saved, teacher
+from tests.support import Save, contents, interrupt_after, tiny
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-@pytest.fixture
-def many_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mark after every 32 kB, so that a small model has many; what is read is ahead of the disk by that much."""
-    monkeypatch.setattr(hashing, "RING_BUFFERS", 2)
-    for module in (hashing, streaming):
-        monkeypatch.setattr(module, "BUFFER_BYTES", 16 << 10)
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 8 << 10)
-    monkeypatch.setattr(streaming, "SYNC_BYTES", 32 << 10)
-
-
-class Interrupted(BaseException):
-    pass
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, share: float, **options: object) -> None:
-    """Convert, and end it as Ctrl-C does when a share of the bytes is written."""
-
-    def progress(what: str, done: int, total: int, unit: str) -> None:
-        if unit == "bytes" and done > share * total:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        streamconv.convert(source, out, progress=progress, **options)  # type: ignore[arg-type]
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds a file's name in /proc")
-@pytest.mark.parametrize("how", ["kill", "power", "power-names"])
-@pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
-def test_a_kill_or_a_power_cut_at_any_step_costs_little(tmp_path: Path, how: str, shard_size: str) -> None:
-    torch.save(make_states(tiny(layers=2, hidden=64))[0], tmp_path / "source.pth")
-    words = [sys.executable, "-m", "tests.crash", tmp_path / "source.pth", tmp_path, how, shard_size, str(KILLS)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["wrong"] == [], done.stderr
-    assert found["kills"] >= KILLS
-    assert found["resumed_bytes"] > 0.8 * KILLS  # the others had no mark yet
-    assert 0 < found["repeated"] <= found["max_repeated"]
-
-
-@pytest.mark.parametrize("shard_size", ["5GB", "100MB"])
-def test_signals_at_any_moment_cost_little(tmp_path: Path, save: Save, shard_size: str) -> None:
-    source, _ = save(tiny(layers=24, hidden=512))  # 300 MB
-    streamconv.convert(source, tmp_path / "whole", max_shard_size=shard_size)
-    wanted = digests(tmp_path / "whole")
-    words = [sys.executable, "-m", "streamconv", "convert", source, "-o", "out", "--max-shard-size", shard_size]
-    choice = random.Random(shard_size)
-    kills = 0
-    while kills < 10:
-        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        time.sleep(choice.uniform(0.1, 0.7))
-        number = choice.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-        process.send_signal(number)
-        _, said = process.communicate()
-        if process.returncode == 0:  # too late: it was done
-            assert digests(tmp_path / "out") == wanted
-            shutil.rmtree(tmp_path / "out")
-            continue
-        kills += 1
-        if process.returncode == 130:
-            again = re.search(r"To resume, run\n  streamconv (.*)\n", said)
-            assert again is not None, said
-            assert again[1] == f"convert {source} -o out --max-shard-size {shard_size}"
-        for name in wanted if (tmp_path / "out").exists() else ():
-            if (tmp_path / "out" / name).exists():
-                assert sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == wanted[name]
-    assert subprocess.run(words, cwd=tmp_path, capture_output=True).returncode == 0
-    assert digests(tmp_path / "out") == wanted
-
-
-@pytest.mark.usefixtures("many_marks")
-def test_what_was_written_is_said_and_checked_and_not_written_again(
+@pytest.mark.usefixtures("frequent_journal_entries")
+def test_resuming_checks_and_reports_what_was_written_without_writing_it_again(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, _ = save(tiny())
-    streamconv.convert(source, tmp_path / "whole")
-    interrupt_after(monkeypatch, source, tmp_path / "out", 0.5)
+    api.convert(source, tmp_path / "whole")
+    interrupt_after(source, tmp_path / "out", 0.5)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     kept = Journal.read(tmp_path / "out").marks["model.safetensors"].size
     size = (tmp_path / "whole" / "model.safetensors").stat().st_size
     assert 0.5 * size - 3 * (32 << 10) <= kept <= 0.52 * size
     seen: list[str] = []
-    done = streamconv.convert(source, tmp_path / "out", progress=lambda what, *rest: seen.append(what))
+    done = api.convert(source, tmp_path / "out", progress=lambda what, *rest: seen.append(what))
     assert done.resumed_bytes == kept
     assert list(dict.fromkeys(seen)) == ["checking model.safetensors", "writing model.safetensors"]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.usefixtures("many_marks")
+@pytest.mark.usefixtures("frequent_journal_entries")
 @pytest.mark.parametrize("shard_size", ["5GB", "300KB"])
 @pytest.mark.parametrize(
     ("kind", "damage"),
@@ -135,15 +52,15 @@ def test_what_was_written_is_said_and_checked_and_not_written_again(
         ("pth", "a bit, and the mark"),
     ],
 )
-def test_what_was_written_is_not_believed(
+def test_damaged_partial_output_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: str, kind: str, damage: str
 ) -> None:
     """The disk kept something else than was written: found by the mark's sha256, or by the source's CRC-32."""
     source = tmp_path / f"source.{kind}"
     (torch.save if kind == "pth" else safetensors.torch.save_file)(make_states(tiny())[0], source)
-    streamconv.convert(source, tmp_path / "whole", max_shard_size=shard_size)
+    api.convert(source, tmp_path / "whole", max_shard_size=shard_size)
     out = tmp_path / "out"
-    interrupt_after(monkeypatch, source, out, 0.6, max_shard_size=shard_size)
+    interrupt_after(source, out, 0.6, max_shard_size=shard_size)
     (temporary,) = out.glob("*-incomplete") if shard_size == "5GB" else [next(iter(sorted(out.glob("*.safetensors"))))]
     data = bytearray(temporary.read_bytes())
     if damage == "its end":
@@ -162,60 +79,60 @@ def test_what_was_written_is_not_believed(
             if "file" in entry and entry["file"] in temporary.name:
                 entry["sha256"] = sha256(data[: entry["bytes"]]).hexdigest()
         (out / JOURNAL_NAME).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    done = streamconv.convert(source, out, max_shard_size=shard_size)
+    done = api.convert(source, out, max_shard_size=shard_size)
     assert contents(out) == contents(tmp_path / "whole")
     assert done.resumed_bytes < 0.6 * done.plan.size or damage == "the header"  # which is written again anyway
 
 
-@pytest.mark.usefixtures("many_marks")
+@pytest.mark.usefixtures("frequent_journal_entries")
 @pytest.mark.parametrize(
     "damage", [b"", b"\x00" * 5000, b'{"file": "model.sa', b"[1]\n", b'{"file": 1, "bytes": "x"}\n', b"\xff\n"]
 )
-def test_a_journal_with_a_damaged_end_is_taken_as_far_as_it_is_whole(
+def test_journal_with_a_damaged_end_is_used_up_to_the_damage(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, damage: bytes
 ) -> None:
     source, _ = save(tiny())
-    streamconv.convert(source, tmp_path / "whole")
-    interrupt_after(monkeypatch, source, tmp_path / "out", 0.5)
+    api.convert(source, tmp_path / "whole")
+    interrupt_after(source, tmp_path / "out", 0.5)
     before = Journal.read(tmp_path / "out").marks
     with (tmp_path / "out" / JOURNAL_NAME).open("ab") as journal:
         journal.write(damage)
     assert Journal.read(tmp_path / "out").marks == before
-    interrupt_after(monkeypatch, source, tmp_path / "out", 0.7)  # writes behind what is whole
+    interrupt_after(source, tmp_path / "out", 0.7)  # writes behind what is whole
     assert Journal.read(tmp_path / "out").length == (tmp_path / "out" / JOURNAL_NAME).stat().st_size
     assert Journal.read(tmp_path / "out").marks["model.safetensors"].size > before["model.safetensors"].size
-    streamconv.convert(source, tmp_path / "out")
+    api.convert(source, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.usefixtures("many_marks")
+@pytest.mark.usefixtures("frequent_journal_entries")
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_another_source_of_the_same_size_and_names_is_refused(
+def test_resume_rejects_another_source_of_the_same_size_and_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     write = torch.save if kind == "pth" else safetensors.torch.save_file
     path = tmp_path / f"source.{kind}"
     write(make_states(tiny())[0], path)
     size = path.stat().st_size
-    streamconv.convert(path, tmp_path / "done")
-    interrupt_after(monkeypatch, path, tmp_path / "out", 0.5)
+    api.convert(path, tmp_path / "done")
+    interrupt_after(path, tmp_path / "out", 0.5)
     write(make_states(tiny(), seed=1)[0], path)
     assert path.stat().st_size == size
     before = contents(tmp_path / "out")
     with pytest.raises(OutputError, match=r"unfinished conversion.*its backbone is another\. Choose .* or delete this"):
-        streamconv.convert(path, tmp_path / "out")
+        api.convert(path, tmp_path / "out")
     assert contents(tmp_path / "out") == before
     with pytest.raises(OutputError, match="another conversion"):
-        streamconv.convert(path, tmp_path / "done")
+        api.convert(path, tmp_path / "done")
 
 
-@pytest.mark.usefixtures("many_marks")
-def test_other_options_are_refused_and_leave_what_is_there(
+@pytest.mark.usefixtures("frequent_journal_entries")
+def test_resume_rejects_other_options_and_keeps_the_folder(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, head = save(tiny(classes=3))
     (tmp_path / "labels.txt").write_text("a\nb\nc\n")
-    interrupt_after(monkeypatch, source, tmp_path / "out", 0.5, head=head)
+    interrupt_after(source, tmp_path / "out", 0.5, head=head)
     before = contents(tmp_path / "out")
     for options, says in (
         ({"head": head, "max_shard_size": "300KB"}, "shard size"),
@@ -223,14 +140,14 @@ def test_other_options_are_refused_and_leave_what_is_there(
         ({}, "head and plan"),
     ):
         with pytest.raises(OutputError, match=rf"unfinished conversion.*{says}.*Choose another folder, or delete this"):
-            streamconv.convert(source, tmp_path / "out", **options)  # type: ignore[arg-type]
+            api.convert(source, tmp_path / "out", **options)
         assert contents(tmp_path / "out") == before
-    streamconv.convert(source, tmp_path / "out", head=head)
+    api.convert(source, tmp_path / "out", head=head)
 
 
-def test_other_options_may_follow_a_start_that_wrote_nothing(tmp_path: Path, save: Save) -> None:
+def test_other_options_are_accepted_if_nothing_was_written(tmp_path: Path, save: Save) -> None:
     source, _ = save(tiny())
-    streamconv.convert(source, tmp_path / "whole", max_shard_size="300KB")
+    api.convert(source, tmp_path / "whole", max_shard_size="300KB")
     code = (  # killed before the first mark
         "import os, streamconv, streamconv.output.writer as s\n"
         "s.RecordChecks.add = lambda *args: os._exit(9)\n"
@@ -238,45 +155,47 @@ def test_other_options_may_follow_a_start_that_wrote_nothing(tmp_path: Path, sav
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     assert temporary_path(tmp_path / "out" / "model.safetensors").exists()
-    streamconv.convert(source, tmp_path / "out", max_shard_size="300KB")
+    api.convert(source, tmp_path / "out", max_shard_size="300KB")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_lost_file_of_a_finished_folder_is_made_again(tmp_path: Path, save: Save) -> None:
+def test_missing_file_of_a_finished_folder_is_written_again(tmp_path: Path, save: Save) -> None:
     source, _ = save(tiny())
-    streamconv.convert(source, tmp_path / "out", max_shard_size="300KB")
+    api.convert(source, tmp_path / "out", max_shard_size="300KB")
     whole = contents(tmp_path / "out")
     lost = sorted(whole)[2]
     assert lost.startswith("model-00002-of-")
     for name in (lost, "config.json", "model.safetensors.index.json"):
         (tmp_path / "out" / name).unlink()
-        done = streamconv.convert(source, tmp_path / "out", max_shard_size="300KB")
+        done = api.convert(source, tmp_path / "out", max_shard_size="300KB")
         assert not done.was_finished
         shards = sum(len(data) for each, data in whole.items() if each.endswith(".safetensors"))
         assert done.resumed_bytes == shards - (len(whole[lost]) if name == lost else 0)
         assert contents(tmp_path / "out") == whole
 
 
-def test_a_source_damaged_at_first_is_converted_when_it_was_fetched_again(
-    tmp_path: Path, save: Save, many_marks: None
+def test_source_downloaded_again_after_damage_is_converted(
+    tmp_path: Path, save: Save, frequent_journal_entries: None
 ) -> None:
     """The same fingerprint, since it is of the CRC-32s: nothing of the damaged bytes may be gone on from."""
     source, _ = save(tiny())
-    streamconv.convert(source, tmp_path / "whole")
+    api.convert(source, tmp_path / "whole")
     good = source.read_bytes()
     bad = bytearray(good)
     with streamconv.open_checkpoint(source) as checkpoint:
         bad[checkpoint["norm.weight"].record.range.start] ^= 1
     source.write_bytes(bad)
     with pytest.raises(CorruptError, match=r"layernorm\.weight .*CRC-32"):
-        streamconv.convert(source, tmp_path / "out")
+        api.convert(source, tmp_path / "out")
     source.write_bytes(good)
-    streamconv.convert(source, tmp_path / "out")
+    api.convert(source, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path, kind: str, many_marks: None) -> None:
+def test_source_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, kind: str, frequent_journal_entries: None
+) -> None:
     write = torch.save if kind == "pth" else safetensors.torch.save_file
     path = tmp_path / f"source.{kind}"
     write(make_states(tiny())[0], path)
@@ -288,13 +207,15 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path, kind:
             path.write_bytes(other.read_bytes())  # the same file, other contents
 
     with pytest.raises(CorruptError, match=r"was changed while it was read\. Run again when it is whole"):
-        streamconv.convert(path, tmp_path / "out", progress=progress)
+        api.convert(path, tmp_path / "out", progress=progress)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_is_cut_while_it_is_read_is_gone_on_with(tmp_path: Path, save: Save, many_marks: None) -> None:
+def test_conversion_is_resumed_after_the_source_was_truncated_and_restored(
+    tmp_path: Path, save: Save, frequent_journal_entries: None
+) -> None:
     source, _ = save(tiny())
-    streamconv.convert(source, tmp_path / "whole")
+    api.convert(source, tmp_path / "whole")
     data, times = source.read_bytes(), source.stat()
 
     def progress(what: str, done: int, total: int, unit: str) -> None:
@@ -302,14 +223,16 @@ def test_a_source_that_is_cut_while_it_is_read_is_gone_on_with(tmp_path: Path, s
             os.truncate(source, len(data) // 3)
 
     with pytest.raises(SourceError, match=r"cut short or is being changed\. Fetch it again"):
-        streamconv.convert(source, tmp_path / "out", progress=progress)
+        api.convert(source, tmp_path / "out", progress=progress)
     source.write_bytes(data)
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert streamconv.convert(source, tmp_path / "out").resumed_bytes > 0
+    assert api.convert(source, tmp_path / "out").resumed_bytes > 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_two_at_once_are_one_too_many(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_process_is_refused_but_a_lock_of_a_dead_process_is_not(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, _ = save(tiny())
     code = (
         "import time, streamconv, streamconv.output.writer as s\n"
@@ -329,7 +252,7 @@ def test_two_at_once_are_one_too_many(tmp_path: Path, save: Save, monkeypatch: p
     assert first.poll() is None
     first.kill()  # a lock that a dead process left is no obstacle
     first.communicate()
-    assert not streamconv.convert(source, tmp_path / "out").was_finished
+    assert not api.convert(source, tmp_path / "out").was_finished
 
 
 def step_by_step(source: Path, out: Path) -> "subprocess.Popen[str]":
@@ -353,9 +276,9 @@ def step_by_step(source: Path, out: Path) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.parametrize("how", ["goes on", "is interrupted"])
-def test_a_folder_that_was_removed_and_made_anew_by_another_is_left_to_it(tmp_path: Path, save: Save, how: str) -> None:
+def test_folder_recreated_by_another_process_is_left_to_it(tmp_path: Path, save: Save, how: str) -> None:
     source, _ = save(tiny())
-    streamconv.convert(source, tmp_path / "whole")
+    api.convert(source, tmp_path / "whole")
     first = step_by_step(source, tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     second = step_by_step(source, tmp_path / "out")
@@ -366,15 +289,15 @@ def test_a_folder_that_was_removed_and_made_anew_by_another_is_left_to_it(tmp_pa
     assert how == "is interrupted" or "Run the same command again" in said
     assert not (tmp_path / "out" / "model.safetensors").exists()
     with pytest.raises(OutputError, match=f"is being written by process {second.pid}"):
-        streamconv.convert(source, tmp_path / "out")
+        api.convert(source, tmp_path / "out")
     second.communicate("\n")
     assert second.returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.usefixtures("many_marks")
+@pytest.mark.usefixtures("frequent_journal_entries")
 @pytest.mark.parametrize("is_resumed", [False, True])
-def test_tensors_that_share_a_storage_are_checked_in_every_shard(
+def test_tensors_sharing_a_storage_are_checked_in_every_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_resumed: bool
 ) -> None:
     """Their record is never complete from the pieces of one shard, nor in order, nor without gaps."""
@@ -399,76 +322,74 @@ def test_tensors_that_share_a_storage_are_checked_in_every_shard(
             damage()
 
     if is_resumed:
-        interrupt_after(monkeypatch, source, tmp_path / "out", 0.5, max_shard_size="300KB")
+        interrupt_after(source, tmp_path / "out", 0.5, max_shard_size="300KB")
         damage()
     with pytest.raises(CorruptError, match=r"CRC-32|was changed while it was read"):
-        streamconv.convert(
-            source, tmp_path / "out", max_shard_size="300KB", **({} if is_resumed else {"progress": progress})
-        )
+        api.convert(source, tmp_path / "out", max_shard_size="300KB", **({} if is_resumed else {"progress": progress}))
     source.write_bytes(good)
-    streamconv.convert(source, tmp_path / "out", max_shard_size="300KB")
-    streamconv.convert(source, tmp_path / "whole", max_shard_size="300KB")
+    api.convert(source, tmp_path / "out", max_shard_size="300KB")
+    api.convert(source, tmp_path / "whole", max_shard_size="300KB")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.usefixtures("many_marks")
-def test_a_source_whose_time_was_set_back_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("frequent_journal_entries")
+def test_resume_rejects_a_changed_source_whose_time_was_reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "source.safetensors"
     safetensors.torch.save_file(make_states(tiny())[0], path)
     times = path.stat()
-    interrupt_after(monkeypatch, path, tmp_path / "out", 0.5)
+    interrupt_after(path, tmp_path / "out", 0.5)
     safetensors.torch.save_file(make_states(tiny(), seed=1)[0], path)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(OutputError, match="its backbone is another"):
-        streamconv.convert(path, tmp_path / "out")
+        api.convert(path, tmp_path / "out")
 
 
-def test_a_finished_folder_stays_finished_when_its_source_has_another_owner_or_mode(tmp_path: Path) -> None:
+def test_finished_folder_accepts_a_source_with_another_mode(tmp_path: Path) -> None:
     path = tmp_path / "source.safetensors"
     safetensors.torch.save_file(make_states(tiny())[0], path)
-    streamconv.convert(path, tmp_path / "out")
+    api.convert(path, tmp_path / "out")
     path.chmod(0o640)
-    assert streamconv.convert(path, tmp_path / "out").was_finished
+    assert api.convert(path, tmp_path / "out").was_finished
 
 
-@pytest.mark.usefixtures("many_marks")
+@pytest.mark.usefixtures("frequent_journal_entries")
 @pytest.mark.parametrize("size", [10**12, -5, 1, float("inf")])
-def test_a_mark_that_cannot_be_is_no_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+def test_impossible_journal_entry_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     path = tmp_path / "source.safetensors"
     safetensors.torch.save_file(make_states(tiny())[0], path)
-    streamconv.convert(path, tmp_path / "whole")
-    interrupt_after(monkeypatch, path, tmp_path / "out", 0.5)
+    api.convert(path, tmp_path / "whole")
+    interrupt_after(path, tmp_path / "out", 0.5)
     temporary = temporary_path(tmp_path / "out" / "model.safetensors")
     temporary.write_bytes(b"\xff" * 1000)
     with (tmp_path / "out" / JOURNAL_NAME).open("a") as journal:
         journal.write(json.dumps({"file": "model.safetensors", "bytes": size, "sha256": "0" * 64}) + "\n")
-    assert streamconv.convert(path, tmp_path / "out").resumed_bytes == 0
+    assert api.convert(path, tmp_path / "out").resumed_bytes == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "streamconv.json"])
-def test_a_link_in_a_temporary_files_place_costs_no_other_file(tmp_path: Path, save: Save, name: str) -> None:
+def test_hard_link_at_a_temporary_path_is_refused(tmp_path: Path, save: Save, name: str) -> None:
     source, _ = save(tiny())
     (tmp_path / "precious").write_bytes(b"precious")
     (tmp_path / "out").mkdir()
     planted = temporary_path(tmp_path / "out" / name)
     planted.hardlink_to(tmp_path / "precious")
     with pytest.raises(OutputError, match="is a link to another file"):
-        streamconv.convert(source, tmp_path / "out")
+        api.convert(source, tmp_path / "out")
     assert (tmp_path / "precious").read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", ".model.safetensors.streamconv-incomplete"])
-def test_a_source_in_its_outputs_place_is_not_written_over(tmp_path: Path, save: Save, name: str) -> None:
+def test_source_at_the_output_path_is_not_overwritten(tmp_path: Path, save: Save, name: str) -> None:
     source, _ = save(tiny())
     (tmp_path / "out").mkdir()
     shutil.copy(source, tmp_path / "out" / name)
     with pytest.raises(UsageError, match=r"is the source, and .* would write over it"):
-        streamconv.convert(tmp_path / "out" / name, tmp_path / "out")
+        api.convert(tmp_path / "out" / name, tmp_path / "out")
     assert (tmp_path / "out" / name).read_bytes() == source.read_bytes()
 
 
-def test_what_comes_into_the_folder_before_the_lock_is_not_written_over(
+def test_file_created_before_the_lock_is_not_overwritten(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, _ = save(tiny())
@@ -480,34 +401,15 @@ def test_what_comes_into_the_folder_before_the_lock_is_not_written_over(
 
     monkeypatch.setattr(folder, "_lock", late)
     with pytest.raises(OutputError, match="which streamconv did not write"):
-        streamconv.convert(source, tmp_path / "out")
+        api.convert(source, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"another's"
-
-
-def test_a_killed_synthetic_run_goes_on_and_leaves_nothing_beside(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "streamconv", "run", "dinov2_vits14", "--synthetic", "--no-verify", "-o", "out"]
-    code = (
-        "import os, sys, streamconv.cli.commands as cli, streamconv.output.writer as s\n"
-        "real, seen = s.RecordChecks.add, []\n"
-        "def add(*args):\n"
-        "    seen.append(1)\n"
-        "    if len(seen) == 320: os._exit(9)\n"
-        "    real(*args)\n"
-        "s.RecordChecks.add = add\n"
-        f"sys.argv = {['streamconv', *words[3:]]!r}\n"
-        "cli.main()"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True).returncode == 9
-    assert (tmp_path / ".out.streamconv-synthetic" / "dinov2_vits14_synthetic_seed0.pth").exists()
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"converted, 88,226,304 bytes .*, [1-9][0-9,]* of them before an interruption", done.stdout)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("name", [JOURNAL_NAME, "streamconv.json"])
 @pytest.mark.parametrize("what", ["endless", "a pipe", "large"])
-def test_what_lies_in_the_place_of_our_own_files_is_refused(tmp_path: Path, save: Save, name: str, what: str) -> None:
+def test_special_and_oversized_files_in_place_of_journal_or_manifest_are_refused(
+    tmp_path: Path, save: Save, name: str, what: str
+) -> None:
     source, _ = save(tiny())
     (tmp_path / "out").mkdir()
     if what == "endless":
@@ -518,5 +420,15 @@ def test_what_lies_in_the_place_of_our_own_files_is_refused(tmp_path: Path, save
         (tmp_path / "out" / name).touch()
         os.truncate(tmp_path / "out" / name, 1 << 40)
     with pytest.raises(OutputError, match=r"no regular file|1,099,511,627,776 bytes"):
-        streamconv.convert(source, tmp_path / "out")
+        api.convert(source, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_conversion_with_constant_tensors_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamconv.output.writer.SYNC_BYTES", 20_000)
+    state, _ = make_states(replace(tiny(), has_layer_scale=False))
+    source = saved(teacher(state), tmp_path / "x.pth")
+    api.convert(source, tmp_path / "whole")
+    interrupt_after(source, tmp_path / "out", 0.5)
+    assert api.convert(source, tmp_path / "out").resumed_bytes > 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

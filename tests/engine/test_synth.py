@@ -1,4 +1,4 @@
-"""Synthetic checkpoints are files that torch loads, the same for the same seed."""
+"""Synthetic checkpoints can be loaded by torch and are the same for the same seed."""
 
 import zipfile
 from pathlib import Path
@@ -12,8 +12,7 @@ import streamconv
 from streamconv import OutputError, TensorInfo, UsageError
 from streamconv.formats.torch_writer import write_pth
 from streamconv.jobs.synth import temporary_checkpoint
-from tests.conftest import run_python
-from tests.engine.test_tensors import NAMES, bytes_of
+from tests.checkpoints import NAMES, bytes_of
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -25,7 +24,9 @@ from tests.engine.test_tensors import NAMES, bytes_of
     ),
     st.randoms(use_true_random=False),
 )
-def test_what_is_written_is_what_torch_loads(tmp_path: Path, shapes: dict[str, tuple[str, list[int]]], random) -> None:  # type: ignore[no-untyped-def]
+def test_written_checkpoint_is_what_torch_loads(
+    tmp_path: Path, shapes: dict[str, tuple[str, list[int]]], random
+) -> None:  # type: ignore[no-untyped-def]
     infos = {name: TensorInfo(dtype, tuple(shape)) for name, (dtype, shape) in shapes.items()}
     data = {name: random.randbytes(info.nbytes) for name, info in infos.items()}
     with (tmp_path / "x.pth").open("wb") as file:
@@ -40,7 +41,7 @@ def test_what_is_written_is_what_torch_loads(tmp_path: Path, shapes: dict[str, t
         assert archive.testzip() is None
 
 
-def test_a_classifier_is_two_files_of_finite_varied_values(tmp_path: Path) -> None:
+def test_synthetic_classifier_is_two_files_of_finite_varied_values(tmp_path: Path) -> None:
     made = streamconv.synth("dinov2_vits14_1layer", tmp_path / "dinov2_vits14_pretrain.pth", seed=3)
     assert made.head == tmp_path / "dinov2_vits14_linear_head.pth"
     backbone, head = (torch.load(path, weights_only=True) for path in (made.backbone, made.head))
@@ -52,7 +53,7 @@ def test_a_classifier_is_two_files_of_finite_varied_values(tmp_path: Path) -> No
     assert len({value.flatten()[0].item() for value in backbone.values()}) == len(backbone)
 
 
-def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
+def test_seed_determines_every_byte(tmp_path: Path) -> None:
     paths = [tmp_path / str(i) / "x.pth" for i in range(3)]
     for path, seed in zip(paths, (0, 0, 1), strict=True):
         path.parent.mkdir()
@@ -61,7 +62,7 @@ def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
     assert one == two != other
 
 
-def test_nothing_is_overwritten_and_nothing_unknown_is_made(tmp_path: Path) -> None:
+def test_existing_files_and_unknown_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(b"mine")
     with pytest.raises(OutputError, match="there already"):
         streamconv.synth("dinov2_vits14", tmp_path / "x.pth")
@@ -72,16 +73,7 @@ def test_nothing_is_overwritten_and_nothing_unknown_is_made(tmp_path: Path) -> N
         streamconv.synth("dinov2_vits14", tmp_path / "none" / "y.pth")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is Linux's")
-def test_memory_is_bounded(tmp_path: Path) -> None:
-    code = (
-        f"import streamconv; streamconv.synth('dinov2_vitb14', {str(tmp_path / 'x.pth')!r})\n"
-        "print(*(l.split()[1] for l in open('/proc/self/status') if l[:5] == 'VmHWM'))"
-    )
-    assert int(run_python(code)) < 100 * 1024
-
-
-def test_a_temporary_checkpoint_that_a_killed_process_left_is_used_by_one_at_a_time_and_deleted(tmp_path: Path) -> None:
+def test_temporary_checkpoint_of_a_killed_process_is_reused_by_one_process_and_deleted(tmp_path: Path) -> None:
     left = tmp_path / ".out.streamconv-synthetic" / "dinov2_vits14_synthetic_seed0.pth"
     left.parent.mkdir()
     left.write_bytes(b"left")

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, compare only what is the same, and hide no loss."""
+"""The benchmarks measure what they claim, compare only equal outputs, and hide no loss."""
 
 import json
 import subprocess
@@ -14,11 +14,9 @@ from benchmarks import measure, tables
 from benchmarks.__main__ import Bench
 from benchmarks.measure import Run, smallest_limit
 from benchmarks.ways import CONVERT, CP, MMAP, ORIGINAL, RUN, Options
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="measures by /proc")
-
 HOLDS_AND_LEAVES = """
 import os, pathlib, time
 held = memoryview(b"x" * 60_000_000)
@@ -30,7 +28,7 @@ pathlib.Path("out").write_bytes(held[:5_000_000])
 """
 
 
-def test_a_run_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = measure.run([sys.executable, "-c", HOLDS_AND_LEAVES], tmp_path / "out")
     assert found.code == 0
@@ -41,7 +39,7 @@ def test_a_run_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "out").stat().st_size == 5_000_000
 
 
-def test_a_childs_memory_and_time_count(tmp_path: Path) -> None:
+def test_memory_and_time_of_children_count(tmp_path: Path) -> None:
     script = "held = b'x' * 60_000_000; sum(range(3_000_000)); exit(7)"
     found = measure.run(["sh", "-c", f'{sys.executable} -c "{script}"; exit $?'], tmp_path / "out")
     assert found.code == 7
@@ -51,7 +49,7 @@ def test_a_childs_memory_and_time_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("peak", [1, 100, 50_000])
 @pytest.mark.parametrize(("needed", "said"), [(0, "16"), (16, "16"), (100, "128"), (20480, "20,480"), (10**9, "above")])
-def test_the_smallest_limit_is_found(
+def test_smallest_memory_limit_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, said: str, peak: float
 ) -> None:
     def run(words: Any, out: Path, limit_mb: int, timeout: float) -> Run:
@@ -62,7 +60,7 @@ def test_the_smallest_limit_is_found(
     assert smallest_limit(["x"], tmp_path, tmp_path / "out", usual).startswith(said)
 
 
-def test_a_real_cgroup_ends_what_is_too_large(tmp_path: Path) -> None:
+def test_real_cgroup_kills_a_process_above_its_limit(tmp_path: Path) -> None:
     group = measure.Cgroup(64 << 20)
     if group.path is None:
         pytest.skip("may not make a memory cgroup")
@@ -72,7 +70,7 @@ def test_a_real_cgroup_ends_what_is_too_large(tmp_path: Path) -> None:
         assert measure.run(words, tmp_path / "out", limit_mb=64).code == code
 
 
-def test_other_tensors_are_no_way_to_convert(tmp_path: Path) -> None:
+def test_output_with_other_tensors_is_rejected(tmp_path: Path) -> None:
     bench = Bench(arguments(tmp_path))
     for name, shape in (("one", (2, 3)), ("same", (2, 3)), ("other", (3, 2))):
         (tmp_path / name).mkdir()
@@ -95,7 +93,7 @@ def result(wall: float, peak_mb: float, code: int = 0) -> dict[str, Any]:
     return {"runs": [run, run], "cold": {**run, "wall": 3.0 - wall}, "limit": f"{peak_mb:,.0f}"}
 
 
-def test_losses_are_told() -> None:
+def test_losses_are_listed() -> None:
     ways = {CP: result(1, 2), CONVERT: result(2, 45), MMAP: result(1.5, 700), "killed": result(0.1, 1, code=-9)}
     losses = tables.losses({"models": {"m": {"bytes": 10**9, "ways": ways}}})
     assert losses == [
@@ -113,7 +111,7 @@ def test_losses_are_told() -> None:
     ]
 
 
-def test_what_was_killed_is_shown() -> None:
+def test_killed_runs_are_shown() -> None:
     lines = tables.table({CP: result(1, 2), CONVERT: result(2, 45), "killed": result(0.1, 1, code=-9)})
     assert (
         "| **streamconv convert** | 2 | 2.00 (2.00 to 2.00) | 2.00 | 1.00 | 45 | 22 | 45 | 1.00 | 0 | 88 | 0 |" in lines
@@ -121,7 +119,7 @@ def test_what_was_killed_is_shown() -> None:
     assert "| killed | 2 | killed |  |  | 1 | 0 | 1 | 2.90 | 0 | 88 |  |" in lines
 
 
-def test_growth_is_of_a_straight_line() -> None:
+def test_growth_is_fitted_by_a_straight_line() -> None:
     points = [(1e9, 3.0, 45.0), (2e9, 5.0, 45.5), (10e9, 21.0, 46.0)]  # 1 s, and 2 s a GB
     (line, _) = tables.growth_lines(points)
     assert (
@@ -130,7 +128,7 @@ def test_growth_is_of_a_straight_line() -> None:
     assert "up to 0%" not in tables.growth_lines([*points, (20e9, 60.0, 46.0)])[0]
 
 
-def test_the_whole_of_it_on_the_smallest_model(tmp_path: Path) -> None:
+def test_benchmarks_run_on_the_smallest_model(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "benchmarks", "models", "variants", "resume", "where", "--models", "dinov2_vits14"]
     words += ["--ways", "cp", "convert", "mmap", "--runs", "1", "--no-search", "--dir", tmp_path, "--to", tmp_path]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

@@ -1,17 +1,16 @@
-"""Labels: the user's, the Hub's, torchvision's."""
+"""Class labels from a file or from the Hub's cache."""
 
 import json
 from pathlib import Path
 
 import pytest
-import torchvision
 
 from streamconv import UsageError
-from streamconv.source.labels import HUB_DATASET, imagenet_labels, read_labels
-from tests.conftest import run_python
+from streamconv.source.labels import HUB_DATASET, read_labels
+from tests.support import run_python
 
 
-def test_json_and_text_give_labels_in_class_order(tmp_path: Path) -> None:
+def test_labels_are_read_in_class_order(tmp_path: Path) -> None:
     labels = [f"label {i}" for i in range(12)]
     (tmp_path / "a.json").write_text(json.dumps({str(i): labels[i] for i in reversed(range(12))}))
     (tmp_path / "b.json").write_text(json.dumps(labels))
@@ -21,7 +20,7 @@ def test_json_and_text_give_labels_in_class_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", '{"1": "a"}', "[1]", "7", '{"0": 1}'])
-def test_what_is_no_list_of_labels_is_refused(tmp_path: Path, text: str) -> None:
+def test_invalid_label_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UsageError, match=r"x\.json"):
         read_labels(tmp_path / "x.json")
@@ -29,13 +28,7 @@ def test_what_is_no_list_of_labels_is_refused(tmp_path: Path, text: str) -> None
         read_labels(tmp_path / "missing.json")
 
 
-def test_without_a_network_torchvisions_names_are_taken_and_that_is_said() -> None:
-    labels, origin = imagenet_labels()
-    assert labels == torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
-    assert origin.startswith("torchvision")
-
-
-def test_torchvisions_names_are_read_without_importing_it() -> None:
+def test_torchvision_labels_are_read_without_importing_torchvision() -> None:
     code = (
         "import sys, streamconv.source.labels as l; l.imagenet_labels(); "
         "print('torch' in sys.modules, 'numpy' in sys.modules)"
@@ -43,7 +36,7 @@ def test_torchvisions_names_are_read_without_importing_it() -> None:
     assert run_python(code) == "False False\n"
 
 
-def test_the_hubs_file_comes_first_where_it_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_hub_labels_take_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0" * 40
     folder = tmp_path / f"datasets--{HUB_DATASET.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)

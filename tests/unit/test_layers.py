@@ -1,4 +1,4 @@
-"""The house keeps its walls: layers by import-linter, and what importing costs."""
+"""The layers of the package, and what importing it costs."""
 
 import pkgutil
 import subprocess
@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 
 import streamconv
-from tests.conftest import run_python
+from tests.support import run_python
 
 
-def test_layers_hold() -> None:
+def test_imports_go_downwards_only() -> None:
     linter = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([linter], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout
 
 
-def test_nothing_outside_verify_imports_torch_or_its_like() -> None:
+def test_only_verification_imports_torch_and_other_large_packages() -> None:
     names = [
         module.name
         for module in pkgutil.walk_packages(streamconv.__path__, "streamconv.")

@@ -1,4 +1,4 @@
-"""Reading by ranges in an announced order, whatever the line does: against a plain slice of the same bytes."""
+"""Remote reads by ranges in an announced order equal slices of the same bytes, whatever the connection does."""
 
 import random
 from collections.abc import Iterable
@@ -83,7 +83,7 @@ ranges = st.builds(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ranges, max_size=12), st.lists(ranges, max_size=3), st.integers(0, 1 << 30))
-def test_any_reads_give_the_files_bytes_on_a_line_that_breaks(
+def test_reads_equal_the_file_although_the_connection_breaks(
     expected: list[ByteRange], others: list[ByteRange], seed: int
 ) -> None:
     file = FakeFile(seed)
@@ -97,7 +97,7 @@ def test_any_reads_give_the_files_bytes_on_a_line_that_breaks(
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(ranges, max_size=12), st.integers(0, 1 << 30))
-def test_small_reads_of_an_index_give_the_files_bytes(reads: list[ByteRange], seed: int) -> None:
+def test_small_index_reads_equal_the_file(reads: list[ByteRange], seed: int) -> None:
     file = FakeFile(seed)
     for where in reads:
         assert file.read(where.start, where.length) == DATA[where.start : where.end]
@@ -107,7 +107,7 @@ def in_order(count: int, length: int, gap: int) -> Iterable[ByteRange]:
     return [ByteRange(i * (length + gap), length) for i in range(count)]
 
 
-def test_what_is_announced_is_given_once_and_neighbours_are_asked_for_as_one() -> None:
+def test_neighbouring_prefetched_ranges_are_requested_together_and_once() -> None:
     file = FakeFile(breaks=False)
     wanted = list(in_order(100, 1_000, 64))
     file.prefetch(wanted)
@@ -118,7 +118,7 @@ def test_what_is_announced_is_given_once_and_neighbours_are_asked_for_as_one() -
     assert len(file.asked) == -(-last // file.request_bytes)
 
 
-def test_far_ranges_are_asked_for_ahead_and_what_lies_between_is_not_read() -> None:
+def test_distant_prefetched_ranges_are_requested_without_the_gaps() -> None:
     file = FakeFile(breaks=False)
     wanted = list(in_order(6, 100, GAP_BYTES + 1))
     file.prefetch(wanted)
@@ -129,7 +129,7 @@ def test_far_ranges_are_asked_for_ahead_and_what_lies_between_is_not_read() -> N
     assert (file.asked, file.given) == (wanted, 600)
 
 
-def test_ranges_in_another_order_are_asked_for_as_they_are_and_what_is_skipped_is_let_go() -> None:
+def test_prefetched_ranges_keep_their_order_and_skipped_ones_are_dropped() -> None:
     file = FakeFile(breaks=False)
     wanted = [ByteRange(200_000, 100), ByteRange(50_000, 100), ByteRange(40_000, 100), ByteRange(40_200, 100)]
     file.prefetch(wanted)
@@ -138,7 +138,9 @@ def test_ranges_in_another_order_are_asked_for_as_they_are_and_what_is_skipped_i
     assert (file.given, file.closed) == (100 + 100, 2)  # the first one, whose answer is short, was read out
 
 
-def test_a_line_that_stays_broken_is_tried_for_two_minutes_with_growing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_connection_is_retried_with_growing_waits_for_at_most_two_minutes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     waited: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", waited.append)
     file = FakeFile()
@@ -151,7 +153,7 @@ def test_a_line_that_stays_broken_is_tried_for_two_minutes_with_growing_waits(mo
     assert "trying again in 30 s" in file.waits[-1]
 
 
-def test_a_byte_gives_hope_anew() -> None:
+def test_every_received_byte_resets_the_retries() -> None:
     """Two failures, then some bytes, over and over: more failures in all than are borne in a row."""
     file = FakeFile(seed=1)
     file.random.choice = lambda kinds: kinds[0]  # type: ignore[assignment]
@@ -169,7 +171,7 @@ def test_a_byte_gives_hope_anew() -> None:
     assert failures > len(remote.WAITS_SECONDS)
 
 
-def test_the_other_sides_wish_to_wait_is_heard_within_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requested_waits_are_respected_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", waited.append)
     file = FakeFile()
@@ -186,6 +188,6 @@ def test_the_other_sides_wish_to_wait_is_heard_within_reason(monkeypatch: pytest
     assert waited == [17.0, 30, 2]
 
 
-def test_nothing_is_read_beyond_the_end() -> None:
+def test_reading_beyond_the_end_is_refused() -> None:
     with pytest.raises(TruncatedError, match="ends at byte 300,000"):
         FakeFile().read_at(len(DATA) - 1, memoryview(bytearray(2)))

@@ -1,38 +1,35 @@
-"""A folder alone, without its source: every file against what the folder's own manifest says."""
+"""A folder without its source: every file is compared with what the manifest records."""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import streamconv
 from streamconv import OutputError
-from tests.conftest import run_python, tiny
-
-Save = Callable[..., tuple[Path, Path | None]]
+from tests import api
+from tests.support import Save, run_python, tiny
 
 
 @pytest.fixture
 def folder(tmp_path: Path, save: Save) -> Path:
     backbone, _ = save(tiny())
-    return streamconv.convert(backbone, tmp_path / "out", max_shard_size="1MB").output
+    return api.convert(backbone, tmp_path / "out", max_shard_size="1MB").output
 
 
 def problems(folder: Path) -> tuple[str, ...]:
-    found = streamconv.verify(folder)
+    found = api.verify(folder)
     files, *others = found.checks
     assert [check.passed for check in others] == [None] * 4
     assert found.passed == files.passed == (not files.problems)
     return files.problems
 
 
-def test_a_folder_as_it_was_written_passes_and_says_what_was_not_run(folder: Path) -> None:
+def test_unchanged_folder_passes_and_names_the_checks_that_did_not_run(folder: Path) -> None:
     assert problems(folder) == ()
-    found = streamconv.verify(folder).as_dict()
+    found = api.verify(folder).as_dict()
     assert json.loads(json.dumps(found))["source"]["backbone"]["file"] == "source.pth"
     assert {check["name"] for check in found["checks"] if check["passed"] is None} == {
         "bytes", "load", "parity", "preprocessing"
@@ -43,7 +40,7 @@ NAMES = ["model-00002-of-*.safetensors", "config.json", "preprocessor_config.jso
 
 
 @pytest.mark.parametrize("pattern", NAMES)
-def test_a_flipped_bit_in_any_file_is_found(folder: Path, pattern: str) -> None:
+def test_flipped_bit_in_any_file_is_found(folder: Path, pattern: str) -> None:
     name = next(folder.glob(pattern)).name
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -52,7 +49,7 @@ def test_a_flipped_bit_in_any_file_is_found(folder: Path, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", NAMES)
-def test_a_lost_or_cut_file_is_found(folder: Path, pattern: str) -> None:
+def test_missing_or_truncated_file_is_found(folder: Path, pattern: str) -> None:
     name = next(folder.glob(pattern)).name
     size = (folder / name).stat().st_size
     os.truncate(folder / name, size - 1)
@@ -62,7 +59,7 @@ def test_a_lost_or_cut_file_is_found(folder: Path, pattern: str) -> None:
     assert problem.endswith(f"{name}: there is no such file.")
 
 
-def test_weights_that_the_manifest_does_not_name_are_found(folder: Path) -> None:
+def test_weights_that_the_manifest_does_not_list_are_found(folder: Path) -> None:
     """Nor what else transformers would take before the model's own files."""
     others = ("adapter_config.json", "processor_config.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     for name in (*others, "notes.txt"):
@@ -79,23 +76,23 @@ def test_weights_that_the_manifest_does_not_name_are_found(folder: Path) -> None
         (None, "is damaged"),
     ],
 )
-def test_a_damaged_manifest_is_found(folder: Path, files: object, says: str) -> None:
+def test_damaged_manifest_is_found(folder: Path, files: object, says: str) -> None:
     manifest = json.loads((folder / "streamconv.json").read_text())
     (folder / "streamconv.json").write_text(json.dumps({**manifest, "files": files}))
     assert any(says in problem for problem in problems(folder))
 
 
-def test_what_has_no_manifest_or_is_unfinished_is_no_output_to_check(folder: Path) -> None:
+def test_folder_without_manifest_or_with_a_journal_is_refused(folder: Path) -> None:
     (folder / ".streamconv-journal").touch()
     with pytest.raises(OutputError, match=r"unfinished conversion\. Run the command that began it once more"):
-        streamconv.verify(folder)
+        api.verify(folder)
     (folder / ".streamconv-journal").unlink()
     (folder / "streamconv.json").unlink()
     with pytest.raises(OutputError, match=r"no streamconv\.json to check it against\. Name the source"):
-        streamconv.verify(folder)
+        api.verify(folder)
 
 
-def test_the_command_line_needs_no_torch_for_it_and_ends_in_1(folder: Path) -> None:
+def test_verifying_a_folder_alone_imports_no_torch_and_exits_with_1_on_differences(folder: Path) -> None:
     code = (
         "import sys\nfrom streamconv.cli import app\n"
         f"app(['verify', {str(folder)!r}], standalone_mode=False)\n"

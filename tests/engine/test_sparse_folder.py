@@ -1,4 +1,4 @@
-"""Where a model that was loaded from an outline has its weights from."""
+"""Where the weights of a model loaded from a sparse folder come from."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from streamconv.formats.checkpoint import open_checkpoint
 from streamconv.verification.sparse_folder import _part
 
 
-def test_a_part_of_a_tensor_has_its_bytes_or_is_none(tmp_path: Path) -> None:
+def test_slice_of_a_tensor_has_its_bytes_or_is_none(tmp_path: Path) -> None:
     """A part of a strided one is no range of its record."""
     state = {"plain": torch.arange(24.0).reshape(6, 4), "strided": torch.arange(24.0).reshape(4, 6).t()}
     torch.save(state, tmp_path / "x.pth")

@@ -1,28 +1,14 @@
-"""What SOURCE means."""
+"""What a SOURCE argument means."""
 
 from pathlib import Path
 
 import pytest
-import torch
 
 from streamconv import NetworkError, SourceMissingError, UsageError
 from streamconv.files import remote
 from streamconv.files.address import Address
 from streamconv.source.open import open_source
-from streamconv.source.resolve import resolve_source, torch_hub_cache
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [{}, {"TORCH_HOME": "/tmp/torch-home"}, {"XDG_CACHE_HOME": "/tmp/cache"}, {"TORCH_HOME": "~/x"}],
-    ids=str,
-)
-def test_the_folder_is_torch_hubs_own(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert str(torch_hub_cache()) == f"{torch.hub.get_dir()}/checkpoints"
+from streamconv.source.resolve import resolve_source
 
 
 @pytest.fixture
@@ -33,7 +19,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_name_is_the_files_that_torch_hub_keeps(kept: Path) -> None:
+def test_model_name_means_files_in_the_torch_hub_cache(kept: Path) -> None:
     (kept / "dinov2_vitb14_pretrain.pth").touch()
     (kept / "dinov2_vitb14_linear_head.pth").touch()
     found = resolve_source("dinov2_vitb14")
@@ -42,7 +28,7 @@ def test_a_name_is_the_files_that_torch_hub_keeps(kept: Path) -> None:
     assert (found.backbone, found.head) == (kept / "dinov2_vitb14_pretrain.pth", kept / "dinov2_vitb14_linear_head.pth")
 
 
-def test_what_torch_hub_lacks_is_at_its_authors_address(kept: Path) -> None:
+def test_model_name_means_the_authors_address_if_not_cached(kept: Path) -> None:
     address = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitg14/dinov2_vitg14_"
     assert resolve_source("dinov2_vitg14").backbone == Address(f"{address}pretrain.pth")
     (kept / "dinov2_vitg14_pretrain.pth").touch()
@@ -50,7 +36,9 @@ def test_what_torch_hub_lacks_is_at_its_authors_address(kept: Path) -> None:
     assert (found.backbone, found.head) == (kept / "dinov2_vitg14_pretrain.pth", Address(f"{address}linear_head.pth"))
 
 
-def test_a_model_that_cannot_be_fetched_says_where_its_file_goes(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_model_names_its_address_and_its_place_in_the_cache(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0, 0))
     for name in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -60,7 +48,7 @@ def test_a_model_that_cannot_be_fetched_says_where_its_file_goes(kept: Path, mon
     assert str(kept / "dinov2_vitg14_pretrain.pth") in str(caught.value)
 
 
-def test_near_names_are_offered() -> None:
+def test_unknown_model_name_suggests_similar_names() -> None:
     with pytest.raises(UsageError, match="Did you mean dinov2_vitg14 "):
         resolve_source("dino2_vitg14")
     with pytest.raises(UsageError, match="streamconv models"):
@@ -68,17 +56,17 @@ def test_near_names_are_offered() -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.pth", "some/folder/missing", Path("missing")])
-def test_a_path_that_is_not_there_is_called_missing(name: str | Path) -> None:
+def test_missing_path_is_reported_as_missing(name: str | Path) -> None:
     with pytest.raises(SourceMissingError, match="no such file"):
         resolve_source(name)
 
 
-def test_an_empty_word_is_no_model() -> None:
+def test_empty_source_is_refused() -> None:
     with pytest.raises(UsageError, match="SOURCE is empty"):
         resolve_source("")
 
 
-def test_heads_belong_to_classifiers(kept: Path) -> None:
+def test_head_is_refused_for_a_model_without_a_classifier(kept: Path) -> None:
     (kept / "dinov2_vits14_pretrain.pth").touch()
     (kept / "head.pth").touch()
     with pytest.raises(UsageError, match="dinov2_vits14_1layer"):

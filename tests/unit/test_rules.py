@@ -1,4 +1,4 @@
-"""Rules: every key once, every target once, and all that is wrong at once."""
+"""Rules: every key is used once, every target is made once, and all problems are listed at once."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def make(tmp_path: Path):  # type: ignore[no-untyped-def]
     return tensor
 
 
-def test_chunks_are_rows_in_order(make) -> None:  # type: ignore[no-untyped-def]
+def test_chunk_splits_rows_in_order(make) -> None:  # type: ignore[no-untyped-def]
     targets = map_tensors(RULES, {"cls": make(1, 2), "blocks.0.qkv": make(6, 2)}, DIMS, 1, "x")
     assert {name: (t.info.shape, t.offset) for name, t in targets.items()} == {
         "embeddings.cls": ((1, 2), 0),
@@ -39,7 +39,7 @@ def test_chunks_are_rows_in_order(make) -> None:  # type: ignore[no-untyped-def]
     }
 
 
-def test_everything_wrong_is_listed_at_once(make) -> None:  # type: ignore[no-untyped-def]
+def test_mapping_lists_all_problems_at_once(make) -> None:  # type: ignore[no-untyped-def]
     source = {"blocks.0.qkv": make(6, 3), "blocks.00.qkv": make(6, 2), "extra": make(1), "blocks.1.qkv.x": make(6, 2)}
     with pytest.raises(MappingError) as caught:
         map_tensors(RULES, source, DIMS, 2, "x.pth")
@@ -59,13 +59,13 @@ def test_mixed_dtypes_are_refused(make) -> None:  # type: ignore[no-untyped-def]
         map_tensors(RULES, {"cls": make(1, 2), "blocks.0.qkv": make(6, 2, dtype="BF16")}, DIMS, 1, "x")
 
 
-def test_two_rules_for_one_target_are_a_mistake_of_the_family(make) -> None:  # type: ignore[no-untyped-def]
+def test_two_rules_with_the_same_target_raise_value_error(make) -> None:  # type: ignore[no-untyped-def]
     rules = (*RULES, rename("other", "embeddings.cls", "1 D"))
     with pytest.raises(ValueError, match="two rules"):
         map_tensors(rules, {"cls": make(1, 2), "other": make(1, 2), "blocks.0.qkv": make(6, 2)}, DIMS, 1, "x")
 
 
-def test_inverting_gives_the_parts_in_order_block_by_block(make) -> None:  # type: ignore[no-untyped-def]
+def test_inverted_rules_restore_the_source_tensors_in_order(make) -> None:  # type: ignore[no-untyped-def]
     rules = (RULES[0], *(rename(f"blocks.{{i}}.{name}", f"layer.{{i}}.{name}", "D") for name in "ab"), *RULES[1:])
     sources = {"cls": make(1, 2), **{f"blocks.{i}.{name}": make(2) for i in range(11) for name in "ab"}}
     sources |= {f"blocks.{i}.qkv": make(6, 2) for i in range(11)}
@@ -81,7 +81,7 @@ def test_inverting_gives_the_parts_in_order_block_by_block(make) -> None:  # typ
     assert map_tensors(rules, back, DIMS, 11, "x") == targets
 
 
-def test_everything_wrong_on_the_way_back_is_listed_at_once(make) -> None:  # type: ignore[no-untyped-def]
+def test_inverting_lists_all_problems_at_once(make) -> None:  # type: ignore[no-untyped-def]
     targets = {"layer.0.q": make(2, 2), "layer.0.k": make(3, 2), "layer.00.v": make(2, 2), "cls": make(1, 2)}
     with pytest.raises(MappingError) as caught:
         invert(RULES, targets | {"embeddings.cls": make(1, 2, dtype="F16")}, DIMS, 1, "x", ["known"])
@@ -95,7 +95,7 @@ def test_everything_wrong_on_the_way_back_is_listed_at_once(make) -> None:  # ty
     ]
 
 
-def test_guessing_joins_nothing_that_no_rule_makes_whole(make) -> None:  # type: ignore[no-untyped-def]
+def test_incomplete_chunks_are_not_joined(make) -> None:  # type: ignore[no-untyped-def]
     info = TensorInfo("F32", (2,))
     strays = ("layer.00.q", "layer.0.1.q", "layer.x.q", "xlayer.0.q", "layer.0.q.weight", "layer.{i}.q", "layer.1.q")
     assert source_names_of(RULES, dict.fromkeys(strays, info)) == {name: (name,) for name in strays}
@@ -108,7 +108,7 @@ def test_guessing_joins_nothing_that_no_rule_makes_whole(make) -> None:  # type:
             whole.rows(start, stop)
 
 
-def test_counting_takes_gaps_and_leaves_strays() -> None:
+def test_block_count_allows_gaps_but_ignores_outliers() -> None:
     pattern = "blocks.{i}.norm"
     assert count_of(pattern, []) == 0
     assert count_of(pattern, ["blocks.0.norm", "blocks.1.norm", "blocks.3.norm"]) == 4

@@ -1,4 +1,4 @@
-"""What is an address and what a path, what an address's file is called, and what of an address is never shown."""
+"""Locations: what is an address and what a path, how its file is named, and what is never shown of it."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from streamconv.files.address import Address, parse_location
         ("hf://owner/name@v1/x.pth", "x.pth", "hf://owner/name@v1/x.pth"),
     ],
 )
-def test_an_address_has_a_files_name_and_shows_no_secret(words: str, name: str, shown: str) -> None:
+def test_address_gives_the_file_name_and_hides_secrets(words: str, name: str, shown: str) -> None:
     address = parse_location(words)
     assert isinstance(address, Address)
     assert (address.name, str(address)) == (name, shown)
@@ -31,11 +31,11 @@ def test_an_address_has_a_files_name_and_shows_no_secret(words: str, name: str, 
 
 
 @pytest.mark.parametrize("words", ["x.pth", "a/b.pth", "C:/x.pth", "http:/x.pth", "./https://x", Path("s3://a/b")])
-def test_other_words_are_paths(words: str | Path) -> None:
+def test_everything_else_is_a_path(words: str | Path) -> None:
     assert parse_location(words) == Path(words)
 
 
-def test_a_file_address_is_a_path() -> None:
+def test_file_url_is_a_path() -> None:
     assert (
         parse_location("file:///tmp/a%20b?c#d.pth")
         == parse_location("file://localhost/tmp/a b?c#d.pth")
@@ -52,7 +52,7 @@ NO_FILES += ["http://user:pass/word@h/x.pth"]
 
 
 @pytest.mark.parametrize("words", [*NO_FILES, "https://user:word@:1/x.pth"])
-def test_what_names_no_file_is_one_message(words: str) -> None:
+def test_address_without_a_file_is_refused_without_showing_secrets(words: str) -> None:
     with pytest.raises(UsageError, match=r"is no valid address|names no file") as caught:
         parse_location(words)
     assert str(caught.value).isprintable()

@@ -1,4 +1,4 @@
-"""Casts against torch's ``.to()``, bit for bit."""
+"""Casts equal torch's ``.to()``, bit for bit."""
 
 import numpy as np
 import pytest
@@ -8,31 +8,17 @@ from hypothesis import strategies as st
 
 from streamconv.tensors import casts as module
 from streamconv.tensors.casts import cast_into
+from tests.checkpoints import DTYPES, assert_same
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TARGETS = ("F32", "F16", "BF16")
 PAIRS = [(source, target) for source in DTYPES for target in TARGETS if source != target]
+
+
 # Exponent and mantissa bits.
 FORMATS = {"F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7)}
+
+
 UNSIGNED = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
-# Without its vectors, torch makes other NaNs; all else it makes the same.
-HAS_VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-# torch takes other ways for what is left of a tensor when its vectors are full, and for more than one thread;
-# these ways give NaNs other bits, and are not what nearly all of a tensor goes.
-TAIL, BLOCK = 128, 16 << 10
-
-
-def theirs(bits: np.ndarray, source: str, target: str) -> tuple[np.ndarray, int]:
-    """torch's bits, and how many finite values it made infinite."""
-    parts, overflow_count = [], 0
-    for at in range(0, len(bits), BLOCK):
-        part = bits[at : at + BLOCK]
-        padded = np.concatenate([part, np.zeros(TAIL + -len(part) % TAIL, part.dtype)])
-        value = torch.frombuffer(bytearray(padded.tobytes()), dtype=DTYPES[source])
-        made = value.to(DTYPES[target])
-        overflow_count += int((made.isinf() & value.isfinite()).sum())
-        parts.append(np.frombuffer(bytes(made.view(torch.uint8).numpy()), UNSIGNED[target])[: len(part)])
-    return np.concatenate(parts), overflow_count
 
 
 def ours(bits: np.ndarray, source: str, target: str) -> tuple[np.ndarray, int]:
@@ -41,22 +27,6 @@ def ours(bits: np.ndarray, source: str, target: str) -> tuple[np.ndarray, int]:
     overflow_count = cast_into(memoryview(bits).cast("B"), source, memoryview(made).cast("B"), target)
     assert np.array_equal(bits, before)
     return made, overflow_count
-
-
-def is_nan(bits: np.ndarray, dtype: str) -> np.ndarray:
-    exponents, mantissas = FORMATS[dtype]
-    infinity = ((1 << exponents) - 1) << mantissas
-    return (bits & UNSIGNED[dtype](infinity | ((1 << mantissas) - 1))) > infinity
-
-
-def assert_same(bits: np.ndarray, source: str, target: str) -> None:
-    (want, lost), (have, counted) = theirs(bits, source, target), ours(bits, source, target)
-    differs = want != have
-    if not HAS_VECTORS:
-        differs &= ~(is_nan(want, target) & is_nan(have, target))
-    other = np.flatnonzero(differs)
-    assert not len(other), [f"{bits[i]:#x}: {have[i]:#x}, torch {want[i]:#x}" for i in other[:5]]
-    assert counted == lost
 
 
 def boundaries(source: str) -> np.ndarray:
@@ -74,17 +44,17 @@ def boundaries(source: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("source", "target"), [pair for pair in PAIRS if pair[0] in ("F16", "BF16")])
-def test_all_values_of_two_bytes_are_cast_as_torch_casts_them(source: str, target: str) -> None:
+def test_all_16_bit_values_are_cast_like_torch(source: str, target: str) -> None:
     assert_same(np.arange(1 << 16, dtype=np.uint16), source, target)
 
 
 @pytest.mark.parametrize(("source", "target"), [pair for pair in PAIRS if pair[0] in ("F32", "F64")])
-def test_ties_ends_denormals_and_nans_are_cast_as_torch_casts_them(source: str, target: str) -> None:
+def test_ties_limits_denormals_and_nans_are_cast_like_torch(source: str, target: str) -> None:
     assert_same(boundaries(source), source, target)
 
 
 @pytest.mark.parametrize(("source", "target"), [pair for pair in PAIRS if pair[0] in ("F32", "F64")])
-def test_every_tie_of_a_format_is_cast_as_torch_casts_it(source: str, target: str) -> None:
+def test_every_rounding_tie_is_cast_like_torch(source: str, target: str) -> None:
     """Half way between each two neighbours of float16 and bfloat16, exactly and by a bit beside."""
     values = []
     for small in ("F16", "BF16"):
@@ -99,7 +69,7 @@ def test_every_tie_of_a_format_is_cast_as_torch_casts_it(source: str, target: st
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_random_bits_are_cast_as_torch_casts_them(source: str, target: str) -> None:
+def test_random_bits_are_cast_like_torch(source: str, target: str) -> None:
     generator = np.random.default_rng(0)
     bits = np.frombuffer(generator.bytes((1 << 20) * UNSIGNED[source]().itemsize), UNSIGNED[source])
     assert_same(bits.copy(), source, target)
@@ -110,9 +80,7 @@ def test_random_bits_are_cast_as_torch_casts_them(source: str, target: str) -> N
 
 @settings(max_examples=300, deadline=None)
 @given(pair=st.sampled_from(PAIRS), data=st.data(), at_once=st.sampled_from([1, 3, 1000]))
-def test_any_values_in_pieces_of_any_size_are_cast_as_torch_casts_them(
-    pair: tuple[str, str], data: st.DataObject, at_once: int
-) -> None:
+def test_casting_in_pieces_of_any_size_equals_torch(pair: tuple[str, str], data: st.DataObject, at_once: int) -> None:
     source, target = pair
     exponents, mantissas = FORMATS[source]
     words = st.integers(0, (1 << (1 + exponents + mantissas)) - 1)
@@ -130,7 +98,7 @@ def test_any_values_in_pieces_of_any_size_are_cast_as_torch_casts_them(
         module._AT_ONCE = before
 
 
-def test_what_becomes_infinite_is_counted_and_what_was_is_not() -> None:
+def test_overflows_to_infinity_are_counted() -> None:
     values = torch.tensor([65504.0, 65519.996, 65520.0, -65520.0, 1e38, float("inf"), -float("inf"), float("nan")])
     bits = np.frombuffer(bytes(values.view(torch.uint8)), np.uint32).copy()
     assert ours(bits, "F32", "F16")[1] == 3

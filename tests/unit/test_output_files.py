@@ -1,4 +1,4 @@
-"""Files are whole or absent, and no one else's."""
+"""Output files are complete or absent, and never another process's file."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ from streamconv import OutputError
 from streamconv.output.files import PAGE_BYTES, PageAligner, atomic_file, temporary_path, write_file
 
 
-def test_a_file_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
+def test_file_appears_under_its_name_only_when_complete(tmp_path: Path) -> None:
     with atomic_file(tmp_path / "x") as file:
         file.write_at(0, memoryview(b"whole"))
         assert not (tmp_path / "x").exists()
@@ -24,7 +24,7 @@ def test_a_file_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+def test_failure_keeps_the_previous_file(tmp_path: Path) -> None:
     write_file(tmp_path / "x", b"before")
     writing = atomic_file(tmp_path / "x")
     writing.__enter__().write_at(0, memoryview(b"half"))
@@ -33,13 +33,13 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_what_a_dead_process_left_is_written_over(tmp_path: Path) -> None:
+def test_temporary_file_of_a_dead_process_is_overwritten(tmp_path: Path) -> None:
     temporary_path(tmp_path / "x").write_bytes(b"a longer half file")
     write_file(tmp_path / "x", b"whole")
     assert (tmp_path / "x").read_bytes() == b"whole"
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+def test_second_writer_of_the_same_file_is_refused(tmp_path: Path) -> None:
     with atomic_file(tmp_path / "x") as file:
         with pytest.raises(OutputError, match="being written by another process"):
             write_file(tmp_path / "x", b"other")
@@ -47,7 +47,7 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == b"mine"
 
 
-def test_a_writer_that_opened_just_before_the_other_finished_gives_way(
+def test_writer_that_locks_a_file_just_renamed_by_another_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = fcntl.flock
@@ -63,7 +63,7 @@ def test_a_writer_that_opened_just_before_the_other_finished_gives_way(
     assert (tmp_path / "x").read_bytes() == b"the other's"
 
 
-def test_a_link_in_the_temporary_files_place_is_not_followed(tmp_path: Path) -> None:
+def test_link_at_the_temporary_path_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_bytes(b"precious")
     temporary_path(tmp_path / "x").symlink_to(tmp_path / "precious")
     with pytest.raises(OutputError, match="cannot be written"):
@@ -71,9 +71,7 @@ def test_a_link_in_the_temporary_files_place_is_not_followed(tmp_path: Path) -> 
     assert (tmp_path / "precious").read_bytes() == b"precious"
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_is_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_is_synced_before_the_rename_and_the_folder_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append(f"sync {os.fstat(fd).st_size}") or fsync(fd))
@@ -83,7 +81,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_is_after(
 
 
 @given(st.binary(max_size=3 * PAGE_BYTES), st.lists(st.binary(max_size=2 * PAGE_BYTES), max_size=6))
-def test_pages_written_in_order_are_the_file(header: bytes, parts: list[bytes]) -> None:
+def test_aligned_pages_add_up_to_the_file(header: bytes, parts: list[bytes]) -> None:
     written, pages = bytearray(header), PageAligner(header)
     for number, part in enumerate(parts):
         room = pages.next_window(memoryview(bytearray([number]) * (4 * PAGE_BYTES)))
@@ -118,7 +116,7 @@ def refuse_writes(real: Callable[..., Any], fd: int, data: memoryview, offset: i
     [(None, "", None), (fcntl, "fcntl", refuse_flag), (os, "pwrite", refuse_writes)],
     ids=["takes it", "refuses the flag", "refuses the write"],
 )
-def test_pages_go_past_the_cache_where_the_file_system_lets_them(
+def test_pages_bypass_the_cache_if_the_file_system_allows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, refuse: Any
 ) -> None:
     if refuse is not None:
@@ -139,7 +137,7 @@ def test_pages_go_past_the_cache_where_the_file_system_lets_them(
 
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no such flag")
-def test_another_error_past_the_cache_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_direct_writes_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(fd: int, data: memoryview, offset: int) -> int:
         if is_direct(fd):
             raise OSError(errno.EIO, "Input/output error")

@@ -1,72 +1,41 @@
-"""Publishing: to a small Hub over real HTTP, whose docstring says what it does not model, and once to the real one."""
+"""Publishing to a small Hub over real HTTP, whose docstring lists what it does not model, and once to the real Hub."""
 
-import hashlib
 import json
 import logging
 import os
-import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi, constants, file_download, get_token
-from huggingface_hub.utils import _http
+from huggingface_hub import HfApi, constants, get_token
 
-import streamconv
-from streamconv.cli.options import with_values
 from streamconv.errors import HubError, MissingUploadError, OutputError, StreamconvError, UsageError
 from streamconv.hub import client
 from streamconv.hub.repository import Destination, Repository
-from streamconv.jobs.publish import publish
-from tests.conftest import run_python, tiny
+from streamconv.jobs.publish import publish_folder
+from tests import api
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer, Repo, running
+from tests.support import Save, run_python, run_with_hub, sha256_of, tiny
 
-Save = Callable[..., tuple[Path, Path | None]]
 SMALL = {"config.json", "preprocessor_config.json", "streamconv.json", "model.safetensors.index.json"}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A small Hub that this process talks to, logged in, and does not wait for."""
-    with running() as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        patched = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
-        for name, value in {**patched, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # 0.x has its own
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        forget_sessions()
-        yield server
-    forget_sessions()
-
-
-def forget_sessions() -> None:
-    (_http.close_session if hasattr(_http, "close_session") else _http.reset_sessions)()
 
 
 @pytest.fixture
 def folder(tmp_path: Path, save: Save) -> Path:
     """A finished conversion in several shards."""
-    done = streamconv.convert(save(tiny())[0], tmp_path / "out", max_shard_size="1MB")
+    done = api.convert(save(tiny())[0], tmp_path / "out", max_shard_size="1MB")
     assert len(done.shards) > 2
     return done.output
 
 
 def pushed(folder: Path, **wanted: Any) -> str:
-    return publish(folder, Repository(Destination(**{"repo": "it", **wanted}), None))
+    return publish_folder(folder, Repository(Destination(**{"repo": "it", **wanted}), None)).url
 
 
 def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def commits(hub: HubServer, branch: str = "main") -> int:
@@ -74,7 +43,7 @@ def commits(hub: HubServer, branch: str = "main") -> int:
 
 
 @pytest.mark.parametrize("multipart", [False, True])
-def test_a_folder_arrives_byte_for_byte_in_one_commit(hub: HubServer, folder: Path, multipart: bool) -> None:
+def test_folder_arrives_byte_for_byte_in_one_commit(hub: HubServer, folder: Path, multipart: bool) -> None:
     hub.multipart = multipart
     (folder / "notes.txt").write_text("mine")
     address = pushed(folder)
@@ -86,13 +55,13 @@ def test_a_folder_arrives_byte_for_byte_in_one_commit(hub: HubServer, folder: Pa
     assert not hub.repos["ada/it"].private
 
 
-def test_a_readme_of_the_users_own_is_the_card(hub: HubServer, folder: Path) -> None:
+def test_own_readme_is_used_as_the_card(hub: HubServer, folder: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
     pushed(folder)
     assert hub.files("ada/it")["README.md"] == (folder / "README.md").read_bytes()
 
 
-def test_a_card_that_someone_else_wrote_stays_and_our_own_is_made_anew(hub: HubServer, folder: Path) -> None:
+def test_foreign_card_is_kept_and_our_own_is_updated(hub: HubServer, folder: Path) -> None:
     hub.put("ada/it", {"README.md": b"theirs"})
     pushed(folder)
     assert hub.files("ada/it")["README.md"] == b"theirs"
@@ -105,8 +74,8 @@ def test_a_card_that_someone_else_wrote_stays_and_our_own_is_made_anew(hub: HubS
     assert hub.files("ada/new")["README.md"] != first
 
 
-def test_what_the_hub_has_is_not_sent_again(hub: HubServer, folder: Path) -> None:
-    hub.fail(f"PUT /upload/{sha256(shards(folder)[-1])}", status=403, body={"error": "no"}, times=1)
+def test_uploaded_files_are_not_sent_again(hub: HubServer, folder: Path) -> None:
+    hub.fail(f"PUT /upload/{sha256_of(shards(folder)[-1])}", status=403, body={"error": "no"}, times=1)
     with pytest.raises(HubError):
         pushed(folder)
     assert sum(hub.uploads.values()) == len(shards(folder)) - 1
@@ -119,19 +88,19 @@ def test_what_the_hub_has_is_not_sent_again(hub: HubServer, folder: Path) -> Non
     assert address.endswith(hub.repos["ada/it"].branches["main"][-1][0])
 
 
-def test_a_file_may_be_deleted_once_it_is_sent_and_another_process_goes_on(hub: HubServer, folder: Path) -> None:
+def test_another_process_can_commit_files_that_were_deleted_after_their_upload(hub: HubServer, folder: Path) -> None:
     data = {path.name: path.read_bytes() for path in shards(folder)}
     first, *rest = shards(folder)
     one = Repository(Destination("it"), None)
     one.create()
-    one.upload(first, first.name, sha256(first))
-    digest, size = sha256(first), first.stat().st_size
+    one.upload(first, first.name, sha256_of(first))
+    digest, size = sha256_of(first), first.stat().st_size
     first.unlink()
     two = Repository(Destination("it"), None)
     two.create()
     two.restore(first.name, size, digest)
     for path in rest:
-        two.upload(path, path.name, sha256(path))
+        two.upload(path, path.name, sha256_of(path))
         path.unlink()
     two.commit({"config.json": b"{}", "index": folder / "model.safetensors.index.json"}, "all")
     arrived = hub.files("ada/it")
@@ -143,7 +112,7 @@ def test_a_file_may_be_deleted_once_it_is_sent_and_another_process_goes_on(hub: 
     assert commits(hub) == 2
 
 
-def test_what_the_hub_has_lost_is_named(hub: HubServer, folder: Path) -> None:
+def test_lost_upload_is_named(hub: HubServer, folder: Path) -> None:
     repository = Repository(Destination("it"), None)
     repository.create()
     repository.restore("model.safetensors", 5, "a" * 64)
@@ -153,7 +122,7 @@ def test_what_the_hub_has_lost_is_named(hub: HubServer, folder: Path) -> None:
     assert commits(hub) == 1
 
 
-def test_a_file_that_changed_since_it_was_written_is_not_sent(hub: HubServer, folder: Path) -> None:
+def test_changed_file_is_not_uploaded(hub: HubServer, folder: Path) -> None:
     for path in (shards(folder)[1], folder / "config.json"):
         before = path.read_bytes()
         path.write_bytes(before[:-2] + b" }")
@@ -166,7 +135,7 @@ def test_a_file_that_changed_since_it_was_written_is_not_sent(hub: HubServer, fo
     assert "ada/it" not in hub.repos or commits(hub) == 1
 
 
-def test_an_unfinished_or_foreign_folder_is_not_pushed(hub: HubServer, tmp_path: Path) -> None:
+def test_folder_without_a_valid_manifest_is_not_published(hub: HubServer, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"has no streamconv\.json"):
         pushed(tmp_path)
     (tmp_path / "streamconv.json").write_text('{"files": {"../secret": {"size": 1, "sha256": "00"}}}')
@@ -176,7 +145,7 @@ def test_an_unfinished_or_foreign_folder_is_not_pushed(hub: HubServer, tmp_path:
 
 
 @pytest.mark.parametrize("revision", [None, "new", "old"])
-def test_weights_in_the_way_are_listed_and_nothing_is_changed(
+def test_foreign_weights_in_the_repository_are_listed_and_nothing_is_changed(
     hub: HubServer, folder: Path, revision: str | None
 ) -> None:
     others = {"pytorch_model.bin": b"1", "adapter_config.json": b"{}"}
@@ -185,14 +154,14 @@ def test_weights_in_the_way_are_listed_and_nothing_is_changed(
         hub.put("ada/it", {"model.safetensors": b"4"}, "old")
         repository = Repository(Destination("it", revision="old"), None)
         with pytest.raises(HubError, match=r"ada/it at old already holds model\.safetensors, which"):
-            publish(folder, repository)
+            publish_folder(folder, repository)
     else:
         with pytest.raises(HubError, match=r"holds adapter_config\.json, pytorch_model\.bin, which .* Delete them"):
             Repository(Destination("it", revision=revision), None)
     assert not hub.requests("^(POST|PUT)")
 
 
-def test_weights_that_come_while_ours_are_sent_are_noticed_by_the_commit(hub: HubServer, folder: Path) -> None:
+def test_foreign_weights_that_appear_during_the_upload_stop_the_commit(hub: HubServer, folder: Path) -> None:
     repository = Repository(Destination("it"), None)
     repository.create()
     hub.put("ada/it", {"model.safetensors": b"4"})
@@ -201,7 +170,7 @@ def test_weights_that_come_while_ours_are_sent_are_noticed_by_the_commit(hub: Hu
     assert commits(hub) == 2
 
 
-def test_what_can_be_refused_is_refused_before_anything_is_changed(
+def test_invalid_destinations_are_refused_before_anything_is_changed(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fine(*rights: str) -> dict[str, Any]:
@@ -240,7 +209,7 @@ def test_what_can_be_refused_is_refused_before_anything_is_changed(
     assert Repository(Destination("it"), None).id == "ada/it"
 
 
-def test_an_unreachable_or_forbidden_network_is_said_at_once(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_and_offline_mode_are_reported_at_once(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(HubError, match=r"127\.0\.0\.1:1 cannot be reached"):
         Repository(Destination("it"), None)
@@ -265,7 +234,7 @@ STEPS = (
 @pytest.mark.parametrize(
     "fault", [{"status": 503, "body": {}, "times": 2}, {"cut_after": 10, "times": 2}, {"late": True}], ids=str
 )
-def test_a_fault_that_passes_at_any_step_changes_nothing(
+def test_temporary_fault_at_any_step_changes_nothing(
     hub: HubServer, folder: Path, step: str, fault: dict[str, Any]
 ) -> None:
     """Also one after which the Hub had done its part, and only the answer was lost."""
@@ -293,7 +262,7 @@ def test_a_fault_that_passes_at_any_step_changes_nothing(
         ("PUT /upload", {"cut_after": 100}, "cannot be reached, or the connection broke"),
     ],
 )  # fmt: skip
-def test_a_fault_that_stays_is_one_message_with_the_mend(
+def test_permanent_fault_is_reported_in_one_message_with_a_fix(
     hub: HubServer, folder: Path, step: str, fault: dict[str, Any], says: str
 ) -> None:
     hub.fail(step, times=1000, **fault)
@@ -306,16 +275,18 @@ def test_a_fault_that_stays_is_one_message_with_the_mend(
     assert "ada/it" not in hub.repos or commits(hub) == 1
 
 
-def test_an_error_that_the_batch_answers_is_told(hub: HubServer, folder: Path) -> None:
-    error = {"oid": sha256(shards(folder)[0]), "size": 1, "error": {"code": 413, "message": "storage quota exceeded"}}
+def test_error_inside_a_batch_response_is_reported(hub: HubServer, folder: Path) -> None:
+    error = {
+        "oid": sha256_of(shards(folder)[0]),
+        "size": 1,
+        "error": {"code": 413, "message": "storage quota exceeded"},
+    }
     hub.fail("POST /ada/it.git", status=200, body={"objects": [error]}, times=100)
     with pytest.raises(HubError, match="no storage left"):
         pushed(folder)
 
 
-def test_a_hub_that_does_not_answer_is_not_waited_for(
-    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unresponsive_hub_times_out(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(client, "RETRY_DELAYS", ())
     hub.fail("GET /api/whoami")
@@ -328,7 +299,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(
         repository.commit({"config.json": b"{}"}, "all")
 
 
-def test_someone_elses_commit_is_not_written_over(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_commit_is_not_overwritten(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between our look and our commit."""
     repository = Repository(Destination("it"), None)
     repository.create()
@@ -344,7 +315,7 @@ def test_someone_elses_commit_is_not_written_over(hub: HubServer, monkeypatch: p
     assert hub.files("ada/it").keys() == {"pytorch_model.bin"}
 
 
-def test_branches_pull_requests_and_private_repositories(hub: HubServer, folder: Path) -> None:
+def test_branches_pull_requests_and_private_repositories_are_supported(hub: HubServer, folder: Path) -> None:
     pushed(folder, revision="v1", private=True)
     assert hub.repos["ada/it"].private
     assert hub.files("ada/it").keys() == {".gitattributes"}
@@ -356,14 +327,14 @@ def test_branches_pull_requests_and_private_repositories(hub: HubServer, folder:
     assert set(hub.uploads.values()) == {1}
 
 
-def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(hub: HubServer, folder: Path) -> None:
+def test_pull_request_is_not_opened_twice_if_the_response_is_lost(hub: HubServer, folder: Path) -> None:
     hub.fail("POST /api/models/ada/it/commit", late=True)
     with pytest.raises(HubError):
         pushed(folder, create_pr=True)
     assert hub.repos["ada/it"].pull_requests == 1
 
 
-def test_the_token_goes_to_the_hub_alone_and_is_never_shown(
+def test_token_is_sent_to_the_hub_only_and_never_shown(
     hub: HubServer, folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """By no server's echo of the request's headers, at whichever step."""
@@ -393,7 +364,7 @@ def test_the_token_goes_to_the_hub_alone_and_is_never_shown(
     assert {token for part, word, token in hub.log if "ada/it" in word} == {TOKEN}
 
 
-def test_nothing_of_the_hubs_library_is_imported_for_a_conversion() -> None:
+def test_converting_does_not_import_huggingface_hub() -> None:
     code = (
         "import sys, streamconv.cli.commands, streamconv.hub.repository, streamconv.hub.card; "
         "print('huggingface_hub' in sys.modules)"
@@ -401,116 +372,33 @@ def test_nothing_of_the_hubs_library_is_imported_for_a_conversion() -> None:
     assert run_python(code) == "False\n"
 
 
-# The command line, in a process of its own.
-
-
-def run(hub: HubServer, cwd: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "streamconv", *map(str, words)]
-    ours = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    kept = {"HF_HOME": str(cwd / "hf"), "TORCH_HOME": str(cwd / "torch")}
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **ours, **kept, **environment}
-    )
-
-
-def test_the_option_needs_no_value() -> None:
-    for words, read in (
-        ("run x --push-to-hub", "run x --push-to-hub="),
-        ("run x --push_to_hub --json", "run x --push_to_hub= --json"),
-        ("run x --push-to-hub me/it --json", "run x --push-to-hub me/it --json"),
-        ("run --push-to-hub=it x", "run --push-to-hub=it x"),
-        ("", ""),
-    ):
-        assert with_values(words.split()) == read.split()
-
-
-def test_what_was_verified_is_pushed_and_loads_from_the_hub(tmp_path: Path, save: Save) -> None:
-    backbone, head = save(tiny(classes=5))
-    with running() as hub:
-        words = ("run", backbone, "--head", head, "-o", "out", "--device", "cpu", "--max-shard-size", "1MB")
-        done = run(hub, tmp_path, *words, "--push-to-hub", "it", "--private")
-        assert done.returncode == 0, done.stderr
-        name = hub.repos["ada/it"].branches["main"][-1][0]
-        assert done.stdout.splitlines()[-1] == f"published: {hub.url}/ada/it/commit/{name}"
-        assert "uploading model-00001-of-" in done.stderr
-        arrived = hub.files("ada/it")
-        assert all(arrived[path.name] == path.read_bytes() for path in (tmp_path / "out").iterdir())
-        assert "| parity | passed |" in arrived["README.md"].decode()
-        again = run(hub, tmp_path, *words, "--push_to_hub", "it", "--json")
-        name = hub.repos["ada/it"].branches["main"][-1][0]
-        assert json.loads(again.stdout)["published"] == f"{hub.url}/ada/it/commit/{name}"
-        assert set(hub.uploads.values()) == {1}
-        code = (
-            "import sys, torch\nfrom transformers import AutoModel, AutoImageProcessor\n"
-            "pair = [AutoModel.from_pretrained(name).eval() for name in ('ada/it', sys.argv[1])]\n"
-            "AutoImageProcessor.from_pretrained('ada/it')\n"
-            "states = [model.state_dict() for model in pair]\n"
-            "print(all(torch.equal(states[0][key], states[1][key]) for key in states[1]), len(states[0]) > 20)"
-        )
-        environment = {
-            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(tmp_path / "hf"), "TRANSFORMERS_OFFLINE": "0", "DISABLE_SAFETENSORS_CONVERSION": "1",
-        }  # fmt: skip
-        loaded = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "out")],
-            capture_output=True, text=True, env={**os.environ, **environment},
-        )  # fmt: skip
-        assert loaded.stdout == "True True\n", loaded.stderr
-        assert {token for part, _, token in hub.log if part == "cdn"} == {None}
-    for path in tmp_path.rglob("*"):
-        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
-
-
-def test_what_was_found_wrong_is_pushed_only_if_one_insists(tmp_path: Path, save: Save) -> None:
-    backbone, _ = save(tiny())
-    streamconv.convert(backbone, tmp_path / "out")
-    said = tmp_path / "out" / "preprocessor_config.json"
-    said.write_text(said.read_text().replace("256", "257"))  # and as the manifest has it
-    manifest = json.loads((tmp_path / "out" / "streamconv.json").read_text())
-    manifest["files"][said.name]["sha256"] = sha256(said)
-    (tmp_path / "out" / "streamconv.json").write_text(json.dumps(manifest))
-    words = ("run", backbone, "-o", "out", "--device", "cpu", "--push-to-hub", "it")
-    with running() as hub:
-        done = run(hub, tmp_path, *words, "--json")
-        assert done.returncode == 1
-        assert json.loads(done.stdout)["published"] is None
-        assert "not pushed, since verification failed" in done.stderr
-        assert not hub.repos
-        done = run(hub, tmp_path, *words, "--push-unverified")
-        assert done.returncode == 1
-        assert "published: " in done.stdout
-        card = hub.files("ada/it")["README.md"].decode()
-        assert "Verification failed" in card
-        assert "257" in card
-
-
-def test_a_push_that_fails_after_the_conversion_ends_in_4_and_loses_nothing(tmp_path: Path, save: Save) -> None:
+def test_failed_publishing_exits_with_4_and_can_be_repeated(tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
     words = ("run", backbone, "-o", "out", "--no-verify", "--push-unverified", "--push-to-hub", "it")
     with running() as hub:
         hub.fail("POST /api/repos/create", status=403, body={"error": "no, {authorization}"})
-        done = run(hub, tmp_path, *words, "--json")
+        done = run_with_hub(hub, tmp_path, *words, "--json")
         assert done.returncode == 4
         assert done.stderr.splitlines()[-1].startswith("error: ada/it cannot be created: the token lacks")
         assert TOKEN not in done.stdout + done.stderr
         assert json.loads(done.stdout)["published"] is None
         hub.fail("PUT /upload", status=503, body={})
-        done = run(hub, tmp_path, *words)
+        done = run_with_hub(hub, tmp_path, *words)
         assert done.returncode == 0
         assert "aSecretSignature" not in done.stderr  # as huggingface_hub's own log of its retry would have it
         assert not hub.faults[-1].times
         assert "Not verified" in hub.files("ada/it")["README.md"].decode()
 
 
-def test_the_repository_is_named_as_the_model_was_published(tmp_path: Path) -> None:
+def test_repository_is_named_like_the_published_model(tmp_path: Path) -> None:
     with running() as hub:
         words = ("run", "dinov2_vits14", "--synthetic", "--no-verify", "--push-unverified", "--push-to-hub")
-        done = run(hub, tmp_path, *words)
+        done = run_with_hub(hub, tmp_path, *words)
         assert done.returncode == 0, done.stderr
         assert "/ada/dinov2-small/commit/" in done.stdout.splitlines()[-1]
 
 
-def test_mistakes_in_pushing_end_in_one_message_before_anything_is_converted(tmp_path: Path, save: Save) -> None:
+def test_publishing_mistakes_end_in_one_message_before_anything_is_converted(tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
     there = {path.name for path in tmp_path.iterdir()}
     push = ("run", backbone, "-o", "out", "--push-to-hub")
@@ -534,7 +422,7 @@ def test_mistakes_in_pushing_end_in_one_message_before_anything_is_converted(tmp
             (4, "cannot be reached", (*push, "it"), {"HF_ENDPOINT": "http://127.0.0.1:1"}),
             (4, "HF_HUB_OFFLINE is set", (*push, "it"), {"HF_HUB_OFFLINE": "1"}),
         ):
-            done = run(hub, tmp_path, *words, **environment)
+            done = run_with_hub(hub, tmp_path, *words, **environment)
             assert done.returncode == code, (words, done.stderr)
             assert says in done.stderr, (words, done.stderr)
             assert done.stderr.count("error: ") == 1
@@ -547,23 +435,23 @@ def test_mistakes_in_pushing_end_in_one_message_before_anything_is_converted(tmp
 
 @pytest.mark.hub
 @pytest.mark.skipif(not os.environ.get("HF_TOKEN"), reason="needs the real Hub and a token that may write")
-def test_the_real_hub_takes_keeps_and_gives_back(folder: Path) -> None:
-    api = HfApi(token=get_token())
+def test_real_hub_accepts_resumes_and_returns_the_folder(folder: Path) -> None:
+    hub_api = HfApi(token=get_token())
     repository = Repository(Destination(f"streamconv-test-{os.getpid()}-{time.time_ns()}", private=True), None)
     try:
-        publish(folder, repository)
+        publish_folder(folder, repository)
         again = Repository(Destination(repository.id, private=True), None)
         first, *rest = shards(folder)
-        again.restore(first.name, first.stat().st_size, sha256(first))
+        again.restore(first.name, first.stat().st_size, sha256_of(first))
         for path in rest:
-            again.upload(path, path.name, sha256(path))
-        again.commit({"config.json": b'{"changed": true}'}, "gone on with")
+            again.upload(path, path.name, sha256_of(path))
+        again.commit({"config.json": b'{"changed": true}'}, "resumed")
         for path in folder.iterdir():
-            got = Path(api.hf_hub_download(repository.id, path.name)).read_bytes()
+            got = Path(hub_api.hf_hub_download(repository.id, path.name)).read_bytes()
             assert got == path.read_bytes() or path.name == "config.json"
         lost = Repository(Destination(repository.id, private=True), None)
         lost.restore(first.name, 5, "a" * 64)
         with pytest.raises(MissingUploadError):
             lost.commit({}, "lost")
     finally:
-        api.delete_repo(repository.id, missing_ok=True)
+        hub_api.delete_repo(repository.id, missing_ok=True)

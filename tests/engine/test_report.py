@@ -1,4 +1,4 @@
-"""The report page: what it says, that hostile text stays text, and how a browser takes it."""
+"""The HTML report: what it says, and that hostile text stays text, and how a browser shows it."""
 
 import base64
 import html
@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 from streamconv.errors import UsageError
 from streamconv.verification import report
-from tests.conftest import run_python
+from tests.support import run_python
 
 STATES = ("embeddings", *(f"layer {i}" for i in range(12)), "cls", "patches")
 HOSTILE = "$x$ <b> & \"'<script>console.error('ran')</script>"
@@ -83,7 +83,7 @@ def words(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<style.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)).split())
 
 
-def test_a_passing_verification_says_so_with_every_number() -> None:
+def test_report_of_a_passed_verification_shows_every_number() -> None:
     page = report.render(passing())
     assert "<title>dinov2_vits14: verified · streamconv</title>" in page
     text = words(page)
@@ -100,7 +100,7 @@ def test_a_passing_verification_says_so_with_every_number() -> None:
     assert "None" not in text
 
 
-def test_a_failing_one_names_the_checks_the_problems_and_the_first_state() -> None:
+def test_report_of_a_failed_verification_names_checks_problems_and_first_difference() -> None:
     text = words(report.render(failing()))
     assert "✗ Verification failed 1 of 4 checks failed: parity. Not run: preprocessing." in text
     assert "FAILED: both compute the same." in text
@@ -111,7 +111,7 @@ def test_a_failing_one_names_the_checks_the_problems_and_the_first_state() -> No
     assert "– not run Not run: parity failed." in text
 
 
-def test_infinite_and_undefined_differences_are_drawn_and_said() -> None:
+def test_report_shows_infinite_and_undefined_differences() -> None:
     text = words(report.render(failing()))
     assert "exactly 0 in 8 of 15 layer outputs" in text
     assert "cls infinite patches not a number" in text
@@ -119,7 +119,7 @@ def test_infinite_and_undefined_differences_are_drawn_and_said() -> None:
     assert "not finite" not in words(report.render(passing()))
 
 
-def test_every_state_is_drawn_once_in_each_size_in_its_verdicts_colour() -> None:
+def test_every_state_is_drawn_once_per_size_in_the_color_of_its_result() -> None:
     def marks(found: dict[str, Any], colour: str) -> int:
         return len(re.findall(rf"<use [^>]*var\(--{colour}\)", report.render(found)))
 
@@ -128,14 +128,14 @@ def test_every_state_is_drawn_once_in_each_size_in_its_verdicts_colour() -> None
 
 
 @pytest.mark.parametrize("lacks", [{}, {"checks": []}, {"memory": {"gpu_peak": None}, "output": {"model": None}}])
-def test_what_is_not_there_is_left_out(lacks: dict[str, Any]) -> None:
+def test_report_leaves_out_missing_fields(lacks: dict[str, Any]) -> None:
     text = words(report.render({"passed": False, **lacks}))
     assert "– Not verified" in text
     assert "checks" not in text
     assert "None" not in text
 
 
-def test_a_rung_without_numbers_keeps_its_place() -> None:
+def test_report_lists_checks_without_numbers() -> None:
     found = passing()
     for check in found["checks"]:
         check["numbers"] = {}
@@ -145,19 +145,19 @@ def test_a_rung_without_numbers_keeps_its_place() -> None:
     assert "Difference by layer" not in page
 
 
-def test_a_check_that_did_not_run_is_named_beside_the_passed_ones() -> None:
+def test_report_names_checks_that_did_not_run() -> None:
     found = passing()
     found["checks"][3] |= {"passed": None, "numbers": {}}
     assert "The 3 checks that ran passed. Not run: preprocessing." in words(report.render(found))
 
 
-def test_a_classifier_shows_its_best_labels() -> None:
+def test_report_of_a_classifier_shows_its_best_labels() -> None:
     page = report.render(passing() | {"predictions": [["tabby, tabby cat", 0.9312], ["tub", 0.0004]]})
     assert "tabby, tabby cat 93.1 % tub 0.0 %" in words(page)
     assert 'style="width: 93.1%"' in page
 
 
-def test_float64_and_float32_stand_side_by_side() -> None:
+def test_report_shows_float64_and_float32_side_by_side() -> None:
     found = passing()
     found["checks"][2]["numbers"] |= {
         "tolerance": 1e-13, "largest": 2e-15, "differences": dict.fromkeys(STATES, 2e-15),
@@ -170,7 +170,7 @@ def test_float64_and_float32_stand_side_by_side() -> None:
     assert "in all 15 layer outputs" not in text
 
 
-def test_hostile_text_stays_text_and_only_pictures_are_pictures() -> None:
+def test_hostile_text_is_escaped_and_only_data_images_are_shown() -> None:
     found = failing()
     found["output"]["model"] = found["checks"][2]["problems"][0] = HOSTILE
     found["output"]["files"][HOSTILE] = found["source"][HOSTILE] = {"file": "\udcff" + HOSTILE, "sha256": HOSTILE}
@@ -193,7 +193,7 @@ def test_hostile_text_stays_text_and_only_pictures_are_pictures() -> None:
     page.encode("utf-8")
 
 
-def test_equal_verifications_give_equal_bytes_whatever_the_users_matplotlibrc(tmp_path: Path) -> None:
+def test_report_is_reproducible_whatever_the_users_matplotlibrc(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_text("xtick.labelsize: 30\nfont.weight: bold\nsvg.fonttype: path\n")
     found = failing()
     found["checks"][2]["numbers"]["differences"] |= dict.fromkeys("abcdef", 0.0)  # enough for a set's order to show
@@ -207,7 +207,7 @@ def test_equal_verifications_give_equal_bytes_whatever_the_users_matplotlibrc(tm
     assert done.stdout.decode() == report.render(found), done.stderr.decode()
 
 
-def test_importing_and_requiring_it_imports_nothing_large() -> None:
+def test_importing_the_report_imports_nothing_large() -> None:
     code = (
         "import sys, streamconv.verification.report\nstreamconv.verification.report.check_installed()\n"
         "print(sorted({'matplotlib', 'jinja2', 'numpy', 'torch'} & set(sys.modules)))"
@@ -215,7 +215,7 @@ def test_importing_and_requiring_it_imports_nothing_large() -> None:
     assert run_python(code) == "[]\n"
 
 
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_report_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "find_spec", lambda name: None if name == "jinja2" else object())
     with pytest.raises(UsageError, match=r"^--report needs Jinja2: pip install 'streamconv\[report\]'$"):
         report.check_installed()
@@ -263,7 +263,7 @@ def faults(browser: Browser, file: Path, width: int, scheme: Any) -> list[str]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_finds_no_fault(browser: Browser, tmp_path: Path, width: int, scheme: str) -> None:
+def test_browser_reports_no_fault(browser: Browser, tmp_path: Path, width: int, scheme: str) -> None:
     labelled = {"predictions": [["tabby, tabby cat", 0.93], ["x" * 200, 0.07]]}
     for found in (passing() | labelled, failing() | labelled):
         (tmp_path / "report.html").write_text(report.render(found), "utf-8")
@@ -281,7 +281,7 @@ def test_a_browser_finds_no_fault(browser: Browser, tmp_path: Path, width: int, 
         ("<style>.verdict { display: none }</style>", ".verdict strong is not seen"),
     ],
 )
-def test_a_browser_sees_what_is_broken(browser: Browser, tmp_path: Path, broken: str, fault: str) -> None:
+def test_browser_test_detects_broken_pages(browser: Browser, tmp_path: Path, broken: str, fault: str) -> None:
     page = report.render(passing()).replace("</body>", broken + "</body>")
     (tmp_path / "report.html").write_text(page, "utf-8")
     assert fault in "\n".join(faults(browser, tmp_path / "report.html", 1280, "light"))

@@ -1,4 +1,4 @@
-"""The byte mover: buffers are not reused before they were hashed and written, and these go past the cache."""
+"""The writer: buffers are not reused before they are hashed and written, and weights bypass the page cache."""
 
 import errno
 import fcntl
@@ -51,7 +51,7 @@ def slow_write(real: Callable[..., int], *args: Any) -> int:
 
 @pytest.mark.parametrize("ring", [1, 2, hashing.RING_BUFFERS])
 @pytest.mark.parametrize("slow", ["hash", "disk"])
-def test_a_hash_or_a_disk_that_falls_behind_has_all_of_the_file(
+def test_slow_hash_or_slow_disk_still_gets_every_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ring: int, slow: str
 ) -> None:
     torch.save({f"x{i}": torch.randn(1000, 577) for i in range(10)}, tmp_path / "x.pth")  # 23 MB
@@ -72,7 +72,7 @@ def test_a_hash_or_a_disk_that_falls_behind_has_all_of_the_file(
 
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no such flag")
-def test_weights_do_not_go_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_bypass_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fd = os.open(tmp_path / "probe", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
@@ -101,7 +101,7 @@ def test_weights_do_not_go_through_the_cache(tmp_path: Path, monkeypatch: pytest
     assert cached == len(shard.header)
 
 
-def test_no_mark_stands_for_what_a_failed_write_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_never_covers_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the cache, a write that failed is no later sync's error."""
     torch.save({f"x{i}": torch.randn(1 << 16, 9) for i in range(4)}, tmp_path / "x.pth")
     for module in (hashing, streaming):
@@ -139,7 +139,7 @@ def test_no_mark_stands_for_what_a_failed_write_left_out(tmp_path: Path, monkeyp
     assert mark.size  # the last ones had marks
 
 
-def test_what_is_still_wanted_of_a_closed_file_fails(tmp_path: Path) -> None:
+def test_writing_to_a_closed_file_fails(tmp_path: Path) -> None:
     with atomic_file(tmp_path / "x") as file:
         pass
     with open(tmp_path / "other", "wb"), pytest.raises(OutputError, match="Bad file descriptor"):

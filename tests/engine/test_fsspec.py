@@ -1,4 +1,4 @@
-"""Addresses that fsspec reaches; its own memory:// stands in for the stores of others."""
+"""Addresses that fsspec reads; its own memory:// stands in for remote stores."""
 
 import io
 import tarfile
@@ -11,11 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 
-import streamconv
 from streamconv import ChangedError, NetworkError, SourceError, SourceMissingError, UsageError
 from streamconv.files import remote
 from streamconv.formats.checkpoint import open_checkpoint
-from tests.conftest import make_states, tiny
+from tests import api
+from tests.checkpoints import make_states
+from tests.support import tiny
 
 
 @pytest.fixture
@@ -34,27 +35,27 @@ def put(files: Any, seed: int = 0) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_store_is_read_by_ranges_and_gives_the_files_bytes(files: Any, tmp_path: Path) -> None:
+def test_store_is_read_by_ranges(files: Any, tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(put(files))
-    there = streamconv.convert("memory://bucket/x.pth", tmp_path / "there", stream=True)
-    here = streamconv.convert(tmp_path / "x.pth", tmp_path / "here")
+    there = api.convert("memory://bucket/x.pth", tmp_path / "there", stream=True)
+    here = api.convert(tmp_path / "x.pth", tmp_path / "here")
     assert there.shards == here.shards
     assert '"address": "memory://bucket/x.pth"' in (tmp_path / "there" / "streamconv.json").read_text()
 
 
-def test_a_package_that_reads_one_thing_at_a_time_is_asked_so(tmp_path: Path) -> None:
+def test_store_with_one_file_position_is_read_by_one_thread(tmp_path: Path) -> None:
     """tar's has one position in one file: four threads would mix up each other's bytes, and no CRC would tell."""
     state = make_states(tiny(layers=4, hidden=512))[0]
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "x.safetensors", "x.safetensors")
-    expected = streamconv.convert(tmp_path / "x.safetensors", tmp_path / "here").shards
+    expected = api.convert(tmp_path / "x.safetensors", tmp_path / "here").shards
     for name in ("one", "two", "three"):
         place = f"tar://x.safetensors::{tmp_path}/x.tar"
-        assert streamconv.convert(place, tmp_path / name, stream=True).shards == expected
+        assert api.convert(place, tmp_path / name, stream=True).shards == expected
 
 
-def test_what_fails_is_tried_again(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_and_short_reads_are_retried(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(files)
     cat_file, calls = type(files).cat_file, 0
 
@@ -76,7 +77,7 @@ def test_what_fails_is_tried_again(files: Any, tmp_path: Path, monkeypatch: pyte
         open_checkpoint("memory://bucket/x.pth")
 
 
-def test_a_fault_at_opening_passes(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_to_open_are_retried(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     put(files)
     info, faults = type(files).info, [TimeoutError("slow"), RuntimeError("busy")]
 
@@ -93,7 +94,7 @@ def test_a_fault_at_opening_passes(files: Any, monkeypatch: pytest.MonkeyPatch) 
     assert "\x1b" not in str(caught.value)
 
 
-def test_a_changed_file_is_noticed(files: Any) -> None:
+def test_changed_file_is_refused(files: Any) -> None:
     put(files)
     with open_checkpoint("memory://bucket/x.pth") as checkpoint:
         file = checkpoint.files[0]
@@ -103,7 +104,7 @@ def test_a_changed_file_is_noticed(files: Any) -> None:
             file.require_unchanged()
 
 
-def test_mistakes_are_one_message(files: Any) -> None:
+def test_mistakes_are_reported_in_one_message(files: Any) -> None:
     put(files)
     with pytest.raises(SourceMissingError, match=r"memory://bucket/y\.pth: there is no such file"):
         open_checkpoint("memory://bucket/y.pth")
@@ -115,7 +116,7 @@ def test_mistakes_are_one_message(files: Any) -> None:
         open_checkpoint("memory://bucket/")
 
 
-def test_a_scheme_whose_package_is_missing_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_of_a_scheme_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
     with pytest.raises(UsageError, match="s3fs"):
         open_checkpoint("s3://bucket/x.pth")

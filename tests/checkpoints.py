@@ -1,0 +1,226 @@
+"""Small checkpoints made with torch, and what torch and safetensors say about them."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+import streamconv
+from streamconv.errors import SourceError
+from streamconv.families.base import HEAD_PREFIX
+from streamconv.families.dinov2 import FAMILY, Geometry
+from streamconv.verification.originals import dinov2 as original
+from tests import api
+from tests.support import tiny
+
+State = dict[str, torch.Tensor]
+TORCH_DTYPES = {
+    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16
+}  # fmt: skip
+HEAD = "linear_head."
+
+
+def make_states(geometry: Geometry, seed: int = 0) -> tuple[State, State]:
+    """Random backbone and head (empty without classes) in the original layout."""
+    generator = torch.Generator().manual_seed(seed)
+    backbone, head = {}, {}
+    for name, info in FAMILY.sources(geometry).items():
+        value = torch.randn(info.shape, generator=generator) * (0.1 if len(info.shape) == 1 else info.shape[-1] ** -0.5)
+        if name.startswith(HEAD_PREFIX):
+            head[name.removeprefix(HEAD_PREFIX)] = value
+        else:
+            backbone[name] = value
+    return backbone, head
+
+
+def state_of(stored: str, factor: float = 1.0) -> State:
+    return {name: (value * factor).to(TORCH_DTYPES[stored]) for name, value in make_states(tiny())[0].items()}
+
+
+def saved(state: object, path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def chunked(state: State, size: int) -> State:
+    """The names that Meta's vision_transformer.py gives to blocks in lists of ``size``."""
+    result: State = {}
+    for key, value in state.items():
+        parts = key.split(".")
+        if parts[0] == "blocks":
+            parts.insert(1, str(int(parts[1]) // size))
+        result[".".join(parts)] = value
+    return result
+
+
+HEADS: State = {
+    "dino_head.mlp.0.weight": torch.full((4, 128), 7.0),
+    "dino_head.norm.bias": torch.full((128,), 7.0),
+    "dino_head.last_layer.weight_g": torch.ones(4, 1),
+    "ibot_head.norm.bias": torch.full((128,), 8.0),
+    "ibot_head.norm.weight": torch.full((128,), 8.0),
+}
+
+
+def teacher(state: State) -> dict[str, Any]:
+    """A checkpoint like Meta's teacher_checkpoint.pth."""
+    return {"teacher": {**prefixed(state, "backbone."), **HEADS}}
+
+
+class OwnDict(dict):  # type: ignore[type-arg]
+    """As configurations of several libraries are: torch refuses to fill it."""
+
+
+BESIDE = {"epoch": 3, "args": argparse.Namespace(lr=1e-3), "optimizer": {"state": {0: {"exp_avg": torch.ones(999)}}}}
+
+
+def original_mapping(state: State, prefix: str = "") -> State:
+    """The original script's mapping, written independently of streamconv's rules, which are compared with it."""
+    result: State = {}
+    for key, value in state.items():
+        if ".attn.qkv." in key:
+            layer, part = key.split(".")[1], key.split(".")[-1]
+            size = value.shape[0] // 3
+            for i, name in enumerate(("query", "key", "value")):
+                rows = value[i * size : (i + 1) * size]
+                result[f"{prefix}encoder.layer.{layer}.attention.attention.{name}.{part}"] = rows.contiguous()
+            continue
+        new = key.replace("blocks.", "encoder.layer.").replace("attn.proj", "attention.output.dense")
+        new = new.replace("ls1.gamma", "layer_scale1.lambda1").replace("ls2.gamma", "layer_scale2.lambda1")
+        new = new.replace("w12", "weights_in").replace("w3", "weights_out")
+        if new.startswith("patch_embed."):
+            new = new.replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
+        elif new in ("cls_token", "mask_token", "register_tokens"):
+            new = f"embeddings.{new}"
+        elif new == "pos_embed":
+            new = "embeddings.position_embeddings"
+        elif new.startswith("norm."):
+            new = f"layernorm.{new.removeprefix('norm.')}"
+        result[prefix + new] = value
+    return result
+
+
+def wanted(state: State, path: Path) -> bytes:
+    """What the safetensors library writes for the original script's mapping."""
+    safetensors.torch.save_file(original_mapping(state), path, metadata={"format": "pt"})
+    return path.read_bytes()
+
+
+def alter(folder: Path, change: Callable[[State], object]) -> None:
+    """Change the tensors of a converted folder."""
+    path = folder / "model.safetensors"
+    state = safetensors.torch.load_file(path)
+    change(state)
+    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+
+
+# Reverting
+
+
+def original_states(geometry: Geometry, dtype: torch.dtype = torch.float32) -> tuple[State, State]:
+    """Random backbone and head (empty without classes), in the order of the original model's state dict."""
+    model = original.build(geometry).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    state = model.state_dict()
+    backbone = {key: value for key, value in state.items() if not key.startswith(HEAD)}
+    return backbone, {key.removeprefix(HEAD): value for key, value in state.items() if key.startswith(HEAD)}
+
+
+def converted_folder(tmp_path: Path, geometry: Geometry, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """A folder that was converted from `original_states`, without its configuration files."""
+    backbone, head = original_states(geometry, dtype)
+    torch.save(backbone, tmp_path / "source.pth")
+    torch.save(head, tmp_path / "source_head.pth")
+    head_path = tmp_path / "source_head.pth" if head else None
+    folder = api.convert(tmp_path / "source.pth", tmp_path / "folder", head=head_path, **options).output
+    for path in (tmp_path / "source.pth", tmp_path / "source_head.pth", *folder.glob("*config.json")):
+        path.unlink()
+    return folder
+
+
+def assert_same(state: State, path: Path) -> None:
+    """``path`` holds what torch.save or safetensors' save_file would write for ``state``."""
+    if path.suffix == ".safetensors":
+        assert path.read_bytes() == safetensors.torch.save(state, metadata={"format": "pt"})
+        return
+    for mmap in (False, True):
+        loaded = torch.load(path, weights_only=True, mmap=mmap)
+        assert list(loaded) == list(state)
+        for key, value in loaded.items():
+            assert (value.dtype, value.shape) == (state[key].dtype, state[key].shape), key
+            assert torch.equal(value.view(torch.uint8), state[key].view(torch.uint8)), key
+
+
+# Any tensors, and what is read of them
+
+SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+DTYPES = (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32,
+    torch.uint64,
+)  # fmt: skip
+NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=50).filter(str.isprintable)
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Row-major, as torch sees them."""
+    return bytes(tensor.detach().clone(memory_format=torch.contiguous_format).untyped_storage().tolist())
+
+
+@st.composite
+def views(draw: st.DrawFn) -> torch.Tensor:
+    """A view of random bytes: sliced, stepped, permuted, expanded, empty, 0-d, at an offset."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 5), max_size=4))
+    count = int(torch.tensor(shape).prod()) if shape else 1
+    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (count * dtype.itemsize,), dtype=torch.uint8)
+    tensor = raw.view(dtype).reshape(shape)
+    for dim in range(tensor.ndim):
+        start, step = draw(st.integers(0, 2)), draw(st.integers(1, 3))
+        tensor = tensor.narrow(dim, min(start, tensor.shape[dim]), max(0, tensor.shape[dim] - start))
+        if tensor.shape[dim]:
+            tensor = tensor[(slice(None),) * dim + (slice(None, None, step),)]
+    if draw(st.booleans()) and tensor.ndim:
+        tensor = tensor.permute(draw(st.permutations(range(tensor.ndim))))
+    if draw(st.booleans()):
+        tensor = tensor.unsqueeze(draw(st.integers(0, tensor.ndim))).expand(
+            [draw(st.integers(1, 3)) if n == 1 else n for n in tensor.unsqueeze(0).shape]
+        ) if tensor.ndim == 0 else tensor  # fmt: skip
+    return tensor
+
+
+EVERY_KIND: State = {
+    "weight": torch.arange(12.0).reshape(3, 4),
+    "view": torch.arange(12.0).reshape(3, 4).t()[1:],
+    "half": torch.arange(4, dtype=torch.float16),
+    "bytes": torch.arange(5, dtype=torch.uint8),
+    "fp8": torch.ones(3).to(torch.float8_e4m3fn),
+    "scalar": torch.tensor(7),
+    "empty": torch.ones(0, 3),
+}
+
+
+def read_or_refuse(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+    """Dtype, shape and bytes of each tensor as streamconv reads them; None if it refuses the file."""
+    try:
+        with streamconv.open_checkpoint(path) as checkpoint:
+            return {name: (t.info.dtype, t.info.shape, t.tobytes()) for name, t in checkpoint.items()}
+    except SourceError:
+        return None
+
+
+def described(state: State) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of each tensor as torch has them."""
+    codes = {v: k for k, v in safetensors.torch._TYPES.items()}
+    return {name: (codes[value.dtype], tuple(value.shape), bytes_of(value)) for name, value in state.items()}

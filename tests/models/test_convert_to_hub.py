@@ -1,0 +1,176 @@
+"""Verification of what was converted straight to the Hub, of which nothing is kept on disk."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from streamconv import Verification, VerificationOptions
+from streamconv.jobs import prepare
+from streamconv.jobs.prepare import PreparedSource
+from streamconv.jobs.verify import verify_uploaded
+from streamconv.planning.plan import Plan
+from tests.checkpoints import make_states
+from tests.file_server import FileServer
+from tests.hub_server import TOKEN, HubServer
+from tests.support import HUB_MODEL, require_uploaded_folder, tiny, to_hub, verify_on_cpu
+
+
+def test_all_checks_run_although_nothing_is_kept_on_disk(hub: HubServer, remote_hub_model: str, tmp_path: Path) -> None:
+    """The weights of both models are read from the source, at the places where what was sent has them from."""
+    done = to_hub(remote_hub_model, tmp_path / "stage", verify=verify_on_cpu, unverified=False)
+    assert done.verification is not None
+    found = {check.name: check.passed for check in done.verification.checks}
+    assert found == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
+    parity = done.verification.checks[2].numbers
+    assert parity["largest"] <= parity["tolerance"]
+    assert "layer 3" in parity["differences"]
+    assert done.verification.checks[0].not_checked == "what was sent was not read again"
+    assert "with the source's weights" in done.verification.checks[2].proves
+    arrived = hub.files("ada/it")
+    assert json.loads(arrived["streamconv.json"])["verification"]["passed"] is True
+    assert "parity" in arrived["README.md"].decode()
+
+
+@pytest.mark.parametrize("classes", [None, 5])
+def test_wrong_mapping_is_found_and_not_published(
+    hub: HubServer, server: FileServer, tmp_path: Path, classes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries and keys change places in the plan: bytes and names are all right, the model is not."""
+    backbone, head = make_states(tiny(classes=classes))
+    torch.save(backbone, server.folder / "x.pth")
+    torch.save(head, server.folder / "h.pth")
+    make_plan = prepare.make_plan
+
+    def wrong(tensors: Any, *args: Any, **said: Any) -> Plan:
+        plan = make_plan(tensors, *args, **said)
+        shards = []
+        for shard in plan.shards:
+            of = dict(shard.tensors)
+
+            def other(name: str, of: dict[str, Any] = of) -> Any:
+                swapped = name.replace("query", "*").replace("key", "query").replace("*", "key")
+                return of[swapped if "layer.1." in name else name]
+
+            shards.append(replace(shard, tensors=tuple((name, other(name)) for name in of)))
+        return replace(plan, shards=tuple(shards))
+
+    monkeypatch.setattr(prepare, "make_plan", wrong)
+    place = f"{server.url}/h.pth" if classes else None
+    done = to_hub(
+        f"{server.url}/x.pth",
+        tmp_path / "stage",
+        head=place,
+        max_shard_size="5GB",
+        verify=verify_on_cpu,
+        unverified=False,
+    )
+    assert done.published is None
+    assert done.verification is not None
+    assert "the first difference is in layer 1" in "".join(done.verification.checks[2].problems)
+    assert len(hub.repos["ada/it"].branches["main"]) == 1
+    sent = sum(hub.uploads.values())
+    done = to_hub(f"{server.url}/x.pth", tmp_path / "stage", head=place, max_shard_size="5GB", verify=verify_on_cpu)
+    assert done.published is not None
+    assert sum(hub.uploads.values()) == sent
+    assert "FAILED" in hub.files("ada/it")["README.md"].decode()
+
+
+def test_weights_are_cast_on_the_way_to_the_hub(
+    hub: HubServer, server: FileServer, remote_hub_model: str, tmp_path: Path
+) -> None:
+    done = to_hub(remote_hub_model, tmp_path / "stage", dtype="bfloat16", verify=verify_on_cpu, unverified=False)
+    assert done.verification is not None
+    assert [check.passed for check in done.verification.checks] == [True] * 4
+    assert done.verification.checks[2].numbers["largest"] <= 1e-13
+    assert "cast from `float32` to `bfloat16`" in hub.files("ada/it")["README.md"].decode()
+    require_uploaded_folder(hub, server, tmp_path, dtype="bfloat16")
+
+
+def test_only_the_backbone_of_a_training_checkpoint_is_uploaded(
+    hub: HubServer, server: FileServer, tmp_path: Path
+) -> None:
+    """Wrapped, in chunks and without a LayerScale: what is filled in is sent as what is read."""
+    state, _ = make_states(replace(tiny(), has_layer_scale=False))
+    named = {re.sub(r"^blocks\.", "teacher.backbone.blocks.0.", key): value for key, value in state.items()}
+    named = {key if key.startswith("t") else f"teacher.backbone.{key}": value for key, value in named.items()}
+    torch.save({**named, "teacher.dino_head.norm.bias": torch.ones(3)}, server.folder / "x.pth")
+    done = to_hub(f"{server.url}/x.pth", tmp_path / "stage", verify=verify_on_cpu, unverified=False)
+    assert done.verification is not None
+    assert [check.passed for check in done.verification.checks] == [True] * 4, done.verification.checks
+    assert done.verification.checks[2].numbers["largest"] == 0.0
+    card = hub.files("ada/it")["README.md"].decode()
+    assert "the source has no LayerScale: ones are written, which change nothing." in card
+    assert "Left out: `teacher.dino_head.* (1 tensor, 12 bytes): a head of the training" in card
+    require_uploaded_folder(hub, server, tmp_path)
+
+
+def test_local_file_is_converted_to_the_hub(
+    hub: HubServer, server: FileServer, remote_hub_model: str, tmp_path: Path
+) -> None:
+    done = to_hub(str(server.folder / "x.pth"), tmp_path / "stage", verify=verify_on_cpu, unverified=False)
+    assert done.verification is not None
+    assert done.verification.passed
+    require_uploaded_folder(hub, server, tmp_path)
+    assert (server.folder / "x.pth").exists()
+
+
+def test_json_reports_what_was_published(hub: HubServer, remote_hub_model: str, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "streamconv",
+        "run",
+        remote_hub_model,
+        "-o",
+        "stage",
+        "--stream",
+        "--push-to-hub",
+        "it",
+    ]
+    environment = {**os.environ, "HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+    environment["HF_HUB_OFFLINE"] = "0"
+    words = [*command, "--json", "--device", "cpu"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["output"] is None
+    assert found["verification"]["passed"] is True
+    assert found["published"].startswith(f"{hub.url}/ada/it/commit/")
+
+
+def test_source_without_checksums_leaves_the_bytes_check_open(
+    hub: HubServer, server: FileServer, tmp_path: Path
+) -> None:
+    safetensors.torch.save_file(make_states(HUB_MODEL)[0], server.folder / "x.safetensors")
+    done = to_hub(f"{server.url}/x.safetensors", tmp_path / "stage", verify=verify_on_cpu)
+    assert done.verification is not None
+    assert [check.passed for check in done.verification.checks] == [None, True, True, True]
+    assert "| bytes | not run |" in hub.files("ada/it")["README.md"].decode()
+
+
+def test_run_interrupted_during_verification_uploads_no_shard_twice(
+    hub: HubServer, remote_hub_model: str, tmp_path: Path
+) -> None:
+    def interrupt(what: str, done: int, total: int, unit: str) -> None:
+        if what.startswith("loading"):
+            raise KeyboardInterrupt
+
+    def verify(prepared: PreparedSource, manifest: Mapping[str, Any], folder: Path) -> Verification:
+        return verify_uploaded(prepared, manifest, folder, VerificationOptions(device="cpu"), interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        to_hub(remote_hub_model, tmp_path / "stage", verify=verify)
+    assert len(hub.repos["ada/it"].branches["main"]) == 1
+    done = to_hub(remote_hub_model, tmp_path / "stage", verify=verify_on_cpu, unverified=False)
+    assert done.published is not None
+    assert set(hub.uploads.values()) == {1}

@@ -1,0 +1,85 @@
+"""The run command resolves its arguments once, opens each index once and makes one plan."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import streamconv
+from streamconv import ConversionOptions, VerificationOptions
+from streamconv.jobs import prepare
+from streamconv.source import download
+from streamconv.source import open as source_open
+from tests import api
+from tests.checkpoints import make_states
+from tests.file_server import FileServer
+from tests.support import tiny
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the words were resolved, an index was read by its location, and a plan was made."""
+    counted: Counter[str] = Counter()
+
+    def count(module: Any, name: str, label: Any) -> None:
+        real = getattr(module, name)
+
+        def counting(*args: Any, **options: Any) -> Any:
+            counted[label(args[0])] += 1
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(prepare, "resolve_source", lambda source: "resolved")
+    count(prepare, "make_plan", lambda tensors: "plans")
+    for module in (source_open, download):
+        count(module, "open_checkpoint", lambda location: f"opened {Path(str(location)).parent.name}/{location.name}")
+    return counted
+
+
+def test_run_opens_each_index_once_and_makes_one_plan(tmp_path: Path, counts: Counter[str]) -> None:
+    torch.save(make_states(tiny())[0], tmp_path / "x.pth")
+    done = streamconv.run(tmp_path / "x.pth", tmp_path / "out", verification=VerificationOptions(device="cpu"))
+    assert done.passed
+    assert counts == {"resolved": 1, "plans": 1, f"opened {tmp_path.name}/x.pth": 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_run_from_an_address_opens_each_index_once(
+    server: FileServer, tmp_path: Path, counts: Counter[str], stream: bool
+) -> None:
+    """The address and, unless it is streamed, the copy: when it is whole, and when it has its name."""
+    torch.save(make_states(tiny())[0], server.folder / "x.pth")
+    options = ConversionOptions(stream=stream)
+    done = streamconv.run(f"{server.url}/x.pth", tmp_path / "out", options, VerificationOptions(device="cpu"))
+    assert done.passed
+    assert counts.pop("resolved") == 1
+    assert counts.pop("plans") == 1
+    assert set(counts.values()) == {1}, counts
+    assert len(counts) == (1 if stream else 3)
+
+
+def test_verify_makes_one_plan(tmp_path: Path, counts: Counter[str]) -> None:
+    backbone, head = make_states(tiny(classes=5))
+    torch.save(backbone, tmp_path / "x.pth")
+    torch.save(head, tmp_path / "head.pth")
+    options = ConversionOptions(head=tmp_path / "head.pth")
+    api.convert(tmp_path / "x.pth", tmp_path / "out", options)
+    counts.clear()
+    found = api.verify(
+        tmp_path / "out",
+        tmp_path / "x.pth",
+        VerificationOptions(device="cpu", parity=False),
+        streamconv.SourceOptions(head=tmp_path / "head.pth"),
+    )
+    assert found.passed
+    assert counts == {
+        "resolved": 1,
+        "plans": 1,
+        f"opened {tmp_path.name}/x.pth": 1,
+        f"opened {tmp_path.name}/head.pth": 1,
+    }
+    assert json.loads((tmp_path / "out" / "streamconv.json").read_text())["verification"]["passed"]

@@ -1,0 +1,258 @@
+"""Verification of checkpoints with another layout, dtype or origin than the published ones."""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
+
+import streamconv
+from streamconv import MappingError
+from streamconv.families.dinov2 import Geometry
+from streamconv.hub.card import make_card
+from streamconv.output.manifest import read_manifest
+from streamconv.verification.originals import dinov2 as original
+from tests import api
+from tests.checkpoints import BESIDE, HEAD, OwnDict, chunked, make_states, saved, state_of, teacher, wanted
+from tests.file_server import FileServer
+from tests.support import Save, contents, tiny
+
+
+@pytest.mark.parametrize("wrap", ["bare", "teacher"])
+@pytest.mark.parametrize("chunk", [0, 1])
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_every_layout_is_converted_and_computes_the_same(
+    tmp_path: Path, swiglu: bool, registers: int, chunk: int, wrap: str
+) -> None:
+    state, _ = make_states(tiny(swiglu=swiglu, registers=registers))
+    named = chunked(state, chunk) if chunk else state
+    source = saved({**teacher(named), **BESIDE} if wrap == "teacher" else named, tmp_path / "x.pth")
+    api.convert(source, tmp_path / "out")
+    output = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert output == wanted(state, tmp_path / "theirs.safetensors")
+    found = api.verify(tmp_path / "out", source, device="cpu")
+    assert [check.passed for check in found.checks] == [True] * 4, found.checks
+    assert found.checks[2].numbers["largest"] <= (1e-15 if swiglu else 0.0)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("what", ["a namespace", "a dict of its own class", "a whole module"])
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoint_that_torch_cannot_load_is_verified(tmp_path: Path, what: str, is_zip: bool) -> None:
+    state, _ = make_states(tiny())
+    settings = {
+        "a namespace": argparse.Namespace(lr=1), "a dict of its own class": OwnDict(lr=1),
+        "a whole module": torch.nn.Linear(2, 2),
+    }[what]  # fmt: skip
+    saved_as = {"model": state, "settings": settings}
+    torch.save(saved_as, tmp_path / "x.pth", _use_new_zipfile_serialization=is_zip)
+    api.convert(tmp_path / "x.pth", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
+    found = api.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
+    assert [check.passed for check in found.checks] == [True] * 4, found.checks
+    assert found.checks[2].numbers["largest"] == 0.0
+    is_loaded = is_zip and what != "a dict of its own class"
+    assert ("streamconv read its tensors" in found.checks[2].not_checked) is not is_loaded
+    wrong = {**state, "blocks.1.norm1.bias": state["blocks.1.norm1.bias"] + 1}
+    torch.save({**saved_as, "model": wrong}, tmp_path / "x.pth", _use_new_zipfile_serialization=is_zip)
+    assert api.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu").checks[2].passed is False
+
+
+LACKING: dict[str, tuple[Geometry, str]] = {
+    "no LayerScale": (replace(tiny(), has_layer_scale=False), "the source has no LayerScale: ones are written"),
+    "no mask token": (replace(tiny(), has_mask_token=False), ""),
+    "registers and no mask token": (
+        replace(tiny(registers=4), has_mask_token=False), "the source has no mask token: zeros are written"
+    ),
+    "no bias of q, k and v": (replace(tiny(), has_qkv_bias=False), ""),
+    "larger patches": (replace(tiny(), patch=16), ""),
+    "another grid": (replace(tiny(), positions=50), ""),
+    "four heads": (replace(tiny(), heads=4), "4 attention heads, as --num-heads or config.json says"),
+    "large heads": (tiny(hidden=1664, layers=1), "13 attention heads, of 128 channels as in the family's published"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LACKING)
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_models_with_missing_parts_or_other_sizes_are_converted_and_verified(
+    tmp_path: Path, what: str, dtype: str | None
+) -> None:
+    geometry, told = LACKING[what]
+    state, _ = make_states(geometry)
+    source = saved(state, tmp_path / "x.pth")
+    said = {"num_heads": geometry.heads, "dtype": dtype}
+    done = api.convert(source, tmp_path / "out", **said)
+    assert told in " ".join(done.plan.notes)
+    found = api.verify(tmp_path / "out", source, device="cpu")
+    assert [check.passed for check in found.checks] == [True] * 4, found.checks
+    assert found.checks[2].numbers["largest"] == 0.0
+    config = json.loads((tmp_path / "out" / "config.json").read_bytes())
+    assert config["patch_size"] == geometry.patch
+    assert config["image_size"] == geometry.patch * math.isqrt(geometry.positions - 1)
+    assert config["qkv_bias"] is geometry.has_qkv_bias
+    assert config["num_attention_heads"] == {"four heads": 4, "large heads": 13}.get(what, 2)
+    kind = Dinov2WithRegistersModel if geometry.registers else Dinov2Model
+    _, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    if not geometry.has_layer_scale:
+        scales = [value for name, value in tensors.items() if name.endswith(".lambda1")]
+        assert len(scales) == 2 * geometry.layers
+        assert all(torch.equal(scale.float(), torch.ones(128)) for scale in scales)
+    if geometry.registers:
+        assert torch.equal(tensors["embeddings.mask_token"].float(), torch.zeros(1, 128))
+    else:
+        assert config["use_mask_token"] is geometry.has_mask_token is ("embeddings.mask_token" in tensors)
+    assert done.plan.parameters == sum(value.numel() for value in tensors.values())
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("classes", [None, 5])
+@pytest.mark.parametrize("limit", ["5GB", "200KB"])
+def test_converted_folder_can_be_converted_again(
+    tmp_path: Path, swiglu: bool, registers: int, classes: int | None, limit: str
+) -> None:
+    """Cast and cut anew, it is what the original gives at once; the labels stay."""
+    backbone, head = make_states(tiny(swiglu, classes, registers=registers))
+    source = saved(backbone, tmp_path / "x.pth")
+    given: dict[str, Any] = {}
+    if classes:
+        (tmp_path / "labels.txt").write_text("a\nb\nc\nd\ne\n")
+        given = {"head": saved(head, tmp_path / "h.pth"), "labels": tmp_path / "labels.txt"}
+    api.convert(source, tmp_path / "first", max_shard_size=limit, **given)
+    done = api.convert(tmp_path / "first", tmp_path / "second", dtype="bfloat16", max_shard_size="150KB")
+    api.convert(source, tmp_path / "at once", dtype="bfloat16", max_shard_size="150KB", **given)
+    ours, theirs = contents(tmp_path / "second"), contents(tmp_path / "at once")
+    assert done.labels_from == ("config.json of what was converted" if classes else None)
+    del ours["streamconv.json"], theirs["streamconv.json"]
+    assert ours == theirs
+    found = api.verify(tmp_path / "second", tmp_path / "first", device="cpu")
+    assert [check.passed for check in found.checks] == [True] * 4, found.checks
+    assert found.checks[2].numbers["largest"] <= 1e-13
+
+
+def test_folder_saved_by_transformers_can_be_converted(tmp_path: Path, server: FileServer) -> None:
+    """Its heads are those of its config.json; at an address it is read as any other file."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 96, "num_attention_heads": 3, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
+    model = Dinov2Model(Dinov2Config(**sizes))
+    model.save_pretrained(tmp_path / "theirs")
+    api.convert(tmp_path / "theirs", tmp_path / "ours")
+    again = Dinov2Model.from_pretrained(tmp_path / "ours")
+    assert again.config.num_attention_heads == 3
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+    assert api.verify(tmp_path / "ours", tmp_path / "theirs", device="cpu").passed
+    (tmp_path / "served" / "x.safetensors").write_bytes((tmp_path / "theirs" / "model.safetensors").read_bytes())
+    address = f"{server.url}/x.safetensors"
+    with pytest.raises(MappingError, match=r"hidden size 96 cannot be cut into heads as .* by --num-heads"):
+        api.plan(address)
+    api.convert(address, tmp_path / "far", num_heads=3, dtype="float16", stream=True)
+    found = api.verify(tmp_path / "far", address, stream=True, device="cpu")
+    assert [check.passed for check in found.checks] == [True] * 4, found.checks
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("classes", [None, 5])
+def test_correct_cast_passes_every_check_exactly(tmp_path: Path, save: Save, dtype: str, classes: int | None) -> None:
+    source, head = save(tiny(classes=classes))
+    api.convert(source, tmp_path / "out", head=head, dtype=dtype)
+    found = api.verify(tmp_path / "out", source, head=head, device="cpu")
+    assert found.passed
+    assert [check.passed for check in found.checks] == [True] * 4
+    assert f"equals its source's, cast from float32 to {dtype};" in found.checks[0].proves
+    assert found.checks[2].numbers["largest"] <= found.checks[2].numbers["tolerance"] < 1e-12
+    assert api.verify(tmp_path / "out").passed
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float16", "bfloat16"), ("bfloat16", "float32"), ("float64", "float32")]
+)
+def test_casts_from_other_dtypes_pass_every_check(tmp_path: Path, stored: str, dtype: str) -> None:
+    torch.save(state_of(stored), tmp_path / "x.pth")
+    api.convert(tmp_path / "x.pth", tmp_path / "out", dtype=dtype)
+    found = api.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
+    assert [check.passed for check in found.checks] == [True] * 4, found
+
+
+@pytest.mark.parametrize("limit", ["5GB", "300KB"])
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("classes", [None, 5])
+def test_reverted_transformers_model_loads_strictly_and_computes_the_same(
+    tmp_path: Path, classes: int | None, registers: int, swiglu: bool, limit: str
+) -> None:
+    geometry = tiny(swiglu, classes, registers=registers)
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14,
+        use_swiglu_ffn=swiglu, num_labels=classes or 2, **({"num_register_tokens": registers} if registers else {}),
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}{'ForImageClassification' if classes else 'Model'}")(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    model.save_pretrained(tmp_path / "folder", max_shard_size=limit)
+    head_path = tmp_path / "head.pth" if classes else None
+    streamconv.revert(tmp_path / "folder", tmp_path / "back.pth", head=head_path)
+
+    state = torch.load(tmp_path / "back.pth", weights_only=True)
+    if head_path:
+        state |= {HEAD + key: value for key, value in torch.load(head_path, weights_only=True).items()}
+    graph = original.build(geometry).eval()
+    assert list(state) == list(graph.state_dict())
+    graph.load_state_dict(state, strict=True)
+    # In float32, transformers 5's two halves of a SwiGLU round otherwise than Meta's one layer.
+    pixels = torch.randn(2, 3, 56, 56, generator=generator, dtype=torch.float64)
+    with torch.inference_mode():
+        states = dict(original.states(graph.double(), pixels))
+        theirs = model.double()(pixels)
+    if classes:
+        compared = [(states["logits"], theirs.logits)]
+    else:
+        tokens = theirs.last_hidden_state
+        compared = [(states["cls"], theirs.pooler_output), (states["patches"], tokens[:, 1 + registers :])]
+    for ours, other in compared:
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-13)
+
+    again = api.convert(tmp_path / "back.pth", tmp_path / "again", head=head_path, max_shard_size=limit).output
+    tensors = [
+        {
+            name: value
+            for path in each.glob("*.safetensors")
+            for name, value in safetensors.torch.load_file(path).items()
+        }
+        for each in (tmp_path / "folder", again)
+    ]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_code_on_the_card_runs(tmp_path: Path, save: Save, classes: int | None) -> None:
+    backbone, head = save(tiny(classes=classes))
+    done = api.convert(backbone, tmp_path / "out", head=head)
+    text = make_card(read_manifest(done.output) or {}, "ada/it")
+    (code,) = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    assert code.count("\n") == 4
+    shutil.move(done.output, tmp_path / "ada" / "it")  # a folder of the repository's name is what transformers takes
+    Image.new("RGB", (64, 48), "teal").save(tmp_path / "picture.jpg")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() in (
+        ["torch.Size([1, 257, 128])"] if classes is None else ["LABEL_0", "LABEL_1", "LABEL_2"]
+    )

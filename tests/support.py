@@ -1,0 +1,313 @@
+"""Helpers that several test modules share. Nothing here imports torch; what needs it is in checkpoints.py."""
+
+import hashlib
+import json
+import os
+import select
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import streamconv
+from streamconv import Checkpoint, Verification
+from streamconv.families.dinov2 import FAMILY, Geometry, ffn_size
+from streamconv.families.selection import find_backbone
+from streamconv.files.base import ByteRange, FileRef
+from streamconv.hub.repository import Destination, Repository
+from streamconv.jobs.convert_to_hub import HubConversion, Verify, convert_to_hub
+from streamconv.jobs.options import ConversionOptions, SourceOptions, VerificationOptions
+from streamconv.jobs.prepare import PreparedSource, prepared_source
+from streamconv.jobs.verify import _options_of as options_of
+from streamconv.jobs.verify import verify_uploaded
+from streamconv.planning.make import make_plan
+from streamconv.planning.plan import Plan
+from streamconv.progress import Progress, ignore_progress
+from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.info import TensorInfo, contiguous_strides
+from streamconv.verification.bytes import check_bytes
+from tests import api
+from tests.file_server import FileServer
+from tests.hub_server import TOKEN, HubServer
+
+ROOT = Path(__file__).parents[1]
+Save = Callable[..., tuple[Path, Path | None]]  # the fixture `save`
+Refusal = Callable[..., str]  # the fixture `refusal`
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports how memory is used")
+
+
+def tiny(
+    swiglu: bool = False, classes: int | None = None, layers: int = 3, hidden: int = 128, registers: int = 0
+) -> Geometry:
+    """A model that runs in milliseconds: a 4 x 4 grid of patches, two heads."""
+    ffn = ffn_size(hidden, 4, swiglu)
+    return Geometry(hidden, layers, ffn, swiglu, positions=17, registers=registers, classes=classes)
+
+
+# Processes
+
+
+def run(*words: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a streamconv command in a process of its own."""
+    command = [sys.executable, "-m", "streamconv", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment})
+
+
+def hub_environment(hub: HubServer, cwd: Path) -> dict[str, str]:
+    """Environment variables that make a process use ``hub`` and keep its caches in ``cwd``."""
+    return {
+        "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(cwd / "hf"), "TORCH_HOME": str(cwd / "torch"),
+    }  # fmt: skip
+
+
+def run_with_hub(hub: HubServer, cwd: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a streamconv command that uses ``hub``."""
+    return run(*words, cwd=cwd, **{**hub_environment(hub, cwd), **environment})
+
+
+def run_python(code: str) -> str:
+    """The output of ``code`` in a Python process of its own."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def peak_kb(code: str) -> int:
+    """VmHWM of a fresh Python process that runs ``code``."""
+    return int(run_python(code + "\nprint(*(l.split()[1] for l in open('/proc/self/status') if l[:5] == 'VmHWM'))"))
+
+
+# Files
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def model_files(folder: Path) -> dict[str, bytes]:
+    """All files but the manifest, which records where the source was."""
+    return {name: data for name, data in contents(folder).items() if name != "streamconv.json"}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in folder.iterdir()}
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flip(path: Path, tensor: str, byte: int) -> None:
+    """Flip a bit of a tensor in a checkpoint file."""
+    with streamconv.open_checkpoint(path) as checkpoint:
+        at = checkpoint[tensor].record.range.start + byte
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def rewrite(path: Path, change: dict[str, bytes], **options: object) -> None:
+    """Write the same zip with some records' contents replaced."""
+    with zipfile.ZipFile(path) as old:
+        records = {name: old.read(name) for name in old.namelist()}
+    records |= {next(n for n in records if n.endswith(key)): value for key, value in change.items()}
+    with zipfile.ZipFile(path, "w", **options) as new:  # type: ignore[call-overload]
+        for name, data in records.items():
+            new.writestr(name, data)
+
+
+# Plans and published models
+
+# Keys and shapes of Meta's modules (facebookresearch/dinov2 and facebookresearch/webssl, built on the meta
+# device) and of transformers 4.57's, whose names in memory are those of the files; {i} counts layers, and
+# "chunks" gives the {chunk} that each is in.
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "dinov2.json").read_text())
+MODELS = [model.name for model in FAMILY.models]
+WEB_DINO = [name for name in MODELS if name.startswith("webssl")]
+
+
+def expanded(shapes: dict[str, list[int]], layers: int, chunks: Sequence[int] = ()) -> dict[str, tuple[int, ...]]:
+    return {
+        key.format(i=i, chunk=chunks[i] if chunks else None): tuple(shape)
+        for key, shape in shapes.items()
+        for i in (range(layers) if "{i}" in key else (0,))
+    }
+
+
+def plan_of_shapes(
+    shapes: dict[str, tuple[int, ...]], where: Path, filename: str = "golden", **options: object
+) -> Plan:
+    """A plan needs no bytes, and no file."""
+    tensors = {}
+    for name, shape in shapes.items():
+        info = TensorInfo("F32", shape)
+        record = Record(FileRef(where / filename, info.nbytes), name, ByteRange(0, info.nbytes))
+        tensors[name] = SourceTensor(info, record, 0, contiguous_strides(shape))
+    selection = find_backbone(Checkpoint(tensors, {}, [], ""), filename)
+    selected = {key: tensors[called] for key, (called,) in selection.names.items()}
+    return make_plan(selected, filename, selection=selection, filename=filename, **options)  # type: ignore[arg-type]
+
+
+# Hostile files
+
+OPENER = """
+import json, os, sys, time
+import streamconv
+
+def rss_bytes(name):
+    return int(dict(line.split(":", 1) for line in open("/proc/self/status"))[name].split()[0]) << 10
+
+base = rss_bytes("VmHWM")
+for line in sys.stdin:
+    if not os.fork():
+        path, folder = json.loads(line)
+        os.chdir(folder)
+        before, start = rss_bytes("VmRSS"), time.process_time()  # CPU time: the machine may have other work
+        try:
+            streamconv.open_checkpoint(path).close()
+            error, text = "none", "it was opened"
+        except Exception as e:
+            error, text = type(e).__name__ if isinstance(e, streamconv.SourceError) else f"bare {type(e)}", str(e)
+        seconds = time.process_time() - start
+        print(json.dumps([error, text, seconds, base + rss_bytes("VmHWM") - before]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+class Opener:
+    """A process that opens each checkpoint in a fork of its own, which measures its time and its peak memory."""
+
+    def __init__(self) -> None:
+        words = [sys.executable, "-c", OPENER]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def refusal(self, path: Path, seconds: float = 1.0) -> str:
+        """The one message that opening ``path`` ends with, after checking that it cost next to nothing."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([str(path), os.getcwd()]) + "\n")
+        self._process.stdin.flush()
+        assert select.select([self._process.stdout], [], [], 60)[0], f"{path} is still being opened"
+        line = self._process.stdout.readline()
+        assert line, f"the process that opened {path} ended"
+        error, text, took, peak = json.loads(line)
+        assert error.endswith("Error"), text
+        assert not error.startswith("bare"), (error, text)
+        assert took < seconds, f"{took:.2f} s for {text}"
+        assert peak < 100_000_000, f"{peak:,} bytes for {text}"
+        assert len(text) < 1000, text[:2000]
+        assert text.isprintable(), text
+        return text
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+# Conversions straight to the Hub
+
+HUB_MODEL = tiny(swiglu=True, layers=4, hidden=256)
+HUB_SHARD_SIZE = "3MB"
+
+
+def verify_on_cpu(prepared: PreparedSource, manifest: Mapping[str, Any], folder: Path) -> Verification:
+    return verify_uploaded(prepared, manifest, folder, VerificationOptions(device="cpu"))
+
+
+def to_hub(
+    source: str,
+    folder: Path,
+    *,
+    repository: str = "it",
+    verify: Verify | None = None,
+    unverified: bool = True,
+    progress: Progress = ignore_progress,
+    **options: Any,
+) -> HubConversion:
+    """Convert ``source`` to a repository of the test's Hub, by default without verification."""
+    conversion = ConversionOptions(stream=True, **{"max_shard_size": HUB_SHARD_SIZE, **options})
+    with prepared_source(source, conversion, progress) as prepared:
+        destination = Repository(Destination(repository), None)
+        return convert_to_hub(prepared, folder, destination, verify, unverified=unverified, progress=progress)
+
+
+def require_uploaded_folder(hub: HubServer, server: FileServer, tmp_path: Path, dtype: str | None = None) -> None:
+    """What arrived equals a local conversion of the file, except for what is recorded of where and when."""
+    api.convert(server.folder / "x.pth", tmp_path / "expected", max_shard_size=HUB_SHARD_SIZE, dtype=dtype)
+    arrived = hub.files("ada/it")
+    expected = contents(tmp_path / "expected")
+    assert arrived.keys() == {*expected, "README.md", ".gitattributes"}
+    del expected["streamconv.json"]
+    assert {name: arrived[name] for name in expected} == expected
+    manifest = json.loads(arrived["streamconv.json"])
+    for name, file in manifest["files"].items():
+        assert file == {"size": len(arrived[name]), "sha256": hashlib.sha256(arrived[name]).hexdigest()}
+
+
+# Interruptions and failing disks
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def interrupt_after(source: Path, out: Path, share: float, **options: object) -> None:
+    """Convert, and interrupt it like Ctrl-C does once a share of the bytes is written."""
+
+    def progress(what: str, done: int, total: int, unit: str) -> None:
+        if unit == "bytes" and done > share * total:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        api.convert(source, out, progress=progress, **options)
+
+
+CALLS = ("open", "pwrite", "write", "fsync", "fdatasync", "replace", "ftruncate", "posix_fallocate", "mkdir", "unlink")
+
+
+class Faults:
+    """Make calls to the disk fail: only number ``at`` of all calls, or every call of these names."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: tuple[str, ...], number: int, at: int | None = None):
+        self.seen = 0
+        for name in calls:
+            monkeypatch.setattr(os, name, self._failing(getattr(os, name), number, at))
+
+    def _failing(self, real: Callable[..., Any], number: int, at: int | None) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            self.seen += 1
+            if at is None or self.seen == at:
+                raise OSError(number, os.strerror(number))
+            return real(*args, **options)
+
+        return call
+
+
+def no_half_files(out: Path, whole: dict[str, bytes]) -> bool:
+    return not out.exists() or all(
+        whole[path.name] == path.read_bytes() for path in out.iterdir() if path.name in whole
+    )
+
+
+# Verifications
+
+
+def verdicts(found: Verification) -> dict[str, bool | None]:
+    return {check.name: check.passed for check in found.checks}
+
+
+def byte_problems(folder: Path, source: Path, head: Path | None = None) -> str:
+    """What the bytes check finds wrong. No model is built and no forward pass runs."""
+    options = options_of(folder, SourceOptions(head=head))
+    with prepared_source(source, options, ignore_progress, labels_of=folder) as prepared:
+        return "\n".join(check_bytes(folder, prepared.plan, prepared.source.reader, lambda count: None).problems)
+
+
+def problems(found: Verification) -> str:
+    return "\n".join(problem for check in found.checks for problem in check.problems)

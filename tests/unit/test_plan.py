@@ -1,0 +1,53 @@
+"""Plans from names and shapes alone, against the keys and shapes of the authors' modules."""
+
+from pathlib import Path
+
+import pytest
+
+from streamconv import MappingError
+from streamconv.families.dinov2 import FAMILY
+from streamconv.families.registry import find_model
+from streamconv.planning.shards import parse_size
+from tests.support import GOLDEN, MODELS, WEB_DINO, expanded, plan_of_shapes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_published_model_maps_the_authors_keys_to_transformers_keys(name: str, tmp_path: Path) -> None:
+    golden = GOLDEN[name]
+    chunks = golden.get("chunks", ())
+    source, target = (expanded(golden[side], golden["layers"], chunks) for side in ("source", "target"))
+    plan = plan_of_shapes(source, tmp_path, f"{name}.pth")
+    assert plan.model is not None
+    assert plan.model.name == name
+    assert {name: tensor.info.shape for shard in plan.shards for name, tensor in shard.tensors} == target
+    sources = FAMILY.sources(plan.dimensions, plan.model.block_chunks)
+    assert {key: info.shape for key, info in sources.items()} == source
+    assert [move.source for move in plan.mapping] == list(sources)
+    assert plan.config["num_attention_heads"] == golden["heads"]
+
+
+def test_licenses_are_those_of_the_authors() -> None:
+    """DINOv2's README says Apache 2.0, Web-SSL's CC-BY-NC."""
+    for model in FAMILY.models:
+        assert model.licence == ("cc-by-nc-4.0" if model.name in WEB_DINO else "apache-2.0")
+
+
+@pytest.mark.parametrize("name", WEB_DINO)
+def test_shapes_shared_by_several_models_identify_none_of_them(name: str, tmp_path: Path) -> None:
+    """Three of Web-DINO's were trained on the whole of its pictures and on two parts of it: only names tell."""
+    golden = GOLDEN[name]
+    plan = plan_of_shapes(expanded(golden["source"], golden["layers"], golden["chunks"]), tmp_path, "mine.pth")
+    assert (plan.model is None) == (name[:14] in ("webssl_dino2b_", "webssl_dino3b_"))
+
+
+def test_file_of_another_model_than_named_is_refused(tmp_path: Path) -> None:
+    shapes = expanded(GOLDEN["dinov2_vitb14"]["source"], 12)
+    with pytest.raises(MappingError, match="its shapes are those of dinov2_vitb14"):
+        plan_of_shapes(shapes, tmp_path, model=find_model("dinov2_vits14")[1])
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("20KB", 20_000), ("2TB", 2 * 10**12), (300, 300)]
+)
+def test_shard_sizes_are_parsed_as_huggingface_hub_parses_them(size: int | str, count: int) -> None:
+    assert parse_size(size) == count

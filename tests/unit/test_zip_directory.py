@@ -1,0 +1,29 @@
+"""Where torch puts the bytes of a zip record, computed without reading its local header."""
+
+from typing import Any
+
+import pytest
+
+from streamconv.files.base import ByteRange
+from streamconv.formats import zip_directory as zip_index
+
+
+@pytest.mark.parametrize(
+    ("name", "offset", "size", "start"),
+    [
+        ("big/data/1", 4152, 4 << 30, 4224),
+        ("big/data/12", 4294972864, 44, 4294972928),
+        ("big/data/32", 4294976784, 124, 4294976896),
+        ("big/version", 4294979384, 2, 4294979456),
+        ("big/.data/serialization_id", 4294979482, 40, 4294979584),
+    ],
+)
+def test_record_positions_are_predicted_beyond_four_gibibytes(name: str, offset: int, size: int, start: int) -> None:
+    """As torch 2.15 wrote a tensor of 4 GiB and some small ones behind it, whose places need 64-bit fields."""
+    assert zip_index._range_as_torch_writes(name, offset, size) == ByteRange(start, size)
+
+
+def test_records_too_dense_for_torchs_layout_are_not_predicted() -> None:
+    nothing_is_read: Any = None
+    entries = [(1_000, 10, 0, "a/data/1"), (0, 990, 0, "a/data/0")]  # the first one would end at 64 + 990
+    assert not zip_index._are_as_torch_writes(nothing_is_read, entries, 2_000)
