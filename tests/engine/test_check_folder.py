@@ -94,7 +94,7 @@ def test_folder_without_manifest_or_with_a_journal_is_refused(folder: Path) -> N
 
 def test_verifying_a_folder_alone_imports_no_torch_and_exits_with_1_on_differences(folder: Path) -> None:
     code = (
-        "import sys\nfrom streamconv.cli import app\n"
+        "import sys\nfrom streamconv.cli.commands import app\n"
         f"app(['verify', {str(folder)!r}], standalone_mode=False)\n"
         "print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     )

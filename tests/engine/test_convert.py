@@ -270,7 +270,7 @@ def test_progress_counts_every_byte_once(tmp_path: Path, save: Save) -> None:
 def test_converting_imports_nothing_large(tmp_path: Path, save: Save) -> None:
     backbone, head = save(tiny(classes=3))
     code = (
-        "import sys\nfrom streamconv.cli import app\n"
+        "import sys\nfrom streamconv.cli.commands import app\n"
         f"words = ['convert', {str(backbone)!r}, '--head', {str(head)!r}, '-o', {str(tmp_path / 'out')!r}]\n"
         "app(words, standalone_mode=False)\n"
         "print([m for m in ('torch', 'numpy', 'transformers', 'accelerate', 'torchvision') if m in sys.modules])"

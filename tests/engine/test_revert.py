@@ -265,7 +265,7 @@ def test_revert_progress_counts_every_byte_once(tmp_path: Path) -> None:
 def test_reverting_imports_nothing_large(tmp_path: Path) -> None:
     folder = converted_folder(tmp_path, tiny(classes=3), max_shard_size="300KB")
     code = (
-        "import sys\nfrom streamconv.cli import app\n"
+        "import sys\nfrom streamconv.cli.commands import app\n"
         f"words = ['revert', {str(folder)!r}, '-o', {str(tmp_path / 'x.pth')!r}]\n"
         f"app([*words, '--head', {str(tmp_path / 'y.pth')!r}], standalone_mode=False)\n"
         "print([m for m in ('torch', 'numpy', 'transformers', 'accelerate', 'huggingface_hub') if m in sys.modules])"
