@@ -19,24 +19,24 @@ LIMITS_MB = (None, 1024, 768)
 SETTLE_SECONDS = 4
 
 
-def flops(geometry: Any) -> float:
+def flops(dimensions: Any) -> float:
     """Floating-point operations of a forward pass at the native size: two per token and weight, and attention's."""
-    tokens, hidden, ffn = geometry.positions, geometry.hidden, geometry.ffn
-    feed_forward = 3 * hidden * ffn if geometry.swiglu else 2 * hidden * ffn
+    tokens, hidden, ffn = dimensions.positions, dimensions.hidden, dimensions.ffn
+    feed_forward = 3 * hidden * ffn if dimensions.swiglu else 2 * hidden * ffn
     linear = 2 * tokens * (4 * hidden**2 + feed_forward)
     attention = 4 * tokens**2 * hidden
-    return float(geometry.layers * (linear + attention))
+    return float(dimensions.layers * (linear + attention))
 
 
-def matmul_rate(geometry: Any) -> dict[str, float]:
+def matmul_rate(dimensions: Any) -> dict[str, float]:
     """FLOP/s of the model's largest matrix product, with torch's default library and with oneDNN."""
     import torch
     from torch.nn import functional
 
     from streamconv.verification.offload import fast_linear_layers
 
-    rows = geometry.ffn * 2 if geometry.swiglu else geometry.ffn
-    x, weight = torch.randn(geometry.positions, geometry.hidden), torch.randn(rows, geometry.hidden)
+    rows = dimensions.ffn * 2 if dimensions.swiglu else dimensions.ffn
+    x, weight = torch.randn(dimensions.positions, dimensions.hidden), torch.randn(rows, dimensions.hidden)
 
     def best() -> float:
         times: list[float] = []
@@ -105,8 +105,8 @@ def main() -> None:
             print(f"| {name} | " + " | ".join(cells) + f" | {peak / 1e6:.0f}, {(peak - start) / 1e6:.0f} |")
     from streamconv.families.registry import find_model
 
-    geometry = find_model(args.model)[1].geometry
-    rates, work = matmul_rate(geometry), 2 * flops(geometry)
+    dimensions = find_model(args.model)[1].dimensions
+    rates, work = matmul_rate(dimensions), 2 * flops(dimensions)
     ended = [result for result in runs[None] if result]
     seconds = statistics.median(r["checks"][2]["numbers"]["seconds"] for r in ended)
     print(f"\nParity: {work / 1e12:.2f} TFLOP in {seconds:.1f} s, {work / seconds / 1e9:.0f} GFLOP/s: ", end="")

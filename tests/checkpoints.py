@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 import streamconv
 from streamconv.errors import SourceError
-from streamconv.families.base import HEAD_PREFIX
-from streamconv.families.dinov2 import FAMILY, Geometry
+from streamconv.families.dinov2 import FAMILY, Dimensions
 from streamconv.verification.originals import dinov2 as original
 from tests import api
 from tests.support import tiny
@@ -25,17 +24,14 @@ TORCH_DTYPES = {
 HEAD = "linear_head."
 
 
-def make_states(geometry: Geometry, seed: int = 0) -> tuple[State, State]:
+def make_states(dimensions: Dimensions, seed: int = 0) -> tuple[State, State]:
     """Random backbone and head (empty without classes) in the original layout."""
     generator = torch.Generator().manual_seed(seed)
-    backbone, head = {}, {}
-    for name, info in FAMILY.sources(geometry).items():
-        value = torch.randn(info.shape, generator=generator) * (0.1 if len(info.shape) == 1 else info.shape[-1] ** -0.5)
-        if name.startswith(HEAD_PREFIX):
-            head[name.removeprefix(HEAD_PREFIX)] = value
-        else:
-            backbone[name] = value
-    return backbone, head
+    state: State = {}
+    for name, info in FAMILY.sources(dimensions).items():
+        scale = 0.1 if len(info.shape) == 1 else info.shape[-1] ** -0.5
+        state[name] = torch.randn(info.shape, generator=generator) * scale
+    return FAMILY.split_head(state)
 
 
 def state_of(stored: str, factor: float = 1.0) -> State:
@@ -126,9 +122,9 @@ def alter(folder: Path, change: Callable[[State], object]) -> None:
 # Reverting
 
 
-def original_states(geometry: Geometry, dtype: torch.dtype = torch.float32) -> tuple[State, State]:
+def original_states(dimensions: Dimensions, dtype: torch.dtype = torch.float32) -> tuple[State, State]:
     """Random backbone and head (empty without classes), in the order of the original model's state dict."""
-    model = original.build(geometry).to(dtype)
+    model = original.build(dimensions).to(dtype)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
@@ -137,9 +133,9 @@ def original_states(geometry: Geometry, dtype: torch.dtype = torch.float32) -> t
     return backbone, {key.removeprefix(HEAD): value for key, value in state.items() if key.startswith(HEAD)}
 
 
-def converted_folder(tmp_path: Path, geometry: Geometry, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+def converted_folder(tmp_path: Path, dimensions: Dimensions, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
     """A folder that was converted from `original_states`, without its configuration files."""
-    backbone, head = original_states(geometry, dtype)
+    backbone, head = original_states(dimensions, dtype)
     torch.save(backbone, tmp_path / "source.pth")
     torch.save(head, tmp_path / "source_head.pth")
     head_path = tmp_path / "source_head.pth" if head else None

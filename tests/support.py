@@ -15,7 +15,7 @@ import pytest
 
 import streamconv
 from streamconv import Checkpoint, Verification
-from streamconv.families.dinov2 import FAMILY, Geometry, ffn_size
+from streamconv.families.dinov2 import FAMILY, Dimensions, ffn_size
 from streamconv.families.selection import find_backbone
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.hub.repository import Destination, Repository
@@ -42,10 +42,10 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports h
 
 def tiny(
     swiglu: bool = False, classes: int | None = None, layers: int = 3, hidden: int = 128, registers: int = 0
-) -> Geometry:
+) -> Dimensions:
     """A model that runs in milliseconds: a 4 x 4 grid of patches, two heads."""
     ffn = ffn_size(hidden, 4, swiglu)
-    return Geometry(hidden, layers, ffn, swiglu, positions=17, registers=registers, classes=classes)
+    return Dimensions(hidden, layers, ffn, swiglu, positions=17, registers=registers, classes=classes)
 
 
 # Processes

@@ -64,7 +64,7 @@ def model_lines() -> Iterator[str]:
     for family in all_families():
         for model in family.models:
             files = " + ".join(file.filename for file in (model.backbone, model.head) if file)
-            weights = sum(info.nbytes for info in family.sources(model.geometry).values())
+            weights = sum(info.nbytes for info in family.sources(model.dimensions).values())
             rows.append((model.name, model.published_name, f"{weights / 1e6:,.0f} MB", files))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for name, published, size, file_names in rows:

@@ -1,27 +1,27 @@
-"""What streamconv knows of each family of models: one module a family, found by listing the package.
+"""The types in which a family describes its architecture: what every family has, and aspects that only some have.
 
-A family module has a ``FAMILY``. Its rules say which tensors there are and what becomes of them;
-the rest is the model's configuration from its shapes, and the names it was published under.
+A family's rules say which tensors there are and what becomes of them. The rest is the model's configuration, derived
+from the tensors' shapes, and the names under which models were published. Code outside the family's own module asks for
+an aspect (`Family.classifier_head` and so on), never for a family.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from streamconv.families.rules import Rule, expand
 from streamconv.tensors.info import TensorInfo
 
-# A linear head's keys, `weight` and `bias`, stand in the source under this prefix.
-HEAD_PREFIX = "linear_head."
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ConversionSpec:
-    """What a model of one geometry looks like on both sides.
+    """How a model of certain dimensions is converted.
 
-    ``count`` is how many values a rule's ``{i}`` takes; ``config`` is config.json but for dtype
-    and labels; ``dims`` gives the rules' symbols their numbers; ``problems`` say what of the
-    geometry transformers' configuration has no way to say; ``notes`` what of it no tensor says.
+    ``dims`` gives the numbers of the rules' symbols, and ``count`` is how many values ``{i}`` takes; ``config`` is
+    config.json without dtype and labels. ``problems``: dimensions that the transformers config cannot express.
+    ``notes``: assumptions that the tensors do not confirm.
     """
 
     rules: tuple[Rule, ...]
@@ -35,7 +35,7 @@ class ConversionSpec:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as its authors published it: the name that torch.hub keeps it under, and its address."""
+    """A file as its authors published it: its name in torch.hub's cache, and its address."""
 
     filename: str
     url: str
@@ -43,92 +43,191 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Model:
-    """A published model. ``geometry`` is the family's own type, compared with what a file's shapes say.
+    """A published model. ``dimensions`` are compared with those read from a file: a frozen dataclass of the family's.
 
-    ``licence`` is the Hub's name of what its authors published it under. ``block_chunks`` is how many lists its
-    file's blocks are in; 0 where they are in one.
+    ``licence`` is the Hub's name of the licence that the authors chose. ``image_processor`` is None if the family has
+    none. ``block_chunks`` is the number of lists that the blocks of its file are in, 0 for one plain list.
     """
 
     name: str
     published_name: str
-    geometry: Any
+    dimensions: Any
     licence: str
-    image_processor: Mapping[str, Any]
     backbone: RemoteFile
+    image_processor: Mapping[str, Any] | None = None
     head: RemoteFile | None = None
     block_chunks: int = 0
 
 
 @dataclass(frozen=True)
 class ExtraPrefix:
-    """What may stand beside a backbone or in it and is none of its tensors: all whose names begin with ``start``.
+    """A prefix of names that are not part of the backbone.
 
-    ``is_left_out`` says whether it is a matter of course to leave it out; else that takes the user's word.
+    ``is_skipped``: such tensors are skipped without being asked to; otherwise the user must pass --select.
     """
 
     start: str
     reason: str
-    is_left_out: bool = True
+    is_skipped: bool = True
+
+
+@dataclass(frozen=True)
+class ClassifierHead:
+    """A classifier's head, which the authors publish in a file of its own.
+
+    Its tensors are ``keys`` in that file, and ``prefix`` + key among a family's source keys. ``classes`` is the symbol
+    in `ConversionSpec.dims` for the number of classes, 0 without a head. A head of ``imagenet_classes`` classes is
+    given ImageNet's labels, unless the user names others.
+    """
+
+    prefix: str
+    classes: str
+    keys: frozenset[str] = frozenset({"weight", "bias"})
+    imagenet_classes: int | None = None
+
+
+@dataclass(frozen=True)
+class PixelSteps:
+    """The steps by which the original model's code turns an image into pixels.
+
+    ``resize`` is the length of the shorter side, or (height, width); ``crop`` is the (height, width) that is cut from
+    the centre, None for all. Then each channel is normalised by its ``mean`` and ``std``.
+    """
+
+    resize: int | tuple[int, int]
+    crop: tuple[int, int] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """The (height, width) of the pixels; None if it depends on the image."""
+        return self.crop or (self.resize if isinstance(self.resize, tuple) else None)
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """How images become pixels.
+
+    ``default`` is the image processor's config for a model that was never published; ``pixel_steps`` returns what a
+    config stands for.
+    """
+
+    default: Mapping[str, Any]
+    pixel_steps: Callable[[Mapping[str, Any]], PixelSteps]
+
+
+@dataclass(frozen=True)
+class BlockChunks:
+    """Sources may keep their blocks in several lists, and then spell the blocks' keys with the list's number, too.
+
+    ``unchunked_key`` returns the rules' spelling of any key; ``chunked_key`` that of a file for (key, number of
+    blocks, number of lists).
+    """
+
+    unchunked_key: Callable[[str], str]
+    chunked_key: Callable[[str, int, int], str]
+
+
+@dataclass(frozen=True)
+class AttentionHeads:
+    """The number of attention heads, which no tensor shows.
+
+    ``number`` returns it for dimensions, 0 if it is not known; ``with_number`` returns dimensions with another one,
+    or unchanged if it is the one that they have. ``config_key`` is its name in config.json.
+    """
+
+    number: Callable[[Any], int]
+    with_number: Callable[[Any, int], Any]
+    config_key: str = "num_attention_heads"
+
+    def number_in(self, config: Mapping[str, Any]) -> int | None:
+        """Return the number that a config.json states; None if it states none."""
+        number = config.get(self.config_key)
+        return number if type(number) is int and number > 0 else None
+
+
+def _same_key(key: str) -> str:
+    return key
 
 
 @dataclass(frozen=True)
 class Family:
-    """``geometry`` reads sizes from tensor shapes, ``layout`` turns them into rules and configuration.
+    """An architecture, and the models of it that were published.
 
-    A geometry has ``heads``, the number of attention heads if someone said it: no shape does. ``flat_name`` is
-    the rules' name of a key as files spell it, ``chunked_name`` that spelling of it for a number of layers and
-    of chunks. ``image_processor`` is what a model that was never published gets.
+    ``signature``: keys by which a checkpoint is recognised. ``read_dimensions`` reads dimensions from the shapes of a
+    checkpoint's tensors, even if some are missing or misshaped, and ``conversion_spec`` turns them into rules and
+    configuration.
 
-    ``in_memory_name`` is what transformers calls a target once it is loaded: it saves, and so cuts
-    shards, in the order of those names.
+    ``free_config_keys``: keys of config.json that do not change what the model computes at inference.
+    ``loaded_key`` returns the name that transformers gives to a target once it is loaded: save_pretrained sorts
+    tensors by those names, and so cuts shards in that order. ``extra_prefixes``: names that training leaves beside or
+    in a backbone.
 
-    For model cards: ``organisation`` is the authors' on the Hub; ``pipeline_tags`` say by architecture what
-    the Hub calls a model's task.
+    For model cards: ``organisation`` is the authors' on the Hub, and ``pipeline_tags`` are the Hub's names of the
+    tasks, by architecture.
+
+    The other fields are aspects, each None if the family does not have it.
     """
 
     name: str
     signature: frozenset[str]
     models: tuple[Model, ...]
-    geometry: Callable[[Mapping[str, TensorInfo]], Any]
-    layout: Callable[[Any], ConversionSpec]
-    image_processor: Mapping[str, Any]
-    in_memory_name: Callable[[str], str]
+    read_dimensions: Callable[[Mapping[str, TensorInfo]], Any]
+    conversion_spec: Callable[[Any], ConversionSpec]
     organisation: str
     pipeline_tags: Mapping[str, str]
-    apart: tuple[ExtraPrefix, ...]
-    flat_name: Callable[[str], str]
-    chunked_name: Callable[[str, int, int], str]
+    free_config_keys: frozenset[str] = frozenset()
+    loaded_key: Callable[[str], str] = _same_key
+    extra_prefixes: tuple[ExtraPrefix, ...] = ()
+    classifier_head: ClassifierHead | None = None
+    image_processor: ImageProcessor | None = None
+    block_chunks: BlockChunks | None = None
+    attention_heads: AttentionHeads | None = None
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """All that any of its models has, since between them the published ones have all."""
-        return tuple(rule for model in self.models for rule in self.layout(model.geometry).rules)
+        """The rules of all published models, which between them have every rule of the family."""
+        return tuple(rule for model in self.models for rule in self.conversion_spec(model.dimensions).rules)
 
     def title_of(self, model: Model | None) -> str:
-        """What to call a checkpoint that is this published model, or none of them."""
+        """Return what to call a checkpoint of ``model``, or of no published model."""
         return model.name if model else f"a {self.name} model of its own sizes"
 
-    def sources(self, geometry: Any, block_chunks: int = 0) -> dict[str, TensorInfo]:
-        """Every tensor of a float32 checkpoint of these sizes; a head's stand under `HEAD_PREFIX`."""
-        layout = self.layout(geometry)
-        keys = expand(layout.rules, layout.dims, layout.count)
-        infos = {key: TensorInfo("F32", shape) for key, (_, shape, _) in keys.items()}
-        if not block_chunks:
+    def unchunked_key(self, key: str) -> str:
+        """Return the rules' spelling of a key in a file."""
+        return self.block_chunks.unchunked_key(key) if self.block_chunks else key
+
+    def sources(self, dimensions: Any, block_chunks: int = 0) -> dict[str, TensorInfo]:
+        """Return every tensor of a float32 checkpoint with these dimensions; `split_head` tells the head's apart.
+
+        Tensors that are dropped and may have any shape are not among them.
+        """
+        spec = self.conversion_spec(dimensions)
+        expected = expand(spec.rules, spec.dims, spec.count)
+        infos = {key: TensorInfo("F32", each.shape) for key, each in expected.items() if each.shape is not None}
+        if not block_chunks or self.block_chunks is None:
             return infos
-        return {self.chunked_name(key, layout.count, block_chunks): info for key, info in infos.items()}
+        return {self.block_chunks.chunked_key(key, spec.count, block_chunks): info for key, info in infos.items()}
 
+    def config_problems(self, spec: ConversionSpec, config: Mapping[str, Any]) -> list[str]:
+        """List the entries of a model's config.json that describe another computation than ``spec``."""
+        return [
+            f"its config.json sets {key} to {config[key]!r}, but {self.name} models have {value!r}"
+            for key, value in spec.config.items()
+            if key not in self.free_config_keys and config.get(key, value) != value
+        ]
 
-# What a configuration may say otherwise, and the model computes the same at inference.
-_FREE_KEYS = frozenset(
-    {"attention_probs_dropout_prob", "drop_path_rate", "hidden_dropout_prob", "initializer_range", "layerscale_value",
-     "apply_layernorm", "out_features", "out_indices", "reshape_hidden_states", "stage_names"}
-)  # fmt: skip
+    def split_head(self, tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+        """Return the tensors of the backbone's file and those of the head's, by their keys in the files."""
+        if self.classifier_head is None:
+            return dict(tensors), {}
+        prefix = self.classifier_head.prefix
+        backbone = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
+        head = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        return backbone, head
 
-
-def config_problems(layout: ConversionSpec, config: Mapping[str, Any]) -> list[str]:
-    """Where a model's config.json says what another model than this layout's would compute."""
-    return [
-        f"its config.json says {key} {config[key]!r}, and streamconv's models have {value!r}"
-        for key, value in layout.config.items()
-        if key not in _FREE_KEYS and config.get(key, value) != value
-    ]
+    def join_head(self, backbone: Mapping[str, T], head: Mapping[str, T]) -> dict[str, T]:
+        """Undo `split_head`."""
+        prefix = self.classifier_head.prefix if self.classifier_head else ""
+        return {**backbone, **{prefix + key: tensor for key, tensor in head.items()}}

@@ -1,7 +1,14 @@
-"""TODO families.detection"""
+"""Which family a checkpoint belongs to: one rule for bare state dicts, prefixed ones and converted models.
+
+The family with the most complete signature fits best, and more than half of the signature must be there. Among equals,
+the one whose rules know the most of the checkpoint's keys fits best. If there is still a tie, the checkpoint is
+refused: the order in which families are listed never decides.
+"""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from fractions import Fraction
 
 from streamconv.errors import MappingError
 from streamconv.families.base import Family
@@ -9,46 +16,99 @@ from streamconv.families.registry import all_families
 from streamconv.families.rules import Rule
 from streamconv.tensors.info import TensorInfo
 
-
-def find_family(infos: Mapping[str, TensorInfo], where: str) -> Family:
-    """The family of whose signature the most keys are here, so that `mapping.apply` can list the rest.
-
-    Raises:
-        MappingError: no family has more than half of its signature here.
-    """
-    nearest = min(all_families(), key=lambda family: len(family.signature - infos.keys()))
-    missing = sorted(nearest.signature - infos.keys())
-    if 2 * len(missing) >= len(nearest.signature):
-        known = ", ".join(family.name for family in all_families())
-        held = ", ".join(list(infos)[:3]) + ", …" * (len(infos) > 3) or "no tensor"
-        raise MappingError(
-            f"{where} is no checkpoint of a model that streamconv knows ({known}). It holds {held}; "
-            f"for {nearest.name} it lacks:",
-            missing,
-        )
-    return nearest
-
-
-def find_converted(infos: Mapping[str, TensorInfo]) -> tuple[Family, dict[str, tuple[str, ...]]] | None:
-    """The family of whose targets these are, and of what targets each of its sources is made up (`source_names_of`).
-
-    None where no family has more than half of its signature here.
-    """
-    for family in all_families():
-        sources = source_names_of(family.rules, infos)
-        if 2 * len(family.signature & sources.keys() - infos.keys()) > len(family.signature):
-            return family, sources
-    return None
-
-
 # A dot-free part of a name that is one of the numbers from 0 on.
 _NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])")
 
 
-def source_names_of(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
-    """The sources that ``targets`` were made from, each with those that make it up; what fits no rule is its own.
+def find_prefixes(names: Iterable[str]) -> dict[str, list[Family]]:
+    """Return the prefixes under which ``names`` are those of a model, in their order, each with its `_best_fits`."""
+    spellings = [
+        (spelling, key, n)
+        for n, family in enumerate(all_families())
+        for key in family.signature
+        for spelling in {key, family.block_chunks.chunked_key(key, 1, 1) if family.block_chunks else key}
+    ]
+    # By prefix and by the family's number: the keys of its signature that are there.
+    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        for spelling, key, n in spellings:
+            if name.endswith(spelling) and (len(name) == len(spelling) or name[-len(spelling) - 1] == "."):
+                found[name[: -len(spelling)]][n].add(key)
+    fits = {
+        prefix: _best_fits([(family, keys.get(n, ())) for n, family in enumerate(all_families())])
+        for prefix, keys in found.items()
+    }
+    return {prefix: families for prefix, families in fits.items() if families}
 
-    Parts of one source have one dtype and shape.
+
+def find_converted(infos: Mapping[str, TensorInfo], where: str) -> tuple[Family, dict[str, tuple[str, ...]]] | None:
+    """Return the family whose targets these are, and the targets that make up each of its sources (`source_names_of`).
+
+    Returns:
+        None if these are the targets of no family.
+
+    Raises:
+        MappingError: several families fit equally well.
+    """
+    sources = {family.name: source_names_of(family.rules, infos) for family in all_families()}
+    families = _best_fits([(family, sources[family.name].keys() - infos.keys()) for family in all_families()])
+    if not families:
+        return None
+    family = choose_family(families, lambda family: sources[family.name], where)
+    return family, sources[family.name]
+
+
+def choose_family(families: Sequence[Family], keys_of: Callable[[Family], Iterable[str]], where: str) -> Family:
+    """Return the one of ``families``, whose signatures are equally complete, that knows the most keys.
+
+    ``keys_of`` returns the checkpoint's keys in a family's spelling; it is called if there are several families.
+
+    Raises:
+        MappingError: several know equally many.
+    """
+    if len(families) > 1:
+        known = [_count_known(family.rules, keys_of(family)) for family in families]
+        families = [family for family, count in zip(families, known, strict=True) if count == max(known)]
+    if len(families) > 1:
+        names = " and ".join(sorted(family.name for family in families))
+        raise MappingError(f"{where} fits several families of models equally well: {names}.", ())
+    return families[0]
+
+
+def unknown_model(names: Collection[str], where: str) -> MappingError:
+    """Return the error for a checkpoint that fits no family; it lists what is missing for the nearest one."""
+    nearest = min(all_families(), key=lambda family: (-_completeness(family, names), family.name))
+    known = ", ".join(family.name for family in all_families())
+    held = ", ".join([*names][:3]) + ", …" * (len(names) > 3) or "no tensor"
+    return MappingError(
+        f"{where} is not a checkpoint of a model that streamconv knows ({known}). It holds {held}; "
+        f"for {nearest.name} it lacks:",
+        sorted(nearest.signature - {*names}),
+    )
+
+
+def _best_fits(found: Iterable[tuple[Family, Collection[str]]]) -> list[Family]:
+    """Return the families whose signatures are the most complete, if more than half of them is among the keys found."""
+    shares = [(family, _completeness(family, keys)) for family, keys in found]
+    most = max((share for _, share in shares), default=Fraction(0))
+    return [family for family, share in shares if share == most > Fraction(1, 2)]
+
+
+def _completeness(family: Family, keys: Iterable[str]) -> Fraction:
+    """Return the share of a family's signature that is among ``keys``; exact, so that equal shares compare equal."""
+    return Fraction(len(family.signature.intersection(keys)), len(family.signature))
+
+
+def _count_known(rules: Iterable[Rule], keys: Iterable[str]) -> int:
+    """Count the keys that match a rule as a whole."""
+    sources = {rule.source for rule in rules if rule.value is None}
+    return sum(key in sources or _NUMBER.sub("{i}", key, count=1) in sources for key in keys)
+
+
+def source_names_of(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
+    """Return the sources that ``targets`` were made from, each with the targets that make it up.
+
+    A target that fits no rule is its own source. The parts of one source have one dtype and shape.
     """
     makers = {target: rule for rule in rules for target in rule.targets if rule.value is None}
     sources: dict[str, tuple[str, ...]] = {}

@@ -3,8 +3,8 @@
 With registers (Darcet et al. 2024) it is Dinov2WithRegistersModel, whose own default is another patch size.
 Web-DINO (Fan et al. 2025, https://github.com/facebookresearch/webssl) is the same architecture, up to 7B.
 
-The names on the right are those of transformers' files, which 4.x and 5.x both write and read;
-5.x calls some of them otherwise in memory.
+The names on the right are those in transformers' files, which 4.x and 5.x both write and read;
+5.x has other names for some of them in memory.
 """
 
 import math
@@ -13,7 +13,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streamconv.families.base import HEAD_PREFIX, ConversionSpec, ExtraPrefix, Family, Model, RemoteFile
+from streamconv.families.base import (
+    AttentionHeads,
+    BlockChunks,
+    ClassifierHead,
+    ConversionSpec,
+    ExtraPrefix,
+    Family,
+    ImageProcessor,
+    Model,
+    PixelSteps,
+    RemoteFile,
+)
 from streamconv.families.rules import Rule, chunk, count_of, fill, rename
 from streamconv.tensors.info import TensorInfo
 
@@ -21,15 +32,16 @@ HEAD_SIZE, LARGE_HEAD_SIZE = 64, 128  # channels of an attention head, up to a h
 MAX_HIDDEN = 1536
 BLOCK = "blocks.{i}."
 LAYER = "encoder.layer.{i}."
+HEAD_PREFIX = "linear_head."  # of the head's keys; in its file they are "weight" and "bias"
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Sizes that a checkpoint's shapes give. ``ffn`` is the width inside the feed-forward layer.
+class Dimensions:
+    """Sizes that a checkpoint's shapes show. ``ffn`` is the width inside the feed-forward layer.
 
-    ``head_layers`` is how many layers' CLS tokens a linear head reads, beside the patches' mean.
+    ``head_layers`` is the number of layers whose CLS tokens a linear head reads, beside the mean of the patch tokens.
 
-    ``heads`` is None where no one said how many there are; `num_heads` is the family's number then.
+    ``heads`` is None unless someone gave the number; then `num_heads` is the family's own.
     """
 
     hidden: int
@@ -49,7 +61,7 @@ class Geometry:
 
     @property
     def num_heads(self) -> int:
-        """0 where no one said it, and the family's size of a head does not divide the hidden one."""
+        """0 if no one gave it and the family's size of a head does not divide the hidden size."""
         size = HEAD_SIZE if self.hidden <= MAX_HIDDEN else LARGE_HEAD_SIZE
         return self.heads or (self.hidden // size if self.hidden % size == 0 else 0)
 
@@ -59,8 +71,8 @@ def ffn_size(hidden: int, mlp_ratio: int, swiglu: bool) -> int:
     return (int(hidden * mlp_ratio * 2 / 3) + 7) // 8 * 8 if swiglu else hidden * mlp_ratio
 
 
-def geometry(infos: Mapping[str, TensorInfo]) -> Geometry:
-    """Sizes from shapes; a tensor that is missing or misshaped counts as what the others make likely."""
+def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
+    """Read sizes from shapes. For a missing or misshaped tensor, assume what the others make likely."""
 
     def size(key: str, axis: int, ndim: int, default: int) -> int:
         shape = infos[key].shape if key in infos else ()
@@ -73,7 +85,7 @@ def geometry(infos: Mapping[str, TensorInfo]) -> Geometry:
     head_width = size(HEAD_PREFIX + "weight", 1, 2, 2 * hidden)
     swiglu = "blocks.0.mlp.w12.weight" in infos
     ffn = size("blocks.0.mlp.w3.weight", 1, 2, 0) if swiglu else size("blocks.0.mlp.fc1.weight", 0, 2, 0)
-    return Geometry(
+    return Dimensions(
         hidden=hidden,
         layers=count_of(BLOCK + "norm1.weight", infos),
         ffn=ffn or ffn_size(hidden, 4, swiglu),
@@ -90,8 +102,8 @@ def geometry(infos: Mapping[str, TensorInfo]) -> Geometry:
     )
 
 
-def rules(sizes: Geometry, prefix: str) -> tuple[Rule, ...]:
-    """Every key of a checkpoint.
+def rules(sizes: Dimensions, prefix: str) -> tuple[Rule, ...]:
+    """Return the rules for every key of a backbone.
 
     Symbols: D hidden, F feed-forward width, N positions, R registers, C channels, P patch.
     """
@@ -152,33 +164,34 @@ HEAD_RULES = (
 )
 
 
-def layout(sizes: Geometry) -> ConversionSpec:
-    """Rules and configuration of these sizes."""
+def conversion_spec(sizes: Dimensions) -> ConversionSpec:
+    """Return the rules and the configuration for these sizes."""
     mlp_ratio = next((r for r in range(1, 17) if ffn_size(sizes.hidden, r, sizes.swiglu) == sizes.ffn), 0)
     grid = math.isqrt(max(0, sizes.positions - 1))
     heads = sizes.num_heads
     problems = [
         problem
         for problem, is_wrong in (
-            (f"hidden size {sizes.hidden} cannot be cut into {heads or 'heads as the published models have them'}: "
+            (f"hidden size {sizes.hidden} is not divisible by "
+             f"{f'{heads} attention heads' if heads else 'the size of an attention head in published models'}: "
              "give the number of heads by --num-heads", not heads or sizes.hidden % heads),
-            (f"feed-forward width {sizes.ffn} is no whole mlp_ratio of hidden size {sizes.hidden}", not mlp_ratio),
-            (f"pos_embed has {sizes.positions} positions, which are no square grid and a CLS token",
+            (f"no whole mlp_ratio gives feed-forward width {sizes.ffn} for hidden size {sizes.hidden}", not mlp_ratio),
+            (f"pos_embed has {sizes.positions} positions, which are not a square grid and a CLS token",
              not grid or grid * grid + 1 != sizes.positions),
             ("there are no blocks", not sizes.layers),
-            (f"the head is one over {sizes.head_layers} layers: transformers has classes for one over the last only",
+            (f"the head reads {sizes.head_layers} layers, but transformers' classes read the last one only",
              sizes.head_layers > 1),
-            (f"patch_embed takes {sizes.channels} channels, and the image processor gives 3", sizes.channels != 3),
+            (f"patch_embed takes {sizes.channels} channels, but the image processor makes 3", sizes.channels != 3),
         )
         if is_wrong
     ]  # fmt: skip
     notes = [
         note
         for note, is_so in (
-            (f"{heads} attention heads, of {sizes.hidden // max(1, heads)} channels as in the family's published "
-             "models: no tensor says how many there are (--num-heads)", sizes.heads is None),
-            (f"{heads} attention heads, as --num-heads or config.json says", sizes.heads is not None),
-            ("the source has no LayerScale: ones are written, which change nothing", not sizes.has_layer_scale),
+            (f"{heads} attention heads of {sizes.hidden // max(1, heads)} channels each, as in the family's published "
+             "models: tensors do not show the number (--num-heads)", sizes.heads is None),
+            (f"{heads} attention heads, as given by --num-heads or config.json", sizes.heads is not None),
+            ("the source has no LayerScale: ones are written, which have no effect", not sizes.has_layer_scale),
             ("the source has no mask token: zeros are written", sizes.registers and not sizes.has_mask_token),
         )
         if is_so
@@ -227,7 +240,7 @@ def layout(sizes: Geometry) -> ConversionSpec:
     )
 
 
-_IN_MEMORY = {
+_LOADED_NAMES = {
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",
     "attention.attention.value": "attention.v_proj",
@@ -237,24 +250,30 @@ _IN_MEMORY = {
 }
 
 
-def in_memory_name(target: str) -> str:
-    """What transformers 5 calls ``target`` once loaded; of the two halves of weights_in, the first."""
-    return re.sub("|".join(map(re.escape, _IN_MEMORY)), lambda match: _IN_MEMORY[match[0]], target)
+def loaded_key(target: str) -> str:
+    """Return the name that transformers 5 gives ``target`` once loaded; of the two halves of weights_in, the first."""
+    return re.sub("|".join(map(re.escape, _LOADED_NAMES)), lambda match: _LOADED_NAMES[match[0]], target)
 
 
-def flat_name(name: str) -> str:
-    """``blocks.{chunk}.{i}.…`` without the chunk, whose number says nothing: ``i`` counts through all of them."""
-    return re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", name)
+def unchunked_key(key: str) -> str:
+    """Return ``blocks.{chunk}.{i}.…`` without the chunk, which adds nothing: ``i`` counts through all chunks."""
+    return re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", key)
 
 
-def chunked_name(name: str, layers: int, chunks: int) -> str:
-    """As DinoVisionTransformer has it for ``block_chunks`` (Meta's vision_transformer.py)."""
-    block = re.match(r"blocks\.(\d+)\.", name)
-    return f"blocks.{int(block[1]) // max(1, layers // chunks)}.{name[7:]}" if block else name
+def chunked_key(key: str, layers: int, chunks: int) -> str:
+    """Return the key as DinoVisionTransformer has it for ``block_chunks`` (Meta's vision_transformer.py)."""
+    block = re.match(r"blocks\.(\d+)\.", key)
+    return f"blocks.{int(block[1]) // max(1, layers // chunks)}.{key[7:]}" if block else key
+
+
+def with_heads(sizes: Dimensions, heads: int) -> Dimensions:
+    """Return the sizes with a number of attention heads; unchanged if it is the family's own."""
+    changed = replace(sizes, heads=heads)
+    return sizes if changed.num_heads == sizes.num_heads else changed
 
 
 def image_processor(resized: int, size: int) -> dict[str, Any]:
-    """The shorter side is ``resized`` to pixels, of which ``size`` by ``size`` are cut out."""
+    """Resize the shorter side to ``resized`` pixels, and crop to ``size`` by ``size``."""
     return {
         "crop_size": {"height": size, "width": size},
         "do_center_crop": True,
@@ -269,6 +288,16 @@ def image_processor(resized: int, size: int) -> dict[str, Any]:
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": resized},
     }
+
+
+def pixel_steps(processor: Mapping[str, Any]) -> PixelSteps:
+    """Return the steps that an `image_processor` stands for."""
+    return PixelSteps(
+        resize=processor["size"]["shortest_edge"],
+        crop=(processor["crop_size"]["height"], processor["crop_size"]["width"]),
+        mean=tuple(processor["image_mean"]),
+        std=tuple(processor["image_std"]),
+    )
 
 
 IMAGE_PROCESSOR = image_processor(256, 224)  # as published, although the models' own image size is 518
@@ -288,17 +317,17 @@ def _dinov2() -> tuple[Model, ...]:
             (plain, plain, f"dinov2-{word}", 0),
             (f"{plain}_reg", f"{plain}_reg4", f"dinov2-with-registers-{word}", 4),
         ):
-            sizes = Geometry(hidden, layers, ffn_size(hidden, 4, swiglu), swiglu, registers=registers)
+            sizes = Dimensions(hidden, layers, ffn_size(hidden, 4, swiglu), swiglu, registers=registers)
             backbone, head = (
                 RemoteFile(each, address + each) for each in (f"{file}_pretrain.pth", f"{file}_linear_head.pth")
             )
             classifier = replace(sizes, classes=1000)
             classifier_name = f"{published}-imagenet1k-1-layer"
             models += [
-                Model(name, published, sizes, "apache-2.0", IMAGE_PROCESSOR, backbone),
-                Model(f"{name}_1layer", classifier_name, classifier, "apache-2.0", IMAGE_PROCESSOR, backbone, head),
+                Model(name, published, sizes, "apache-2.0", backbone, IMAGE_PROCESSOR),
+                Model(f"{name}_1layer", classifier_name, classifier, "apache-2.0", backbone, IMAGE_PROCESSOR, head),
             ]
-    return tuple(sorted(models, key=lambda model: (model.geometry.registers, model.head is not None)))
+    return tuple(sorted(models, key=lambda model: (model.dimensions.registers, model.head is not None)))
 
 
 def _web_dino() -> Iterator[Model]:
@@ -319,27 +348,30 @@ def _web_dino() -> Iterator[Model]:
             yield Model(
                 name,
                 name.replace("_", "-"),
-                Geometry(hidden, layers, ffn_size(hidden, 4, True), True, positions=(pixels // 14) ** 2 + 1),
+                Dimensions(hidden, layers, ffn_size(hidden, 4, True), True, positions=(pixels // 14) ** 2 + 1),
                 "cc-by-nc-4.0",
-                image_processor(pixels, pixels),
                 RemoteFile(f"{name}.pth", f"https://dl.fbaipublicfiles.com/webssl/{name}.pth"),
+                image_processor(pixels, pixels),
                 block_chunks=4,
             )
 
 
-# What DINO and iBOT train the backbone with: a projection behind it, in a student's or a teacher's checkpoint.
+# DINO and iBOT train the backbone with a projection after it, in a student's or a teacher's checkpoint.
 _TRAINING_HEAD = "a head of the training, which no class of transformers has"
 _OPTIMIZER = "an optimizer's state"
 _TASK_HEAD = "a head for depth or segmentation, which no class of transformers has"
+
+_FREE_CONFIG_KEYS = frozenset(
+    {"attention_probs_dropout_prob", "drop_path_rate", "hidden_dropout_prob", "initializer_range", "layerscale_value",
+     "apply_layernorm", "out_features", "out_indices", "reshape_hidden_states", "stage_names"}
+)  # fmt: skip
 
 FAMILY = Family(
     name="dinov2",
     signature=frozenset({"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight"}),
     models=(*_dinov2(), *_web_dino()),
-    geometry=geometry,
-    layout=layout,
-    image_processor=IMAGE_PROCESSOR,
-    in_memory_name=in_memory_name,
+    read_dimensions=read_dimensions,
+    conversion_spec=conversion_spec,
     organisation="facebook",
     pipeline_tags={
         "Dinov2Model": "image-feature-extraction",
@@ -347,15 +379,19 @@ FAMILY = Family(
         "Dinov2WithRegistersModel": "image-feature-extraction",
         "Dinov2WithRegistersForImageClassification": "image-classification",
     },
-    apart=(
+    free_config_keys=_FREE_CONFIG_KEYS,
+    loaded_key=loaded_key,
+    extra_prefixes=(
         ExtraPrefix("dino_head.", _TRAINING_HEAD),
         ExtraPrefix("ibot_head.", _TRAINING_HEAD),
         ExtraPrefix("optimizer.", _OPTIMIZER),
         ExtraPrefix("optimizer_state_dict.", _OPTIMIZER),
-        ExtraPrefix("head.mlp.", _TRAINING_HEAD),  # of the first DINO
+        ExtraPrefix("head.mlp.", _TRAINING_HEAD),  # in the first DINO
         ExtraPrefix("head.last_layer.", _TRAINING_HEAD),
-        ExtraPrefix("decode_head.", _TASK_HEAD, is_left_out=False),
+        ExtraPrefix("decode_head.", _TASK_HEAD, is_skipped=False),
     ),
-    flat_name=flat_name,
-    chunked_name=chunked_name,
+    classifier_head=ClassifierHead(HEAD_PREFIX, classes="K", imagenet_classes=1000),
+    image_processor=ImageProcessor(IMAGE_PROCESSOR, pixel_steps),
+    block_chunks=BlockChunks(unchunked_key, chunked_key),
+    attention_heads=AttentionHeads(lambda sizes: sizes.num_heads, with_heads),
 )

@@ -1,4 +1,4 @@
-"""The known families and their published models. A module of this package that has a ``FAMILY`` is a family."""
+"""The known families and their published models. Every module of this package with a ``FAMILY`` is one."""
 
 import difflib
 import importlib
@@ -19,7 +19,8 @@ def all_families() -> Sequence[Family]:
 
 
 def family_named(name: str) -> Family:
-    """
+    """Return the family of that name.
+
     Raises:
         KeyError: there is no such family.
     """
@@ -27,9 +28,10 @@ def family_named(name: str) -> Family:
 
 
 def find_model(name: str) -> tuple[Family, Model]:
-    """
+    """Return the published model of that name, and its family.
+
     Raises:
-        UsageError: there is no such model; offers the nearest names.
+        UsageError: there is no such model; suggests the nearest names.
     """
     models = {model.name: (family, model) for family in all_families() for model in family.models}
     if name in models:

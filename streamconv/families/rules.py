@@ -1,9 +1,8 @@
-"""Rules that turn source tensors into target tensors: data, matched on whole keys.
+"""Rules that turn source tensors into target tensors: data, matched against whole keys.
 
-A pattern's ``{i}`` stands for one dot-free part of a key. Every source key matches exactly one
-rule and every target is made exactly once; whatever breaks that is an error that lists it all.
-A rule also carries the source's shape in symbols, so that it says what a checkpoint must hold.
-Read from right to left, the same rules turn targets into sources.
+``{i}`` in a pattern is one dot-free part of a key. Every source key matches exactly one rule and every target is made
+exactly once; all violations are listed in one error. A rule also states its source's shape in symbols, so the rules
+describe a complete checkpoint. Read from right to left, they turn targets back into sources.
 """
 
 import re
@@ -17,51 +16,67 @@ from streamconv.tensors.expressions import AnyTensor, Joined, SourceTensor, join
 
 @dataclass(frozen=True)
 class Rule:
-    """One source key pattern, its shape in symbols, and the targets that it is cut into on dim 0.
+    """A pattern of source keys, their shape in symbols, and the targets that the tensor is cut into along dim 0.
 
-    Without a source the target is ``value`` throughout: what the target's class has, and the source's lacks.
+    ``shape`` is None if any shape will do. A rule with a ``value`` has no source: its target is filled with the value.
+    A rule with a ``drop_reason`` has no target.
     """
 
     source: str
-    shape: tuple[str, ...]
+    shape: tuple[str, ...] | None
     targets: tuple[str, ...]
     value: float | None = None
+    drop_reason: str = ""
 
 
 def rename(source: str, target: str, shape: str) -> Rule:
-    """The same tensor under another name. ``shape`` is symbols with blanks between: ``"1 N D"``."""
+    """Give a tensor another name. ``shape`` is symbols separated by spaces: ``"1 N D"``."""
     return Rule(source, tuple(shape.split()), (target,))
 
 
 def chunk(source: str, targets: tuple[str, ...], shape: str) -> Rule:
-    """Equal parts along dim 0, in the order of ``targets``, as torch.chunk cuts them."""
+    """Cut a tensor into equal parts along dim 0, in the order of ``targets``, as torch.chunk does."""
     return Rule(source, tuple(shape.split()), targets)
 
 
 def fill(target: str, value: float, shape: str) -> Rule:
-    """A tensor of ``value`` throughout, which no source has."""
+    """Make a tensor that no source has, filled with ``value``."""
     return Rule("", tuple(shape.split()), (target,), value)
 
 
-def expand(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[str, tuple[Rule, tuple[int, ...], str]]:
-    """Every source key that the rules ask for: its rule, its shape in numbers, and its ``{i}``. Fillings ask for none.
+def drop(source: str, reason: str, shape: str | None = None) -> Rule:
+    """Leave a tensor out, if it is there. ``shape`` is checked if it is given."""
+    return Rule(source, None if shape is None else tuple(shape.split()), (), drop_reason=reason)
 
-    ``dims`` gives the symbols their numbers (a number stands for itself); ``count`` is how many
-    values ``{i}`` takes, from 0. Rules with ``{i}`` that follow one another are a block: the keys of
-    block 0 come first, as in a model's own state dict.
+
+@dataclass(frozen=True, slots=True)
+class ExpectedTensor:
+    """A source tensor that a rule matches: its shape in numbers, None for any, and the names of its targets."""
+
+    rule: Rule
+    shape: tuple[int, ...] | None
+    targets: tuple[str, ...]
+
+
+def expand(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[str, ExpectedTensor]:
+    """Return every source key that the rules match; rules that fill have none.
+
+    ``dims`` gives the symbols' numbers (a number is itself); ``count`` is how many values ``{i}`` takes, from 0.
+    Consecutive rules with ``{i}`` form a block: all keys of block 0 come first, as in a model's own state dict.
     """
-    keys = {}
-    asked = (rule for rule in rules if rule.value is None)
-    for is_block, group in groupby(asked, key=lambda rule: "{i}" in rule.source):
+    expected = {}
+    with_source = (rule for rule in rules if rule.value is None)
+    for is_block, group in groupby(with_source, key=lambda rule: "{i}" in rule.source):
         block = [(rule, _numbers(rule, dims)) for rule in group]
         for i in range(count if is_block else 1):
             for rule, shape in block:
-                keys[rule.source.format(i=i)] = (rule, shape, str(i))
-    return keys
+                targets = tuple(target.format(i=i) for target in rule.targets)
+                expected[rule.source.format(i=i)] = ExpectedTensor(rule, shape, targets)
+    return expected
 
 
-def _numbers(rule: Rule, dims: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(int(s) if s.isdigit() else dims[s] for s in rule.shape)
+def _numbers(rule: Rule, dims: Mapping[str, int]) -> tuple[int, ...] | None:
+    return None if rule.shape is None else tuple(int(s) if s.isdigit() else dims[s] for s in rule.shape)
 
 
 def map_tensors(
@@ -71,30 +86,32 @@ def map_tensors(
     count: int,
     where: str,
     known_problems: Iterable[str] = (),
-    called: Mapping[str, str] | None = None,
+    display_names: Mapping[str, str] | None = None,
     is_cast: bool = False,
 ) -> dict[str, SourceTensor]:
-    """The targets by name, in the order of the rules. ``known_problems`` are listed with those found here.
+    """Return the targets by name, in the order of the rules.
 
-    ``called`` gives the names that ``tensors`` have in their file, for messages, where they are others. Tensors of
-    several dtypes are no problem where all will be cast to one.
+    ``known_problems`` are listed together with those found here, in which ``display_names`` replace the keys.
+    Mixed dtypes are accepted if all tensors will be cast to one.
 
     Raises:
-        MappingError: source keys that are missing, that no rule knows, or whose shape is another.
+        MappingError: source keys are missing, match no rule, or have another shape.
     """
     expected = expand(rules, dims, count)
-    shapes = {key: shape for key, (_, shape, _) in expected.items()}
+    kept = {key: each for key, each in expected.items() if not each.rule.drop_reason}
+    dropped = {key: each.shape for key, each in expected.items() if each.rule.drop_reason}
     one_dtype = None if is_cast else "a model has one (--dtype)"
-    _require_fit(tensors, shapes, where, known_problems, called or {}, one_dtype)
+    shapes = {key: each.shape for key, each in kept.items()}
+    _require_fit(tensors, shapes, where, known_problems, display_names or {}, one_dtype, optional=dropped)
     targets: dict[str, SourceTensor] = {}
-    for key, (rule, shape, i) in expected.items():
+    for key, each in kept.items():
         tensor = tensors[key]
-        rows = shape[0] // len(rule.targets) if shape else 0
-        for n, target in enumerate(rule.targets):
-            name = target.format(i=i)
+        shape = tensor.info.shape
+        rows = shape[0] // len(each.targets) if shape and each.targets else 0
+        for n, name in enumerate(each.targets):
             if name in targets:
                 raise ValueError(f"two rules make {name}")  # a mistake in a family, not in a checkpoint
-            if len(rule.targets) > 1 or isinstance(tensor, Joined):
+            if len(each.targets) > 1 or isinstance(tensor, Joined):
                 targets[name] = tensor.rows(n * rows, (n + 1) * rows)
             else:
                 targets[name] = tensor
@@ -109,41 +126,54 @@ def invert(
     where: str,
     known_problems: Iterable[str] = (),
 ) -> dict[str, AnyTensor]:
-    """`map_tensors`, backwards: of ``tensors``, the targets, the sources by key, in the order of `expand`.
+    """Run `map_tensors` backwards: return the sources of the targets ``tensors``, in the order of `expand`.
 
     Raises:
-        MappingError: targets that are missing, that no rule makes, or whose shape is another.
+        MappingError: targets are missing, are made by no rule, or have another shape; or a rule has no inverse.
     """
-    keys = expand(rules, dims, count)
-    parts = {key: [target.format(i=i) for target in rule.targets] for key, (rule, _, i) in keys.items()}
-    expected = {name: _part(shape, len(parts[key])) for key, (_, shape, _) in keys.items() for name in parts[key]}
-    _require_fit(tensors, expected, where, known_problems, {})
-    return {key: joined([tensors[name] for name in names]) for key, names in parts.items()}
+    expected = expand(rules, dims, count)
+    dropped = {each.rule.source: each.rule.drop_reason for each in expected.values() if each.rule.drop_reason}
+    if dropped:
+        lost = [f"{source}: {reason}" for source, reason in dropped.items()]
+        raise MappingError(f"{where} cannot be reverted: its conversion drops tensors, which cannot be restored:", lost)
+    shapes = {name: _part(each) for each in expected.values() for name in each.targets}
+    _require_fit(tensors, shapes, where, known_problems, {})
+    return {key: joined([tensors[name] for name in each.targets]) for key, each in expected.items()}
 
 
-def _part(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Of a tensor of ``shape`` that is cut into ``count`` equal parts."""
-    return (*(n // count for n in shape[:1]), *shape[1:])
+def _part(expected: ExpectedTensor) -> tuple[int, ...] | None:
+    """Return the shape of one of the equal parts that a tensor is cut into."""
+    shape = expected.shape
+    return shape and (shape[0] // len(expected.targets), *shape[1:])
 
 
 def _require_fit(
     tensors: Mapping[str, AnyTensor],
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...] | None],
     where: str,
     known_problems: Iterable[str],
-    called: Mapping[str, str],
+    display_names: Mapping[str, str],
     one_dtype: str | None = "a model has one",
+    optional: Mapping[str, tuple[int, ...] | None] | None = None,
 ) -> None:
+    """Compare names, shapes and dtypes. ``optional`` tensors may be missing, and their dtypes do not matter."""
     shapes = {name: tensor.info.shape for name, tensor in tensors.items()}
+    allowed = {**expected, **(optional or {})}
     problems = [*known_problems]
-    problems += [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in shapes]
     problems += [
-        f"unexpected: {called.get(name, name)} {list(shape)}" for name, shape in shapes.items() if name not in expected
+        f"missing: {name}{'' if shape is None else f' {list(shape)}'}"
+        for name, shape in expected.items()
+        if name not in shapes
     ]
     problems += [
-        f"misshaped: {called.get(name, name)} is {list(shapes[name])}, not {list(shape)}"
-        for name, shape in expected.items()
-        if shapes.get(name, shape) != shape
+        f"unexpected: {display_names.get(name, name)} {list(shape)}"
+        for name, shape in shapes.items()
+        if name not in allowed
+    ]
+    problems += [
+        f"misshaped: {display_names.get(name, name)} is {list(shapes[name])}, not {list(shape)}"
+        for name, shape in allowed.items()
+        if shape is not None and shapes.get(name, shape) != shape
     ]
     dtypes = {tensor.info.dtype for name, tensor in tensors.items() if name in expected}
     if len(dtypes) > 1 and one_dtype is not None:
@@ -153,9 +183,9 @@ def _require_fit(
 
 
 def constants(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[str, tuple[float, tuple[int, ...]]]:
-    """The targets that no source has, by name: their values and shapes."""
+    """Return the targets that no source has, by name: their values and shapes."""
     return {
-        target.format(i=i): (rule.value, _numbers(rule, dims))
+        target.format(i=i): (rule.value, _numbers(rule, dims) or ())
         for rule in rules
         if rule.value is not None
         for target in rule.targets
@@ -164,7 +194,7 @@ def constants(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dic
 
 
 def count_of(pattern: str, names: Iterable[str]) -> int:
-    """How many values from 0 on ``{i}`` of ``pattern`` takes among ``names``; gaps count."""
+    """Count the values from 0 on that ``{i}`` of ``pattern`` takes among ``names``; gaps are counted too."""
     regex = re.compile(re.escape(pattern).replace(r"\{i\}", "(0|[1-9][0-9]{0,5})"))
     found = [int(match[1]) for name in names if (match := regex.fullmatch(name))]
     # One stray huge number is an unexpected key, not the reason to miss thousands.

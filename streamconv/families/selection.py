@@ -1,28 +1,27 @@
 """Which of a checkpoint's tensors are the backbone: the whole file, or a part of a training checkpoint.
 
-A backbone stands under a prefix ("", "teacher.backbone.", "state_dict.module."), and a prefix is taken off
-whole keys that begin with it, never off their middle: `dino_head.norm.bias` is no backbone's `norm.bias`.
+The backbone's names start with a prefix ("", "teacher.backbone.", "state_dict.module."). The prefix is removed from the
+start of whole keys only, never from their middle: `head.norm.bias` is not a backbone's `norm.bias`.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from streamconv.errors import MappingError, UsageError
 from streamconv.families.base import ExtraPrefix, Family
-from streamconv.families.detection import find_converted, find_family
+from streamconv.families.detection import choose_family, find_converted, find_prefixes, unknown_model
 from streamconv.families.registry import all_families
 from streamconv.formats.checkpoint import Checkpoint
 from streamconv.tensors.expressions import SourceTensor
 
-FLAT_PARAMETER = "_flat_param"  # torch.distributed.fsdp's name of many tensors in one
+FLAT_PARAMETER = "_flat_param"  # torch.distributed.fsdp's name for many tensors in one
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Tensors beside the backbone: what their names begin with, how many, their bytes, and why they stay behind."""
+    """Tensors that are not converted: what their names start with, how many, their total size, and the reason."""
 
     start: str
     tensors: int
@@ -37,13 +36,14 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a file is converted.
+    """The part of a file that is converted, and the family that it belongs to.
 
-    ``names`` gives for each of a backbone's names, as its family's rules have them, the one in the file; of a model
-    that was converted before, the three of its queries, keys and values. ``unread`` is the class of each of its values
-    that is no tensor, by the rules' names. ``config`` is the config.json of a model that was converted before.
+    ``names`` maps each key of the backbone, as its family's rules spell it, to the file's name for it; in a model that
+    was converted before, to all names that make up the key's tensor. ``unread`` maps the keys of values that are not
+    tensors to their classes. ``config`` is the config.json of a model that was converted before.
     """
 
+    family: Family
     prefix: str
     names: Mapping[str, tuple[str, ...]]
     skipped: tuple[Skipped, ...] = ()
@@ -52,20 +52,20 @@ class Selection:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def called(self) -> dict[str, str]:
-        """``names``, for messages."""
+    def display_names(self) -> dict[str, str]:
+        """The file's names by key, for messages."""
         return {key: " + ".join(names) for key, names in self.names.items()}
 
 
 def find_backbone(checkpoint: Checkpoint, where: str, prefix: str | None = None) -> Selection:
-    """Find the backbone among a file's tensors, under ``prefix`` where there are several.
+    """Find the backbone among a file's tensors; ``prefix`` chooses one of several.
 
     Raises:
-        MappingError: there is none, there are several, what stands beside it is not known, or one of its names
-            stands there twice.
-        UsageError: there is none under ``prefix``.
+        MappingError: there is no backbone, there are several, tensors beside it are not known, it fits several families
+            equally well, or two names mean the same key.
+        UsageError: there is no backbone under ``prefix``.
     """
-    found = _candidates(checkpoint)
+    found = find_prefixes(checkpoint)
     if prefix is not None:
         prefix = _complete(prefix, found, where)
     elif len(found) > 1:
@@ -74,22 +74,33 @@ def find_backbone(checkpoint: Checkpoint, where: str, prefix: str | None = None)
             [f"{each or '(none)'} {sum(name.startswith(each) for name in checkpoint):,} tensors" for each in found],
         )
     if not found:
-        _refuse_flat_parameters((*checkpoint, *checkpoint.others), where)
-        _refuse_heads(checkpoint, where)
-        if not checkpoint and checkpoint.others:
-            held = [f"{name} is a {kind}" for name, kind in checkpoint.others.items()]
-            raise MappingError(f"{where} holds objects, which are not read, and no tensor in a plain dict:", held)
-        infos = {name: tensor.info for name, tensor in checkpoint.items()}
-        converted = find_converted(infos)
-        if converted is not None:
-            return Selection("", converted[1], is_converted=True)
-        find_family(infos, where)  # says what is missing
+        return _find_converted_backbone(checkpoint, where)
     chosen = next(iter(found)) if prefix is None else prefix
-    return _divide(checkpoint, where, chosen, found[chosen], is_chosen=prefix is not None)
+
+    def keys_of(family: Family) -> Iterable[str]:
+        names = (name.removeprefix(chosen) for name in checkpoint if name.startswith(chosen))
+        return map(family.unchunked_key, names)
+
+    family = choose_family(found[chosen], keys_of, where)
+    return _split_backbone(checkpoint, where, chosen, family, is_chosen=prefix is not None)
+
+
+def _find_converted_backbone(checkpoint: Checkpoint, where: str) -> Selection:
+    """Select a whole file of a model that was converted before; if it is not one, explain what it is."""
+    _refuse_flat_parameters((*checkpoint, *checkpoint.others), where)
+    _refuse_heads(checkpoint, where)
+    if not checkpoint and checkpoint.others:
+        held = [f"{name} is a {kind}" for name, kind in checkpoint.others.items()]
+        raise MappingError(f"{where} holds objects, which are not read, and no tensor in a plain dict:", held)
+    converted = find_converted({name: tensor.info for name, tensor in checkpoint.items()}, where)
+    if converted is None:
+        raise unknown_model(checkpoint.keys(), where)
+    family, names = converted
+    return Selection(family, "", names, is_converted=True)
 
 
 def _complete(prefix: str, found: Iterable[str], where: str) -> str:
-    """The one that was found and is ``prefix``, with or without its last dot; or that ends in it."""
+    """Return the prefix found that equals ``prefix``, with or without its last dot, or the only one that ends in it."""
     if f"{prefix.rstrip('.')}." in found or prefix in found:
         return prefix and f"{prefix.rstrip('.')}."
     ending = [each for each in found if prefix and each.endswith(f".{prefix.rstrip('.')}.")]
@@ -97,85 +108,75 @@ def _complete(prefix: str, found: Iterable[str], where: str) -> str:
         return ending[0]
     choices = " or ".join(f"--select {each.rstrip('.') or repr('')}" for each in ending or found)
     under = f"one backbone under {prefix}" if prefix else "a backbone without a prefix"
-    raise UsageError(f"{where} does not have {under}. Say {choices}." if choices else f"{where} holds no backbone.")
+    raise UsageError(f"{where} does not have {under}. Use {choices}." if choices else f"{where} holds no backbone.")
 
 
-def _candidates(tensors: Mapping[str, SourceTensor]) -> dict[str, Family]:
-    """The prefixes under which most of a family's signature stands, in the file's order."""
-    counts: Counter[tuple[str, str]] = Counter()
-    families = {family.name: family for family in all_families()}
-    ends = [(key, name) for name, family in families.items() for key in family.signature]
-    for name in tensors:
-        for key, family in ends:
-            if name.endswith(key) and (len(name) == len(key) or name[-len(key) - 1] == "."):
-                counts[name[: -len(key)], family] += 1
-    return {
-        prefix: families[family]
-        for (prefix, family), count in counts.items()
-        if 2 * count > len(families[family].signature)
-    }
+def _split_backbone(checkpoint: Checkpoint, where: str, prefix: str, family: Family, is_chosen: bool) -> Selection:
+    """Split the file's tensors into the backbone and what is skipped.
 
-
-def _divide(checkpoint: Checkpoint, where: str, prefix: str, family: Family, is_chosen: bool) -> Selection:
+    Raises:
+        MappingError: lists the tensors that are neither, and names that mean the same key.
+    """
     parents = ["", *(prefix[: i + 1] for i, letter in enumerate(prefix) if letter == ".")]
     names: dict[str, str] = {}
     skipped: dict[tuple[str, str], list[int]] = {}
-    problems: list[str] = []
+    unknown: list[str] = []
+    doubled: list[str] = []
     for name, tensor in checkpoint.items():
-        apart = _apart(name, parents, family) or _no_weight(name, tensor, prefix)
-        if apart is None and name.startswith(prefix):
-            flat = family.flat_name(name.removeprefix(prefix))
-            if flat in names:
-                problems.append(f"{names[flat]} and {name} are both {flat}")
-            names[flat] = name
+        extra = _find_extra(name, parents, family) or _training_state(name, tensor, prefix)
+        if extra is None and name.startswith(prefix):
+            key = family.unchunked_key(name.removeprefix(prefix))
+            if key in names:
+                doubled.append(f"{names[key]} and {name} are both {key}")
+            names[key] = name
             continue
-        start, known = apart or (_start(name, prefix), None)
-        if known is not None and known.is_left_out:
+        start, known = extra or (_start(name, prefix), None)
+        if known is not None and known.is_skipped:
             reason = known.reason
         elif is_chosen:
             reason = "not selected"
         else:
-            problems.append(f"{name} {list(tensor.info.shape)}{': ' + known.reason if known is not None else ''}")
+            unknown.append(f"{name} {list(tensor.info.shape)}{': ' + known.reason if known is not None else ''}")
             continue
         skipped.setdefault((start, reason), []).append(tensor.info.nbytes)
-    if problems:
-        is_beside = any(" are both " not in problem for problem in problems)
-        mend = f". To leave these out, say --select {prefix.rstrip('.') or repr('')}:" if is_beside else ":"
-        raise MappingError(f"{where} holds more than a backbone{mend}", problems)
+    if unknown or doubled:
+        fix = f". To skip other tensors, use --select {prefix.rstrip('.') or repr('')}:" if unknown else ":"
+        raise MappingError(f"{where} holds more than a backbone{fix}", unknown + doubled)
     return Selection(
+        family,
         prefix,
         {key: (name,) for key, name in names.items()},
         tuple(Skipped(start, len(sizes), sum(sizes), reason) for (start, reason), sizes in skipped.items()),
         {
-            family.flat_name(name.removeprefix(prefix)): kind
+            family.unchunked_key(name.removeprefix(prefix)): kind
             for name, kind in checkpoint.others.items()
             if name.startswith(prefix)
         },
     )
 
 
-def _apart(name: str, parents: Iterable[str], family: Family) -> tuple[str, ExtraPrefix] | None:
-    """Where ``name`` begins with what is known to stand apart: below the backbone's prefix, or beside a part of it."""
+def _find_extra(name: str, parents: Iterable[str], family: Family) -> tuple[str, ExtraPrefix] | None:
+    """Find the family's extra prefix that ``name`` starts with, inside the backbone's prefix or beside a part of it."""
     for parent in parents:
-        for apart in family.apart:
-            if name.startswith(parent + apart.start):
-                return parent + apart.start, apart
+        for extra in family.extra_prefixes:
+            if name.startswith(parent + extra.start):
+                return parent + extra.start, extra
     return None
 
 
-def _no_weight(name: str, tensor: SourceTensor, prefix: str) -> tuple[str, ExtraPrefix] | None:
-    """What training keeps beside a backbone: torch.optim's state by parameters' numbers, counters, random states."""
+def _training_state(name: str, tensor: SourceTensor, prefix: str) -> tuple[str, ExtraPrefix] | None:
+    """Recognise what training saves beside a backbone: torch.optim's state by number, counters, random states."""
     if name.startswith(prefix) and prefix:
         return None
     state = re.match(r"(?:.*?\.)??state\.(?=\d+\.)", name)
     if state is not None:
         return state[0], ExtraPrefix(state[0], "an optimizer's state")
     is_weight = tensor.info.shape and tensor.info.dtype in ("F64", "F32", "F16", "BF16")
-    return None if is_weight or name.startswith(prefix) else (name, ExtraPrefix(name, "a number of the training's"))
+    return None if is_weight or name.startswith(prefix) else (name, ExtraPrefix(name, "training state"))
 
 
 def _start(name: str, prefix: str) -> str:
-    """What ``name`` has in common with ``prefix``, and one part more."""
+    """Return the parts that ``name`` shares with ``prefix``, and one part more."""
     parts, own = name.split("."), prefix.split(".")
     shared = next((i for i, (a, b) in enumerate(zip(parts, own, strict=False)) if a != b), 0)
     return ".".join(parts[: shared + 1]) + ("." if len(parts) > shared + 1 else "")
@@ -185,16 +186,16 @@ def _refuse_flat_parameters(names: Iterable[str], where: str) -> None:
     flat = [name for name in names if FLAT_PARAMETER in name]
     if flat:
         raise MappingError(
-            f"{where} is one process's part of a model that FSDP cut up (LOCAL_STATE_DICT): its tensors lie in flat "
-            "ones, and nothing says where. Use the teacher_checkpoint.pth that training writes at each evaluation, or "
-            "save under FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT). It holds:",
+            f"{where} is one process's part of a model that FSDP sharded (LOCAL_STATE_DICT): its tensors are in flat "
+            "parameters, which do not show where each one is. Use the teacher_checkpoint.pth that training writes at "
+            "each evaluation, or save under FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT). It holds:",
             flat,
         )
 
 
 def _refuse_heads(names: Iterable[str], where: str) -> None:
     for family in all_families():
-        for apart in family.apart:
-            found = [name for name in names if f".{apart.start}" in f".{name}"]
-            if found and not apart.is_left_out:
-                raise MappingError(f"{where} is {apart.reason}. It holds:", found)
+        for extra in family.extra_prefixes:
+            found = [name for name in names if f".{extra.start}" in f".{name}"]
+            if found and not extra.is_skipped:
+                raise MappingError(f"{where} is {extra.reason}. It holds:", found)

@@ -95,10 +95,10 @@ def _moved_records(there: OpenSource, here: OpenSource) -> dict[Record, Record]:
 
 def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None, progress: Progress) -> PreparedSource:
     labels: Sequence[str] | None = None
-    labels_from = None
+    labels_from, head = None, source.selection.family.classifier_head
     if source.classes is None:
         if options.labels is not None:
-            raise UsageError("Labels are for a classifier. Name a _1layer model, or give its --head.")
+            raise UsageError("Labels are for a classifier. Name a model with a head, or give its --head.")
     elif labels_of is not None:
         kept = labels_in(read_config(labels_of))
         labels = kept if len(kept) == source.classes else None  # else verification reports what is wrong
@@ -106,7 +106,7 @@ def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None
         labels, labels_from = read_labels(Path(options.labels)), Path(options.labels).name
     elif own := labels_in(source.selection.config):
         labels, labels_from = own, "the source's config.json"
-    elif source.classes == 1000:
+    elif head is not None and source.classes == head.imagenet_classes:
         progress("asking the Hub for ImageNet's labels", 0, 1, "steps")
         labels, labels_from = imagenet_labels()
     plan = make_plan(
@@ -116,7 +116,7 @@ def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None
         options.max_shard_bytes,
         model=source.source.model,
         dtype=options.dtype,
-        num_heads=source.num_heads,
+        num_heads=source.source.num_heads,
         selection=source.selection,
         filename=source.source.backbone.name,
     )

@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from streamconv.errors import MappingError, OutputError, SourceMissingError, UsageError
-from streamconv.families.base import HEAD_PREFIX, Family, Model, config_problems
+from streamconv.families.base import Family, Model
 from streamconv.families.detection import find_converted
 from streamconv.families.registry import all_families
 from streamconv.families.rules import invert
@@ -74,8 +74,8 @@ def revert(
         folder: Holds safetensors files, one or several with their index, of transformers 4 or 5.
         output: The file to write: .pth, .pt and .bin as torch.save writes them, .safetensors as save_file.
         head: The file for a classifier's linear head, whose authors keep it apart from the backbone.
-        block_chunks: How many lists the blocks' names are in, 0 for one, as DinoVisionTransformer's argument of that
-            name; by default what the folder's manifest says of its source, or what the published model's file has.
+        block_chunks: The number of lists that the blocks are in, 0 for one plain list; by default that of the source
+            in the folder's manifest, or of the published model's file.
         progress: Told of the bytes written.
 
     Raises:
@@ -101,13 +101,15 @@ def revert(
         if not 0 <= chunks <= count:
             raise UsageError(f"{count} blocks cannot be in {chunks} chunks. Give --block-chunks from 0 to {count}.")
         if chunks:
-            tensors = {family.chunked_name(key, count, chunks): tensor for key, tensor in tensors.items()}
-        heads = {key.removeprefix(HEAD_PREFIX): t for key, t in tensors.items() if key.startswith(HEAD_PREFIX)}
+            if family.block_chunks is None:
+                raise UsageError(f"A {family.name} model has no block chunks. Omit --block-chunks.")
+            chunked_key = family.block_chunks.chunked_key
+            tensors = {chunked_key(key, count, chunks): tensor for key, tensor in tensors.items()}
+        backbone, heads = family.split_head(tensors)
         if heads and head is None:
             raise UsageError(f"{source} is a classifier, whose head has a file of its own. Name it: --head FILE.")
         if head is not None and not heads:
             raise UsageError(f"{source} is no classifier, and has no head. Leave --head out.")
-        backbone = {key: tensor for key, tensor in tensors.items() if not key.startswith(HEAD_PREFIX)}
         written = dict(zip(paths, (backbone, heads), strict=False))
         _write(written, checkpoint, progress)
     return Reverted(family, model, paths, _size(tensors))
@@ -141,28 +143,26 @@ def _without_fillings(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Ma
 def _originals(
     checkpoint: Mapping[str, SourceTensor], where: str, config: Mapping[str, Any]
 ) -> tuple[Family, Model | None, int, dict[str, AnyTensor]]:
-    """What the checkpoint was before, in the order of its authors' model, and how many blocks it has.
-
-    A head's tensors stand under `HEAD_PREFIX`.
-    """
+    """Return the family, the published model, the number of blocks, and the original's tensors in its own order."""
     infos = {name: tensor.info for name, tensor in checkpoint.items()}
-    found = find_converted(infos)
+    found = find_converted(infos, where)
     if found is None:
         known = ", ".join(each.name for each in all_families())
         held = [*list(infos)[:3], *["…"] * (len(infos) > 3)]
         raise MappingError(f"{where} holds no model that streamconv converts to ({known}), but:", held)
     family, sources = found
     originals = {key: joined([checkpoint[name] for name in names]) for key, names in sources.items()}
-    geometry = family.geometry({key: tensor.info for key, tensor in originals.items()})
-    heads = config.get("num_attention_heads")
-    layout = family.layout(replace(geometry, heads=heads if type(heads) is int and heads > 0 else 1))
-    problems = config_problems(layout, config)
-    tensors = invert(layout.rules, checkpoint, layout.dims, layout.count, where, problems)
+    dimensions = family.read_dimensions({key: tensor.info for key, tensor in originals.items()})
+    heads = family.attention_heads
+    # The number of heads is not in the files written: without a config.json, any number will do.
+    spec = family.conversion_spec(heads.with_number(dimensions, heads.number_in(config) or 1) if heads else dimensions)
+    problems = family.config_problems(spec, config)
+    tensors = invert(spec.rules, checkpoint, spec.dims, spec.count, where, problems)
     dtype = next(iter(tensors.values())).info.dtype  # of them all: `invert` refuses mixed ones
     if not DTYPES[dtype].is_weight:
         raise MappingError(f"{where} cannot be reverted:", [f"its tensors are {dtype}, which is no model's dtype"])
-    model = next((known for known in family.models if known.geometry == geometry), None)
-    return family, model, layout.count, tensors
+    model = next((known for known in family.models if known.dimensions == dimensions), None)
+    return family, model, spec.count, tensors
 
 
 def _size(tensors: Mapping[str, AnyTensor]) -> int:

@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 
 from streamconv.errors import OutputError, UsageError
-from streamconv.families.base import HEAD_PREFIX
+from streamconv.families.base import Model
 from streamconv.families.registry import find_model
 from streamconv.output.files import as_output_error, atomic_file, open_exclusive, require_space
 from streamconv.tensors.info import TensorInfo
@@ -38,16 +38,15 @@ def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> SyntheticF
     """
     family, found = find_model(model)
     backbone = Path(path)
-    head = head_path(backbone) if found.head else None
+    head = _head_path(backbone, found)
     for file in (backbone, head):
         if file is not None and os.path.exists(file):
             raise OutputError(f"{file} is there already. Choose another name, or delete it.")
         if file is not None and not os.path.isdir(file.parent):
             raise OutputError(f"{file.parent} is no folder. Make it first.")
-    infos = family.sources(found.geometry, found.block_chunks)
-    _write(backbone, {name: info for name, info in infos.items() if not name.startswith(HEAD_PREFIX)}, seed)
+    backbone_infos, head_infos = family.split_head(family.sources(found.dimensions, found.block_chunks))
+    _write(backbone, backbone_infos, seed)
     if head is not None:
-        head_infos = {n.removeprefix(HEAD_PREFIX): info for n, info in infos.items() if n.startswith(HEAD_PREFIX)}
         _write(head, head_infos, seed + 1)
     return SyntheticFiles(backbone, head)
 
@@ -77,7 +76,7 @@ def temporary_checkpoint(model: str, output: Path | None, *, seed: int = 0) -> I
     try:
         # The name stands in the manifest: no one shall take these weights for the published ones.
         backbone = temporary / f"{model}_synthetic_seed{seed}.pth"
-        head = head_path(backbone) if found.head else None
+        head = _head_path(backbone, found)
         made = SyntheticFiles(backbone, head)
         if not all(os.path.exists(file) for file in (backbone, head) if file is not None):
             backbone.unlink(missing_ok=True)
@@ -88,9 +87,17 @@ def temporary_checkpoint(model: str, output: Path | None, *, seed: int = 0) -> I
         os.close(lock)
 
 
-def head_path(backbone: Path) -> Path:
-    """Beside the backbone, named as Meta names them: x_pretrain.pth and x_linear_head.pth."""
-    return backbone.with_name(f"{backbone.stem.removesuffix('_pretrain')}_linear_head{backbone.suffix}")
+def _head_path(backbone: Path, model: Model) -> Path | None:
+    """Name the head's file after the backbone's in the authors' way: x_linear_head.pth beside x.pth or x_pretrain.pth.
+
+    None if the model has no head.
+    """
+    if model.head is None:
+        return None
+    published, head = (Path(file.filename).stem for file in (model.backbone, model.head))
+    shared = os.path.commonprefix([published, head]).rpartition("_")[0]  # noqa: RUF071 - of names, not of paths
+    stem = backbone.stem.removesuffix(published.removeprefix(shared))
+    return backbone.with_name(f"{stem}{head.removeprefix(shared)}{backbone.suffix}")
 
 
 def _write(path: Path, infos: dict[str, TensorInfo], seed: int) -> None:

@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import Any
 
 from streamconv.errors import ChangedError
-from streamconv.families.base import Family, Model
+from streamconv.families.base import Family, Model, PixelSteps
 from streamconv.families.registry import family_named
 from streamconv.families.selection import Skipped
 from streamconv.files.base import FileRef
@@ -37,10 +37,11 @@ class Plan:
     """What a conversion writes.
 
     ``model_name`` is None if no published model has these dimensions, or if several have. ``dimensions`` is the
-    family's own description of them. ``small_files`` are the bytes of config.json and the like by name; ``index``
-    those of the shards' index, None for a single file. ``notes`` are assumptions that no tensor confirms, and
-    ``skipped`` is the part of the source that is not converted. ``filled`` are the values of targets that the source
-    does not have, and ``block_chunks`` is the number of lists that the source's blocks are in, 0 for none.
+    family's own description of them. ``image_processor`` is None if the family has none. ``small_files`` are the bytes
+    of config.json and the like by name; ``index`` those of the shards' index, None for a single file. ``notes`` are
+    assumptions that no tensor confirms, and ``skipped`` is the part of the source that is not converted. ``filled`` are
+    the values of targets that the source does not have, and ``block_chunks`` is the number of lists that the source's
+    blocks are in, 0 for none.
     """
 
     family_name: str
@@ -50,7 +51,7 @@ class Plan:
     mapping: tuple[MappedTensor, ...]
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
-    image_processor: Mapping[str, Any]
+    image_processor: Mapping[str, Any] | None
     small_files: Mapping[str, bytes]
     index: bytes | None
     notes: tuple[str, ...] = ()
@@ -66,6 +67,13 @@ class Plan:
     def model(self) -> Model | None:
         """The published model."""
         return next((model for model in self.family.models if model.name == self.model_name), None)
+
+    @property
+    def pixel_steps(self) -> PixelSteps | None:
+        """How the original turns an image into pixels; None without an image processor."""
+        if self.family.image_processor is None or self.image_processor is None:
+            return None
+        return self.family.image_processor.pixel_steps(self.image_processor)
 
     @property
     def filenames(self) -> list[str]:

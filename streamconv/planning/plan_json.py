@@ -87,7 +87,7 @@ def _plan(value: dict[str, Any]) -> Plan:
     config = value["config"]
     if "id2label" in config:
         config |= label_config(list(config["id2label"].values()))
-    dimensions = type(family_named(value["family"]).models[0].geometry)
+    dimensions = type(family_named(value["family"]).models[0].dimensions)
     return Plan(
         family_name=value["family"],
         model_name=value["model"],

@@ -22,7 +22,7 @@ from streamconv.errors import (
     TruncatedError,
     UsageError,
 )
-from streamconv.families.base import HEAD_PREFIX
+from streamconv.families.base import Family
 from streamconv.families.selection import Selection, find_backbone
 from streamconv.files.address import Address
 from streamconv.files.local import read_small
@@ -39,7 +39,7 @@ def _has_checksums(tensors: Mapping[str, AnyTensor]) -> bool:
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source's tensors, a head's under `HEAD_PREFIX`, and the checkpoints they come from by role.
+    """A source's tensors, a head's among them (`Family.join_head`), and the checkpoints they come from by role.
 
     ``tensors`` are the selected ones, by their names in the family's rules; ``selection`` knows what files call them.
     """
@@ -58,16 +58,10 @@ class OpenSource:
         return any(checkpoint.is_remote for checkpoint in self.checkpoints.values())
 
     @property
-    def num_heads(self) -> int | None:
-        """The number of attention heads, if the user or the config.json of a converted model gives it."""
-        given = (self.source.num_heads, self.selection.config.get("num_attention_heads"))
-        return next((number for number in given if type(number) is int), None)
-
-    @property
     def classes(self) -> int | None:
         """The number of a classifier's classes; None for a backbone alone."""
-        bias = self.tensors.get(HEAD_PREFIX + "bias")
-        return bias.info.shape[0] if bias is not None and bias.info.shape else None
+        head = self.selection.family.split_head(self.tensors)[1]
+        return next((tensor.info.shape[0] for tensor in head.values() if tensor.info.shape), None)
 
     @cached_property
     def reader(self) -> Reader:
@@ -124,25 +118,39 @@ def open_source(
                 path = torch_hub_cache() / place.name
                 raise NetworkError(f"{error}\nIf you have {place.name}, put it at\n  {path}") from error
         backbone = checkpoints["backbone"]
-        heads = [f"unexpected: {key}" for key in backbone if key.startswith(HEAD_PREFIX)]
-        if heads:
-            raise MappingError(f"{source.backbone} is no backbone alone. Save the head's weight and bias apart:", heads)
         selection = find_backbone(backbone, str(source.backbone), source.select)
         if selection.is_converted and isinstance(source.backbone, Path):
             path = source.backbone
             selection = replace(selection, config=read_config(path if os.path.isdir(path) else path.parent))
         tensors = {key: joined([backbone[name] for name in names]) for key, names in selection.names.items()}
-        if selection.is_converted and source.head is not None and HEAD_PREFIX + "weight" in tensors:
-            raise UsageError(f"{source.backbone} is a classifier, and has its head. Leave --head out.")
+        _refuse_head_inside(backbone, source, selection.family)
         if source.head is not None:
-            head = checkpoints["head"]
-            if head.keys() != {"weight", "bias"}:
-                raise MappingError(
-                    f"{source.head} is no linear head, which holds weight and bias. It holds:",
-                    [f"{key} {list(tensor.info.shape)}" for key, tensor in head.items()],
-                )
-            tensors |= {HEAD_PREFIX + key: tensor for key, tensor in head.items()}
+            tensors = _with_head(tensors, checkpoints["head"], source, selection.family)
         yield OpenSource(source, tensors, checkpoints, selection)
+
+
+def _refuse_head_inside(backbone: Checkpoint, source: Source, family: Family) -> None:
+    head = family.classifier_head
+    inside = [f"unexpected: {key}" for key in backbone if head is not None and key.startswith(head.prefix)]
+    if inside:
+        raise MappingError(f"{source.backbone} has a head inside. Save the head in a file of its own:", inside)
+
+
+def _with_head(
+    tensors: Mapping[str, AnyTensor], checkpoint: Checkpoint, source: Source, family: Family
+) -> dict[str, AnyTensor]:
+    """Add the tensors of a head's file."""
+    head = family.classifier_head
+    if head is None:
+        raise UsageError(f"{source.backbone} is a {family.name} model, which takes no head. Omit --head.")
+    if any(key.startswith(head.prefix) for key in tensors):
+        raise UsageError(f"{source.backbone} is a classifier and already has its head. Omit --head.")
+    if checkpoint.keys() != head.keys:
+        raise MappingError(
+            f"{source.head} is not a classifier's head, which holds {' and '.join(sorted(head.keys))}. It holds:",
+            [f"{key} {list(tensor.info.shape)}" for key, tensor in checkpoint.items()],
+        )
+    return family.join_head(tensors, checkpoint)
 
 
 @contextmanager

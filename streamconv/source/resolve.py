@@ -65,7 +65,7 @@ def resolve_source(
     given_head = None if head is None else parse_location(head)
     _require_exists(given_head)
     try:
-        _, model = find_model(name)
+        family, model = find_model(name)
     except UsageError:
         location = parse_location(source)
         is_word = (
@@ -76,7 +76,8 @@ def resolve_source(
         _require_exists(location)
         return Source(location, given_head, select=select, num_heads=num_heads)
     if given_head is not None and model.head is None:
-        raise UsageError(f"{name} has no head. The model with a linear head is {name}_1layer.")
+        others = [each.name for each in family.models if each.head is not None and each.backbone == model.backbone]
+        raise UsageError(f"{name} has no head.{f' The model with one is {others[0]}.' if others else ''}")
     if model.head is not None and given_head is None:
         given_head = _cached_or_remote(model.head)
     return Source(_cached_or_remote(model.backbone), given_head, model, select=select, num_heads=num_heads)

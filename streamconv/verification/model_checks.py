@@ -43,7 +43,7 @@ class ModelVerifier:
     def __init__(self, plan: Plan, device: str, image: str | PathLike[str] | None, reference: str | PathLike[str]):
         self.plan = plan
         self.device, self.image = choose_device(device), open_image(image)
-        self.original, self.states = build_original(plan, reference)
+        self.original, self.architecture = build_original(plan, reference)
         self.reference = reference if reference in (BUILTIN, HUB) else f"folder {Path(reference).resolve().name}"
         self.versions = versions()
 
@@ -80,7 +80,7 @@ class ModelVerifier:
         targets = source_tensors_of(converted, self.plan, folder) if is_sparse else {}
         if not with_parity or targets is None:
             why = "this system does not report where weights are loaded from" if with_parity else "--no-parity"
-            pixels = check_pixels(folder, self.plan, self.image).since(start)
+            pixels = self._check_preprocessing(folder, None).since(start)
             return ModelResults((loaded, Check("parity", None, why), pixels))
         try:
             weights, why = load_weights(self.original, source, self.device, self.plan.cast_to)
@@ -97,26 +97,34 @@ class ModelVerifier:
         model = OffloadedModel(
             converted, self.device, StreamedWeights(targets, source.reader, self.device) if targets else None
         )
-        pair = Pair(original, self.states, model, self.device, progress)
+        pair = Pair(original, model, self.architecture, self.plan.dimensions, self.device, progress)
         parity, comparison = check_parity(pair, self.plan, self.image)
         if is_sparse:
             proves = f"{parity.proves}; transformers with the source's weights, located by the uploaded files' headers"
             parity = replace(parity, proves=proves)
-        if self.plan.model is None:
-            heads = self.plan.config["num_attention_heads"]
-            assumed = f"assuming {heads} attention heads in both, which tensors do not show"
+        heads = self.plan.family.attention_heads
+        if self.plan.model is None and heads is not None:
+            number = heads.number(self.plan.dimensions)
+            assumed = f"assuming {number} attention heads in both, which tensors do not show"
             parity = replace(parity, proves=f"{parity.proves}, {assumed}")
         if why:
             parity = replace(parity, not_checked="; ".join(filter(None, [parity.not_checked, why])))
         parity, start_next = parity.since(start), time.monotonic()
-        if source.is_remote or is_sparse:
-            preprocessing = check_pixels(folder, self.plan, self.image).since(start_next)
-        else:
-            preprocessing = check_preprocessing(pair, folder, self.plan, self.image).since(start_next)
+        is_read_again = not source.is_remote and not is_sparse
+        preprocessing = self._check_preprocessing(folder, pair if is_read_again else None).since(start_next)
         kept = comparison.kept if comparison is not None else {}
         predictions = top_predictions(kept["logits"][1], pair.config.id2label) if "logits" in kept else ()
         pictures = draw_pictures(self.image, *kept["patches"]) if "patches" in kept else {}
         return ModelResults((loaded, parity, preprocessing), {}, predictions, pictures)
+
+    def _check_preprocessing(self, folder: Path, pair: Pair | None) -> Check:
+        """Check the pixels, and what both models compute from them if there is a pair."""
+        pixel_steps = self.plan.pixel_steps
+        if pixel_steps is None:
+            return Check("preprocessing", None, f"{self.plan.family_name} models have no image processor")
+        if pair is None:
+            return check_pixels(folder, pixel_steps, self.image)
+        return check_preprocessing(pair, folder, pixel_steps, self.image)
 
 
 def top_predictions(logits: Tensor, labels: Mapping[int, str]) -> tuple[tuple[str, float], ...]:

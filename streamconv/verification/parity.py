@@ -22,6 +22,7 @@ from streamconv.errors import UsageError
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
 from streamconv.verification.offload import OffloadedModel, fast_linear_layers
+from streamconv.verification.originals import OriginalArchitecture
 from streamconv.verification.result import Check
 
 PROVES = "the original model and transformers compute the same from the same image, in every layer"
@@ -29,18 +30,21 @@ GPU_TOLERANCE = 1e-3  # as in the original conversion script
 # Relative to a layer output's largest value. Rounding causes 1e-15; the last bit of one float32 weight, 1e-12.
 FLOAT64_TOLERANCE = 1e-13
 
-States = Iterator[tuple[str, Tensor]]
-
 
 @dataclass(frozen=True)
 class Pair:
-    """The two models to compare, and the ``states`` function of the original's module in `originals`."""
+    """The two models to compare; ``architecture`` is the original's, and ``dimensions`` are both models'."""
 
     original: OffloadedModel
-    states: Callable[..., States]
     converted: OffloadedModel
+    architecture: OriginalArchitecture
+    dimensions: Any
     device: torch.device
     progress: Progress
+
+    @property
+    def prefix_tokens(self) -> Mapping[str, int]:
+        return self.architecture.prefix_tokens(self.dimensions)
 
     @property
     def config(self) -> Any:
@@ -54,7 +58,7 @@ class Comparison:
     ``magnitudes`` the original's largest finite value. ``kept`` has both models' "patches" and "logits".
     """
 
-    def __init__(self, original: States):
+    def __init__(self, original: Iterator[tuple[str, Tensor]]):
         self._original = original
         self._next: tuple[str, Tensor] | None = next(original, None)
         self.differences: dict[str, float] = {}
@@ -135,11 +139,11 @@ def out_of_memory(device: torch.device, error: BaseException) -> UsageError:
 
 def native_pixels(image: Image.Image, plan: Plan) -> Tensor:
     """Preprocess to (1, 3, S, S), with the model's native size S, at which positions need no interpolation."""
-    size, processor = plan.config["image_size"], plan.image_processor
+    size, pixel_steps = plan.config["image_size"], plan.pixel_steps
     steps = [
         transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.ToTensor(),
-        transforms.Normalize(processor["image_mean"], processor["image_std"]),
+        *([transforms.Normalize(pixel_steps.mean, pixel_steps.std)] if pixel_steps else []),
     ]
     return transforms.Compose(steps)(image).unsqueeze(0)  # type: ignore[no-any-return]
 
@@ -150,9 +154,8 @@ def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Ve
     If the pixels do not have the native size, the original interpolates positions as transformers does. If
     its own way is different, it also runs that way; the result is reported, but does not decide.
     """
-    registers = getattr(pair.config, "num_register_tokens", 0)  # with registers, both interpolate the same way
-    is_same_way = is_native or registers > 0
-    kinds = [True] if is_same_way else [True, False]
+    is_different = not is_native and pair.architecture.interpolates_differently(pair.dimensions)
+    kinds = [True, False] if is_different else [True]
     found, *published = _run(pair, pixels, torch.float32, kinds, what)
     tolerance = GPU_TOLERANCE if pair.device.type == "cuda" else 0.0
     judged, note = found, ""
@@ -184,8 +187,8 @@ def _run(pair: Pair, pixels: Tensor, dtype: torch.dtype, as_transformers: list[b
     pair.original.compute_in(dtype)
     pair.converted.compute_in(dtype)
     pixels = pixels.to(pair.device, dtype)
-    comparisons = [Comparison(pair.states(pair.original.model, pixels, kind)) for kind in as_transformers]
-    total = pair.config.num_hidden_layers + 3  # embeddings, class token, patches
+    comparisons = [Comparison(pair.architecture.states(pair.original.model, pixels, kind)) for kind in as_transformers]
+    total = pair.config.num_hidden_layers + len(pair.prefix_tokens) + 2  # embeddings, patches
     steps = 0
 
     def compare_state(name: str, state: Tensor) -> None:
@@ -195,7 +198,7 @@ def _run(pair: Pair, pixels: Tensor, dtype: torch.dtype, as_transformers: list[b
         steps += 1
         pair.progress(what, min(steps, total), total, "steps")
 
-    with fast_linear_layers(), _state_hooks(pair.converted.model, compare_state):
+    with fast_linear_layers(), _state_hooks(pair.converted.model, pair.prefix_tokens, compare_state):
         outputs = pair.converted.model(pixels)
         if "logits" in outputs:
             compare_state("logits", outputs.logits)
@@ -205,7 +208,9 @@ def _run(pair: Pair, pixels: Tensor, dtype: torch.dtype, as_transformers: list[b
 
 
 @contextmanager
-def _state_hooks(model: Any, receive: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _state_hooks(
+    model: Any, prefix_tokens: Mapping[str, int], receive: Callable[[str, Tensor], None]
+) -> Iterator[None]:
     """Call ``receive`` with every state of a transformers model's forward pass, named as in `originals`."""
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
 
@@ -216,11 +221,11 @@ def _state_hooks(model: Any, receive: Callable[[str, Tensor], None]) -> Iterator
         return lambda module, args, output: receive(f"layer {i}", output[0] if isinstance(output, tuple) else output)
 
     def last(module: nn.Module, args: Any, output: Any) -> None:
-        registers = getattr(model.config, "num_register_tokens", 0)
-        receive("cls", output.last_hidden_state[:, 0])
-        if registers:
-            receive("registers", output.last_hidden_state[:, 1 : 1 + registers])
-        receive("patches", output.last_hidden_state[:, 1 + registers :])
+        tokens = output.last_hidden_state
+        for name, count in prefix_tokens.items():
+            receive(name, tokens[:, :count])
+            tokens = tokens[:, count:]
+        receive("patches", tokens)
 
     with ExitStack() as stack:
         stack.callback(layers[0].register_forward_pre_hook(first, with_kwargs=True).remove)

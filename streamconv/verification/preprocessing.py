@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import transforms
 from transformers import AutoImageProcessor
 
-from streamconv.planning.plan import Plan
+from streamconv.families.base import PixelSteps
 from streamconv.verification.load import quiet_transformers
 from streamconv.verification.parity import Pair, compare, out_of_memory
 from streamconv.verification.result import Check
@@ -23,11 +23,11 @@ PROVES_PIXELS = "the saved image processor makes the original's pixels"
 PROVES = f"{PROVES_PIXELS}, and both models compute the same from them"
 
 
-def check_preprocessing(pair: Pair, folder: Path, plan: Plan, image: Image.Image) -> Check:
+def check_preprocessing(pair: Pair, folder: Path, pixel_steps: PixelSteps, image: Image.Image) -> Check:
     """Compare the pixels of ``folder``'s processor with torchvision's, then both models on these pixels."""
     try:
-        wanted = original_pixels(image, plan)
-        numbers, problems = _compare_pixels(folder, plan, image, wanted)
+        wanted = original_pixels(image, pixel_steps)
+        numbers, problems = _compare_pixels(folder, pixel_steps, image, wanted)
         verdict = compare(pair, wanted, "comparing at the image processor's size", is_native=False)
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise out_of_memory(pair.device, error) from error
@@ -46,30 +46,31 @@ def check_preprocessing(pair: Pair, folder: Path, plan: Plan, image: Image.Image
     )
 
 
-def check_pixels(folder: Path, plan: Plan, image: Image.Image) -> Check:
+def check_pixels(folder: Path, pixel_steps: PixelSteps, image: Image.Image) -> Check:
     """Compare only the pixels; no model runs."""
     try:
-        wanted = original_pixels(image, plan)
-        numbers, problems = _compare_pixels(folder, plan, image, wanted)
+        wanted = original_pixels(image, pixel_steps)
+        numbers, problems = _compare_pixels(folder, pixel_steps, image, wanted)
     except Exception as error:  # transformers or torch rejects the output
         return Check("preprocessing", False, PROVES_PIXELS, (f"{type(error).__name__}: {error}",))
     not_checked = f"no model ran at {wanted.shape[-1]}x{wanted.shape[-1]}"
     return Check("preprocessing", not problems, PROVES_PIXELS, tuple(problems), numbers, not_checked)
 
 
-def original_pixels(image: Image.Image, plan: Plan) -> Tensor:
-    """Preprocess to (1, 3, C, C) with the transforms of the original conversion script."""
-    processor = plan.image_processor
+def original_pixels(image: Image.Image, pixel_steps: PixelSteps) -> Tensor:
+    """Preprocess to (1, 3, H, W) with torchvision, as the original conversion script does."""
     steps = [
-        transforms.Resize(processor["size"]["shortest_edge"], interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(processor["crop_size"]["height"]),
+        transforms.Resize(pixel_steps.resize, interpolation=transforms.InterpolationMode.BICUBIC),
+        *([transforms.CenterCrop(pixel_steps.crop)] if pixel_steps.crop else []),
         transforms.ToTensor(),
-        transforms.Normalize(processor["image_mean"], processor["image_std"]),
+        transforms.Normalize(pixel_steps.mean, pixel_steps.std),
     ]
     return transforms.Compose(steps)(image).unsqueeze(0)  # type: ignore[no-any-return]
 
 
-def _compare_pixels(folder: Path, plan: Plan, image: Image.Image, wanted: Tensor) -> tuple[dict[str, Any], list[str]]:
+def _compare_pixels(
+    folder: Path, pixel_steps: PixelSteps, image: Image.Image, wanted: Tensor
+) -> tuple[dict[str, Any], list[str]]:
     """Compare the saved processor's pixels with ``wanted``; returns the numbers and the problems.
 
     With Pillow they must be equal. transformers' default may resize tensors instead, and is only reported.
@@ -77,7 +78,7 @@ def _compare_pixels(folder: Path, plan: Plan, image: Image.Image, wanted: Tensor
     load: Any = AutoImageProcessor.from_pretrained
     with quiet_transformers():
         exact, default = (load(folder, local_files_only=True, **backend) for backend in ({"backend": "pil"}, {}))
-    grey_level = 1 / 255 / min(plan.image_processor["image_std"])
+    grey_level = 1 / 255 / min(pixel_steps.std)
     differences: list[float | None] = []
     problems = []
     for processor in (exact, default):

@@ -5,10 +5,9 @@ writer shows. torch cannot map a remote file. For such a file the conversion's r
 bytes are checked against CRC-32s.
 """
 
-import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from os import PathLike, fspath
@@ -20,15 +19,14 @@ from zipfile import is_zipfile
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
-from torch import nn
 
 from streamconv.errors import UsageError
-from streamconv.families.base import HEAD_PREFIX
 from streamconv.formats import torch_legacy
 from streamconv.planning.plan import Plan
 from streamconv.source.open import OpenSource
 from streamconv.tensors.expressions import AnyTensor, joined, parts_of
 from streamconv.verification.offload import StreamedWeights
+from streamconv.verification.originals import OriginalArchitecture, original_of
 
 BUILTIN, HUB = "builtin", "hub"
 
@@ -43,8 +41,8 @@ def check_reference(reference: str | PathLike[str]) -> None:
         raise UsageError(f"The reference {reference} is not builtin, hub or a folder with a hubconf.py.")
 
 
-def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Callable[..., Any]]:
-    """Build the original model on the meta device; returns it and the ``states`` function of its `originals` module.
+def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, OriginalArchitecture]:
+    """Build the original model on the meta device; returns it and its architecture in `originals`.
 
     ``reference`` is "builtin" for the code in `originals`; "hub" for the authors' own code, which
     torch.hub downloads and runs; or a folder with that code.
@@ -52,21 +50,18 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Cal
     Raises:
         UsageError: the authors' code cannot be loaded, or does not have this model.
     """
-    module = importlib.import_module(f"streamconv.verification.originals.{plan.family.name}")
+    architecture = original_of(plan.family_name)
     if reference == BUILTIN:
         with init_empty_weights():
-            return module.build(plan.dimensions), module.states
+            return architecture.build(plan.dimensions), architecture
     check_reference(reference)
     if plan.model is None:
         raise UsageError("torch.hub has published models only, and this is not one of them. Use --reference builtin.")
-    location = (module.REPOSITORY, "github") if reference == HUB else (fspath(reference), "local")
+    location = (architecture.repository, "github") if reference == HUB else (fspath(reference), "local")
     before = set(sys.modules)
     try:
         with init_empty_weights():
-            original = module.load(*location, plan.model)
-        if not isinstance(original, nn.Module) or not hasattr(original, "prepare_tokens_with_masks"):
-            raise TypeError(f"it returns a {type(original).__name__}, which is not the authors' model")
-        return original, module.states
+            return architecture.load(*location, plan.model), architecture
     except (Exception, SystemExit) as error:  # the code is not ours and may raise anything
         message = f"{plan.model.name} could not be loaded from {location[0]}: {type(error).__name__}: {error}"
         raise UsageError(f"{message}. Use --reference builtin, or a folder with the authors' code.") from error
@@ -108,7 +103,7 @@ def load_weights(
     for key, names in source.selection.names.items():
         parts = [files["backbone"][name] for name in names]
         state[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    state |= {HEAD_PREFIX + name: value for name, value in files.get("head", {}).items()}
+    state = source.selection.family.join_head(state, files.get("head", {}))
     original.load_state_dict(state, strict=True, assign=True)
     return None, ""
 

@@ -67,14 +67,13 @@ def test_model_name_downloads_from_the_authors_address_into_the_cache(
 ) -> None:
     """As the original script's torch.hub does. A small model stands in for the published one."""
     model = next(model for model in dinov2.FAMILY.models if model.name == "dinov2_vits14_1layer")
-    geometry = dataclasses.replace(tiny(), classes=10)
+    dimensions = dataclasses.replace(tiny(), classes=10)
     files = [RemoteFile(file.filename, f"{server.url}/deep/{file.filename}") for file in (model.backbone, model.head)]
-    small = dataclasses.replace(model, geometry=geometry, backbone=files[0], head=files[1])
+    small = dataclasses.replace(model, dimensions=dimensions, backbone=files[0], head=files[1])
     monkeypatch.setattr("streamconv.source.resolve.find_model", lambda name: (dinov2.FAMILY, small))
-    monkeypatch.setattr(
-        "streamconv.planning.make.find_family", lambda *_: dataclasses.replace(dinov2.FAMILY, models=(small,))
-    )
-    for file, state in zip(files, make_states(geometry), strict=True):
+    family = dataclasses.replace(dinov2.FAMILY, models=(small,))
+    monkeypatch.setattr("streamconv.families.detection.all_families", lambda: (family,))
+    for file, state in zip(files, make_states(dimensions), strict=True):
         torch.save(state, server.folder / file.filename)
     streamed = api.convert(small.name, tmp_path / "streamed", stream=True)
     assert not cache.exists()

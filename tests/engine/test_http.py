@@ -78,7 +78,7 @@ def test_planning_a_remote_vit_g_reads_less_than_two_megabytes(server: FileServe
             yield zeros[: min(left, len(zeros))]
             left -= min(left, len(zeros))
 
-    infos = family.sources(model.geometry)
+    infos = family.sources(model.dimensions)
     with SparseFile(io.FileIO(server.folder / "g.pth", "w+")) as file:
         write_pth(file, "g", infos, data)  # type: ignore[arg-type]
     assert (server.folder / "g.pth").stat().st_size > 4_500_000_000

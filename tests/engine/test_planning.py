@@ -203,8 +203,8 @@ def test_one_label_per_class_is_required(tmp_path: Path, save: Callable[..., tup
 def test_rules_use_the_names_of_the_original_script() -> None:
     for geometry in (tiny(), tiny(swiglu=True)):
         backbone, _ = make_states(geometry)
-        layout = FAMILY.layout(geometry)
-        targets = {t.format(i=i) for rule in layout.rules for t in rule.targets for i in range(layout.count)}
+        spec = FAMILY.conversion_spec(geometry)
+        targets = {t.format(i=i) for rule in spec.rules for t in rule.targets for i in range(spec.count)}
         assert targets == set(original_mapping(backbone))
 
 

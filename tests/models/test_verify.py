@@ -17,7 +17,7 @@ from PIL import Image
 
 import streamconv
 from streamconv import OutputError, UsageError, Verification
-from streamconv.families.dinov2 import Geometry
+from streamconv.families.dinov2 import Dimensions
 from streamconv.verification.devices import choose_device
 from streamconv.verification.image import make_image, open_image
 from streamconv.verification.originals import dinov2
@@ -47,8 +47,8 @@ class Converted(NamedTuple):
         return api.verify(self.folder, self.backbone, head=self.head, device="cpu", **options)
 
 
-def convert(folder: Path, geometry: Geometry) -> Converted:
-    backbone, head = make_states(geometry)
+def convert(folder: Path, dimensions: Dimensions) -> Converted:
+    backbone, head = make_states(dimensions)
     source = saved(backbone, folder / "source.pth")
     head_path = saved(head, folder / "head.pth") if head else None
     return Converted(api.convert(source, folder / "out", head=head_path).output, source, head_path)
@@ -60,10 +60,10 @@ def converted(tmp_path: Path) -> Converted:
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def verified(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Geometry, Verification]:
+def verified(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dimensions, Verification]:
     """A correct conversion of each architecture, verified once for all tests that look at the result."""
-    geometry = ARCHITECTURES[request.param]
-    return geometry, convert(tmp_path_factory.mktemp(request.param), geometry).verify()
+    dimensions = ARCHITECTURES[request.param]
+    return dimensions, convert(tmp_path_factory.mktemp(request.param), dimensions).verify()
 
 
 @pytest.fixture(scope="module")
@@ -75,32 +75,32 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Converted:
 
 
 @pytest.mark.transformers
-def test_correct_conversion_passes_every_check_exactly(verified: tuple[Geometry, Verification]) -> None:
-    geometry, found = verified
+def test_correct_conversion_passes_every_check_exactly(verified: tuple[Dimensions, Verification]) -> None:
+    dimensions, found = verified
     assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
     parity = found.checks[2].numbers
-    states = ["embeddings", "layer 0", "layer 1", "layer 2", "cls", *(["registers"] if geometry.registers else [])]
-    states += ["patches", *(["logits"] if geometry.classes else [])]
+    states = ["embeddings", "layer 0", "layer 1", "layer 2", "cls", *(["registers"] if dimensions.registers else [])]
+    states += ["patches", *(["logits"] if dimensions.classes else [])]
     assert list(parity["differences"]) == states
     if parity["tolerance"] == 0.0:
         assert parity["differences"] == dict.fromkeys(states, 0.0)
     assert found.passed
     assert json.loads(json.dumps(found.as_dict()))["passed"] is True
-    assert len(found.predictions) == (geometry.classes or 0)
+    assert len(found.predictions) == (dimensions.classes or 0)
 
 
 @pytest.mark.transformers
 def test_image_processor_is_exact_and_interpolation_explains_the_difference_at_224(
-    verified: tuple[Geometry, Verification],
+    verified: tuple[Dimensions, Verification],
 ) -> None:
-    geometry, found = verified
+    dimensions, found = verified
     numbers = found.checks[3].numbers
     assert numbers["pil"] == 0.0
     assert 0 <= numbers["default"] < 1.01 * numbers["grey_level"]
     assert numbers["size"] == 224
-    states = ["cls", "patches", *(["logits"] if geometry.classes else [])]
+    states = ["cls", "patches", *(["logits"] if dimensions.classes else [])]
     assert list(numbers["same_interpolation"]) == states
-    if geometry.registers:
+    if dimensions.registers:
         assert numbers["as_published"] == {}  # there, both interpolate to the size
     else:
         assert list(numbers["as_published"]) == states
@@ -330,7 +330,9 @@ def test_reported_difference_at_224_is_that_of_the_original_script(tmp_path: Pat
     api.convert(backbone, tmp_path / "out")
     shown = api.verify(tmp_path / "out", backbone, device="cpu").checks[3].numbers["as_published"]["patches"]
     model = transformers.AutoModel.from_pretrained(tmp_path / "out", local_files_only=True).eval()
-    pixels = original_pixels(make_image(), api.plan(backbone))
+    pixel_steps = api.plan(backbone).pixel_steps
+    assert pixel_steps is not None
+    pixels = original_pixels(make_image(), pixel_steps)
     with torch.no_grad():
         own = model(pixels).last_hidden_state[:, 1:]
 
@@ -437,12 +439,12 @@ def test_image_can_be_loaded_from_an_address(server: FileServer, monkeypatch: py
 
 
 HUBCONF = """
-from streamconv.families import find_model
+from streamconv.families.registry import find_model
 from streamconv.verification.originals import dinov2
 
 def dinov2_vits14(**arguments):
     assert arguments == {"pretrained": False}, arguments
-    model = dinov2.build(find_model("dinov2_vits14")[1].geometry)
+    model = dinov2.build(find_model("dinov2_vits14")[1].dimensions)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     model.blocks[3].ls1.forward = lambda x: FACTOR * x * model.blocks[3].ls1.gamma
     return model

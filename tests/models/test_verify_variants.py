@@ -20,7 +20,7 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
 
 import streamconv
 from streamconv import MappingError
-from streamconv.families.dinov2 import Geometry
+from streamconv.families.dinov2 import Dimensions
 from streamconv.hub.card import make_card
 from streamconv.output.manifest import read_manifest
 from streamconv.verification.originals import dinov2 as original
@@ -71,7 +71,7 @@ def test_checkpoint_that_torch_cannot_load_is_verified(tmp_path: Path, what: str
     assert api.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu").checks[2].passed is False
 
 
-LACKING: dict[str, tuple[Geometry, str]] = {
+LACKING: dict[str, tuple[Dimensions, str]] = {
     "no LayerScale": (replace(tiny(), has_layer_scale=False), "the source has no LayerScale: ones are written"),
     "no mask token": (replace(tiny(), has_mask_token=False), ""),
     "registers and no mask token": (
@@ -80,8 +80,8 @@ LACKING: dict[str, tuple[Geometry, str]] = {
     "no bias of q, k and v": (replace(tiny(), has_qkv_bias=False), ""),
     "larger patches": (replace(tiny(), patch=16), ""),
     "another grid": (replace(tiny(), positions=50), ""),
-    "four heads": (replace(tiny(), heads=4), "4 attention heads, as --num-heads or config.json says"),
-    "large heads": (tiny(hidden=1664, layers=1), "13 attention heads, of 128 channels as in the family's published"),
+    "four heads": (replace(tiny(), heads=4), "4 attention heads, as given by --num-heads or config.json"),
+    "large heads": (tiny(hidden=1664, layers=1), "13 attention heads of 128 channels each, as in the family's published"),
 }  # fmt: skip
 
 
@@ -90,32 +90,32 @@ LACKING: dict[str, tuple[Geometry, str]] = {
 def test_models_with_missing_parts_or_other_sizes_are_converted_and_verified(
     tmp_path: Path, what: str, dtype: str | None
 ) -> None:
-    geometry, told = LACKING[what]
-    state, _ = make_states(geometry)
+    dimensions, told = LACKING[what]
+    state, _ = make_states(dimensions)
     source = saved(state, tmp_path / "x.pth")
-    said = {"num_heads": geometry.heads, "dtype": dtype}
+    said = {"num_heads": dimensions.heads, "dtype": dtype}
     done = api.convert(source, tmp_path / "out", **said)
     assert told in " ".join(done.plan.notes)
     found = api.verify(tmp_path / "out", source, device="cpu")
     assert [check.passed for check in found.checks] == [True] * 4, found.checks
     assert found.checks[2].numbers["largest"] == 0.0
     config = json.loads((tmp_path / "out" / "config.json").read_bytes())
-    assert config["patch_size"] == geometry.patch
-    assert config["image_size"] == geometry.patch * math.isqrt(geometry.positions - 1)
-    assert config["qkv_bias"] is geometry.has_qkv_bias
+    assert config["patch_size"] == dimensions.patch
+    assert config["image_size"] == dimensions.patch * math.isqrt(dimensions.positions - 1)
+    assert config["qkv_bias"] is dimensions.has_qkv_bias
     assert config["num_attention_heads"] == {"four heads": 4, "large heads": 13}.get(what, 2)
-    kind = Dinov2WithRegistersModel if geometry.registers else Dinov2Model
+    kind = Dinov2WithRegistersModel if dimensions.registers else Dinov2Model
     _, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
-    if not geometry.has_layer_scale:
+    if not dimensions.has_layer_scale:
         scales = [value for name, value in tensors.items() if name.endswith(".lambda1")]
-        assert len(scales) == 2 * geometry.layers
+        assert len(scales) == 2 * dimensions.layers
         assert all(torch.equal(scale.float(), torch.ones(128)) for scale in scales)
-    if geometry.registers:
+    if dimensions.registers:
         assert torch.equal(tensors["embeddings.mask_token"].float(), torch.zeros(1, 128))
     else:
-        assert config["use_mask_token"] is geometry.has_mask_token is ("embeddings.mask_token" in tensors)
+        assert config["use_mask_token"] is dimensions.has_mask_token is ("embeddings.mask_token" in tensors)
     assert done.plan.parameters == sum(value.numel() for value in tensors.values())
 
 
@@ -159,7 +159,7 @@ def test_folder_saved_by_transformers_can_be_converted(tmp_path: Path, server: F
     assert api.verify(tmp_path / "ours", tmp_path / "theirs", device="cpu").passed
     (tmp_path / "served" / "x.safetensors").write_bytes((tmp_path / "theirs" / "model.safetensors").read_bytes())
     address = f"{server.url}/x.safetensors"
-    with pytest.raises(MappingError, match=r"hidden size 96 cannot be cut into heads as .* by --num-heads"):
+    with pytest.raises(MappingError, match=r"hidden size 96 is not divisible by the size of an attention head in .* by --num-heads"):
         api.plan(address)
     api.convert(address, tmp_path / "far", num_heads=3, dtype="float16", stream=True)
     found = api.verify(tmp_path / "far", address, stream=True, device="cpu")
@@ -196,7 +196,7 @@ def test_casts_from_other_dtypes_pass_every_check(tmp_path: Path, stored: str, d
 def test_reverted_transformers_model_loads_strictly_and_computes_the_same(
     tmp_path: Path, classes: int | None, registers: int, swiglu: bool, limit: str
 ) -> None:
-    geometry = tiny(swiglu, classes, registers=registers)
+    dimensions = tiny(swiglu, classes, registers=registers)
     kind = "Dinov2WithRegisters" if registers else "Dinov2"
     config = getattr(transformers, f"{kind}Config")(
         hidden_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14,
@@ -213,7 +213,7 @@ def test_reverted_transformers_model_loads_strictly_and_computes_the_same(
     state = torch.load(tmp_path / "back.pth", weights_only=True)
     if head_path:
         state |= {HEAD + key: value for key, value in torch.load(head_path, weights_only=True).items()}
-    graph = original.build(geometry).eval()
+    graph = original.build(dimensions).eval()
     assert list(state) == list(graph.state_dict())
     graph.load_state_dict(state, strict=True)
     # In float32, transformers 5's two halves of a SwiGLU round otherwise than Meta's one layer.
@@ -225,7 +225,7 @@ def test_reverted_transformers_model_loads_strictly_and_computes_the_same(
         compared = [(states["logits"], theirs.logits)]
     else:
         tokens = theirs.last_hidden_state
-        compared = [(states["cls"], theirs.pooler_output), (states["patches"], tokens[:, 1 + registers :])]
+        compared = [(states["cls"][:, 0], theirs.pooler_output), (states["patches"], tokens[:, 1 + registers :])]
     for ours, other in compared:
         torch.testing.assert_close(ours, other, rtol=0, atol=1e-13)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamconv.families.base import Model
-from streamconv.families.dinov2 import Geometry
+from streamconv.families.dinov2 import Dimensions
+from streamconv.verification.originals import OriginalArchitecture
 
 REPOSITORY = "facebookresearch/dinov2"
 EPSILON = 1e-6
@@ -23,7 +24,7 @@ INTERPOLATE_OFFSET = 0.1  # positions are scaled by (n + 0.1) / 37; models with 
 
 
 class Attention(nn.Module):
-    def __init__(self, sizes: Geometry):
+    def __init__(self, sizes: Dimensions):
         super().__init__()
         self.heads = sizes.num_heads
         self.qkv = nn.Linear(sizes.hidden, 3 * sizes.hidden, bias=sizes.has_qkv_bias)
@@ -68,7 +69,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, sizes: Geometry):
+    def __init__(self, sizes: Dimensions):
         super().__init__()
         self.norm1 = nn.LayerNorm(sizes.hidden, eps=EPSILON)
         self.attn = Attention(sizes)
@@ -83,7 +84,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, sizes: Geometry):
+    def __init__(self, sizes: Dimensions):
         super().__init__()
         self.proj = nn.Conv2d(sizes.channels, sizes.hidden, sizes.patch, stride=sizes.patch)
 
@@ -94,7 +95,7 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """The backbone, with a linear head if the sizes have classes."""
 
-    def __init__(self, sizes: Geometry):
+    def __init__(self, sizes: Dimensions):
         super().__init__()
         self.patch_size = sizes.patch
         self.num_register_tokens = sizes.registers
@@ -142,7 +143,7 @@ class VisionTransformer(nn.Module):
         return torch.cat((positions[:, :1], grid), dim=1).to(x.dtype)
 
 
-def build(sizes: Geometry) -> VisionTransformer:
+def build(sizes: Dimensions) -> VisionTransformer:
     return VisionTransformer(sizes)
 
 
@@ -154,16 +155,20 @@ def load(repository: str, source: str, model: Model) -> Any:
         warnings.simplefilter("ignore")  # about xFormers
         arguments: dict[str, Any] = {"source": source, "trust_repo": True, "verbose": False, "pretrained": False}
         if model.head is None:
-            return load_entry(repository, entry, **arguments)
-        classifier: Any = load_entry(repository, f"{entry}_lc", layers=1, **arguments)
-    classifier.backbone.linear_head = classifier.linear_head
-    return classifier.backbone
+            original = load_entry(repository, entry, **arguments)
+        else:
+            classifier: Any = load_entry(repository, f"{entry}_lc", layers=1, **arguments)
+            original = classifier.backbone
+            original.linear_head = classifier.linear_head
+    if not isinstance(original, nn.Module) or not hasattr(original, "prepare_tokens_with_masks"):
+        raise TypeError(f"it returns a {type(original).__name__}, which is not the authors' model")
+    return original
 
 
 def states(model: Any, pixels: Tensor, as_transformers: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Run Meta's model or ours on ``pixels``, (B, C, H, W), and yield each layer's output by name.
 
-    Yields "embeddings" and "layer 0", "layer 1", …, (B, T, D) each; after the last norm "cls" (B, D),
+    Yields "embeddings" and "layer 0", "layer 1", …, (B, T, D) each; after the last norm "cls" (B, 1, D),
     "registers" (B, R, D) if the model has them, and "patches" (B, P, D); and "logits" (B, K) if it has a head.
     At other sizes than the native one, positions are interpolated by Meta's factor or, with
     ``as_transformers``, to the grid's size, as transformers does since its pull request 33226.
@@ -176,10 +181,24 @@ def states(model: Any, pixels: Tensor, as_transformers: bool = False) -> Iterato
         x = block(x)
         yield f"layer {i}", x
     x = model.norm(x)
-    cls, patches = x[:, 0], x[:, 1 + registers :]
+    cls, patches = x[:, :1], x[:, 1 + registers :]
     yield "cls", cls
     if registers:
         yield "registers", x[:, 1 : 1 + registers]
     yield "patches", patches
     if hasattr(model, "linear_head"):
-        yield "logits", model.linear_head(torch.cat((cls, patches.mean(dim=1)), dim=1))
+        yield "logits", model.linear_head(torch.cat((cls[:, 0], patches.mean(dim=1)), dim=1))
+
+
+def prefix_tokens(sizes: Dimensions) -> dict[str, int]:
+    return {"cls": 1, **({"registers": sizes.registers} if sizes.registers else {})}
+
+
+ARCHITECTURE = OriginalArchitecture(
+    repository=REPOSITORY,
+    build=build,
+    load=load,
+    states=states,
+    prefix_tokens=prefix_tokens,
+    interpolates_differently=lambda sizes: not sizes.registers,
+)
