@@ -133,7 +133,9 @@ def original_states(dimensions: Dimensions, dtype: torch.dtype = torch.float32) 
     return backbone, {key.removeprefix(HEAD): value for key, value in state.items() if key.startswith(HEAD)}
 
 
-def converted_folder(tmp_path: Path, dimensions: Dimensions, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+def converted_folder(
+    tmp_path: Path, dimensions: Dimensions, dtype: torch.dtype = torch.float32, **options: Any
+) -> Path:
     """A folder that was converted from `original_states`, without its configuration files."""
     backbone, head = original_states(dimensions, dtype)
     torch.save(backbone, tmp_path / "source.pth")

@@ -43,7 +43,7 @@ def make_plan(
 
     Raises:
         MappingError: the tensors are not exactly those of a known model; lists every difference.
-        UsageError: the number of labels is not that of the classes, or the number of heads is impossible.
+        UsageError: the number of labels is not that of the classes, or ``num_heads`` is given to a family without.
     """
     family = selection.family
     dimensions, candidates = _identify(tensors, where, selection, model, num_heads)
@@ -110,11 +110,8 @@ def _with_heads(dimensions: Any, selection: Selection, num_heads: int | None) ->
         if num_heads is not None:
             raise UsageError(f"A {selection.family.name} model has no number of heads to choose. Omit --num-heads.")
         return dimensions
-    if num_heads is None:
-        num_heads = heads.number_in(selection.config)
-    elif num_heads < 1:
-        raise UsageError(f"A model cannot have {num_heads} heads. Give --num-heads as it was trained.")
-    return dimensions if num_heads is None else heads.with_number(dimensions, num_heads)
+    number = heads.number_in(selection.config) if num_heads is None else num_heads
+    return dimensions if number is None else heads.with_number(dimensions, number)
 
 
 def _block_chunks(selection: Selection, layers: int) -> int | None:

@@ -197,7 +197,7 @@ def test_server_without_ranges_is_downloaded_whole(
 
 def test_unknown_model_is_refused_before_it_is_downloaded(server: FileServer, cache: Path, tmp_path: Path) -> None:
     torch.save({"a": torch.randn(5_000_000)}, server.folder / "x.pth")
-    with pytest.raises(SourceError, match="no checkpoint of a model"):
+    with pytest.raises(SourceError, match="not a checkpoint of a model"):
         api.convert(f"{server.url}/x.pth", tmp_path / "out")
     assert server.sent < 2 << 20
     assert not cache.exists()

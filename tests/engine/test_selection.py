@@ -128,7 +128,7 @@ def test_several_backbones_require_a_selection(tmp_path: Path) -> None:
     wrong = api.verify(tmp_path / "teacher", source, select="model.student.backbone", device="cpu", parity=False)
     assert wrong.checks[0].passed is False
     assert api.plan(source, select="teacher.backbone").mapping[0].source == "model.teacher.backbone.cls_token"
-    says = r"does not have .* Say --select model.teacher.backbone or --select model.student.backbone"
+    says = r"does not have .* Use --select model.teacher.backbone or --select model.student.backbone"
     for select in ("backbone", "", "model", "eacher.backbone"):
         with pytest.raises(UsageError, match=says):
             api.plan(source, select=select)
@@ -317,12 +317,19 @@ def test_number_of_attention_heads_comes_from_the_family_or_the_user(tmp_path: P
     state, _ = make_states(tiny())
     source = saved(state, tmp_path / "x.pth")
     told = run("plan", "x.pth", cwd=tmp_path).stdout
-    assert "2 attention heads of 64 channels each, as in the family's published models: tensors do not show the number" in told
+    assert (
+        "2 attention heads of 64 channels each, as in the family's published models: tensors do not show the number"
+        in told
+    )
     said = run("plan", "x.pth", "--num-heads", "4", cwd=tmp_path).stdout
     assert "4 attention heads, as given by --num-heads or config.json" in said
     assert api.plan(source, num_heads=2).fingerprint == api.plan(source).fingerprint
-    for heads, error in ((3, MappingError), (0, UsageError), (-1, UsageError)):
-        with pytest.raises(error, match="--num-heads"):
+    for heads, error, says in (
+        (3, MappingError, "not divisible by 3 attention heads: .* --num-heads"),
+        (0, UsageError, "cannot have 0 attention heads"),
+        (-1, UsageError, "cannot have -1 attention heads"),
+    ):
+        with pytest.raises(error, match=says):
             api.plan(source, num_heads=heads)
     # Of a published model the number is known, and not told; another one makes it no published model.
     small, _ = make_states(tiny(layers=12, hidden=384))

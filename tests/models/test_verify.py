@@ -60,7 +60,9 @@ def converted(tmp_path: Path) -> Converted:
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def verified(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dimensions, Verification]:
+def verified(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Dimensions, Verification]:
     """A correct conversion of each architecture, verified once for all tests that look at the result."""
     dimensions = ARCHITECTURES[request.param]
     return dimensions, convert(tmp_path_factory.mktemp(request.param), dimensions).verify()
