@@ -38,7 +38,7 @@ def kept(folder: Path) -> int:
     if not journal.exists():  # not started, or killed after the journal was deleted
         return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     entries = [json.loads(line) for line in journal.read_text().splitlines()]
-    return sum({entry["file"]: entry["bytes"] for entry in entries if "file" in entry}.values())
+    return sum({entry["file"]: entry["resume_point"]["size"] for entry in entries if "file" in entry}.values())
 
 
 def watch(process: "subprocess.Popen[bytes]", seconds: float) -> tuple[int, int]:

@@ -57,10 +57,11 @@ class Checkpoint(Mapping[str, SourceTensor]):
         return sum(file.size for file in self._files)
 
     @property
-    def version(self) -> dict[str, list[str | int | None]]:
+    def version(self) -> dict[str, tuple[str | int | None, ...]]:
         """Each file's version, key by key: its times in nanoseconds since 1970, or what its server calls it."""
         versions = [dict(file.ref.version) for file in self._files]
-        return {key: [version.get(key) for version in versions] for key in sorted({k for v in versions for k in v})}
+        keys = sorted({key for version in versions for key in version})
+        return {key: tuple(version.get(key) for version in versions) for key in keys}
 
     @property
     def files(self) -> list[File]:

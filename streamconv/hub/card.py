@@ -11,6 +11,7 @@ from typing import Any
 from streamconv.errors import UsageError
 from streamconv.families.base import Family, Model
 from streamconv.families.registry import all_families, find_model
+from streamconv.output.manifest import Manifest
 
 CARD_NAME = "README.md"
 # The first words of the comment in a generated card; the rest of the comment is for the reader.
@@ -28,11 +29,11 @@ USAGE = {
 }
 
 
-def make_card(manifest: Mapping[str, Any], repo_id: str) -> str:
+def make_card(manifest: Manifest, repo_id: str) -> str:
     """Generate README.md for a finished conversion in the repository ``repo_id``."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    architecture = str(manifest.get("architecture"))
+    architecture = manifest.architecture
     family = next((family for family in all_families() if architecture in family.pipeline_tags), None)
     published = _published(manifest)
     task = family.pipeline_tags[architecture] if family else None
@@ -56,7 +57,7 @@ def make_card(manifest: Mapping[str, Any], repo_id: str) -> str:
         "## Provenance",
         "\n".join(_provenance(manifest)),
         "## Verification",
-        "\n".join(_verification(manifest.get("verification") or {})),
+        "\n".join(_verification(manifest.verification or {})),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
@@ -66,33 +67,29 @@ def is_ours(card: str) -> bool:
     return any(line.startswith(MARKER) for line in card.splitlines())
 
 
-def _sources(manifest: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    return manifest.get("source") or {}
-
-
-def _is_synthetic(manifest: Mapping[str, Any]) -> bool:
+def _is_synthetic(manifest: Manifest) -> bool:
     """True if the weights are random. Nothing else in this module decides that."""
-    return any(SYNTHETIC_NAME.fullmatch(str(file.get("file"))) for file in _sources(manifest).values())
+    return any(file.synthetic or SYNTHETIC_NAME.fullmatch(file.file) for file in manifest.source.values())
 
 
-def _published(manifest: Mapping[str, Any]) -> tuple[Family, Model] | None:
+def _published(manifest: Manifest) -> tuple[Family, Model] | None:
     """The published model, if all source files have its authors' file names.
 
     For other files, the card claims neither a licence nor an origin: a fine-tuned checkpoint has the same
     shapes, so the manifest's "model" alone proves nothing.
     """
     try:
-        family, model = find_model(str(manifest.get("model")))
+        family, model = find_model(str(manifest.model))
     except UsageError:
         return None
     published = {"backbone": model.backbone.filename, **({"head": model.head.filename} if model.head else {})}
-    converted = {role: file.get("file") for role, file in _sources(manifest).items()}
+    converted = {role: file.file for role, file in manifest.source.items()}
     return (family, model) if converted == published else None
 
 
-def _warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
+def _warnings(manifest: Manifest) -> Iterator[str]:
     """Warnings that come before everything else."""
-    verification = manifest.get("verification")
+    verification = manifest.verification
     if not verification:
         yield "> **Not verified.** These files were converted, but never compared with their source."
     elif not verification.get("passed"):
@@ -101,9 +98,9 @@ def _warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield "> **Random weights.** They were generated for a test; the model has not been trained."
 
 
-def _origin(manifest: Mapping[str, Any]) -> str:
-    version = (manifest.get("versions") or {}).get("streamconv")
-    names = " and ".join(_code(file.get("file")) for file in _sources(manifest).values())
+def _origin(manifest: Manifest) -> str:
+    version = manifest.versions.get("streamconv")
+    names = " and ".join(_code(file.file) for file in manifest.source.values())
     published = _published(manifest)
     model = f"{published[1].name}, as its authors published it" if published else "a model in its authors' format"
     licence = "" if published else " streamconv does not know its licence: please add it before publishing."
@@ -122,26 +119,26 @@ def _usage(repo_id: str, task: str) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def _provenance(manifest: Mapping[str, Any]) -> Iterator[str]:
+def _provenance(manifest: Manifest) -> Iterator[str]:
     yield "| source file | bytes | fingerprint |"
     yield "|---|---|---|"
-    for file in _sources(manifest).values():
-        address = f", {_code(file['address'])}" if file.get("address") else ""
-        yield f"| {_code(file.get('file'))}{address} | {file.get('size', 0):,} | {_code(file.get('fingerprint'))} |"
+    for file in manifest.source.values():
+        address = f", {_code(file.address)}" if file.address else ""
+        yield f"| {_code(file.file)}{address} | {file.size:,} | {_code(file.fingerprint)} |"
     yield ""
     yield "| file | bytes | sha256 |"
     yield "|---|---|---|"
-    for name, file in (manifest.get("files") or {}).items():
-        yield f"| {_code(name)} | {file.get('size', 0):,} | {_code(file.get('sha256'))} |"
+    for name, written in manifest.files.items():
+        yield f"| {_code(name)} | {written.size:,} | {_code(written.sha256)} |"
     yield ""
-    yield from (f"{_cell(note)}.\n" for note in manifest.get("notes") or ())
-    yield from (f"Skipped: {_code(each)}.\n" for each in manifest.get("skipped") or ())
-    if isinstance(cast := manifest.get("cast"), dict):
-        yield f"The weights were cast from {_code(cast.get('from'))} to {_code(cast.get('to'))}."
-        overflow_count = sum(file.get("overflow_count", 0) for file in (manifest.get("files") or {}).values())
+    yield from (f"{_cell(note)}.\n" for note in manifest.notes)
+    yield from (f"Skipped: {_code(each)}.\n" for each in manifest.skipped)
+    if manifest.cast is not None:
+        yield f"The weights were cast from {_code(manifest.cast.get('from'))} to {_code(manifest.cast.get('to'))}."
+        overflow_count = sum(written.overflow_count for written in manifest.files.values())
         if overflow_count:
             yield f"{overflow_count:,} finite values were outside its range and are now infinite."
-    if manifest.get("is_crc_checked"):
+    if manifest.is_crc_checked:
         yield "A fingerprint is the sha256 of the names, sizes and CRC-32s of a file's records."
         yield "Every byte that was read matched its CRC-32."
     else:

@@ -13,9 +13,9 @@ from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.jobs.prepare import PreparedSource, brought_here, output_folder, prepared_source
-from streamconv.output.folder import OutputFolder, find_finished, open_output_folder
-from streamconv.output.journal import ResumePoint, resume_points_in
-from streamconv.output.manifest import MANIFEST_NAME, _described, manifest_bytes
+from streamconv.output.folder import OutputFolder, open_output_folder
+from streamconv.output.manifest import MANIFEST_NAME, Labels, Manifest, Provenance, WrittenFile
+from streamconv.output.ownership import find_finished
 from streamconv.output.writer import write_shard
 from streamconv.planning.plan import Plan
 from streamconv.planning.shards import Shard
@@ -130,11 +130,11 @@ def convert_prepared(
 
 @dataclass(frozen=True)
 class PreparedConversion:
-    """A conversion before anything is written: ``record`` is what the manifest will say about it."""
+    """A conversion before anything is written."""
 
     folder: Path
     plan: Plan
-    record: Mapping[str, Any]
+    provenance: Provenance
     labels_from: str | None
     has_checksums: bool
 
@@ -145,24 +145,20 @@ class PreparedConversion:
             UsageError: as `output_folder`'s.
         """
         folder, plan, source = output_folder(output, prepared), prepared.plan, prepared.source
-        record: dict[str, Any] = {
-            "model": plan.model_name,
-            "source": source.describe(),
-            "select": source.source.select,
-            "num_heads": source.source.num_heads,
-            "filled": dict(plan.filled),
-            "block_chunks": plan.block_chunks,
-            "notes": list(plan.notes),
-            "skipped": [str(each) for each in plan.skipped],
-            "plan": plan.fingerprint,
-            "labels": plan.config.get("id2label")
-            and {
-                "from": prepared.labels_from,
-                "is_default": prepared.are_labels_default,
-                "sha256": plan.labels_digest,
-            },
-        }
-        return cls(folder, plan, record, prepared.labels_from, source.has_checksums)
+        labels = Labels(prepared.labels_from, prepared.are_labels_default, plan.labels_digest)
+        provenance = Provenance(
+            source=source.describe(),
+            plan=plan.fingerprint,
+            model=plan.model_name,
+            select=source.source.select,
+            num_heads=source.source.num_heads,
+            filled=plan.filled,
+            block_chunks=plan.block_chunks,
+            notes=plan.notes,
+            skipped=tuple(str(each) for each in plan.skipped),
+            labels=labels if "id2label" in plan.config else None,
+        )
+        return cls(folder, plan, provenance, prepared.labels_from, source.has_checksums)
 
     def find_finished(self) -> Conversion | None:
         """The result of the same conversion, if the folder holds it already.
@@ -170,62 +166,55 @@ class PreparedConversion:
         Raises:
             OutputError: the folder holds something else.
         """
-        manifest = find_finished(self.folder, self.record, self.plan.filenames)
+        manifest = find_finished(self.folder, self.provenance, self.plan.filenames)
         if manifest is None:
             return None
-        points, labels = resume_points_in(manifest), manifest["labels"] or {}
-        written = {shard.filename: points[shard.filename] for shard in self.plan.shards}
-        plan = self.plan
-        if labels and labels["sha256"] != plan.labels_digest:  # default labels, from where they could be had then
+        written = {shard.filename: manifest.files[shard.filename] for shard in self.plan.shards}
+        plan, labels = self.plan, manifest.labels
+        if (
+            labels is not None and labels.sha256 != plan.labels_digest
+        ):  # default labels, from where they could be had then
             own = labels_in(read_config(self.folder))
             plan = plan.with_labels(own) if len(own) == len(plan.config["id2label"]) else plan
         result = self.result(written, plan.weights)
-        return replace(result, plan=plan, was_finished=True, labels_from=labels.get("from"))
+        return replace(result, plan=plan, was_finished=True, labels_from=labels.origin if labels is not None else None)
 
-    def result(self, written: Mapping[str, ResumePoint], resumed_bytes: int, sent_to: str | None = None) -> Conversion:
+    def result(self, written: Mapping[str, WrittenFile], resumed_bytes: int, sent_to: str | None = None) -> Conversion:
         """The result once all files of weights are ``written``."""
         return Conversion(
             output=self.folder,
             plan=self.plan,
-            shards={name: point.sha256 for name, point in written.items()},
+            shards={name: file.sha256 for name, file in written.items()},
             was_finished=False,
             resumed_bytes=resumed_bytes,
             is_crc_checked=self.has_checksums,
             labels_from=self.labels_from,
             sent_to=sent_to,
-            overflow_count=sum(point.overflow_count for point in written.values()),
+            overflow_count=sum(file.overflow_count for file in written.values()),
         )
 
-    def manifest(self, written: Mapping[str, ResumePoint]) -> dict[str, Any]:
+    def manifest(self, written: Mapping[str, WrittenFile]) -> Manifest:
         """The manifest once all files of weights are ``written``; nothing is verified yet."""
         plan = self.plan
         index = {INDEX_NAME: plan.index} if plan.index is not None else {}
         small = {**plan.small_files, **index}.items()
-        return {
-            **self.record,
-            "source": {
-                role: {key: value for key, value in file.items() if key != "changed_ns"}
-                for role, file in self.record["source"].items()
-            },
-            "architecture": plan.architecture,
-            "files": {
-                **{name: _described(point) for name, point in written.items()},
-                **{name: {"size": len(data), "sha256": sha256(data).hexdigest()} for name, data in small},
-            },
-            "is_crc_checked": self.has_checksums,
-            "cast": plan.cast,
-            "versions": {"streamconv": __version__, "python": platform.python_version()},
-            "verification": None,
-        }
+        return Manifest.of(
+            self.provenance,
+            architecture=plan.architecture,
+            files={**written, **{name: WrittenFile(len(data), sha256(data).hexdigest()) for name, data in small}},
+            is_crc_checked=self.has_checksums,
+            cast=plan.cast,
+            versions={"streamconv": __version__, "python": platform.python_version()},
+        )
 
 
 def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: Progress) -> Conversion:
     plan = conversion.plan
-    with open_output_folder(conversion.folder, conversion.record, plan.filenames, plan.size) as work:
+    with open_output_folder(conversion.folder, conversion.provenance, plan.filenames, plan.size) as work:
         written, resumed_bytes = _write_shards(plan, work, prepared.source.reader, progress)
         for name, data in plan.small_files.items():
             work.write(name, data)
-        work.write(MANIFEST_NAME, manifest_bytes(conversion.manifest(written)))
+        work.write(MANIFEST_NAME, conversion.manifest(written).to_bytes())
         if plan.index is not None:  # last: with it, the folder is a model
             work.write(INDEX_NAME, plan.index)
         work.finish()
@@ -234,7 +223,7 @@ def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: P
 
 def _write_shards(
     plan: Plan, folder: OutputFolder, reader: Reader, progress: Progress
-) -> tuple[dict[str, ResumePoint], int]:
+) -> tuple[dict[str, WrittenFile], int]:
     """Write the files of weights, or what is missing of them.
 
     Returns:

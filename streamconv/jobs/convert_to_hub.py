@@ -5,11 +5,10 @@ that an interrupted run does not upload them again. One commit makes the model v
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from streamconv.errors import MissingUploadError, UsageError
 from streamconv.files.reader import Reader
@@ -22,8 +21,7 @@ from streamconv.jobs.prepare import PreparedSource
 from streamconv.jobs.publish import Published, card_files, commit_message
 from streamconv.output.files import as_output_error
 from streamconv.output.folder import OutputFolder, open_output_folder
-from streamconv.output.journal import ResumePoint
-from streamconv.output.manifest import MANIFEST_NAME, manifest_bytes
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
 from streamconv.output.writer import write_shard
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
@@ -32,7 +30,7 @@ from streamconv.verification.result import Verification
 
 SPARSE_FOLDER_NAME = ".streamconv-sparse"
 
-Verify = Callable[[PreparedSource, Mapping[str, Any], Path], Verification]
+Verify = Callable[[PreparedSource, Manifest, Path], Verification]
 """Verifies what was uploaded: called with the source, the manifest, and an empty folder for a sparse copy."""
 
 
@@ -73,7 +71,7 @@ def convert_to_hub(
         )
     repository.refuse_others([*plan.filenames, MANIFEST_NAME, CARD_NAME])
     largest = max(shard.size for shard in plan.shards)
-    with open_output_folder(conversion.folder, conversion.record, plan.filenames, largest) as work:
+    with open_output_folder(conversion.folder, conversion.provenance, plan.filenames, largest) as work:
         repository.create()
         written, resumed_bytes = _upload_shards(plan, work, repository, prepared.source.reader, progress)
         manifest = conversion.manifest(written)
@@ -81,7 +79,7 @@ def convert_to_hub(
         if verify is not None:
             with _sparse_folder(work.path) as folder:
                 verification = verify(prepared, manifest, folder)
-            manifest["verification"] = verification.as_record()
+            manifest = replace(manifest, verification=verification.as_record())
         if unverified or (verification is not None and verification.passed):
             progress(f"committing to {repository.id}", 0, 1, "steps")
             published = _commit(conversion, manifest, work, repository)
@@ -90,7 +88,7 @@ def convert_to_hub(
 
 def _upload_shards(
     plan: Plan, work: OutputFolder, repository: Repository, reader: Reader, progress: Progress
-) -> tuple[dict[str, ResumePoint], int]:
+) -> tuple[dict[str, WrittenFile], int]:
     """Write and upload each shard, and delete it here.
 
     Returns:
@@ -125,11 +123,11 @@ def _sparse_folder(folder: Path) -> Iterator[Path]:
 
 
 def _commit(
-    conversion: PreparedConversion, manifest: Mapping[str, Any], work: OutputFolder, repository: Repository
+    conversion: PreparedConversion, manifest: Manifest, work: OutputFolder, repository: Repository
 ) -> Published:
     plan = conversion.plan
     small = {**plan.small_files, **({INDEX_NAME: plan.index} if plan.index is not None else {})}
-    small |= {MANIFEST_NAME: manifest_bytes(manifest), **card_files(conversion.folder, repository, manifest)}
+    small |= {MANIFEST_NAME: manifest.to_bytes(), **card_files(conversion.folder, repository, manifest)}
     try:
         url = repository.commit(small, commit_message(manifest))
     except MissingUploadError as error:

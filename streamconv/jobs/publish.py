@@ -2,10 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from streamconv.errors import OutputError, SourceError, UsageError
 from streamconv.families.registry import find_model
@@ -13,7 +11,7 @@ from streamconv.files.local import read_small
 from streamconv.hub.card import CARD_NAME, is_ours, make_card
 from streamconv.hub.repository import Repository, require_digest
 from streamconv.jobs.options import PushOptions, StrPath
-from streamconv.output.manifest import MANIFEST_NAME, read_manifest
+from streamconv.output.manifest import MANIFEST_NAME, Manifest
 from streamconv.progress import Progress, ignore_progress
 
 
@@ -37,9 +35,9 @@ def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Pro
         HubError: there is no token, or the Hub does not take the model.
     """
     manifest = _read_manifest(Path(folder))
-    if not push.unverified and not (manifest.get("verification") or {}).get("passed"):
+    if not push.unverified and not (manifest.verification or {}).get("passed"):
         raise UsageError(f"{folder} has not passed verification. Verify it first: streamconv verify DIR SOURCE.")
-    repository = open_repository(push, str(manifest.get("model")))
+    repository = open_repository(push, manifest.model)
     return publish_folder(Path(folder), repository, progress)
 
 
@@ -67,36 +65,30 @@ def publish_folder(folder: Path, repository: Repository, progress: Progress = ig
         HubError: the Hub does not take it.
     """
     manifest = _read_manifest(folder)
-    try:
-        said = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        said = {}
-    if not said or any(Path(name).name != name for name in said):
-        raise OutputError(f"{folder / MANIFEST_NAME} does not say what to push. Convert into another folder.")
-    repository.refuse_others(said)
-    small = {name: _small(folder / name, sha256) for name, (_, sha256) in said.items() if not _is_large(name)}
-    large = {name: each for name, each in said.items() if _is_large(name)}
+    repository.refuse_others(manifest.files)
+    small = {name: _small(folder / name, file.sha256) for name, file in manifest.files.items() if not _is_large(name)}
+    large = {name: file for name, file in manifest.files.items() if _is_large(name)}
     small[MANIFEST_NAME] = _small(folder / MANIFEST_NAME)
     small |= card_files(folder, repository, manifest)
-    for name, (size, _) in large.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+    for name, file in large.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != file.size:
             raise OutputError(f"{folder / name} is not as {MANIFEST_NAME} says. Convert again.")
     repository.create()
-    for name, (_, sha256) in large.items():
-        repository.upload(folder / name, name, sha256, progress)
+    for name, file in large.items():
+        repository.upload(folder / name, name, file.sha256, progress)
     progress(f"committing to {repository.id}", 0, 1, "steps")
     return Published(repository.id, repository.commit(small, commit_message(manifest)))
 
 
-def _read_manifest(folder: Path) -> Mapping[str, Any]:
-    manifest = read_manifest(folder)
+def _read_manifest(folder: Path) -> Manifest:
+    manifest = Manifest.read(folder)
     if manifest is None:
         raise OutputError(f"{folder} has no {MANIFEST_NAME}, which lists the files to push. Convert into it first.")
     return manifest
 
 
-def commit_message(manifest: Mapping[str, Any]) -> str:
-    return f"Add {manifest.get('model') or 'the model'}, converted by streamconv"
+def commit_message(manifest: Manifest) -> str:
+    return f"Add {manifest.model or 'the model'}, converted by streamconv"
 
 
 def _is_large(name: str) -> bool:
@@ -112,7 +104,7 @@ def _small(path: Path, sha256: str | None = None) -> bytes:
     return data
 
 
-def card_files(folder: Path, repository: Repository, manifest: Mapping[str, Any]) -> dict[str, bytes]:
+def card_files(folder: Path, repository: Repository, manifest: Manifest) -> dict[str, bytes]:
     """The model card by its name: the folder's own, or one that is made; none where someone else's is there.
 
     Raises:

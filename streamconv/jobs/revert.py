@@ -22,7 +22,7 @@ from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.safetensors import make_header
 from streamconv.formats.torch_writer import write_pth
 from streamconv.output.files import OutputFile, atomic_file, require_space
-from streamconv.output.manifest import read_manifest
+from streamconv.output.manifest import Manifest
 from streamconv.output.writer import SYNC_BYTES
 from streamconv.planning.shards import PIECE_BYTES
 from streamconv.progress import Progress, ignore_progress
@@ -91,13 +91,14 @@ def revert(
         raise UsageError(f"{paths[0]} cannot be backbone and head at once. Give --head another name.")
     if not os.path.isdir(source):
         raise SourceMissingError(f"{source} is no folder. Name the one that holds the safetensors files.")
-    manifest = read_manifest(source) or {}
+    manifest = Manifest.read(source)
     with open_checkpoint(source) as checkpoint:
         family, model, count, tensors = _originals(
-            _without_fillings(checkpoint, manifest), str(source), read_config(source)
+            _without_fillings(checkpoint, manifest.filled if manifest else {}), str(source), read_config(source)
         )
-        said = (block_chunks, manifest.get("block_chunks"), model.block_chunks if model else 0, 0)
-        chunks = next(n for n in said if type(n) is int)
+        known = model.block_chunks if model is not None else 0
+        recorded = manifest.block_chunks if manifest is not None else known
+        chunks = block_chunks if block_chunks is not None else recorded
         if not 0 <= chunks <= count:
             raise UsageError(f"{count} blocks cannot be in {chunks} chunks. Give --block-chunks from 0 to {count}.")
         if chunks:
@@ -126,16 +127,19 @@ def _require_writable(path: Path, source: Path) -> None:
         raise UsageError(f"{path} would lie among the model's own files, and be taken for one. Choose another folder.")
 
 
-def _without_fillings(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Mapping[str, SourceTensor]:
-    """The tensors but for those that a conversion filled in, where all of them still are what they were."""
-    constants = manifest.get("filled")
-    if not isinstance(constants, dict) or not constants.keys() <= checkpoint.keys():
+def _without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) -> Mapping[str, SourceTensor]:
+    """Leave out the tensors that a conversion filled in, if all of them still have their values."""
+    if not constants.keys() <= checkpoint.keys():
         return checkpoint
     for name, value in constants.items():
         info = checkpoint[name].info
-        if not isinstance(value, float) or not DTYPES[info.dtype].is_weight or info.nbytes > MAX_FILLING_BYTES:
+        if not DTYPES[info.dtype].is_weight or info.nbytes > MAX_FILLING_BYTES:
             return checkpoint
-        if checkpoint[name].tobytes(checkpoint.reader) != filled(value, info).tobytes():
+        try:
+            data = filled(value, info).tobytes()
+        except OverflowError:  # beyond the range of a dtype: someone altered the manifest
+            return checkpoint
+        if checkpoint[name].tobytes(checkpoint.reader) != data:
             return checkpoint
     return {name: tensor for name, tensor in checkpoint.items() if name not in constants}
 

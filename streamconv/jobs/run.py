@@ -1,6 +1,6 @@
 """The whole job: convert a checkpoint, verify the result, and publish it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from os import fspath
@@ -16,6 +16,7 @@ from streamconv.jobs.prepare import PreparedSource, brought_here, prepared_sourc
 from streamconv.jobs.publish import Published, open_repository, publish_folder
 from streamconv.jobs.synth import temporary_checkpoint
 from streamconv.jobs.verify import check_options, verify_prepared, verify_uploaded, write_report
+from streamconv.output.manifest import Manifest
 from streamconv.progress import Progress, ignore_progress
 from streamconv.verification.result import Verification
 
@@ -127,7 +128,7 @@ def _run_to_hub(
 
 
 def _verify_with(options: VerificationOptions, progress: Progress) -> Verify:
-    def verify(prepared: PreparedSource, manifest: Mapping[str, Any], folder: Path) -> Verification:
+    def verify(prepared: PreparedSource, manifest: Manifest, folder: Path) -> Verification:
         return verify_uploaded(prepared, manifest, folder, options, progress)
 
     return verify

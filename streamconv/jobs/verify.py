@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from streamconv._version import __version__
 from streamconv.errors import OutputError
@@ -18,7 +18,7 @@ from streamconv.jobs.options import ConversionOptions, SourceOptions, StrPath, V
 from streamconv.jobs.prepare import PreparedSource, brought_here, prepared_source
 from streamconv.output.files import write_file
 from streamconv.output.journal import JOURNAL_NAME
-from streamconv.output.manifest import MANIFEST_NAME, is_of, read_manifest, record_verification
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile, record_verification
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.source.open import OpenSource, read_config
@@ -82,13 +82,13 @@ def verify_prepared(
     An address is read again for parity only: its bytes were checked when they were written, as the manifest says.
     """
     start, source, plan = time.monotonic(), prepared.source, prepared.plan
-    manifest = read_manifest(folder)
+    manifest = Manifest.read(folder)
     # torch takes seconds to import: only now that the source has proved to be one.
     progress("starting torch and transformers", 0, 1, "steps")
     from streamconv.verification.model_checks import ModelVerifier
 
     models = ModelVerifier(plan, options.device, options.image, options.reference)
-    is_ours = manifest is not None and is_of(manifest, source.describe())
+    is_ours = manifest is not None and manifest.is_from(source.describe())
     if manifest is not None and is_ours and source.is_remote and source.has_checksums:
         check, files = _bytes_as_written(folder, plan, manifest, progress)
     else:
@@ -104,7 +104,7 @@ def verify_prepared(
 
 def verify_uploaded(
     prepared: PreparedSource,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     folder: Path,
     options: VerificationOptions,
     progress: Progress = ignore_progress,
@@ -130,7 +130,7 @@ def verify_uploaded(
         check = Check("bytes", True, proves, (), numbers, "the uploaded files were not read back")
     else:
         check = Check("bytes", None, "the source carries no CRC-32s, and no file was kept to be compared with it")
-    return _verification(plan, source, (check, *results.checks), results, models, manifest["files"], start)
+    return _verification(plan, source, (check, *results.checks), results, models, manifest.files, start)
 
 
 def check_options(options: VerificationOptions) -> None:
@@ -156,19 +156,19 @@ def write_report(verification: Verification, options: VerificationOptions) -> No
 
 def _options_of(folder: Path, given: SourceOptions) -> ConversionOptions:
     """The options that the folder was converted with, as far as its files show them; those given come first."""
-    manifest, dtype = read_manifest(folder) or {}, read_config(folder).get("dtype")
-    select, num_heads = manifest.get("select"), manifest.get("num_heads")
+    manifest, dtype = Manifest.read(folder), read_config(folder).get("dtype")
+    select, num_heads = (manifest.select, manifest.num_heads) if manifest is not None else (None, None)
     return ConversionOptions(
         head=given.head,
-        select=given.select if given.select is not None or type(select) is not str else select,
-        num_heads=given.num_heads if given.num_heads is not None or type(num_heads) is not int else num_heads,
+        select=given.select if given.select is not None else select,
+        num_heads=given.num_heads if given.num_heads is not None else num_heads,
         stream=given.stream,
         dtype=dtype if dtype in get_args(CastDtype) else None,
     )
 
 
 def _verify_alone(folder: Path, progress: Progress) -> Verification:
-    start, manifest = time.monotonic(), read_manifest(folder)
+    start, manifest = time.monotonic(), Manifest.read(folder)
     if manifest is None:
         raise OutputError(f"{folder} has no {MANIFEST_NAME} to check it against. Name the source: verify DIR SOURCE.")
     problems = check_files(folder, manifest, lambda done, total: progress("reading files", done, total, "bytes"))
@@ -179,8 +179,8 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
         device=None,
         reference=None,
         versions={"streamconv": __version__, "python": platform.python_version()},
-        source=manifest.get("source", {}),
-        output={key: manifest.get(key) for key in ("model", "architecture", "files")},
+        source=manifest.source,
+        output={"model": manifest.model, "architecture": manifest.architecture, "files": manifest.files},
         memory={},
         seconds=time.monotonic() - start,
     )
@@ -191,13 +191,13 @@ def _cast_of(plan: Plan) -> str:
 
 
 def _bytes_as_written(
-    folder: Path, plan: Plan, manifest: Mapping[str, Any], progress: Progress
-) -> tuple[Check, Mapping[str, Mapping[str, Any]]]:
+    folder: Path, plan: Plan, manifest: Manifest, progress: Progress
+) -> tuple[Check, Mapping[str, WrittenFile]]:
     """For a source with CRC-32s that is not read a second time: the manifest's word on the files, which are read."""
     start = time.monotonic()
     problems = check_files(folder, manifest, lambda done, total: progress("reading files", done, total, "bytes"))
     problems += check_names(folder, plan)
-    if manifest.get("is_crc_checked") is not True:
+    if not manifest.is_crc_checked:
         problems.append(f"{MANIFEST_NAME} does not say that the source's CRC-32s were checked")
     proves = (
         f"every file is as it was copied{_cast_of(plan)}, by {MANIFEST_NAME}, from records that matched their CRC-32"
@@ -205,7 +205,7 @@ def _bytes_as_written(
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     not_checked = "the source's bytes were not read again"
     check = Check("bytes", not problems, proves, tuple(problems), numbers, not_checked)
-    return check.since(start), {} if problems else manifest["files"]
+    return check.since(start), {} if problems else manifest.files
 
 
 def _verification(
@@ -214,7 +214,7 @@ def _verification(
     checks: tuple[Check, ...],
     found: "ModelResults",
     models: "ModelVerifier",
-    files: Mapping[str, Any],
+    files: Mapping[str, WrittenFile],
     start: float,
 ) -> Verification:
     return Verification(
@@ -235,9 +235,7 @@ def _verification(
     )
 
 
-def _bytes(
-    folder: Path, plan: Plan, source: OpenSource, progress: Progress
-) -> tuple[Check, Mapping[str, Mapping[str, Any]]]:
+def _bytes(folder: Path, plan: Plan, source: OpenSource, progress: Progress) -> tuple[Check, Mapping[str, WrittenFile]]:
     start, done = time.monotonic(), 0
 
     def advance(count: int) -> None:

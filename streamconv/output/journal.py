@@ -1,24 +1,37 @@
-"""TODO output.journal"""
+"""The journal of an output that is not finished: lines of JSON, synced one by one.
+
+The first line records what is written from what, further ones the process that writes, and after each sync of a file
+how many of its bytes are on the disk, with their sha256. So nothing has to be trusted when the work is resumed: what an
+interrupted process left is read back, and must match.
+"""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.files.local import read_small
+from streamconv.output.files import as_output_error, is_still_linked, open_exclusive, sync_folder, temporary_path
+from streamconv.output.manifest import FORMAT_VERSION, Provenance, WrittenFile
+from streamconv.output.typed_json import parse
 
-JOURNAL_NAME = ".streamconv-journal"
+JOURNAL_NAME = ".streamconv-journal"  # in a folder that is written
 
 
 @dataclass(frozen=True)
 class ResumePoint:
     """The first ``size`` bytes of a file were written and synced; ``sha256`` is theirs, in hexadecimal.
 
-    ``overflow_count`` counts the values in them that were finite in the source, and infinite when they were cast.
-    Of cast values, the last ``unproven`` bytes are of records that had not been read whole yet, and so not been
-    held against their CRC-32. ``sent_to`` says where the whole file was sent, and deleted here.
+    ``overflow_count`` counts the values in them that were finite in the source and became infinite when they were cast.
+    ``unproven`` counts bytes at their end whose source records had not been read completely, and so had not been
+    compared with their CRC-32; only bytes that were cast are counted. ``sent_to`` names the repository that the
+    complete file was sent to before it was deleted here.
     """
 
     size: int
@@ -27,68 +40,208 @@ class ResumePoint:
     overflow_count: int = 0
     unproven: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """For the journal; but for size and sha256, what there is."""
-        more = {"sent_to": self.sent_to, "overflow_count": self.overflow_count, "unproven": self.unproven}
-        return {"bytes": self.size, "sha256": self.sha256, **{key: value for key, value in more.items() if value}}
+    @property
+    def written(self) -> WrittenFile:
+        """The file, if it is complete."""
+        return WrittenFile(self.size, self.sha256, self.overflow_count)
 
 
 NOT_STARTED = ResumePoint(0, "")
 
 
+@dataclass(frozen=True)
+class WritingProcess:
+    """The process that holds the lock on a journal."""
+
+    pid: int
+    host: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line of a journal: one of a ``provenance``, a ``process``, or a ``file`` and how far it is."""
+
+    provenance: Provenance | None = None
+    process: WritingProcess | None = None
+    file: str | None = None
+    resume_point: ResumePoint | None = None
+    format_version: int | None = None
+
+
 @dataclass
 class Journal:
-    """What an unfinished folder's journal says: which conversion, who writes it, and how far its files are."""
+    """The contents of a journal. ``length`` counts the bytes of complete lines: a power cut may leave half of one."""
 
-    conversion: dict[str, Any] | None = None
-    process: Mapping[str, Any] = field(default_factory=dict)
-    marks: dict[str, ResumePoint] = field(default_factory=dict)
-    length: int = 0  # in bytes, of the lines that are whole: a power cut may have left half of one
+    provenance: Provenance | None = None
+    process: WritingProcess | None = None
+    resume_points: dict[str, ResumePoint] = field(default_factory=dict)
+    length: int = 0
 
     @property
-    def is_begun(self) -> bool:
-        """Whether anything was written that can be gone on from."""
-        return any(mark.size for mark in self.marks.values())
+    def is_resumable(self) -> bool:
+        """Whether any file has bytes that need not be written again."""
+        return any(point.size for point in self.resume_points.values())
 
     @classmethod
-    def read(cls, folder: Path) -> "Journal":
-        """The folder's; an empty one where there is none."""
+    def read(cls, path: Path) -> "Journal":
+        """Read a journal as far as its lines are complete; an empty one if there is no such file.
+
+        Raises:
+            OutputError: it cannot be read, or was written by another version of streamconv.
+        """
         journal = cls()
-        path = folder / JOURNAL_NAME
         try:
             raw = read_small(path)
         except SourceMissingError:
             return journal
         except SourceError as error:
-            raise OutputError(f"{error} It should be the journal of a conversion: delete it and begin anew.") from error
+            raise OutputError(
+                f"{error} It should be the journal of a conversion: delete it and start again."
+            ) from error
         for line in raw.splitlines(keepends=True):
             try:
                 if not line.endswith(b"\n"):
                     break
-                journal._add(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+                journal._add(json.loads(line), path)
+            except (ValueError, RecursionError):
                 break
             journal.length += len(line)
         return journal
 
-    def _add(self, entry: Any) -> None:
-        if "conversion" in entry:
-            self.conversion = dict(entry["conversion"])
-        elif "process" in entry:
-            self.process = dict(entry["process"])
+    def _add(self, line: object, path: Path) -> None:
+        if not self.length and isinstance(line, dict) and line.get("format_version") != FORMAT_VERSION:
+            raise OutputError(
+                f"{path} was written by another version of streamconv: delete it and the unfinished files beside it, "
+                "and convert again."
+            )
+        entry: _Entry = parse(_Entry, line)
+        if entry.provenance is not None:
+            self.provenance = entry.provenance
+        elif entry.process is not None:
+            self.process = entry.process
+        elif entry.file is not None and entry.resume_point is not None:
+            self.resume_points[entry.file] = entry.resume_point
         else:
-            counts = int(entry.get("overflow_count", 0)), int(entry.get("unproven", 0))
-            mark = ResumePoint(int(entry["bytes"]), str(entry["sha256"]), str(entry.get("sent_to", "")), *counts)
-            self.marks[str(entry["file"])] = mark
+            raise ValueError("not an entry of a journal")
 
 
-def resume_points_in(manifest: Mapping[str, Any] | None) -> dict[str, ResumePoint]:
-    """A manifest's files; none where it is not as we write it."""
+class OpenJournal:
+    """A journal that this process has locked, and the files whose progress it records.
+
+    ``output`` is what they make up, for messages.
+    """
+
+    def __init__(self, path: Path, output: Path, fd: int):
+        self.path, self._output, self._fd = path, output, fd
+        self.contents = Journal.read(path)
+
+    def start(self, provenance: Provenance, complete: Mapping[str, ResumePoint]) -> None:
+        """Record what is written from now on, and by whom; what the journal has of it already is kept.
+
+        ``complete`` are files that an earlier process had finished. The journal's name lasts when the folder is synced:
+        before the first resume point, together with the file's.
+        """
+        journal = self.contents
+        with as_output_error(self.path):
+            os.ftruncate(self._fd, journal.length)
+            os.lseek(self._fd, journal.length, os.SEEK_SET)
+        journal.resume_points = {**complete, **journal.resume_points}
+        if journal.provenance is None:
+            self._append({"format_version": FORMAT_VERSION, "provenance": asdict(provenance)})
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._append({"process": asdict(WritingProcess(os.getpid(), platform.node(), now))})
+
+    def forget(self, files: Iterable[Path]) -> None:
+        """Start over: forget what the journal records, and delete unfinished ``files``."""
+        self.contents = Journal()
+        for file in files:
+            with as_output_error(file):
+                temporary_path(file).unlink(missing_ok=True)
+
+    def recorded(self, file: Path) -> ResumePoint:
+        """Return how far a file is according to the journal."""
+        return self.contents.resume_points.get(self._key(file), NOT_STARTED)
+
+    def resume_point(self, file: Path) -> ResumePoint:
+        """Return where to resume a file, which has its temporary name then."""
+        self.require_linked()
+        point, temporary = self.recorded(file), temporary_path(file)
+        if point.size:
+            with as_output_error(file):
+                if not os.path.exists(temporary) and os.path.exists(file):
+                    os.replace(file, temporary)
+        return point if os.path.exists(temporary) else NOT_STARTED
+
+    def record(self, file: Path, point: ResumePoint) -> None:
+        """Keep how far a file is, on the disk; its bytes must be there before."""
+        self._append({"file": self._key(file), "resume_point": asdict(point)})
+        self.contents.resume_points[self._key(file)] = point
+
+    def discard(self, file: Path) -> None:
+        """Delete what was written of a file: it cannot be trusted."""
+        self.record(file, NOT_STARTED)
+        with as_output_error(file):
+            temporary_path(file).unlink(missing_ok=True)
+
+    def require_linked(self) -> None:
+        """Refuse to go on if someone removed the journal: the output may be another process's by now."""
+        if not is_still_linked(self._fd, self.path):
+            raise OutputError(f"{self._output} was removed while it was written. Run the same command again.")
+
+    def remove(self) -> None:
+        """End the journal: all files are complete."""
+        self.require_linked()
+        with as_output_error(self.path):
+            self.path.unlink()
+            sync_folder(self.path.parent)
+
+    def abandon(self, files: Iterable[Path]) -> bool:
+        """After a failure, keep what the next process can resume, and delete whatever else is unfinished.
+
+        Returns:
+            Whether nothing is left to resume, so that the journal was deleted too.
+        """
+        if not is_still_linked(self._fd, self.path):
+            return False
+        files = list(files)
+        for file in files:
+            if not self.recorded(file).size:
+                temporary_path(file).unlink(missing_ok=True)
+        if self.contents.is_resumable or any(os.path.exists(file) for file in files):
+            return False
+        self.path.unlink(missing_ok=True)
+        return True
+
+    def _key(self, file: Path) -> str:
+        return os.path.relpath(file, self.path.parent)
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        self.require_linked()
+        line = json.dumps(entry).encode() + b"\n"
+        with as_output_error(self.path):
+            while line:
+                line = line[os.write(self._fd, line) :]
+            os.fsync(self._fd)
+
+
+@contextmanager
+def locked_journal(path: Path, output: Path) -> Iterator[OpenJournal]:
+    """Open the journal of ``output``, created if it does not exist, for this process alone.
+
+    Raises:
+        OutputError: another process holds it, or it cannot be opened.
+    """
+    with as_output_error(output):
+        try:
+            fd = open_exclusive(path)
+        except BlockingIOError:
+            process = Journal.read(path).process or "another process"
+            raise OutputError(f"{output} is being written by {process}. Let it finish, or end it.") from None
     try:
-        files = manifest["files"] if manifest is not None else {}
-        return {
-            name: ResumePoint(int(file["size"]), str(file["sha256"]), overflow_count=int(file.get("overflow_count", 0)))
-            for name, file in files.items()
-        }
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
-        return {}
+        yield OpenJournal(path, output, fd)
+    finally:
+        os.close(fd)

@@ -1,87 +1,191 @@
-"""``streamconv.json``, a finished folder's own word: what it was made from, and each file's size and sha256."""
+"""``streamconv.json``, the manifest of a finished folder: what it was made from, and each file's size and sha256."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.files.local import read_small
 from streamconv.output.files import write_file
-from streamconv.output.journal import ResumePoint
+from streamconv.output.typed_json import parse
 
 MANIFEST_NAME = "streamconv.json"
+FORMAT_VERSION = 1  # of manifests and journals; those of 0.1.0 had none
+_CHANGE_TIME = "changed_ns"
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Which of the files and decisions that make up a conversion are not the same in two of them.
+@dataclass(frozen=True)
+class SourceFile:
+    """A checkpoint that was read.
 
-    A finished one does not say when a source's owner, mode or name last changed ("changed_ns"): only
-    who goes on with half a conversion must be as careful.
+    ``fingerprint`` is the sha256 of its index. It stands for the weights only if they carry CRC-32s; otherwise
+    ``version`` has what tells the checkpoint's files from others of the same names and shapes: each file's times in
+    nanoseconds since 1970, or its server's name for this version.
     """
 
-    def parts(conversion: Mapping[str, Any], compared: Mapping[str, Any]) -> dict[str, object]:
-        sources = {}
-        for role, file in conversion["source"].items():
-            is_said = "changed_ns" in compared["source"].get(role, {})
-            version = [file.get(key) for key in ("modified_ns", "etag", "last_modified", "key", "opened_ns")]
-            sources[role] = (file["fingerprint"], *version, file.get("changed_ns") if is_said else None)
-        labels = conversion["labels"]
-        # Where they come from by default can change with the network; that is no other conversion.
-        named = labels["sha256"] if labels and not labels["is_default"] else "default"
-        return {
-            **sources,
-            "plan (its names, its selection, its shard size, its dtype)": conversion["plan"],
-            "list of labels": named,
-        }
+    file: str
+    size: int
+    fingerprint: str
+    address: str | None = None
+    synthetic: bool = False
+    version: Mapping[str, tuple[str | int | None, ...]] = field(default_factory=dict)
 
-    try:
-        mine, theirs = parts(one, other), parts(other, one)
-    except (KeyError, TypeError, AttributeError):
-        return ["description"]
-    return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+    def is_same(self, other: "SourceFile") -> bool:
+        """Return whether both are the same file, as far as they know.
+
+        The time at which its owner, mode or name last changed is compared only if both record it: a finished folder
+        does not, since only resuming must be as careful.
+        """
+        keys = self.version.keys() | other.version.keys()
+        if not {_CHANGE_TIME} <= self.version.keys() & other.version.keys():
+            keys -= {_CHANGE_TIME}
+        return self.fingerprint == other.fingerprint and all(self.version.get(k) == other.version.get(k) for k in keys)
 
 
-def is_of(manifest: Mapping[str, Any], source: Mapping[str, Any]) -> bool:
-    """Whether a manifest says that its output was made from these files."""
-    said = manifest.get("source")
-    try:
-        return said is not None and {r: s["fingerprint"] for r, s in said.items()} == {
-            role: file["fingerprint"] for role, file in source.items()
-        }
-    except (KeyError, TypeError, AttributeError):
-        return False
+@dataclass(frozen=True)
+class Labels:
+    """A classifier's labels: where they came from, whether by default, and the sha256 of the list."""
+
+    origin: str | None
+    is_default: bool
+    sha256: str
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What streamconv.json says, or None where there is none.
+@dataclass(frozen=True)
+class WrittenFile:
+    """A complete file. ``overflow_count`` counts the values that were finite in the source and are infinite in it."""
 
-    Raises:
-        OutputError: there is one that cannot be read.
+    size: int
+    sha256: str
+    overflow_count: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What an output is made from, by role, and how: decided before anything is written.
+
+    ``select`` and ``num_heads`` are the user's; ``plan`` is the plan's fingerprint, and the others are what the plan
+    says under the same names.
     """
-    path = folder / MANIFEST_NAME
-    try:
-        manifest = json.loads(read_small(path))
-    except SourceMissingError:
-        return None
-    except (SourceError, ValueError, RecursionError) as error:
-        raise OutputError(f"{path} cannot be read ({error}). Move it away, or write to another folder.") from error
-    if not isinstance(manifest, dict):
-        raise OutputError(f"{path} is not streamconv's. Move it away, or write to another folder.")
-    return manifest
+
+    source: Mapping[str, SourceFile]
+    plan: str
+    model: str | None = None
+    select: str | None = None
+    num_heads: int | None = None
+    filled: Mapping[str, float] = field(default_factory=dict)
+    block_chunks: int = 0
+    notes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    labels: Labels | None = None
+
+    def is_from(self, source: Mapping[str, SourceFile]) -> bool:
+        """Return whether these are the files that it is made from, by their fingerprints."""
+        return {role: file.fingerprint for role, file in self.source.items()} == {
+            role: file.fingerprint for role, file in source.items()
+        }
 
 
-def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    return (json.dumps(manifest, indent=2) + "\n").encode()
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Provenance):
+    """A finished folder. ``files`` are all of them but the manifest.
+
+    ``is_crc_checked`` records whether every byte was compared with a CRC-32 of the source. ``cast`` are torch's names
+    of the dtypes that tensors were cast "from" and "to". ``verification`` is a `Verification` as JSON, to be shown.
+    """
+
+    architecture: str
+    files: Mapping[str, WrittenFile]
+    is_crc_checked: bool
+    cast: Mapping[str, str] | None
+    versions: Mapping[str, str]
+    verification: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        provenance: Provenance,
+        architecture: str,
+        files: Mapping[str, WrittenFile],
+        is_crc_checked: bool,
+        cast: Mapping[str, str] | None,
+        versions: Mapping[str, str],
+    ) -> "Manifest":
+        """Make the manifest of an output that is complete."""
+        source = {
+            role: replace(file, version={k: value for k, value in file.version.items() if k != _CHANGE_TIME})
+            for role, file in provenance.source.items()
+        }
+        return cls(
+            **{**vars(provenance), "source": source},
+            architecture=architecture,
+            files=files,
+            is_crc_checked=is_crc_checked,
+            cast=cast,
+            versions=versions,
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest | None":
+        """Read a folder's manifest; None if it has none.
+
+        Raises:
+            OutputError: it cannot be read, is damaged, or was written by another version of streamconv.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            value = json.loads(read_small(path))
+        except SourceMissingError:
+            return None
+        except (SourceError, ValueError, RecursionError) as error:
+            raise OutputError(f"{path} cannot be read ({error}). Move it away, or write to another folder.") from error
+        return cls.from_json(value, path)
+
+    @classmethod
+    def from_json(cls, value: object, path: Path) -> "Manifest":
+        """Check and convert parsed JSON; ``path`` and errors as for `read`."""
+        if isinstance(value, dict) and value.get("format_version") != FORMAT_VERSION:
+            raise OutputError(f"{path} was written by another version of streamconv: convert again, to another folder.")
+        try:
+            manifest: Manifest = parse(cls, value)
+            if not manifest.files:
+                raise ValueError("its field files is empty")
+            for name in manifest.files:
+                if Path(name).name != name:
+                    raise ValueError(f"its field files names {name!r}, which is not a file of its folder")
+        except ValueError as error:
+            raise OutputError(f"{path} is damaged: {error}. Move it away, or write to another folder.") from error
+        return manifest
+
+    def to_bytes(self) -> bytes:
+        """Return the contents of its file."""
+        return (json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n").encode()
 
 
-def _described(mark: ResumePoint) -> dict[str, Any]:
-    overflow_count = {"overflow_count": mark.overflow_count} if mark.overflow_count else {}
-    return {"size": mark.size, "sha256": mark.sha256, **overflow_count}
+def differences(one: Provenance, other: Provenance) -> list[str]:
+    """List which of the files and decisions that make up a conversion differ between two of them."""
+    found = [
+        role
+        for role in one.source.keys() | other.source.keys()
+        if role not in one.source or role not in other.source or not one.source[role].is_same(other.source[role])
+    ]
+    if one.plan != other.plan:
+        found.append("plan (its names, its selection, its shard size, its dtype)")
+    if _chosen_labels(one) != _chosen_labels(other):
+        found.append("list of labels")
+    return sorted(found)
 
 
-def record_verification(folder: Path, verification: dict[str, Any], source: dict[str, Any]) -> None:
-    """Keep what a verification against ``source`` found in the folder's manifest, where it is of that source."""
-    manifest = read_manifest(folder)
-    if manifest is not None and is_of(manifest, source):
-        write_file(folder / MANIFEST_NAME, manifest_bytes({**manifest, "verification": verification}))
+def _chosen_labels(provenance: Provenance) -> str | None:
+    """Return the sha256 of the user's labels. The default ones can change with the network, which is no difference."""
+    labels = provenance.labels
+    return labels.sha256 if labels is not None and not labels.is_default else None
+
+
+def record_verification(folder: Path, verification: Mapping[str, Any], source: Mapping[str, SourceFile]) -> None:
+    """Keep the result of a verification against ``source`` in the folder's manifest, if that names the same source."""
+    manifest = Manifest.read(folder)
+    if manifest is not None and manifest.is_from(source):
+        write_file(folder / MANIFEST_NAME, replace(manifest, verification=verification).to_bytes())

@@ -20,6 +20,7 @@ from streamconv.output.files import OutputFile, PageAligner, atomic_file
 from streamconv.output.folder import OutputFolder
 from streamconv.output.hashing import BUFFER_BYTES, BackgroundHash
 from streamconv.output.journal import NOT_STARTED, ResumePoint
+from streamconv.output.manifest import WrittenFile
 from streamconv.planning.shards import PIECE_BYTES, Shard
 from streamconv.tensors.casts import cast_into
 from streamconv.tensors.checksums import RecordChecks
@@ -32,7 +33,7 @@ SYNC_BYTES = 32 << 20
 
 def write_shard(
     shard: Shard, folder: OutputFolder, reader: Reader, checks: RecordChecks, advance: Callable[[int, bool], None]
-) -> tuple[ResumePoint, int]:
+) -> tuple[WrittenFile, int]:
     """Write one shard, or what is missing of it; give the mark of the whole file, and how many bytes were there.
 
     The file gets its name only after every record that it drew on has matched its CRC-32, or its file
@@ -43,7 +44,7 @@ def write_shard(
         SourceError: the source cannot be read; or it is damaged, or was changed: then nothing of the shard is kept.
         OutputError: the output cannot be written.
     """
-    kept = folder.resume_point(shard.filename)
+    kept = folder.journal.resume_point(folder.path / shard.filename)
     if not len(shard.header) < kept.size <= shard.size:
         kept = NOT_STARTED
     for mark in (kept, NOT_STARTED):
@@ -55,8 +56,8 @@ def write_shard(
             if not mark.size:
                 raise
             # Else the damage may be in what was written before: once more, all of it from the source.
-    folder.mark(shard.filename, whole)
-    return whole, mark.size
+    folder.journal.record(folder.path / shard.filename, whole)
+    return whole.written, mark.size
 
 
 def _write(
@@ -179,7 +180,7 @@ def _keep(
     for write in writes:
         write.result()  # one that failed is no sync's business: past the cache, only it knows
     file.sync(start, reached.size - start)
-    folder.mark(name, replace(reached, sha256=sha256.result()))
+    folder.journal.record(folder.path / name, replace(reached, sha256=sha256.result()))
 
 
 def _expect(shard: Shard, mark: ResumePoint, reader: Reader) -> None:

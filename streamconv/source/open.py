@@ -28,6 +28,7 @@ from streamconv.files.address import Address
 from streamconv.files.local import read_small
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
+from streamconv.output.manifest import SourceFile
 from streamconv.progress import Progress, ignore_progress
 from streamconv.source.resolve import Source, torch_hub_cache
 from streamconv.tensors.expressions import AnyTensor, joined, parts_of
@@ -73,24 +74,19 @@ class OpenSource:
         """Whether every tensor has a CRC-32 in its file."""
         return _has_checksums(self.tensors)
 
-    def describe(self) -> dict[str, dict[str, object]]:
-        """For the manifest: file names, sizes in bytes, and fingerprints (see `torch_zip.read_index`).
-
-        A fingerprint stands for the weights only where they carry CRC-32s. Elsewhere the files' times,
-        or what their servers call this version, go with it, so that another file of the same names and
-        shapes is noticed.
-        """
+    def describe(self) -> dict[str, SourceFile]:
+        """Describe the checkpoints by role, for the manifest."""
         places = self.source.locations
         origins = {role: place for role, place in places.items() if isinstance(place, Address)}
         origins |= self.source.origins
         return {
-            role: {
-                "file": checkpoint.names[0] if len(checkpoint.names) == 1 else places[role].name,
-                **({"address": str(origins[role])} if role in origins else {}),
-                "size": checkpoint.size,
-                "fingerprint": checkpoint.fingerprint,
-                **({} if _has_checksums(checkpoint) else checkpoint.version),
-            }
+            role: SourceFile(
+                file=checkpoint.names[0] if len(checkpoint.names) == 1 else places[role].name,
+                size=checkpoint.size,
+                fingerprint=checkpoint.fingerprint,
+                address=str(origins[role]) if role in origins else None,
+                version={} if _has_checksums(checkpoint) else checkpoint.version,
+            )
             for role, checkpoint in self.checkpoints.items()
         }
 

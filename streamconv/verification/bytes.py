@@ -18,7 +18,7 @@ from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.safetensors import INDEX_NAME, LOADED_BESIDE, SINGLE_NAME, index_of
 from streamconv.output.hashing import BUFFER_BYTES, BackgroundHash
-from streamconv.output.manifest import MANIFEST_NAME, read_manifest
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
 from streamconv.planning.plan import Plan
 from streamconv.tensors.casts import cast_into
 from streamconv.tensors.checksums import RecordChecks
@@ -31,13 +31,13 @@ SPAN_BYTES = 32 << 20  # between two reports of progress
 class ByteCheck:
     """``problems`` is empty where every byte is right; ``compared`` counts bytes of weights.
 
-    ``files`` are the output's files of weights with their "size" in bytes and "sha256".
+    ``files`` are the output's files of weights.
     """
 
     compared: int
     tensors: int
     problems: tuple[str, ...]
-    files: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, WrittenFile]
 
 
 def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int], None]) -> ByteCheck:
@@ -52,7 +52,7 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
     wanted = {name: tensor for shard in plan.shards for name, tensor in shard.tensors}
     checks, compared = RecordChecks(reader), 0
     problems: list[str] = []
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, WrittenFile] = {}
     for name, data in plan.small_files.items():
         problems += _json_differences(folder, name, json.loads(data))
     try:
@@ -72,7 +72,7 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
                     compared += source.target.nbytes
                 else:
                     _hash(file, output.record.range.start, output.record.range.end, digest)
-            files[file.name] = {"size": file.size, "sha256": digest.hexdigest()}
+            files[file.name] = WrittenFile(file.size, digest.hexdigest())
     try:
         checks.verify_pending()
     except CorruptError as error:
@@ -81,40 +81,34 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
     return ByteCheck(compared, len(wanted), tuple(sorted(set(problems))), files)
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any], advance: Callable[[int, int], None]) -> list[str]:
-    """What is not as the folder's own manifest says: each file's size and sha256, and weights that it does not name.
+def check_files(folder: Path, manifest: Manifest, advance: Callable[[int, int], None]) -> list[str]:
+    """List the files that differ from the folder's own manifest in size or sha256, and weights that it does not name.
 
-    ``advance`` is told how many bytes are done, and of how many.
+    ``advance`` is called with the number of bytes done, and of all.
     """
-    try:
-        said = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        return [f"{MANIFEST_NAME} is damaged: it does not say of each file its size and sha256 ({error!r})"]
-    problems = [f"{path.name} is no part of the model" for path in _weights_in(folder) if path.name not in said]
-    total, done = sum(size for size, _ in said.values()), 0
-    for name, (size, sha256) in said.items():
-        if Path(name).name != name:
-            problems.append(f"{MANIFEST_NAME} names {name!r}, which is no file of its folder")
-            continue
+    written = manifest.files
+    problems = [f"{path.name} is no part of the model" for path in _weights_in(folder) if path.name not in written]
+    total, done = sum(each.size for each in written.values()), 0
+    for name, each in written.items():
         try:
             file = LocalFile(folder / name)
         except SourceError as error:
             problems.append(str(error))
             continue
         with closing(file), BackgroundHash() as digest:
-            if file.size != size:
-                problems.append(f"{name} has {file.size:,} bytes, not {size:,}")
+            if file.size != each.size:
+                problems.append(f"{name} has {file.size:,} bytes, not {each.size:,}")
                 continue
             try:
-                for start in range(0, size, SPAN_BYTES):
-                    end = min(start + SPAN_BYTES, size)
+                for start in range(0, file.size, SPAN_BYTES):
+                    end = min(start + SPAN_BYTES, file.size)
                     _hash(file, start, end, digest)
                     done += end - start
                     advance(done, total)
             except SourceError as error:
                 problems.append(str(error))
                 continue
-            if digest.hexdigest() != sha256:
+            if digest.hexdigest() != each.sha256:
                 problems.append(f"{name} is not as it was written: its sha256 is another")
     return sorted(problems)
 
@@ -164,23 +158,23 @@ def _file_problems(folder: Path, written: Checkpoint) -> list[str]:
     return problems + _json_differences(folder, INDEX_NAME, index_of(written, places))
 
 
-def _manifest_problems(folder: Path, plan: Plan, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The folder's own word: its files' digests, and labels, which no source knows."""
+def _manifest_problems(folder: Path, plan: Plan, files: Mapping[str, WrittenFile]) -> list[str]:
+    """List what differs from the folder's own manifest: digests, and labels, which no source has."""
     try:
-        manifest = read_manifest(folder)
-        if manifest is None:
-            return []
-        problems = []
-        for name, file in manifest["files"].items():
-            if name.endswith(".safetensors") and name not in files:
-                problems.append(f"{name} is missing, and {MANIFEST_NAME} names it")
-            elif name in files and file["sha256"] != files[name]["sha256"]:
-                problems.append(f"{name} has another sha256 than {MANIFEST_NAME} says")
-        if manifest["labels"] and manifest["labels"]["sha256"] != plan.labels_digest:
-            problems.append(f"config.json has other labels than {MANIFEST_NAME} says")
-        return problems
-    except (KeyError, TypeError, AttributeError, OutputError) as error:
-        return [f"{MANIFEST_NAME} is of no finished conversion ({error})"]
+        manifest = Manifest.read(folder)
+    except OutputError as error:
+        return [str(error)]
+    if manifest is None:
+        return []
+    problems = []
+    for name, file in manifest.files.items():
+        if name.endswith(".safetensors") and name not in files:
+            problems.append(f"{name} is missing, and {MANIFEST_NAME} names it")
+        elif name in files and file.sha256 != files[name].sha256:
+            problems.append(f"{name} has another sha256 than {MANIFEST_NAME} says")
+    if manifest.labels is not None and manifest.labels.sha256 != plan.labels_digest:
+        problems.append(f"config.json has other labels than {MANIFEST_NAME} says")
+    return problems
 
 
 def _hash(file: File, start: int, end: int, digest: BackgroundHash) -> None:

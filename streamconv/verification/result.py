@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from streamconv.output.manifest import SourceFile
+
 
 @dataclass(frozen=True)
 class Check:
@@ -42,7 +44,7 @@ class Verification:
     device: str | None
     reference: str | None
     versions: Mapping[str, str]
-    source: Mapping[str, Mapping[str, object]]
+    source: Mapping[str, SourceFile]
     output: Mapping[str, Any]
     memory: Mapping[str, int | None]
     seconds: float

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,16 +71,27 @@ def test_weights_that_the_manifest_does_not_list_are_found(folder: Path) -> None
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({"../source.pth": {"size": 1, "sha256": ""}}, r"names '../source.pth', which is no file of its folder"),
-        ({"config.json": {"size": "x"}}, "is damaged"),
-        (["config.json"], "is damaged"),
-        (None, "is damaged"),
+        ({"../source.pth": {"size": 1, "sha256": ""}}, "names '../source.pth', which is not a file of its folder"),
+        ({"config.json": {"size": "x", "sha256": ""}}, "files.config.json.size is 'x', which is not of type int"),
+        ({"config.json": {"size": 1}}, "files.config.json.sha256 is missing"),
+        (["config.json"], "files is not a JSON object"),
+        (None, "files is not a JSON object"),
+        ({}, "files is empty"),
     ],
 )
-def test_damaged_manifest_is_found(folder: Path, files: object, says: str) -> None:
+def test_damaged_manifest_is_refused_and_its_field_named(folder: Path, files: object, says: str) -> None:
     manifest = json.loads((folder / "streamconv.json").read_text())
     (folder / "streamconv.json").write_text(json.dumps({**manifest, "files": files}))
-    assert any(says in problem for problem in problems(folder))
+    with pytest.raises(OutputError, match=rf"is damaged: its field.* {re.escape(says)}\. Move it away"):
+        api.verify(folder)
+
+
+@pytest.mark.parametrize("version", [None, 0, 99, "1"])
+def test_manifest_of_another_version_is_refused(folder: Path, version: object) -> None:
+    manifest = json.loads((folder / "streamconv.json").read_text())
+    (folder / "streamconv.json").write_text(json.dumps({**manifest, "format_version": version}))
+    with pytest.raises(OutputError, match="was written by another version of streamconv: convert again"):
+        api.verify(folder)
 
 
 def test_folder_without_manifest_or_with_a_journal_is_refused(folder: Path) -> None:

@@ -135,12 +135,16 @@ def test_changed_file_is_not_uploaded(hub: HubServer, folder: Path) -> None:
     assert "ada/it" not in hub.repos or commits(hub) == 1
 
 
-def test_folder_without_a_valid_manifest_is_not_published(hub: HubServer, tmp_path: Path) -> None:
+def test_folder_without_a_valid_manifest_is_not_published(hub: HubServer, folder: Path) -> None:
+    path = folder / "streamconv.json"
+    manifest = json.loads(path.read_text())
+    for files, says in (({"../secret": {"size": 1, "sha256": "00"}}, "names '../secret'"), ({}, "files is empty")):
+        path.write_text(json.dumps({**manifest, "files": files}))
+        with pytest.raises(OutputError, match=rf"streamconv\.json is damaged: its field .*{says}"):
+            pushed(folder)
+    path.unlink()
     with pytest.raises(OutputError, match=r"has no streamconv\.json"):
-        pushed(tmp_path)
-    (tmp_path / "streamconv.json").write_text('{"files": {"../secret": {"size": 1, "sha256": "00"}}}')
-    with pytest.raises(OutputError, match="does not say what to push"):
-        pushed(tmp_path)
+        pushed(folder)
     assert not hub.requests("POST")
 
 

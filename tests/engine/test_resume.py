@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -19,10 +20,14 @@ import streamconv
 from streamconv import CorruptError, OutputError, SourceError, UsageError
 from streamconv.output import folder
 from streamconv.output.files import temporary_path
-from streamconv.output.journal import JOURNAL_NAME, Journal
+from streamconv.output.journal import JOURNAL_NAME, Journal, OpenJournal
 from tests import api
 from tests.checkpoints import make_states, saved, teacher
 from tests.support import Save, contents, interrupt_after, tiny
+
+
+def journal_of(folder: Path) -> Journal:
+    return Journal.read(folder / JOURNAL_NAME)
 
 
 @pytest.mark.usefixtures("frequent_journal_entries")
@@ -33,7 +38,7 @@ def test_resuming_checks_and_reports_what_was_written_without_writing_it_again(
     api.convert(source, tmp_path / "whole")
     interrupt_after(source, tmp_path / "out", 0.5)
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    kept = Journal.read(tmp_path / "out").marks["model.safetensors"].size
+    kept = journal_of(tmp_path / "out").resume_points["model.safetensors"].size
     size = (tmp_path / "whole" / "model.safetensors").stat().st_size
     assert 0.5 * size - 3 * (32 << 10) <= kept <= 0.52 * size
     seen: list[str] = []
@@ -77,7 +82,8 @@ def test_damaged_partial_output_is_written_again(
         entries = [json.loads(line) for line in lines]
         for entry in entries:
             if "file" in entry and entry["file"] in temporary.name:
-                entry["sha256"] = sha256(data[: entry["bytes"]]).hexdigest()
+                point = entry["resume_point"]
+                point["sha256"] = sha256(data[: point["size"]]).hexdigest()
         (out / JOURNAL_NAME).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     done = api.convert(source, out, max_shard_size=shard_size)
     assert contents(out) == contents(tmp_path / "whole")
@@ -86,7 +92,8 @@ def test_damaged_partial_output_is_written_again(
 
 @pytest.mark.usefixtures("frequent_journal_entries")
 @pytest.mark.parametrize(
-    "damage", [b"", b"\x00" * 5000, b'{"file": "model.sa', b"[1]\n", b'{"file": 1, "bytes": "x"}\n', b"\xff\n"]
+    "damage",
+    [b"", b"\0" * 5000, b'{"file": "model.sa', b"[1]\n", b'{"file": "x"}\n', b'{"resume_point": {}}\n', b"\xff\n"],
 )
 def test_journal_with_a_damaged_end_is_used_up_to_the_damage(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, damage: bytes
@@ -94,15 +101,30 @@ def test_journal_with_a_damaged_end_is_used_up_to_the_damage(
     source, _ = save(tiny())
     api.convert(source, tmp_path / "whole")
     interrupt_after(source, tmp_path / "out", 0.5)
-    before = Journal.read(tmp_path / "out").marks
+    before = journal_of(tmp_path / "out").resume_points
     with (tmp_path / "out" / JOURNAL_NAME).open("ab") as journal:
         journal.write(damage)
-    assert Journal.read(tmp_path / "out").marks == before
+    assert journal_of(tmp_path / "out").resume_points == before
     interrupt_after(source, tmp_path / "out", 0.7)  # writes behind what is whole
-    assert Journal.read(tmp_path / "out").length == (tmp_path / "out" / JOURNAL_NAME).stat().st_size
-    assert Journal.read(tmp_path / "out").marks["model.safetensors"].size > before["model.safetensors"].size
+    assert journal_of(tmp_path / "out").length == (tmp_path / "out" / JOURNAL_NAME).stat().st_size
+    assert journal_of(tmp_path / "out").resume_points["model.safetensors"].size > before["model.safetensors"].size
     api.convert(source, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("frequent_journal_entries")
+@pytest.mark.parametrize("first_line", [{"conversion": {}}, {"format_version": 0}, {"format_version": 2}])
+def test_resume_rejects_a_journal_of_another_version(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, first_line: dict[str, object]
+) -> None:
+    source, _ = save(tiny())
+    interrupt_after(source, tmp_path / "out", 0.5)
+    path = tmp_path / "out" / JOURNAL_NAME
+    path.write_text("\n".join([json.dumps(first_line), *path.read_text().splitlines()[1:]]) + "\n")
+    before = contents(tmp_path / "out")
+    with pytest.raises(OutputError, match="journal was written by another version of streamconv: delete it"):
+        api.convert(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.usefixtures("frequent_journal_entries")
@@ -362,7 +384,8 @@ def test_impossible_journal_entry_is_ignored(tmp_path: Path, monkeypatch: pytest
     temporary = temporary_path(tmp_path / "out" / "model.safetensors")
     temporary.write_bytes(b"\xff" * 1000)
     with (tmp_path / "out" / JOURNAL_NAME).open("a") as journal:
-        journal.write(json.dumps({"file": "model.safetensors", "bytes": size, "sha256": "0" * 64}) + "\n")
+        point = {"size": size, "sha256": "0" * 64}
+        journal.write(json.dumps({"file": "model.safetensors", "resume_point": point}) + "\n")
     assert api.convert(path, tmp_path / "out").resumed_bytes == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -393,13 +416,13 @@ def test_file_created_before_the_lock_is_not_overwritten(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, _ = save(tiny())
-    lock = folder._lock
+    lock = folder.locked_journal
 
-    def late(path: Path) -> int:
-        (path / "model.safetensors").write_bytes(b"another's")
-        return lock(path)
+    def late(path: Path, output: Path) -> AbstractContextManager[OpenJournal]:
+        (output / "model.safetensors").write_bytes(b"another's")
+        return lock(path, output)
 
-    monkeypatch.setattr(folder, "_lock", late)
+    monkeypatch.setattr(folder, "locked_journal", late)
     with pytest.raises(OutputError, match="which streamconv did not write"):
         api.convert(source, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"another's"

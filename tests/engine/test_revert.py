@@ -338,9 +338,8 @@ def test_published_model_without_a_manifest_is_reverted_with_its_block_chunks(tm
 
 @pytest.mark.parametrize(
     "said",
-    [{"filled": {"norm.bias": 1.0}}, {"filled": ["x"]}, {"filled": {"layernorm.bias": "1"}},
-     {"filled": {"layernorm.bias": 1.0, "encoder.layer.0.norm1.bias": 1.0}}, {"block_chunks": "4"},
-     {"block_chunks": None}],
+    [{"filled": {"norm.bias": 1.0}}, {"filled": {"layernorm.bias": 1e300}},
+     {"filled": {"layernorm.bias": 1.0, "encoder.layer.0.norm1.bias": 1.0}}],
 )  # fmt: skip
 def test_altered_manifest_does_not_change_the_reverted_bytes(tmp_path: Path, said: dict[str, object]) -> None:
     folder = converted_folder(tmp_path, tiny())
@@ -348,6 +347,19 @@ def test_altered_manifest_does_not_change_the_reverted_bytes(tmp_path: Path, sai
     path.write_text(json.dumps({**json.loads(path.read_bytes()), **said}))
     streamconv.revert(folder, tmp_path / "back.pth")
     assert_same(original_states(tiny())[0], tmp_path / "back.pth")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("filled", ["x"]), ("filled", {"layernorm.bias": "1"}), ("block_chunks", "4"), ("block_chunks", None)],
+)
+def test_damaged_manifest_is_refused(tmp_path: Path, field: str, value: object) -> None:
+    folder = converted_folder(tmp_path, tiny())
+    path = folder / "streamconv.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), field: value}))
+    with pytest.raises(OutputError, match=rf"streamconv\.json is damaged: its field {field}"):
+        streamconv.revert(folder, tmp_path / "back.pth")
+    assert not (tmp_path / "back.pth").exists()
 
 
 def test_any_number_of_attention_heads_can_be_reverted(tmp_path: Path) -> None:

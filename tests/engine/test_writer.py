@@ -20,9 +20,12 @@ from streamconv.output import hashing
 from streamconv.output import writer as streaming
 from streamconv.output.files import atomic_file, temporary_path
 from streamconv.output.folder import open_output_folder
-from streamconv.output.journal import NOT_STARTED, Journal
+from streamconv.output.journal import JOURNAL_NAME, NOT_STARTED, Journal
+from streamconv.output.manifest import Provenance
 from streamconv.planning.shards import make_shard
 from streamconv.tensors.checksums import RecordChecks
+
+PROVENANCE = Provenance(source={}, plan="")
 
 
 class SlowDigest:
@@ -62,7 +65,7 @@ def test_slow_hash_or_slow_disk_still_gets_every_byte(
     monkeypatch.setattr(hashing, "RING_BUFFERS", ring)
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
         shard = make_shard("x.safetensors", checkpoint)
-        with open_output_folder(tmp_path, {}, [], 0) as folder:
+        with open_output_folder(tmp_path, PROVENANCE, [], 0) as folder:
             written, _ = streaming.write_shard(
                 shard, folder, checkpoint.reader, RecordChecks(checkpoint.reader), lambda position, is_kept: None
             )
@@ -91,7 +94,7 @@ def test_weights_bypass_the_page_cache(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "pwrite", pwrite)
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
         shard = make_shard("x.safetensors", checkpoint)
-        with open_output_folder(tmp_path, {}, [], 0) as folder:
+        with open_output_folder(tmp_path, PROVENANCE, [], 0) as folder:
             streaming.write_shard(
                 shard, folder, checkpoint.reader, RecordChecks(checkpoint.reader), lambda position, is_kept: None
             )
@@ -125,14 +128,14 @@ def test_journal_never_covers_a_failed_write(tmp_path: Path, monkeypatch: pytest
             with (
                 monkeypatch.context() as patch,
                 suppress(OutputError),
-                open_output_folder(out, {}, [shard.filename], 0) as folder,
+                open_output_folder(out, PROVENANCE, [shard.filename], 0) as folder,
             ):
                 patch.setattr(os, "pwrite", pwrite)
                 streaming.write_shard(
                     shard, folder, checkpoint.reader, RecordChecks(checkpoint.reader), lambda position, is_kept: None
                 )
         assert not (out / shard.filename).exists()
-        mark = Journal.read(out).marks.get(shard.filename, NOT_STARTED)
+        mark = Journal.read(out / JOURNAL_NAME).resume_points.get(shard.filename, NOT_STARTED)
         if mark.size:
             written = temporary_path(out / shard.filename).read_bytes()[: mark.size]
             assert hashlib.sha256(written).hexdigest() == mark.sha256, failing

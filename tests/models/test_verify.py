@@ -575,11 +575,12 @@ def test_verification_reports_an_unverified_number_of_heads(tmp_path: Path) -> N
     assert "assuming 4 attention heads in both, which tensors do not show" in found.checks[2].proves
 
 
-def test_altered_manifest_selects_nothing(tmp_path: Path) -> None:
+def test_manifest_with_a_field_of_another_type_is_refused(tmp_path: Path) -> None:
     state, _ = make_states(tiny())
     source = saved(state, tmp_path / "x.pth")
     api.convert(source, tmp_path / "out")
     path = tmp_path / "out" / "streamconv.json"
     manifest = json.loads(path.read_bytes())
     path.write_text(json.dumps({**manifest, "select": ["x"], "num_heads": "4"}))
-    assert api.verify(tmp_path / "out", source, device="cpu", parity=False).passed
+    with pytest.raises(OutputError, match=r"streamconv\.json is damaged: its field select is"):
+        api.verify(tmp_path / "out", source, device="cpu", parity=False)

@@ -22,7 +22,7 @@ import streamconv
 from streamconv import MappingError
 from streamconv.families.dinov2 import Dimensions
 from streamconv.hub.card import make_card
-from streamconv.output.manifest import read_manifest
+from streamconv.output.manifest import Manifest
 from streamconv.verification.originals import dinov2 as original
 from tests import api
 from tests.checkpoints import BESIDE, HEAD, OwnDict, chunked, make_states, saved, state_of, teacher, wanted
@@ -248,7 +248,7 @@ def test_reverted_transformers_model_loads_strictly_and_computes_the_same(
 def test_code_on_the_card_runs(tmp_path: Path, save: Save, classes: int | None) -> None:
     backbone, head = save(tiny(classes=classes))
     done = api.convert(backbone, tmp_path / "out", head=head)
-    text = make_card(read_manifest(done.output) or {}, "ada/it")
+    text = make_card(Manifest.read(done.output), "ada/it")
     (code,) = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
     assert code.count("\n") == 4
     shutil.move(done.output, tmp_path / "ada" / "it")  # a folder of the repository's name is what transformers takes

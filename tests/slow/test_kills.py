@@ -21,7 +21,7 @@ import streamconv.verification.report
 from streamconv import (
     CorruptError,
 )
-from streamconv.output.journal import Journal
+from streamconv.output.journal import JOURNAL_NAME, Journal
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
@@ -141,7 +141,7 @@ def test_cast_record_damaged_before_an_interruption_is_not_resumed(tmp_path: Pat
         try:
             api.convert(source, tmp_path / "out", progress=progress, **options)
         except Interrupted:
-            marks = Journal.read(tmp_path / "out").marks.values()
+            marks = Journal.read(tmp_path / "out" / JOURNAL_NAME).resume_points.values()
             cut += any(mark.unproven for mark in marks)
         except CorruptError:
             break

@@ -1,5 +1,6 @@
 """The model card: what it claims and what it does not."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,18 +8,26 @@ from huggingface_hub import ModelCard
 
 from streamconv.families.registry import all_families
 from streamconv.hub.card import is_ours, make_card
+from streamconv.output.manifest import FORMAT_VERSION, Manifest
 
 
 def check(name: str, passed: bool | None, proves: str, **more: Any) -> dict[str, Any]:
     return {"name": name, "passed": passed, "proves": proves, "problems": (), "numbers": {}, **more}
 
 
-def manifest(**changed: Any) -> dict[str, Any]:
+def source(file: str, **more: Any) -> dict[str, dict[str, Any]]:
+    return {"backbone": {"file": file, "size": 88283115, "fingerprint": "f00d", **more}}
+
+
+def manifest(**changed: Any) -> Manifest:
     """A verified ViT-S of Meta's own file."""
-    return {
+    value = {
+        "format_version": FORMAT_VERSION,
+        "plan": "cafe",
+        "cast": None,
         "model": "dinov2_vits14",
         "architecture": "Dinov2Model",
-        "source": {"backbone": {"file": "dinov2_vits14_pretrain.pth", "size": 88283115, "fingerprint": "f00d"}},
+        "source": source("dinov2_vits14_pretrain.pth"),
         "files": {"model.safetensors": {"size": 88249960, "sha256": "abcd"}},
         "is_crc_checked": True,
         "versions": {"streamconv": "0.1.0"},
@@ -33,13 +42,12 @@ def manifest(**changed: Any) -> dict[str, Any]:
         },
         **changed,
     }
+    return Manifest.from_json(value, Path("streamconv.json"))
 
 
 def test_card_of_a_published_model_names_origin_license_and_checks() -> None:
-    source = {
-        "backbone": {**manifest()["source"]["backbone"], "address": "https://example.org/dinov2_vits14_pretrain.pth"}
-    }
-    text = make_card(manifest(source=source), "ada/dinov2-small")
+    found = source("dinov2_vits14_pretrain.pth", address="https://example.org/dinov2_vits14_pretrain.pth")
+    text = make_card(manifest(source=found), "ada/dinov2-small")
     assert ModelCard(text).data.to_dict() == {
         "license": "apache-2.0",
         "base_model": "facebook/dinov2-small",
@@ -60,10 +68,10 @@ def test_card_of_a_published_model_names_origin_license_and_checks() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"source": {"backbone": {"file": "mine.pth"}}},
+        {"source": source("mine.pth")},
         {"model": None},
         {"model": "dinov2_vits14_1layer"},  # whose head's file is not there
-        {"source": {"backbone": {"file": "dinov2_vits14_synthetic_seed0.pth"}}},
+        {"source": source("dinov2_vits14_synthetic_seed0.pth")},
     ],
 )
 def test_card_claims_no_license_or_origin_for_unknown_files(changed: dict[str, Any]) -> None:
@@ -85,8 +93,8 @@ def test_card_starts_with_warnings() -> None:
     assert "| parity | **FAILED** | both compute the same |" in first(verification=found)
     assert "- the first difference is in layer 3" in first(verification=found)
     assert "| preprocessing | not run | it was left out |" in first(verification=found)
-    random = first(source={"backbone": {"file": "dinov2_vits14_synthetic_seed12.pth"}})
-    assert random.startswith("> **Random weights.**")
+    for random in (source("dinov2_vits14_synthetic_seed12.pth"), source("x.pth", synthetic=True)):
+        assert first(source=random).startswith("> **Random weights.**")
     assert "has no CRC-32s" in first(is_crc_checked=False)
     assert "> **" not in first()
 
@@ -95,7 +103,7 @@ def test_card_escapes_names_and_problems() -> None:
     file = "a`b|c\n## mine\ud800<script>.pth"
     problem = "x | y\n# z <img> [a](b)"
     found = {"passed": False, "checks": [check("bytes", False, "p", problems=[problem])]}
-    text = make_card(manifest(source={"backbone": {"file": file}}, verification=found), "ada/it")
+    text = make_card(manifest(source=source(file), verification=found), "ada/it")
     text.encode()
     assert "\n## mine" not in text
     assert "`a b c ## mine?<script>.pth`" in text

@@ -1,0 +1,53 @@
+"""Decides whether a folder is free for a conversion: it may hold the same one, or none of its files."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from streamconv.errors import OutputError
+from streamconv.output.journal import JOURNAL_NAME, Journal
+from streamconv.output.manifest import Manifest, Provenance, differences
+
+
+def require_free(folder: Path, provenance: Provenance, names: Sequence[str], journal: Journal) -> None:
+    """Refuse a folder that holds something else.
+
+    Args:
+        names: The files to be written.
+        journal: The folder's own. One of another conversion is no obstacle as long as nothing was written.
+
+    Raises:
+        OutputError
+    """
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise OutputError(f"{folder} is a file. Name a folder for the output.")
+    manifest = Manifest.read(folder)
+    existing = journal.provenance or manifest
+    present = [name for name in names if os.path.lexists(folder / name)]
+    if existing is None:
+        if present:
+            raise OutputError(
+                f"{folder} already holds {', '.join(present)}, which streamconv did not write. Choose another folder."
+            )
+    elif (other := differences(existing, provenance)) and (present or manifest or journal.is_resumable):
+        state = "an unfinished" if manifest is None else "another"
+        raise OutputError(
+            f"{folder} holds {state} conversion, of {existing.model or 'an unnamed model'}: its "
+            f"{' and '.join(other)} is another. Choose another folder, or delete this one."
+        )
+
+
+def find_finished(folder: Path, provenance: Provenance, names: Sequence[str]) -> Manifest | None:
+    """Return the manifest of a folder in which the same conversion is finished: all files exist, at their full sizes.
+
+    Raises:
+        OutputError: the folder holds something else.
+    """
+    if os.path.exists(folder / JOURNAL_NAME):
+        return None
+    require_free(folder, provenance, names, Journal())
+    manifest = Manifest.read(folder)
+    if manifest is None or manifest.files.keys() != set(names):
+        return None
+    files = ((folder / name, file.size) for name, file in manifest.files.items())
+    return manifest if all(path.is_file() and path.stat().st_size == size for path, size in files) else None

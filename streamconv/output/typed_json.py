@@ -1,0 +1,68 @@
+"""Parses JSON into dataclasses: state from a disk is checked once, where it is read.
+
+The annotations of a dataclass are its schema. Keys that it does not have are ignored.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+def parse(kind: Any, value: object, name: str = "") -> Any:
+    """Return ``value`` as ``kind``: a dataclass, ``Mapping[str, X]``, ``tuple[X, ...]``, a union, or a type of JSON's.
+
+    Args:
+        name: What to call the value in messages; the fields of a dataclass are named from there.
+
+    >>> parse(tuple[int, ...], [1, 2])
+    (1, 2)
+
+    Raises:
+        ValueError: names the first field that is missing or has another type.
+    """
+    if kind is Any:
+        return value
+    if get_origin(kind) in (Union, UnionType):
+        return _parse_union(kind, value, name)
+    if is_dataclass(kind):
+        return _parse_dataclass(kind, _mapping(value, name), name)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(parse(get_args(kind)[0], each, f"{name}[{i}]") for i, each in enumerate(value))
+    if issubclass(get_origin(kind) or kind, Mapping):
+        item = get_args(kind)[1]
+        return {key: parse(item, each, _join(name, key)) for key, each in _mapping(value, name).items()}
+    if type(value) is not kind:  # not isinstance: a bool is an int in Python
+        raise ValueError(f"its field {name} is {value!r:.60}, which is not of type {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _parse_dataclass(kind: Any, value: Mapping[str, Any], name: str) -> Any:
+    types, arguments = get_type_hints(kind), {}
+    for field in fields(kind):
+        where = _join(name, field.name)
+        if field.name in value:
+            arguments[field.name] = parse(types[field.name], value[field.name], where)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"its field {where} is missing")
+    return kind(**arguments)
+
+
+def _parse_union(kind: Any, value: object, name: str) -> Any:
+    problems = []
+    for each in get_args(kind):
+        try:
+            return parse(each, value, name)
+        except ValueError as error:
+            problems.append(error)
+    raise problems[0]  # our unions name what is usual first
+
+
+def _mapping(value: object, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{f'its field {name}' if name else 'it'} is not a JSON object")
+    return value
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key

@@ -1,0 +1,152 @@
+"""What a folder records about itself is checked where it is read."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamconv import OutputError
+from streamconv.output.journal import Journal, ResumePoint
+from streamconv.output.manifest import (
+    FORMAT_VERSION,
+    Labels,
+    Manifest,
+    Provenance,
+    SourceFile,
+    WrittenFile,
+    differences,
+)
+from streamconv.output.typed_json import parse
+
+SOURCE = SourceFile("x.pth", 5, "f00d", version={"changed_ns": (3,), "modified_ns": (2,)})
+PROVENANCE = Provenance(
+    source={"backbone": SOURCE, "head": SourceFile("y.pth", 6, "beef", "https://example.org/y.pth", synthetic=True)},
+    plan="cafe",
+    model="dinov2_vits14",
+    select="teacher.",
+    num_heads=6,
+    filled={"norm.bias": 0.5},
+    block_chunks=4,
+    notes=("a note",),
+    skipped=("optimizer",),
+    labels=Labels("labels.txt", False, "1abe1"),
+)
+MANIFEST = Manifest.of(
+    PROVENANCE,
+    architecture="Dinov2Model",
+    files={"model.safetensors": WrittenFile(7, "abcd", 3)},
+    is_crc_checked=True,
+    cast={"from": "float32", "to": "float16"},
+    versions={"streamconv": "0.1.0"},
+)
+
+
+def changed(value: Any, path: list[str], new: Any) -> Any:
+    """A copy of nested dicts in which one value is another, or is missing if ``new`` is ``KeyError``."""
+    key, *rest = path
+    if not rest and new is KeyError:
+        return {name: each for name, each in value.items() if name != key}
+    return {**value, key: changed(value[key], rest, new) if rest else new}
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    assert Manifest.read(tmp_path) is None
+    (tmp_path / "streamconv.json").write_bytes(MANIFEST.to_bytes())
+    assert Manifest.read(tmp_path) == MANIFEST
+    assert MANIFEST.source["backbone"].version == {"modified_ns": (2,)}
+    assert json.loads(MANIFEST.to_bytes())["format_version"] == FORMAT_VERSION
+
+
+@pytest.mark.parametrize(
+    ("path", "new", "says"),
+    [
+        (["plan"], KeyError, "its field plan is missing"),
+        (["plan"], 5, "its field plan is 5, which is not of type str"),
+        (["num_heads"], True, "its field num_heads is True, which is not of type int"),
+        (["num_heads"], 6.0, "its field num_heads is 6.0, which is not of type int"),
+        (["source"], [], "its field source is not a JSON object"),
+        (["source", "head"], "y.pth", "its field source.head is not a JSON object"),
+        (["source", "head", "size"], "6", "its field source.head.size is '6', which is not of type int"),
+        (["source", "backbone", "version", "modified_ns"], [2, []], "version.modified_ns[1] is [], which is not"),
+        (["filled", "norm.bias"], "0", "its field filled.norm.bias is '0', which is not of type float"),
+        (["notes"], "a note", "its field notes is 'a note', which is not of type"),
+        (["labels", "sha256"], None, "its field labels.sha256 is None, which is not of type str"),
+        (["files", "model.safetensors"], {"size": 7}, "its field files.model.safetensors.sha256 is missing"),
+        (["files"], {"../x": {"size": 7, "sha256": ""}}, "files names '../x', which is not a file of its folder"),
+        (["cast", "to"], 16, "its field cast.to is 16, which is not of type str"),
+        (["verification"], "passed", "its field verification is not a JSON object"),
+    ],
+)  # fmt: skip
+def test_a_damaged_field_is_refused_by_its_name(tmp_path: Path, path: list[str], new: Any, says: str) -> None:
+    value = changed(json.loads(MANIFEST.to_bytes()), path, new)
+    (tmp_path / "streamconv.json").write_text(json.dumps(value))
+    with pytest.raises(OutputError, match=rf"streamconv\.json is damaged: .*{re.escape(says)}"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["[]", '"x"', "5", "null"])
+def test_another_json_value_is_not_a_manifest(tmp_path: Path, value: str) -> None:
+    (tmp_path / "streamconv.json").write_text(value)
+    with pytest.raises(OutputError, match="is damaged: it is not a JSON object"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": ' * 100_000, "1" * 10_000])
+def test_what_is_not_json_is_not_a_manifest(tmp_path: Path, text: str) -> None:
+    (tmp_path / "streamconv.json").write_text(text)
+    with pytest.raises(OutputError, match=r"streamconv\.json (cannot be read|is damaged)"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "new", "differs"),
+    [
+        ([], None, []),
+        (["source", "backbone", "fingerprint"], "beef", ["backbone"]),
+        (["source", "backbone", "version"], {}, ["backbone"]),
+        (["source", "backbone", "version", "modified_ns"], [3], ["backbone"]),
+        (["source", "backbone", "version", "changed_ns"], [4], ["backbone"]),
+        (["source", "backbone", "version", "changed_ns"], KeyError, []),
+        (["source", "head"], KeyError, ["head"]),
+        (["source", "backbone", "file"], "renamed.pth", []),
+        (["plan"], "f00d", ["plan (its names, its selection, its shard size, its dtype)"]),
+        (["labels", "sha256"], "f00d", ["list of labels"]),
+        (["labels", "is_default"], True, ["list of labels"]),
+        (["labels"], None, ["list of labels"]),
+        (["notes"], [], []),
+    ],
+)
+def test_conversions_differ_in_their_files_plan_and_labels(path: list[str], new: Any, differs: list[str]) -> None:
+    value = json.loads(json.dumps(asdict(PROVENANCE)))
+    other = parse(Provenance, changed(value, path, new) if path else value)
+    assert differences(PROVENANCE, other) == differences(other, PROVENANCE) == differs
+
+
+def test_default_labels_of_two_sources_are_no_difference() -> None:
+    ours, theirs = (
+        Provenance(source={}, plan="", labels=Labels(origin, True, origin or ""))
+        for origin in ("the Hub", "torchvision")
+    )
+    assert differences(ours, theirs) == []
+    assert differences(ours, Provenance(source={}, plan="")) == []
+
+
+def test_a_journal_keeps_only_entries_that_are_complete(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    assert Journal.read(path) == Journal()
+    lines = [
+        {"format_version": FORMAT_VERSION, "provenance": {"source": {}, "plan": "cafe"}},
+        {"process": {"pid": 5, "host": "here", "since": "now"}},
+        {"file": "x", "resume_point": {"size": 5, "sha256": "abcd"}},
+        {"file": "x", "resume_point": {"size": "6", "sha256": "abcd"}},
+        {"file": "x", "resume_point": {"size": 7, "sha256": "abcd"}},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    journal = Journal.read(path)
+    assert journal.provenance == Provenance(source={}, plan="cafe")
+    assert str(journal.process) == "process 5 on here, since now"
+    assert journal.resume_points == {"x": ResumePoint(5, "abcd")}
+    assert journal.length == sum(len(json.dumps(line)) + 1 for line in lines[:3])
