@@ -16,7 +16,6 @@ from streamconv.output.manifest import Manifest
 CARD_NAME = "README.md"
 # The first words of the comment in a generated card; the rest of the comment is for the reader.
 MARKER = "<!-- streamconv:generated-card"
-SYNTHETIC_NAME = re.compile(r".*_synthetic_seed\d+(_head)?\.pth")  # named by `synth.temporary_checkpoint`
 VERDICTS = {True: "passed", False: "**FAILED**", None: "not run"}
 
 # The Hub's name of a task: transformers' class for it, and the last line of the example.
@@ -68,8 +67,8 @@ def is_ours(card: str) -> bool:
 
 
 def _is_synthetic(manifest: Manifest) -> bool:
-    """True if the weights are random. Nothing else in this module decides that."""
-    return any(file.synthetic or SYNTHETIC_NAME.fullmatch(file.file) for file in manifest.source.values())
+    """Return whether the weights are random."""
+    return any(file.synthetic for file in manifest.source.values())
 
 
 def _published(manifest: Manifest) -> tuple[Family, Model] | None:

@@ -41,6 +41,7 @@ def prepared_source(
     *,
     is_exact: bool = True,
     labels_of: Path | None = None,
+    is_synthetic: bool = False,
 ) -> Iterator[PreparedSource]:
     """Resolve ``source``, open its indexes and make the plan. No weight is read.
 
@@ -49,11 +50,13 @@ def prepared_source(
     Args:
         is_exact: Whether the weights will be read from here. Without it, an index at an address costs fewer requests.
         labels_of: A folder that was converted from the source, whose labels are to be kept.
+        is_synthetic: The source's weights are random, which the output's manifest will record.
 
     Raises:
         UsageError, SourceError: the source is not what it should be.
     """
     resolved = resolve_source(source, options.head, options.select, options.num_heads)
+    resolved = replace(resolved, is_synthetic=is_synthetic)
     with ExitStack() as stack:
         if resolved.is_remote and not (options.stream and is_exact):
             try:

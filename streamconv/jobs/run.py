@@ -83,7 +83,9 @@ def run(
         repository = open_repository(push, name) if push is not None and name is not None else None
         if synthetic_seed is not None:
             source, conversion = stack.enter_context(_synthetic(fspath(source), output, conversion, synthetic_seed))
-        prepared = stack.enter_context(prepared_source(source, conversion, progress))
+        prepared = stack.enter_context(
+            prepared_source(source, conversion, progress, is_synthetic=synthetic_seed is not None)
+        )
         if push is not None and repository is None:
             repository = open_repository(push, prepared.plan.model_name)
         if push is not None and repository is not None and conversion.stream:

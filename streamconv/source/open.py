@@ -85,6 +85,7 @@ class OpenSource:
                 size=checkpoint.size,
                 fingerprint=checkpoint.fingerprint,
                 address=str(origins[role]) if role in origins else None,
+                synthetic=self.source.is_synthetic,
                 version={} if _has_checksums(checkpoint) else checkpoint.version,
             )
             for role, checkpoint in self.checkpoints.items()

@@ -19,7 +19,8 @@ class Source:
     """The location of a backbone's file, perhaps of a head's, and the model that the user named.
 
     ``origins`` are, by role, the addresses that local files were downloaded from. ``select`` is the prefix of the
-    backbone's names and ``num_heads`` the number of attention heads, if the user gave them.
+    backbone's names and ``num_heads`` the number of attention heads, if the user gave them. ``is_synthetic``: the
+    weights are random, made on the spot.
     """
 
     backbone: Location
@@ -28,6 +29,7 @@ class Source:
     origins: Mapping[str, Address] = field(default_factory=dict)
     select: str | None = None
     num_heads: int | None = None
+    is_synthetic: bool = False
 
     @property
     def locations(self) -> dict[str, Location]:
