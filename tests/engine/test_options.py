@@ -1,0 +1,72 @@
+"""Options are checked before a source is opened, and a folder's name decides nothing."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import streamconv
+from streamconv import ConversionOptions, Destination, PushOptions, SourceOptions, UsageError, VerificationOptions
+from streamconv.families.dinov2 import FAMILY
+from streamconv.formats.safetensors import make_header
+from tests.support import run
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ConversionOptions(max_shard_size="5 apples"), "5 apples"),
+        (lambda: ConversionOptions(max_shard_size=0), "0"),
+        (lambda: ConversionOptions(dtype="float8"), "Cannot cast to 'float8'. Choose float32, float16, bfloat16"),  # type: ignore[arg-type]
+        (lambda: ConversionOptions(num_heads=0), "0 attention heads"),
+        (lambda: SourceOptions(num_heads=-1), "-1 attention heads"),
+        (lambda: VerificationOptions(device="gpu"), "'gpu' is not a device"),
+        (lambda: VerificationOptions(device="cuda:x"), "'cuda:x' is not a device"),
+        (lambda: PushOptions(Destination(revision="")), "revision's name is empty"),
+    ],
+)
+def test_option_typos_are_refused_when_the_options_are_made(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "none.pth", "-o", "out", "--dtype", "float8"),
+        ("convert", "none.pth", "-o", "out", "--max-shard-size", "5 apples"),
+        ("plan", "none.pth", "--num-heads", "0"),
+        ("verify", ".", "none.pth", "--device", "gpu"),
+        ("run", "none.pth", "--device", "gpu"),
+    ],
+)
+def test_a_typo_is_reported_before_a_missing_source(tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "no such file" not in done.stderr
+    assert done.stderr.count("error:") == 1
+
+
+def test_options_and_results_cross_processes() -> None:
+    for options in (
+        ConversionOptions(head="head.pth", dtype="bfloat16"),
+        VerificationOptions(device="cuda:1", parity=False),
+        PushOptions(Destination("me/model", private=True), unverified=True),
+    ):
+        assert pickle.loads(pickle.dumps(options)) == options
+
+
+@pytest.mark.parametrize("folder", ["models with care", "webssl_dino2b_light2b_224.pth with a head"])
+def test_a_published_model_is_recognised_in_a_folder_of_any_name(tmp_path: Path, folder: str) -> None:
+    """Three published models have these dimensions, so that only the file's own name tells them apart."""
+    model = next(model for model in FAMILY.models if model.name == "webssl_dino2b_full2b_224")
+    header, _ = make_header(FAMILY.sources(model.dimensions, model.block_chunks))
+    path = tmp_path / folder / model.backbone.filename
+    path.parent.mkdir()
+    with open(path, "wb") as file:  # 8.6 GB of holes
+        file.write(header)
+        file.truncate(len(header) + sum(i.nbytes for i in FAMILY.sources(model.dimensions).values()))
+    assert streamconv.plan(path).model_name == model.name
+    path = path.rename(path.with_name("mine.pth"))
+    assert streamconv.plan(path).model_name is None
