@@ -1,6 +1,7 @@
 """Small checkpoints made with torch, and what torch and safetensors say about them."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ def make_states(dimensions: Dimensions, seed: int = 0) -> tuple[State, State]:
 
 def state_of(stored: str, factor: float = 1.0) -> State:
     return {name: (value * factor).to(TORCH_DTYPES[stored]) for name, value in make_states(tiny())[0].items()}
+
+
+def mixed_state() -> State:
+    """float16 and float32 side by side."""
+    state = state_of("float16")
+    return state | {name: value.float() for name, value in state.items() if "norm" in name or "qkv" in name}
 
 
 def saved(state: object, path: Path) -> Path:
@@ -79,6 +86,18 @@ class OwnDict(dict):  # type: ignore[type-arg]
 BESIDE = {"epoch": 3, "args": argparse.Namespace(lr=1e-3), "optimizer": {"state": {0: {"exp_avg": torch.ones(999)}}}}
 
 
+def save_sharded(state: State, folder: Path) -> Path:
+    """A folder of two safetensors files and their index."""
+    folder.mkdir()
+    parts = [dict(list(state.items())[i::2]) for i in range(2)]
+    files = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
+    for file, part in zip(files, parts, strict=True):
+        safetensors.torch.save_file(part, folder / file)
+    weight_map = {key: file for file, part in zip(files, parts, strict=True) for key in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
 def original_mapping(state: State, prefix: str = "") -> State:
     """The original script's mapping, written independently of streamconv's rules, which are compared with it."""
     result: State = {}
@@ -117,6 +136,16 @@ def alter(folder: Path, change: Callable[[State], object]) -> None:
     state = safetensors.torch.load_file(path)
     change(state)
     safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+
+
+def checkpoint_with_settings(what: str) -> tuple[State, dict[str, Any]]:
+    """A backbone, and a checkpoint that also holds an object of a class that torch may not load."""
+    state, _ = make_states(tiny())
+    settings = {
+        "a namespace": argparse.Namespace(lr=1), "a dict of its own class": OwnDict(lr=1),
+        "a whole module": torch.nn.Linear(2, 2),
+    }[what]  # fmt: skip
+    return state, {"model": state, "settings": settings}
 
 
 # Reverting

@@ -10,7 +10,7 @@ import torch
 
 from streamconv import CorruptError, MappingError, OutputError, UsageError
 from tests import api
-from tests.checkpoints import TORCH_DTYPES, make_states, original_mapping, state_of
+from tests.checkpoints import TORCH_DTYPES, make_states, mixed_state, original_mapping, state_of
 from tests.support import Save, contents, flip, interrupt_after, run, run_python, tiny
 
 PAIRS = [(stored, dtype) for stored in TORCH_DTYPES for dtype in ("float32", "float16", "bfloat16") if stored != dtype]
@@ -140,9 +140,6 @@ def test_command_line_casts_and_reports_overflow(tmp_path: Path) -> None:
     planned = json.loads(run("plan", "x.pth", "--dtype", "bfloat16", "--json", cwd=tmp_path).stdout)
     assert (planned["config"]["dtype"], planned["cast"]["to"]) == ("bfloat16", "bfloat16")
     assert "cast from float32 to bfloat16" in run("plan", "x.pth", "--dtype", "bfloat16", cwd=tmp_path).stdout
-    torch.save(state_of("float32"), tmp_path / "x.pth")
-    whole = run("run", "x.pth", "-o", "all", "--dtype", "bfloat16", "--device", "cpu", cwd=tmp_path)
-    assert whole.stdout.splitlines()[-1] == "Looks ok!", whole.stderr
     wrong = run("convert", "x.pth", "-o", "other", "--dtype", "int8", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "Choose one of float32, float16, bfloat16" in wrong.stderr
@@ -151,16 +148,12 @@ def test_command_line_casts_and_reports_overflow(tmp_path: Path) -> None:
 def test_casting_imports_numpy_and_nothing_larger(tmp_path: Path, save: Save) -> None:
     source, _ = save(tiny())
     code = (
-        f"import sys, streamconv; streamconv.convert({str(source)!r}, {str(tmp_path / 'out')!r}, dtype='float16')\n"
+        f"import sys, streamconv; options = streamconv.ConversionOptions(dtype='float16')\n"
+        f"streamconv.convert({str(source)!r}, {str(tmp_path / 'out')!r}, options)\n"
         "large = ('torch', 'numpy', 'ml_dtypes', 'transformers', 'accelerate', 'safetensors')\n"
         "print([m for m in large if m in sys.modules])"
     )
     assert run_python(code) == "['numpy']\n"
-
-
-def mixed_state() -> dict[str, torch.Tensor]:
-    state = state_of("float16")
-    return state | {name: value.float() for name, value in state.items() if "norm" in name or "qkv" in name}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -175,8 +168,6 @@ def test_mixed_dtypes_are_cast_to_one(tmp_path: Path, dtype: str) -> None:
     theirs = {name: value.to(TORCH_DTYPES[dtype]) for name, value in original_mapping(state).items()}
     safetensors.torch.save_file(theirs, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
-    found = api.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
-    assert [check.passed for check in found.checks] == [True] * 4, found.checks
 
 
 @pytest.mark.usefixtures("frequent_journal_entries")

@@ -1,11 +1,9 @@
 """Conversions over real HTTP on the loopback, with the faults of real servers and connections."""
 
 import base64
-import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +17,10 @@ from streamconv.families.registry import find_model
 from streamconv.files import connections, remote
 from streamconv.files.remote import GAP_BYTES, WINDOW_BYTES
 from streamconv.formats.checkpoint import open_checkpoint
-from streamconv.formats.torch_writer import write_pth
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer, serving
-from tests.support import model_files, run_python, tiny
+from tests.support import model_files, run_python, save_zeros, tiny
 
 LARGE = tiny(layers=3, hidden=512)  # 38 MB
 
@@ -58,29 +55,9 @@ def test_each_weight_is_fetched_once_and_the_output_equals_a_local_conversion(
     assert server.connections <= remote.MAX_IN_FLIGHT + 1
 
 
-class SparseFile(io.BufferedRandom):
-    """Leaves holes where zeros are written."""
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        if len(data) > 4096 and not any(data[:64]):
-            self.seek(len(data), os.SEEK_CUR)
-            return len(data)
-        return super().write(data)
-
-
 def test_planning_a_remote_vit_g_reads_less_than_two_megabytes(server: FileServer) -> None:
-    family, model = find_model("dinov2_vitg14")
-    zeros = bytes(1 << 20)
-
-    def data(name: str) -> Iterator[bytes]:
-        left = infos[name].nbytes
-        while left:
-            yield zeros[: min(left, len(zeros))]
-            left -= min(left, len(zeros))
-
-    infos = family.sources(model.dimensions)
-    with SparseFile(io.FileIO(server.folder / "g.pth", "w+")) as file:
-        write_pth(file, "g", infos, data)  # type: ignore[arg-type]
+    _, model = find_model("dinov2_vitg14")
+    save_zeros(server.folder / "g.pth", model.dimensions)
     assert (server.folder / "g.pth").stat().st_size > 4_500_000_000
     planned = api.plan(f"{server.url}/g.pth")
     assert planned.model is model

@@ -14,7 +14,20 @@ import torch
 import streamconv
 from streamconv import MappingError, OutputError, UsageError
 from tests import api
-from tests.checkpoints import BESIDE, HEADS, OwnDict, State, chunked, make_states, prefixed, saved, teacher, wanted
+from tests.checkpoints import (
+    BESIDE,
+    HEADS,
+    OwnDict,
+    State,
+    checkpoint_with_settings,
+    chunked,
+    make_states,
+    prefixed,
+    save_sharded,
+    saved,
+    teacher,
+    wanted,
+)
 from tests.file_server import FileServer
 from tests.support import contents, flip, run, tiny
 
@@ -25,6 +38,28 @@ def nested(state: State, prefix: str) -> dict[str, Any]:
     for part in reversed(prefix.split(".")[:-1]):
         result = {part: result}
     return result
+
+
+@pytest.mark.parametrize("wrap", ["bare", "teacher"])
+@pytest.mark.parametrize("chunk", [0, 1])
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_every_layout_gives_the_same_bytes(tmp_path: Path, swiglu: bool, registers: int, chunk: int, wrap: str) -> None:
+    state, _ = make_states(tiny(swiglu=swiglu, registers=registers))
+    named = chunked(state, chunk) if chunk else state
+    source = saved({**teacher(named), **BESIDE} if wrap == "teacher" else named, tmp_path / "x.pth")
+    api.convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("what", ["a namespace", "a dict of its own class", "a whole module"])
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoint_that_torch_cannot_load_is_converted(tmp_path: Path, what: str, is_zip: bool) -> None:
+    state, checkpoint = checkpoint_with_settings(what)
+    torch.save(checkpoint, tmp_path / "x.pth", _use_new_zipfile_serialization=is_zip)
+    api.convert(tmp_path / "x.pth", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
@@ -62,20 +97,13 @@ def test_prefix_must_consist_of_whole_name_parts(tmp_path: Path) -> None:
 def test_safetensors_with_original_names_can_be_converted(tmp_path: Path, shards: bool) -> None:
     state, _ = make_states(tiny())
     named = prefixed(chunked(state, 1), "backbone.")
-    (tmp_path / "source").mkdir()
     if shards:
-        parts = [dict(list(named.items())[i::2]) for i in range(2)]
-        files = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
-        for file, part in zip(files, parts, strict=True):
-            safetensors.torch.save_file(part, tmp_path / "source" / file)
-        weight_map = {key: file for file, part in zip(files, parts, strict=True) for key in part}
-        index = json.dumps({"metadata": {}, "weight_map": weight_map})
-        (tmp_path / "source" / "model.safetensors.index.json").write_text(index)
+        save_sharded(named, tmp_path / "source")
     else:
+        (tmp_path / "source").mkdir()
         safetensors.torch.save_file(named, tmp_path / "source" / "model.safetensors")
     api.convert(tmp_path / "source", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
-    assert api.verify(tmp_path / "out", tmp_path / "source", device="cpu").passed
 
 
 def test_skipped_tensors_are_reported_and_never_read(tmp_path: Path) -> None:
@@ -123,10 +151,6 @@ def test_several_backbones_require_a_selection(tmp_path: Path) -> None:
         left = {each.start: each.reason for each in done.plan.skipped}
         assert left[f"model.{others}."] == "not selected"
         assert left[f"model.{name}.dino_head."].startswith("a head of the training")
-        # The manifest knows what was selected.
-        assert api.verify(tmp_path / name, source, device="cpu").passed
-    wrong = api.verify(tmp_path / "teacher", source, select="model.student.backbone", device="cpu", parity=False)
-    assert wrong.checks[0].passed is False
     assert api.plan(source, select="teacher.backbone").mapping[0].source == "model.teacher.backbone.cls_token"
     says = r"does not have .* Use --select model.teacher.backbone or --select model.student.backbone"
     for select in ("backbone", "", "model", "eacher.backbone"):
@@ -135,7 +159,7 @@ def test_several_backbones_require_a_selection(tmp_path: Path) -> None:
     told = run("plan", "x.pth", cwd=tmp_path)
     assert told.returncode == 3
     assert "model.student.backbone. 49 tensors" in told.stderr
-    assert run("run", "x.pth", "-o", "o", "--select", "model.student.backbone", cwd=tmp_path).returncode == 0
+    assert run("convert", "x.pth", "-o", "o", "--select", "model.student.backbone", cwd=tmp_path).returncode == 0
 
 
 def test_backbone_beside_a_bare_one_requires_a_selection(tmp_path: Path) -> None:
@@ -339,10 +363,6 @@ def test_number_of_attention_heads_comes_from_the_family_or_the_user(tmp_path: P
     assert api.plan(published).model is not None
     assert api.plan(published, num_heads=6).model is not None
     assert api.plan(published, num_heads=12).model is None
-    # Another number than it was trained with is found by who verifies with the right one.
-    api.convert(source, tmp_path / "out", num_heads=4)
-    found = api.verify(tmp_path / "out", source, num_heads=2, device="cpu")
-    assert [check.passed for check in found.checks[:3:2]] == [False, False]
 
 
 def test_incomplete_converted_model_is_refused(tmp_path: Path) -> None:
@@ -392,3 +412,27 @@ def test_folder_is_not_converted_into_itself(tmp_path: Path) -> None:
     with pytest.raises((UsageError, OutputError)):
         api.convert(folder, folder, dtype="bfloat16")
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("swiglu", "registers", "classes", "limit"),
+    [(False, 0, None, "5GB"), (False, 4, 5, "200KB"), (True, 0, 5, "200KB"), (True, 4, None, "200KB"),
+     (True, 4, 5, "5GB")],
+)  # fmt: skip
+def test_converted_folder_can_be_converted_again(
+    tmp_path: Path, swiglu: bool, registers: int, classes: int | None, limit: str
+) -> None:
+    """Cast and cut anew, it is what the original gives at once; the labels stay."""
+    backbone, head = make_states(tiny(swiglu, classes, registers=registers))
+    source = saved(backbone, tmp_path / "x.pth")
+    given: dict[str, Any] = {}
+    if classes:
+        (tmp_path / "labels.txt").write_text("a\nb\nc\nd\ne\n")
+        given = {"head": saved(head, tmp_path / "h.pth"), "labels": tmp_path / "labels.txt"}
+    api.convert(source, tmp_path / "first", max_shard_size=limit, **given)
+    done = api.convert(tmp_path / "first", tmp_path / "second", dtype="bfloat16", max_shard_size="150KB")
+    api.convert(source, tmp_path / "at once", dtype="bfloat16", max_shard_size="150KB", **given)
+    ours, theirs = contents(tmp_path / "second"), contents(tmp_path / "at once")
+    assert done.labels_from == ("config.json of what was converted" if classes else None)
+    del ours["streamconv.json"], theirs["streamconv.json"]
+    assert ours == theirs

@@ -114,8 +114,6 @@ def test_legacy_file_converts_to_the_same_bytes_as_a_zip(tmp_path: Path) -> None
     assert len(files) > 4
     for name in files:
         assert (tmp_path / "old" / name).read_bytes() == (tmp_path / "new" / name).read_bytes(), name
-    found = api.verify(tmp_path / "old", tmp_path / "old.pth", device="cpu")
-    assert found.passed
 
 
 @pytest.mark.parametrize("share", [0.5, 0.999])

@@ -26,7 +26,17 @@ from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
 from tests.hub_server import TOKEN, HubServer
-from tests.support import HUB_SHARD_SIZE, ROOT, Interrupted, Save, contents, digests, require_uploaded_folder, tiny
+from tests.support import (
+    HUB_SHARD_SIZE,
+    ROOT,
+    Interrupted,
+    Save,
+    contents,
+    digests,
+    hub_environment,
+    require_uploaded_folder,
+    tiny,
+)
 
 KILLS = int(os.environ.get("STREAMCONV_KILLS", "50"))  # in each of the six ways, and some twice
 
@@ -158,21 +168,10 @@ def test_killed_conversion_to_the_hub_is_resumed(
     hub: HubServer, server: FileServer, remote_hub_model: str, tmp_path: Path
 ) -> None:
     """By SIGKILL in a process of its own, at moments all over; the command line's own words."""
-    command = [
-        sys.executable,
-        "-m",
-        "streamconv",
-        "run",
-        remote_hub_model,
-        "-o",
-        "stage",
-        "--stream",
-        "--push-to-hub",
-        "it",
-    ]
+    command = [sys.executable, "-m", "streamconv", "run", remote_hub_model, "-o", "stage", "--stream"]
+    command += ["--push-to-hub", "it"]
     command += ["--max-shard-size", HUB_SHARD_SIZE, "--no-parity", "--device", "cpu"]
-    environment = {**os.environ, "HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
-    environment["HF_HUB_OFFLINE"] = "0"
+    environment = {**os.environ, **hub_environment(hub, tmp_path)}
     server.faults.seconds_a_megabyte = 0.02
     for uploads in (1, 2, 4):
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
@@ -192,21 +191,9 @@ def test_killed_conversion_to_the_hub_is_resumed(
     assert not (tmp_path / "stage").exists()
 
 
-MODEL = tiny(layers=3, hidden=512)  # 38 MB
-
-
-@pytest.fixture
-def cache(server: FileServer, tmp_path: Path) -> Path:
-    return tmp_path / "torch" / "hub" / "checkpoints"
-
-
-@pytest.fixture
-def source(server: FileServer, cache: Path) -> str:
-    torch.save(make_states(MODEL)[0], server.folder / "x.pth")
-    return f"{server.url}/x.pth"
-
-
-def test_killed_download_is_resumed(server: FileServer, source: str, cache: Path, tmp_path: Path) -> None:
+def test_killed_download_is_resumed(server: FileServer, tmp_path: Path) -> None:
+    torch.save(make_states(tiny(layers=3, hidden=512))[0], server.folder / "x.pth")  # 38 MB
+    source, cache = f"{server.url}/x.pth", tmp_path / "torch" / "hub" / "checkpoints"
     size = (server.folder / "x.pth").stat().st_size
     server.faults.seconds_a_megabyte = 0.05
     command = [sys.executable, "-m", "streamconv", "convert", source, "-o", str(tmp_path / "out")]
