@@ -72,7 +72,7 @@ def test_choosing_the_stored_dtype_is_not_a_cast(tmp_path: Path, save: Save) -> 
 @pytest.mark.parametrize("dtype", ["float64", "int8", ""])
 def test_unsupported_target_dtype_is_refused(tmp_path: Path, save: Save, dtype: str) -> None:
     source, _ = save(tiny())
-    with pytest.raises(UsageError, match="Choose one of float32, float16, bfloat16"):
+    with pytest.raises(UsageError, match="Choose float32, float16, bfloat16"):
         api.convert(source, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
 
@@ -142,7 +142,7 @@ def test_command_line_casts_and_reports_overflow(tmp_path: Path) -> None:
     assert "cast from float32 to bfloat16" in run("plan", "x.pth", "--dtype", "bfloat16", cwd=tmp_path).stdout
     wrong = run("convert", "x.pth", "-o", "other", "--dtype", "int8", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert "Choose one of float32, float16, bfloat16" in wrong.stderr
+    assert "Choose float32, float16, bfloat16" in wrong.stderr
 
 
 def test_casting_imports_numpy_and_nothing_larger(tmp_path: Path, save: Save) -> None:

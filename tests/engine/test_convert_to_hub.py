@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from streamconv import OutputError, UsageError, errors
+from streamconv.hub.card import MARKER
 from tests import api
 from tests.file_server import FileServer
 from tests.hub_server import HubServer
@@ -126,7 +127,7 @@ def test_shard_changed_on_disk_is_not_uploaded(
 def test_finished_folder_is_not_used_as_a_staging_folder(hub: HubServer, remote_hub_model: str, tmp_path: Path) -> None:
     api.convert(remote_hub_model, tmp_path / "out", stream=True, max_shard_size=HUB_SHARD_SIZE)
     before = {path.name for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(UsageError, match="holds the finished model, which is not to be deleted"):
+    with pytest.raises(UsageError, match="holds the finished model, which would be deleted"):
         to_hub(remote_hub_model, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == before
 
@@ -164,6 +165,6 @@ def test_own_card_is_used_and_an_existing_card_is_kept(hub: HubServer, remote_hu
     (tmp_path / "stage" / "README.md").unlink()
     to_hub(remote_hub_model, tmp_path / "stage")
     assert hub.files("ada/it")["README.md"] == b"mine"
-    hub.put("ada/it", {"README.md": b"Converted to Hugging Face's format by streamconv 0 from x\n"})
+    hub.put("ada/it", {"README.md": f"{MARKER} -->\nA card of an earlier run.\n".encode()})
     to_hub(remote_hub_model, tmp_path / "stage")
     assert b"Not verified" in hub.files("ada/it")["README.md"]

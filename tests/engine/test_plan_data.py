@@ -15,7 +15,6 @@ from streamconv.files.reader import Reader
 from streamconv.planning.plan import Plan
 from streamconv.planning.plan_json import from_json, to_json
 from streamconv.verification.bytes import check_bytes
-from tests import api
 from tests.checkpoints import make_states
 from tests.support import tiny
 
@@ -25,7 +24,7 @@ def plan_of(tmp_path: Path, **options: Any) -> Plan:
     del backbone["mask_token"]  # so that something is filled in
     torch.save(backbone, tmp_path / "x.pth")
     torch.save(head, tmp_path / "head.pth")
-    return api.plan(tmp_path / "x.pth", ConversionOptions(head=tmp_path / "head.pth", **options))
+    return streamconv.plan(tmp_path / "x.pth", ConversionOptions(head=tmp_path / "head.pth", **options))
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "float16", "max_shard_size": 500_000}], ids=["stored", "cast, cut"])
@@ -42,7 +41,7 @@ def test_plan_survives_pickle_and_json(tmp_path: Path, options: dict[str, Any]) 
 
 def test_plan_sent_elsewhere_reads_the_files_there(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
-    api.convert(tmp_path / "x.pth", tmp_path / "out", ConversionOptions(head=tmp_path / "head.pth"))
+    streamconv.convert(tmp_path / "x.pth", tmp_path / "out", ConversionOptions(head=tmp_path / "head.pth"))
     with Reader() as reader:
         found = check_bytes(tmp_path / "out", from_json(to_json(plan)), reader, lambda count: None)
     assert found.problems == ()

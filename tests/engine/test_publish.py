@@ -17,7 +17,7 @@ from streamconv.hub.repository import Destination, Repository
 from streamconv.jobs.publish import publish_folder
 from tests import api
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer, Repo, running
-from tests.support import Save, run_python, run_with_hub, sha256_of, tiny
+from tests.support import Save, run, run_python, run_with_hub, sha256_of, tiny
 
 SMALL = {"config.json", "preprocessor_config.json", "streamconv.json", "model.safetensors.index.json"}
 
@@ -402,39 +402,37 @@ def test_repository_is_named_like_the_published_model(tmp_path: Path) -> None:
         assert "/ada/dinov2-small/commit/" in done.stdout.splitlines()[-1]
 
 
-def test_publishing_mistakes_end_in_one_message_before_anything_is_converted(tmp_path: Path, save: Save) -> None:
+def test_publishing_mistakes_end_in_one_message_before_anything_is_converted(
+    hub: HubServer, tmp_path: Path, save: Save
+) -> None:
     backbone, _ = save(tiny())
     there = {path.name for path in tmp_path.iterdir()}
     push = ("run", backbone, "-o", "out", "--push-to-hub")
-    with running() as hub:
-        hub.put("ada/full", {"pytorch_model.bin": b"1"})
-        for code, says, words, environment in (
-            (2, "took dinov2_vits14 for the repository's name", ("run", "--push-to-hub", "dinov2_vits14"), {}),
-            (2, "and it is a source", ("run", "--push-to-hub", backbone, "-o", "out"), {}),
-            (2, "and it is a source", ("run", "--push_to_hub", "https://example.org/x.pth"), {}),
-            (2, "--private is for --push-to-hub", ("run", backbone, "-o", "out", "--private"), {}),
-            (2, "--revision and --create-pr are for", ("run", backbone, "--revision", "x", "--create-pr"), {}),
-            (2, "--push-unverified is for", ("run", backbone, "--push-unverified"), {}),
-            (2, "Nothing is pushed unverified", (*push, "it", "--no-verify"), {}),
-            (2, "--revision is empty", (*push, "it", "--revision", ""), {}),
-            (2, "needs a name", push, {}),
-            (2, "not a valid repository name", (*push, "a b"), {}),
-            (4, "no token for pushing", (*push, "it"), {"HF_TOKEN": ""}),
-            (4, "not accepted (401)", (*push, "it"), {"HF_TOKEN": "hf_wrong"}),
-            (4, "is read-only", (*push, "it"), {"HF_TOKEN": READ_TOKEN}),
-            (4, "pytorch_model.bin, which", (*push, "full"), {}),
-            (4, "cannot be reached", (*push, "it"), {"HF_ENDPOINT": "http://127.0.0.1:1"}),
-            (4, "HF_HUB_OFFLINE is set", (*push, "it"), {"HF_HUB_OFFLINE": "1"}),
-        ):
-            done = run_with_hub(hub, tmp_path, *words, **environment)
-            assert done.returncode == code, (words, done.stderr)
-            assert says in done.stderr, (words, done.stderr)
-            assert done.stderr.count("error: ") == 1
-            assert "Traceback" not in done.stderr
-            assert "hf_" not in done.stderr.replace("hf_wrong", "") or "HF_TOKEN" in done.stderr
-            assert done.stdout == ""
-        assert not hub.requests("^(POST|PUT)")
-    assert {path.name for path in tmp_path.iterdir()} - {"hf", "torch"} == there
+    hub.put("ada/full", {"pytorch_model.bin": b"1"})
+    for code, says, words, token in (
+        (2, "took dinov2_vits14 as the repository's name", ("run", "--push-to-hub", "dinov2_vits14"), TOKEN),
+        (2, "but it is a source", ("run", "--push-to-hub", backbone, "-o", "out"), TOKEN),
+        (2, "but it is a source", ("run", "--push_to_hub", "https://example.org/x.pth"), TOKEN),
+        (2, "--private needs --push-to-hub", ("run", backbone, "-o", "out", "--private"), TOKEN),
+        (2, "--revision and --create-pr need", ("run", backbone, "--revision", "x", "--create-pr"), TOKEN),
+        (2, "--push-unverified needs", ("run", backbone, "--push-unverified"), TOKEN),
+        (2, "Nothing is pushed unverified", (*push, "it", "--no-verify"), TOKEN),
+        (2, "revision's name is empty", (*push, "it", "--revision", ""), TOKEN),
+        (2, "needs a name", push, TOKEN),
+        (2, "not a valid repository name", (*push, "a b"), TOKEN),
+        (4, "no token for pushing", (*push, "it"), ""),
+        (4, "not accepted (401)", (*push, "it"), "hf_wrong"),
+        (4, "is read-only", (*push, "it"), READ_TOKEN),
+        (4, "pytorch_model.bin, which", (*push, "full"), TOKEN),
+    ):
+        done = run(*words, cwd=tmp_path, HF_TOKEN=token, HF_HOME=str(tmp_path / "hf"))
+        assert done.returncode == code, (words, done.stderr)
+        assert says in done.stderr, (words, done.stderr)
+        assert done.stderr.count("error: ") == 1
+        assert "hf_" not in done.stderr.replace("hf_wrong", "") or "HF_TOKEN" in done.stderr
+        assert done.stdout == ""
+    assert not hub.requests("^(POST|PUT)")
+    assert {path.name for path in tmp_path.iterdir()} - {"hf"} == there
 
 
 @pytest.mark.hub

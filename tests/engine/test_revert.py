@@ -162,7 +162,7 @@ def test_revert_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path) -> 
         assert "Traceback" not in done.stderr, words
     done = run("revert", "folder", "-o", "x.pth", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "writing x.pth\n")
-    assert "bytes of weights in x.pth\n  its bytes were believed" in done.stdout
+    assert "bytes of weights in x.pth\n  the folder's files were not verified first" in done.stdout
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

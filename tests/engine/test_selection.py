@@ -433,6 +433,6 @@ def test_converted_folder_can_be_converted_again(
     done = api.convert(tmp_path / "first", tmp_path / "second", dtype="bfloat16", max_shard_size="150KB")
     api.convert(source, tmp_path / "at once", dtype="bfloat16", max_shard_size="150KB", **given)
     ours, theirs = contents(tmp_path / "second"), contents(tmp_path / "at once")
-    assert done.labels_from == ("config.json of what was converted" if classes else None)
+    assert done.labels_from == ("the source's config.json" if classes else None)
     del ours["streamconv.json"], theirs["streamconv.json"]
     assert ours == theirs

@@ -13,7 +13,6 @@ from streamconv import ConversionOptions, VerificationOptions
 from streamconv.jobs import prepare
 from streamconv.source import download
 from streamconv.source import open as source_open
-from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
 from tests.support import tiny
@@ -67,9 +66,9 @@ def test_verify_makes_one_plan(tmp_path: Path, counts: Counter[str]) -> None:
     torch.save(backbone, tmp_path / "x.pth")
     torch.save(head, tmp_path / "head.pth")
     options = ConversionOptions(head=tmp_path / "head.pth")
-    api.convert(tmp_path / "x.pth", tmp_path / "out", options)
+    streamconv.convert(tmp_path / "x.pth", tmp_path / "out", options)
     counts.clear()
-    found = api.verify(
+    found = streamconv.verify(
         tmp_path / "out",
         tmp_path / "x.pth",
         VerificationOptions(device="cpu", parity=False),

@@ -178,7 +178,7 @@ def test_failed_verification_is_published_only_on_request(tmp_path: Path, save: 
         done = run_with_hub(hub, tmp_path, *words, "--json")
         assert done.returncode == 1
         assert json.loads(done.stdout)["published"] is None
-        assert "not pushed, since verification failed" in done.stderr
+        assert "Not pushed, because verification failed" in done.stderr
         assert not hub.repos
         done = run_with_hub(hub, tmp_path, *words, "--push-unverified")
         assert done.returncode == 1
