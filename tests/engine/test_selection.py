@@ -62,8 +62,7 @@ def test_checkpoint_that_torch_cannot_load_is_converted(tmp_path: Path, what: st
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
 
 
-@pytest.mark.parametrize("is_zip", [True, False])
-@pytest.mark.parametrize("wrap", [prefixed, nested])
+@pytest.mark.parametrize(("wrap", "is_zip"), [(prefixed, True), (nested, False)])
 @pytest.mark.parametrize(
     "prefix",
     ["", "model.", "state_dict.", "module.", "backbone.", "teacher.backbone.", "student.backbone.",

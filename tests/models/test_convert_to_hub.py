@@ -1,10 +1,7 @@
 """Verification of what was converted straight to the Hub, of which nothing is kept on disk."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +18,11 @@ from streamconv.jobs.verify import verify_uploaded
 from streamconv.planning.plan import Plan
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
-from tests.hub_server import TOKEN, HubServer
-from tests.support import HUB_MODEL, require_uploaded_folder, tiny, to_hub, verify_on_cpu
+from tests.hub_server import HubServer
+from tests.support import HUB_MODEL, require_uploaded_folder, run, tiny, to_hub, verify_on_cpu
 
 
+@pytest.mark.transformers
 def test_all_checks_run_although_nothing_is_kept_on_disk(hub: HubServer, remote_hub_model: str, tmp_path: Path) -> None:
     """The weights of both models are read from the source, at the places where what was sent has them from."""
     done = to_hub(remote_hub_model, tmp_path / "stage", verify=verify_on_cpu, unverified=False)
@@ -125,22 +123,8 @@ def test_local_file_is_converted_to_the_hub(
 
 
 def test_json_reports_what_was_published(hub: HubServer, remote_hub_model: str, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "streamconv",
-        "run",
-        remote_hub_model,
-        "-o",
-        "stage",
-        "--stream",
-        "--push-to-hub",
-        "it",
-    ]
-    environment = {**os.environ, "HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
-    environment["HF_HUB_OFFLINE"] = "0"
-    words = [*command, "--json", "--device", "cpu"]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    words = ("run", remote_hub_model, "-o", "stage", "--stream", "--push-to-hub", "it", "--json", "--device", "cpu")
+    done = run(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["output"] is None

@@ -13,13 +13,13 @@ import streamconv
 import streamconv.verification.report
 from tests import api
 from tests.checkpoints import make_states
-from tests.hub_server import TOKEN, running
-from tests.support import Save, run, run_with_hub, sha256_of, tiny
+from tests.hub_server import TOKEN, HubServer
+from tests.support import Save, hub_environment, run, run_process, sha256_of, tiny
 
 
 def test_run_makes_converts_and_verifies_a_synthetic_model(tmp_path: Path) -> None:
     """ViT-S whole: made, converted, verified, recorded; and again over what is there."""
-    done = run("run", "dinov2_vits14", "--synthetic", "--device", "cpu", cwd=tmp_path)
+    done = run_process("run", "dinov2_vits14", "--synthetic", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "Looks ok!"
     assert "17 layer outputs on cpu: largest difference 0, allowed 0" not in done.stdout  # 12 layers and four more
@@ -96,7 +96,7 @@ def test_report_shows_what_the_json_contains(tmp_path: Path, save: Save) -> None
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_run_on_a_gpu(tmp_path: Path) -> None:
-    done = run("run", "dinov2_vits14", "--synthetic", "--device", "cuda", "--json", cwd=tmp_path)
+    done = run_process("run", "dinov2_vits14", "--synthetic", "--device", "cuda", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["verification"]
     assert found["device"] == "cuda"
@@ -128,44 +128,41 @@ def test_verdict_is_recorded_only_for_the_source_of_the_folder(tmp_path: Path, s
     assert json.loads((tmp_path / "out" / "streamconv.json").read_text())["verification"]["passed"] is True
 
 
-def test_verified_model_is_published_and_loads_from_the_hub(tmp_path: Path, save: Save) -> None:
+@pytest.mark.transformers
+def test_verified_model_is_published_and_loads_from_the_hub(hub: HubServer, tmp_path: Path, save: Save) -> None:
     backbone, head = save(tiny(classes=5))
-    with running() as hub:
-        words = ("run", backbone, "--head", head, "-o", "out", "--device", "cpu", "--max-shard-size", "1MB")
-        done = run_with_hub(hub, tmp_path, *words, "--push-to-hub", "it", "--private")
-        assert done.returncode == 0, done.stderr
-        name = hub.repos["ada/it"].branches["main"][-1][0]
-        assert done.stdout.splitlines()[-1] == f"published: {hub.url}/ada/it/commit/{name}"
-        assert "uploading model-00001-of-" in done.stderr
-        arrived = hub.files("ada/it")
-        assert all(arrived[path.name] == path.read_bytes() for path in (tmp_path / "out").iterdir())
-        assert "| parity | passed |" in arrived["README.md"].decode()
-        again = run_with_hub(hub, tmp_path, *words, "--push_to_hub", "it", "--json")
-        name = hub.repos["ada/it"].branches["main"][-1][0]
-        assert json.loads(again.stdout)["published"] == f"{hub.url}/ada/it/commit/{name}"
-        assert set(hub.uploads.values()) == {1}
-        code = (
-            "import sys, torch\nfrom transformers import AutoModel, AutoImageProcessor\n"
-            "pair = [AutoModel.from_pretrained(name).eval() for name in ('ada/it', sys.argv[1])]\n"
-            "AutoImageProcessor.from_pretrained('ada/it')\n"
-            "states = [model.state_dict() for model in pair]\n"
-            "print(all(torch.equal(states[0][key], states[1][key]) for key in states[1]), len(states[0]) > 20)"
-        )
-        environment = {
-            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(tmp_path / "hf"), "TRANSFORMERS_OFFLINE": "0", "DISABLE_SAFETENSORS_CONVERSION": "1",
-        }  # fmt: skip
-        loaded = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "out")],
-            capture_output=True, text=True, env={**os.environ, **environment},
-        )  # fmt: skip
-        assert loaded.stdout == "True True\n", loaded.stderr
-        assert {token for part, _, token in hub.log if part == "cdn"} == {None}
+    words = ("run", backbone, "--head", head, "-o", "out", "--device", "cpu", "--max-shard-size", "1MB")
+    done = run(*words, "--push-to-hub", "it", "--private", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    name = hub.repos["ada/it"].branches["main"][-1][0]
+    assert done.stdout.splitlines()[-1] == f"published: {hub.url}/ada/it/commit/{name}"
+    assert "uploading model-00001-of-" in done.stderr
+    arrived = hub.files("ada/it")
+    assert all(arrived[path.name] == path.read_bytes() for path in (tmp_path / "out").iterdir())
+    assert "| parity | passed |" in arrived["README.md"].decode()
+    again = run(*words, "--push_to_hub", "it", "--json", cwd=tmp_path)
+    name = hub.repos["ada/it"].branches["main"][-1][0]
+    assert json.loads(again.stdout)["published"] == f"{hub.url}/ada/it/commit/{name}"
+    assert set(hub.uploads.values()) == {1}
+    code = (
+        "import sys, torch\nfrom transformers import AutoModel, AutoImageProcessor\n"
+        "pair = [AutoModel.from_pretrained(name).eval() for name in ('ada/it', sys.argv[1])]\n"
+        "AutoImageProcessor.from_pretrained('ada/it')\n"
+        "states = [model.state_dict() for model in pair]\n"
+        "print(all(torch.equal(states[0][key], states[1][key]) for key in states[1]), len(states[0]) > 20)"
+    )
+    environment = {"TRANSFORMERS_OFFLINE": "0", "DISABLE_SAFETENSORS_CONVERSION": "1"}
+    loaded = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        capture_output=True, text=True, env={**os.environ, **hub_environment(hub, tmp_path), **environment},
+    )  # fmt: skip
+    assert loaded.stdout == "True True\n", loaded.stderr
+    assert {token for part, _, token in hub.log if part == "cdn"} == {None}
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_failed_verification_is_published_only_on_request(tmp_path: Path, save: Save) -> None:
+def test_failed_verification_is_published_only_on_request(hub: HubServer, tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
     api.convert(backbone, tmp_path / "out")
     said = tmp_path / "out" / "preprocessor_config.json"
@@ -174,15 +171,14 @@ def test_failed_verification_is_published_only_on_request(tmp_path: Path, save: 
     manifest["files"][said.name]["sha256"] = sha256_of(said)
     (tmp_path / "out" / "streamconv.json").write_text(json.dumps(manifest))
     words = ("run", backbone, "-o", "out", "--device", "cpu", "--push-to-hub", "it")
-    with running() as hub:
-        done = run_with_hub(hub, tmp_path, *words, "--json")
-        assert done.returncode == 1
-        assert json.loads(done.stdout)["published"] is None
-        assert "Not pushed, because verification failed" in done.stderr
-        assert not hub.repos
-        done = run_with_hub(hub, tmp_path, *words, "--push-unverified")
-        assert done.returncode == 1
-        assert "published: " in done.stdout
-        card = hub.files("ada/it")["README.md"].decode()
-        assert "Verification failed" in card
-        assert "257" in card
+    done = run(*words, "--json", cwd=tmp_path)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["published"] is None
+    assert "Not pushed, because verification failed" in done.stderr
+    assert not hub.repos
+    done = run(*words, "--push-unverified", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "published: " in done.stdout
+    card = hub.files("ada/it")["README.md"].decode()
+    assert "Verification failed" in card
+    assert "257" in card

@@ -28,3 +28,12 @@ def test_only_verification_imports_torch_and_other_large_packages() -> None:
         "print(sorted(large & set(sys.modules)))"
     )
     assert run_python(code) == "[]\n"
+
+
+def test_unit_tests_import_no_torch() -> None:
+    code = (
+        "import sys, pytest\n"
+        f"pytest.main(['--collect-only', '-q', '-n', '0', '-p', 'no:cacheprovider', {str(Path(__file__).parent)!r}])\n"
+        "print([name for name in ('torch', 'transformers', 'torchvision') if name in sys.modules])"
+    )
+    assert run_python(code).splitlines()[-1] == "[]"
