@@ -23,19 +23,19 @@ _NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])")
 def find_prefixes(names: Iterable[str]) -> dict[str, list[Family]]:
     """Return the prefixes under which ``names`` are those of a model, in their order, each with its `_best_fits`."""
     spellings = [
-        (spelling, key, n)
-        for n, family in enumerate(all_families())
+        (spelling, key, family.name)
+        for family in all_families()
         for key in family.signature
         for spelling in {key, family.block_chunks.chunked_key(key, 1, 1) if family.block_chunks else key}
     ]
-    # By prefix and by the family's number: the keys of its signature that are there.
-    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    # The keys of each family's signature under each prefix. One pass: a hostile file may have thousands of prefixes.
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
-        for spelling, key, n in spellings:
+        for spelling, key, family_name in spellings:
             if name.endswith(spelling) and (len(name) == len(spelling) or name[-len(spelling) - 1] == "."):
-                found[name[: -len(spelling)]][n].add(key)
+                found[name[: -len(spelling)]][family_name].add(key)
     fits = {
-        prefix: _best_fits([(family, keys.get(n, ())) for n, family in enumerate(all_families())])
+        prefix: _best_fits([(family, keys.get(family.name, ())) for family in all_families()])
         for prefix, keys in found.items()
     }
     return {prefix: families for prefix, families in fits.items() if families}
