@@ -23,7 +23,7 @@ from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.info import CastDtype
-from streamconv.verification.bytes import check_bytes, check_files, check_names
+from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
 from streamconv.verification.preflight import check_arguments, check_report
 from streamconv.verification.result import Check, Verification
 
@@ -90,9 +90,9 @@ def verify_prepared(
     models = ModelVerifier(plan, options.device, options.image, options.reference)
     is_ours = manifest is not None and manifest.is_from(source.describe())
     if manifest is not None and is_ours and source.is_remote and source.has_checksums:
-        check, files = _bytes_as_written(folder, plan, manifest, progress)
+        check, files = compare_with_manifest(folder, plan, manifest, progress)
     else:
-        check, files = _bytes(folder, plan, source, progress)
+        check, files = compare_with_source(folder, plan, source.reader, source.has_checksums, progress)
     results = models.check(folder, source, progress, options.parity)
     verification = _verification(plan, source, (check, *results.checks), results, models, files, start)
     try:
@@ -126,7 +126,7 @@ def verify_uploaded(
     results = models.check(folder, source, progress, options.parity, is_sparse=True)
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     if source.has_checksums:
-        proves = f"every file was uploaded as it was copied{_cast_of(plan)}, from records that matched their CRC-32"
+        proves = f"every file was uploaded as it was copied{cast_note(plan)}, from records that matched their CRC-32"
         check = Check("bytes", True, proves, (), numbers, "the uploaded files were not read back")
     else:
         check = Check("bytes", None, "the source carries no CRC-32s, and no file was kept to be compared with it")
@@ -171,7 +171,7 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
     start, manifest = time.monotonic(), Manifest.read(folder)
     if manifest is None:
         raise OutputError(f"{folder} has no {MANIFEST_NAME} to check it against. Name the source: verify DIR SOURCE.")
-    problems = check_files(folder, manifest, lambda done, total: progress("reading files", done, total, "bytes"))
+    problems = check_files(folder, manifest, progress)
     files = Check("files", not problems, f"every file is as it was written, by {MANIFEST_NAME}", tuple(problems))
     others = [Check(name, None, "no source was named") for name in ("bytes", "load", "parity", "preprocessing")]
     return Verification(
@@ -184,28 +184,6 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
         memory={},
         seconds=time.monotonic() - start,
     )
-
-
-def _cast_of(plan: Plan) -> str:
-    return ", cast from {from} to {to}".format_map(plan.cast) if plan.cast else ""
-
-
-def _bytes_as_written(
-    folder: Path, plan: Plan, manifest: Manifest, progress: Progress
-) -> tuple[Check, Mapping[str, WrittenFile]]:
-    """For a source with CRC-32s that is not read a second time: the manifest's word on the files, which are read."""
-    start = time.monotonic()
-    problems = check_files(folder, manifest, lambda done, total: progress("reading files", done, total, "bytes"))
-    problems += check_names(folder, plan)
-    if not manifest.is_crc_checked:
-        problems.append(f"{MANIFEST_NAME} does not say that the source's CRC-32s were checked")
-    proves = (
-        f"every file is as it was copied{_cast_of(plan)}, by {MANIFEST_NAME}, from records that matched their CRC-32"
-    )
-    numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
-    not_checked = "the source's bytes were not read again"
-    check = Check("bytes", not problems, proves, tuple(problems), numbers, not_checked)
-    return check.since(start), {} if problems else manifest.files
 
 
 def _verification(
@@ -233,18 +211,3 @@ def _verification(
         predictions=found.predictions,
         pictures=found.pictures,
     )
-
-
-def _bytes(folder: Path, plan: Plan, source: OpenSource, progress: Progress) -> tuple[Check, Mapping[str, WrittenFile]]:
-    start, done = time.monotonic(), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("comparing bytes", done, plan.weights, "bytes")
-
-    found = check_bytes(folder, plan, source.reader, advance)
-    crc = "every source record matches its CRC-32" if source.has_checksums else "the source carries no CRC-32s to check"
-    proves = f"every byte of every tensor equals its source's{_cast_of(plan)}; {crc}"
-    numbers = {"tensors": found.tensors, "bytes": found.compared}
-    return Check("bytes", not found.problems, proves, found.problems, numbers).since(start), found.files

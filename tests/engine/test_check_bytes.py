@@ -47,7 +47,7 @@ def test_missing_and_extra_tensors_are_named(converted: Converted) -> None:
     alter(converted[0], lambda state: state.update(extra=state.pop("encoder.layer.2.norm1.bias")))
     found = byte_problems(*converted)
     assert "encoder.layer.2.norm1.bias is missing" in found
-    assert "extra should not be there" in found
+    assert "extra is unexpected" in found
 
 
 def test_other_dtype_is_named(converted: Converted) -> None:
@@ -115,10 +115,10 @@ def test_weights_that_transformers_would_load_instead_are_found(tmp_path: Path, 
     alter(tmp_path / "sharded", lambda state: state["embeddings.mask_token"].add_(1))
     found = byte_problems(tmp_path / "sharded", backbone)
     assert "embeddings.mask_token differs" in found
-    assert "model.safetensors.index.json is no part of the model" in found
+    assert "model.safetensors.index.json is not part of the model" in found
     safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / "single" / "model-00001-of-00002.safetensors")
     found = byte_problems(tmp_path / "single", backbone)
-    assert found == "model-00001-of-00002.safetensors is no part of the model"
+    assert found == "model-00001-of-00002.safetensors is not part of the model"
 
 
 def test_swapped_labels_are_found(tmp_path: Path, save: Save) -> None:
@@ -129,7 +129,9 @@ def test_swapped_labels_are_found(tmp_path: Path, save: Save) -> None:
     config["id2label"] |= {"0": "LABEL_1", "1": "LABEL_0"}
     config["label2id"] |= {"LABEL_1": 0, "LABEL_0": 1}
     path.write_text(json.dumps(config))
-    assert byte_problems(tmp_path / "out", backbone, head) == "config.json has other labels than streamconv.json says"
+    assert (
+        byte_problems(tmp_path / "out", backbone, head) == "the labels in config.json are not those in streamconv.json"
+    )
     del config["id2label"]["2"]
     path.write_text(json.dumps(config))
     assert "config.json: id2label.0 is" in byte_problems(tmp_path / "out", backbone, head)
@@ -143,13 +145,13 @@ def test_output_that_contradicts_its_manifest_is_found(tmp_path: Path, save: Sav
     api.convert(tmp_path / "other.pth", tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").replace(tmp_path / "out" / "model.safetensors")
     found = byte_problems(tmp_path / "out", tmp_path / "other.pth")
-    assert found == "model.safetensors has another sha256 than streamconv.json says"
+    assert found == "the sha256 of model.safetensors is not the one in streamconv.json"
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_config.json"])
 def test_files_that_transformers_might_load_instead_are_named(converted: Converted, name: str) -> None:
     (converted[0] / name).write_text("{}")
-    assert f"{name} is no part of the model" in byte_problems(*converted)
+    assert f"{name} is not part of the model" in byte_problems(*converted)
 
 
 def test_trailing_bytes_and_other_metadata_are_named(converted: Converted) -> None:
@@ -189,7 +191,7 @@ def test_many_differing_labels_are_named_and_counted(tmp_path: Path, save: Save)
     path.write_text(json.dumps(config))
     text = byte_problems(tmp_path / "out", backbone, head)
     assert "config.json: label2id.LABEL_0 is 0, not absent" in text
-    assert "config.json: label2id differs in 4 more" in text
+    assert "config.json: label2id has 4 more differences" in text
 
 
 @pytest.mark.parametrize("tensor", ["embeddings.mask_token", "encoder.layer.1.mlp.fc2.weight"])

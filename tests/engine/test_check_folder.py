@@ -46,7 +46,7 @@ def test_flipped_bit_in_any_file_is_found(folder: Path, pattern: str) -> None:
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(data)
-    assert problems(folder) == (f"{name} is not as it was written: its sha256 is another",)
+    assert problems(folder) == (f"{name} has changed since it was written: its sha256 is different",)
 
 
 @pytest.mark.parametrize("pattern", NAMES)
@@ -65,7 +65,7 @@ def test_weights_that_the_manifest_does_not_list_are_found(folder: Path) -> None
     others = ("adapter_config.json", "processor_config.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     for name in (*others, "notes.txt"):
         (folder / name).touch()
-    assert problems(folder) == tuple(f"{name} is no part of the model" for name in others)
+    assert problems(folder) == tuple(f"{name} is not part of the model" for name in others)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""What an output folder consists of, apart from the bytes of weights: names, dtypes, shapes, and the small files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import OutputError, SourceError
+from streamconv.files.local import read_small
+from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
+from streamconv.formats.safetensors import INDEX_NAME, LOADED_BESIDE, SINGLE_NAME, index_of
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
+from streamconv.planning.plan import Plan
+from streamconv.tensors.expressions import SourceTensor
+
+MAX_LISTED = 5  # differences within one mapping, such as an index's weight map
+_ABSENT = object()
+
+
+def check_structure(folder: Path, plan: Plan) -> list[str]:
+    """List everything in which ``folder`` differs from the plan, apart from the bytes of weights."""
+    problems = small_file_problems(folder, plan)
+    try:
+        with open_checkpoint(folder) as written:
+            problems += tensor_problems(planned_tensors(plan), written) + weight_file_problems(folder, written)
+    except SourceError as error:
+        problems.append(f"the output cannot be read: {error}")
+    return sorted(problems)
+
+
+def planned_tensors(plan: Plan) -> dict[str, SourceTensor]:
+    """Return the tensors of the output by name."""
+    return {name: tensor for shard in plan.shards for name, tensor in shard.tensors}
+
+
+def small_file_problems(folder: Path, plan: Plan) -> list[str]:
+    """List the values in which config.json and the like differ from the planned ones."""
+    return [p for name, data in plan.small_files.items() for p in _json_differences(folder, name, json.loads(data))]
+
+
+def tensor_problems(planned: Mapping[str, SourceTensor], written: Checkpoint) -> list[str]:
+    """List missing and unexpected tensors, and those of another dtype or shape."""
+    problems = [f"{name} is missing" for name in planned.keys() - written.keys()]
+    problems += [f"{name} is unexpected" for name in written.keys() - planned.keys()]
+    both = [(name, planned[name].target, written[name].info) for name in planned.keys() & written.keys()]
+    return problems + [f"{name} is {have}, not {want}" for name, want, have in both if have != want]
+
+
+def weight_file_problems(folder: Path, written: Checkpoint) -> list[str]:
+    """List what is wrong with the index and the files' metadata, and weights that the index does not name."""
+    shards = {path.name for path in written.paths}
+    used = shards if shards == {SINGLE_NAME} else {*shards, INDEX_NAME}
+    problems = unexpected_weights(folder, used)
+    for path in written.paths:
+        if (metadata := _metadata(path)) != {"format": "pt"}:
+            problems.append(f'{path.name} has the metadata {_as_text(metadata)}, not {{"format": "pt"}}')
+    if shards == {SINGLE_NAME}:
+        return problems
+    filenames = {name: tensor.record.file.name for name, tensor in written.items()}
+    return problems + _json_differences(folder, INDEX_NAME, index_of(written, filenames))
+
+
+def unexpected_weights(folder: Path, expected: set[str]) -> list[str]:
+    """List files that transformers would load although they are not among the ``expected`` ones."""
+    found = {path.name for pattern in LOADED_BESIDE for path in folder.glob(pattern)}
+    return [f"{name} is not part of the model" for name in found - expected]
+
+
+def manifest_problems(folder: Path, plan: Plan, files: Mapping[str, WrittenFile]) -> list[str]:
+    """List what differs from the folder's own manifest: digests, and labels, which no source has."""
+    try:
+        manifest = Manifest.read(folder)
+    except OutputError as error:
+        return [str(error)]
+    if manifest is None:
+        return []
+    problems = []
+    for name, file in manifest.files.items():
+        if name.endswith(".safetensors") and name not in files:
+            problems.append(f"{name} is missing, but {MANIFEST_NAME} lists it")
+        elif name in files and file.sha256 != files[name].sha256:
+            problems.append(f"the sha256 of {name} is not the one in {MANIFEST_NAME}")
+    if manifest.labels is not None and manifest.labels.sha256 != plan.labels_digest:
+        problems.append(f"the labels in config.json are not those in {MANIFEST_NAME}")
+    return problems
+
+
+def _json_differences(folder: Path, name: str, want: Mapping[str, Any]) -> list[str]:
+    """Compare values: whitespace, and the version that transformers adds, do not matter."""
+    try:
+        have = json.loads(read_small(folder / name))
+    except (SourceError, ValueError, RecursionError) as error:
+        return [f"{name} cannot be read: {error}"]
+    if not isinstance(have, dict):
+        return [f"{name} is not a JSON object"]
+    have.pop("transformers_version", None)
+    return [f"{name}: {problem}" for problem in _value_differences("", json.loads(json.dumps(want)), have)]
+
+
+def _value_differences(place: str, want: Any, have: Any) -> list[str]:
+    """Compare as JSON text, because True equals 1 in Python; mappings are compared key by key."""
+    if not isinstance(want, dict) or not isinstance(have, dict):
+        return [] if _as_text(want) == _as_text(have) else [f"{place} is {_shortened(have)}, not {_shortened(want)}"]
+    keys = sorted(want.keys() | have.keys())
+    pairs = [(f"{place}.{key}" if place else key, want.get(key, _ABSENT), have.get(key, _ABSENT)) for key in keys]
+    found = [problem for pair in pairs for problem in _value_differences(*pair)]
+    more = [f"{place} has {len(found) - MAX_LISTED} more differences"] if place and len(found) > MAX_LISTED else []
+    return found[: MAX_LISTED if more else None] + more
+
+
+def _as_text(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value, sort_keys=True)
+
+
+def _shortened(value: Any) -> str:
+    text = _as_text(value)
+    return text if len(text) < 60 else text[:57] + "…"
+
+
+def _metadata(path: Path) -> Any:
+    """Read the metadata of a safetensors file, whose header `open_checkpoint` has accepted."""
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")
