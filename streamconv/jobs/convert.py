@@ -27,7 +27,7 @@ from streamconv.tensors.checksums import RecordChecks
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did.
+    """The result of a conversion.
 
     ``shards`` are the sha256 digests of the files of weights by name, in hexadecimal. ``resumed_bytes`` counts the
     bytes that an interrupted run had written, and that were checked and kept. ``sent_to`` is the repository on the Hub
@@ -161,7 +161,7 @@ class PreparedConversion:
         return cls(folder, plan, provenance, prepared.labels_from, source.has_checksums)
 
     def find_finished(self) -> Conversion | None:
-        """The result of the same conversion, if the folder holds it already.
+        """Return the result of the same conversion, if the folder holds it already.
 
         Raises:
             OutputError: the folder holds something else.
@@ -180,7 +180,7 @@ class PreparedConversion:
         return replace(result, plan=plan, was_finished=True, labels_from=labels.origin if labels is not None else None)
 
     def result(self, written: Mapping[str, WrittenFile], resumed_bytes: int, sent_to: str | None = None) -> Conversion:
-        """The result once all files of weights are ``written``."""
+        """Return the result once all files of weights are ``written``."""
         return Conversion(
             output=self.folder,
             plan=self.plan,
@@ -194,7 +194,7 @@ class PreparedConversion:
         )
 
     def manifest(self, written: Mapping[str, WrittenFile]) -> Manifest:
-        """The manifest once all files of weights are ``written``; nothing is verified yet."""
+        """Return the manifest once all files of weights are ``written``; nothing is verified yet."""
         plan = self.plan
         index = {INDEX_NAME: plan.index} if plan.index is not None else {}
         small = {**plan.small_files, **index}.items()

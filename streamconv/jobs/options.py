@@ -1,4 +1,4 @@
-"""What a user can ask of a job: parsed and checked here, before a source is opened."""
+"""The options of jobs: parsed and checked here, before a source is opened."""
 
 import re
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ class ConversionOptions(SourceOptions):
 
 @dataclass(frozen=True)
 class VerificationOptions:
-    """What to verify on, and against what.
+    """How to verify an output.
 
     Args:
         device: "cpu", "cuda" or "cuda:1"; "auto" takes a GPU if there is one.
@@ -96,7 +96,7 @@ class VerificationOptions:
 
 @dataclass(frozen=True)
 class PushOptions:
-    """Where to push a model, and whether to insist.
+    """How to publish a model.
 
     Args:
         destination: The repository; without a name, the model's published name in the user's account.

@@ -1,4 +1,4 @@
-"""What every job begins with: the user's words resolved once, each index opened once, one plan made.
+"""The first steps of every job: the user's words are resolved once, each index is opened once, and one plan is made.
 
 Download, writing, verification and publishing share what is prepared here.
 """
@@ -127,7 +127,7 @@ def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None
 
 
 def output_folder(folder: StrPath | None, prepared: PreparedSource) -> Path:
-    """The folder to write into: the user's, or one of the model's published name.
+    """Return the folder to write into: the user's, or one with the model's published name.
 
     Raises:
         UsageError: it has no name, the model has no published name, or it holds the source itself.

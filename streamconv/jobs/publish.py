@@ -17,7 +17,7 @@ from streamconv.progress import Progress, ignore_progress
 
 @dataclass(frozen=True)
 class Published:
-    """Where a model was published: the repository, "user/name", and the address of the commit or pull request."""
+    """A published model: its repository, "user/name", and the address of the commit or pull request."""
 
     repository: str
     url: str
@@ -105,7 +105,7 @@ def _small(path: Path, sha256: str | None = None) -> bytes:
 
 
 def card_files(folder: Path, repository: Repository, manifest: Manifest) -> dict[str, bytes]:
-    """The model card by its name: the folder's own, or one that is made; none where someone else's is there.
+    """Return the model card by its name: the folder's own, or a generated one; nothing if the repository has another.
 
     Raises:
         OutputError: the folder's cannot be read.

@@ -31,7 +31,7 @@ class RunResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the output was verified, and every check that ran passed."""
+        """True if the output was verified, and every check that ran passed."""
         return self.verification is not None and self.verification.passed
 
     def as_dict(self) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def write_report(verification: Verification, options: VerificationOptions) -> No
 
 
 def _options_of(folder: Path, given: SourceOptions) -> ConversionOptions:
-    """The options that the folder was converted with, as far as its files show them; those given come first."""
+    """Return the options that the folder was converted with, as far as its files show; given ones take precedence."""
     manifest, dtype = Manifest.read(folder), read_config(folder).get("dtype")
     select, num_heads = (manifest.select, manifest.num_heads) if manifest is not None else (None, None)
     return ConversionOptions(

@@ -1,7 +1,4 @@
-"""What a user's SOURCE means: a model's name, a checkpoint file, or its address.
-
-A model's files are those that torch.hub keeps, else those at their authors' addresses.
-"""
+"""Opens a source: reads the indexes of its files and selects the tensors to convert. No weight is read."""
 
 import json
 import os
@@ -42,7 +39,8 @@ def _has_checksums(tensors: Mapping[str, AnyTensor]) -> bool:
 class OpenSource:
     """A source's tensors, a head's among them (`Family.join_head`), and the checkpoints they come from by role.
 
-    ``tensors`` are the selected ones, by their names in the family's rules; ``selection`` knows what files call them.
+    ``tensors`` are the selected ones, by their names in the family's rules; ``selection`` maps these to the names in
+    the files.
     """
 
     source: Source
@@ -71,17 +69,17 @@ class OpenSource:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether every tensor has a CRC-32 in its file."""
+        """True if every tensor has a CRC-32 in its file."""
         return _has_checksums(self.tensors)
 
     def describe(self) -> dict[str, SourceFile]:
         """Describe the checkpoints by role, for the manifest."""
-        places = self.source.locations
-        origins = {role: place for role, place in places.items() if isinstance(place, Address)}
+        locations = self.source.locations
+        origins = {role: location for role, location in locations.items() if isinstance(location, Address)}
         origins |= self.source.origins
         return {
             role: SourceFile(
-                file=checkpoint.names[0] if len(checkpoint.names) == 1 else places[role].name,
+                file=checkpoint.names[0] if len(checkpoint.names) == 1 else locations[role].name,
                 size=checkpoint.size,
                 fingerprint=checkpoint.fingerprint,
                 address=str(origins[role]) if role in origins else None,
@@ -96,7 +94,12 @@ class OpenSource:
 def open_source(
     source: Source, progress: Progress = ignore_progress, *, read_local_headers: bool = True
 ) -> Iterator[OpenSource]:
-    """The source's indexes, read; ``read_local_headers`` and errors as `open_checkpoint`'s."""
+    """Read the source's indexes; ``read_local_headers`` as for `open_checkpoint`.
+
+    Raises:
+        SourceError: a file cannot be read, or does not hold one backbone of a known family.
+        UsageError: a head is given to a model that takes none, or ``source.select`` names no backbone.
+    """
 
     def notify(text: str) -> None:
         progress(text, 0, 1, "steps")
@@ -104,16 +107,16 @@ def open_source(
     with ExitStack() as stack:
         stack.enter_context(_name_torch_hub_copy(source))
         checkpoints: dict[str, Checkpoint] = {}
-        for role, place in source.locations.items():
+        for role, location in source.locations.items():
             try:
                 checkpoints[role] = stack.enter_context(
-                    open_checkpoint(place, read_local_headers=read_local_headers, notify=notify)
+                    open_checkpoint(location, read_local_headers=read_local_headers, notify=notify)
                 )
             except NetworkError as error:
                 if source.model is None:
                     raise
-                path = torch_hub_cache() / place.name
-                raise NetworkError(f"{error}\nIf you have {place.name}, put it at\n  {path}") from error
+                path = torch_hub_cache() / location.name
+                raise NetworkError(f"{error}\nIf you have {location.name}, put it at\n  {path}") from error
         backbone = checkpoints["backbone"]
         selection = find_backbone(backbone, str(source.backbone), source.select)
         if selection.is_converted and isinstance(source.backbone, Path):
@@ -167,7 +170,7 @@ def _name_torch_hub_copy(source: Source) -> Iterator[None]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model's config.json; an empty one where that is none."""
+    """Read a model's config.json; return an empty one if there is none, or none that can be read."""
     try:
         config = json.loads(read_small(folder / "config.json"))
     except (SourceError, ValueError, RecursionError):

@@ -38,12 +38,12 @@ class Source:
 
     @property
     def is_remote(self) -> bool:
-        """Whether a file of it is at an address."""
+        """True if a file of it is at an address."""
         return any(isinstance(location, Address) for location in self.locations.values())
 
 
 def torch_hub_cache() -> Path:
-    """The folder in which torch.hub keeps checkpoints (https://docs.pytorch.org/docs/stable/hub.html)."""
+    """Return the folder in which torch.hub keeps checkpoints (https://docs.pytorch.org/docs/stable/hub.html)."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("TORCH_HOME") or f"{cache}/torch"
     return Path(home).expanduser() / "hub" / "checkpoints"

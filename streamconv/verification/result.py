@@ -54,7 +54,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether at least one check ran, and every check that ran passed."""
+        """True if at least one check ran, and every check that ran passed."""
         ran = [check.passed for check in self.checks if check.passed is not None]
         return bool(ran) and all(ran)
 
