@@ -383,5 +383,6 @@ def test_config_that_contradicts_the_tensors_is_refused(tmp_path: Path, changed:
     with pytest.raises(MappingError) as caught:
         streamconv.revert(folder, tmp_path / "back.pth")
     ((key, value),) = changed.items()
-    assert any(f"its config.json sets {key} to {value!r}, but dinov2 models have" in problem for problem in caught.value.problems)
+    says = f"its config.json sets {key} to {value!r}, but dinov2 models have"
+    assert any(says in problem for problem in caught.value.problems)
     assert not (tmp_path / "back.pth").exists()
