@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from streamconv.files import remote
-from streamconv.output import hashing, writer
+from streamconv.output import contents, hashing, writer
 from tests.file_server import FileServer, serving
 from tests.hub_server import TOKEN, HubServer, running
 from tests.support import HUB_MODEL, Opener, Refusal, Save
@@ -58,9 +58,9 @@ def refusal() -> Iterator[Refusal]:
 def frequent_journal_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     """A journal entry after every 32 kB, so that a small model has many; reads are ahead of the disk by as much."""
     monkeypatch.setattr(hashing, "RING_BUFFERS", 2)
-    for module in (hashing, writer):
+    for module in (hashing, contents):
         monkeypatch.setattr(module, "BUFFER_BYTES", 16 << 10)
-    monkeypatch.setattr(writer, "PIECE_BYTES", 8 << 10)
+    monkeypatch.setattr(contents, "PIECE_BYTES", 8 << 10)
     monkeypatch.setattr(writer, "SYNC_BYTES", 32 << 10)
 
 

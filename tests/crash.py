@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import streamconv
+from streamconv.jobs.options import ConversionOptions
+from streamconv.output import contents as file_contents
 from streamconv.output import hashing
 from streamconv.output import writer as streaming
 from streamconv.output.files import PAGE_BYTES
@@ -120,7 +122,7 @@ def convert(source: Path, folder: Path, shard_size: str, dtype: str | None, disk
     if not child:
         try:
             disk.install(folder)
-            streamconv.convert(source, folder, max_shard_size=shard_size, dtype=dtype)
+            streamconv.convert(source, folder, ConversionOptions(max_shard_size=shard_size, dtype=dtype))
             os._exit(0)
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -133,8 +135,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype: str | None = None) -> dict[str, Any]:
-    hashing.BUFFER_BYTES = streaming.BUFFER_BYTES = (1 << 20) // SCALE * 2
-    streaming.PIECE_BYTES = (512 << 10) // SCALE * 2
+    hashing.BUFFER_BYTES = file_contents.BUFFER_BYTES = (1 << 20) // SCALE * 2
+    file_contents.PIECE_BYTES = (512 << 10) // SCALE * 2
     hashing.RING_BUFFERS //= 2  # of buffers that are larger, so scaled
     streaming.SYNC_BYTES //= SCALE
     shadow, folder = place / "shadow", place / "out"

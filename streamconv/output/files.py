@@ -112,9 +112,9 @@ class PageAligner:
     a copy of it. What the last one has beyond the file's end is cut off in the end.
     """
 
-    def __init__(self, start: bytes):
-        self.position = len(start)
-        self._begun = start[self.position - self.position % PAGE_BYTES :]
+    def __init__(self) -> None:
+        self.position = 0
+        self._begun = b""
         self._buffer = memoryview(b"")
 
     def next_window(self, buffer: memoryview) -> memoryview:

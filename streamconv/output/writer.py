@@ -1,214 +1,185 @@
-"""The byte mover: a shard's tensors from the source's ranges into a file, in a few buffers.
+"""The byte mover: segments, most of them tensors of a source, into a file, in a few buffers.
 
-One thread reads and checks; a second one hashes what was read; a third one writes it; a fourth one syncs, and
-marks in the folder's journal how far the file is.
+One thread reads and checks; a second one hashes what was read; a third one writes it; a fourth one syncs, and records
+in the journal how far the file is.
 
-A shard that was interrupted goes on from its mark: what lies before it is read back from the file
-instead of from the source, through the same hash and the same CRC-32s. What was cast there has no
-CRC-32 in the source. Of it, the mark proves the records that had been read whole, and so been checked;
-those that it cut are read, checked and cast once more, and must come to what the file holds.
+An interrupted file is resumed at its resume point: what lies before is read back from the file instead of from the
+source, through the same hash and the same CRC-32s. Values that were cast have no CRC-32 in the source. For them the
+resume point proves the records that had been read completely, and so been checked; those that it cuts are read,
+checked and cast again, and must give what the file holds.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
 
 from streamconv.errors import CorruptError
-from streamconv.files.base import ByteRange, FileRef
 from streamconv.files.reader import Reader
+from streamconv.output.contents import Contents, Segments, batches, size_of
 from streamconv.output.files import OutputFile, PageAligner, atomic_file
 from streamconv.output.folder import OutputFolder
-from streamconv.output.hashing import BUFFER_BYTES, BackgroundHash
-from streamconv.output.journal import NOT_STARTED, ResumePoint
+from streamconv.output.hashing import BackgroundHash
+from streamconv.output.journal import NOT_STARTED, OpenJournal, ResumePoint
 from streamconv.output.manifest import WrittenFile
-from streamconv.planning.shards import PIECE_BYTES, Shard
-from streamconv.tensors.casts import cast_into
+from streamconv.planning.shards import Shard
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.expressions import Record, SourceTensor
 
-# Read or written between two marks; a kill costs at most three of these, one that is filled while one is
-# synced. Where it goes through the cache, a 64 MB cgroup holds two, and no more dirty pages are ever wanted.
+# Bytes between resume points. A kill loses at most three intervals: one filling, one syncing, one queued. If writes go
+# through the page cache, two fit in a 64 MB cgroup.
 SYNC_BYTES = 32 << 20
+
+Advance = Callable[[int, bool], None]
+"""Called with the number of a file's bytes that are done, and whether the last of them had been written before."""
 
 
 def write_shard(
-    shard: Shard, folder: OutputFolder, reader: Reader, checks: RecordChecks, advance: Callable[[int, bool], None]
+    shard: Shard, folder: OutputFolder, reader: Reader, checks: RecordChecks, advance: Advance
 ) -> tuple[WrittenFile, int]:
-    """Write one shard, or what is missing of it; give the mark of the whole file, and how many bytes were there.
+    """Write a file of safetensors, or what is missing of it; results and errors as `written_file`'s."""
+    segments: Segments = (shard.header, *shard.tensors)
+    with written_file(folder.path / shard.filename, segments, folder.journal, reader, checks, advance) as result:
+        return result
 
-    The file gets its name only after every record that it drew on has matched its CRC-32, or its file
-    is found unchanged. ``advance`` is told how many of the shard's bytes are done, and whether the last
-    ones were there before.
+
+@contextmanager
+def written_file(
+    path: Path, segments: Segments, journal: OpenJournal, reader: Reader, checks: RecordChecks, advance: Advance
+) -> Iterator[tuple[WrittenFile, int]]:
+    """Write a file, or what is missing of it; it gets its name when the block ends well.
+
+    Yields:
+        The file, when it is complete, and the number of its bytes that an interrupted process had written. By then,
+        every record that it was read from has matched its CRC-32, or if it has none, its file is unchanged.
 
     Raises:
-        SourceError: the source cannot be read; or it is damaged, or was changed: then nothing of the shard is kept.
-        OutputError: the output cannot be written.
+        SourceError: the source cannot be read. If it is damaged or was changed, nothing of the file is kept.
+        OutputError: the file cannot be written.
     """
-    kept = folder.journal.resume_point(folder.path / shard.filename)
-    if not len(shard.header) < kept.size <= shard.size:
+    writer = _FileWriter(path, segments, journal, reader, checks, advance)
+    kept = journal.resume_point(path)
+    if not 0 < kept.size <= writer.size:
         kept = NOT_STARTED
-    for mark in (kept, NOT_STARTED):
-        try:
-            whole = _write(shard, folder, mark, reader, checks, advance)
-            break
-        except CorruptError:
-            folder.discard(shard.filename)
-            if not mark.size:
-                raise
-            # Else the damage may be in what was written before: once more, all of it from the source.
-    folder.journal.record(folder.path / shard.filename, whole)
-    return whole.written, mark.size
+    with ExitStack() as stack:
+        for point in (kept, NOT_STARTED):
+            try:
+                with ExitStack() as opened:
+                    complete = writer.write(opened.enter_context(atomic_file(path, resume=True)), point)
+                    stack.push(opened.pop_all())
+                break
+            except CorruptError:
+                journal.discard(path)
+                if not point.size:
+                    raise
+                # Otherwise the damage may be in what was written before: write all of it again.
+        yield complete.written, point.size
+    journal.record(path, complete)
 
 
-def _write(
-    shard: Shard,
-    folder: OutputFolder,
-    mark: ResumePoint,
-    reader: Reader,
-    checks: RecordChecks,
-    advance: Callable[[int, bool], None],
-) -> ResumePoint:
-    synced: Future[None] | None = None
-    size = shard.size  # a sum over its tensors
-    with (
-        atomic_file(folder.path / shard.filename, resume=True) as file,
-        BackgroundHash() as digest,
-        ThreadPoolExecutor(1, "sync") as syncing,
-        ThreadPoolExecutor(1, "disk") as disk,
+class _FileWriter:
+    """The work on one file: what `written_file` is given, and its size."""
+
+    def __init__(
+        self,
+        path: Path,
+        segments: Segments,
+        journal: OpenJournal,
+        reader: Reader,
+        checks: RecordChecks,
+        advance: Advance,
     ):
-        file.allocate(size)
-        file.write_at(0, memoryview(shard.header))
-        digest.update(shard.header)
-        pages = PageAligner(shard.header)
-        position = synced_to = pages.position
-        is_cast = any(tensor.cast_to for _, tensor in shard.tensors)
-        stored, again = (memoryview(bytearray(PIECE_BYTES if is_cast else 0)) for _ in range(2))
-        moved, overflow_count = 0, mark.overflow_count
-        writes: list[Future[None]] = []  # since the last mark
-        read: dict[Record, tuple[int, int]] = {}  # where in the file its first and its last piece went
-        _expect(shard, mark, reader)
-        for batch in _batches(shard):
-            buffer, filled, is_kept = pages.next_window(digest.next_buffer()), 0, position < mark.size
-            for name, piece in batch:
-                at = position + filled
-                part = buffer[filled : filled + piece.target.nbytes]
+        self._path, self._segments, self._journal = path, segments, journal
+        self._reader, self._checks, self._advance = reader, checks, advance
+        self.size = sum(map(size_of, segments))
+
+    def write(self, file: OutputFile, point: ResumePoint) -> ResumePoint:
+        """Check what lies before ``point``, and write the rest."""
+        file.allocate(self.size)
+        contents = Contents(self._segments, point, self._reader, self._checks)
+        with (
+            BackgroundHash() as digest,
+            _Marker(file, self._path, self._journal, point.size) as marker,
+            ThreadPoolExecutor(1, "disk") as disk,
+        ):
+            pages = PageAligner()
+            contents.prefetch()
+            for batch in batches(self._segments, point):
+                buffer, is_kept = pages.next_window(digest.next_buffer()), batch[0].is_kept
                 if is_kept:
-                    file.read_at(at, part)
-                    if not piece.cast_to:
-                        checks.add(name, piece, part if piece.is_contiguous else None)
-                if _is_read(piece, at, is_kept, mark):
-                    read[piece.record] = read.get(piece.record, (at, at))[0], at
-                    if is_kept:
-                        _read(name, piece, again[: len(part)], stored, reader, checks)
-                        if bytes(again[: len(part)]) != bytes(part):
-                            raise CorruptError(f"{name} in {shard.filename} is not what its source is cast to.")
-                    else:
-                        overflow_count += _read(name, piece, part, stored, reader, checks)
-                        moved += max(piece.info.nbytes, len(part))
-                filled += len(part)
-            whole_pages = pages.add(filled)
-            position = pages.position
-            if is_kept:
-                digest.update(buffer[:filled])
-                synced_to = position
-                if position >= mark.size and digest.so_far().result() != mark.sha256:
-                    raise CorruptError(f"{shard.filename} is not what its journal says.")
-            else:
-                writes.append(disk.submit(file.write_pages, *whole_pages))
-                digest.update(buffer[:filled], writes[-1])
-            if moved >= SYNC_BYTES and position < size:  # a mark of all says that all was settled
-                if synced is not None:
-                    synced.result()
-                unproven = position - _proven(position, read, checks) if is_cast else 0
-                reached = ResumePoint(position, "", overflow_count=overflow_count, unproven=unproven)
-                synced = syncing.submit(
-                    _keep, file, folder, shard.filename, synced_to, reached, digest.so_far(), tuple(writes)
-                )
-                synced_to, moved = position, 0
-                writes.clear()
-            advance(position, is_kept)
-        if synced is not None:
-            synced.result()
-        sha256 = digest.hexdigest()
-        file.truncate(size)
-        if mark.size == size:  # it had its name, and all of it was read back
-            checks.skip_pending()
+                    filled = contents.read_back(batch, buffer, file)
+                    pages.add(filled)
+                    digest.update(buffer[:filled])
+                    if pages.position >= point.size and digest.so_far().result() != point.sha256:
+                        raise CorruptError(f"{self._path.name} differs from what its journal records.")
+                else:
+                    filled, moved = contents.read(batch, buffer)
+                    write = disk.submit(file.write_pages, *pages.add(filled))
+                    digest.update(buffer[:filled], write)
+                    marker.add(write, moved)
+                    # Not at the end: a resume point there means that all was checked.
+                    if marker.is_due and pages.position < self.size:
+                        marker.mark(contents.resume_point(pages.position), digest.so_far())
+                self._advance(pages.position, is_kept)
+            marker.wait()
+            sha256 = digest.hexdigest()
+            file.truncate(self.size)
+        self._check_rest(point, contents)
+        return ResumePoint(self.size, sha256, overflow_count=contents.overflow_count)
+
+    def _check_rest(self, point: ResumePoint, contents: "Contents") -> None:
+        """Compare the CRC-32s that are still pending; what has none must be of files that did not change."""
+        if point.size == self.size:  # it had been renamed into place, and was read back completely
+            self._checks.skip_pending()
         else:
-            checks.verify_pending()
-        for source in {tensor.record.file for _, tensor in shard.tensors if tensor.record.crc32 is None}:
-            reader.open(source).require_unchanged()
-    return ResumePoint(size, sha256, overflow_count=overflow_count)
+            self._checks.verify_pending()
+        for file in contents.files_without_crc():
+            self._reader.open(file).require_unchanged()
 
 
-def _proven(position: int, read: Mapping[Record, tuple[int, int]], checks: RecordChecks) -> int:
-    """Up to where the file holds only what was checked, and no record that goes on behind it.
+class _Marker:
+    """Syncs a file in a thread of its own, and records in the journal how much of it is on the disk."""
 
-    Who goes on from there reads each record that it meets as a whole, and so can check it.
-    """
-    proven = min((first for record, (first, _) in read.items() if checks.is_pending(record)), default=position)
-    while cut := [first for first, last in read.values() if first < proven <= last]:
-        proven = min(cut)
-    return proven
+    def __init__(self, file: OutputFile, path: Path, journal: OpenJournal, position: int):
+        self._file, self._path, self._journal = file, path, journal
+        self._synced_to, self._moved = position, 0
+        self._writes: list[Future[None]] = []  # since the last resume point
+        self._syncing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "sync")
 
+    def __enter__(self) -> "_Marker":
+        return self
 
-def _is_read(piece: SourceTensor, at: int, is_kept: bool, mark: ResumePoint) -> bool:
-    """Whether the source is read for what goes to ``at`` in the file."""
-    return not is_kept or (bool(piece.cast_to) and at + piece.target.nbytes > mark.size - mark.unproven)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
 
+    def add(self, write: "Future[None]", moved: int) -> None:
+        """Note a write of the next bytes, for which ``moved`` bytes were read or written."""
+        self._writes.append(write)
+        self._moved += moved
 
-def _read(
-    name: str, piece: SourceTensor, part: memoryview, stored: memoryview, reader: Reader, checks: RecordChecks
-) -> int:
-    """Fill ``part`` from the source, by way of ``stored`` where it is cast; give how many values that made infinite."""
-    if not piece.cast_to:
-        stored = part
-    stored = stored[: piece.info.nbytes]
-    checks.add(name, piece, piece.read_into(stored, reader))
-    return cast_into(stored, piece.info.dtype, part, piece.cast_to) if piece.cast_to else 0
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for a resume point."""
+        return self._moved >= SYNC_BYTES
 
+    def mark(self, point: ResumePoint, sha256: "Future[str]") -> None:
+        """Record ``point`` once the file's bytes up to it are synced; the one before must be done."""
+        self.wait()
+        self._syncing = self._thread.submit(self._sync, self._synced_to, point, sha256, tuple(self._writes))
+        self._synced_to, self._moved = point.size, 0
+        self._writes.clear()
 
-def _keep(
-    file: OutputFile,
-    folder: OutputFolder,
-    name: str,
-    start: int,
-    reached: ResumePoint,
-    sha256: "Future[str]",
-    writes: "tuple[Future[None], ...]",
-) -> None:
-    """When ``writes`` are done, bring the file's bytes from ``start`` on to the disk, and mark that it is there."""
-    for write in writes:
-        write.result()  # one that failed is no sync's business: past the cache, only it knows
-    file.sync(start, reached.size - start)
-    folder.journal.record(folder.path / name, replace(reached, sha256=sha256.result()))
+    def wait(self) -> None:
+        """Wait until the last resume point is recorded, and raise what prevented it."""
+        if self._syncing is not None:
+            self._syncing.result()
 
-
-def _expect(shard: Shard, mark: ResumePoint, reader: Reader) -> None:
-    """Tell the source's files what will be read of them."""
-    for file in {tensor.record.file for _, tensor in shard.tensors}:
-        reader.open(file).prefetch(_reads(shard, mark, file))
-
-
-def _reads(shard: Shard, mark: ResumePoint, file: FileRef) -> Iterator[ByteRange]:
-    position = len(shard.header)
-    for batch in _batches(shard):
-        is_kept = position < mark.size
-        for _, piece in batch:
-            if piece.record.file == file and _is_read(piece, position, is_kept, mark):
-                yield piece.read_range
-            position += piece.target.nbytes
-
-
-def _batches(shard: Shard) -> Iterator[list[tuple[str, SourceTensor]]]:
-    """The shard's bytes in order, cut to pieces and these joined to what fills a buffer."""
-    batch: list[tuple[str, SourceTensor]] = []
-    size = 0
-    for name, tensor in shard.tensors:
-        for piece in tensor.split(PIECE_BYTES):
-            if size + piece.target.nbytes > BUFFER_BYTES:
-                yield batch
-                batch, size = [], 0
-            batch.append((name, piece))
-            size += piece.target.nbytes
-    if batch:
-        yield batch
+    def _sync(self, start: int, point: ResumePoint, sha256: "Future[str]", writes: "tuple[Future[None], ...]") -> None:
+        for write in writes:
+            write.result()  # a sync does not report a failed write: past the cache, only the write knows
+        self._file.sync(start, point.size - start)
+        self._journal.record(self._path, replace(point, sha256=sha256.result()))

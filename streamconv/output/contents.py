@@ -1,0 +1,184 @@
+"""The contents of a file to be written: segments, cut to pieces that fill buffers, and read from their sources."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from streamconv.errors import CorruptError
+from streamconv.files.base import ByteRange, FileRef
+from streamconv.files.reader import Reader
+from streamconv.formats.segments import LateBytes
+from streamconv.output.files import OutputFile
+from streamconv.output.hashing import BUFFER_BYTES
+from streamconv.output.journal import ResumePoint
+from streamconv.planning.shards import PIECE_BYTES
+from streamconv.tensors.casts import cast_into
+from streamconv.tensors.checksums import RecordChecks
+from streamconv.tensors.expressions import AnyTensor, Record, SourceTensor, parts_of
+
+Segments = Sequence[bytes | tuple[str, AnyTensor] | LateBytes]
+"""Bytes, tensors with their names, and bytes that depend on the tensors' CRC-32s, in the order of the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a segment: of a tensor, or ``size`` bytes from ``start`` on of what is not one.
+
+    ``at`` is its offset in the file; ``is_kept`` tells whether an earlier process wrote it.
+    """
+
+    at: int
+    size: int
+    is_kept: bool
+    segment: bytes | tuple[str, SourceTensor] | LateBytes
+    start: int = 0
+
+
+class Contents:
+    """Fills buffers with pieces: from the source, or from the file what an earlier process wrote before ``point``."""
+
+    def __init__(self, segments: Segments, point: ResumePoint, reader: Reader, checks: RecordChecks):
+        self._segments, self._point, self._reader, self._checks = segments, point, reader, checks
+        self._files = {tensor.record.file for tensor in self._tensors()}
+        self._is_cast = any(tensor.cast_to for tensor in self._tensors())
+        self._stored, self._again = (memoryview(bytearray(PIECE_BYTES if self._is_cast else 0)) for _ in range(2))
+        self._crcs: dict[str, int] | None = {} if any(isinstance(each, LateBytes) for each in segments) else None
+        self._late: tuple[LateBytes, bytes] | None = None
+        self._places: dict[Record, tuple[int, int]] = {}  # offsets of the first and last pieces read from each record
+        self.overflow_count = point.overflow_count
+
+    def files_without_crc(self) -> set[FileRef]:
+        """The source files of records that have no CRC-32."""
+        return {tensor.record.file for tensor in self._tensors() if tensor.record.crc32 is None}
+
+    def _tensors(self) -> Iterator[SourceTensor]:
+        for segment in self._segments:
+            if isinstance(segment, tuple):
+                yield from parts_of(segment[1])
+
+    def prefetch(self) -> None:
+        """Announce to the source's files what will be read from them."""
+        for file in self._files:
+            self._reader.open(file).prefetch(self._reads(file))
+
+    def _reads(self, file: FileRef) -> Iterator[ByteRange]:
+        for batch in batches(self._segments, self._point):
+            for piece in batch:
+                if isinstance(piece.segment, tuple) and self._is_read(piece, piece.segment[1]):
+                    _, tensor = piece.segment
+                    if tensor.record.file == file:
+                        yield tensor.read_range
+
+    def _is_read(self, piece: Piece, tensor: SourceTensor) -> bool:
+        """Return whether the source is read for a piece: always, unless it is kept and proven."""
+        unproven = self._point.size - self._point.unproven
+        return not piece.is_kept or (bool(tensor.cast_to) and piece.at + piece.size > unproven)
+
+    def read(self, batch: Sequence[Piece], buffer: memoryview) -> tuple[int, int]:
+        """Fill ``buffer``; return the number of bytes in it, and the number of bytes read or written for them."""
+        filled = moved = 0
+        for piece in batch:
+            part = buffer[filled : filled + piece.size]
+            if isinstance(piece.segment, tuple):
+                name, tensor = piece.segment
+                self.overflow_count += self._read_tensor(name, tensor, piece.at, part)
+                moved += max(tensor.info.nbytes, piece.size)
+            else:
+                part[:] = self._bytes_of(piece.segment)[piece.start : piece.start + piece.size]
+                moved += piece.size
+            self._add_crc(piece, part)
+            filled += piece.size
+        return filled, moved
+
+    def read_back(self, batch: Sequence[Piece], buffer: memoryview, file: OutputFile) -> int:
+        """Fill ``buffer`` with what an earlier process wrote, checked; return the number of bytes.
+
+        Raises:
+            CorruptError: values differ from what the source is cast to.
+        """
+        filled = 0
+        for piece in batch:
+            part = buffer[filled : filled + piece.size]
+            file.read_at(piece.at, part)
+            if isinstance(piece.segment, tuple):
+                name, tensor = piece.segment
+                if not tensor.cast_to:
+                    self._checks.add(name, tensor, part if tensor.is_contiguous else None)
+                elif self._is_read(piece, tensor):
+                    self._read_tensor(name, tensor, piece.at, self._again[: piece.size])
+                    if bytes(self._again[: piece.size]) != bytes(part):
+                        raise CorruptError(f"{name} differs from what its source is cast to.")
+            self._add_crc(piece, part)
+            filled += piece.size
+        return filled
+
+    def _read_tensor(self, name: str, tensor: SourceTensor, at: int, part: memoryview) -> int:
+        """Fill ``part``, through ``_stored`` if it is cast; return how many values that made infinite."""
+        self._places[tensor.record] = self._places.get(tensor.record, (at, at))[0], at
+        stored = (self._stored if tensor.cast_to else part)[: tensor.info.nbytes]
+        self._checks.add(name, tensor, tensor.read_into(stored, self._reader))
+        return cast_into(stored, tensor.info.dtype, part, tensor.cast_to) if tensor.cast_to else 0
+
+    def _add_crc(self, piece: Piece, part: memoryview) -> None:
+        if self._crcs is not None and isinstance(piece.segment, tuple):
+            name, _ = piece.segment
+            self._crcs[name] = zlib.crc32(part, self._crcs.get(name, 0))
+
+    def _bytes_of(self, segment: bytes | LateBytes) -> bytes:
+        if isinstance(segment, bytes):
+            return segment
+        if self._late is None or self._late[0] is not segment:
+            self._late = segment, segment.make(self._crcs or {})
+        return self._late[1]
+
+    def resume_point(self, position: int) -> ResumePoint:
+        """Return the resume point, without its sha256, for a file that ends at ``position``."""
+        unproven = position - self._proven(position) if self._is_cast else 0
+        return ResumePoint(position, "", overflow_count=self.overflow_count, unproven=unproven)
+
+    def _proven(self, position: int) -> int:
+        """Return the largest offset at which every record that was read before it is complete and checked.
+
+        Resuming there reads whole records again, so their CRC-32s can be compared.
+        """
+        places = self._places
+        proven = min(
+            (first for record, (first, _) in places.items() if self._checks.is_pending(record)), default=position
+        )
+        while cut := [first for first, last in places.values() if first < proven <= last]:
+            proven = min(cut)
+        return proven
+
+
+def size_of(segment: bytes | tuple[str, AnyTensor] | LateBytes) -> int:
+    if isinstance(segment, bytes):
+        return len(segment)
+    return segment.size if isinstance(segment, LateBytes) else segment[1].target.nbytes
+
+
+def batches(segments: Segments, point: ResumePoint) -> Iterator[list[Piece]]:
+    """Cut the segments to pieces, and join these to what fills a buffer, in the file's order."""
+    batch: list[Piece] = []
+    size = at = 0
+    is_kept = at < point.size
+    for segment in segments:
+        for part, start, length in _parts(segment):
+            if batch and size + length > BUFFER_BYTES:
+                yield batch
+                batch, size, is_kept = [], 0, at < point.size
+            batch.append(Piece(at, length, is_kept, part, start))
+            size, at = size + length, at + length
+    if batch:
+        yield batch
+
+
+def _parts(
+    segment: bytes | tuple[str, AnyTensor] | LateBytes,
+) -> Iterator[tuple[bytes | tuple[str, SourceTensor] | LateBytes, int, int]]:
+    """Cut a segment to parts of at most `PIECE_BYTES`, each with its start, unless it is a tensor's, and its length."""
+    if isinstance(segment, tuple):
+        name, tensor = segment
+        yield from (((name, piece), 0, piece.target.nbytes) for piece in tensor.split(PIECE_BYTES))
+        return
+    size = size_of(segment)
+    yield from ((segment, start, min(PIECE_BYTES, size - start)) for start in range(0, size, PIECE_BYTES))
