@@ -1,58 +1,58 @@
-"""Every error that streamconv raises on purpose, as one tree.
+"""The errors that streamconv raises, as one tree.
 
-Each message says what is wrong, where, and the mend. ``exit_code`` is what the command line
-exits with; 1 is kept for a verification that found a difference, which is a result and no error.
+Each message names what is wrong, where, and how to fix it. ``exit_code`` is the exit code of the command line; 1 is
+reserved for a verification that found a difference, which is a result rather than an error.
 """
 
 from collections.abc import Iterable
 
 
 class StreamconvError(Exception):
-    """Base of all. ``exit_code`` is the command line's exit code."""
+    """Base class of all errors. ``exit_code`` is the exit code of the command line."""
 
     exit_code = 2
 
 
 class UsageError(StreamconvError):
-    """What was asked for does not exist: an unknown model, device, size or label file."""
+    """A wrong argument: an unknown model, device or size, or a missing label file."""
 
 
 class SourceError(StreamconvError):
-    """The source cannot be read, or is not what it should be."""
+    """The source cannot be read, or is not a checkpoint that can be converted."""
 
     exit_code = 3
 
 
 class SourceMissingError(SourceError):
-    """There is no file where the source was looked for."""
+    """The source does not exist."""
 
 
 class NotACheckpointError(SourceError):
-    """The file is in no format that streamconv reads."""
+    """The file is not in a format that streamconv reads."""
 
 
 class TruncatedError(SourceError):
-    """The file ends before its contents do: a download that was cut short."""
+    """The file is incomplete, like a download that was cut short."""
 
 
 class UnsafePickleError(SourceError):
-    """The checkpoint's pickle asks for code to run. It was not run."""
+    """The checkpoint's pickle refers to code. The code was not run."""
 
 
 class CorruptError(SourceError):
-    """Bytes of the source do not match its own description or checksums."""
+    """The source is damaged: its bytes contradict its index or its checksums."""
 
 
 class ChangedError(CorruptError):
-    """The source was changed while it was read."""
+    """The source was changed after it was opened."""
 
 
 class NetworkError(SourceError):
-    """The line to the source broke, and no attempt mended it."""
+    """The connection to the source broke, and all retries failed."""
 
 
 class NoRangesError(SourceError):
-    """The server sends only whole files, and parts of one are needed."""
+    """The server sends only whole files, but parts of one are needed."""
 
 
 class MappingError(SourceError):
@@ -64,28 +64,28 @@ class MappingError(SourceError):
 
 
 class OutputError(StreamconvError):
-    """The output cannot be written where it was asked for."""
+    """The output cannot be written to the given place."""
 
     exit_code = 4
 
 
 class HubError(OutputError):
-    """The Hub cannot be reached, or does not take what was sent. ``said`` is its own word, without the token."""
+    """The Hub cannot be reached, or refuses a request. ``server_message`` is its own message, without the token."""
 
-    def __init__(self, message: str, said: str = ""):
-        self.said = said
+    def __init__(self, message: str, server_message: str = ""):
+        self.server_message = server_message
         super().__init__(message)
 
 
 class MissingUploadError(HubError):
-    """The Hub lacks a file that an earlier process had sent, one of ``names``. Send them again."""
+    """The Hub lacks a file that an earlier process had uploaded, one of ``names``. They must be uploaded again."""
 
-    def __init__(self, message: str, said: str, names: Iterable[str]):
+    def __init__(self, message: str, server_message: str, names: Iterable[str]):
         self.names = tuple(names)
-        super().__init__(message, said)
+        super().__init__(message, server_message)
 
 
 def printable(text: str) -> str:
-    """``text`` as a message can hold it: nothing that a terminal obeys, and not too long."""
+    """Return ``text`` for use in a message: shortened to 80 characters, without control characters."""
     text = text if len(text) <= 80 else f"{text[:77]}…"
     return text if text.isprintable() else text.encode("unicode_escape").decode()

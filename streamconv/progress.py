@@ -1,10 +1,10 @@
-"""Progress on stderr: a bar where a person looks on, a quiet line now and then where a log does."""
+"""The callback by which long operations report progress. Nothing here prints; the command line does."""
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int, str], None]
-"""Called with what is being done, how much of it is done, how much there is, and the unit: "bytes" or "steps"."""
+"""Called with the name of the operation, the amount done, the total, and their unit, "bytes" or "steps"."""
 
 
 def ignore_progress(what: str, done: int, total: int, unit: str) -> None:
-    """For callers who want no reports."""
+    """Ignore a report; the default of functions that report progress."""

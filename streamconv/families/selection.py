@@ -87,10 +87,10 @@ def find_backbone(checkpoint: Checkpoint, where: str, prefix: str | None = None)
 
 def _find_converted_backbone(checkpoint: Checkpoint, where: str) -> Selection:
     """Select a whole file of a model that was converted before; if it is not one, explain what it is."""
-    _refuse_flat_parameters((*checkpoint, *checkpoint.others), where)
+    _refuse_flat_parameters((*checkpoint, *checkpoint.non_tensors), where)
     _refuse_heads(checkpoint, where)
-    if not checkpoint and checkpoint.others:
-        held = [f"{name} is a {kind}" for name, kind in checkpoint.others.items()]
+    if not checkpoint and checkpoint.non_tensors:
+        held = [f"{name} is a {kind}" for name, kind in checkpoint.non_tensors.items()]
         raise MappingError(f"{where} holds objects, which are not read, and no tensor in a plain dict:", held)
     converted = find_converted({name: tensor.info for name, tensor in checkpoint.items()}, where)
     if converted is None:
@@ -149,7 +149,7 @@ def _split_backbone(checkpoint: Checkpoint, where: str, prefix: str, family: Fam
         tuple(Skipped(start, len(sizes), sum(sizes), reason) for (start, reason), sizes in skipped.items()),
         {
             family.unchunked_key(name.removeprefix(prefix)): kind
-            for name, kind in checkpoint.others.items()
+            for name, kind in checkpoint.non_tensors.items()
             if name.startswith(prefix)
         },
     )

@@ -1,4 +1,7 @@
-"""Where a file is: a path of this machine, or an address elsewhere."""
+"""The location of a file: a path on this machine, or an address elsewhere.
+
+A user gives either as one string. `parse_location` decides once which it is; no other code looks at its spelling.
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -9,14 +12,17 @@ from urllib.parse import unquote, urlsplit
 
 from streamconv.errors import SourceError, UsageError, printable
 
-# RFC 3986, 3.1; two characters at least, since one is a drive of Windows. "::" chains fsspec's addresses.
+# RFC 3986, 3.1; at least two characters, since one is a drive on Windows. "::" chains fsspec's addresses.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::[A-Za-z])")
 _WEB = ("http", "https")
 
 
 @dataclass(frozen=True)
 class Address:
-    """Of a file that is read over a network. What may be secret of it is never shown: a user, a password, a query."""
+    """The address of a file that is read over a network.
+
+    Neither `str` nor `repr` shows what may be secret in it: a user, a password, a query.
+    """
 
     url: str = field(repr=False)
 
@@ -26,24 +32,24 @@ class Address:
 
     @property
     def _links(self) -> list[str]:
-        """Of fsspec's chains; most addresses are one."""
+        """The links of an fsspec chain, such as ``tar://a.pth::https://host/b.tar``; most addresses are one link."""
         return [self.url] if self.scheme in _WEB else self.url.split("::")
 
     @property
     def name(self) -> str:
-        """The file's own name, the last part of the path; of a chain, of the first link that has one."""
+        """The file name: the last part of the path, in a chain that of the first link with a path."""
         link = next((link for link in self._links if link.partition("://")[2]), "")
-        # Only http knows queries and fragments; elsewhere ? and # are parts of names, and % is itself.
+        # Only http has queries, fragments and percent-encoding; elsewhere ?, # and % are ordinary characters.
         is_web = link.lower().startswith(("http://", "https://"))
         path = unquote(urlsplit(link).path) if is_web else link.partition("://")[2]
         return path.rpartition("/")[2]
 
     def __str__(self) -> str:
-        return "::".join(map(_shown, self._links))
+        return "::".join(map(_without_secrets, self._links))
 
 
-def _shown(url: str) -> str:
-    """Without a query, and without a user before the host; hf://OWNER/NAME@REVISION has none."""
+def _without_secrets(url: str) -> str:
+    """Remove the query, and the user before the host. In hf://OWNER/NAME@REVISION, the @ is not in the host."""
     scheme, mark, rest = url.partition("://")
     host, slash, path = re.split("[?#]" if scheme.lower() in _WEB else "[?]", rest)[0].partition("/")
     return scheme + mark + host.rpartition("@")[2] + slash + path
@@ -52,58 +58,62 @@ def _shown(url: str) -> str:
 Location: TypeAlias = Path | Address
 
 
-def parse_location(words: str | PathLike[str] | Address) -> Location:
-    """What a user's words mean: an address where they begin with a scheme (``https://``), else a path.
+def parse_location(location: str | PathLike[str] | Address) -> Location:
+    """Return an `Address` if the string begins with a scheme (``https://``), else a path.
 
     Raises:
-        UsageError: it is an address that names no file.
+        UsageError: it is an address that is not valid or does not name a file.
     """
-    if isinstance(words, Address):
-        return words
-    text = fspath(words)
-    if not isinstance(words, str) or not _ADDRESS.match(text):
+    if isinstance(location, Address):
+        return location
+    text = fspath(location)
+    if not isinstance(location, str) or not _ADDRESS.match(text):
         return Path(text)
     if text.lower().startswith("file://"):
         host, _, path = text[len("file://") :].partition("/")
         if host not in ("", "localhost"):
-            raise UsageError(f"{text} is on another machine, {host}. Give an address that is served.")
+            raise UsageError(f"{text} is on another machine, {host}, which file:// cannot reach. Give an https one.")
         return Path(unquote(f"/{path}"))
     address = Address(text)
     if not is_valid_url(text) or not text.isprintable() or not address.name.isprintable():
-        raise UsageError(f"{printable(text.rpartition('@')[2])} is no valid address. Give https://HOST/PATH/FILE.pth.")
+        shown = printable(text.rpartition("@")[2])
+        raise UsageError(f"{shown} is not a valid address. Write it as https://HOST/PATH/FILE.pth.")
     if address.name in ("", ".", ".."):
-        raise UsageError(f"{address} names no file. Give the address of a .pth or .safetensors file.")
+        raise UsageError(f"{address} does not name a file. Give the address of a .pth or .safetensors file.")
     return address
 
 
 def is_valid_url(url: str) -> bool:
-    """Whether an http address has a host and, if any, a port; others are for fsspec to judge."""
+    """Return whether an http address has a valid host and port; fsspec checks addresses with other schemes."""
     try:
         parts = urlsplit(url)
         if parts.scheme not in _WEB:
             return True
         (parts.hostname or "").encode("idna")
         return bool(parts.hostname) and parts.port != 0 and " " not in parts.netloc
-    except ValueError:  # of a port, a bracket, or a label of the host
+    except ValueError:  # a port, a bracket or a label of the host is not valid
         return False
 
 
-def hub_file_url(address: Address) -> Address:
-    """hf://[datasets/]OWNER/NAME[@REVISION]/FILE as an https address.
+def hf_to_https(address: Address) -> Address:
+    """Convert hf://[datasets/]OWNER/NAME[@REVISION]/FILE to the https address of the same file.
 
     Raises:
         UsageError: it is not of this form.
+        SourceError: HF_HUB_OFFLINE forbids requests.
     """
     from huggingface_hub import constants, hf_hub_url
 
     if constants.HF_HUB_OFFLINE:
-        raise SourceError(f"HF_HUB_OFFLINE is set, so that {address} is not asked for. Unset it, or name a file.")
+        raise SourceError(f"HF_HUB_OFFLINE is set, so {address} cannot be fetched. Unset it, or give a local file.")
     kind, *parts = address.url.partition("://")[2].split("/")
     kinds = {"datasets": "dataset", "spaces": "space"}
     if kind not in kinds:
         kind, parts = "", [kind, *parts]
     if len(parts) < 3 or not all(parts):
-        raise UsageError(f"{address} names no file of a repository. Write hf://OWNER/NAME[@REVISION]/FILE.")
+        raise UsageError(
+            f"{address} does not name a file in a repository. Write it as hf://OWNER/NAME[@REVISION]/FILE."
+        )
     name, _, revision = parts[1].partition("@")
     if revision == "refs" and len(parts) > 4:  # refs/pr/1 and refs/convert/NAME
         revision, parts = "/".join(["refs", *parts[2:4]]), parts[:2] + parts[4:]

@@ -1,4 +1,4 @@
-"""A file to those who read it, wherever it is: what names it, and what it can do while it is open."""
+"""The interface of a file, wherever it is: what identifies it, and what can be done while it is open."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Protocol
 from streamconv.files.address import Location
 
 Version = tuple[tuple[str, str | int | None], ...]
-"""What tells a file from another one of the same name and size, such as its times or a server's ETag, sorted by key."""
+"""Distinguishes a file from another one of the same name and size, by its times or a server's ETag. Sorted by key."""
 
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """``length`` bytes from ``start`` on."""
+    """``length`` bytes, from the offset ``start`` to the offset ``end``, which is not included."""
 
     start: int
     length: int
@@ -24,7 +24,7 @@ class ByteRange:
 
 @dataclass(frozen=True, slots=True)
 class FileRef:
-    """A file by location, size in bytes and version: pure data, to be kept, compared and sent to another process."""
+    """A file by location, size in bytes and version. Pure data: it can be stored, compared and sent to a process."""
 
     location: Location
     size: int
@@ -32,12 +32,12 @@ class FileRef:
 
     @property
     def name(self) -> str:
-        """The last part of its path."""
+        """The last part of the path."""
         return self.location.name
 
 
 class File(Protocol):
-    """An open file. ``where`` is its location as the user gave it, for messages."""
+    """An open file. ``where`` is its location as the user gave it, for messages; ``size`` is in bytes."""
 
     @property
     def ref(self) -> FileRef: ...
@@ -52,13 +52,13 @@ class File(Protocol):
     def where(self) -> str: ...
 
     def prefetch(self, ranges: Iterable[ByteRange]) -> None:
-        """Announce what `read_at` will be asked for next, in that order. Anything else may be read in between."""
+        """Announce the next reads, in order. Other ranges may be read in between."""
 
     def read_at(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` on, or raise `SourceError`."""
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read ``length`` bytes from ``offset`` on; errors as for `read_at`."""
+        """Read ``length`` bytes from ``offset`` on; raises what `read_at` raises."""
 
     def require_unchanged(self) -> None:
         """Raise `ChangedError` if the file is not the one that was opened."""

@@ -1,4 +1,8 @@
-"""Files that fsspec reaches: s3://, gs://, az:// and all that it has a package for."""
+"""Files that fsspec reaches: s3://, gs://, az:// and every other scheme that it has a package for.
+
+These packages handle a store's protocol and credentials. Which ranges are requested and when, and what is retried,
+is the same as over http: see `remote`.
+"""
 
 import time
 from collections.abc import Callable
@@ -8,24 +12,24 @@ from typing import Any
 from streamconv.errors import ChangedError, SourceError, SourceMissingError, StreamconvError, UsageError, printable
 from streamconv.files.address import Address
 from streamconv.files.base import ByteRange
-from streamconv.files.remote import MAX_IN_FLIGHT, WAITS_AT_FIRST, WAITS_SECONDS, RemoteFile
+from streamconv.files.remote import MAX_IN_FLIGHT, RETRIES_BEFORE_OPEN, RETRY_WAITS_SECONDS, RemoteFile
 
 
 class FsspecFile(RemoteFile):
-    """Pinned by its size and by what fsspec calls its unique key, which holds the store's own mark of a version.
+    """A file in a store. Its version is fsspec's unique key (``ukey``), which includes the store's own version.
 
     Raises:
-        UsageError: fsspec does not know the scheme, or its package is not installed.
-        SourceMissingError, SourceError: there is no such file, or it may not be read.
+        UsageError: fsspec does not know the scheme, or the package for it is not installed.
+        SourceMissingError, SourceError: the file does not exist, or cannot be read.
     """
 
-    request_bytes = 2 << 20  # fsspec gives them as bytes objects: `MAX_IN_FLIGHT` of them are in memory
+    request_bytes = 2 << 20  # fsspec returns bytes objects, of which `MAX_IN_FLIGHT` are in memory
 
     def __init__(self, address: Address, notify: Callable[[str], None]):
         super().__init__(address, notify)
-        self._files, self._path = _file_system(address)
-        # Of a store's package only an asynchronous one is made for several at once: tar:// shares one position.
-        self._threads = ThreadPoolExecutor(MAX_IN_FLIGHT if self._files.async_impl else 1, "fsspec")
+        self._file_system, self._path = _find_file_system(address)
+        # Only asynchronous packages are made for concurrent reads: all reads from tar:// share one position.
+        self._threads = ThreadPoolExecutor(MAX_IN_FLIGHT if self._file_system.async_impl else 1, "fsspec")
         self.size, self._key = self._state()
 
     @property
@@ -34,46 +38,49 @@ class FsspecFile(RemoteFile):
 
     def require_unchanged(self) -> None:
         if self._state() != (self.size, self._key):
-            raise ChangedError(f"{self.where} was changed while it was read. Delete what was begun, and run again.")
+            raise ChangedError(
+                f"{self.where} was changed while it was read. Delete the unfinished output, and run again."
+            )
 
     def close(self) -> None:
         super().close()
         self._threads.shutdown(cancel_futures=True)
 
     def _state(self) -> tuple[int, str]:
-        for wait in (*WAITS_SECONDS[:WAITS_AT_FIRST], None):
+        """Return the file's size and unique key as they are now; failures are retried a few times."""
+        for wait in (*RETRY_WAITS_SECONDS[:RETRIES_BEFORE_OPEN], None):
             try:
-                return self._threads.submit(self._ask_state).result()
+                return self._threads.submit(self._query_state).result()
             except FileNotFoundError:
                 raise SourceMissingError(f"{self.where}: there is no such file.") from None
             except StreamconvError:
                 raise
-            except Exception as error:  # whatever the store's package makes of a wrong key, name or line
+            except Exception as error:  # each store's package has its own exceptions
                 failure, reason = error, printable(f"{type(error).__name__}: {error}")
             if wait is None or isinstance(failure, PermissionError):
                 break
             time.sleep(wait)
         raise SourceError(f"{self.where} cannot be read: {reason}. Check the address and your credentials.")
 
-    def _ask_state(self) -> tuple[int, str]:
-        self._files.invalidate_cache()
-        info = self._files.info(self._path)
+    def _query_state(self) -> tuple[int, str]:
+        self._file_system.invalidate_cache()
+        info = self._file_system.info(self._path)
         if info["type"] != "file":
-            raise SourceError(f"{self.where} is no file. Give the address of a .pth or .safetensors file.")
-        return int(info["size"]), str(self._files.ukey(self._path))
+            raise SourceError(f"{self.where} is not a file. Give the address of a .pth or .safetensors file.")
+        return int(info["size"]), str(self._file_system.ukey(self._path))
 
-    def _ask(self, wanted: ByteRange) -> "_FsspecAnswer":
-        return _FsspecAnswer(self._threads.submit(self._files.cat_file, self._path, wanted.start, wanted.end))
+    def _request(self, wanted: ByteRange) -> "_FsspecResponse":
+        return _FsspecResponse(self._threads.submit(self._file_system.cat_file, self._path, wanted.start, wanted.end))
 
 
-class _FsspecAnswer:
+class _FsspecResponse:
     def __init__(self, data: "Future[bytes]"):
         self._data, self._at = data, 0
 
     def readinto(self, buffer: memoryview) -> int:
         try:
             data = self._data.result()
-        except Exception as error:  # the stores' packages have their own kinds
+        except Exception as error:  # each store's package has its own exceptions
             raise ConnectionError(f"{type(error).__name__}: {error}") from error
         count = min(len(buffer), len(data) - self._at)
         buffer[:count] = data[self._at : self._at + count]
@@ -84,15 +91,15 @@ class _FsspecAnswer:
         self._data.cancel()
 
 
-def _file_system(address: Address) -> tuple[Any, str]:
+def _find_file_system(address: Address) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        files, path = url_to_fs(address.url)
-        return files, str(path)
-    except ImportError as error:  # of the scheme's package, which fsspec names
+        file_system, path = url_to_fs(address.url)
+        return file_system, str(path)
+    except ImportError as error:  # the package for the scheme is missing; fsspec's message names it
         raise UsageError(f"{address}: {printable(str(error))}.") from error
     except ValueError as error:
-        raise UsageError(f"{address}: {error}. Give a file, or an http, https, hf, s3 or gs address.") from error
+        raise UsageError(f"{address}: {error}. Give a local file, or an http, https, hf, s3 or gs address.") from error
     except Exception as error:
         raise SourceError(f"{address} cannot be read: {type(error).__name__}: {error}.") from error

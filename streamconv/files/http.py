@@ -1,7 +1,7 @@
-"""A file behind an http or https address, read by ranges.
+"""A file at an http or https address, read by range requests (RFC 9110, 14).
 
-The file is pinned by its length and its ETag (or Last-Modified) as the first answer says them; every
-later answer must say the same (RFC 9110, 8.8 and 14).
+The first response gives the file's length and its ETag or Last-Modified (8.8). Every later response must give the
+same ones, so that parts of two different files are never mixed.
 """
 
 import re
@@ -18,24 +18,25 @@ from streamconv.errors import ChangedError, NoRangesError, SourceError, SourceMi
 from streamconv.files.address import Address, is_valid_url
 from streamconv.files.base import ByteRange
 from streamconv.files.connections import connect, request
-from streamconv.files.remote import BROKEN, WINDOW_BYTES, PendingRange, RemoteFile, RetryLater, RetryNow
+from streamconv.files.remote import CONNECTION_ERRORS, WINDOW_BYTES, PendingRange, RemoteFile, RetryLater, RetryNow
 
 MAX_REDIRECTS = 10
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
-_EXPIRED = (400, 401, 403, 404, 410)  # what a signed address answers when its time is over
-_MENDS = {
-    401: "It needs a token: for the Hub, set HF_TOKEN or run `hf auth login`; else download it yourself.",
-    403: "You may not read it: on the Hub, accept the model's terms on its page, and check what your token may do.",
+_EXPIRED = (400, 401, 403, 404, 410)  # possible responses at a signed address that has expired
+_ADVICE = {
+    401: "It needs a token: for the Hub, set HF_TOKEN or run `hf auth login`; otherwise download it yourself.",
+    403: "You have no access: on the Hub, accept the model's terms on its page, and check your token's permissions.",
     404: "Check the address.",
     410: "Check the address.",
 }
 _SKIP_BYTES = 64 << 10
+_SAFE_REDIRECTS = {("http", "http"), ("http", "https"), ("https", "https")}  # schemes before and after
 
 
 @dataclass(frozen=True)
 class _Version:
-    """What stays the same as long as the file does."""
+    """Headers that stay the same as long as the file does. ``size`` is in bytes."""
 
     size: int
     etag: str | None
@@ -46,34 +47,35 @@ class _Version:
 
 
 class HttpFile(RemoteFile):
-    """Opened by reading its beginning.
+    """A file on an http server. Opening it reads its beginning.
 
-    ``target`` is the address that redirects have led to, ``idle`` are connections that lead to its host.
+    ``target`` is the address after redirects, ``idle`` holds unused connections to its host. ``has_ranges`` is
+    whether the server sends parts; if it does not, announced ranges in the file's order are still read, in one pass.
 
     Raises:
-        SourceMissingError: there is none.
-        NetworkError, SourceError: it cannot be had, or nothing says how long it is.
+        SourceMissingError: it does not exist.
+        NetworkError, SourceError: it cannot be fetched, or the server does not report its length.
     """
 
     def __init__(self, address: Address, notify: Callable[[str], None]):
         super().__init__(address, notify)
-        self.target, self._hops = address.url, 0  # where redirects led, and how many in a row
+        self.target, self._redirects_in_a_row = address.url, 0
         self.idle: list[HTTPConnection] = []
         self._version: _Version | None = None
         self._opened_ns = time_ns()
         self.has_ranges = True
-        self._is_one_pass = False  # what is read of a file without ranges is announced, and in its order
+        self._is_one_pass = False  # without ranges: the announced reads are in the file's order
         self._open()
 
     @property
     def version(self) -> dict[str, str | int | None]:
-        """Where nothing tells one version from another, when it was opened: what was begun is not gone on with then."""
-        said = self._version.as_dict() if self._version is not None else {}
-        return said or {"opened_ns": self._opened_ns}
+        """The ETag or Last-Modified. Without either, the time of opening, so that no conversion can be resumed."""
+        headers = self._version.as_dict() if self._version is not None else {}
+        return headers or {"opened_ns": self._opened_ns}
 
     @property
     def modified(self) -> str | None:
-        """When the server says that the file was last changed: RFC 9110, 8.8.2."""
+        """The Last-Modified header, if the server sends it (RFC 9110, 8.8.2)."""
         return self._version.modified if self._version is not None else None
 
     @property
@@ -81,12 +83,13 @@ class HttpFile(RemoteFile):
         return self._version is not None
 
     def require_unchanged(self) -> None:
-        """Ask for one byte, since every answer is held against the first one."""
+        """Read one byte: every response is compared with the first one."""
         if self.size and self.has_ranges:
             self._read_alone(self.size - 1, 1)
 
     def prefetch(self, ranges: Iterable[ByteRange]) -> None:
-        """
+        """Announce the next reads, in order. If the server sends only whole files, request all of the rest.
+
         Raises:
             NoRangesError: the server sends only whole files, and these ranges are not in the file's order.
         """
@@ -95,94 +98,96 @@ class HttpFile(RemoteFile):
             return
         wanted = [each for each in ranges if each.length]
         if any(one.end > other.start for one, other in pairwise(wanted)):
-            raise self.no_ranges("its tensors are wanted in another order than they come")
+            raise self._no_ranges("its tensors are needed in another order than the file has")
         self._is_one_pass = True
-        if wanted and not (self._flows and self._flows[0].position <= wanted[0].start):
+        if wanted and not (self._pending and self._pending[0].position <= wanted[0].start):
             super().prefetch([ByteRange(wanted[0].start, self.size - wanted[0].start)])
 
     def close(self) -> None:
         super().close()
         self._close_idle()
 
-    def no_ranges(self, why: str) -> NoRangesError:
+    def _no_ranges(self, why: str) -> NoRangesError:
         return NoRangesError(
             f"{self.where} cannot be read in parts: its server sends only whole files, and {why}. "
-            "Without --stream, convert and run download it first."
+            "Use convert or run without --stream, which download it first."
         )
 
     def _open(self) -> None:
-        """Read the beginning, whose answer says how long the file is."""
-        flow, buffer, self.size = PendingRange(0, WINDOW_BYTES), memoryview(bytearray(WINDOW_BYTES)), WINDOW_BYTES
+        """Read the beginning, whose response gives the file's size."""
+        beginning, buffer = PendingRange(0, WINDOW_BYTES), memoryview(bytearray(WINDOW_BYTES))
+        self.size = WINDOW_BYTES
         try:
-            while flow.position < min(WINDOW_BYTES, self.size):
-                self._read(flow, buffer[flow.position :])
-        except _Empty:
+            while beginning.position < min(WINDOW_BYTES, self.size):
+                self._read(beginning, buffer[beginning.position :])
+        except _EmptyFile:
             self.size = 0
         finally:
-            flow.close()
+            beginning.close()
         self._keep_window(0, bytes(buffer[: self.size]))
 
-    def _ask(self, wanted: ByteRange) -> "_HttpAnswer":
+    def _request(self, wanted: ByteRange) -> "_HttpRangeResponse":
         if not self.has_ranges and not self._is_one_pass:
-            raise self.no_ranges("what is needed of it is not at its beginning")
+            raise self._no_ranges("the needed part is not at its beginning")
         url, is_new = urlsplit(self.target), not self.idle
         connection = connect(url) if is_new else self.idle.pop()
         try:
             request(connection, url, self.address.url, {"Range": f"bytes={wanted.start}-{wanted.end - 1}"})
-        except BROKEN as error:
+        except CONNECTION_ERRORS as error:
             connection.close()
-            raise (error if is_new else self.stale()) from error
-        return _HttpAnswer(self, connection, is_new, wanted)
+            raise (error if is_new else self.drop_idle()) from error
+        return _HttpRangeResponse(self, connection, is_new, wanted)
 
-    def stale(self) -> RetryNow:
-        """The server closed a line that had been waiting: so it did with the others."""
+    def drop_idle(self) -> RetryNow:
+        """Close all idle connections, since the server has closed one; return the error that retries at once."""
         self._close_idle()
-        return RetryNow("the line was closed")
+        return RetryNow("the connection was closed")
 
     def _close_idle(self) -> None:
         while self.idle:
             self.idle.pop().close()
 
     def check_response(self, response: HTTPResponse, wanted: ByteRange) -> None:
-        """Hold an answer's headers against what was asked, and against the first answer's.
+        """Compare a response's headers with the request and with the first response.
 
         Raises:
-            RetryNow, RetryLater: ask again.
-            SourceError: it does not help to.
+            RetryNow, RetryLater: the request has to be sent again.
+            SourceError: a retry would not help.
         """
         status = response.status
         if status in _REDIRECTS and response.getheader("Location"):
             target = _joined(self.target, response.getheader("Location") or "")
-            if not is_valid_url(target) or (_scheme(self.target), _scheme(target)) not in _SAFE_STEPS:
+            if not is_valid_url(target) or (_scheme(self.target), _scheme(target)) not in _SAFE_REDIRECTS:
                 where = printable(str(Address(target)))
-                raise SourceError(f"{self.where} leads to {where}, which is no safe line. Check the address.")
+                raise SourceError(f"{self.where} redirects to {where}, which is not secure. Check the address.")
             self._redirect(target)
         if status in _BUSY:
-            raise RetryLater(f"the server answers {status} {printable(response.reason)}", _seconds_to_wait(response))
+            raise RetryLater(f"the server answered {status} {printable(response.reason)}", _seconds_to_wait(response))
         if status in _EXPIRED and self.is_open and self.target != self.address.url:
             self._redirect(self.address.url)
         content_range = response.getheader("Content-Range") or ""
         if status == 416 and content_range.replace(" ", "") == "bytes*/0" and not self.is_open:
-            raise _Empty
+            raise _EmptyFile
         if status == 416 and self.is_open:
             raise self._changed()
         if status not in (200, 206):
             kind = SourceMissingError if status in (404, 410) else SourceError
-            mend = _MENDS.get(status, "Check the address, or download the file yourself.")
-            raise kind(f"{self.where} cannot be had: the server answers {status} {printable(response.reason)}. {mend}")
+            answer = f"{status} {printable(response.reason)}"
+            advice = _ADVICE.get(status, "Check the address, or download the file yourself.")
+            raise kind(f"{self.where} cannot be fetched: the server answered {answer}. {advice}")
         if response.getheader("Content-Encoding", "identity") != "identity":
-            raise SourceError(f"{self.where} comes compressed, which cannot be read in parts. Download it yourself.")
+            raise SourceError(f"{self.where} is sent compressed and cannot be read in parts. Download it yourself.")
         start, size = 0, response.length
         if status == 206:
             match = re.fullmatch(r"bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18})", content_range.strip())
             start, end, size = map(int, match.groups()) if match else (-1, -1, None)
             if start != wanted.start or size is None or not start <= end < min(wanted.end, size):
-                raise SourceError(f"{self.where}: the server sends another part than was asked. Download it yourself.")
+                raise SourceError(f"{self.where}: the server sent another part than requested. Download it yourself.")
         if size is None:
-            raise SourceError(f"{self.where}: the server does not say how long it is. Download it yourself.")
+            raise SourceError(f"{self.where}: the server does not report its length. Download it yourself.")
         self._pin(_Version(size, response.getheader("ETag"), response.getheader("Last-Modified")), status == 206)
         if status == 200 and self.has_ranges:
-            raise RetryLater("the server sends the whole file instead of a part", None)
+            raise RetryLater("the server sent the whole file instead of a part", None)
 
     def _pin(self, version: _Version, is_part: bool) -> None:
         if self._version is None:
@@ -190,30 +195,30 @@ class HttpFile(RemoteFile):
             if not is_part:
                 self.request_bytes = max(1, self.size)
             if not self.size:
-                raise _Empty
+                raise _EmptyFile
         elif (version.size, version.as_dict()) != (self.size, self._version.as_dict()):
             raise self._changed()
-        self._hops = 0
+        self._redirects_in_a_row = 0
 
     def _redirect(self, target: str) -> NoReturn:
-        self._hops += 1
-        if self._hops > MAX_REDIRECTS:
-            raise SourceError(f"{self.where} leads in circles: {MAX_REDIRECTS} redirects in a row. Check the address.")
-        self._close_idle()  # they may lead to another host
+        self._redirects_in_a_row += 1
+        if self._redirects_in_a_row > MAX_REDIRECTS:
+            raise SourceError(f"{self.where} redirects more than {MAX_REDIRECTS} times in a row. Check the address.")
+        self._close_idle()  # the new target may be on another host
         self.target = target
         raise RetryNow("redirected")
 
     def _changed(self) -> ChangedError:
         return ChangedError(
-            f"{self.where} was changed while it was read: the server has another file there now. "
-            "Delete what was begun, and run again."
+            f"{self.where} was changed while it was read: the server now has another file there. "
+            "Delete the unfinished output, and run again."
         )
 
 
 def _joined(base: str, location: str) -> str:
     try:
         return urljoin(base, location)
-    except ValueError:  # of a bracket
+    except ValueError:  # a bracket in the host
         return location
 
 
@@ -221,15 +226,12 @@ def _scheme(url: str) -> str:
     return url.partition("://")[0].lower()
 
 
-_SAFE_STEPS = {("http", "http"), ("http", "https"), ("https", "https")}
+class _EmptyFile(Exception):
+    """The file has 0 bytes."""
 
 
-class _Empty(Exception):
-    """The file has no byte."""
-
-
-class _HttpAnswer:
-    """A range on its way, on a connection of its own until the last byte is read."""
+class _HttpRangeResponse:
+    """The response to a range request. It has a connection to itself until its last byte is read."""
 
     def __init__(self, file: HttpFile, connection: HTTPConnection, is_new: bool, wanted: ByteRange):
         self._file, self._connection, self._is_new, self._wanted = file, connection, is_new, wanted
@@ -242,7 +244,7 @@ class _HttpAnswer:
         count = response.readinto(buffer[: self._left])
         self._left -= count
         is_free = not self._left and response.isclosed()
-        if is_free and self._file.target == self._target:  # else it leads to a host that secrets may not be for
+        if is_free and self._file.target == self._target:  # else its host may not receive the credentials
             self._file.idle.append(self._connection)
         return count
 
@@ -253,22 +255,21 @@ class _HttpAnswer:
     def _begin(self) -> HTTPResponse:
         try:
             response = self._connection.getresponse()
-        except BROKEN as error:
-            raise (error if self._is_new else self._file.stale()) from error
+        except CONNECTION_ERRORS as error:
+            raise (error if self._is_new else self._file.drop_idle()) from error
         self._file.check_response(response, self._wanted)
-        skipped = 0 if self._file.has_ranges else self._wanted.start
-        while skipped:
-            skipped -= len(response.read(min(_SKIP_BYTES, skipped))) or _broken()
+        to_skip = 0 if self._file.has_ranges else self._wanted.start
+        while to_skip:
+            data = response.read(min(_SKIP_BYTES, to_skip))
+            if not data:
+                raise ConnectionError("the connection was closed")
+            to_skip -= len(data)
         self._response = response
         return response
 
 
-def _broken() -> int:
-    raise ConnectionError("the line was closed")
-
-
 def _seconds_to_wait(response: HTTPResponse) -> float | None:
-    """What Retry-After says: seconds, or a date (RFC 9110, 10.2.3)."""
+    """Return the seconds that Retry-After asks for, as a number or as a date (RFC 9110, 10.2.3)."""
     text = response.getheader("Retry-After") or ""
     try:
         return float(text) if text.isdecimal() else max(0.0, parsedate_to_datetime(text).timestamp() - time())

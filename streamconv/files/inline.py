@@ -1,6 +1,6 @@
-"""A few bytes that are a file of their own: a ``data:`` address holds its contents (RFC 2397).
+"""A file of a few bytes whose address contains them: a ``data:`` address (RFC 2397).
 
-So a constant is read as everything else is, and a plan can name it as it names any file.
+With it, a constant is read like any other tensor, and a plan names it like any other file.
 """
 
 import base64
@@ -14,12 +14,12 @@ _PREFIX = "data:;base64,"
 
 
 def inline_ref(data: bytes) -> FileRef:
-    """Name a file that holds ``data``."""
+    """Return the `FileRef` of a file that consists of ``data``."""
     return FileRef(Address(_PREFIX + base64.b64encode(data).decode()), len(data))
 
 
 class InlineFile:
-    """The open file of a ``data:`` address."""
+    """The open file at a ``data:`` address. Only addresses from `inline_ref` are supported."""
 
     def __init__(self, address: Address):
         self._data = base64.b64decode(address.url.removeprefix(_PREFIX))
@@ -27,7 +27,7 @@ class InlineFile:
         self.name, self.where, self.size = address.name, str(address), len(self._data)
 
     def prefetch(self, ranges: Iterable[ByteRange]) -> None:
-        """Nothing to prepare."""
+        """Do nothing: all bytes are in memory."""
 
     def read_at(self, offset: int, buffer: memoryview) -> None:
         if offset + len(buffer) > self.size:
@@ -40,7 +40,7 @@ class InlineFile:
         return bytes(data)
 
     def require_unchanged(self) -> None:
-        """It cannot change."""
+        """Do nothing: the contents are part of the address."""
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing: no resource is held."""

@@ -1,4 +1,7 @@
-"""Where bytes come from: a file of this machine, or one at an address."""
+"""Files on this machine.
+
+Weights are read at offsets into buffers of the caller; small files, such as an index, are read whole.
+"""
 
 import os
 import stat
@@ -17,21 +20,21 @@ from streamconv.errors import (
 from streamconv.files.base import ByteRange, FileRef
 
 MAX_JSON_BYTES = 10 << 20  # 65,536 tensors take 7 MB to 9 MB of a safetensors header
-_LET_GO_BYTES = 32 << 20  # read of a file that memory cannot hold, between two times that the cache is told so
+_EVICT_INTERVAL_BYTES = 32 << 20  # read from a file that memory cannot hold, before its cached pages are dropped
 
 
 def read_small(path: Path) -> bytes:
-    """A file that is read whole: an index, a configuration, a manifest.
+    """Read a whole file, such as an index, a configuration or a manifest.
 
     Raises:
-        SourceMissingError: there is none.
-        SourceError: it is no regular file, larger than `MAX_JSON_BYTES`, or cannot be read.
+        SourceMissingError: it does not exist.
+        SourceError: it is not a regular file, is larger than `MAX_JSON_BYTES`, or cannot be read.
     """
     file = LocalFile(path)
     try:
         if file.size > MAX_JSON_BYTES:
             raise SourceError(
-                f"{path} has {file.size:,} bytes, and streamconv reads up to {MAX_JSON_BYTES:,} of its kind."
+                f"{path} has {file.size:,} bytes; streamconv reads at most {MAX_JSON_BYTES:,} bytes of such a file."
             )
         return file.read(0, file.size)
     finally:
@@ -39,14 +42,19 @@ def read_small(path: Path) -> bytes:
 
 
 class LocalFile:
-    """A file opened for reading at offsets; safe to use from several threads."""
+    """A file opened for reading at offsets; safe to use from several threads.
+
+    Raises:
+        SourceMissingError: it does not exist.
+        SourceError: it is not a regular file, or cannot be opened.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         try:
             # preadv, not mmap: touched pages of a mapping count in RSS, a reused buffer does not grow.
             if not stat.S_ISREG(os.stat(path).st_mode):
-                raise NotACheckpointError(f"{path} is no regular file.")
+                raise NotACheckpointError(f"{path} is not a regular file.")
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         except FileNotFoundError:
             raise SourceMissingError(f"{path}: there is no such file.") from None
@@ -54,8 +62,8 @@ class LocalFile:
             raise SourceError(f"{path} cannot be opened: {error}.") from error
         state = os.fstat(self._file.fileno())
         self.size, self.modified_ns, self.changed_ns = state.st_size, state.st_mtime_ns, state.st_ctime_ns
-        self._is_let_go = hasattr(os, "posix_fadvise") and self.size > _memory_bytes() // 2
-        self._read_bytes = 0  # since the cache let go
+        self._evicts_read_pages = hasattr(os, "posix_fadvise") and self.size > _memory_bytes() // 2
+        self._read_bytes = 0  # since pages were last dropped
 
     @property
     def name(self) -> str:
@@ -67,12 +75,12 @@ class LocalFile:
 
     @cached_property
     def ref(self) -> FileRef:
-        """With the times, in nanoseconds since 1970, at which its contents and anything of it last changed."""
+        """The file, with the times of its last modification and status change, in nanoseconds since 1970."""
         version = (("changed_ns", self.changed_ns), ("modified_ns", self.modified_ns))
         return FileRef(Path(os.path.abspath(self.path)), self.size, version)
 
     def prefetch(self, ranges: Iterable[ByteRange]) -> None:
-        """Nothing to prepare: the system reads ahead by itself."""
+        """Do nothing: the system reads ahead by itself."""
 
     def read_at(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` on.
@@ -97,32 +105,33 @@ class LocalFile:
                 )
             at += count
         self._read_bytes += at
-        if self._is_let_go and self._read_bytes >= _LET_GO_BYTES:
-            # It would be gone before it is read again. To find room for it page by page takes a quarter of the time.
+        if self._evicts_read_pages and self._read_bytes >= _EVICT_INTERVAL_BYTES:
+            # The cache would evict these pages before they are read again. Having the kernel find them one by one
+            # takes a quarter of the reading time.
             with suppress(OSError):
                 os.posix_fadvise(self._file.fileno(), 0, offset, os.POSIX_FADV_DONTNEED)
             self._read_bytes = 0
 
     def read(self, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset`` on; errors as `read_at`'s."""
+        """Read ``length`` bytes from ``offset`` on; raises what `read_at` raises."""
         data = bytearray(length)
         self.read_at(offset, memoryview(data))
         return bytes(data)
 
     def require_unchanged(self) -> None:
-        """Compare size and times with what they were when the file was opened.
+        """Compare size and times with those from when the file was opened.
 
         Raises:
-            ChangedError: they are others.
+            ChangedError: they differ.
         """
         state = os.fstat(self._file.fileno())
         if (state.st_size, state.st_mtime_ns, state.st_ctime_ns) != (self.size, self.modified_ns, self.changed_ns):
-            raise ChangedError(f"{self.path} was changed while it was read. Run again when it is whole.")
+            raise ChangedError(f"{self.path} was changed while it was read. Run again when it is complete.")
 
     def close(self) -> None:
         self._file.close()
 
 
 def _memory_bytes() -> int:
-    """Of the machine."""
+    """Return the size of the machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

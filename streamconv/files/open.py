@@ -1,30 +1,30 @@
-"""Opens a file by its location."""
+"""Opens a file by its location, with the class that its scheme needs."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from streamconv.files.address import Location, hub_file_url
+from streamconv.files.address import Location, hf_to_https
 from streamconv.files.base import File
 from streamconv.files.local import LocalFile
 
 
-def open_file(place: Location, notify: Callable[[str], None]) -> File:
-    """A file, wherever it is; ``notify`` is told when a line breaks and is tried again.
+def open_file(location: Location, notify: Callable[[str], None]) -> File:
+    """Open a file. ``notify`` is called with a message when a connection breaks and is retried.
 
     Raises:
-        UsageError, SourceError: as `LocalFile`, `HttpFile` and `FsspecFile` say.
+        UsageError, SourceError: see `LocalFile`, `HttpFile` and `FsspecFile`.
     """
-    if isinstance(place, Path):
-        return LocalFile(place)
-    # Each is imported only when it is needed: a local conversion does without their memory.
-    if place.scheme == "data":
+    if isinstance(location, Path):
+        return LocalFile(location)
+    # Imported only when needed, so that a local conversion does not pay for their memory.
+    if location.scheme == "data":
         from streamconv.files.inline import InlineFile
 
-        return InlineFile(place)
-    if place.scheme in ("http", "https", "hf"):
+        return InlineFile(location)
+    if location.scheme in ("http", "https", "hf"):
         from streamconv.files.http import HttpFile
 
-        return HttpFile(hub_file_url(place) if place.scheme == "hf" else place, notify)
+        return HttpFile(hf_to_https(location) if location.scheme == "hf" else location, notify)
     from streamconv.files.fsspec import FsspecFile
 
-    return FsspecFile(place, notify)
+    return FsspecFile(location, notify)

@@ -1,4 +1,7 @@
-"""Opens the files that plans name."""
+"""Opens files by their `FileRef`.
+
+A plan names files but holds none open, so that it can be stored and sent; this is what opens them when bytes are read.
+"""
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -9,9 +12,9 @@ from streamconv.files.open import open_file
 
 
 class Reader:
-    """The open files behind `FileRef`\\ s. What is not open yet is opened when it is first asked for.
+    """Open files by their `FileRef`. A file that is not open yet is opened on first use, and closed by `close`.
 
-    ``files`` are open already and stay their owner's to close. Use it in a ``with`` statement.
+    ``files`` are open already, and their owner closes them. Use a reader in a ``with`` statement.
     """
 
     def __init__(self, files: Iterable[File] = (), notify: Callable[[str], None] = lambda text: None):
@@ -20,10 +23,10 @@ class Reader:
         self._notify = notify
 
     def open(self, ref: FileRef) -> File:
-        """Return the file that ``ref`` names.
+        """Return the open file that ``ref`` identifies.
 
         Raises:
-            ChangedError: another file is at its location by now.
+            ChangedError: the file at its location is not the same any more.
             SourceError: it cannot be opened.
         """
         file = self._files.get(ref)

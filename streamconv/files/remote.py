@@ -1,8 +1,8 @@
-"""A file that is read over a network: by ranges, in the order in which they will be wanted, on a line that breaks.
+"""A file that is read over a network: range by range, in an announced order, over a connection that may break.
 
-Who reads says ahead what will be read (`RemoteFile.prefetch`). So neighbouring ranges are asked for as
-one, and the next few requests are on their way while one is read: their answers wait in the system's
-own buffers, and no memory of this process grows with the size of the file or the speed of the line.
+The reader announces its next reads (`RemoteFile.prefetch`). Neighbouring ranges are then requested as one, and
+the next few requests are sent while one response is read. Their responses wait in the system's socket buffers, so
+the memory of this process depends neither on the size of the file nor on the speed of the network.
 """
 
 import time
@@ -20,36 +20,36 @@ from streamconv.errors import NetworkError, TruncatedError, printable
 from streamconv.files.address import Address
 from streamconv.files.base import ByteRange, FileRef
 
-WINDOW_BYTES = 256 << 10  # of an index, read at once
-WINDOWS = 8
-REQUEST_BYTES = 8 << 20  # what one request asks for, so that several lines carry a large tensor
-MAX_IN_FLIGHT = 4  # requests on their way
-GAP_BYTES = 16 << 10  # what is read over sooner than asked around: a millisecond of most lines
+WINDOW_BYTES = 256 << 10  # a small read, as of an index, fetches this many bytes and keeps them
+MAX_WINDOWS = 8  # kept at once
+REQUEST_BYTES = 8 << 20  # the size of one request: a large tensor takes several, each on its own connection
+MAX_IN_FLIGHT = 4  # requests sent and not read yet
+GAP_BYTES = 16 << 10  # a smaller gap is read and discarded: a millisecond on most networks, less than a new request
 _SKIP_BYTES = 64 << 10
-# Before each new attempt, without a byte in between; the first is for a line that the server closed meanwhile.
-WAITS_SECONDS = (0, 1, 2, 4, 8, 16, 30, 30)
-WAITS_AT_FIRST = 3  # of these, for a file that could not be opened yet: the address may be wrong
+# Before each retry, until a byte arrives. The first is for a connection that the server closed while it was idle.
+RETRY_WAITS_SECONDS = (0, 1, 2, 4, 8, 16, 30, 30)
+RETRIES_BEFORE_OPEN = 3  # while no request has succeeded yet: the address may be wrong
 
-BROKEN = (OSError, HTTPException)
-"""What a line that breaks is told by; tried again. Errors of ours are not."""
+CONNECTION_ERRORS = (OSError, HTTPException)
+"""Exceptions that mean a broken connection; the request is retried. Our own errors are not among them."""
 
 
 class RangeResponse(Protocol):
-    """A range on its way here, whose request was sent."""
+    """The response to a request for a range; it may not have arrived yet."""
 
     def readinto(self, buffer: memoryview) -> int:
-        """Some bytes, at least one; 0 where the line broke."""
+        """Read at least one byte and return how many; 0 if the connection broke."""
 
     def close(self) -> None:
-        """No more of it is wanted."""
+        """Release the connection; the rest of the range is not needed."""
 
 
 class RetryNow(OSError):
-    """Ask again at once: nothing broke. Whoever raises it sees to it that it does so only so often."""
+    """Nothing broke: send the request again at once. The code that raises this limits how often it does."""
 
 
 class RetryLater(OSError):
-    """The other side asks to be left alone for ``seconds``."""
+    """The server asks for a pause: send the request again after ``seconds``, None if it names no time."""
 
     def __init__(self, reason: str, seconds: float | None):
         super().__init__(reason)
@@ -58,22 +58,22 @@ class RetryLater(OSError):
 
 @dataclass
 class PendingRange:
-    """What is left of a range that was asked for."""
+    """The unread rest of an announced or requested range. ``response`` is None until the request is sent."""
 
     position: int
     end: int
-    answer: RangeResponse | None = None
+    response: RangeResponse | None = None
 
     def close(self) -> None:
-        if self.answer is not None:
-            self.answer.close()
-            self.answer = None
+        if self.response is not None:
+            self.response.close()
+            self.response = None
 
 
 class RemoteFile(ABC):
-    """A `storage.File` somewhere else; for one thread at a time.
+    """A `File` on another machine; to be used by one thread at a time.
 
-    Subclasses set ``size``, and say how to ask for a range.
+    Subclasses set ``size`` and send the request for a range.
     """
 
     request_bytes = REQUEST_BYTES
@@ -81,32 +81,32 @@ class RemoteFile(ABC):
 
     def __init__(self, address: Address, notify: Callable[[str], None]):
         self.address, self._notify = address, notify
-        self._flows: deque[PendingRange] = deque()
+        self._pending: deque[PendingRange] = deque()
         self._expected: Iterator[ByteRange] = iter(())
         self._windows: dict[int, bytes] = {}
-        self._failures = 0  # since the last byte
+        self._failures = 0  # since a byte arrived
 
     @abstractmethod
-    def _ask(self, wanted: ByteRange) -> RangeResponse:
-        """Send a request."""
+    def _request(self, wanted: ByteRange) -> RangeResponse:
+        """Send a request for a range; do not wait for the response."""
 
     @property
     def is_open(self) -> bool:
-        """Whether the other side has answered before."""
+        """Return whether any request has succeeded."""
         return True
 
     @abstractmethod
     def require_unchanged(self) -> None:
-        """Raise `ChangedError` where it is not as it was opened."""
+        """Raise `ChangedError` if the file is not the one that was opened."""
 
     @property
     @abstractmethod
     def version(self) -> dict[str, str | int | None]:
-        """What tells this version of the file from others, for the manifest of what carries no checksums."""
+        """Return what distinguishes this version of the file from others; see `Version`."""
 
     @cached_property
     def ref(self) -> FileRef:
-        """Valid once the file has been opened."""
+        """The file's `FileRef`, once it has been opened."""
         return FileRef(self.address, self.size, tuple(sorted(self.version.items())))
 
     @property
@@ -118,8 +118,8 @@ class RemoteFile(ABC):
         return str(self.address)
 
     def prefetch(self, ranges: Iterable[ByteRange]) -> None:
-        """Say what `read_at` will be asked for, in its order. Anything else may be read in between."""
-        self._drop_flows()
+        """Announce the next calls of `read_at`, in order. Other ranges may be read in between."""
+        self._drop_pending()
         self._expected = iter(_requests(ranges, self.request_bytes))
 
     def read_at(self, offset: int, buffer: memoryview) -> None:
@@ -127,19 +127,23 @@ class RemoteFile(ABC):
 
         Raises:
             TruncatedError: the file ends within the range.
-            ChangedError: it is another file now.
-            NetworkError: no attempt brought a byte for two minutes.
-            SourceError: the other side refuses.
+            ChangedError: the file is not the one that was opened.
+            NetworkError: no byte arrived in any attempt of the last two minutes.
+            SourceError: the server refuses the request.
         """
         if offset + len(buffer) > self.size:
             raise TruncatedError(f"{self.where} ends at byte {self.size:,}, within its contents: it was cut short.")
         while buffer:
-            flow = self._flow_at(offset, len(buffer))
-            count = self._read(flow, buffer[: flow.end - flow.position])
+            pending = self._pending_at(offset, len(buffer))
+            count = self._read(pending, buffer[: pending.end - pending.position])
             buffer, offset = buffer[count:], offset + count
 
     def read(self, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset`` on; errors as `read_at`'s. Small ones come from a window of what is near."""
+        """Read ``length`` bytes from ``offset`` on; raises what `read_at` raises.
+
+        A small read fetches the `WINDOW_BYTES` around it, for the small reads that usually follow.
+        """
+        self._send_requests()
         if length <= WINDOW_BYTES and not self._is_in_flight(offset):
             for start, window in self._windows.items():
                 if start <= offset and offset + length <= start + len(window):
@@ -151,11 +155,11 @@ class RemoteFile(ABC):
         return self._read_alone(offset, length)
 
     def close(self) -> None:
-        self._drop_flows()
+        self._drop_pending()
         self._windows.clear()
 
     def _keep_window(self, start: int, window: bytes) -> None:
-        while len(self._windows) >= WINDOWS:
+        while len(self._windows) >= MAX_WINDOWS:
             del self._windows[next(iter(self._windows))]
         self._windows[start] = window
 
@@ -165,83 +169,89 @@ class RemoteFile(ABC):
         return bytes(data)
 
     def _is_in_flight(self, offset: int) -> bool:
-        self._send_ahead()
-        return any(flow.position <= offset < flow.end for flow in self._flows)
+        return any(pending.position <= offset < pending.end for pending in self._pending)
 
-    def _flow_at(self, offset: int, length: int) -> PendingRange:
-        """What brings the byte at ``offset`` next: the first flow where that is what was expected."""
+    def _pending_at(self, offset: int, length: int) -> PendingRange:
+        """Return a range that continues at ``offset``; the first pending one if reads come in the announced order.
+
+        Pending ranges before it are dropped. If none contains ``offset``, a new one is added.
+        """
+        self._send_requests()
         while self._is_in_flight(offset):
-            flow = self._flows[0]
-            if flow.position <= offset < flow.end:
-                return self._skipped(flow, offset)
-            if flow.end - flow.position <= GAP_BYTES:
-                self._skipped(flow, flow.end)  # it was cut within a gap; a line that is read out can be used again
-            self._flows.popleft().close()
-        flow = PendingRange(offset, min(offset + length, offset + self.request_bytes))
-        self._flows.appendleft(flow)
-        return flow
+            pending = self._pending[0]
+            if pending.position <= offset < pending.end:
+                self._skip_to(offset, pending)
+                return pending
+            if pending.end - pending.position <= GAP_BYTES:  # a request ended within a gap
+                self._skip_to(pending.end, pending)  # so that the connection can be reused
+            self._pending.popleft().close()
+            self._send_requests()
+        pending = PendingRange(offset, min(offset + length, offset + self.request_bytes))
+        self._pending.appendleft(pending)
+        return pending
 
-    def _skipped(self, flow: PendingRange, offset: int) -> PendingRange:
-        while flow.position < offset:
-            self._read(flow, memoryview(bytearray(min(_SKIP_BYTES, offset - flow.position))))
-        return flow
+    def _skip_to(self, offset: int, pending: PendingRange) -> None:
+        while pending.position < offset:
+            self._read(pending, memoryview(bytearray(min(_SKIP_BYTES, offset - pending.position))))
 
-    def _send_ahead(self) -> None:
-        while self._flows and self._flows[0].position >= self._flows[0].end:
-            self._flows.popleft()
-        for wanted in islice(self._expected, max(0, MAX_IN_FLIGHT - len(self._flows))):
-            flow = PendingRange(wanted.start, wanted.end)
-            self._flows.append(flow)
+    def _send_requests(self) -> None:
+        """Send requests for the ranges that were announced next, as many as may be in flight."""
+        while self._pending and self._pending[0].position >= self._pending[0].end:
+            self._pending.popleft()
+        for wanted in islice(self._expected, max(0, MAX_IN_FLIGHT - len(self._pending))):
+            pending = PendingRange(wanted.start, wanted.end)
+            self._pending.append(pending)
             if self._failures == 0:
-                with suppress(*BROKEN):  # it is asked for again when it is wanted, and waited for there
-                    flow.answer = self._ask(wanted)
+                with suppress(*CONNECTION_ERRORS):  # `_read` sends the request again, and waits before it retries
+                    pending.response = self._request(wanted)
 
-    def _read(self, flow: PendingRange, buffer: memoryview) -> int:
-        """Some bytes of ``flow``, however often the line breaks."""
+    def _read(self, pending: PendingRange, buffer: memoryview) -> int:
+        """Read at least one byte of ``pending`` and return how many. A broken connection is retried."""
         while True:
             try:
-                if flow.answer is None:
-                    flow.answer = self._ask(ByteRange(flow.position, flow.end - flow.position))
-                count = flow.answer.readinto(buffer)
+                if pending.response is None:
+                    pending.response = self._request(ByteRange(pending.position, pending.end - pending.position))
+                count = pending.response.readinto(buffer)
                 if not count:
-                    raise ConnectionError("the line was closed")
+                    raise ConnectionError("the connection was closed")
                 break
-            except BROKEN as error:
-                flow.close()
-                self._wait(flow.position, error)
+            except CONNECTION_ERRORS as error:
+                pending.close()
+                self._wait_before_retry(pending.position, error)
         self._failures = 0
-        flow.position += count
-        if flow.position >= flow.end:
-            flow.close()
+        pending.position += count
+        if pending.position >= pending.end:
+            pending.close()
         return count
 
-    def _wait(self, position: int, error: Exception) -> None:
+    def _wait_before_retry(self, position: int, error: Exception) -> None:
         if isinstance(error, RetryNow):
             return
         reason = printable(str(error) or type(error).__name__)
-        if self._failures == (len(WAITS_SECONDS) if self.is_open else WAITS_AT_FIRST):
+        if self._failures == (len(RETRY_WAITS_SECONDS) if self.is_open else RETRIES_BEFORE_OPEN):
             where = f"at byte {position:,}" if self.is_open else "from the beginning"
-            mend = "it goes on where it was" if self.is_open else "check the address, and the network"
+            fix = "Run the same command again when the connection is back; it resumes from there."
+            if not self.is_open:
+                fix = "Check the address and the network, and run the same command again."
             raise NetworkError(
-                f"{self.where} cannot be read {where}: {reason} (tried {self._failures + 1} times). "
-                f"Run the same command again when the line is back; {mend}."
+                f"{self.where} cannot be read {where}: {reason} (tried {self._failures + 1} times). {fix}"
             ) from error
-        seconds: float = WAITS_SECONDS[self._failures]
+        seconds: float = RETRY_WAITS_SECONDS[self._failures]
         if isinstance(error, RetryLater) and error.seconds is not None:
-            seconds = max(seconds, min(error.seconds, WAITS_SECONDS[-1]))
+            seconds = max(seconds, min(error.seconds, RETRY_WAITS_SECONDS[-1]))
         self._failures += 1
         if seconds:
             self._notify(f"{self.where}: {reason}; trying again in {seconds:g} s")
             time.sleep(seconds)
 
-    def _drop_flows(self) -> None:
-        while self._flows:
-            self._flows.popleft().close()
+    def _drop_pending(self) -> None:
+        while self._pending:
+            self._pending.popleft().close()
         self._expected = iter(())
 
 
 def _requests(ranges: Iterable[ByteRange], max_bytes: int) -> Iterator[ByteRange]:
-    """Joins neighbours, and what small gaps part; cuts what is larger than one request."""
+    """Turn announced ranges into requests: join ranges with no or small gaps between them, cut large ones."""
     start = end = 0
     for each in ranges:
         if not each.length:

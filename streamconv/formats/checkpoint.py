@@ -1,8 +1,10 @@
-"""Checkpoints as mappings from names to tensors that nobody has read yet."""
+"""A checkpoint as a mapping from names to tensors that are not read yet.
 
-import gc
+The first bytes of a file show its format; the module of that format then reads the index.
+"""
+
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import cached_property
 from hashlib import sha256
 from os import PathLike
@@ -15,18 +17,23 @@ from streamconv.files.base import File
 from streamconv.files.local import LocalFile
 from streamconv.files.open import open_file
 from streamconv.files.reader import Reader
-from streamconv.formats import safetensors, torch_legacy, torch_zip
-from streamconv.formats import zip_directory as zip_index
+from streamconv.formats import safetensors, torch_legacy, torch_zip, zip_directory
 from streamconv.tensors.expressions import SourceTensor
 
 
 class Checkpoint(Mapping[str, SourceTensor]):
-    """The tensors of a checkpoint by name. Close it, or use it in a ``with`` statement."""
+    """The tensors of a checkpoint by name. Close it, or use it in a ``with`` statement.
 
-    def __init__(self, tensors: dict[str, SourceTensor], others: dict[str, str], files: list[File], fingerprint: str):
+    ``non_tensors`` maps the names of other objects to their classes; nothing of these objects is read.
+    ``fingerprint`` is the sha256 of the index, in hexadecimal.
+    """
+
+    def __init__(
+        self, tensors: dict[str, SourceTensor], non_tensors: dict[str, str], files: list[File], fingerprint: str
+    ):
         self._tensors, self._files = tensors, files
-        self.others = others  # by name, the class of what is no tensor: nothing of it was read
-        self.fingerprint = fingerprint  # sha256 of the index: hexadecimal
+        self.non_tensors = non_tensors
+        self.fingerprint = fingerprint
 
     def __getitem__(self, name: str) -> SourceTensor:
         return self._tensors[name]
@@ -39,12 +46,12 @@ class Checkpoint(Mapping[str, SourceTensor]):
 
     @property
     def paths(self) -> list[Path]:
-        """Of its files on this machine."""
+        """Paths of the files that are on this machine."""
         return [file.path for file in self._files if isinstance(file, LocalFile)]
 
     @property
     def names(self) -> list[str]:
-        """Of its files."""
+        """Names of the files."""
         return [file.name for file in self._files]
 
     @property
@@ -53,24 +60,24 @@ class Checkpoint(Mapping[str, SourceTensor]):
 
     @property
     def size(self) -> int:
-        """Of its files, in bytes."""
+        """Total size of the files in bytes."""
         return sum(file.size for file in self._files)
 
     @property
     def version(self) -> dict[str, tuple[str | int | None, ...]]:
-        """Each file's version, key by key: its times in nanoseconds since 1970, or what its server calls it."""
+        """Versions of the files, a tuple per key; see `streamconv.files.base.Version`."""
         versions = [dict(file.ref.version) for file in self._files]
         keys = sorted({key for version in versions for key in version})
         return {key: tuple(version.get(key) for version in versions) for key in keys}
 
     @property
     def files(self) -> list[File]:
-        """Its files, open until the checkpoint is closed."""
+        """The files, open until the checkpoint is closed."""
         return list(self._files)
 
     @cached_property
     def reader(self) -> Reader:
-        """Reads its tensors, as long as it is open."""
+        """A reader for the tensors, usable until the checkpoint is closed."""
         return Reader(self._files)
 
     def close(self) -> None:
@@ -92,69 +99,58 @@ def open_checkpoint(
     read_local_headers: bool = True,
     notify: Callable[[str], None] = lambda text: None,
 ) -> Checkpoint:
-    """Open a .pth (of any torch's, a zip or not), a safetensors file, or a folder of sharded safetensors files.
+    """Open a .pth of any torch release, a safetensors file, or a folder of sharded safetensors files.
 
-    Only the index is read: 83 kB for ViT-g's 4.5 GB. Tensors in dicts in a .pth's dict have names with dots, as
-    "teacher.backbone.cls_token". What else a .pth holds, an optimizer's settings or a configuration, is not read.
+    Only the index is read: 83 kB of ViT-g's 4.5 GB. Tensors in nested dicts of a .pth get dotted names, such as
+    "teacher.backbone.cls_token". Anything else in a .pth, such as optimizer settings or a configuration, is not read.
 
     Args:
-        place: A path, or a file's address: https://, hf://, or any that fsspec has a package for.
-        is_exact: False asks nothing of what stands before each of a .pth's weights, which takes a request for
-            every few of them at an address: for who looks at names, dtypes and shapes only.
-        notify: Told when a line breaks and is tried again.
+        place: A path, or the address of a file: https://, hf://, or a scheme that fsspec has a package for.
+        read_local_headers: False skips the header before each weight of a .pth; at an address, these take a request
+            for every few weights. Enough for names, dtypes and shapes; the offsets of weights are then computed.
+        notify: Called with a message when a connection breaks and is retried.
 
     >>> with open_checkpoint("dinov2_vitg14_pretrain.pth") as checkpoint:  # doctest: +SKIP
     ...     checkpoint["pos_embed"].info
     TensorInfo(dtype='F32', shape=(1, 1370, 1536))
 
     Raises:
-        UsageError: the address is of no kind that can be read.
-        SourceError: one of its kinds says what is wrong with the file.
+        UsageError: streamconv cannot read from addresses of this kind.
+        SourceError: a file cannot be read, is damaged, or is not a checkpoint; each has a subclass.
     """
-    where = parse_location(place)
-    with ExitStack() as opened, _no_collection():
-        listed: Mapping[Location, set[str] | None] = {where: None}
-        if isinstance(where, Path) and where.is_dir():
-            listed = safetensors.files_of(where)
+    location = parse_location(place)
+    with ExitStack() as opened:
+        names_by_location: Mapping[Location, set[str] | None] = {location: None}
+        if isinstance(location, Path) and location.is_dir():
+            names_by_location = safetensors.list_files(location)
         files: list[File] = []
         tensors: dict[str, SourceTensor] = {}
-        others: dict[str, str] = {}
+        non_tensors: dict[str, str] = {}
         fingerprints: list[str] = []
-        for each, names in listed.items():
+        for each, names in names_by_location.items():
             file = open_file(each, notify)
             opened.callback(file.close)
-            found, unread, fingerprint = _read_index(file, read_local_headers)
+            found, other, fingerprint = _read_index(file, read_local_headers)
             if names is not None:
                 safetensors.check_weight_map(file.where, found, names)
             files.append(file)
             tensors.update(found)
-            others.update(unread)
+            non_tensors.update(other)
             fingerprints.append(fingerprint)
         opened.pop_all()
-        return Checkpoint(tensors, others, files, sha256("".join(fingerprints).encode()).hexdigest())
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's collector, which would walk every description over and over, waits until the index is read."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+        return Checkpoint(tensors, non_tensors, files, sha256("".join(fingerprints).encode()).hexdigest())
 
 
 def _read_index(file: File, read_local_headers: bool) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
+    """Return the tensors, the classes of other objects, both by name, and the fingerprint of one file."""
     start = file.read(0, min(16, file.size))
-    if start.startswith(zip_index.MAGIC):
+    if start.startswith(zip_directory.MAGIC):
         return torch_zip.read_index(file, read_local_headers)
     if start.startswith(torch_legacy.MAGIC):
         return torch_legacy.read_index(file, read_local_headers)
     if start[8:9] == b"{":
         tensors, fingerprint = safetensors.read_index(file)
         return tensors, {}, fingerprint
-    what = "is empty" if not file.size else "is neither a checkpoint of torch.save nor a safetensors file"
+    problem = "is empty" if not file.size else "is neither a torch.save checkpoint nor a safetensors file"
     hint = " It looks like a web page: the download failed." if start.lstrip()[:1] == b"<" else ""
-    raise NotACheckpointError(f"{file.where} {what}.{hint}")
+    raise NotACheckpointError(f"{file.where} {problem}.{hint}")

@@ -1,7 +1,7 @@
-"""How much a checkpoint may ask for before anything of it is believed, and what its names may be.
+"""Limits on the size of an index and on the names in it, which are checked before anything in it is trusted.
 
-A hostile file must be refused within a second and 100 MB, and one of 65,536 tensors must open: the
-limits of each format, beside its reader, follow from these two and were measured.
+A hostile file must be refused within a second and 100 MB of memory, and a file of 65,536 tensors must open. The
+limits here, and those of each format in its own module, follow from these two requirements and were measured.
 """
 
 import json
@@ -22,28 +22,28 @@ _MAX_JSON_QUOTES = 10 * MAX_TENSORS + 4_000  # two a string: a name, three keys 
 
 
 def check_name(name: str, where: object) -> None:
-    """Refuse what no model calls a tensor.
+    """Check the name of a tensor.
 
     Raises:
-        SourceError
+        SourceError: it is empty, not printable or longer than `MAX_NAME_LENGTH`.
     """
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise SourceError(
-            f"{where} names a tensor '{printable(name)}', which is empty, not printable or longer than "
+            f"{where} has a tensor named '{printable(name)}', which is empty, not printable or longer than "
             f"{MAX_NAME_LENGTH:,} characters: no model has such a name. Do not trust this file."
         )
 
 
 def are_sizes(numbers: Iterable[Any]) -> bool:
-    """Whether they are ints, no bools, from 0 to what torch can hold."""
-    for n in numbers:  # noqa: SIM110 - a generator would take twice as long, for every tensor
+    """Return whether all are ints, not bools, from 0 to the largest size that torch can hold."""
+    for n in numbers:  # noqa: SIM110 - a generator takes twice as long, and this runs for every tensor
         if type(n) is not int or not 0 <= n <= _MAX_SIZE:
             return False
     return True
 
 
 def is_shape(shape: Sequence[Any]) -> bool:
-    """Whether its sizes are, and the bytes of its elements can be counted, even where one size is 0."""
+    """Return whether there are at most `MAX_DIMS` sizes, all valid, whose product without zeros is below 2^60."""
     if len(shape) > MAX_DIMS or not are_sizes(shape):
         return False
     count: int = math.prod(filter(None, shape))
@@ -51,14 +51,17 @@ def is_shape(shape: Sequence[Any]) -> bool:
 
 
 def read_json(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in ``data``, without floats, and without a name that stands twice in an object.
+    """Parse a JSON object that contains no floats and no name twice in an object.
 
     Raises:
-        CorruptError: it is none.
+        CorruptError: it is not such an object.
         SourceError: it would take more memory than any checkpoint's index.
     """
     if (
-        len(data) > (MAX_JSON_BYTES if data.isascii() else MAX_JSON_BYTES // 4)  # one wide character widens all
+        len(data)
+        > (
+            MAX_JSON_BYTES if data.isascii() else MAX_JSON_BYTES // 4
+        )  # one wide character makes Python store all of them as wide
         or data.count(b"{") + data.count(b"[") > _MAX_JSON_CONTAINERS
         or data.count(b",") > _MAX_JSON_COMMAS
         or data.count(b'"') > _MAX_JSON_QUOTES
@@ -69,7 +72,7 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{where} is damaged: {error}.") from error
     if type(value) is not dict:
-        raise CorruptError(f"{where} is damaged: it is no JSON object.")
+        raise CorruptError(f"{where} is damaged: it is not a JSON object.")
     return value
 
 
@@ -79,10 +82,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise ValueError(f"'{printable(name)}' stands twice in one object")
+                raise ValueError(f"'{printable(name)}' appears twice in one object")
             seen.add(name)
     return result
 
 
 def _refuse(number: str) -> NoReturn:
-    raise ValueError(f"{printable(number)} is no whole number")
+    raise ValueError(f"{printable(number)} is not an integer")

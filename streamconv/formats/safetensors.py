@@ -1,8 +1,7 @@
-"""The index of safetensors files, single or sharded, without reading a weight.
+"""The safetensors format: reads the index of a file or a sharded folder without its weights, and makes headers.
 
-The safetensors library hands out tensors, not where they lie, so the header is read here:
-8 bytes of little-endian length, JSON, then the data
-(https://github.com/huggingface/safetensors#format).
+The safetensors library returns tensors, not their offsets, so the header is read here: 8 bytes of little-endian
+length, JSON, then the data (https://github.com/huggingface/safetensors#format).
 """
 
 import json
@@ -29,21 +28,20 @@ from streamconv.tensors.info import DTYPES, TensorInfo, contiguous_strides
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_MAX_HEADER_BYTES = 100_000_000  # the library's own limit: no file with a longer one was ever written
+_MAX_HEADER_BYTES = 100_000_000  # the library's own limit, so that no file has a longer one
 
 
 def read_index(file: File) -> tuple[dict[str, SourceTensor], str]:
-    """The tensors of one file by name, and a fingerprint of its header and size.
+    """Return the tensors of one file by name, and a fingerprint of its header and size.
 
-    The format carries no checksums, so the fingerprint cannot tell two files apart that differ
-    in their weights alone.
+    The format has no checksums, so files that differ in their weights alone have the same fingerprint.
 
     Raises:
         NotACheckpointError, TruncatedError, CorruptError, SourceError
     """
     length = int.from_bytes(file.read(0, 8), "little")
     if length > _MAX_HEADER_BYTES:
-        raise NotACheckpointError(f"{file.where} is neither a checkpoint of torch.save nor a safetensors file.")
+        raise NotACheckpointError(f"{file.where} is neither a torch.save checkpoint nor a safetensors file.")
     if 8 + length > file.size:
         raise TruncatedError(f"{file.where} ends within its header: the download was cut short. Fetch it again.")
     if length > MAX_JSON_BYTES:
@@ -64,13 +62,13 @@ def read_index(file: File) -> tuple[dict[str, SourceTensor], str]:
     for name in list(header):
         check_name(name, file.where)
         tensors[name] = _tensor(file, 8 + length, name, header.pop(name))
-    _check_filled(file, 8 + length, tensors)
+    _check_coverage(file, 8 + length, tensors)
     return tensors, fingerprint
 
 
 def _tensor(file: File, data_start: int, name: str, entry: Any) -> SourceTensor:
     if type(entry) is not dict or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise CorruptError(f"{file.where} has no dtype, shape or data_offsets of {printable(name)}.")
+        raise CorruptError(f"{file.where} has no dtype, shape or data_offsets for {printable(name)}.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in DTYPES:
         what = printable(dtype) if type(dtype) is str else type(dtype).__name__
@@ -80,14 +78,14 @@ def _tensor(file: File, data_start: int, name: str, entry: Any) -> SourceTensor:
     info = TensorInfo(dtype, tuple(shape))
     if len(offsets) != 2 or not are_sizes(offsets) or offsets[1] - offsets[0] != info.nbytes:
         raise CorruptError(
-            f"{file.where}: {printable(name)}, {info}, does not fill the range that its data_offsets name."
+            f"{file.where}: {printable(name)}, {info}, does not fill the range that its data_offsets give."
         )
     record = Record(file.ref, name, ByteRange(data_start + offsets[0], info.nbytes))
     return SourceTensor(info, record, 0, contiguous_strides(info.shape))
 
 
-def _check_filled(file: File, data_start: int, tensors: dict[str, SourceTensor]) -> None:
-    """As the library demands: every byte behind the header belongs to exactly one tensor."""
+def _check_coverage(file: File, data_start: int, tensors: dict[str, SourceTensor]) -> None:
+    """Require, as the library does, that every byte after the header belongs to exactly one tensor."""
     at = data_start
     for record in sorted(
         (tensor.record for tensor in tensors.values()), key=lambda each: (each.range.start, each.range.end)
@@ -106,44 +104,48 @@ def _check_filled(file: File, data_start: int, tensors: dict[str, SourceTensor])
         raise CorruptError(f"{file.where} has {file.size - at:,} bytes at its end that belong to no tensor.")
 
 
-def files_of(folder: Path) -> Mapping[Location, set[str] | None]:
-    """The safetensors files that transformers loads from a folder, with the tensors that its index says are in each.
+def list_files(folder: Path) -> Mapping[Location, set[str] | None]:
+    """Return the safetensors files that transformers loads from a folder, each with the names of its tensors.
 
-    They are the single one, of which no index speaks (None), else those of the index.
+    If there is a single file, its names are None, since no index lists them.
 
     Raises:
-        SourceError: there is neither, or a file lies outside the folder.
+        SourceError: there is neither a single file nor an index, the index is damaged, or a file is outside the folder.
     """
     index = folder / INDEX_NAME
     if os.path.exists(folder / SINGLE_NAME):
-        return {_inside(folder, SINGLE_NAME): None}
+        return {_resolve(folder, SINGLE_NAME): None}
     if not os.path.exists(index):
         raise SourceMissingError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.")
-    weight_map = read_json(read_small(_inside(folder, INDEX_NAME)), str(index)).get("weight_map")
+    weight_map = read_json(read_small(_resolve(folder, INDEX_NAME)), str(index)).get("weight_map")
     if type(weight_map) is not dict or not weight_map:
         raise CorruptError(f"{index} has no weight_map, or an empty one.")
     files: dict[str, set[str]] = {}
     for name, filename in weight_map.items():
-        if type(filename) is not str or not _is_plain(filename):
+        if type(filename) is not str or not _is_safe_filename(filename):
             what = f"'{printable(filename)}'" if type(filename) is str else f"a {type(filename).__name__}"
-            raise CorruptError(f"{index} names {what}, which is no file of its folder.")
+            raise CorruptError(f"{index} names {what}, which is not a safetensors file in its folder.")
         files.setdefault(filename, set()).add(name)
-    return {_inside(folder, filename): files[filename] for filename in sorted(files)}
+    return {_resolve(folder, filename): files[filename] for filename in sorted(files)}
 
 
 def check_weight_map(where: str, found: Iterable[str], listed: set[str]) -> None:
-    """Refuse a shard with other tensors than its index lists: transformers' releases differ in which they load."""
+    """Require that a shard has the tensors that its index lists; otherwise, what loads depends on the loader's release.
+
+    Raises:
+        CorruptError: they differ.
+    """
     different = listed.symmetric_difference(found)
     if different:
         name = min(different)
-        what = "is in the index alone" if name in listed else "is in the file alone"
+        what = "is only in the index" if name in listed else "is only in the file"
         raise CorruptError(
             f"{where} and {INDEX_NAME} disagree on {len(different):,} tensors: '{printable(name)}' {what}. "
-            "They are of two models: fetch both again."
+            "They belong to different models: fetch both again."
         )
 
 
-def _is_plain(filename: str) -> bool:
+def _is_safe_filename(filename: str) -> bool:
     return (
         filename.endswith(".safetensors")
         and filename.isprintable()
@@ -152,13 +154,13 @@ def _is_plain(filename: str) -> bool:
     )
 
 
-def _inside(folder: Path, filename: str) -> Path:
-    """The file's path, if it really lies in the folder, or where huggingface_hub's cache keeps files.
+def _resolve(folder: Path, filename: str) -> Path:
+    """Return the path of a file after checking that it is not a link to outside the folder.
 
-    There, snapshots/<revision>/<file> is a link to ../../blobs/<hash>.
+    In huggingface_hub's cache, snapshots/<revision>/<file> may be a link to ../../blobs/<hash>.
     """
     root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / filename))
-    blobs = [above.parent / "blobs" for above in root.parents if above.name == "snapshots"]
+    blobs = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
     if target.parent not in (root, *blobs):
         raise CorruptError(
             f"{folder / filename} is a link to {printable(str(target))}, outside its folder. Open that file itself, "
@@ -167,15 +169,15 @@ def _inside(folder: Path, filename: str) -> Path:
     return folder / filename
 
 
-# What transformers would load instead of the model, or into it.
-LOADED_BESIDE = (
+# Files next to a model that transformers would load instead of it, or into it.
+CONFLICTING_PATTERNS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.index.json"),
     *("adapter_config.json", "processor_config.json"),
 )
 
 
-def index_of(targets: Mapping[str, SourceTensor], filenames: Mapping[str, str]) -> dict[str, Any]:
-    """What model.safetensors.index.json says of tensors in files."""
+def make_index(targets: Mapping[str, SourceTensor], filenames: Mapping[str, str]) -> dict[str, Any]:
+    """Return the contents of model.safetensors.index.json. ``filenames`` maps tensor names to files."""
     sizes = {
         "total_parameters": sum(tensor.info.nbytes // tensor.info.itemsize for tensor in targets.values()),
         "total_size": sum(tensor.target.nbytes for tensor in targets.values()),
@@ -184,9 +186,9 @@ def index_of(targets: Mapping[str, SourceTensor], filenames: Mapping[str, str]) 
 
 
 def make_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, list[str]]:
-    """What safetensors.torch.save_file(…, metadata={"format": "pt"}) writes before the tensors, and their order.
+    """Return the header that safetensors.torch.save_file(…, metadata={"format": "pt"}) writes, and the tensors' order.
 
-    They are ordered by dtype, then name.
+    They are ordered by dtype, then by name.
     """
     rank = {dtype: i for i, dtype in enumerate(DTYPES)}
     ordered = sorted(infos.items(), key=lambda item: (-rank[item[1].dtype], item[0].encode()))

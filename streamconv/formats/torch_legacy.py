@@ -1,11 +1,11 @@
 """The index of a .pth from before torch 1.6, or saved with ``_use_new_zipfile_serialization=False``.
 
-No zip: five pickles lie one after another, then the storages. The pickles are a magic number, the
-protocol's version, the system's properties, the tensors (`torch_index`), and the storages' keys in the
-order in which they follow: each its number of elements in 8 bytes, then its bytes. `_legacy_save` and
-`_legacy_load` in torch/serialization.py are all that documents it.
+Such a file is not a zip but five pickles, then the storages. The pickles are a magic number, the protocol's version,
+properties of the system, the tensors (`torch_pickle`), and the keys of the storages in file order. A storage is its
+number of elements in 8 bytes, then its bytes. The only documentation is `_legacy_save` and `_legacy_load` in
+torch/serialization.py.
 
-Nothing says where the pickles end but they themselves, and nothing carries a checksum.
+The length of a pickle is not stored, so it has to be executed to find its end, and nothing has a checksum.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError
 from streamconv.files.base import ByteRange, File
 from streamconv.formats.limits import MAX_TENSORS
-from streamconv.formats.torch_pickle import Index, tensors_in
+from streamconv.formats.torch_pickle import Index, find_tensors
 from streamconv.formats.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles, Unread
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import DTYPES
@@ -30,29 +30,31 @@ _MAX_KEY_LENGTH = 20  # the decimal digits of a 64-bit address
 
 
 def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
-    """The tensors by name, the classes of what is none, and a fingerprint of the pickles and the file's size.
+    """Return the tensors, the classes of other objects, both by name, and a fingerprint of the pickles and the size.
 
-    Where the weights lie follows from the pickles. The counts before them say it again: they are read and
-    compared, as torch does, unless ``read_local_headers`` is False.
+    The offsets of the weights follow from the pickles. The number of elements before each storage is redundant; it is
+    read and compared, as torch does, unless ``read_local_headers`` is False.
 
     Raises:
         TruncatedError, CorruptError, NotACheckpointError, UnsafePickleError, SourceError
     """
-    pieces = _Pieces(file)
+    pieces = _PieceReader(file)
     start = pieces.read(len(_HEAD))
     if not start.startswith(_HEAD):
-        raise NotACheckpointError(f"{file.where} begins as torch.save's format from before 1.6, and is no such file.")
+        raise NotACheckpointError(f"{file.where} begins like a file of torch.save before 1.6, but is not one.")
     pickles = Pickles(start[len(_HEAD) :], pieces.read)
     storages = _Storages(file)
     index = Index(file.where, storages.record_of)
     try:
-        _check_system(pickles.load(_refuse_name, _refuse_storage, _MAX_SYSTEM_OPCODES), file.where)
-        contents = pickles.load(index.find, lambda pid: _module(pid) or index.storage(storages.without_view(pid)))
-        tensors, others = tensors_in(contents, file.where)
-        keys = pickles.load(_refuse_name, _refuse_storage, _MAX_KEY_OPCODES)
+        _check_system(pickles.load(_refuse_global, _refuse_storage, _MAX_SYSTEM_OPCODES), file.where)
+        contents = pickles.load(
+            index.find_global, lambda pid: _module_class(pid) or index.storage(storages.without_view(pid))
+        )
+        tensors, non_tensors = find_tensors(contents, file.where)
+        keys = pickles.load(_refuse_global, _refuse_storage, _MAX_KEY_OPCODES)
     except (PickleError, TypeError) as error:  # TypeError: a function was given too few or too many values
         raise CorruptError(
-            f"{file.where}: its index is cut short, damaged or not of torch.save: {error}. Fetch it again."
+            f"{file.where}: its index is cut short, damaged or not from torch.save: {error}. Fetch it again."
         ) from error
     end = pieces.position - len(pickles.rest)
     fingerprint = _fingerprint(file, end)
@@ -61,17 +63,17 @@ def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, S
         storages.check_counts(records)
     for name, tensor in tensors.items():
         tensors[name] = SourceTensor(tensor.info, records[tensor.record.name], tensor.offset, tensor.strides)
-    return tensors, others, fingerprint
+    return tensors, non_tensors, fingerprint
 
 
-class _Pieces:
-    """The file from its beginning on, as far as pickles may reach."""
+class _PieceReader:
+    """Reads a file from its beginning, piece by piece, up to the size that pickles may have."""
 
     def __init__(self, file: File):
         self._file, self.position = file, 0
 
     def read(self, count: int) -> bytes:
-        """The bytes that follow, at least ``count`` where there are so many."""
+        """Read the next piece: at least ``count`` bytes, unless the file ends before."""
         if self.position >= MAX_PICKLE_BYTES:
             raise SourceError(
                 f"{self._file.where} has an index of more than {MAX_PICKLE_BYTES:,} bytes: {MAX_TENSORS:,} tensors "
@@ -83,32 +85,33 @@ class _Pieces:
 
 
 class _Storages:
-    """The storages that the tensors name, whose places are known only when their keys are read, behind the tensors."""
+    """The storages that the tensors use. Their offsets are not known until the list of keys, which comes later."""
 
     def __init__(self, file: File):
         self._file = file
-        self._counts: dict[str, int] = {}  # of elements
-        self._records: dict[str, Record] = {}  # by key, as if each storage were a file of its own
+        self._counts: dict[str, int] = {}  # of elements, by key
+        self._records: dict[str, Record] = {}  # by key; until `place`, each begins at 0
 
     def without_view(self, pid: Any) -> tuple[Any, ...]:
-        """The persistent id as a zip has it; behind that stands None, or where in another storage a view lies."""
+        """Return the persistent id as in a zip, without its last item: None, or for a view its place in a storage."""
         if type(pid) is not tuple or len(pid) != 6:
-            raise PickleError("it has a persistent id that is no storage's")
-        if pid[5] is not None:  # no torch of today writes one
+            raise PickleError("it has a persistent id that does not describe a storage")
+        if pid[5] is not None:  # only old releases of torch write one
             raise SourceError(
                 f"{self._file.where} holds a storage that is a view of another one, as the first releases of torch "
-                "wrote them. Write it anew: torch.save(torch.load(FILE, weights_only=True), FILE)."
+                "wrote them. Save it again: torch.save(torch.load(FILE, weights_only=True), FILE)."
             )
         if pid[1] == "UntypedStorage":
             raise SourceError(
-                f"{self._file.where} holds tensors of a type that came after this format, such as float8, which torch "
-                "writes into it but cannot load. Save them again without _use_new_zipfile_serialization=False."
+                f"{self._file.where} holds tensors of a dtype that is newer than this format, such as float8; torch "
+                "writes them but cannot load them. Save them again without _use_new_zipfile_serialization=False."
             )
         return pid[:5]
 
     def record_of(self, key: str, dtype: str, numel: int) -> Record:
+        """Return the record of a storage, whose offset is not known yet."""
         if not (key.isascii() and key.isdigit() and len(key) <= _MAX_KEY_LENGTH):
-            raise PickleError("it names a storage by a key that is no number")
+            raise PickleError("it names a storage by a key that is not a number")
         if key not in self._records:
             record = Record(self._file.ref, f"storage/{key}", ByteRange(0, numel * DTYPES[dtype].itemsize))
             self._counts[key], self._records[key] = numel, record
@@ -116,12 +119,12 @@ class _Storages:
                 raise PickleError(f"it names more than {MAX_TENSORS:,} storages")
         if self._counts[key] != numel:
             raise CorruptError(
-                f"{self._file.where} names its storage {key} with {self._counts[key]:,} elements and with {numel:,}."
+                f"{self._file.where} gives its storage {key} both {self._counts[key]:,} and {numel:,} elements."
             )
         return self._records[key]
 
     def place(self, keys: Any, start: int) -> dict[str, Record]:
-        """The records by name, one behind the other from ``start`` on, in the order of ``keys``."""
+        """Return the records by name, one after another from the offset ``start``, in the order of ``keys``."""
         if (
             type(keys) is not list
             or not all(type(key) is str for key in keys)
@@ -129,16 +132,16 @@ class _Storages:
             or set(keys) != self._records.keys()
         ):
             raise CorruptError(
-                f"{self._file.where}: its list of storages is not that of its tensors' storages, each once. "
+                f"{self._file.where}: its list of storages does not contain each of its tensors' storages once. "
                 "Fetch it again, and do not trust this file."
             )
         records: dict[str, Record] = {}
         self._counts = {key: self._counts[key] for key in keys}
         for key in keys:
             record = self._records.pop(key)
-            where = ByteRange(start + _COUNT_BYTES, record.range.length)
-            records[record.name] = replace(record, range=where)
-            start = where.end
+            data_range = ByteRange(start + _COUNT_BYTES, record.range.length)
+            records[record.name] = replace(record, range=data_range)
+            start = data_range.end
         if start > self._file.size:
             raise TruncatedError(
                 f"{self._file.where} ends within its weights: the download was cut short. Fetch it again."
@@ -150,9 +153,9 @@ class _Storages:
         return records
 
     def check_counts(self, records: dict[str, Record]) -> None:
-        """Whether each storage begins with its number of elements.
+        """Require that each storage begins with its number of elements.
 
-        A zip's headers are read as these are, so that a file at an address costs the same requests.
+        Like a zip's local headers, these are announced first, so that a file at an address takes few requests.
         """
         starts = [record.range.start - _COUNT_BYTES for record in records.values()]
         self._file.prefetch(ByteRange(start, _COUNT_BYTES) for start in starts)
@@ -160,8 +163,8 @@ class _Storages:
             found = int.from_bytes(self._file.read(start, _COUNT_BYTES), "little")
             if found != count:
                 raise CorruptError(
-                    f"{self._file.where}: its storage {key} begins with {found:,} elements where its index says "
-                    f"{count:,}. Fetch it again, and do not trust this file."
+                    f"{self._file.where}: its storage {key} begins with a count of {found:,} elements, but the "
+                    f"index has {count:,}. Fetch it again, and do not trust this file."
                 )
 
 
@@ -170,11 +173,11 @@ def _check_system(properties: Any, where: str) -> None:
     if is_little is False:
         raise SourceError(f"{where} was saved on a big-endian machine. Load and save it on a little-endian one.")
     if is_little is not True:
-        raise CorruptError(f"{where} does not say in which order its bytes are. Fetch it again.")
+        raise CorruptError(f"{where} does not give its byte order. Fetch it again.")
 
 
 def _fingerprint(file: File, end: int) -> str:
-    # Read once more, and not hashed on the way: the machine finds the pickles' end only when it is past it.
+    # Read a second time rather than hashed on the way: the pickles' end is known only after reading past it.
     digest = sha256()
     for start in range(0, end, _PIECE_BYTES):
         digest.update(file.read(start, min(_PIECE_BYTES, end - start)))
@@ -182,15 +185,15 @@ def _fingerprint(file: File, end: int) -> str:
     return digest.hexdigest()
 
 
-def _module(pid: Any) -> Unread | None:
-    """What stands for a whole module's class, whose source torch.save wrote beside it: nothing of it is read."""
+def _module_class(pid: Any) -> Unread | None:
+    """Return the placeholder for the class of a saved module, whose source code in the pickle is ignored."""
     is_module = type(pid) is tuple and len(pid) == 4 and type(pid[0]) is str and pid[0] == "module"
     return pid[1] if is_module and type(pid[1]) is Unread else None
 
 
-def _refuse_name(module: str, name: str) -> NoReturn:
-    raise PickleError("it names something where only strings and numbers belong")
+def _refuse_global(module: str, name: str) -> NoReturn:
+    raise PickleError("it names a global, but only strings and numbers are allowed here")
 
 
 def _refuse_storage(pid: Any) -> NoReturn:
-    raise PickleError("it names a storage where only strings and numbers belong")
+    raise PickleError("it names a storage, but only strings and numbers are allowed here")

@@ -1,8 +1,8 @@
-"""The index of a .pth: names, dtypes, shapes and where the bytes lie, without reading a weight.
+"""The index of a .pth since torch 1.6: names, dtypes, shapes and byte ranges, without reading a weight.
 
-The container (torch >= 1.6) is a zip of stored records: ``<prefix>/data.pkl`` describes the
-tensors (`torch_index`), ``<prefix>/data/<key>`` holds a storage's bytes. torch's own reader needs 600 MB
-to import and checks no checksum. The format is documented in
+The file is a zip of stored records: ``<prefix>/data.pkl`` describes the tensors (`torch_pickle`),
+``<prefix>/data/<key>`` holds a storage's bytes. torch's own reader takes 600 MB of memory to import and verifies no
+checksum. The format is documented in
 https://docs.pytorch.org/docs/stable/notes/serialization.html and in torch/serialization.py.
 """
 
@@ -11,7 +11,7 @@ from hashlib import sha256
 
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, printable
 from streamconv.files.base import File
-from streamconv.formats.torch_pickle import Index, tensors_in
+from streamconv.formats.torch_pickle import Index, find_tensors
 from streamconv.formats.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles
 from streamconv.formats.zip_directory import read_record, read_records
 from streamconv.tensors.expressions import Record, SourceTensor
@@ -19,9 +19,9 @@ from streamconv.tensors.info import DTYPES
 
 
 def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
-    """The tensors of a .pth by name, the classes of what is none, and the file's fingerprint.
+    """Return the tensors, the classes of other objects, both by name, and the file's fingerprint.
 
-    Dicts in dicts are names with dots; ``read_local_headers`` as `zip_index.read_records` has it.
+    Keys of nested dicts are joined with dots. For ``read_local_headers``, see `read_records`.
 
     Raises:
         TruncatedError, CorruptError, NotACheckpointError, UnsafePickleError, SourceError
@@ -30,13 +30,13 @@ def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, S
     pickles = [name for name in records if name.endswith("/data.pkl")]
     if len(pickles) != 1 or any("/code/" in name for name in records):
         raise NotACheckpointError(
-            f"{file.where} is a zip, but not of torch.save (it has {len(pickles)} data.pkl records). "
+            f"{file.where} is a zip, but not one of torch.save (it has {len(pickles)} data.pkl records). "
             "A TorchScript archive is a program: save its state_dict() instead."
         )
     prefix = pickles[0].removesuffix("data.pkl")
-    if next(iter(records)).partition("/")[0] + "/" != prefix:  # where torch looks for it
+    if next(iter(records)).partition("/")[0] + "/" != prefix:  # torch looks for it there
         raise CorruptError(f"{file.where}: its {pickles[0]} is not in the folder of its first record.")
-    byteorders = [name for name in records if name.lower() == f"{prefix}byteorder".lower()]  # as torch finds it
+    byteorders = [name for name in records if name.lower() == f"{prefix}byteorder".lower()]  # torch ignores the case
     if byteorders and read_record(file, records[byteorders[0]], 16) != b"little":
         raise SourceError(f"{file.where} was saved on a big-endian machine. Load and save it on a little-endian one.")
     pickled = read_record(file, records[pickles[0]], MAX_PICKLE_BYTES)
@@ -47,23 +47,23 @@ def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, S
             raise CorruptError(f"{file.where} has no record data/{printable(key)}, which its index names.")
         if record.range.length != numel * DTYPES[dtype].itemsize:
             raise CorruptError(
-                f"{file.where}: its record {record.name} has {record.range.length} bytes where its index says "
+                f"{file.where}: its record {record.name} has {record.range.length} bytes, but its index gives it "
                 f"{numel} elements of {dtype}."
             )
         return record
 
     index = Index(file.where, record_of)
     try:
-        contents = Pickles(pickled).load(index.find, index.storage)
+        contents = Pickles(pickled).load(index.find_global, index.storage)
     except (PickleError, TypeError) as error:  # TypeError: a function was given too few or too many values
-        raise CorruptError(f"{file.where}: its data.pkl is damaged or not of torch.save: {error}.") from error
-    return *tensors_in(contents, file.where), _fingerprint(records, pickled)
+        raise CorruptError(f"{file.where}: its data.pkl is damaged or not from torch.save: {error}.") from error
+    return *find_tensors(contents, file.where), _fingerprint(records, pickled)
 
 
 def _fingerprint(records: Mapping[str, Record], pickled: bytes) -> str:
-    """A sha256 of the pickle and of every record's name, size and CRC-32.
+    """Return the sha256 of the pickle and of every record's name, size and CRC-32.
 
-    With CRCs in the file, this stands for every byte of every weight, and no weight is read.
+    If the file has CRC-32s, this covers every byte of every weight without reading any.
     """
     digest = sha256(pickled)
     for name, record in sorted(records.items()):

@@ -1,15 +1,15 @@
-"""Where the records of a zip lie, for zips as torch.save writes them: stored, one after another, and nothing else.
+"""The records of a zip, for zips as torch.save writes them: stored, one after another, and nothing else.
 
-zipfile reads more kinds of zips than that, in ways in which readers differ (data before the zip, a
-comment behind it, directories that contradict their records): a file could then hold one model for
-torch and another one for streamconv. It also takes 0.6 kB an entry. The format is described in
-https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, sections 4.3.6 to 4.3.16 and 4.5.3.
+Python's zipfile accepts more kinds of zips, which readers interpret in different ways (data before the zip, a
+comment after it, a directory that contradicts the local headers): such a file could hold one model for torch and
+another one for streamconv. zipfile also takes 0.6 kB of memory an entry. The format is described in
+https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT; the numbers below are its sections.
 """
 
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError
 from streamconv.files.base import ByteRange, File
@@ -20,28 +20,35 @@ MAGIC = b"PK\x03\x04"
 MAX_DIRECTORY_BYTES = 8 << 20  # 120 bytes an entry
 MAX_RECORDS = MAX_TENSORS + 1_000
 
-_LOCAL = struct.Struct("<4s5H3L2H")
-_ENTRY = struct.Struct("<4s6H3L5H2L")
-_END = struct.Struct("<4s4H2LH")
-_LOCATOR64 = struct.Struct("<4sLQL")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_IN_EXTRA = 0xFFFFFFFF  # what a 32-bit field holds where the number is in the 64-bit extra field
-_KNOWN_FLAGS = 1 << 3 | 1 << 11  # sizes follow the data, too; the name is in UTF-8
-_IS_FOLDER = 0x10  # of the DOS attributes
+# Fields that are not needed are skipped (x); the names of the others are where they are unpacked.
+_LOCAL_HEADER = struct.Struct("<4s2xHH8xLLHH")  # 4.3.7: not the version, time, date and CRC-32
+_ENTRY = struct.Struct("<4s4xHH4xLLLHHHH2xLL")  # 4.3.12: not the versions, time, date and internal attributes
+_END = struct.Struct("<4sHHHHLL2x")  # 4.3.16: not the comment's length
+_LOCATOR64 = struct.Struct("<4s4xQ4x")  # 4.3.15: not the disks
+_END64 = struct.Struct("<4sQ4xLLQQQQ")  # 4.3.14: not the versions
+_IN_EXTRA = 0xFFFFFFFF  # a 32-bit field has this value if the number is in the 64-bit extra field (4.5.3)
+_KNOWN_FLAGS = 1 << 3 | 1 << 11  # the sizes are repeated after the data; the name is in UTF-8
+_IS_FOLDER = 0x10  # in the DOS attributes
 
 
-_Entry = tuple[int, int, int, str]  # the local header's offset, then the record's size, CRC-32 and name
+class _Entry(NamedTuple):
+    """A directory entry: ``offset`` is that of the local header, ``size`` the record's, both in bytes."""
+
+    offset: int
+    size: int
+    crc32: int
+    name: str
 
 
 def read_records(file: File, read_local_headers: bool = True) -> dict[str, Record]:
-    """Every record of the zip by name, in the directory's order. All are stored, and share no byte.
+    """Return every record of the zip by name, in the directory's order. All are stored, and none overlap.
 
-    Where a record's bytes begin, only its own header says, right before them. Without ``read_local_headers`` these
-    are not read where the first one is as torch writes them: the others will be, too.
+    Only a record's local header, right before its bytes, shows where they begin. If ``read_local_headers`` is False
+    and the first record begins where torch would put it, the others are expected to, and their headers are not read.
 
     Raises:
-        TruncatedError: the file has no end.
-        NotACheckpointError, CorruptError, SourceError: it is no zip of torch.save, damaged, or too large.
+        TruncatedError: the end of the zip is missing.
+        NotACheckpointError, CorruptError, SourceError: it is not a zip of torch.save, is damaged, or is too large.
     """
     directory_start, size, count = _find_directory(file)
     if size > MAX_DIRECTORY_BYTES or count > MAX_RECORDS:
@@ -50,42 +57,38 @@ def read_records(file: File, read_local_headers: bool = True) -> dict[str, Recor
             "tensors need. Do not trust this file."
         )
     try:
-        entries = list(_entries(file.read(directory_start, size), count, file.where))
+        entries = list(_read_entries(file.read(directory_start, size), count, file.where))
     except (struct.error, ValueError) as error:
         raise CorruptError(f"{file.where} has a damaged zip directory: {error}. Fetch it again.") from error
-    # torch writes 0 everywhere where torch.serialization.set_crc32_options(False) was called.
-    has_crcs = any(crc for _, _, crc, _ in entries)
-    records: dict[str, Any] = dict.fromkeys(name for *_, name in entries)
-    if len({name.lower() for name in records}) != count:  # torch looks names up without regard to case
-        raise CorruptError(f"{file.where} has two records of one name. Do not trust this file.")
+    # After torch.serialization.set_crc32_options(False), torch writes 0 for every CRC-32.
+    has_crcs = any(entry.crc32 for entry in entries)
+    records: dict[str, Any] = dict.fromkeys(entry.name for entry in entries)
+    if len({name.lower() for name in records}) != count:  # torch ignores case when it looks up a name
+        raise CorruptError(f"{file.where} has two records of the same name. Do not trust this file.")
     entries.sort(reverse=True)
     if not read_local_headers:
-        read_local_headers = not _are_as_torch_writes(file, entries, directory_start)
+        read_local_headers = not _have_torch_layout(file, entries, directory_start)
     if read_local_headers:
-        file.prefetch(ByteRange(offset, _LOCAL.size + len(name.encode())) for offset, _, _, name in entries[::-1])
+        file.prefetch(ByteRange(entry.offset, _LOCAL_HEADER.size + len(entry.name.encode())) for entry in entries[::-1])
     end = 0
-    while entries:  # in the file's order
-        offset, size, crc, name = entries.pop()
-        if offset < end:
-            raise CorruptError(f"{file.where}: its record {name} overlaps another one. Do not trust this file.")
-        if read_local_headers:
-            where = _range_of(file, name, offset, size, directory_start)
-        else:
-            where = _range_as_torch_writes(name, offset, size)
-        records[name] = Record(file.ref, name, where, crc if has_crcs else None)
-        end = where.end
+    while entries:  # from the lowest offset to the highest
+        entry = entries.pop()
+        if entry.offset < end:
+            raise CorruptError(f"{file.where}: its record {entry.name} overlaps another one. Do not trust this file.")
+        data_range = _read_data_range(file, entry, directory_start) if read_local_headers else _torch_data_range(entry)
+        records[entry.name] = Record(file.ref, entry.name, data_range, entry.crc32 if has_crcs else None)
+        end = data_range.end
     return records
 
 
 def read_record(file: File, record: Record, max_bytes: int) -> bytes:
-    """A small record, whole and checked."""
-    where = record.range
-    if where.length > max_bytes:
+    """Read a whole record of at most ``max_bytes``, and check its CRC-32."""
+    if record.range.length > max_bytes:
         raise SourceError(
-            f"{file.where}: its record {record.name} has {where.length:,} bytes, and streamconv reads up to "
+            f"{file.where}: its record {record.name} has {record.range.length:,} bytes, and streamconv reads up to "
             f"{max_bytes:,}: {MAX_TENSORS:,} tensors need no more. Do not trust this file."
         )
-    data = file.read(where.start, where.length)
+    data = file.read(record.range.start, record.range.length)
     if record.crc32 not in (None, zlib.crc32(data)):
         raise CorruptError(
             f"{file.where}: its record {record.name} does not match its CRC-32: the file is damaged. Fetch it again."
@@ -94,65 +97,78 @@ def read_record(file: File, record: Record, max_bytes: int) -> bytes:
 
 
 def _find_directory(file: File) -> tuple[int, int, int]:
-    """Where the directory starts, its bytes and its entries, as the records behind it say.
+    """Return the directory's offset, its size in bytes and its number of entries, from the records after it.
 
-    There is only one way to find them: the end is the file's, without a comment, and the directory
-    lies right before it.
+    There is only one place for these: they end with the file, without a comment, and the directory lies right before
+    them. A zip64 has three of them, of which the first has the 64-bit fields.
     """
     length = min(file.size, _END64.size + _LOCATOR64.size + _END.size)
-    before = file.size - length
-    tail = file.read(before, length)
+    tail_start = file.size - length
+    tail = file.read(tail_start, length)
     end = length - _END.size
     if end < 0 or tail[end : end + 4] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
         raise TruncatedError(
             f"{file.where} begins as a zip but does not end as one of torch.save: something was appended, or the "
             "download was cut short. Fetch it again."
         )
-    _, *disks, count, size, start, _ = _END.unpack_from(tail, end)
+    _, disk, directory_disk, disk_count, count, size, start = _END.unpack_from(tail, end)
     if end == _END64.size + _LOCATOR64.size and tail[_END64.size :].startswith(b"PK\x06\x07"):
-        _, _, offset, _ = _LOCATOR64.unpack_from(tail, _END64.size)
-        magic, rest, _, _, *disks, count, size, start = _END64.unpack_from(tail)
+        _, end64_offset = _LOCATOR64.unpack_from(tail, _END64.size)
+        magic, rest_size, disk, directory_disk, disk_count, count, size, start = _END64.unpack_from(tail)
         end = 0
-        if magic != b"PK\x06\x06" or rest != _END64.size - 12 or offset != before:
-            raise CorruptError(f"{file.where} has a damaged zip directory: its ends differ. Fetch it again.")
-    if disks != [0, 0, count] or start + size != before + end:
-        raise CorruptError(f"{file.where} has a damaged zip directory: it is not where its end says. Fetch it again.")
+        if magic != b"PK\x06\x06" or rest_size != _END64.size - 12 or end64_offset != tail_start:
+            raise CorruptError(
+                f"{file.where} has a damaged zip directory: its 64-bit end is not valid. Fetch it again."
+            )
+    if disk or directory_disk or disk_count != count or start + size != tail_start + end:
+        raise CorruptError(
+            f"{file.where} has a damaged zip directory: it is not at the offset in its end record. Fetch it again."
+        )
     return start, size, count
 
 
-def _entries(directory: bytes, count: int, where: str) -> Iterator[_Entry]:
+def _read_entries(directory: bytes, count: int, where: str) -> Iterator[_Entry]:
     at = 0
     for _ in range(count):
         (
-            magic, _, _, flags, method, _, _, crc, stored, size, name_length, extra_length, comment_length, disk, _,
-            attributes, offset,
-        ) = _ENTRY.unpack_from(directory, at)  # fmt: skip
+            magic,
+            flags,
+            method,
+            crc32,
+            stored_size,
+            size,
+            name_length,
+            extra_length,
+            comment_length,
+            disk,
+            attributes,
+            offset,
+        ) = _ENTRY.unpack_from(directory, at)
         at += _ENTRY.size + name_length
         name = directory[at - name_length : at].decode()
         if magic != b"PK\x01\x02" or disk or name_length > MAX_NAME_LENGTH or not name.isprintable():
-            raise ValueError(f"no entry of torch.save ends at byte {at:,}")
+            raise ValueError(f"the entry that ends at byte {at:,} is not one of torch.save")
         if method or flags & ~_KNOWN_FLAGS:
             raise NotACheckpointError(
                 f"{where}: its record {name} is compressed or encrypted, which torch never writes."
             )
         if attributes & _IS_FOLDER or name.endswith("/"):
             raise ValueError(f"its record {name} is marked as a folder, of which torch reads no byte")
-        if _IN_EXTRA in (size, stored, offset):
-            extra = directory[at : at + extra_length]
-            size, stored, offset = _sizes_in(extra, [size, stored, offset])
-        if stored != size:
-            raise ValueError(f"its record {name} has {stored:,} bytes for {size:,}")
+        if _IN_EXTRA in (size, stored_size, offset):
+            size, stored_size, offset = _sizes_in_extra(directory[at : at + extra_length], [size, stored_size, offset])
+        if stored_size != size:
+            raise ValueError(f"its record {name} has {stored_size:,} bytes for {size:,}")
         at += extra_length + comment_length
-        yield offset, size, crc, name
+        yield _Entry(offset, size, crc32, name)
     if at != len(directory):
         raise ValueError(f"it has {len(directory):,} bytes, its entries {at:,}")
 
 
-def _sizes_in(extra: bytes, sizes: list[int]) -> list[int]:
-    """The sizes, the 32-bit ones replaced by those of the 64-bit extra field."""
+def _sizes_in_extra(extra: bytes, sizes: list[int]) -> list[int]:
+    """Return ``sizes`` with the numbers from the 64-bit extra field for those that are `_IN_EXTRA`."""
     at = 0
     while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<2H", extra, at)
+        kind, length = struct.unpack_from("<HH", extra, at)
         if kind == 1:
             numbers = iter(struct.unpack_from(f"<{sizes.count(_IN_EXTRA)}Q", extra[: at + 4 + length], at + 4))
             return [next(numbers) if size == _IN_EXTRA else size for size in sizes]
@@ -160,51 +176,51 @@ def _sizes_in(extra: bytes, sizes: list[int]) -> list[int]:
     raise ValueError("a 64-bit size is missing")
 
 
-def _are_as_torch_writes(file: File, entries: list[_Entry], directory_start: int) -> bool:
-    """Whether the first record is, and the others, ``entries`` from the last one on, have the room to be."""
-    before = directory_start
-    if not entries:
-        return True
-    for offset, size, _, name in entries:
-        if _range_as_torch_writes(name, offset, size).end > before:
-            return False
-        before = offset
-    offset, size, _, name = entries[-1]
-    return _range_of(file, name, offset, size, directory_start) == _range_as_torch_writes(name, offset, size)
+def _have_torch_layout(file: File, entries: list[_Entry], directory_start: int) -> bool:
+    """Return whether the first record begins where torch would put it, and all others could.
 
-
-def _range_as_torch_writes(name: str, offset: int, size: int) -> ByteRange:
-    """Behind a header, an extra field of 64-bit numbers where there are any, and one that fills up to 64 bytes.
-
-    As getPadding in torch's caffe2/serialize/inline_container.cc does.
+    ``entries`` are in reverse order. Only the first record's header is read.
     """
-    start = offset + _LOCAL.size + len(name.encode()) + 4
-    large = [number >= _IN_EXTRA for number in (size, offset)]
-    if any(large):
-        start += 4 + 16 * large[0] + 8 * large[1]
-    return ByteRange(-(-start // 64) * 64, size)
+    next_offset = directory_start
+    for entry in entries:
+        if _torch_data_range(entry).end > next_offset:
+            return False
+        next_offset = entry.offset
+    return not entries or _read_data_range(file, entries[-1], directory_start) == _torch_data_range(entries[-1])
 
 
-def _range_of(file: File, name: str, offset: int, size: int, directory_start: int) -> ByteRange:
-    """Where the record's bytes lie: behind the local header, whose length is its own."""
-    raw = name.encode()
-    start = offset + _LOCAL.size + len(raw)
-    if start + size > directory_start:
-        raise CorruptError(f"{file.where}: its record {name} reaches beyond the zip's records. Fetch it again.")
-    header = file.read(offset, _LOCAL.size + len(raw))
-    magic, _, flags, method, _, _, _, stored, local_size, name_length, extra_length = _LOCAL.unpack_from(header)
+def _torch_data_range(entry: _Entry) -> ByteRange:
+    """Compute where torch puts a record's bytes: after the header and an extra field that aligns them to 64 bytes.
+
+    See getPadding in torch's caffe2/serialize/inline_container.cc. Sizes of 4 GB and more have their own extra field.
+    """
+    start = entry.offset + _LOCAL_HEADER.size + len(entry.name.encode()) + 4
+    has_large_size, has_large_offset = entry.size >= _IN_EXTRA, entry.offset >= _IN_EXTRA
+    if has_large_size or has_large_offset:
+        start += 4 + 16 * has_large_size + 8 * has_large_offset
+    return ByteRange(-(-start // 64) * 64, entry.size)
+
+
+def _read_data_range(file: File, entry: _Entry, directory_start: int) -> ByteRange:
+    """Read where a record's bytes are: after its local header, whose extra field has a length of its own."""
+    raw_name = entry.name.encode()
+    extra_start = entry.offset + _LOCAL_HEADER.size + len(raw_name)
+    if extra_start + entry.size > directory_start:
+        raise CorruptError(f"{file.where}: its record {entry.name} extends beyond the zip's records. Fetch it again.")
+    header = file.read(entry.offset, _LOCAL_HEADER.size + len(raw_name))
+    magic, flags, method, stored_size, size, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
     if (
         magic != MAGIC
-        or header[_LOCAL.size :] != raw
-        or name_length != len(raw)
+        or header[_LOCAL_HEADER.size :] != raw_name
+        or name_length != len(raw_name)
         or method
         or flags & ~_KNOWN_FLAGS
-        or stored not in (0, _IN_EXTRA, size)
-        or local_size not in (0, _IN_EXTRA, size)
-        or start + extra_length + size > directory_start
+        or stored_size not in (0, _IN_EXTRA, entry.size)
+        or size not in (0, _IN_EXTRA, entry.size)
+        or extra_start + extra_length + entry.size > directory_start
     ):
         raise CorruptError(
-            f"{file.where}: the header of its record {name} is not what the zip directory says. Fetch it again, and "
-            "do not trust this file."
+            f"{file.where}: the local header of its record {entry.name} contradicts the zip directory. Fetch it again, "
+            "and do not trust this file."
         )
-    return ByteRange(start + extra_length, size)
+    return ByteRange(extra_start + extra_length, entry.size)

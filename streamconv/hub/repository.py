@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import HubError, MissingUploadError, OutputError, UsageError
-from streamconv.formats.safetensors import LOADED_BESIDE
+from streamconv.formats.safetensors import CONFLICTING_PATTERNS
 from streamconv.hub.card import CARD_NAME
 from streamconv.hub.client import TIMEOUT_SECONDS, HubClient
 from streamconv.progress import Progress, ignore_progress
@@ -216,11 +216,11 @@ class Repository:
                 f"The commit to {self.id} failed", commit_once, is_repeatable=not destination.create_pr
             )
         except HubError as error:
-            if self._restored and MISSING_UPLOAD in error.said.lower():
+            if self._restored and MISSING_UPLOAD in error.server_message.lower():
                 missing = ", ".join(self._restored)
                 raise MissingUploadError(
                     f"{self.id} no longer has files that were uploaded earlier: {missing}. Run the same command again.",
-                    error.said,
+                    error.server_message,
                     self._restored,
                 ) from None
             raise
@@ -244,7 +244,7 @@ class Repository:
         others = sorted(
             name
             for name in (file.rfilename for file in info.siblings or ())
-            if any(fnmatch(name, pattern) for pattern in LOADED_BESIDE)
+            if any(fnmatch(name, pattern) for pattern in CONFLICTING_PATTERNS)
             and "/" not in name
             and (name not in names if names is not None else not OUR_WEIGHTS.fullmatch(name))
         )

@@ -15,7 +15,7 @@ from streamconv.families.registry import family_named
 from streamconv.families.selection import Skipped
 from streamconv.files.address import Address, Location
 from streamconv.files.base import ByteRange, FileRef
-from streamconv.formats.safetensors import index_of
+from streamconv.formats.safetensors import make_index
 from streamconv.planning.plan import CONFIG_NAME, MappedTensor, Plan, label_config
 from streamconv.planning.shards import Shard, make_shard
 from streamconv.planning.shards import to_json as json_bytes
@@ -114,7 +114,7 @@ def _plan(value: dict[str, Any]) -> Plan:
 
 def _index(shards: tuple[Shard, ...]) -> bytes:
     targets = {name: tensor for shard in shards for name, tensor in shard.tensors}
-    return json_bytes(index_of(targets, {name: shard.filename for shard in shards for name, _ in shard.tensors}))
+    return json_bytes(make_index(targets, {name: shard.filename for shard in shards for name, _ in shard.tensors}))
 
 
 def _file_to_json(file: FileRef) -> list[Any]:

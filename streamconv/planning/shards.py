@@ -1,7 +1,7 @@
-"""safetensors files before they are written: what stands in their headers, and which tensors follow.
+"""The layout of safetensors files: which tensors each file holds, in which order, after which header.
 
-They are laid out as transformers' save_pretrained (5.x) lays them out, headers as the safetensors
-library writes them. Pure data, no I/O.
+The layout is that of transformers' save_pretrained (5.x), with headers as the safetensors library writes them, so
+that a converted model is byte-identical to a saved one. Pure data, no I/O.
 """
 
 import json
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamconv.errors import UsageError
-from streamconv.formats.safetensors import SINGLE_NAME, index_of, make_header
+from streamconv.formats.safetensors import SINGLE_NAME, make_header, make_index
 from streamconv.tensors.expressions import SourceTensor
 
-PIECE_BYTES = 512 << 10  # what is read and written at once: it stays in the cache of a CPU
+PIECE_BYTES = 512 << 10  # read and written at once; small enough to stay in a CPU's cache
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its header's bytes, then ``tensors`` in this order without holes."""
+    """One safetensors file: the bytes of its header, then ``tensors`` by name, in this order and without gaps."""
 
     filename: str
     header: bytes
@@ -28,32 +28,34 @@ class Shard:
 
     @property
     def size(self) -> int:
-        """Of the whole file, in bytes."""
+        """Size of the whole file in bytes."""
         return len(self.header) + sum(tensor.target.nbytes for _, tensor in self.tensors)
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes from a number or from words as huggingface_hub takes them: "500MB" is 500,000,000.
+    """Parse a number of bytes, or a size as huggingface_hub accepts it: "500MB" is 500,000,000.
 
     Raises:
-        UsageError: it is no size, or none above 0.
+        UsageError: it is not a size, or is not above 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])B)?", str(size).strip().upper())
     count = int(float(match[1]) * {None: 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2]]) if match else 0
     if not count:
-        raise UsageError(f"{size!r} is no shard size. Write it as 500MB or 5GB.")
+        raise UsageError(f"{size!r} is not a shard size. Write it as 500MB or 5GB.")
     return count
 
 
 def lay_out(targets: Mapping[str, SourceTensor], max_bytes: int) -> tuple[tuple[Shard, ...], bytes | None]:
-    """Lay ``targets`` out in files of at most ``max_bytes``, in their order, as transformers cuts them.
+    """Divide ``targets``, in their order, into files of at most ``max_bytes``, as transformers does.
+
+    A tensor that is larger than that has a file to itself.
 
     Returns:
-        The files, and the bytes of their index; None if one file holds all.
+        The files, and the bytes of their index; None if there is only one file.
     """
     if sum(tensor.target.nbytes for tensor in targets.values()) <= max_bytes:
         return (make_shard(SINGLE_NAME, targets),), None
-    # Only here, since huggingface_hub before 1.0 costs 20 MB to import.
+    # Imported only here: huggingface_hub before 1.0 costs 20 MB of memory.
     from huggingface_hub import split_state_dict_into_shards_factory
 
     split = split_state_dict_into_shards_factory(
@@ -68,15 +70,15 @@ def lay_out(targets: Mapping[str, SourceTensor], max_bytes: int) -> tuple[tuple[
     )
     if not split.is_sharded:  # one tensor, larger than the limit
         return shards, None
-    return shards, to_json(index_of(targets, split.tensor_to_filename))
+    return shards, to_json(make_index(targets, split.tensor_to_filename))
 
 
 def make_shard(filename: str, tensors: Mapping[str, SourceTensor]) -> Shard:
-    """A file as `make_header` lays it out."""
+    """Lay out one file; see `make_header` for the order of its tensors."""
     header, names = make_header({name: tensor.target for name, tensor in tensors.items()})
     return Shard(filename, header, tuple((name, tensors[name]) for name in names))
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
-    """As transformers writes its JSON files."""
+    """Format a JSON file as transformers does."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

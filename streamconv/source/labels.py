@@ -1,11 +1,15 @@
-"""The names of a classifier's classes: from the user, from the Hub, or from torchvision."""
+"""The labels of a classifier: read from the user's file, a config.json, the Hub, or torchvision.
 
-import ast
+A head's tensors do not contain the names of its classes, but config.json needs them.
+"""
+
 import importlib.util
 import json
 import sys
 from collections.abc import Mapping
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from streamconv.errors import SourceError, UsageError
@@ -15,10 +19,10 @@ HUB_DATASET, HUB_FILE = "huggingface/label-files", "imagenet-1k-id2label.json"
 
 
 def read_labels(path: Path) -> list[str]:
-    """Labels in class order: a JSON list or object of id to label, or a text with one label a line.
+    """Read labels in class order: from a JSON list, a JSON object of ids to labels, or a text with one label a line.
 
     Raises:
-        UsageError: the file is not there, or is none of these.
+        UsageError: the file cannot be read, or is none of these.
     """
     try:
         text = read_small(path).decode("utf-8-sig")
@@ -31,14 +35,16 @@ def read_labels(path: Path) -> list[str]:
         if isinstance(labels, dict):
             labels = [labels[str(i)] for i in range(len(labels))]
     except (ValueError, KeyError, RecursionError) as error:
-        raise UsageError(f'{path} is no JSON of labels ({error}): {{"0": …, "1": …}} or a list.') from error
+        raise UsageError(
+            f'{path} is not a JSON file of labels ({error}). Write {{"0": …, "1": …}} or a list of strings.'
+        ) from error
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise UsageError(f'{path} is no JSON of labels: {{"0": …, "1": …}} or a list of strings.')
+        raise UsageError(f'{path} is not a JSON file of labels. Write {{"0": …, "1": …}} or a list of strings.')
     return labels
 
 
 def labels_in(config: Mapping[str, Any]) -> list[str]:
-    """Those of a config.json in class order; none where it says none."""
+    """Return the labels in a config.json, in class order; an empty list if it has none."""
     try:
         labels = config["id2label"]
         return [labels[str(i)] for i in range(len(labels))]
@@ -47,10 +53,13 @@ def labels_in(config: Mapping[str, Any]) -> list[str]:
 
 
 def imagenet_labels() -> tuple[list[str], str]:
-    """ImageNet's 1000 labels and where they came from.
+    """Return ImageNet's 1000 labels and where they came from.
 
-    The Hub's file, as the original script has it; without a network, torchvision's list, whose
-    names are shorter ("tench" for "tench, Tinca tinca").
+    They are those of the Hub's file, which the original script uses. If the Hub cannot be reached, they are
+    torchvision's, which are shorter ("tench" for "tench, Tinca tinca").
+
+    Raises:
+        UsageError: neither is available.
     """
     hub = _hub_labels()
     if hub is not None:
@@ -59,8 +68,8 @@ def imagenet_labels() -> tuple[list[str], str]:
 
 
 def _hub_labels() -> list[str] | None:
-    """Fetched or found in the Hub's cache by a process of its own: an HTTP client costs 20 MB."""
-    import subprocess  # for classifiers only
+    """Download the Hub's file or find it in the cache, in a separate process: an HTTP client costs 20 MB."""
+    import subprocess  # only classifiers need it
 
     command = [sys.executable, "-m", "streamconv.source.labels"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -68,27 +77,31 @@ def _hub_labels() -> list[str] | None:
 
 
 def _print_hub_path() -> None:
-    """What that process does; without a network it ends with an error at once."""
+    """Print the path of the Hub's file: the job of that process. Without a network, it fails at once."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     path = try_to_load_from_cache(HUB_DATASET, HUB_FILE, repo_type="dataset")
     if not isinstance(path, str):
-        # Asks once, where the download would ask without a network for half a minute.
+        # One request with a short timeout: without a network, the download would retry for half a minute.
         get_hf_file_metadata(hf_hub_url(HUB_DATASET, HUB_FILE, repo_type="dataset"), timeout=5)
         path = hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset")
     print(path)
 
 
 def _torchvision_labels() -> list[str]:
-    """Read from torchvision's source: importing torchvision would import torch."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError("There are no labels: the Hub cannot be reached and torchvision is missing. Give --labels.")
-    source = Path(spec.submodule_search_locations[0], "models", "_meta.py").read_text("utf-8")
-    for statement in ast.parse(source).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_IMAGENET_CATEGORIES":
-            return list(ast.literal_eval(statement.value))
-    raise UsageError("There are no labels: the Hub cannot be reached and torchvision has none. Give --labels.")
+    """Load the module with torchvision's labels by its path: importing torchvision would import torch."""
+    package = importlib.util.find_spec("torchvision")
+    if package is None or not package.submodule_search_locations:
+        raise UsageError("No labels found: the Hub cannot be reached and torchvision is missing. Give --labels.")
+    path = Path(package.submodule_search_locations[0], "models", "_meta.py")  # which imports nothing
+    module = ModuleType("torchvision_meta")
+    try:
+        SourceFileLoader(module.__name__, str(path)).exec_module(module)
+        return list(module._IMAGENET_CATEGORIES)
+    except (OSError, AttributeError) as error:
+        raise UsageError(
+            f"No labels found: the Hub cannot be reached and torchvision has none ({error}). Give --labels."
+        ) from error
 
 
 if __name__ == "__main__":

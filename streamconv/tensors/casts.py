@@ -1,8 +1,8 @@
-"""Floating-point bytes in another precision, bit for bit as torch's ``.to()`` makes them on a CPU.
+"""Converts floating-point values to another precision, bit for bit like torch's ``.to()`` on a CPU.
 
-All goes by way of float32, as torch's conversions do. What bits torch gives to NaNs depends on the CPU and,
-at the end of a tensor, on how it was cut up: here they are those of AVX2 and AVX-512, within a tensor. numpy,
-which knows no bfloat16, is imported by the first cast: a conversion without one does not pay for it.
+Every conversion goes through float32, as torch's do. The bits of a NaN in torch depend on the CPU and, at the end of
+a tensor, on how the work was divided; here they are those of AVX2 and AVX-512 inside a tensor. numpy, which has no
+bfloat16, is imported by the first cast, so that a conversion without casts does not pay for it.
 """
 
 from functools import cache
@@ -16,25 +16,27 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-_AT_ONCE = 32 << 10  # elements: what is made of them on the way stays in a CPU's cache
+_BLOCK_ELEMENTS = 32 << 10  # so that intermediate values stay in the CPU's cache
 _INFINITIES = {"F16": 0x7C00, "BF16": 0x7F80}
 
 
 def cast_into(data: memoryview, dtype: str, out: memoryview, target: str) -> int:
-    """Write the elements of ``data`` into ``out`` in another precision.
+    """Convert the elements of ``data`` to another precision and write them into ``out``.
 
-    ``dtype`` and ``target`` are safetensors' codes.
+    Args:
+        data: Elements of the type ``dtype``, a safetensors code.
+        out: As many elements of the type ``target``, a safetensors code.
 
     Returns:
-        How many of them were finite and became infinite.
+        The number of finite elements that became infinite.
     """
     import numpy as np
 
     values, results = np.frombuffer(data, DTYPES[dtype].numpy), np.frombuffer(out, DTYPES[target].numpy)
     overflow_count = 0
     with np.errstate(all="ignore"):
-        for at in range(0, len(values), _AT_ONCE):
-            part, result = values[at : at + _AT_ONCE], results[at : at + _AT_ONCE]
+        for at in range(0, len(values), _BLOCK_ELEMENTS):
+            part, result = values[at : at + _BLOCK_ELEMENTS], results[at : at + _BLOCK_ELEMENTS]
             single = _to_float32(part, dtype)
             if target == "F32":
                 result[:] = single
@@ -49,10 +51,10 @@ def cast_into(data: memoryview, dtype: str, out: memoryview, target: str) -> int
 
 @cache
 def _scratch(thread: int) -> "Array":
-    """What is made on the way, for one thread: to ask the system for it anew would take longer than all else."""
+    """Return one thread's memory for intermediate values. Allocating it for each block would dominate the time."""
     import numpy as np
 
-    return np.empty((3, _AT_ONCE), "<u4")
+    return np.empty((3, _BLOCK_ELEMENTS), "<u4")
 
 
 def _to_float32(values: "Array", dtype: str) -> "Array":
@@ -64,25 +66,25 @@ def _to_float32(values: "Array", dtype: str) -> "Array":
         return bits.view("<f4")
     single = values.astype("<f4", copy=False)
     if dtype == "F16" and (nans := np.isnan(single)).any():
-        single.view("<u4")[nans] |= 0x00400000  # a quiet one, as a CPU's own instruction makes it
+        single.view("<u4")[nans] |= 0x00400000  # a quiet NaN, like the CPU's conversion instruction
     return single
 
 
 def _round_to_float16(single: "Array", result: "Array") -> None:
-    """To nearest, ties to even. A NaN keeps its sign and its highest bits, and is a quiet one.
+    """Round to nearest, ties to even. A NaN becomes quiet and keeps its sign and highest bits.
 
-    A float32's own addition rounds: a power of two is added that is 2^13 times what the last bit of the float16
-    will stand for, so that the sum's last bits are the float16's. numpy's conversion takes twice as long.
+    The rounding is done by a float32 addition: adding 2^13 times the value of the float16's last bit leaves the bits
+    of the float16 at the end of the sum. numpy's own conversion takes twice as long.
     """
     import numpy as np
 
     bits, (sums, power, rounded) = single.view("<u4"), _scratch(get_ident())[:, : len(single)]
     size = sums.view("<f4")
     np.abs(single, out=size)
-    size *= np.float32(2.0**112)  # what float16 cannot hold is infinite from here on
+    size *= np.float32(2.0**112)  # values too large for float16 become infinite here
     size *= np.float32(2.0**-110)
     np.bitwise_and(bits, 0x7F800000, out=power)
-    np.maximum(power, 0x38800000, out=power)  # 2^-14: below it a float16's last bit stands for the same
+    np.maximum(power, 0x38800000, out=power)  # 2^-14: below it, the value of a float16's last bit is constant
     power += 0x07800000
     size += power.view("<f4")
     np.right_shift(sums, 13, out=rounded)
@@ -99,7 +101,7 @@ def _round_to_float16(single: "Array", result: "Array") -> None:
 
 
 def _round_to_bfloat16(single: "Array", result: "Array", nan: int) -> None:
-    """The upper half of a float32, to nearest, ties to even. All NaNs become one."""
+    """Round to the upper half of the float32, to nearest, ties to even. All NaNs become ``nan``."""
     import numpy as np
 
     bits = single.view("<u4")

@@ -1,7 +1,7 @@
-"""CRC-32 of a record from the CRC-32s of its pieces, read in any order.
+"""The CRC-32 of a record, from the CRC-32s of its pieces, which may be read in any order.
 
-zlib computes a piece's; Python's zlib module lacks crc32_combine. A CRC-32 is a polynomial over
-GF(2) modulo `_POLYNOMIAL`, so appending n bytes multiplies what came before by x^(8n).
+zlib computes the CRC-32 of a piece, but Python's zlib module lacks crc32_combine. A CRC-32 is a polynomial over GF(2)
+modulo `_POLYNOMIAL`; appending n bytes multiplies that of the bytes before them by x^(8n).
 """
 
 import zlib
@@ -12,21 +12,21 @@ from streamconv.files.base import File
 from streamconv.files.reader import Reader
 from streamconv.tensors.expressions import Record, SourceTensor
 
-_POLYNOMIAL = 0xEDB88320  # IEEE 802.3's, bits reversed: the highest bit is x^0
+_POLYNOMIAL = 0xEDB88320  # of IEEE 802.3 with reversed bits: the highest bit is x^0
 _ONE, _X = 1 << 31, 1 << 30
-_READ_BYTES = 128 << 10  # memory in addition to all else that a conversion needs
+_READ_BYTES = 128 << 10  # small, since a conversion's other buffers are in use at the same time
 
-_Piece = tuple[int, int, int]  # its offset in the record, its length, its CRC-32
+_Piece = tuple[int, int, int]  # offset in the record, length, CRC-32
 
 
 def combine(first: int, second: int, second_length: int) -> int:
-    """The CRC-32 of two byte strings joined, from theirs. ``second_length`` is in bytes."""
+    """Return the CRC-32 of two concatenated byte strings from their own. ``second_length`` is in bytes."""
     return _multiply(_shift(second_length), first) ^ second
 
 
 @lru_cache(maxsize=1024)
 def _shift(length: int) -> int:
-    """x^(8 * length), by squaring."""
+    """Return x^(8 * length), by repeated squaring."""
     result, power, bits = _ONE, _X, 8 * length
     while bits:
         if bits & 1:
@@ -51,19 +51,19 @@ class RecordChecks:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._pieces: dict[Record, list[_Piece]] = {}  # of records that are not complete
+        self._pieces: dict[Record, list[_Piece]] = {}  # only of incomplete records
         self._names: dict[Record, str] = {}
         self._pending: set[Record] = set()
         self._verified: set[Record] = set()  # by reading them once more
 
     def add(self, name: str, piece: SourceTensor, stored: memoryview | None) -> None:
-        """Note that ``piece`` of the tensor ``name`` was read.
+        """Record that ``piece`` of the tensor ``name`` was read.
 
         A contiguous piece that is added twice costs `verify_pending` another read of its record.
 
         Args:
             stored: The bytes of ``piece.read_range`` as they are in the file; None if only the gathered values
-                of a strided piece are at hand.
+                of a strided piece are available.
 
         Raises:
             CorruptError: this completes the record, and it does not match its CRC-32.
@@ -86,29 +86,30 @@ class RecordChecks:
         if is_last and sum(length for _, length, _ in pieces) == record.range.length:
             self._require_match(record)
             self._pending.remove(record)
-            del self._pieces[record]  # a second read of the record is checked again
+            del self._pieces[record]  # so that a second read of the record is checked, too
 
     def is_pending(self, record: Record) -> bool:
         """Return whether a part of the record was added, and its CRC-32 has not been compared since."""
         return record in self._pending
 
     def verify_pending(self) -> None:
-        """Read each incomplete record once, whole, and compare its CRC-32; its file must stay unchanged.
+        """Read each incomplete record once, as a whole, and compare its CRC-32.
 
         Raises:
-            CorruptError: names the tensor and its place in the file.
+            CorruptError: a record does not match. The message names its tensor and its position.
+            ChangedError: the file was changed since it was opened.
         """
         for record in self._pending:
             file = self._reader.open(record.file)
             if record not in self._verified:
                 file.prefetch((record.range,))
                 self._require_match(record)
-            file.require_unchanged()  # since it was read whole, which may be shards ago
+            file.require_unchanged()  # the record may have been verified several shards ago
         self._verified |= self._pending
         self._pending.clear()
 
     def skip_pending(self) -> None:
-        """Forget what is pending: all of it came from an output that an earlier process had verified."""
+        """Forget the pending records. For a resumed output, whose records an earlier process has verified."""
         self._pending.clear()
 
     def _require_match(self, record: Record) -> None:
@@ -133,7 +134,7 @@ def _uncovered(pieces: list[_Piece], start: int, end: int) -> list[tuple[int, in
 
 
 def _crc_of(record: Record, pieces: list[_Piece], file: File) -> int:
-    """Combine the pieces' CRC-32s; read the record if they do not tile it."""
+    """Combine the CRC-32s of the pieces. If they overlap or leave gaps, read the record instead."""
     crc, at = 0, 0
     for offset, length, piece_crc in sorted(pieces):
         if offset != at:

@@ -1,7 +1,7 @@
-"""A tensor before anyone reads it: what it is, and where its bytes lie.
+"""Tensors that are not read yet: their dtype and shape, and where their bytes are.
 
-Strides are in elements and offsets in bytes, as ``torch._utils._rebuild_tensor_v2`` and the zip
-record have them. Everything here is pure data: a `Reader` opens the files when bytes are read.
+Strides are in elements, as in ``torch._utils._rebuild_tensor_v2``, and offsets are in bytes. Everything here is pure
+data; a `Reader` opens the files when bytes are read.
 """
 
 import math
@@ -17,15 +17,15 @@ from streamconv.files.inline import inline_ref
 from streamconv.files.reader import Reader
 from streamconv.tensors.info import TensorInfo, contiguous_strides
 
-# A strided tensor is gathered from memory; this bounds what a piece of it may span.
+# A piece of a strided tensor is read with the gaps between its elements: a limit on the bytes that it may span.
 MAX_SPAN_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A stretch of a file that is checked as one: a torch storage, or a safetensors tensor.
+    """A byte range of a file with at most one checksum: a torch storage, or a safetensors tensor.
 
-    ``crc32`` is None where the file carries no checksum for it.
+    ``crc32`` is None if the file has no checksum for it.
     """
 
     file: FileRef
@@ -36,9 +36,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
-    """A tensor in a checkpoint, unread. ``offset`` is in bytes from the record's start.
+    """A tensor in a checkpoint, not read yet. ``offset`` is in bytes from the start of the record.
 
-    ``cast_to`` is the dtype in which it will be written; an empty one means as it is stored.
+    ``cast_to`` is the dtype in which it will be written; if empty, that is the dtype in which it is stored.
     """
 
     info: TensorInfo
@@ -49,18 +49,18 @@ class SourceTensor:
 
     @property
     def target(self) -> TensorInfo:
-        """What is written of it."""
+        """The dtype and shape that are written."""
         return TensorInfo(self.cast_to or self.info.dtype, self.info.shape)
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its bytes in row-major order are one range of the record."""
+        """Return whether its bytes in row-major order are one range of the record."""
         dims = zip(self.info.shape, self.strides, contiguous_strides(self.info.shape), strict=True)
         return self.info.nbytes == 0 or all(n == 1 or have == want for n, have, want in dims)
 
     @property
     def span(self) -> int:
-        """Bytes from the first element to behind the last one, as they lie in the record."""
+        """The number of bytes in the record from the first element to the last, including gaps."""
         if not self.info.nbytes:
             return 0
         last = sum((n - 1) * s for n, s in zip(self.info.shape, self.strides, strict=True))
@@ -68,11 +68,11 @@ class SourceTensor:
 
     @property
     def read_range(self) -> ByteRange:
-        """What `read_into` reads of the file."""
+        """The range of the file that `read_into` reads."""
         return ByteRange(self.record.range.start + self.offset, self.span)
 
     def rows(self, start: int, stop: int) -> "SourceTensor":
-        """``tensor[start:stop]`` along dim 0, still unread."""
+        """Return ``tensor[start:stop]`` along dim 0, not read yet."""
         return replace(
             self,
             info=TensorInfo(self.info.dtype, (stop - start, *self.info.shape[1:])),
@@ -80,13 +80,13 @@ class SourceTensor:
         )
 
     def split(self, max_bytes: int) -> Iterator["SourceTensor"]:
-        """Pieces of at most ``max_bytes``, read or written, that make up the row-major bytes, in order.
+        """Yield pieces of at most ``max_bytes``, as stored and as written, in row-major order.
 
-        A contiguous tensor is cut anywhere, a strided one between rows of whatever depth is needed.
+        A contiguous tensor is cut between any elements, a strided one between rows of any leading dimensions.
 
         Raises:
-            SourceError: a row of a strided tensor spans more than `MAX_SPAN_BYTES` of its storage;
-                reading that for every row would take forever.
+            SourceError: a row of a strided tensor spans more than `MAX_SPAN_BYTES` of its storage; reading as much for
+                every row would take forever.
         """
         larger = max(self.info.itemsize, self.target.itemsize)
         if self.is_contiguous:
@@ -114,25 +114,25 @@ class SourceTensor:
         yield from (self.rows(i, min(i + step, count)) for i in range(0, count, step))
 
     def read_into(self, buffer: memoryview, reader: Reader) -> memoryview:
-        """Write the row-major bytes, as they are stored, into ``buffer``, which is ``info.nbytes`` long.
+        """Read the tensor into ``buffer``, which has ``info.nbytes`` bytes, in row-major order and without a cast.
 
         Returns:
-            The bytes of `read_range` as they are in the file: of a contiguous tensor, ``buffer`` itself.
+            The bytes of `read_range` as they are in the file; for a contiguous tensor, that is ``buffer`` itself.
         """
-        where = self.read_range
+        start = self.read_range.start
         if self.is_contiguous:
             if buffer.nbytes:
-                reader.open(self.record.file).read_at(where.start, buffer)
+                reader.open(self.record.file).read_at(start, buffer)
             return buffer
-        memory = memoryview(bytearray(where.length))
-        reader.open(self.record.file).read_at(where.start, memory)
+        memory = memoryview(bytearray(self.span))
+        reader.open(self.record.file).read_at(start, memory)
         _gather(memory, self.info, self.strides, buffer)
         return memory
 
     def tobytes(self, reader: Reader | None = None) -> bytes:
-        """Read the row-major bytes, as they are stored, all of them into memory.
+        """Read the whole tensor into memory, in row-major order and without a cast.
 
-        Without a ``reader``, the file is opened for as long as this takes.
+        Without a ``reader``, the file is opened and closed again.
         """
         if reader is None:
             with Reader() as own:
@@ -147,25 +147,29 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A tensor that is made up of ``parts`` of one shape, one after another along dim 0."""
+    """A tensor that consists of ``parts`` of the same shape, concatenated along dim 0."""
 
     info: TensorInfo
     parts: tuple[SourceTensor, ...]
 
     @property
     def target(self) -> TensorInfo:
-        """As `SourceTensor.target`."""
+        """See `SourceTensor.target`."""
         return TensorInfo(self.parts[0].target.dtype, self.info.shape)
 
     def rows(self, start: int, stop: int) -> SourceTensor:
-        """The part that has these rows, and no others."""
+        """Return the part that consists of exactly these rows.
+
+        Raises:
+            ValueError: there is none.
+        """
         size = self.info.shape[0] // len(self.parts)
         if start % size or stop - start != size:
-            raise ValueError(f"rows {start} to {stop} are no part of {self.info}, whose parts have {size}")
+            raise ValueError(f"rows {start} to {stop} are not one part of {self.info}, whose parts have {size} rows")
         return self.parts[start // size]
 
     def split(self, max_bytes: int) -> Iterator[SourceTensor]:
-        """As `SourceTensor.split`."""
+        """See `SourceTensor.split`."""
         for part in self.parts:
             yield from part.split(max_bytes)
 
@@ -178,11 +182,11 @@ def parts_of(tensor: AnyTensor) -> tuple[SourceTensor, ...]:
 
 
 def joined(parts: Sequence[SourceTensor]) -> AnyTensor:
-    """``parts`` of one shape as one tensor; a single one as it is."""
+    """Concatenate tensors of the same shape along dim 0. A single one is returned as it is."""
     if len(parts) == 1:
         return parts[0]
-    dtype, (rows, *others) = parts[0].info.dtype, parts[0].info.shape
-    return Joined(TensorInfo(dtype, (rows * len(parts), *others)), tuple(parts))
+    dtype, (rows, *rest) = parts[0].info.dtype, parts[0].info.shape
+    return Joined(TensorInfo(dtype, (rows * len(parts), *rest)), tuple(parts))
 
 
 def prefetch(tensors: Iterable[SourceTensor], reader: Reader) -> None:
@@ -195,7 +199,7 @@ def prefetch(tensors: Iterable[SourceTensor], reader: Reader) -> None:
 
 
 def filled(value: float, info: TensorInfo) -> SourceTensor:
-    """A tensor of ``value`` throughout, for what no checkpoint holds. ``info``'s dtype is a floating-point one."""
+    """Return a tensor whose elements are all ``value``. It must have a floating-point dtype."""
     single = struct.pack("<f", value)
     data = {"F64": struct.pack("<d", value), "F32": single, "F16": struct.pack("<e", value), "BF16": single[2:]}
     record = Record(inline_ref(data[info.dtype]), f"{value:g}", ByteRange(0, info.itemsize))
@@ -203,10 +207,10 @@ def filled(value: float, info: TensorInfo) -> SourceTensor:
 
 
 def _gather(memory: memoryview, info: TensorInfo, strides: tuple[int, ...], out: memoryview) -> None:
-    """Copy a strided tensor out of ``memory``, one innermost run at a time.
+    """Copy a strided tensor from ``memory`` to ``out``, one run of the innermost dimension at a time.
 
-    A memoryview slices with a step but not with step 0, so an expanded innermost dimension is
-    repeated instead. Elements are moved as unsigned integers of their size: no value is looked at.
+    Elements are copied as unsigned integers of their size, so that their bits do not change. A memoryview cannot be
+    sliced with step 0, so the elements of an expanded innermost dimension are copied one by one.
     """
     codes: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
     code = codes[info.itemsize]

@@ -1,6 +1,6 @@
-"""Dtypes, and what a tensor is before anyone reads it.
+"""Dtypes, and the dtype and shape of a tensor.
 
-`DTYPES` is the only dtype table: whatever a dtype is called in a file, in torch or in numpy is looked up here.
+`DTYPES` is the only dtype table: the names of a dtype in files, in torch and in numpy are looked up here.
 """
 
 import math
@@ -15,8 +15,8 @@ CastDtype = Literal["float32", "float16", "bfloat16"]
 class DType:
     """One dtype. ``itemsize`` is in bytes.
 
-    ``storage`` is torch's typed storage class, empty for dtypes that came after those classes. ``numpy`` is the
-    dtype string under which `casts` handles the values; bfloat16, which numpy lacks, is handled by its bits.
+    ``storage`` is torch's typed storage class, empty for dtypes that are newer than those classes. ``numpy`` is the
+    numpy dtype that `casts` uses; bfloat16, which numpy lacks, is represented by its bits.
     """
 
     code: str
@@ -27,11 +27,11 @@ class DType:
 
     @property
     def is_weight(self) -> bool:
-        """Whether a model's weights can have it: the floating-point dtypes of 16 bits and more."""
+        """Return whether a model's weights can have this dtype: floating point of at least 16 bits."""
         return bool(self.numpy)
 
 
-# By safetensors' code and in safetensors' own order, which is the reverse of the order of tensors in its files.
+# By safetensors' code, in safetensors' order; in its files, tensors are sorted in the reverse of this order.
 DTYPES = {
     dtype.code: dtype
     for dtype in (
@@ -59,7 +59,7 @@ BY_TORCH_NAME = {dtype.torch: dtype for dtype in DTYPES.values()}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """``dtype`` is a safetensors code such as ``"F32"``."""
+    """The dtype, a safetensors code such as ``"F32"``, and the shape of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -78,5 +78,5 @@ class TensorInfo:
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides in elements: (2, 3, 4) gives (12, 4, 1)."""
+    """Return the row-major strides in elements: (12, 4, 1) for the shape (2, 3, 4)."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))

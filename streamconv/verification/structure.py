@@ -8,7 +8,7 @@ from typing import Any
 from streamconv.errors import OutputError, SourceError
 from streamconv.files.local import read_small
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
-from streamconv.formats.safetensors import INDEX_NAME, LOADED_BESIDE, SINGLE_NAME, index_of
+from streamconv.formats.safetensors import CONFLICTING_PATTERNS, INDEX_NAME, SINGLE_NAME, make_index
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
 from streamconv.planning.plan import Plan
 from streamconv.tensors.expressions import SourceTensor
@@ -57,12 +57,12 @@ def weight_file_problems(folder: Path, written: Checkpoint) -> list[str]:
     if shards == {SINGLE_NAME}:
         return problems
     filenames = {name: tensor.record.file.name for name, tensor in written.items()}
-    return problems + _json_differences(folder, INDEX_NAME, index_of(written, filenames))
+    return problems + _json_differences(folder, INDEX_NAME, make_index(written, filenames))
 
 
 def unexpected_weights(folder: Path, expected: set[str]) -> list[str]:
     """List files that transformers would load although they are not among the ``expected`` ones."""
-    found = {path.name for pattern in LOADED_BESIDE for path in folder.glob(pattern)}
+    found = {path.name for pattern in CONFLICTING_PATTERNS for path in folder.glob(pattern)}
     return [f"{name} is not part of the model" for name in found - expected]
 
 

@@ -113,7 +113,7 @@ def test_other_torch_globals_are_refused(pth: Path, name: str) -> None:
 def test_harmful_global_is_refused_anywhere_in_the_pickle(pth: Path, name: str) -> None:
     module, _, function = name.partition(" ")
     rewrite(pth, {"data.pkl": f"\x80\x02}}X\x01\x00\x00\x00ac{module}\n{function}\ns.".encode("latin1")})
-    with pytest.raises(UnsafePickleError, match=rf"names {module}.{function}, which no checkpoint has a use for"):
+    with pytest.raises(UnsafePickleError, match=rf"names {module}.{function}, which no checkpoint needs"):
         streamconv.open_checkpoint(pth)
 
 
@@ -179,7 +179,7 @@ def test_checkpoint_that_is_not_a_dict_is_described(tmp_path: Path) -> None:
         with pytest.raises(NotACheckpointError, match=says):
             streamconv.open_checkpoint(tmp_path / "x.pth")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
-    with pytest.raises(UnsafePickleError, match=r"Linear, which is no dict.*Save its state_dict\(\)"):
+    with pytest.raises(UnsafePickleError, match=r"Linear, which is not a dict.*Save its state_dict\(\)"):
         streamconv.open_checkpoint(tmp_path / "x.pth")
 
 
@@ -231,17 +231,17 @@ def test_values_beside_the_tensors_are_skipped(tmp_path: Path, is_zip: bool) -> 
             name: bytes_of(value) for name, value in wanted.items()
         }
         assert list(checkpoint)[:5] == ["model.weight", "model.bias", *list(wanted)[4:6], "teacher.center"]
-        assert checkpoint.others["args"] == f"{Settings.__module__}.Settings"
-        assert checkpoint.others["sparse"] == "torch._utils._rebuild_sparse_tensor"
-        assert {"seen", "when", "rng.state", "blob"} & checkpoint.others.keys() >= {"seen", "when", "blob"}
-        assert not checkpoint.others.keys() & {"epoch", "name", "history"}
+        assert checkpoint.non_tensors["args"] == f"{Settings.__module__}.Settings"
+        assert checkpoint.non_tensors["sparse"] == "torch._utils._rebuild_sparse_tensor"
+        assert {"seen", "when", "rng.state", "blob"} & checkpoint.non_tensors.keys() >= {"seen", "when", "blob"}
+        assert not checkpoint.non_tensors.keys() & {"epoch", "name", "history"}
 
 
 def test_records_that_contradict_the_index_are_refused(pth: Path) -> None:
     whole = pth.read_bytes()
     for size in (3996, 4004):
         rewrite(pth, {"data/0": bytes(size)})
-        with pytest.raises(CorruptError, match=f"{size} bytes where its index says 1000 elements of F32"):
+        with pytest.raises(CorruptError, match=f"{size} bytes, but its index gives it 1000 elements of F32"):
             streamconv.open_checkpoint(pth)
         pth.write_bytes(whole)
     rewrite(pth, {}, compression=zipfile.ZIP_DEFLATED)
@@ -303,7 +303,7 @@ def test_inconsistent_safetensors_header_is_refused(tmp_path: Path) -> None:
 
 def test_index_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../secret.safetensors"}}')
-    with pytest.raises(CorruptError, match="no file of its folder"):
+    with pytest.raises(CorruptError, match="not a safetensors file in its folder"):
         streamconv.open_checkpoint(tmp_path)
 
 

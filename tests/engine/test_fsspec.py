@@ -21,7 +21,7 @@ from tests.support import tiny
 
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0.01, 0.01))
+    monkeypatch.setattr(remote, "RETRY_WAITS_SECONDS", (0, 0.01, 0.01))
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     yield memory
@@ -108,11 +108,11 @@ def test_mistakes_are_reported_in_one_message(files: Any) -> None:
     put(files)
     with pytest.raises(SourceMissingError, match=r"memory://bucket/y\.pth: there is no such file"):
         open_checkpoint("memory://bucket/y.pth")
-    with pytest.raises(SourceError, match="is no file"):
+    with pytest.raises(SourceError, match="is not a file"):
         open_checkpoint("memory://bucket")
     with pytest.raises(UsageError, match=r"nosuch://a/b\.pth: Protocol not known"):
         open_checkpoint("nosuch://a/b.pth")
-    with pytest.raises(UsageError, match="names no file"):
+    with pytest.raises(UsageError, match="does not name a file"):
         open_checkpoint("memory://bucket/")
 
 

@@ -84,13 +84,13 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "an instance": (b"\x80\x02(ios\nsystem\n.", "opcode 0x69"),
     "an object by NEWOBJ": (b"\x80\x02" + NEW_DICT[:-2] + b")\x81.", "an object of a function"),
     "a set": (b"\x80\x02\x8f.", "opcode 0x8f"),
-    "a memo of four billion": (b"\x80\x02}r\xfe\xff\xff\xff.", "remembers a value as number"),
+    "a memo of four billion": (b"\x80\x02}r\xfe\xff\xff\xff.", "stores memo entry"),
     "a value never remembered": (b"\x80\x02j\x00\x00\x00\x7f.", "ends too early, or takes more"),
     "an empty stack": (b"\x80\x02.", "takes more from its stack"),
     "no end": (b"\x80\x02}", "ends too early"),
     "a string of four gigabytes": (b"\x80\x02X\xff\xff\xff\xff.", "a string of 4,294,967,295"),
     "a string that is not UTF-8": (b"\x80\x02X\x02\x00\x00\x00\xff\xff.", "not UTF-8"),
-    "a persistent id that takes for ever to show": (SHARED + b"h\x00Q.", "no storage's"),
+    "a persistent id that takes for ever to show": (SHARED + b"h\x00Q.", "does not describe a storage"),
     "arguments that take for ever to show": (SHARED + TENSOR + b"h\x00R.", "damaged"),
     "a dtype that takes for ever to hash": (
         SHARED + TENSOR_V3 + b"(" + storage() + b"K\x00K\x02\x85K\x01\x85\x89Nh\x00tR.", "without a storage or a dtype"
@@ -103,22 +103,22 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
         lambda: b"\x80\x02]}(" + b"".join(put(i * (2**61 - 1)) + b"N" for i in range(1, 100_000)) + b"ua.", "a list"
     ),
     "a list of itself": (b"\x80\x02]q\x00h\x00a.", "holds a list"),
-    "a dict of itself": (b"\x80\x02}q\x00X\x01\x00\x00\x00xh\x00s.", "dicts too deep"),
+    "a dict of itself": (b"\x80\x02}q\x00X\x01\x00\x00\x00xh\x00s.", "dicts that are nested too deeply"),
     "a dict in more and more dicts": (
         b"\x80\x02}q\x00" + b"".join(b"}(" + put("a") + b"h%c" % i + put("b") + b"h%c" % i + b"uq%c" % (i + 1)
         for i in range(99)) + b".", "too many entries",
     ),
     "many dicts below a name of a megabyte": (
         lambda: b"\x80\x02}" + put("a" * 1_000_000) + b"}(" + b"".join(
-            put(f"{i}") + b"}K\x00Ns" for i in range(60_000)) + b"us.", "too deep",
+            put(f"{i}") + b"}K\x00Ns" for i in range(60_000)) + b"us.", "too deeply",
     ),
     "one name of a megabyte in many dicts": (
         lambda: b"\x80\x02}(" + put("a" * 1_000_000) + b"q\x00cmine\nThing\nq\x01" + b"".join(
             put(f"{i}") + b"}h\x00h\x01s" for i in range(60_000)) + put("") + tensor() + b"u.",
-        "names a tensor ''",
+        "a tensor named ''",
     ),
     "an object of a name that runs code": (b"\x80\x02cposix\nsystem\n)\x81.", "posix.system, which no checkpoint"),
-    "an object instead of a dict": (b"\x80\x02cmine\nModel\n)\x81}b.", "holds a mine.Model, which is no dict"),
+    "an object instead of a dict": (b"\x80\x02cmine\nModel\n)\x81}b.", "holds a mine.Model, which is not a dict"),
 
     "millions of dicts": (lambda: b"\x80\x02(" + b"}" * 12_000_000 + b"l.", "bytes of objects"),
     "millions of lists": (lambda: b"\x80\x02](" + b"]" * 12_000_000 + b"e.", "bytes of objects"),
@@ -166,7 +166,7 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a list for a shape": (state(tensor(shape=[2])), "shape and strides do not fit"),
     "a negative storage": (state(tensor(store=storage(-2))), "a storage without"),
     "a true storage": (state(tensor(store=storage(True))), "a storage without"),
-    "a huge storage": (state(tensor(store=storage(1 << 61))), "8 bytes where its index says"),
+    "a huge storage": (state(tensor(store=storage(1 << 61))), "8 bytes, but its index gives it"),
     "a storage beyond 64 bits": (state(tensor(store=storage(1 << 80))), "a storage without"),
     "a storage of no type": (state(tensor(store=storage(kind=b"N"))), "a storage without"),
     "a storage whose type is a dtype": (state(tensor(store=storage(kind=b"ctorch\nuint16\n"))), "a storage without"),
@@ -187,18 +187,19 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "half a million classes": (
         lambda: b"\x80\x02" + b"ctorch\nFloatStorage\n" * 550_000 + b".", "describes more than|more values"
     ),
-    "a call of a dtype": (b"\x80\x02ctorch\nuint16\n)R.", "calls a _Name"),
+    "a call of a dtype": (b"\x80\x02ctorch\nuint16\n)R.", "calls a _TorchGlobal"),
     "items of a tensor": (state(tensor() + b"K\x00Ns"), "sets items of a SourceTensor"),
     "items without a value": (b"\x80\x02}(K\x00u.", "key without a value"),
     "an append to a dict": (b"\x80\x02}Na.", "appends to a dict"),
     "no dict": (b"\x80\x02" + tensor() + b".", "holds a tensor, not a dict"),
-    "an empty name": (b"\x80\x02}" + put("") + tensor() + b"s.", "names a tensor ''"),
-    "a name of two lines": (b"\x80\x02}" + put("a\nb") + tensor() + b"s.", r"names a tensor 'a\\nb'"),
+    "an empty name": (b"\x80\x02}" + put("") + tensor() + b"s.", "a tensor named ''"),
+    "a name of two lines": (b"\x80\x02}" + put("a\nb") + tensor() + b"s.", r"a tensor named 'a\\nb'"),
     "a name that is no text": (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80" + tensor() + b"s.", r"'\\ud800'"),
     "a name that hides itself": (b"\x80\x02}" + put("weight\u202e") + tensor() + b"s.", r"\\u202e"),
     "an endless tensor name": (b"\x80\x02}" + put("x" * 2000) + tensor() + b"s.", "longer than"),
     "one name twice": (
-        b"\x80\x02}(" + put("a.b") + tensor() + put("a") + b"}" + put("b") + tensor() + b"su.", "two tensors 'a.b'"
+        b"\x80\x02}(" + put("a.b") + tensor() + put("a") + b"}" + put("b") + tensor() + b"su.",
+        "two tensors named 'a.b'",
     ),
 }  # fmt: skip
 
@@ -246,8 +247,8 @@ IN_A_ROW = {  # what a pickle is refused for that is not in a zip
     "no end": "holds a list",  # of keys
     "a pickle of 13 MB": "at once",
     "a huge storage": "ends within its weights",
-    "a storage that is elsewhere": "a key that is no number",
-    "a storage whose key a terminal obeys": "a key that is no number",
+    "a storage that is elsewhere": "a key that is not a number",
+    "a storage whose key a terminal obeys": "a key that is not a number",
 }
 
 
@@ -268,9 +269,9 @@ ONE, VIEW = state(tensor()), b"(" + put("storage") + b"ctorch\nFloatStorage\n" +
 INTS = storage(kind=b"ctorch\nIntStorage\n")
 LEGACY: dict[str, tuple[Callable[[], bytes], str]] = {
     "another byte order": (lambda: legacy(ONE, system=SYSTEM | {"little_endian": False}), "big-endian"),
-    "no byte order": (lambda: legacy(ONE, system={}), "in which order"),
-    "a byte order that is a number": (lambda: legacy(ONE, system=SYSTEM | {"little_endian": 1}), "in which order"),
-    "a system that is a list": (lambda: legacy(ONE, system=[True]), "in which order"),
+    "no byte order": (lambda: legacy(ONE, system={}), "byte order"),
+    "a byte order that is a number": (lambda: legacy(ONE, system=SYSTEM | {"little_endian": 1}), "byte order"),
+    "a system that is a list": (lambda: legacy(ONE, system=[True]), "byte order"),
     "a system that runs code": (lambda: legacy(ONE, system=b"\x80\x02cos\nsystem\n."), "only strings and numbers"),
     "a system that is a storage": (lambda: legacy(ONE, system=b"\x80\x02K\x00Q."), "only strings and numbers"),
     "a system of millions": (lambda: legacy(ONE, system=b"\x80\x02N" + b"q\x00" * 5_000_000 + b"."), "1,000 opcodes"),
@@ -281,15 +282,16 @@ LEGACY: dict[str, tuple[Callable[[], bytes], str]] = {
     "a string behind the end": (lambda: legacy(b"\x80\x02X" + struct.pack("<I", 1 << 20), b"", b""), "ends too early"),
     "a view": (lambda: legacy(state(tensor(store=VIEW + put(("1", 0, 1)) + b"tq\x00Q"))), "view of another"),
     "a view of nothing": (lambda: legacy(state(tensor(store=VIEW + b")tq\x00Q"))), "view of another"),
-    "a zip's storage": (lambda: legacy(state(tensor(store=VIEW + b"tq\x00Q"))), "no storage's"),
+    "a zip's storage": (lambda: legacy(state(tensor(store=VIEW + b"tq\x00Q"))), "does not describe a storage"),
     "an untyped storage": (
-        lambda: legacy(state(tensor(store=storage(kind=b"ctorch.storage\nUntypedStorage\n")))), "torch writes into it"
+        lambda: legacy(state(tensor(store=storage(kind=b"ctorch.storage\nUntypedStorage\n")))),
+        "torch writes them but cannot load them",
     ),
-    "a key that is empty": (lambda: legacy(state(tensor(store=storage(key=""))), ("",)), "no number"),
-    "a key of other digits": (lambda: legacy(state(tensor(store=storage(key="٣"))), ("٣",)), "no number"),
-    "an endless key": (lambda: legacy(state(tensor(store=storage(key="1" * 21))), ("1" * 21,)), "no number"),
+    "a key that is empty": (lambda: legacy(state(tensor(store=storage(key=""))), ("",)), "not a number"),
+    "a key of other digits": (lambda: legacy(state(tensor(store=storage(key="٣"))), ("٣",)), "not a number"),
+    "an endless key": (lambda: legacy(state(tensor(store=storage(key="1" * 21))), ("1" * 21,)), "not a number"),
     "one storage of two sizes": (
-        lambda: legacy(state(tensor(), tensor(shape=(1,), store=storage(1)))), "with 2 elements and with 1"
+        lambda: legacy(state(tensor(), tensor(shape=(1,), store=storage(1)))), "both 2 and 1 elements"
     ),
     "one storage of two types": (lambda: legacy(state(tensor(), tensor(store=INTS))), "as another dtype"),
     "too many storages": (
@@ -311,12 +313,13 @@ LEGACY: dict[str, tuple[Callable[[], bytes], str]] = {
     "keys that run code": (lambda: legacy(ONE, b"\x80\x02cos\nsystem\n."), "only strings and numbers"),
     "millions of keys": (lambda: legacy(ONE, b"\x80\x02N" + b"q\x00" * 500_000 + b"."), "196,608 opcodes"),
     "no keys at all": (lambda: legacy(ONE, b"", b""), "ends too early"),
-    "a count too low": (lambda: legacy(ONE, data=struct.pack("<q2f", 1, 0, 1)), "begins with 1 elements"),
-    "a count too high": (lambda: legacy(ONE, data=struct.pack("<q2f", 3, 0, 1)), "begins with 3 elements"),
-    "a negative count": (lambda: legacy(ONE, data=struct.pack("<q2f", -1, 0, 1)), "begins with 18,446"),
-    "a count of bytes": (lambda: legacy(ONE, data=struct.pack("<q2f", 8, 0, 1)), "begins with 8 elements"),
+    "a count too low": (lambda: legacy(ONE, data=struct.pack("<q2f", 1, 0, 1)), "begins with a count of 1 elements"),
+    "a count too high": (lambda: legacy(ONE, data=struct.pack("<q2f", 3, 0, 1)), "begins with a count of 3 elements"),
+    "a negative count": (lambda: legacy(ONE, data=struct.pack("<q2f", -1, 0, 1)), "begins with a count of 18,446"),
+    "a count of bytes": (lambda: legacy(ONE, data=struct.pack("<q2f", 8, 0, 1)), "begins with a count of 8 elements"),
     "a count of an empty storage": (
-        lambda: legacy(state(tensor(shape=(0,), store=storage(0))), data=struct.pack("<q", 1)), "begins with 1 elements"
+        lambda: legacy(state(tensor(shape=(0,), store=storage(0))), data=struct.pack("<q", 1)),
+        "begins with a count of 1 elements",
     ),
     "no count": (lambda: legacy(ONE, data=b""), "cut short"),
     "a byte too few": (lambda: legacy(ONE, data=TWO[:-1]), "cut short"),
@@ -420,22 +423,22 @@ def zip64_size(size: int) -> bytes:
 BIG = 0xFFFFFFFF
 ALL = b"".join(ENTRIES)
 ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "data before the zip": (lambda: BODY[:30] + BODY + end(ALL, len(BODY), 4), "not where its end says"),
+    "data before the zip": (lambda: BODY[:30] + BODY + end(ALL, len(BODY), 4), "not at the offset"),
     "data behind the zip": (lambda: BODY + end(ALL, len(BODY), 4) + b"more", "something was appended"),
     "a comment": (lambda: BODY + end(ALL, len(BODY), 4, comment=b"hello"), "something was appended"),
     "a comment that is another end": (
-        lambda: BODY + end(ALL, len(BODY), 4, comment=end(b"", 0, 0)), "not where its end says"
+        lambda: BODY + end(ALL, len(BODY), 4, comment=end(b"", 0, 0)), "not at the offset"
     ),
-    "bytes between the records and the end": (lambda: BODY + end(ALL + b"gap", len(BODY), 4, len(ALL)), "not where"),
+    "bytes between the records and the end": (lambda: BODY + end(ALL + b"gap", len(BODY), 4, len(ALL)), "not at the"),
     "fewer entries than there are": (lambda: BODY + end(ALL, len(BODY), 3), "its entries"),
     "more entries than there are": (lambda: BODY + end(ALL, len(BODY), 5), "damaged zip directory"),
-    "a directory before the file": (lambda: BODY + end(ALL, len(BODY), 4, size=len(ALL) + 1), "not where its end says"),
-    "a directory of four gigabytes": (lambda: BODY + end(ALL, len(BODY), 4, size=BIG), "not where its end says"),
-    "a directory of 2^64 bytes": (lambda: BODY + end64(ALL, len(BODY), 4, size=2**64 - 1), "not where its end says"),
-    "a directory that starts at 2^64": (lambda: BODY + end64(ALL, len(BODY), 4, start=2**64 - 1), "not where its end"),
+    "a directory before the file": (lambda: BODY + end(ALL, len(BODY), 4, size=len(ALL) + 1), "not at the offset"),
+    "a directory of four gigabytes": (lambda: BODY + end(ALL, len(BODY), 4, size=BIG), "not at the offset"),
+    "a directory of 2^64 bytes": (lambda: BODY + end64(ALL, len(BODY), 4, size=2**64 - 1), "not at the offset"),
+    "a directory that starts at 2^64": (lambda: BODY + end64(ALL, len(BODY), 4, start=2**64 - 1), "not at the offset"),
     "2^64 entries": (lambda: BODY + end64(ALL, len(BODY), 4, count=2**64 - 1), "more than 65,536 tensors need"),
-    "another 64-bit end than the last": (lambda: BODY + end64(ALL, len(BODY), 4, where=7), "its ends differ"),
-    "a file on another disk": (lambda: with_entry(disk=1), "no entry of torch.save"),
+    "another 64-bit end than the last": (lambda: BODY + end64(ALL, len(BODY), 4, where=7), "64-bit end is not valid"),
+    "a file on another disk": (lambda: with_entry(disk=1), "is not one of torch.save"),
     "a compressed record": (lambda: with_entry(method=8), "compressed or encrypted"),
     "an encrypted record": (lambda: with_entry(flags=1), "compressed or encrypted"),
     "a strongly encrypted record": (lambda: with_entry(flags=64), "compressed or encrypted"),
@@ -451,18 +454,18 @@ ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a record of another stored size": (lambda: with_local(patched(PARTS[1], 18, 4)), "header of its record x/data/0"),
     "a record of another full size": (lambda: with_local(patched(PARTS[1], 22, 4)), "header of its record x/data/0"),
     "a header longer than the file": (lambda: with_local(patched(PARTS[1], 28, 255)), "header of its record x/data/0"),
-    "fewer entries on this disk": (lambda: patched(BODY + end(ALL, len(BODY), 4), -14, 3), "not where its end says"),
+    "fewer entries on this disk": (lambda: patched(BODY + end(ALL, len(BODY), 4), -14, 3), "not at the offset"),
     "a comment that is not there": (lambda: patched(BODY + end(ALL, len(BODY), 4), -2, 5), "something was appended"),
     "a record without a header": (lambda: with_local(b"PK\3\5" + PARTS[1][4:]), "header of its record x/data/0"),
     "a record that pretends to be compressed": (lambda: with_entry(stored=4), "has 4 bytes for 8"),
-    "a record behind the file": (lambda: with_entry(offset=1 << 30), "beyond the zip's records"),
-    "a record in the directory": (lambda: with_entry(offset=len(BODY)), "beyond the zip's records"),
-    "a record that reaches into the directory": (lambda: with_entry(size=10_000), "beyond the zip's records"),
+    "a record behind the file": (lambda: with_entry(offset=1 << 30), "extends beyond the zip's records"),
+    "a record in the directory": (lambda: with_entry(offset=len(BODY)), "extends beyond the zip's records"),
+    "a record that reaches into the directory": (lambda: with_entry(size=10_000), "extends beyond the zip's records"),
     "a record of 2^64 bytes": (
-        lambda: with_entry(size=BIG, extra=zip64_size(2**64 - 1)), "beyond the zip's records"
+        lambda: with_entry(size=BIG, extra=zip64_size(2**64 - 1)), "extends beyond the zip's records"
     ),
     "a record at 2^64": (
-        lambda: with_entry(offset=BIG, extra=struct.pack("<2HQ", 1, 8, 2**64 - 1)), "beyond the zip's records"
+        lambda: with_entry(offset=BIG, extra=struct.pack("<2HQ", 1, 8, 2**64 - 1)), "extends beyond the zip's records"
     ),
     "a 64-bit size that is missing": (lambda: with_entry(size=BIG), "64-bit size is missing"),
     "a 64-bit size cut short": (lambda: with_entry(size=BIG, extra=struct.pack("<2HL", 1, 4, 8)), "damaged zip"),
@@ -472,21 +475,21 @@ ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
             ENTRIES[0] + entry(b"x/data/1", PARTS[1] + b"1234", OFFSETS[1]) + entry(NAMES[1], DATA[1], OFFSETS[1] + 38),
             OFFSETS[1] + 38 + len(PARTS[1]) + 4, 3), "overlaps another one"
     ),
-    "one record twice": (lambda: BODY + end(ALL + ENTRIES[1], len(BODY), 5), "two records of one name"),
+    "one record twice": (lambda: BODY + end(ALL + ENTRIES[1], len(BODY), 5), "two records of the same name"),
     "two records that differ in case": (
         lambda: BODY + local(b"x/DATA/0", DATA[1]) + end(
-            ALL + entry(b"x/DATA/0", DATA[1], len(BODY)), len(BODY + PARTS[1]), 5), "two records of one name"
+            ALL + entry(b"x/DATA/0", DATA[1], len(BODY)), len(BODY + PARTS[1]), 5), "two records of the same name"
     ),
     "a name with a NUL": (
         lambda: BODY + local(b"x/data/0\0y", b"") + end(
-            ALL + entry(b"x/data/0\0y", b"", len(BODY)), len(BODY) + 40, 5), "no entry of torch.save"
+            ALL + entry(b"x/data/0\0y", b"", len(BODY)), len(BODY) + 40, 5), "is not one of torch.save"
     ),
     "a name that is not UTF-8": (
         lambda: BODY + local(b"x/\xff", b"") + end(ALL + entry(b"x/\xff", b"", len(BODY)), len(BODY) + 33, 5), "damaged"
     ),
     "an endless record name": (
         lambda: BODY + local(b"x" * 9999, b"") + end(
-            ALL + entry(b"x" * 9999, b"", len(BODY)), len(BODY) + 30 + 9999, 5), "no entry of torch.save"
+            ALL + entry(b"x" * 9999, b"", len(BODY)), len(BODY) + 30 + 9999, 5), "is not one of torch.save"
     ),
     "two pickles": (
         lambda: BODY + local(b"y/data.pkl", b"") + end(
@@ -581,7 +584,7 @@ HEADERS: dict[str, tuple[bytes | Callable[[], bytes], int, str]] = {
     "a negative start": (header_of(a=t(-8, 0)), 0, "does not fill the range"),
     "an end before the start": (header_of(a=t(8, 0)), 8, "does not fill the range"),
     "an end at 2^64": (header_of(a=t(2**64 - 8, 2**64)), 8, "does not fill the range"),
-    "a fractional offset": (header_of(a=t(0.0, 8)), 8, "no whole number"),
+    "a fractional offset": (header_of(a=t(0.0, 8)), 8, "not an integer"),
     "a true offset": (header_of(a=t(False, 8)), 8, "does not fill the range"),
     "three offsets": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,8]}}', 8, "does not fill the range"),
     "a negative size": (header_of(a=t(0, 8, [-2])), 8, "impossible shape"),
@@ -593,21 +596,21 @@ HEADERS: dict[str, tuple[bytes | Callable[[], bytes], int, str]] = {
     "a tensor without a shape": (b'{"a":{"dtype":"F32","data_offsets":[0,8]}}', 8, "no dtype, shape"),
     "a tensor that is a number": (b'{"a":7}', 8, "no dtype, shape"),
     "a name twice": (b'{"a":' + json.dumps(t(0, 8)).encode() + b',"a":' + json.dumps(t(0, 8)).encode() + b"}", 8,
-                     "'a' stands twice"),
-    "a dtype twice": (b'{"a":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', 8, "'dtype' stands"),
+                     "'a' appears twice"),
+    "a dtype twice": (b'{"a":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', 8, "'dtype' appears"),
     "metadata without end": (
         lambda: b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(500_000)) + b"}}", 0,
         "more than 65,536 tensors need",
     ),
     "metadata of numbers": (b'{"__metadata__":{"a":1}}', 0, "__metadata__"),
     "metadata that is a list": (b'{"__metadata__":["a"]}', 0, "__metadata__"),
-    "an empty name": (header_of(**{"": t(0, 8)}), 8, "names a tensor ''"),
+    "an empty name": (header_of(**{"": t(0, 8)}), 8, "a tensor named ''"),
     "a name of two lines": (header_of(**{"a\nb": t(0, 8)}), 8, r"'a\\nb'"),
     "a name that is no text": (header_of(**{"a\ud800": t(0, 8)}), 8, r"a\\ud800"),
     "an endless name": (header_of(**{"a" * 1001: t(0, 8)}), 8, "longer than"),
     "bytes that are no text": (b'{"\xff":7}', 0, "damaged"),
     "no object": (b'{"a"', 0, "damaged"),
-    "a number that is none": (b'{"a":NaN}', 0, "no whole number"),
+    "a number that is none": (b'{"a":NaN}', 0, "not an integer"),
     "endless digits": (b'{"a":' + b"9" * 5_000_000 + b"}", 0, "damaged"),
     "a deep list": (DEEP, 0, "damaged|more than"),
     "a deeper list": (lambda: b'{"x":' + b"[" * 10_000_000, 0, "more than 65,536 tensors need"),
@@ -660,30 +663,39 @@ def test_handmade_folder_is_read_if_nothing_is_wrong_with_it(sharded: Path) -> N
 
 
 INDEXES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
-    "a path upwards": (b'{"weight_map": {"b": "../secret.safetensors"}}', "no file of its folder"),
-    "a path by backslashes": (b'{"weight_map": {"b": "..\\\\secret.safetensors"}}', "no file of its folder"),
-    "a path through a folder": (b'{"weight_map": {"b": "sub/two.safetensors"}}', "no file of its folder"),
-    "an absolute path": (b'{"weight_map": {"b": "/etc/passwd.safetensors"}}', "no file of its folder"),
-    "a drive": (b'{"weight_map": {"b": "C:two.safetensors"}}', "no file of its folder"),
-    "the folder": (b'{"weight_map": {"b": "."}}', "no file of its folder"),
-    "the folder above": (b'{"weight_map": {"b": ".."}}', "no file of its folder"),
-    "nothing": (b'{"weight_map": {"b": ""}}', "no file of its folder"),
+    "a path upwards": (b'{"weight_map": {"b": "../secret.safetensors"}}', "not a safetensors file in its folder"),
+    "a path by backslashes": (
+        b'{"weight_map": {"b": "..\\\\secret.safetensors"}}',
+        "not a safetensors file in its folder",
+    ),
+    "a path through a folder": (
+        b'{"weight_map": {"b": "sub/two.safetensors"}}',
+        "not a safetensors file in its folder",
+    ),
+    "an absolute path": (b'{"weight_map": {"b": "/etc/passwd.safetensors"}}', "not a safetensors file in its folder"),
+    "a drive": (b'{"weight_map": {"b": "C:two.safetensors"}}', "not a safetensors file in its folder"),
+    "the folder": (b'{"weight_map": {"b": "."}}', "not a safetensors file in its folder"),
+    "the folder above": (b'{"weight_map": {"b": ".."}}', "not a safetensors file in its folder"),
+    "nothing": (b'{"weight_map": {"b": ""}}', "not a safetensors file in its folder"),
     "a NUL": (b'{"weight_map": {"b": "two.safetensors\\u0000.safetensors"}}', r"two\.safetensors\\x00"),
     "a terminal's escape": (b'{"weight_map": {"b": "\\u001b[2J.safetensors"}}', r"\\x1b\[2J"),
-    "a pickle": (b'{"weight_map": {"b": "two.bin"}}', "no file of its folder"),
-    "an endless name": (b'{"weight_map": {"b": "' + b"x" * 300 + b'.safetensors"}}', "no file of its folder"),
+    "a pickle": (b'{"weight_map": {"b": "two.bin"}}', "not a safetensors file in its folder"),
+    "an endless name": (
+        b'{"weight_map": {"b": "' + b"x" * 300 + b'.safetensors"}}',
+        "not a safetensors file in its folder",
+    ),
     "a file that is not there": (b'{"weight_map": {"b": "three.safetensors"}}', "no such file"),
     "a number": (b'{"weight_map": {"b": 7}}', "names a int"),
     "a list": (b'{"weight_map": [["b", "two.safetensors"]]}', "no weight_map"),
     "no tensors": (b'{"weight_map": {}}', "no weight_map"),
     "no map": (b"{}", "no weight_map"),
-    "no object": (b"[]", "no JSON object"),
+    "no object": (b"[]", "not a JSON object"),
     "no JSON": (b"{", "is damaged"),
-    "a tensor twice": (b'{"weight_map": {"b": "two.safetensors", "b": "one.safetensors"}}', "'b' stands twice"),
+    "a tensor twice": (b'{"weight_map": {"b": "two.safetensors", "b": "one.safetensors"}}', "'b' appears twice"),
     "a tensor of another file": (b'{"weight_map": {"a": "two.safetensors"}}', "disagree on 2 tensors"),
     "a tensor too many": (
         b'{"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}}',
-        "'c' is in the index alone",
+        "'c' is only in the index",
     ),
     "a deep list": (DEEP, "damaged|more than"),
     "millions of lists": (lambda: b'{"weight_map":[' + b"[]," * 3_000_000 + b"[]]}", "more than 65,536"),

@@ -40,7 +40,7 @@ class FakeFile(RemoteFile):
             self.in_a_row += 1
             raise self.random.choice([ConnectionResetError, TimeoutError, lambda: RetryLater("busy", 0)])()
 
-    def _ask(self, wanted: ByteRange) -> "FakeAnswer":
+    def _request(self, wanted: ByteRange) -> "FakeAnswer":
         self.maybe_break()
         self.asked.append(wanted)
         return FakeAnswer(self, wanted)
@@ -144,7 +144,7 @@ def test_broken_connection_is_retried_with_growing_waits_for_at_most_two_minutes
     waited: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", waited.append)
     file = FakeFile()
-    file._ask = lambda wanted: exec("raise ConnectionRefusedError('refused')")  # type: ignore[assignment, method-assign]
+    file._request = lambda wanted: exec("raise ConnectionRefusedError('refused')")  # type: ignore[assignment, method-assign]
     with pytest.raises(NetworkError, match=r"fake://host/file cannot be read at byte 7: refused \(tried 9 times\)"):
         file.read_at(7, memoryview(bytearray(1)))
     assert waited == sorted(waited)
@@ -159,16 +159,16 @@ def test_every_received_byte_resets_the_retries() -> None:
     file.random.choice = lambda kinds: kinds[0]  # type: ignore[assignment]
     where = ByteRange(0, 300)
     failures = 0
-    wait = file._wait
+    wait = file._wait_before_retry
 
     def counted(position: int, error: Exception) -> None:
         nonlocal failures
         failures += 1
         wait(position, error)
 
-    file._wait = counted  # type: ignore[method-assign]
+    file._wait_before_retry = counted  # type: ignore[method-assign]
     assert read(file, where) == DATA[:300]
-    assert failures > len(remote.WAITS_SECONDS)
+    assert failures > len(remote.RETRY_WAITS_SECONDS)
 
 
 def test_requested_waits_are_respected_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_requested_waits_are_respected_up_to_a_limit(monkeypatch: pytest.MonkeyP
         file.breaks = False
         return FakeAnswer(file, wanted)
 
-    file._ask = ask  # type: ignore[method-assign]
+    file._request = ask  # type: ignore[method-assign]
     assert read(file, ByteRange(5, 5)) == DATA[5:10]
     assert waited == [17.0, 30, 2]
 

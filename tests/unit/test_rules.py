@@ -104,7 +104,7 @@ def test_incomplete_chunks_are_not_joined(make) -> None:  # type: ignore[no-unty
         assert source_names_of(RULES, parts) == {name: (name,) for name in parts}
     whole = joined([make(2, 2), make(2, 2)])
     for start, stop in ((0, 1), (1, 3), (0, 4)):
-        with pytest.raises(ValueError, match="are no part of"):
+        with pytest.raises(ValueError, match="are not one part of"):
             whole.rows(start, stop)
 
 
