@@ -371,7 +371,8 @@ def test_wrong_image_processor_is_named_and_gives_other_pixels(
     assert verdicts(found) == {"bytes": False, "load": True, "parity": None, "preprocessing": False}
     assert f"preprocessor_config.json: {field}" in problems(found)
     assert any(
-        "pixels differ" in problem or "makes [1, 3, 196, 196]" in problem for problem in found.checks[3].problems
+        "pixels differ" in problem or "pixels of shape [1, 3, 196, 196]" in problem
+        for problem in found.checks[3].problems
     )
 
 
