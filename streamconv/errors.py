@@ -4,7 +4,8 @@ Each message names what is wrong, where, and how to fix it. ``exit_code`` is the
 reserved for a verification that found a difference, which is a result rather than an error.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class StreamconvError(Exception):
@@ -18,9 +19,24 @@ class UsageError(StreamconvError):
 
 
 class SourceError(StreamconvError):
-    """The source cannot be read, or is not a checkpoint that can be converted."""
+    """The source cannot be read, or is not a checkpoint that can be converted.
+
+    ``location`` is the `Location` of the file that the error is about, if it is about one.
+    """
 
     exit_code = 3
+    location: object = None
+
+
+@contextmanager
+def located(location: object) -> Iterator[None]:
+    """Set the location of a source error that the block raises, unless it has one."""
+    try:
+        yield
+    except SourceError as error:
+        if error.location is None:
+            error.location = location
+        raise
 
 
 class SourceMissingError(SourceError):

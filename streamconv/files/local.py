@@ -16,6 +16,7 @@ from streamconv.errors import (
     SourceError,
     SourceMissingError,
     TruncatedError,
+    located,
 )
 from streamconv.files.base import ByteRange, FileRef
 
@@ -49,17 +50,17 @@ class LocalFile:
         SourceError: it is not a regular file, or cannot be opened.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, where: str | None = None):
+        self.path, self.where = path, where or str(path)
         try:
             # preadv, not mmap: touched pages of a mapping count in RSS, a reused buffer does not grow.
             if not stat.S_ISREG(os.stat(path).st_mode):
-                raise NotACheckpointError(f"{path} is not a regular file.")
+                raise NotACheckpointError(f"{self.where} is not a regular file.")
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         except FileNotFoundError:
-            raise SourceMissingError(f"{path}: there is no such file.") from None
+            raise SourceMissingError(f"{self.where}: there is no such file.") from None
         except (OSError, ValueError) as error:
-            raise SourceError(f"{path} cannot be opened: {error}.") from error
+            raise SourceError(f"{self.where} cannot be opened: {error}.") from error
         state = os.fstat(self._file.fileno())
         self.size, self.modified_ns, self.changed_ns = state.st_size, state.st_mtime_ns, state.st_ctime_ns
         self._evicts_read_pages = hasattr(os, "posix_fadvise") and self.size > _memory_bytes() // 2
@@ -68,10 +69,6 @@ class LocalFile:
     @property
     def name(self) -> str:
         return self.path.name
-
-    @property
-    def where(self) -> str:
-        return str(self.path)
 
     @cached_property
     def ref(self) -> FileRef:
@@ -90,20 +87,21 @@ class LocalFile:
             SourceError: the disk reports an error.
         """
         at = 0
-        while at < len(buffer):
-            try:
-                count = os.preadv(self._file.fileno(), [buffer[at:]], offset + at)
-            except OSError as error:
-                raise SourceError(
-                    f"{self.path} cannot be read at byte {offset + at:,}: {error.strerror}. "
-                    "Fetch it again, or copy it to another disk, and run the same command again."
-                ) from error
-            if not count:
-                raise TruncatedError(
-                    f"{self.path} ends at byte {offset + at:,}, within its contents: "
-                    "it was cut short or is being changed. Fetch it again."
-                )
-            at += count
+        with located(self.path):
+            while at < len(buffer):
+                try:
+                    count = os.preadv(self._file.fileno(), [buffer[at:]], offset + at)
+                except OSError as error:
+                    raise SourceError(
+                        f"{self.where} cannot be read at byte {offset + at:,}: {error.strerror}. "
+                        "Fetch it again, or copy it to another disk, and run the same command again."
+                    ) from error
+                if not count:
+                    raise TruncatedError(
+                        f"{self.where} ends at byte {offset + at:,}, within its contents: "
+                        "it was cut short or is being changed. Fetch it again."
+                    )
+                at += count
         self._read_bytes += at
         if self._evicts_read_pages and self._read_bytes >= _EVICT_INTERVAL_BYTES:
             # The cache would evict these pages before they are read again. Having the kernel find them one by one
@@ -126,7 +124,7 @@ class LocalFile:
         """
         state = os.fstat(self._file.fileno())
         if (state.st_size, state.st_mtime_ns, state.st_ctime_ns) != (self.size, self.modified_ns, self.changed_ns):
-            raise ChangedError(f"{self.path} was changed while it was read. Run again when it is complete.")
+            raise ChangedError(f"{self.where} was changed while it was read. Run again when it is complete.")
 
     def close(self) -> None:
         self._file.close()

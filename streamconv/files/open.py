@@ -8,14 +8,16 @@ from streamconv.files.base import File
 from streamconv.files.local import LocalFile
 
 
-def open_file(location: Location, notify: Callable[[str], None]) -> File:
+def open_file(location: Location, notify: Callable[[str], None], where: str | None = None) -> File:
     """Open a file. ``notify`` is called with a message when a connection breaks and is retried.
+
+    ``where`` is what messages call a file on this machine, instead of its path.
 
     Raises:
         UsageError, SourceError: see `LocalFile`, `HttpFile` and `FsspecFile`.
     """
     if isinstance(location, Path):
-        return LocalFile(location)
+        return LocalFile(location, where)
     # Imported only when needed, so that a local conversion does not pay for their memory.
     if location.scheme == "data":
         from streamconv.files.inline import InlineFile

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from types import TracebackType
 
-from streamconv.errors import NotACheckpointError
+from streamconv.errors import NotACheckpointError, located
 from streamconv.files.address import Address, Location, parse_location
 from streamconv.files.base import File
 from streamconv.files.local import LocalFile
@@ -98,6 +98,7 @@ def open_checkpoint(
     *,
     read_local_headers: bool = True,
     notify: Callable[[str], None] = lambda text: None,
+    where: str | None = None,
 ) -> Checkpoint:
     """Open a .pth of any torch release, a safetensors file, or a folder of sharded safetensors files.
 
@@ -109,6 +110,7 @@ def open_checkpoint(
         read_local_headers: False skips the header before each weight of a .pth; at an address, these take a request
             for every few weights. Enough for names, dtypes and shapes; the offsets of weights are then computed.
         notify: Called with a message when a connection breaks and is retried.
+        where: What messages call a file on this machine, instead of its path.
 
     >>> with open_checkpoint("dinov2_vitg14_pretrain.pth") as checkpoint:  # doctest: +SKIP
     ...     checkpoint["pos_embed"].info
@@ -128,11 +130,12 @@ def open_checkpoint(
         non_tensors: dict[str, str] = {}
         fingerprints: list[str] = []
         for each, names in names_by_location.items():
-            file = open_file(each, notify)
-            opened.callback(file.close)
-            found, other, fingerprint = _read_index(file, read_local_headers)
-            if names is not None:
-                safetensors.check_weight_map(file.where, found, names)
+            with located(each):
+                file = open_file(each, notify, where)
+                opened.callback(file.close)
+                found, other, fingerprint = _read_index(file, read_local_headers)
+                if names is not None:
+                    safetensors.check_weight_map(file.where, found, names)
             files.append(file)
             tensors.update(found)
             non_tensors.update(other)

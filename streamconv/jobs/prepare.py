@@ -64,7 +64,8 @@ def prepared_source(
             except NoRangesError:  # the index cannot be read by itself: the whole file can
                 if options.stream or not is_exact:
                     raise
-                opened = stack.enter_context(open_source(downloaded(resolved, progress), progress))
+                here, local = downloaded(resolved, progress, stack)
+                opened = stack.enter_context(open_source(here, progress, opened=local))
         else:
             opened = stack.enter_context(open_source(resolved, progress))
         yield _plan(opened, options, labels_of, progress)
@@ -82,7 +83,9 @@ def brought_here(prepared: PreparedSource, progress: Progress) -> Iterator[Prepa
     if not there.is_remote:
         yield prepared
         return
-    with open_source(downloaded(there.source, progress), progress) as here:
+    with ExitStack() as stack:
+        source, local = downloaded(there.source, progress, stack, there.checkpoints)
+        here = stack.enter_context(open_source(source, progress, opened=local))
         yield replace(prepared, source=here, plan=prepared.plan.with_records(_moved_records(there, here)))
 
 

@@ -1,8 +1,9 @@
-"""Brings a source's files into torch.hub's cache: whole or absent, and gone on with after an interruption."""
+"""Downloads a source's files into torch.hub's cache: complete or absent, and resumed after an interruption."""
 
 import glob
 import os
-from contextlib import closing, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -11,8 +12,9 @@ from streamconv.errors import CorruptError, OutputError, SourceError
 from streamconv.files.address import Address, Location
 from streamconv.files.base import ByteRange, File
 from streamconv.files.open import open_file
-from streamconv.formats.checkpoint import open_checkpoint
+from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.output.files import (
+    OutputFile,
     as_output_error,
     atomic_file,
     make_folder,
@@ -28,101 +30,122 @@ SYNC_BYTES = 32 << 20
 BUFFER_BYTES = 1 << 20
 
 
-def downloaded(source: Source, progress: Progress) -> Source:
-    """The source, all of it on this machine; what lies at an address is in torch.hub's cache then.
+def downloaded(
+    source: Source, progress: Progress, stack: ExitStack, opened: Mapping[str, Checkpoint] | None = None
+) -> tuple[Source, dict[str, Checkpoint]]:
+    """Download what is at an address into torch.hub's cache.
+
+    Args:
+        stack: Closes the checkpoints that are returned.
+        opened: The source's checkpoints by role; None if their indexes cannot be read at their addresses.
+
+    Returns:
+        The source with local files only, and those of its checkpoints that are open already, by role.
 
     Raises:
-        SourceError: it cannot be had, or came damaged.
+        SourceError: a file cannot be fetched, or came damaged.
         OutputError: the cache cannot be written, or holds another file under that name.
     """
 
-    def kept(place: Location) -> Path:
-        if not isinstance(place, Address):
-            return place
+    local_checkpoints: dict[str, Checkpoint] = {}
+
+    def local(role: str, location: Location) -> Path:
+        if not isinstance(location, Address):
+            if opened is not None:
+                local_checkpoints[role] = opened[role]
+            return location
         try:
-            return _download(place, torch_hub_cache() / place.name, progress)
+            path = torch_hub_cache() / location.name
+            if os.path.exists(path):
+                local_checkpoints[role] = kept = stack.enter_context(open_checkpoint(path))
+                _require_same(location, path, kept, opened[role] if opened is not None else None)
+            elif opened is not None:
+                _download(location, path, opened[role].files[0], progress)
+            else:
+                with closing(open_file(location, lambda text: progress(text, 0, 1, "steps"))) as file:
+                    _download(location, path, file, progress)
+            return path
         except OutputError as error:
-            hint = "It is torch.hub's folder: TORCH_HOME names another one, and --stream keeps no copy."
+            hint = "This is torch.hub's cache: set TORCH_HOME to use another folder, or use --stream to keep no copy."
             raise OutputError(f"{error}\n{hint}") from error
 
-    origins = {role: place for role, place in source.locations.items() if isinstance(place, Address)}
-    head = None if source.head is None else kept(source.head)
-    return replace(source, backbone=kept(source.backbone), head=head, origins=origins)
+    origins = {role: location for role, location in source.locations.items() if isinstance(location, Address)}
+    paths = {role: local(role, location) for role, location in source.locations.items()}
+    here = replace(source, backbone=paths["backbone"], head=paths.get("head"), origins=origins)
+    return here, local_checkpoints
 
 
-def _download(address: Address, path: Path, progress: Progress) -> Path:
-    def notify(text: str) -> None:
-        progress(text, 0, 1, "steps")
-
-    with closing(open_file(address, notify)) as file:
-        if os.path.exists(path):
-            _require_same(address, path, file)
-            return path
-        with as_output_error(path):
-            make_folder(path.parent)
-        version = sha256(repr((str(address), file.size, file.ref.version)).encode()).hexdigest()[:16]
-        _remove_others(path, version)
-        partial = temporary_path(path, version)
-        missing = file.size - (os.path.getsize(partial) if os.path.exists(partial) else 0)
-        require_space(path.parent, missing)
-        with atomic_file(path, resume=True, version=version) as output:
-            # What was written in the last moments before a power cut may be missing.
-            done = max(0, output.size - 2 * SYNC_BYTES)
-            output.truncate(done)
-            file.prefetch([ByteRange(done, file.size - done)])
-            buffer, synced = memoryview(bytearray(BUFFER_BYTES)), done
-            while done < file.size:
-                part = buffer[: min(BUFFER_BYTES, file.size - done)]
-                file.read_at(done, part)
-                output.write_at(done, part)
-                done += len(part)
-                if done - synced >= SYNC_BYTES:
-                    output.sync(synced, done - synced)
-                    synced = done
-                progress(f"downloading {path.name}", done, file.size, "bytes")
-            try:
-                _require_intact(partial, path.name, progress)
-            except SourceError as error:
-                output.truncate(0)  # to begin anew
-                text = str(error).replace(str(partial), str(address)).replace(partial.name, str(address))
-                raise type(error)(text) from error
-            if (modified := _modified(file)) is not None:
-                os.utime(partial, (modified, modified))  # as curl -R does, for `_require_same`
-    return path
+def _download(address: Address, path: Path, file: File, progress: Progress) -> None:
+    with as_output_error(path):
+        make_folder(path.parent)
+    version = sha256(repr((str(address), file.size, file.ref.version)).encode()).hexdigest()[:16]
+    _remove_others(path, version)
+    partial = temporary_path(path, version)
+    missing = file.size - (os.path.getsize(partial) if os.path.exists(partial) else 0)
+    require_space(path.parent, missing)
+    with atomic_file(path, resume=True, version=version) as output:
+        _copy(file, output, path.name, progress)
+        try:
+            _require_intact(partial, str(address), path.name, progress)
+        except SourceError:
+            output.truncate(0)  # the next attempt starts over
+            raise
+        if (modified := _modified(file)) is not None:
+            os.utime(partial, (modified, modified))  # as curl -R does, for `_require_same`
 
 
-def _require_intact(path: Path, name: str, progress: Progress) -> None:
-    """Hold every record against its CRC-32, before anyone finds the file."""
-    with open_checkpoint(path) as checkpoint:
+def _copy(file: File, output: OutputFile, name: str, progress: Progress) -> None:
+    """Copy the rest of ``file``, from where an interrupted download stopped."""
+    # The last bytes that were written before a power cut may be missing.
+    done = max(0, output.size - 2 * SYNC_BYTES)
+    output.truncate(done)
+    file.prefetch([ByteRange(done, file.size - done)])
+    buffer, synced = memoryview(bytearray(BUFFER_BYTES)), done
+    while done < file.size:
+        part = buffer[: min(BUFFER_BYTES, file.size - done)]
+        file.read_at(done, part)
+        output.write_at(done, part)
+        done += len(part)
+        if done - synced >= SYNC_BYTES:
+            output.sync(synced, done - synced)
+            synced = done
+        progress(f"downloading {name}", done, file.size, "bytes")
+
+
+def _require_intact(path: Path, where: str, name: str, progress: Progress) -> None:
+    """Compare every record with its CRC-32, before the file is renamed into place."""
+    with open_checkpoint(path, where=where) as checkpoint:
         reader = checkpoint.reader
         records = {tensor.record for tensor in checkpoint.values() if tensor.record.crc32 is not None}
         total, done = sum(record.range.length for record in records), 0
         for record in sorted(records, key=lambda record: record.range.start):
             if read_crc(record, reader.open(record.file)) != record.crc32:
                 raise CorruptError(
-                    f"{path} came damaged: bytes {record.range.start:,} to {record.range.end:,} do not match their "
-                    "CRC-32. Run again, to fetch it anew."
+                    f"{where} was damaged on the way: bytes {record.range.start:,} to {record.range.end:,} do not "
+                    "match their CRC-32. Run the same command again to download it again."
                 )
             done += record.range.length
             progress(f"checking {name}", done, total, "bytes")
 
 
-def _require_same(address: Address, path: Path, file: File) -> None:
-    """That the cache's file of this name came from there: its CRC-32s say so, or its time is the server's."""
-    with open_checkpoint(path) as kept, open_checkpoint(address, read_local_headers=False) as there:
+def _require_same(address: Address, path: Path, kept: Checkpoint, there: Checkpoint | None) -> None:
+    """Require that the cached file of this name came from ``address``, by its CRC-32s or its modification time."""
+    with ExitStack() as stack:
+        if there is None:
+            there = stack.enter_context(open_checkpoint(address, read_local_headers=False))
         has_checksums = all(tensor.record.crc32 is not None for tensor in kept.values())
-        modified = _modified(file)
+        modified = _modified(there.files[0])
         if kept.fingerprint == there.fingerprint and (has_checksums or os.path.getmtime(path) == modified):
             return
     raise OutputError(
-        f"{path} is there already, and is not known to be {address}. Name the file itself if it is the one, "
-        "else delete it."
+        f"{path} exists already, and may not be {address}. If it is that file, name it as the source; otherwise "
+        "delete it."
     )
 
 
 def _modified(file: File) -> float | None:
-    """When the server says that the file was last changed, in seconds since 1970."""
-    from email.utils import parsedate_to_datetime  # half a megabyte, which a file on this machine needs not
+    """Return the time of the last change that the server reports, in seconds since 1970."""
+    from email.utils import parsedate_to_datetime  # takes half a megabyte, which only downloads should pay
 
     with suppress(TypeError, ValueError, OverflowError):
         return parsedate_to_datetime(str(getattr(file, "modified", None))).timestamp()
@@ -130,7 +153,7 @@ def _modified(file: File) -> float | None:
 
 
 def _remove_others(path: Path, version: str) -> None:
-    """What interrupted downloads of other versions left, and no one goes on with."""
+    """Delete what interrupted downloads of other versions left."""
     for left in path.parent.glob(temporary_path(Path(glob.escape(path.name)), "?" * len(version)).name):
         with suppress(OSError):
             if left != temporary_path(path, version):

@@ -92,9 +92,17 @@ class OpenSource:
 
 @contextmanager
 def open_source(
-    source: Source, progress: Progress = ignore_progress, *, read_local_headers: bool = True
+    source: Source,
+    progress: Progress = ignore_progress,
+    *,
+    read_local_headers: bool = True,
+    opened: Mapping[str, Checkpoint] | None = None,
 ) -> Iterator[OpenSource]:
-    """Read the source's indexes; ``read_local_headers`` as for `open_checkpoint`.
+    """Read the source's indexes.
+
+    Args:
+        read_local_headers: As for `open_checkpoint`.
+        opened: Checkpoints that are open already, by role; they stay open.
 
     Raises:
         SourceError: a file cannot be read, or does not hold one backbone of a known family.
@@ -106,8 +114,10 @@ def open_source(
 
     with ExitStack() as stack:
         stack.enter_context(_name_torch_hub_copy(source))
-        checkpoints: dict[str, Checkpoint] = {}
+        checkpoints: dict[str, Checkpoint] = {**(opened or {})}
         for role, location in source.locations.items():
+            if role in checkpoints:
+                continue
             try:
                 checkpoints[role] = stack.enter_context(
                     open_checkpoint(location, read_local_headers=read_local_headers, notify=notify)
@@ -155,18 +165,22 @@ def _with_head(
 
 @contextmanager
 def _name_torch_hub_copy(source: Source) -> Iterator[None]:
-    """What is wrong with a file that torch.hub keeps is mended by deleting it; then it is fetched again."""
+    """Add to an error about a file in torch.hub's cache that deleting it has it fetched again."""
     try:
         yield
     except (CorruptError, TruncatedError, NotACheckpointError) as error:
-        kept = [
+        cached = [
             path for path in source.locations.values() if isinstance(path, Path) and path.parent == torch_hub_cache()
         ]
-        named = [path for path in kept if str(path) in str(error) or path.name in str(error)]
-        if isinstance(error, ChangedError) or not named:
+        path = next((path for path in cached if _is_at(error, path)), None)
+        if path is None or isinstance(error, ChangedError):
             raise
-        hint = f"It is torch.hub's copy. Delete it to have it fetched again:\n  {named[0]}"
+        hint = f"It is torch.hub's copy. Delete it to have it fetched again:\n  {path}"
         raise type(error)(f"{error}\n{hint}") from error
+
+
+def _is_at(error: SourceError, path: Path) -> bool:
+    return isinstance(error.location, Path) and os.path.abspath(error.location) == os.path.abspath(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ modulo `_POLYNOMIAL`; appending n bytes multiplies that of the bytes before them
 import zlib
 from functools import lru_cache
 
-from streamconv.errors import CorruptError
+from streamconv.errors import CorruptError, located
 from streamconv.files.base import File
 from streamconv.files.reader import Reader
 from streamconv.tensors.expressions import Record, SourceTensor
@@ -116,10 +116,11 @@ class RecordChecks:
         file = self._reader.open(record.file)
         if _crc_of(record, self._pieces[record], file) != record.crc32:
             file.require_unchanged()
-            raise CorruptError(
-                f"{file.name} is damaged: {self._names[record]} (record {record.name}, bytes "
-                f"{record.range.start:,} to {record.range.end:,}) does not match its CRC-32. Fetch the file again."
-            )
+            with located(record.file.location):
+                raise CorruptError(
+                    f"{file.name} is damaged: {self._names[record]} (record {record.name}, bytes "
+                    f"{record.range.start:,} to {record.range.end:,}) does not match its CRC-32. Fetch the file again."
+                )
 
 
 def _uncovered(pieces: list[_Piece], start: int, end: int) -> list[tuple[int, int]]:

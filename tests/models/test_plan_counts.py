@@ -61,6 +61,20 @@ def test_run_from_an_address_opens_each_index_once(
     assert len(counts) == (1 if stream else 3)
 
 
+def test_a_file_in_torch_hubs_cache_is_opened_once(server: FileServer, tmp_path: Path, counts: Counter[str]) -> None:
+    torch.save(make_states(tiny())[0], server.folder / "x.pth")
+    streamconv.convert(f"{server.url}/x.pth", tmp_path / "first")  # which downloads it
+    counts.clear()
+    streamconv.convert(f"{server.url}/x.pth", tmp_path / "second", ConversionOptions(dtype="float16"))
+    assert counts.pop("resolved") == 1
+    assert counts.pop("plans") == 1
+    assert sorted(counts) == [
+        "opened 127.0.0.1:" + server.url.rpartition(":")[2] + "/x.pth",
+        "opened checkpoints/x.pth",
+    ]
+    assert set(counts.values()) == {1}
+
+
 def test_verify_makes_one_plan(tmp_path: Path, counts: Counter[str]) -> None:
     backbone, head = make_states(tiny(classes=5))
     torch.save(backbone, tmp_path / "x.pth")
