@@ -80,7 +80,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """A file server on the loopback, with short waits for it and a torch.hub cache of the test's own."""
-    monkeypatch.setattr(remote, "WAITS_SECONDS", (0, 0.01, 0.01, 0.01, 0.01, 0.01))
+    monkeypatch.setattr(remote, "RETRY_WAITS_SECONDS", (0, 0.01, 0.01, 0.01, 0.01, 0.01))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for name in ("HF_ENDPOINT", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
