@@ -50,7 +50,7 @@ class HttpFile(RemoteFile):
     """A file on an http server. Opening it reads its beginning.
 
     ``target`` is the address after redirects, ``idle`` holds unused connections to its host. ``has_ranges`` is
-    whether the server sends parts; if it does not, announced ranges in the file's order are still read, in one pass.
+    False if the server sends only whole files; reads announced in the file's order then still work, in one pass.
 
     Raises:
         SourceMissingError: it does not exist.
@@ -88,7 +88,7 @@ class HttpFile(RemoteFile):
             self._read_alone(self.size - 1, 1)
 
     def prefetch(self, ranges: Iterable[ByteRange]) -> None:
-        """Announce the next reads, in order. If the server sends only whole files, request all of the rest.
+        """Announce the next reads, in order. If the server sends only whole files, request the rest at once.
 
         Raises:
             NoRangesError: the server sends only whole files, and these ranges are not in the file's order.

@@ -57,11 +57,10 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
         CorruptError: it is not such an object.
         SourceError: it would take more memory than any checkpoint's index.
     """
+    # One wide character makes Python store a whole string in up to four bytes a character.
+    max_bytes = MAX_JSON_BYTES if data.isascii() else MAX_JSON_BYTES // 4
     if (
-        len(data)
-        > (
-            MAX_JSON_BYTES if data.isascii() else MAX_JSON_BYTES // 4
-        )  # one wide character makes Python store all of them as wide
+        len(data) > max_bytes
         or data.count(b"{") + data.count(b"[") > _MAX_JSON_CONTAINERS
         or data.count(b",") > _MAX_JSON_COMMAS
         or data.count(b'"') > _MAX_JSON_QUOTES

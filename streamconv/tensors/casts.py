@@ -73,8 +73,8 @@ def _to_float32(values: "Array", dtype: str) -> "Array":
 def _round_to_float16(single: "Array", result: "Array") -> None:
     """Round to nearest, ties to even. A NaN becomes quiet and keeps its sign and highest bits.
 
-    The rounding is done by a float32 addition: adding 2^13 times the value of the float16's last bit leaves the bits
-    of the float16 at the end of the sum. numpy's own conversion takes twice as long.
+    The rounding is done by a float32 addition: adding 2^13 times the value's own power of two leaves the bits of the
+    float16 at the end of the sum. numpy's own conversion takes twice as long.
     """
     import numpy as np
 

@@ -109,7 +109,7 @@ class RecordChecks:
         self._pending.clear()
 
     def skip_pending(self) -> None:
-        """Forget the pending records. For a resumed output, whose records an earlier process has verified."""
+        """Forget the pending records: they are part of a resumed output, and an earlier process has verified them."""
         self._pending.clear()
 
     def _require_match(self, record: Record) -> None:

@@ -120,12 +120,12 @@ def test_casting_in_pieces_of_any_size_equals_torch(pair: tuple[str, str], data:
     bits = np.concatenate(
         [np.array(patterns, UNSIGNED[source]), np.frombuffer(bytes(numbers.view(torch.uint8)), UNSIGNED[source])]
     )
-    before, module._AT_ONCE = module._AT_ONCE, at_once
+    before, module._BLOCK_ELEMENTS = module._BLOCK_ELEMENTS, at_once
     try:
         if len(bits):
             assert_same(bits, source, target)
     finally:
-        module._AT_ONCE = before
+        module._BLOCK_ELEMENTS = before
 
 
 def test_overflows_to_infinity_are_counted() -> None:

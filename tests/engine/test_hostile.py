@@ -738,5 +738,5 @@ def test_links_within_the_hub_cache_are_followed(sharded: Path, subfolder: str, 
 
 def test_endless_file_is_refused(tmp_path: Path, refusal: Refusal) -> None:
     os.mkfifo(tmp_path / "x.pth")
-    assert "no regular file" in refusal(tmp_path / "x.pth")
-    assert "no regular file" in refusal(Path("/dev/zero"))
+    assert "not a regular file" in refusal(tmp_path / "x.pth")
+    assert "not a regular file" in refusal(Path("/dev/zero"))

@@ -114,7 +114,7 @@ def test_busy_server_is_retried(server: FileServer, source: str, tmp_path: Path,
     told: list[str] = []
     server.faults.statuses, server.faults.retry_after = [status] * 3, "0"
     api.convert(source, tmp_path / "out", stream=True, progress=lambda what, *rest: told.append(what))
-    assert any(f"the server answers {status}" in what and "trying again" in what for what in told)
+    assert any(f"the server answered {status}" in what and "trying again" in what for what in told)
     require_the_same_from_the_file(server, tmp_path / "out")
 
 
@@ -141,7 +141,7 @@ def test_connection_that_stays_broken_is_an_error_and_the_conversion_can_be_resu
             half.append(done)
             server.faults.cut_after, server.faults.cuts = 0, 1_000
 
-    with pytest.raises(NetworkError, match=r"x\.pth cannot be read at byte .* it goes on where it was"):
+    with pytest.raises(NetworkError, match=r"x\.pth cannot be read at byte .* it resumes from there"):
         api.convert(source, tmp_path / "out", stream=True, progress=break_at_half)
     assert not list((tmp_path / "out").glob("*.safetensors"))
     server.faults.cuts, server.sent = 0, 0
@@ -227,7 +227,7 @@ def test_file_without_etag_time_or_checksums_is_never_resumed(
 def test_server_without_ranges_is_refused_when_streaming_a_pth(server: FileServer, source: str, tmp_path: Path) -> None:
     server.faults.ranges = False
     for call in (lambda: api.convert(source, tmp_path / "out", stream=True), lambda: api.plan(source)):
-        with pytest.raises(NoRangesError, match=r"sends only whole files.*Without --stream, convert"):
+        with pytest.raises(NoRangesError, match=r"sends only whole files.*without --stream"):
             call()
     assert not (tmp_path / "out").exists()
 
@@ -277,16 +277,16 @@ def test_refused_request_is_reported_in_one_message(
     server.faults.statuses = [status]
     with pytest.raises(kind, match=mend) as caught:
         api.plan(source)
-    assert str(caught.value).startswith(f"{source} cannot be had: the server answers {status}")
+    assert str(caught.value).startswith(f"{source} cannot be fetched: the server answered {status}")
     assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
     ("faults", "message"),
     [
-        ({"wrong_part": True}, "another part than was asked"),
-        ({"headers": {"Content-Encoding": "gzip"}}, "comes compressed"),
-        ({"ranges": False, "length": False}, "does not say how long it is"),
+        ({"wrong_part": True}, "another part than requested"),
+        ({"headers": {"Content-Encoding": "gzip"}}, "is sent compressed"),
+        ({"ranges": False, "length": False}, "does not report its length"),
     ],
 )
 def test_inconsistent_responses_are_refused(
@@ -312,9 +312,9 @@ def test_empty_file_and_web_page_are_reported_as_such(server: FileServer) -> Non
 
 @pytest.mark.usefixtures("server")
 def test_unknown_host_and_refused_connection_are_reported_at_once() -> None:
-    with pytest.raises(NetworkError, match="check the address, and the network"):
+    with pytest.raises(NetworkError, match="Check the address and the network"):
         api.plan("http://127.0.0.1:9/x.pth")
-    with pytest.raises(NetworkError, match=r"no host no-such-host\.invalid is found"):
+    with pytest.raises(NetworkError, match=r"cannot find the host no-such-host\.invalid"):
         api.plan("http://no-such-host.invalid/x.pth")
 
 
@@ -372,14 +372,14 @@ def test_server_that_closes_connections_causes_no_retry_message(
 
 def test_circular_redirects_are_refused(server: FileServer) -> None:
     server.faults.redirects = {"/a": "/b", "/b": "/a"}
-    with pytest.raises(SourceError, match="leads in circles"):
+    with pytest.raises(SourceError, match="redirects more than 10 times in a row"):
         api.plan(f"{server.url}/a")
 
 
 def test_redirect_to_an_insecure_or_foreign_scheme_is_refused(server: FileServer) -> None:
     for target in ("ftp://127.0.0.1/x", "file:///etc/passwd", "http://127.0.0.1:99999/x", "http://[::1/x"):
         server.faults.redirects = {"/a": target}
-        with pytest.raises(SourceError, match="no safe line"):
+        with pytest.raises(SourceError, match="is not secure"):
             api.plan(f"{server.url}/a")
 
 
@@ -425,7 +425,7 @@ def test_hf_addresses_are_resolved_on_the_hub(server: FileServer, source: str, m
         run_python(code.format(words))  # huggingface_hub reads the endpoint when it is imported
         assert server.requests[0][0] == path
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(streamconv.UsageError, match="Write hf://OWNER/NAME"):
+    with pytest.raises(streamconv.UsageError, match="Write it as hf://OWNER/NAME"):
         api.plan("hf://owner/x.pth")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set"):
@@ -455,13 +455,13 @@ def test_proxy_from_the_environment_is_used_unless_the_host_is_excluded(
     assert {path for path, _, _ in server.requests} == {"http://models.invalid/x.pth"}
     secret = "Basic " + base64.b64encode(b"user:word").decode()
     assert {headers["Proxy-Authorization"] for _, _, headers in server.requests} == {secret}
-    with pytest.raises(NetworkError, match="no host"):
+    with pytest.raises(NetworkError, match="cannot find the host"):
         api.plan("http://excepted.invalid/x.pth")
     for proxy in ("socks5://127.0.0.1:1", "http://user:word@h:99999"):
         monkeypatch.setenv("http_proxy", proxy)
-        with pytest.raises(streamconv.UsageError, match=r"a proxy .* that streamconv cannot use") as caught:
+        with pytest.raises(streamconv.UsageError, match=r"streamconv cannot use the proxy") as caught:
             api.plan("http://models.invalid/x.pth")
         assert "word" not in str(caught.value)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    with pytest.raises(NetworkError, match=r"the proxy 127\.0\.0\.1 leads nowhere"):
+    with pytest.raises(NetworkError, match=r"cannot connect through the proxy 127\.0\.0\.1"):
         api.plan("http://models.invalid/x.pth")

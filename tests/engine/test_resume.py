@@ -228,7 +228,7 @@ def test_source_that_changes_while_it_is_read_is_refused(
         if unit == "bytes" and 0.4 * total < done < 0.5 * total:
             path.write_bytes(other.read_bytes())  # the same file, other contents
 
-    with pytest.raises(CorruptError, match=r"was changed while it was read\. Run again when it is whole"):
+    with pytest.raises(CorruptError, match=r"was changed while it was read\. Run again when it is complete"):
         api.convert(path, tmp_path / "out", progress=progress)
     assert not (tmp_path / "out").exists()
 
@@ -442,7 +442,7 @@ def test_special_and_oversized_files_in_place_of_journal_or_manifest_are_refused
     else:
         (tmp_path / "out" / name).touch()
         os.truncate(tmp_path / "out" / name, 1 << 40)
-    with pytest.raises(OutputError, match=r"no regular file|1,099,511,627,776 bytes"):
+    with pytest.raises(OutputError, match=r"not a regular file|1,099,511,627,776 bytes"):
         api.convert(source, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
 

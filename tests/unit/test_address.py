@@ -53,7 +53,7 @@ NO_FILES += ["http://user:pass/word@h/x.pth"]
 
 @pytest.mark.parametrize("words", [*NO_FILES, "https://user:word@:1/x.pth"])
 def test_address_without_a_file_is_refused_without_showing_secrets(words: str) -> None:
-    with pytest.raises(UsageError, match=r"is no valid address|names no file") as caught:
+    with pytest.raises(UsageError, match=r"is not a valid address|does not name a file") as caught:
         parse_location(words)
     assert str(caught.value).isprintable()
     assert "word" not in str(caught.value)

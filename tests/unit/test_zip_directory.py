@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from streamconv.files.base import ByteRange
-from streamconv.formats import zip_directory as zip_index
+from streamconv.formats.zip_directory import _Entry, _have_torch_layout, _torch_data_range
 
 
 @pytest.mark.parametrize(
@@ -19,11 +19,11 @@ from streamconv.formats import zip_directory as zip_index
     ],
 )
 def test_record_positions_are_predicted_beyond_four_gibibytes(name: str, offset: int, size: int, start: int) -> None:
-    """As torch 2.15 wrote a tensor of 4 GiB and some small ones behind it, whose places need 64-bit fields."""
-    assert zip_index._range_as_torch_writes(name, offset, size) == ByteRange(start, size)
+    """As torch 2.15 wrote a tensor of 4 GiB and some small ones after it, whose offsets need 64-bit fields."""
+    assert _torch_data_range(_Entry(offset, size, 0, name)) == ByteRange(start, size)
 
 
 def test_records_too_dense_for_torchs_layout_are_not_predicted() -> None:
     nothing_is_read: Any = None
-    entries = [(1_000, 10, 0, "a/data/1"), (0, 990, 0, "a/data/0")]  # the first one would end at 64 + 990
-    assert not zip_index._are_as_torch_writes(nothing_is_read, entries, 2_000)
+    entries = [_Entry(1_000, 10, 0, "a/data/1"), _Entry(0, 990, 0, "a/data/0")]  # the first one would end at 64 + 990
+    assert not _have_torch_layout(nothing_is_read, entries, 2_000)
