@@ -2,14 +2,13 @@
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import streamconv
-from streamconv import ConversionOptions, SourceOptions, VerificationOptions
+from streamconv import SourceOptions, VerificationOptions
 from streamconv._version import __version__
 from streamconv.cli.messages import conversion_lines, model_lines, plan_lines, reverted_lines, verification_lines
 from streamconv.cli.options import (
@@ -39,14 +38,14 @@ from streamconv.cli.options import (
     SourceOrDefault,
     Stream,
     Synthetic,
+    conversion_options,
     push_options,
     with_values,
 )
 from streamconv.cli.progress_bar import ProgressReport
+from streamconv.cli.results import Results, print_notes, print_report_path
 from streamconv.cli.terminal import fail, print_json, print_lines, report_errors, run_with_signals
 from streamconv.errors import UsageError
-from streamconv.jobs.convert import Conversion
-from streamconv.verification.result import Verification
 
 EXIT_CODES = """\b
 Exit codes: 0 done, and all that was verified is right; 1 verification found a difference;
@@ -94,10 +93,16 @@ def run(
     if source is not None and model_name is not None:
         fail(UsageError("SOURCE and --model_name are the same. Give one of them."))
     name = next((word for word in (source, model_name) if word is not None), DEFAULT_MODEL)
-    results = _Results(as_json)
+    results = Results(as_json)
     with report_errors(results.finish):
-        conversion = ConversionOptions(head, select, num_heads, stream, labels, max_shard_size, _dtype(dtype))
-        verification = None if no_verify else VerificationOptions(device, image, reference, not no_parity, report)
+        conversion = conversion_options(head, select, num_heads, max_shard_size, dtype, labels, stream)
+        verification = (
+            None
+            if no_verify
+            else VerificationOptions(
+                device=device, image=image, reference=reference, parity=not no_parity, report=report
+            )
+        )
         push = push_options(push_to_hub, private, revision, create_pr, push_unverified)
         if synthetic:
             print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)
@@ -116,7 +121,7 @@ def run(
     results.finish()
     if verification is None:
         return
-    _print_report_path(report, as_json)
+    print_report_path(report, as_json)
     if not done.passed:
         if push is not None and done.published is None:
             print("Not pushed, because verification failed. --push-unverified insists.", file=sys.stderr)
@@ -138,7 +143,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint into a folder that transformers loads."""
     with report_errors():
-        options = ConversionOptions(head, select, num_heads, stream, labels, max_shard_size, _dtype(dtype))
+        options = conversion_options(head, select, num_heads, max_shard_size, dtype, labels, stream)
         with ProgressReport() as progress:
             converted = streamconv.convert(source, output, options, progress=progress)
     if as_json:
@@ -196,8 +201,10 @@ def verify(
     Without SOURCE, each file is checked against the size and sha256 in the folder's streamconv.json.
     """
     with report_errors():
-        source_options = SourceOptions(head, select, num_heads, stream)
-        options = VerificationOptions(device, image, reference, not no_parity, report)
+        source_options = SourceOptions(head=head, select=select, num_heads=num_heads, stream=stream)
+        options = VerificationOptions(
+            device=device, image=image, reference=reference, parity=not no_parity, report=report
+        )
         if source is None and (source_options, options) != (SourceOptions(), VerificationOptions(report=report)):
             raise UsageError(
                 "--head, --select, --num-heads, --device, --image, --reference, --no-parity and --stream are for a "
@@ -209,8 +216,8 @@ def verify(
         print_json(verified.as_dict())
     else:
         print_lines(verification_lines(verified))
-    _print_notes(verified)
-    _print_report_path(report, as_json)
+    print_notes(verified)
+    print_report_path(report, as_json)
     if not verified.passed:
         raise typer.Exit(1)
 
@@ -227,7 +234,7 @@ def plan(
 ) -> None:
     """Show what would be written: mapping, shards, bytes. No weight is read."""
     with report_errors():
-        options = ConversionOptions(head, select, num_heads, max_shard_size=max_shard_size, dtype=_dtype(dtype))
+        options = conversion_options(head, select, num_heads, max_shard_size, dtype)
         planned = streamconv.plan(source, options)
     if as_json:
         print_json(planned.as_dict())
@@ -272,59 +279,6 @@ def _options(
             os.getcwd()
         except FileNotFoundError:
             raise UsageError("The current folder is gone. Change to another one.") from None
-
-
-class _Results:
-    """Prints results as they come or, as JSON, all of them at the end."""
-
-    def __init__(self, as_json: bool):
-        self._as_json, self._is_finished = as_json, False
-        self._conversion: Conversion | None = None
-        self._verification: Verification | None = None
-        self.published: str | None = None
-
-    def printer(self, progress: ProgressReport) -> Callable[[Conversion | Verification], None]:
-        def on_result(result: Conversion | Verification) -> None:
-            progress.clear()
-            if isinstance(result, Conversion):
-                self._conversion, lines = result, conversion_lines(result)
-            else:
-                self._verification, lines = result, verification_lines(result)
-                _print_notes(result)
-            if not self._as_json:
-                print_lines(lines)
-
-        return on_result
-
-    def finish(self) -> None:
-        """Print what is left to say; called after an error, too, which may come when the work is done."""
-        if self._is_finished or self._conversion is None:
-            return
-        self._is_finished = True
-        if self._as_json:
-            verification = self._verification.as_dict() if self._verification is not None else None
-            print_json({**self._conversion.as_dict(), "verification": verification, "published": self.published})
-            return
-        if self._verification is None:
-            print_lines(["not verified"])
-        if self.published is not None:
-            print_lines([f"published: {self.published}"])
-
-
-def _dtype(name: str | None) -> Any:
-    return name  # `ConversionOptions` checks it
-
-
-def _print_notes(verification: Verification) -> None:
-    if verification.not_recorded:
-        print(f"note: the result was not recorded in the folder: {verification.not_recorded}", file=sys.stderr)
-
-
-def _print_report_path(path: Path | None, as_json: bool) -> None:
-    if path is not None and as_json:
-        print(f"report: {path}", file=sys.stderr)
-    elif path is not None:
-        print_lines([f"report: {path}"])
 
 
 def main() -> None:

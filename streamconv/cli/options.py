@@ -10,7 +10,7 @@ import typer
 from streamconv.errors import UsageError
 from streamconv.families.registry import find_model
 from streamconv.hub.repository import Destination
-from streamconv.jobs.options import PushOptions
+from streamconv.jobs.options import ConversionOptions, PushOptions, VerificationOptions
 from streamconv.tensors.info import CastDtype
 
 PUSH_TO_HUB = ("--push-to-hub", "--push_to_hub")
@@ -111,10 +111,42 @@ def with_values(words: Sequence[str]) -> list[str]:
     return [f"{word}=" if word in PUSH_TO_HUB and after.startswith("-") else word for word, after in following]
 
 
+def conversion_options(
+    head: str | None,
+    select: str | None,
+    num_heads: int | None,
+    max_shard_size: str,
+    dtype: str | None,
+    labels: Path | None = None,
+    stream: bool = False,
+) -> ConversionOptions:
+    """Return the options of a conversion.
+
+    Raises:
+        UsageError: one of them is not valid.
+    """
+    return ConversionOptions(
+        head=head,
+        select=select,
+        num_heads=num_heads,
+        stream=stream,
+        labels=labels,
+        max_shard_size=max_shard_size,
+        dtype=dtype,  # type: ignore[arg-type]  # refused there if it is not one of the literals
+    )
+
+
+def verification_options(
+    device: str, image: str | None, reference: str, no_parity: bool, report: Path | None
+) -> VerificationOptions:
+    """Return the options of a verification; raise `UsageError` if the device's name is not valid."""
+    return VerificationOptions(device=device, image=image, reference=reference, parity=not no_parity, report=report)
+
+
 def push_options(
     push_to_hub: str | None, private: bool, revision: str | None, create_pr: bool, unverified: bool
 ) -> PushOptions | None:
-    """What the options of `run` ask for; None for no push.
+    """Return what to push, and where; None for no push.
 
     Raises:
         UsageError: they do not go together, or --push-to-hub took the source as its value.
