@@ -8,7 +8,6 @@ refused: the order in which families are listed never decides.
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from fractions import Fraction
 
 from streamconv.errors import MappingError
 from streamconv.families.base import Family
@@ -90,13 +89,13 @@ def unknown_model(names: Collection[str], where: str) -> MappingError:
 def _best_fits(found: Iterable[tuple[Family, Collection[str]]]) -> list[Family]:
     """Return the families whose signatures are the most complete, if more than half of them is among the keys found."""
     shares = [(family, _completeness(family, keys)) for family, keys in found]
-    most = max((share for _, share in shares), default=Fraction(0))
-    return [family for family, share in shares if share == most > Fraction(1, 2)]
+    most = max((share for _, share in shares), default=0.0)
+    return [family for family, share in shares if share == most > 0.5]
 
 
-def _completeness(family: Family, keys: Iterable[str]) -> Fraction:
-    """Return the share of a family's signature that is among ``keys``; exact, so that equal shares compare equal."""
-    return Fraction(len(family.signature.intersection(keys)), len(family.signature))
+def _completeness(family: Family, keys: Iterable[str]) -> float:
+    """Return the share of a family's signature that is among ``keys``. Equal shares are equal numbers: division rounds correctly."""
+    return len(family.signature.intersection(keys)) / len(family.signature)
 
 
 def _count_known(rules: Iterable[Rule], keys: Iterable[str]) -> int:

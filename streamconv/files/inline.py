@@ -3,7 +3,7 @@
 With it, a constant is read like any other tensor, and a plan names it like any other file.
 """
 
-import base64
+import binascii
 from collections.abc import Iterable
 
 from streamconv.errors import TruncatedError
@@ -15,14 +15,14 @@ _PREFIX = "data:;base64,"
 
 def inline_ref(data: bytes) -> FileRef:
     """Return the `FileRef` of a file that consists of ``data``."""
-    return FileRef(Address(_PREFIX + base64.b64encode(data).decode()), len(data))
+    return FileRef(Address(_PREFIX + binascii.b2a_base64(data, newline=False).decode()), len(data))
 
 
 class InlineFile:
     """The open file at a ``data:`` address. Only addresses from `inline_ref` are supported."""
 
     def __init__(self, address: Address):
-        self._data = base64.b64decode(address.url.removeprefix(_PREFIX))
+        self._data = binascii.a2b_base64(address.url.removeprefix(_PREFIX))
         self.ref = FileRef(address, len(self._data))
         self.name, self.where, self.size = address.name, str(address), len(self._data)
 
