@@ -94,7 +94,10 @@ def _best_fits(found: Iterable[tuple[Family, Collection[str]]]) -> list[Family]:
 
 
 def _completeness(family: Family, keys: Iterable[str]) -> float:
-    """Return the share of a family's signature that is among ``keys``. Equal shares are equal numbers: division rounds correctly."""
+    """Return the share of a family's signature that is among ``keys``.
+
+    Equal shares are equal floats, because a quotient of two integers is rounded correctly.
+    """
     return len(family.signature.intersection(keys)) / len(family.signature)
 
 

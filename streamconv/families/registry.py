@@ -1,6 +1,5 @@
 """The known families and their published models. Every module of this package with a ``FAMILY`` is one."""
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Sequence
@@ -36,6 +35,8 @@ def find_model(name: str) -> tuple[Family, Model]:
     models = {model.name: (family, model) for family in all_families() for model in family.models}
     if name in models:
         return models[name]
+    import difflib  # takes memory, which only a mistyped name should pay
+
     near = difflib.get_close_matches(name, models, n=3, cutoff=0.5)
     offer = f"Did you mean {' or '.join(near)}?" if near else "`streamconv models` lists them."
     raise UsageError(f"{name} is neither a file nor a model that streamconv knows. {offer}")

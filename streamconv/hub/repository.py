@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import HubError, MissingUploadError, OutputError, UsageError
@@ -168,6 +167,8 @@ class Repository:
         return self._hub.call(f"The card of {self.id} cannot be read", self._read_card, info.sha)
 
     def _read_card(self, revision: str) -> str:
+        from tempfile import TemporaryDirectory  # takes memory, which a conversion should not pay
+
         with TemporaryDirectory() as folder:
             path = self._api.hf_hub_download(self.id, CARD_NAME, revision=revision, local_dir=folder)
             return Path(path).read_text("utf-8", "replace")

@@ -1,7 +1,6 @@
 """Checks of the verification's options before hours of conversion, without importing torch into this process."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -38,6 +37,8 @@ def check_arguments(device: str, image: str | None, reference: str) -> None:
 
         check_arguments_here(device, reference, image)
         return
+    import subprocess  # takes memory, which a conversion without these options should not pay
+
     arguments = [device, reference, *([image] if image is not None else [])]
     command = [sys.executable, "-m", "streamconv.verification.devices", *arguments]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
