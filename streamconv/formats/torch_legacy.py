@@ -41,7 +41,9 @@ def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, S
     pieces = _PieceReader(file)
     start = pieces.read(len(_HEAD))
     if not start.startswith(_HEAD):
-        raise NotACheckpointError(f"{file.where} begins like a file of torch.save before 1.6, but is not one.")
+        raise NotACheckpointError(
+            f"{file.where} begins like a .pth from before torch 1.6, but is not one. Fetch it again."
+        )
     pickles = Pickles(start[len(_HEAD) :], pieces.read)
     storages = _Storages(file)
     index = Index(file.where, storages.record_of)
