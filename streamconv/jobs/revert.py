@@ -1,13 +1,14 @@
-"""Back again: a folder of transformers' to its authors' layout, by the rules that led there, and as lean.
+"""Writes a converted folder back in the layout of the model's authors, by the inverse of the rules, as a stream.
 
-The sizes come from the tensors' names and shapes; a config.json beside them must say the same.
+The dimensions come from the tensors' names and shapes; a config.json beside them must agree.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,17 @@ from streamconv.families.base import Family, Model
 from streamconv.families.detection import find_converted
 from streamconv.families.registry import all_families
 from streamconv.families.rules import invert
-from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.safetensors import make_header
-from streamconv.formats.torch_writer import write_pth
-from streamconv.output.files import OutputFile, atomic_file, require_space
-from streamconv.output.manifest import Manifest
-from streamconv.output.writer import SYNC_BYTES
-from streamconv.planning.shards import PIECE_BYTES
+from streamconv.formats.segments import Segment
+from streamconv.output.contents import Segments, fingerprint, size_of
+from streamconv.output.journal import Journal
+from streamconv.output.manifest import Manifest, Provenance, SourceFile, WrittenFile
+from streamconv.output.resumable import journal_path, require_absent, resumable_files
+from streamconv.output.writer import written_file
 from streamconv.progress import Progress, ignore_progress
 from streamconv.source.open import read_config
+from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.expressions import AnyTensor, SourceTensor, filled, joined
 from streamconv.tensors.info import DTYPES
 
@@ -37,15 +39,21 @@ SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
 
 @dataclass(frozen=True)
 class Reverted:
-    """What was written: a backbone's file, and a classifier's head's. ``weights`` are bytes of tensors.
+    """What was written: the file of a backbone, and that of a classifier's head.
 
-    ``model`` is None where no published model has these sizes.
+    ``model`` is None if no published model has these dimensions. ``weights`` counts bytes of tensors. ``resumed_bytes``
+    counts the bytes of the files that an interrupted run had written, and that were checked and kept.
     """
 
     family: Family
     model: Model | None
-    files: tuple[Path, ...]
+    written: Mapping[Path, WrittenFile]
     weights: int
+    resumed_bytes: int = 0
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self.written)
 
     @property
     def title(self) -> str:
@@ -55,8 +63,11 @@ class Reverted:
         """For JSON."""
         return {
             "model": self.model.name if self.model else None,
-            "files": [{"file": str(path), "bytes": path.stat().st_size} for path in self.files],
+            "files": [
+                {"file": str(path), "bytes": file.size, "sha256": file.sha256} for path, file in self.written.items()
+            ],
             "weights": self.weights,
+            "resumed_bytes": self.resumed_bytes,
         }
 
 
@@ -68,29 +79,29 @@ def revert(
     block_chunks: int | None = None,
     progress: Progress = ignore_progress,
 ) -> Reverted:
-    """Write the checkpoint that a folder of transformers' was, or could have been, converted from.
+    """Write the checkpoint that a folder was, or could have been, converted from.
 
     Args:
-        folder: Holds safetensors files, one or several with their index, of transformers 4 or 5.
+        folder: A folder of transformers 4 or 5, with one safetensors file, or several and their index.
         output: The file to write: .pth, .pt and .bin as torch.save writes them, .safetensors as save_file.
-        head: The file for a classifier's linear head, whose authors keep it apart from the backbone.
+        head: The file for a classifier's linear head, which its authors publish apart from the backbone.
         block_chunks: The number of lists that the blocks are in, 0 for one plain list; by default that of the source
             in the folder's manifest, or of the published model's file.
-        progress: Told of the bytes written.
+        progress: Called with the bytes written.
 
     Raises:
-        UsageError: a file has another suffix, or a head is wanted and not named, or named and not there.
-        SourceError: the folder holds no model of a known family; lists all that differs.
-        OutputError: a file is there already, or cannot be written. Both have their names only when all is synced.
+        UsageError: a file has another suffix, or a classifier's head is not named, or another model's is.
+        SourceError: the folder does not hold a model of a known family; lists all differences.
+        OutputError: a file exists already, or cannot be written. The same call resumes; the files get their names when
+            both are complete.
     """
     source = Path(folder)
     paths = tuple(Path(path) for path in (output, head) if path is not None)
-    for path in paths:
-        _require_writable(path, source)
+    _require_writable(paths, source)
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise UsageError(f"{paths[0]} cannot be backbone and head at once. Give --head another name.")
     if not os.path.isdir(source):
-        raise SourceMissingError(f"{source} is no folder. Name the one that holds the safetensors files.")
+        raise SourceMissingError(f"{source} is not a folder. Name the folder of the safetensors files.")
     manifest = Manifest.read(source)
     with open_checkpoint(source) as checkpoint:
         family, model, count, tensors = _originals(
@@ -108,23 +119,25 @@ def revert(
             tensors = {chunked_key(key, count, chunks): tensor for key, tensor in tensors.items()}
         backbone, heads = family.split_head(tensors)
         if heads and head is None:
-            raise UsageError(f"{source} is a classifier, whose head has a file of its own. Name it: --head FILE.")
+            raise UsageError(f"{source} is a classifier, whose head is a file of its own. Name it: --head FILE.")
         if head is not None and not heads:
-            raise UsageError(f"{source} is no classifier, and has no head. Leave --head out.")
-        written = dict(zip(paths, (backbone, heads), strict=False))
-        _write(written, checkpoint, progress)
-    return Reverted(family, model, paths, _size(tensors))
+            raise UsageError(f"{source} is not a classifier and has no head. Leave --head out.")
+        files = dict(zip(paths, (backbone, heads), strict=False))
+        written, resumed_bytes = _write(files, checkpoint, source, progress)
+    weights = sum(tensor.info.nbytes for tensor in tensors.values())
+    return Reverted(family, model, written, weights, resumed_bytes)
 
 
-def _require_writable(path: Path, source: Path) -> None:
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path} has no suffix of a checkpoint. End its name in {', '.join(SUFFIXES)}.")
-    if os.path.lexists(path):
-        raise OutputError(f"{path} is there already. Choose another name, or delete it.")
-    if not os.path.isdir(path.parent):
-        raise OutputError(f"{path.parent} is no folder. Make it first.")
-    if os.path.isdir(source) and os.path.samefile(path.parent, source):
-        raise UsageError(f"{path} would lie among the model's own files, and be taken for one. Choose another folder.")
+def _require_writable(paths: Sequence[Path], source: Path) -> None:
+    for path in paths:
+        if path.suffix not in SUFFIXES:
+            raise UsageError(f"{path} does not have the suffix of a checkpoint. End its name in {', '.join(SUFFIXES)}.")
+        if not os.path.isdir(path.parent):
+            raise OutputError(f"{path.parent} is not a folder. Create it first.")
+    require_absent(paths, Journal.read(journal_path(paths)))
+    for path in paths:
+        if os.path.isdir(source) and os.path.samefile(path.parent, source):
+            raise UsageError(f"{path} would be taken for one of the model's own files. Choose another folder.")
 
 
 def _without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) -> Mapping[str, SourceTensor]:
@@ -169,71 +182,40 @@ def _originals(
     return family, model, spec.count, tensors
 
 
-def _size(tensors: Mapping[str, AnyTensor]) -> int:
-    return sum(tensor.info.nbytes for tensor in tensors.values())
+def _write(
+    files: Mapping[Path, Mapping[str, AnyTensor]], checkpoint: Checkpoint, source: Path, progress: Progress
+) -> tuple[dict[Path, WrittenFile], int]:
+    """Write all of the files, or none; also return how many of their bytes an interrupted process had written."""
+    contents = {path: _segments(path, tensors) for path, tensors in files.items()}
+    sizes = {path: sum(map(size_of, segments)) for path, segments in contents.items()}
+    provenance = Provenance(
+        source={"model": SourceFile(source.name, checkpoint.size, checkpoint.fingerprint, version=checkpoint.version)},
+        plan=sha256("".join(map(fingerprint, contents.values())).encode()).hexdigest(),
+    )
+    written, resumed_bytes, before = {}, 0, 0
+    checks = RecordChecks(checkpoint.reader)
+    with resumable_files(sizes, provenance) as journal, ExitStack() as named:
+        for path, segments in contents.items():
+            advance = partial(_report, progress, path.name, before, sum(sizes.values()))
+            file = written_file(path, segments, journal, checkpoint.reader, checks, advance)
+            written[path], kept = named.enter_context(file)
+            resumed_bytes, before = resumed_bytes + kept, before + sizes[path]
+    return written, resumed_bytes
 
 
-def _write(files: Mapping[Path, Mapping[str, AnyTensor]], checkpoint: Checkpoint, progress: Progress) -> None:
-    """All of the files, or none."""
-    for path, tensors in files.items():
-        require_space(path.parent, _size(tensors))
-    done, total, name = 0, sum(map(_size, files.values())), ""
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(f"writing {name}", done, total, "bytes")
-
-    with ExitStack() as whole:
-        for path, tensors in files.items():
-            name = path.name
-            _write_state(whole.enter_context(atomic_file(path)), path, tensors, checkpoint.reader, advance)
-        for file in checkpoint.files:
-            file.require_unchanged()
+def _report(progress: Progress, name: str, before: int, total: int, position: int, is_kept: bool) -> None:
+    progress(f"{'checking' if is_kept else 'writing'} {name}", before + position, total, "bytes")
 
 
-def _write_state(
-    file: OutputFile, path: Path, tensors: Mapping[str, AnyTensor], reader: Reader, advance: Callable[[int], None]
-) -> None:
-    """One file, in the format that its suffix names."""
+def _segments(path: Path, tensors: Mapping[str, AnyTensor]) -> Segments:
+    """Lay out a file in the format that its suffix names."""
     infos = {key: tensor.info for key, tensor in tensors.items()}
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    file.allocate(_size(tensors))
-    with _synced(file) as sync, file.stream() as stream:
+    layout: list[Segment]
+    if path.suffix == SAFETENSORS:
+        header, keys = make_header(infos)
+        layout = [header, *keys]
+    else:
+        from streamconv.formats.torch_writer import pth_segments  # with pickle, which nothing else needs
 
-        def data(key: str) -> Iterator[memoryview]:
-            for piece in tensors[key].split(PIECE_BYTES):
-                part = buffer[: piece.info.nbytes]
-                piece.read_into(part, reader)
-                yield part
-                sync(stream.tell())
-                advance(len(part))
-
-        if path.suffix == SAFETENSORS:
-            header, keys = make_header(infos)
-            stream.write(header)
-            for key in keys:
-                stream.writelines(data(key))
-        else:
-            write_pth(stream, path.stem, infos, data)
-
-
-@contextmanager
-def _synced(file: OutputFile) -> Iterator[Callable[[int], None]]:
-    """Another thread syncs the file on the way. Call what this gives with how far the file is written."""
-    synced_to = 0
-    synced: Future[None] | None = None
-    with ThreadPoolExecutor(1, "sync") as syncing:
-
-        def sync(position: int) -> None:
-            nonlocal synced_to, synced
-            if position - synced_to >= SYNC_BYTES:
-                if synced is not None:
-                    synced.result()
-                synced = syncing.submit(file.sync, synced_to, position - synced_to)
-                synced_to = position
-
-        yield sync
-        if synced is not None:
-            synced.result()
-        file.sync(synced_to, 0)  # to its end
+        layout = pth_segments(path.stem, infos)
+    return [(each, tensors[each]) if isinstance(each, str) else each for each in layout]

@@ -41,9 +41,9 @@ def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> SyntheticF
     head = _head_path(backbone, found)
     for file in (backbone, head):
         if file is not None and os.path.exists(file):
-            raise OutputError(f"{file} is there already. Choose another name, or delete it.")
+            raise OutputError(f"{file} exists already. Choose another name, or delete it.")
         if file is not None and not os.path.isdir(file.parent):
-            raise OutputError(f"{file.parent} is no folder. Make it first.")
+            raise OutputError(f"{file.parent} is not a folder. Create it first.")
     backbone_infos, head_infos = family.split_head(family.sources(found.dimensions, found.block_chunks))
     _write(backbone, backbone_infos, seed)
     if head is not None:
@@ -101,7 +101,7 @@ def _head_path(backbone: Path, model: Model) -> Path | None:
 
 
 def _write(path: Path, infos: dict[str, TensorInfo], seed: int) -> None:
-    from streamconv.formats.torch_writer import write_pth  # and zipfile, which a conversion needs not
+    from streamconv.formats.torch_writer import write_pth  # with pickle, which nothing else needs
 
     order = {name: i for i, name in enumerate(infos)}
     require_space(path.parent, sum(info.nbytes for info in infos.values()))

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 from streamconv.errors import CorruptError
 from streamconv.files.base import ByteRange, FileRef
@@ -154,6 +155,19 @@ def size_of(segment: bytes | tuple[str, AnyTensor] | LateBytes) -> int:
     if isinstance(segment, bytes):
         return len(segment)
     return segment.size if isinstance(segment, LateBytes) else segment[1].target.nbytes
+
+
+def fingerprint(segments: Segments) -> str:
+    """Return a sha256 over the origin of every byte, as names and places in the source's files."""
+    digest = sha256()
+    for segment in segments:
+        if isinstance(segment, tuple):
+            name, tensor = segment
+            parts = [(part.record.name, part.offset, part.info, part.strides) for part in parts_of(tensor)]
+            digest.update(f"{name}\n{parts}\n{tensor.target}".encode())
+        else:
+            digest.update(segment if isinstance(segment, bytes) else str(segment.size).encode())
+    return digest.hexdigest()
 
 
 def batches(segments: Segments, point: ResumePoint) -> Iterator[list[Piece]]:

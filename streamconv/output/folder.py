@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamconv.output.files import as_output_error, make_folder, require_space, temporary_path, write_file
-from streamconv.output.journal import JOURNAL_NAME, Journal, OpenJournal, ResumePoint, locked_journal
+from streamconv.output.journal import JOURNAL_NAME, Journal, OpenJournal, locked_journal
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, differences
 from streamconv.output.ownership import require_free
 
@@ -91,12 +91,8 @@ def open_output_folder(folder: Path, provenance: Provenance, names: Sequence[str
 def _start(folder: Path, journal: OpenJournal, provenance: Provenance) -> None:
     previous = journal.contents.provenance
     if previous is not None and differences(previous, provenance):  # `require_free`: it had written nothing
-        journal.forget([])
+        journal.forget()
         for path in folder.glob(temporary_path(Path("*.safetensors")).name):
             path.unlink()
     manifest = Manifest.read(folder)
-    complete = {} if manifest is None else {
-        name: ResumePoint(file.size, file.sha256, overflow_count=file.overflow_count)
-        for name, file in manifest.files.items()
-    }  # fmt: skip
-    journal.start(provenance, complete)
+    journal.start(provenance, manifest.files if manifest is not None else {})

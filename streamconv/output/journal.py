@@ -8,10 +8,10 @@ interrupted process left is read back, and must match.
 import json
 import os
 import platform
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ class OpenJournal:
         self.path, self._output, self._fd = path, output, fd
         self.contents = Journal.read(path)
 
-    def start(self, provenance: Provenance, complete: Mapping[str, ResumePoint]) -> None:
+    def start(self, provenance: Provenance, complete: Mapping[str, WrittenFile]) -> None:
         """Record what is written from now on, and by whom; what the journal has of it already is kept.
 
         ``complete`` are files that an earlier process had finished. The journal's name lasts when the folder is synced:
@@ -149,22 +149,23 @@ class OpenJournal:
         with as_output_error(self.path):
             os.ftruncate(self._fd, journal.length)
             os.lseek(self._fd, journal.length, os.SEEK_SET)
-        journal.resume_points = {**complete, **journal.resume_points}
+        points = {
+            name: ResumePoint(file.size, file.sha256, overflow_count=file.overflow_count)
+            for name, file in complete.items()
+        }
+        journal.resume_points = {**points, **journal.resume_points}
         if journal.provenance is None:
             self._append({"format_version": FORMAT_VERSION, "provenance": asdict(provenance)})
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._append({"process": asdict(WritingProcess(os.getpid(), platform.node(), now))})
 
-    def forget(self, files: Iterable[Path]) -> None:
-        """Start over: forget what the journal records, and delete unfinished ``files``."""
+    def forget(self) -> None:
+        """Start over: forget what the journal records."""
         self.contents = Journal()
-        for file in files:
-            with as_output_error(file):
-                temporary_path(file).unlink(missing_ok=True)
 
     def recorded(self, file: Path) -> ResumePoint:
         """Return how far a file is according to the journal."""
-        return self.contents.resume_points.get(self._key(file), NOT_STARTED)
+        return self.contents.resume_points.get(name_in(self.path, file), NOT_STARTED)
 
     def resume_point(self, file: Path) -> ResumePoint:
         """Return where to resume a file, which has its temporary name then."""
@@ -178,8 +179,8 @@ class OpenJournal:
 
     def record(self, file: Path, point: ResumePoint) -> None:
         """Keep how far a file is, on the disk; its bytes must be there before."""
-        self._append({"file": self._key(file), "resume_point": asdict(point)})
-        self.contents.resume_points[self._key(file)] = point
+        self._append({"file": name_in(self.path, file), "resume_point": asdict(point)})
+        self.contents.resume_points[name_in(self.path, file)] = point
 
     def discard(self, file: Path) -> None:
         """Delete what was written of a file: it cannot be trusted."""
@@ -216,9 +217,6 @@ class OpenJournal:
         self.path.unlink(missing_ok=True)
         return True
 
-    def _key(self, file: Path) -> str:
-        return os.path.relpath(file, self.path.parent)
-
     def _append(self, entry: Mapping[str, Any]) -> None:
         self.require_linked()
         line = json.dumps(entry).encode() + b"\n"
@@ -226,6 +224,11 @@ class OpenJournal:
             while line:
                 line = line[os.write(self._fd, line) :]
             os.fsync(self._fd)
+
+
+def name_in(journal: Path, file: Path) -> str:
+    """Return the name of a file in a journal: its path from the journal's folder."""
+    return os.path.relpath(file, journal.parent)
 
 
 @contextmanager

@@ -75,7 +75,6 @@ def written_file(
                     raise
                 # Otherwise the damage may be in what was written before: write all of it again.
         yield complete.written, point.size
-    journal.record(path, complete)
 
 
 class _FileWriter:
@@ -118,7 +117,7 @@ class _FileWriter:
                     write = disk.submit(file.write_pages, *pages.add(filled))
                     digest.update(buffer[:filled], write)
                     marker.add(write, moved)
-                    # Not at the end: a resume point there means that all was checked.
+                    # Not at the end: a resume point there means that everything was checked.
                     if marker.is_due and pages.position < self.size:
                         marker.mark(contents.resume_point(pages.position), digest.so_far())
                 self._advance(pages.position, is_kept)
@@ -126,11 +125,14 @@ class _FileWriter:
             sha256 = digest.hexdigest()
             file.truncate(self.size)
         self._check_rest(point, contents)
-        return ResumePoint(self.size, sha256, overflow_count=contents.overflow_count)
+        file.sync(0, self.size)
+        complete = ResumePoint(self.size, sha256, overflow_count=contents.overflow_count)
+        self._journal.record(self._path, complete)
+        return complete
 
     def _check_rest(self, point: ResumePoint, contents: "Contents") -> None:
         """Compare the CRC-32s that are still pending; what has none must be of files that did not change."""
-        if point.size == self.size:  # it had been renamed into place, and was read back completely
+        if point.size == self.size:  # an earlier process had checked everything
             self._checks.skip_pending()
         else:
             self._checks.verify_pending()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import streamconv
 from streamconv import ChangedError, CorruptError, MappingError, OutputError, SourceMissingError, UsageError
 from tests import api
 from tests.checkpoints import assert_same, chunked, converted_folder, original_states
-from tests.support import Faults, run, run_python, tiny
+from tests.support import Faults, contents, run, run_python, sha256_of, tiny
 
 
 # Any two of the five properties meet in every way.
@@ -70,9 +71,9 @@ def test_published_model_is_identified_and_restored(tmp_path: Path) -> None:
     (tmp_path / "back").mkdir()
     done = run("revert", "folder", "-o", "back/source.pth", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    size = (tmp_path / "source.pth").stat().st_size
+    size, digest = (tmp_path / "source.pth").stat().st_size, sha256_of(tmp_path / "source.pth")
     assert json.loads(done.stdout)["model"] == "dinov2_vits14_reg"
-    assert json.loads(done.stdout)["files"] == [{"file": "back/source.pth", "bytes": size}]
+    assert json.loads(done.stdout)["files"] == [{"file": "back/source.pth", "bytes": size, "sha256": digest}]
     assert (tmp_path / "back" / "source.pth").read_bytes() == (tmp_path / "source.pth").read_bytes()
 
 
@@ -107,9 +108,9 @@ def test_two_models_in_one_folder_are_refused(tmp_path: Path) -> None:
 def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_path: Path) -> None:
     folder = converted_folder(tmp_path, tiny())
     data = (folder / "model.safetensors").read_bytes()
-    for name, contents in (("cut", data[:-1]), ("damaged", data[:100] + b"}" + data[101:])):
+    for name, damaged in (("cut", data[:-1]), ("damaged", data[:100] + b"}" + data[101:])):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(contents)
+        (tmp_path / name / "model.safetensors").write_bytes(damaged)
     for name, state in (
         ("bert", {f"bert.encoder.layer.{i}.weight": torch.zeros(1) for i in range(9)}),
         ("original", original_states(tiny())[0]),
@@ -123,24 +124,24 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
     (tmp_path / "there.pth").write_bytes(b"mine")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for error, says, name, output, head in (
-        (SourceMissingError, "none is no folder. Name the one", "none", "x.pth", None),
-        (SourceMissingError, "is no folder. Name the one", "folder/model.safetensors", "x.pth", None),
+        (SourceMissingError, "none is not a folder. Name the folder", "none", "x.pth", None),
+        (SourceMissingError, "is not a folder. Name the folder", "folder/model.safetensors", "x.pth", None),
         (SourceMissingError, "holds neither model.safetensors nor", "empty", "x.pth", None),
         (streamconv.TruncatedError, "Fetch it again", "cut", "x.pth", None),
         (CorruptError, "has no dtype, shape or data_offsets of", "damaged", "x.pth", None),
         (MappingError, r"\(dinov2\), but:\n  bert.encoder.layer.0.weight\n", "bert", "x.pth", None),
         (MappingError, r"\(dinov2\), but:\n", "original", "x.pth", None),
         (MappingError, "its tensors are I32, which is no model's dtype", "whole", "x.pth", None),
-        (OutputError, "there.pth is there already. Choose another name, or delete it", "folder", "there.pth", None),
-        (OutputError, "there.pth is there already", "classifier/folder", "x.pth", "there.pth"),
-        (OutputError, "is there already", "folder", "folder/model.safetensors", None),
-        (OutputError, "none is no folder. Make it first", "folder", "none/x.pth", None),
-        (UsageError, "taken for one. Choose another folder", "folder", "folder/x.pth", None),
+        (OutputError, "there.pth exists already. Choose another name, or delete it", "folder", "there.pth", None),
+        (OutputError, "there.pth exists already", "classifier/folder", "x.pth", "there.pth"),
+        (OutputError, "exists already", "folder", "folder/model.safetensors", None),
+        (OutputError, "none is not a folder. Create it first", "folder", "none/x.pth", None),
+        (UsageError, "taken for one of .* Choose another folder", "folder", "folder/x.pth", None),
         (UsageError, "End its name in .pth, .pt, .bin, .safetensors", "folder", "x.onnx", None),
         (UsageError, "End its name in .pth", "folder", "x", None),
         (UsageError, "End its name in .pth", "classifier/folder", "x.pth", "head"),
         (UsageError, "is a classifier, .* --head FILE", "classifier/folder", "x.pth", None),
-        (UsageError, "is no classifier, .* Leave --head out", "folder", "x.pth", "y.pth"),
+        (UsageError, "is not a classifier .* Leave --head out", "folder", "x.pth", "y.pth"),
         (UsageError, "Give --head another name", "classifier/folder", "x.pth", "./x.pth"),
     ):
         with pytest.raises(error, match=says):
@@ -155,8 +156,8 @@ def test_revert_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path) -> 
         (2, "Missing option", ("folder",)),
         (2, "End its name in", ("folder", "-o", "")),
         (2, "Leave --head out", ("folder", "-o", "x.pth", "--head", "y.pth")),
-        (3, "is no folder", ("none", "-o", "x.pth")),
-        (4, "is there already", ("folder", "-o", "there.pth")),
+        (3, "is not a folder", ("none", "-o", "x.pth")),
+        (4, "exists already", ("folder", "-o", "there.pth")),
     ):
         done = run("revert", *words, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (code, ""), (words, done.stderr)
@@ -168,29 +169,156 @@ def test_revert_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_interrupted_revert_leaves_nothing(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize(("file", "left"), [("x", ()), ("head", ("incomplete", "journal"))])
+def test_interrupted_revert_leaves_only_what_the_same_command_resumes(
+    tmp_path: Path, suffix: str, file: str, left: tuple[str, ...]
+) -> None:
     folder = converted_folder(tmp_path, tiny(classes=900))
     code = (
         "import os, signal, sys, streamconv.cli.commands as cli\n"
         "def progress(self, what, done, total, unit):\n"
-        "    if what.startswith('writing head') and done == total: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"    if what == 'writing {file}{suffix}': os.kill(os.getpid(), signal.SIGTERM)\n"
         "cli.ProgressReport.__call__ = progress\n"
         f"sys.argv = ['streamconv', 'revert', {str(folder)!r}, '-o', 'x{suffix}', '--head', 'head{suffix}']\n"
         "cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (128 + signal.SIGINT, "")
-    assert done.stderr.startswith("Interrupted. To resume, run\n  streamconv revert ")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    command = done.stderr.removeprefix("Interrupted. To resume, run\n  streamconv ").splitlines()[0].split()
+    assert command[0] == "revert"
+    names = {f".x{suffix}.streamconv-{kind}" for kind in left}
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", *names}
+    again = json.loads(run(*command, "--json", cwd=tmp_path).stdout)
+    assert again["resumed_bytes"] == (again["files"][0]["bytes"] if left else 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", f"x{suffix}", f"head{suffix}"}
 
 
-@pytest.mark.parametrize("at", [1, 2, None])  # on the way, at the end, both
-def test_file_that_cannot_be_synced_is_not_renamed_into_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int | None
+class Interrupted(BaseException):
+    pass
+
+
+def interrupt_after(share: float, folder: Path, *paths: Path) -> None:
+    """Revert, and stop as Ctrl-C does when a share of the bytes is written."""
+
+    def progress(what: str, done: int, total: int, unit: str) -> None:
+        if done > share * total:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        streamconv.revert(folder, paths[0], head=paths[1] if paths[1:] else None, progress=progress)
+
+
+@pytest.mark.usefixtures("frequent_journal_entries")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.97])  # the last one within the head
+def test_interrupted_revert_is_resumed_to_the_same_bytes(tmp_path: Path, suffix: str, share: float) -> None:
+    folder = converted_folder(tmp_path, tiny(classes=900))
+    undisturbed, out = ([tmp_path / name / f"{part}{suffix}" for part in ("x", "head")] for name in ("whole", "out"))
+    for path in (undisturbed[0], out[0]):
+        path.parent.mkdir()
+    whole = streamconv.revert(folder, undisturbed[0], head=undisturbed[1])
+    interrupt_after(share, folder, *out)
+    assert not any(path.exists() for path in out)
+    seen: list[str] = []
+    done = streamconv.revert(folder, out[0], head=out[1], progress=lambda what, *rest: seen.append(what))
+    total = sum(path.stat().st_size for path in out)
+    assert share * total - 3 * (32 << 10) < done.resumed_bytes < (share + 0.02) * total
+    assert seen[0] == f"checking x{suffix}"
+    assert contents(out[0].parent) == contents(undisturbed[0].parent)
+    assert [file.sha256 for file in done.written.values()] == [sha256_of(path) for path in out]
+    assert [file.sha256 for file in whole.written.values()] == [sha256_of(path) for path in undisturbed]
+
+
+@pytest.mark.usefixtures("frequent_journal_entries")
+@pytest.mark.parametrize("damage", ["a bit", "its end"])
+def test_damaged_partial_file_is_written_again(tmp_path: Path, damage: str) -> None:
+    folder = converted_folder(tmp_path, tiny())
+    interrupt_after(0.6, folder, tmp_path / "back.pth")
+    partial = tmp_path / ".back.pth.streamconv-incomplete"
+    data = bytearray(partial.read_bytes())
+    data[len(data) // 3] ^= 1
+    partial.write_bytes(data if damage == "a bit" else data[: len(data) // 4])
+    assert streamconv.revert(folder, tmp_path / "back.pth").resumed_bytes == 0
+    assert_same(original_states(tiny())[0], tmp_path / "back.pth")
+
+
+@pytest.mark.usefixtures("frequent_journal_entries")
+@pytest.mark.parametrize("change", ["weights", "time", "chunks", "head"])
+def test_partial_file_of_another_source_is_written_again(tmp_path: Path, change: str) -> None:
+    folder = converted_folder(tmp_path, tiny(classes=3))
+    head, options = tmp_path / "head.pth", {}
+    interrupt_after(0.5, folder, tmp_path / "back.pth", head)
+    path = folder / "model.safetensors"
+    if change == "weights":
+        state = safetensors.torch.load_file(path)
+        safetensors.torch.save_file({name: value + 1 for name, value in state.items()}, path)
+    elif change == "time":
+        os.utime(path, (5, 5))
+    elif change == "chunks":
+        options["block_chunks"] = 1
+    else:
+        head = tmp_path / "other.pth"
+    resumed = streamconv.revert(folder, tmp_path / "back.pth", head=head, **options).resumed_bytes
+    assert resumed == 0
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "whole").mkdir()
+    streamconv.revert(
+        tmp_path / "copy", tmp_path / "whole" / "back.pth", head=tmp_path / "whole" / head.name, **options
+    )
+    assert contents(tmp_path / "whole") == {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+
+
+def stop_after_renames(monkeypatch: pytest.MonkeyPatch, count: int, folder: Path, *paths: Path) -> None:
+    """Revert, and stop when some of the files have their names."""
+    real, renamed = os.replace, 0
+
+    def replace(old: Path, new: Path) -> None:
+        nonlocal renamed
+        if renamed < count:
+            real(old, new)
+            renamed += 1
+        if renamed == count:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(Interrupted):
+            streamconv.revert(folder, paths[0], head=paths[1])
+    assert sum(path.exists() for path in paths) == count
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_revert_stopped_between_renames_is_finished_by_the_same_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     folder = converted_folder(tmp_path, tiny(classes=3))
-    monkeypatch.setattr(sys.modules["streamconv.jobs.revert"], "SYNC_BYTES", 2 << 20)
-    Faults(monkeypatch, ("fdatasync",), errno.EIO, at)
+    paths = (tmp_path / "back.pth", tmp_path / "head.pth")
+    stop_after_renames(monkeypatch, count, folder, *paths)
+    streamconv.revert(folder, paths[0], head=paths[1])
+    for path, state in zip(paths, original_states(tiny(classes=3)), strict=True):
+        assert_same(state, path)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "back.pth", "head.pth"}
+
+
+def test_file_put_in_the_place_of_a_finished_one_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = converted_folder(tmp_path, tiny(classes=3))
+    paths = (tmp_path / "back.pth", tmp_path / "head.pth")
+    stop_after_renames(monkeypatch, 1, folder, *paths)
+    paths[1].write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"head\.pth exists already"):
+        streamconv.revert(folder, paths[0], head=paths[1])
+    assert paths[1].read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "fsync"])  # on the way, at the end
+def test_file_that_cannot_be_synced_is_not_renamed_into_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    folder = converted_folder(tmp_path, tiny(classes=3))
+    monkeypatch.setattr("streamconv.output.writer.SYNC_BYTES", 2 << 20)
+    Faults(monkeypatch, (call,), errno.EIO)
     with pytest.raises(OutputError, match=os.strerror(errno.EIO)):
         streamconv.revert(folder, tmp_path / "x.pth", head=tmp_path / "head.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -212,9 +340,13 @@ def test_full_disk_leaves_no_reverted_file(
                 while file.write(bytes(1 << 12)):
                     pass
 
-    # The weights' room is reserved when it begins; what a .pth has behind them then finds none.
-    with pytest.raises(OutputError, match=r"No space left on device\. Make room and run the same command again"):
+    if reserves:  # all of the file's room, when it begins
         streamconv.revert(folder, path, progress=progress)
+        assert_same(original_states(tiny())[0], path)
+        path.unlink()
+    else:
+        with pytest.raises(OutputError, match=r"No space left on device\. Make room and run the same command again"):
+            streamconv.revert(folder, path, progress=progress)
     assert [each.name for each in small_disk.iterdir()] == ["filler"]
     with filler.open("ab") as file, suppress(OSError):
         file.write(bytes(3 << 20))
@@ -243,7 +375,7 @@ def test_second_revert_to_the_same_file_is_refused(tmp_path: Path) -> None:
 
     def progress(what: str, done: int, total: int, unit: str) -> None:
         if next(said, False):
-            with pytest.raises(OutputError, match="is being written by another process"):
+            with pytest.raises(OutputError, match=rf"back\.pth is being written by process {os.getpid()} on"):
                 streamconv.revert(folder, tmp_path / "back.pth")
 
     streamconv.revert(folder, tmp_path / "back.pth", progress=progress)
@@ -260,7 +392,8 @@ def test_revert_progress_counts_every_byte_once(tmp_path: Path) -> None:
         progress=lambda what, at, total, unit: seen.append((what, at, total)),
     )
     assert [at for _, at, _ in seen] == sorted({at for _, at, _ in seen})
-    assert seen[-1] == ("writing head.safetensors", done.weights, done.weights)
+    total = sum(path.stat().st_size for path in done.files)
+    assert seen[-1] == ("writing head.safetensors", total, total)
     assert seen[0][0] == "writing back.pth"
 
 

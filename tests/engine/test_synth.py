@@ -64,12 +64,12 @@ def test_seed_determines_every_byte(tmp_path: Path) -> None:
 
 def test_existing_files_and_unknown_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(b"mine")
-    with pytest.raises(OutputError, match="there already"):
+    with pytest.raises(OutputError, match="exists already"):
         streamconv.synth("dinov2_vits14", tmp_path / "x.pth")
     assert (tmp_path / "x.pth").read_bytes() == b"mine"
     with pytest.raises(UsageError, match="dinov2_vits14"):
         streamconv.synth("dinov2_vits", tmp_path / "y.pth")
-    with pytest.raises(OutputError, match="no folder"):
+    with pytest.raises(OutputError, match="not a folder"):
         streamconv.synth("dinov2_vits14", tmp_path / "none" / "y.pth")
 
 

@@ -1,0 +1,60 @@
+"""Files that are written beside others, not in a folder of their own, and resumed after an interruption."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from streamconv.errors import OutputError
+from streamconv.output.files import require_space, temporary_path
+from streamconv.output.journal import Journal, OpenJournal, locked_journal, name_in
+from streamconv.output.manifest import Provenance, differences
+
+
+def journal_path(files: Iterable[Path]) -> Path:
+    """Return where the journal of these files is: beside the first one, hidden."""
+    first = next(iter(files))
+    return first.with_name(f".{first.name}.streamconv-journal")
+
+
+@contextmanager
+def resumable_files(files: Mapping[Path, int], provenance: Provenance) -> Iterator[OpenJournal]:
+    """Open the journal of files that this process alone writes; it is deleted when the block ends well.
+
+    What an interrupted process wrote from another source is written again.
+
+    Args:
+        files: Their sizes in bytes.
+
+    Raises:
+        OutputError: a file exists, is being written by another process, or its disk is too full.
+    """
+    with locked_journal(journal_path(files), next(iter(files))) as journal:
+        try:
+            previous = journal.contents.provenance
+            is_same = previous is None or not differences(previous, provenance)
+            require_absent(files, journal.contents if is_same else Journal())
+            if not is_same:
+                journal.forget()
+            for file, size in files.items():
+                present = [path for path in (file, temporary_path(file)) if os.path.exists(path)]
+                require_space(file.parent, size - sum(path.stat().st_blocks * 512 for path in present))
+            journal.start(provenance, {})
+            yield journal
+            journal.remove()
+        except BaseException:
+            with suppress(OSError):  # a disk that lets nothing be removed; the first error reports it
+                journal.abandon(files)
+            raise
+
+
+def require_absent(files: Iterable[Path], journal: Journal) -> None:
+    """Refuse to replace a file, unless an interrupted process wrote all of it, and not yet all of the others.
+
+    Raises:
+        OutputError
+    """
+    for file in files:
+        point = journal.resume_points.get(name_in(journal_path(files), file))
+        if os.path.lexists(file) and (point is None or not point.size or file.stat().st_size != point.size):
+            raise OutputError(f"{file} exists already. Choose another name, or delete it.")
