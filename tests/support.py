@@ -273,7 +273,8 @@ def require_uploaded_folder(hub: HubServer, server: FileServer, tmp_path: Path, 
     assert {name: arrived[name] for name in expected} == expected
     manifest = json.loads(arrived["streamconv.json"])
     for name, file in manifest["files"].items():
-        assert file == {"size": len(arrived[name]), "sha256": hashlib.sha256(arrived[name]).hexdigest()}
+        sha256 = hashlib.sha256(arrived[name]).hexdigest()
+        assert file == {"size": len(arrived[name]), "sha256": sha256, "overflow_count": 0}
 
 
 class SparseFile(io.BufferedRandom):

@@ -238,7 +238,7 @@ def test_nothing_is_written_for_an_incomplete_source(tmp_path: Path) -> None:
 
 def test_file_that_is_no_head_is_refused(tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
-    with pytest.raises(MappingError, match="is no linear head"):
+    with pytest.raises(MappingError, match="is not a classifier's head"):
         api.convert(backbone, tmp_path / "out", head=backbone)
     torch.save({"weight": torch.zeros(7, 128), "bias": torch.zeros(7)}, tmp_path / "narrow.pth")
     with pytest.raises(MappingError, match=r"misshaped: linear_head\.weight is \[7, 128\], not \[7, 256\]"):

@@ -128,7 +128,7 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
         (SourceMissingError, "is not a folder. Name the folder", "folder/model.safetensors", "x.pth", None),
         (SourceMissingError, "holds neither model.safetensors nor", "empty", "x.pth", None),
         (streamconv.TruncatedError, "Fetch it again", "cut", "x.pth", None),
-        (CorruptError, "has no dtype, shape or data_offsets of", "damaged", "x.pth", None),
+        (CorruptError, "has no dtype, shape or data_offsets for", "damaged", "x.pth", None),
         (MappingError, r"\(dinov2\), but:\n  bert.encoder.layer.0.weight\n", "bert", "x.pth", None),
         (MappingError, r"\(dinov2\), but:\n", "original", "x.pth", None),
         (MappingError, "its tensors are I32, which is no model's dtype", "whole", "x.pth", None),

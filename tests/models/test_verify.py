@@ -1,7 +1,6 @@
 """Verification passes correct outputs and names what is wrong in others."""
 
 import base64
-import hashlib
 import io
 import json
 import os
@@ -25,7 +24,7 @@ from streamconv.verification.preprocessing import original_pixels
 from tests import api
 from tests.checkpoints import State, alter, make_states, saved
 from tests.file_server import FileServer
-from tests.support import Save, byte_problems, flip, problems, tiny, verdicts
+from tests.support import Save, byte_problems, flip, problems, sha256_of, tiny, verdicts
 
 ARCHITECTURES = {
     "mlp": tiny(),
@@ -419,9 +418,8 @@ def test_result_names_the_output_files_and_their_digests(tmp_path: Path, save: S
     assert found.output["architecture"] == "Dinov2Model"
     paths = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(paths) > 1
-    assert found.output["files"] == {
-        path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in paths
+    assert {name: (file.size, file.sha256) for name, file in found.output["files"].items()} == {
+        path.name: (path.stat().st_size, sha256_of(path)) for path in paths
     }
     assert found.seconds > sum(check.numbers["seconds"] for check in found.checks) > 0
 

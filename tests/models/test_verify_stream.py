@@ -66,7 +66,7 @@ def test_flipped_bit_in_the_output_is_found_without_reading_the_source(source: s
     data[-5] ^= 1
     path.write_bytes(data)
     found = api.verify(tmp_path / "out", source, device="cpu", stream=True, parity=False)
-    assert "model.safetensors is not as it was written" in problems(found)
+    assert "model.safetensors has changed since it was written" in problems(found)
 
 
 def test_wrong_output_with_a_matching_manifest_fails_parity(source: str, tmp_path: Path) -> None:
