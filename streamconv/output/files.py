@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, synced, renamed, their folder synced."""
+"""Files that are complete or absent: written under a temporary name, synced, renamed; then their folder is synced."""
 
 import errno
 import fcntl
@@ -12,27 +12,22 @@ from typing import BinaryIO
 
 from streamconv.errors import OutputError
 
-PAGE_BYTES = 4096  # what disks and file systems want to be given whole
+PAGE_BYTES = 4096  # the unit in which disks and file systems write
 
 
 class OutputFile:
-    """A file of known size that is being written, at offsets."""
+    """A file that is being written at offsets."""
 
     def __init__(self, fd: int, path: Path):
         self._fd, self._path = fd, path
         self._is_direct: bool | None = None  # None: not tried yet
-
-    @property
-    def size(self) -> int:
-        """How many bytes it has now."""
-        return os.fstat(self._fd).st_size
 
     def truncate(self, size: int) -> None:
         with as_output_error(self._path):
             os.ftruncate(self._fd, size)
 
     def allocate(self, size: int) -> None:
-        """Reserve the disk's blocks, so that a full disk is noticed now and writing is fast; what is there stays."""
+        """Reserve the disk's blocks, so that a full disk is noticed now and writing is fast; the contents stay."""
         with as_output_error(self._path):
             if hasattr(os, "posix_fallocate") and size:
                 os.posix_fallocate(self._fd, 0, size)
@@ -47,20 +42,20 @@ class OutputFile:
                 data, offset = data[count:], offset + count
 
     def write_pages(self, offset: int, pages: memoryview) -> None:
-        """Write past the system's cache, where the file system can. From then on nothing else reads or writes.
+        """Write past the page cache, if the file system can; afterwards, only this method may be used to write.
 
-        ``offset``, the length and the memory of ``pages`` are multiples of `PAGE_BYTES`. To find memory for
-        the cache's copy and to bring it to the disk takes longer than all else.
+        ``offset``, the length and the memory address of ``pages`` are multiples of `PAGE_BYTES`. Writing through the
+        page cache (allocating pages, then flushing them) is the slowest step of a conversion.
         """
         if self._is_direct is None:
             try:
                 self._set_direct(True)
-            except (OSError, AttributeError):  # a file system that cannot; macOS has no such flag
+            except (OSError, AttributeError):  # the file system cannot; macOS has no such flag
                 self._is_direct = False
         self.write_at(offset, pages)
 
     def close(self) -> None:
-        """What another thread still wants of it fails; it shall not meet the next file that gets the descriptor."""
+        """Close it. Later calls from other threads fail with EBADF instead of using a descriptor of another file."""
         fd, self._fd = self._fd, -1
         os.close(fd)
 
@@ -70,7 +65,7 @@ class OutputFile:
         except OSError as error:
             if not self._is_direct or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-        self._set_direct(False)  # a file system that says only now that it cannot, or wants larger pages
+        self._set_direct(False)  # the file system reports only now that it cannot, or needs larger pages
         return os.pwrite(self._fd, data, offset)
 
     def _set_direct(self, is_direct: bool) -> None:
@@ -79,25 +74,25 @@ class OutputFile:
         self._is_direct = is_direct
 
     def read_at(self, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with what was written from ``offset`` on, all of it within the size."""
+        """Fill ``buffer`` with the file's bytes from ``offset`` on."""
         with as_output_error(self._path):
             while buffer:
                 count = os.preadv(self._fd, [buffer], offset)
                 if not count:
-                    raise OSError(errno.EIO, "it ends before its size")
+                    raise OSError(errno.EIO, "it is shorter than it was")
                 buffer, offset = buffer[count:], offset + count
 
     @contextmanager
     def stream(self) -> Iterator[BinaryIO]:
-        """The file as a Python file object, for those who write one after another."""
+        """Open it as a Python file object, to write from its beginning."""
         with as_output_error(self._path), os.fdopen(os.dup(self._fd), "r+b") as stream:
             yield stream
 
     def sync(self, offset: int, length: int) -> None:
-        """Bring everything written so far to the disk, and let go of this range's cached pages.
+        """Flush everything written so far to the disk, and drop the cached pages of this range.
 
-        Syncing on the way keeps the disk busy; letting go keeps a small machine's cache for others
-        and, where all goes through the cache, writes the next range into the same, warm pages.
+        Syncing on the way keeps the disk busy. Dropping pages leaves a small machine's cache to others and, if writes
+        go through the cache, lets the next range reuse the same, warm pages.
         """
         with as_output_error(self._path):
             getattr(os, "fdatasync", os.fsync)(self._fd)
@@ -106,10 +101,10 @@ class OutputFile:
 
 
 class PageAligner:
-    """The bytes of a file in order, buffer by buffer, as whole pages for `OutputFile.write_pages`.
+    """Turns the bytes of a file, buffer by buffer, into whole pages for `OutputFile.write_pages`.
 
-    The page that a buffer ends within is written as it is, and once more with the next buffer, which begins with
-    a copy of it. What the last one has beyond the file's end is cut off in the end.
+    The page in which a buffer ends is written incomplete, and again with the next buffer, which starts with a copy of
+    it. The file is finally cut to its size.
     """
 
     def __init__(self) -> None:
@@ -118,41 +113,41 @@ class PageAligner:
         self._buffer = memoryview(b"")
 
     def next_window(self, buffer: memoryview) -> memoryview:
-        """Where in ``buffer``, which is of pages of memory, the next bytes belong."""
+        """Return the part of ``buffer``, which consists of pages of memory, that the next bytes belong in."""
         buffer[: len(self._begun)] = self._begun
         self._buffer = buffer
         return buffer[len(self._begun) :]
 
     def add(self, count: int) -> tuple[int, memoryview]:
-        """Take note of ``count`` bytes that are there now; give the offset and the pages that hold them."""
+        """Note that ``count`` bytes are in the window; return the pages that hold them, and their offset in the file."""
         offset, end = self.position - len(self._begun), len(self._begun) + count
         self.position += count
         self._begun = bytes(self._buffer[end - end % PAGE_BYTES : end])
         return offset, self._buffer[: end + -end % PAGE_BYTES]
 
 
-def temporary_path(path: Path, version: str = "") -> Path:
-    """Where ``path`` is written before it is whole: a hidden name that no one else gives."""
-    return path.with_name(f".{path.name}{version and '.'}{version}.streamconv-incomplete")
+def temporary_path(path: Path) -> Path:
+    """Return where ``path`` is written until it is complete: a hidden name that nobody else gives to a file."""
+    return path.with_name(f".{path.name}.streamconv-incomplete")
 
 
 def open_exclusive(path: Path) -> int:
-    """The file, made where there is none, opened and locked until it is closed; no link is followed.
+    """Open a file, created if it does not exist, and lock it until it is closed; no link is followed.
 
-    The system lets go of a dead process's lock by itself.
+    The system releases the lock of a process that dies.
 
     Raises:
-        BlockingIOError: another process has it.
-        OSError: it cannot be opened or locked, or has another name, too, under which it would be changed.
+        BlockingIOError: another process has locked it.
+        OSError: it cannot be opened or locked, or it has a second name, under which it would be changed too.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         state = os.fstat(fd)
         if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
-            raise OSError(errno.EMLINK, "it is a link to another file, or no file; remove it")
+            raise OSError(errno.EMLINK, "it is a link to another file, or not a file; remove it")
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not is_still_linked(fd, path):
-            raise BlockingIOError  # its writer finished between our opening and our locking
+            raise BlockingIOError  # its writer finished between our open and our lock
     except BaseException:
         os.close(fd)
         raise
@@ -160,7 +155,7 @@ def open_exclusive(path: Path) -> int:
 
 
 def is_still_linked(fd: int, path: Path) -> bool:
-    """Whether ``path`` still is the name of the file that is open: no one removed it, or put another in its place."""
+    """Return whether ``path`` still names the open file: it was not removed or replaced."""
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
     except FileNotFoundError:
@@ -168,17 +163,16 @@ def is_still_linked(fd: int, path: Path) -> bool:
 
 
 @contextmanager
-def atomic_file(path: Path, *, resume: bool = False, version: str = "") -> Iterator[OutputFile]:
-    """A new file that gets its name when the block ends well.
+def atomic_file(path: Path, *, resume: bool = False) -> Iterator[OutputFile]:
+    """Write a file that is renamed into place when the block ends well.
 
-    When it does not, the file vanishes; with ``resume`` it stays under its temporary name, and the next one
-    of the same ``version`` begins with what it holds. Its mode is the umask's choice, as for any file that a
-    user makes.
+    Otherwise it is deleted; with ``resume`` it keeps its temporary name, and the next call starts with its contents.
+    Its mode is the umask's choice, as for any file that a user creates.
 
     Raises:
         OutputError: the disk is full, or does not let us write.
     """
-    temporary = temporary_path(path, version)
+    temporary = temporary_path(path)
     with as_output_error(temporary):
         try:
             fd = open_exclusive(temporary)
@@ -188,19 +182,19 @@ def atomic_file(path: Path, *, resume: bool = False, version: str = "") -> Itera
     try:
         with as_output_error(path):
             if resume:
-                sync_folder(path.parent)  # its temporary name lasts, as what will be synced under it
+                sync_folder(path.parent)  # so that the temporary name lasts as its contents will
             else:
                 os.ftruncate(fd, 0)
         yield file
         with as_output_error(path):
             os.fsync(fd)
             if not is_still_linked(fd, temporary):
-                raise FileNotFoundError(errno.ENOENT, "someone removed it meanwhile")
+                raise FileNotFoundError(errno.ENOENT, "it was removed while it was written")
             os.replace(temporary, path)
             sync_folder(path.parent)
     except BaseException:
         if not resume:
-            with suppress(OSError):  # a disk that lets nothing be removed; the first error says it
+            with suppress(OSError):  # a disk that lets nothing be removed; the first error reports it
                 if is_still_linked(fd, temporary):
                     temporary.unlink()
         raise
@@ -209,13 +203,13 @@ def atomic_file(path: Path, *, resume: bool = False, version: str = "") -> Itera
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """A small file, whole or absent; errors as `atomic_file`'s."""
+    """Write a small file, complete or not at all; errors as for `atomic_file`."""
     with atomic_file(path) as file:
         file.write_at(0, memoryview(data))
 
 
 def make_folder(folder: Path) -> None:
-    """The folder and those above it, made where they are not, so that they last."""
+    """Create a folder and its missing parents, so that their names last."""
     if not os.path.isdir(folder):
         make_folder(folder.absolute().parent)
         folder.mkdir(exist_ok=True)
@@ -227,41 +221,46 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` last; where a folder cannot be opened (Windows), they last anyway."""
-    if hasattr(os, "O_DIRECTORY"):
+    """Make renames in ``folder`` last, as far as its file system can."""
+    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder; renames last there anyway
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(fd)
+        except OSError as error:
+            # EINVAL is POSIX's "not possible on this file": some network file systems cannot sync a folder. Any other
+            # error, such as EIO, is a failure.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(fd)
 
 
-_MENDS = {
+_ADVICE = {
     errno.ENOSPC: "Make room and run the same command again.",
     errno.EDQUOT: "Make room and run the same command again.",
     errno.ENOENT: "Its folder is gone. Run the same command again.",
-    errno.EFBIG: "Choose a disk that takes files as large, or give convert a smaller --max-shard-size.",
+    errno.EFBIG: "Choose a disk that takes files of this size, or give convert a smaller --max-shard-size.",
 }
 
 
 @contextmanager
 def as_output_error(path: Path) -> Iterator[None]:
-    """An `OSError` of the block becomes an `OutputError` that says what cannot be done with ``path``."""
+    """Raise an `OSError` of the block as an `OutputError` about ``path``."""
     try:
         yield
     except OSError as error:
-        mend = _MENDS.get(error.errno or 0, "Choose another place for the output.")
-        raise OutputError(f"{path} cannot be written: {error.strerror}. {mend}") from error
+        advice = _ADVICE.get(error.errno or 0, "Choose another place for the output.")
+        raise OutputError(f"{path} cannot be written: {error.strerror}. {advice}") from error
 
 
 def require_space(folder: Path, size: int) -> None:
-    """Refuse now what would not fit.
+    """Refuse output that would not fit.
 
     Raises:
         OutputError: the disk of ``folder``, which need not exist yet, has fewer than ``size`` bytes free.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    free = shutil.disk_usage(existing).free
     if free < size:
         raise OutputError(
             f"{folder} needs {size:,} bytes and its disk has {free:,} free. "

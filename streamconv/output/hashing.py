@@ -1,4 +1,4 @@
-"""sha256 in a thread of its own, while another one reads, compares and writes."""
+"""sha256 in a thread of its own, while another thread reads, compares and writes."""
 
 import hashlib
 import mmap
@@ -9,14 +9,15 @@ from typing import Any
 
 from streamconv.output.files import PAGE_BYTES
 
-BUFFER_BYTES, RING_BUFFERS = 1 << 20, 8  # what the hash may be behind: less costs time, more costs memory
+BUFFER_BYTES, RING_BUFFERS = 1 << 20, 8
+"""How far hashing may lag behind reading: a smaller ring stalls the reader, a larger one takes more memory."""
 
 
 class BackgroundHash:
-    """Gives out buffers, and hashes what they were filled with; use it in a ``with`` statement.
+    """Lends buffers, and hashes what they were filled with; use it in a ``with`` statement.
 
-    Buffers beyond the CPU's cache make every step slower, so there is a ring of small ones. They are pages of
-    memory, one more than what is put there needs, for who writes whole pages.
+    Buffers that do not fit into the CPU's cache make every step slower, so there is a ring of small ones. They consist
+    of pages of memory, one more than `BUFFER_BYTES` need, so that whole pages can be written from them.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,7 @@ class BackgroundHash:
         self._thread.shutdown()
 
     def next_buffer(self) -> memoryview:
-        """A buffer for `BUFFER_BYTES` that no one uses any more; the one before is given back by `update`."""
+        """Return a buffer for `BUFFER_BYTES` that is not used any more; `update` gives the previous one back."""
         if len(self._pending) == RING_BUFFERS:
             self._wait()
         self._ring.rotate()
@@ -46,8 +47,8 @@ class BackgroundHash:
     def update(self, data: memoryview | bytes, *uses: "Future[None]") -> None:
         """Hash ``data``, which must not change while `RING_BUFFERS` - 1 further buffers are taken.
 
-        ``uses`` are others' of the same buffer, which is not given out again before they end; what they raise
-        is raised by then.
+        ``uses`` are other uses of the same buffer: it is not lent again before they end, and what they raise is raised
+        by then.
         """
         self._pending.append((self._thread.submit(self._digest.update, data), *uses))
 
@@ -56,11 +57,11 @@ class BackgroundHash:
             use.result()
 
     def so_far(self) -> "Future[str]":
-        """The hexadecimal digest of all that was given so far, when the thread is there."""
+        """Return the hexadecimal digest of all data given so far, as soon as the thread has hashed it."""
         return self._thread.submit(lambda: self._digest.copy().hexdigest())
 
     def hexdigest(self) -> str:
-        """Of all that was given so far, which starts a new one."""
+        """Return the hexadecimal digest of all data given since the last call."""
         while self._pending:
             self._wait()
         digest, self._digest = self._digest.hexdigest(), hashlib.sha256()

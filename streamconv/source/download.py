@@ -1,33 +1,26 @@
 """Downloads a source's files into torch.hub's cache: complete or absent, and resumed after an interruption."""
 
-import glob
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 from streamconv.errors import CorruptError, OutputError, SourceError
 from streamconv.files.address import Address, Location
 from streamconv.files.base import ByteRange, File
 from streamconv.files.open import open_file
+from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
-from streamconv.output.files import (
-    OutputFile,
-    as_output_error,
-    atomic_file,
-    make_folder,
-    open_exclusive,
-    require_space,
-    temporary_path,
-)
+from streamconv.output.files import as_output_error, make_folder, temporary_path
+from streamconv.output.manifest import Provenance, SourceFile
+from streamconv.output.resumable import resumable_files
+from streamconv.output.writer import written_file
 from streamconv.progress import Progress
 from streamconv.source.resolve import Source, torch_hub_cache
-from streamconv.tensors.checksums import read_crc
-
-SYNC_BYTES = 32 << 20
-BUFFER_BYTES = 1 << 20
+from streamconv.tensors.checksums import RecordChecks, read_crc
+from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.info import TensorInfo
 
 
 def downloaded(
@@ -78,38 +71,30 @@ def downloaded(
 def _download(address: Address, path: Path, file: File, progress: Progress) -> None:
     with as_output_error(path):
         make_folder(path.parent)
-    version = sha256(repr((str(address), file.size, file.ref.version)).encode()).hexdigest()[:16]
-    _remove_others(path, version)
-    partial = temporary_path(path, version)
-    missing = file.size - (os.path.getsize(partial) if os.path.exists(partial) else 0)
-    require_space(path.parent, missing)
-    with atomic_file(path, resume=True, version=version) as output:
-        _copy(file, output, path.name, progress)
+    version = {key: (value,) for key, value in file.ref.version}
+    provenance = Provenance(
+        source={"file": SourceFile(path.name, file.size, "", str(address), version=version)},
+        plan=f"{address}, {file.size} bytes",
+    )
+    record = Record(file.ref, path.name, ByteRange(0, file.size))
+    contents = SourceTensor(TensorInfo("U8", (file.size,)), record, 0, (1,))
+
+    def advance(position: int, is_kept: bool) -> None:
+        progress(f"{'checking' if is_kept else 'downloading'} {path.name}", position, file.size, "bytes")
+
+    reader = Reader([file])
+    with (
+        resumable_files({path: file.size}, provenance) as journal,
+        written_file(path, [(path.name, contents)], journal, reader, RecordChecks(reader), advance),
+    ):
+        partial = temporary_path(path)
         try:
             _require_intact(partial, str(address), path.name, progress)
         except SourceError:
-            output.truncate(0)  # the next attempt starts over
+            journal.discard(path)  # the next attempt starts over
             raise
         if (modified := _modified(file)) is not None:
             os.utime(partial, (modified, modified))  # as curl -R does, for `_require_same`
-
-
-def _copy(file: File, output: OutputFile, name: str, progress: Progress) -> None:
-    """Copy the rest of ``file``, from where an interrupted download stopped."""
-    # The last bytes that were written before a power cut may be missing.
-    done = max(0, output.size - 2 * SYNC_BYTES)
-    output.truncate(done)
-    file.prefetch([ByteRange(done, file.size - done)])
-    buffer, synced = memoryview(bytearray(BUFFER_BYTES)), done
-    while done < file.size:
-        part = buffer[: min(BUFFER_BYTES, file.size - done)]
-        file.read_at(done, part)
-        output.write_at(done, part)
-        done += len(part)
-        if done - synced >= SYNC_BYTES:
-            output.sync(synced, done - synced)
-            synced = done
-        progress(f"downloading {name}", done, file.size, "bytes")
 
 
 def _require_intact(path: Path, where: str, name: str, progress: Progress) -> None:
@@ -150,13 +135,3 @@ def _modified(file: File) -> float | None:
     with suppress(TypeError, ValueError, OverflowError):
         return parsedate_to_datetime(str(getattr(file, "modified", None))).timestamp()
     return None
-
-
-def _remove_others(path: Path, version: str) -> None:
-    """Delete what interrupted downloads of other versions left."""
-    for left in path.parent.glob(temporary_path(Path(glob.escape(path.name)), "?" * len(version)).name):
-        with suppress(OSError):
-            if left != temporary_path(path, version):
-                fd = open_exclusive(left)
-                left.unlink()
-                os.close(fd)

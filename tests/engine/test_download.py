@@ -18,6 +18,7 @@ from streamconv import CorruptError, NetworkError, OutputError, SourceError
 from streamconv.families import dinov2
 from streamconv.families.base import RemoteFile
 from streamconv.files import remote
+from streamconv.output.journal import Journal
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
@@ -28,7 +29,7 @@ MODEL = tiny(layers=3, hidden=512)  # 38 MB
 
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamconv.source.download.SYNC_BYTES", 2 << 20)
+    monkeypatch.setattr("streamconv.output.writer.SYNC_BYTES", 2 << 20)
     monkeypatch.setattr(remote.RemoteFile, "request_bytes", 1 << 20)
 
 
@@ -103,10 +104,11 @@ def test_interrupted_download_is_resumed(server: FileServer, source: str, cache:
     assert len(list(cache.iterdir())) == 1
 
 
+@pytest.mark.parametrize("synced", [True, False])
 def test_bytes_lost_in_a_power_cut_are_downloaded_again(
-    server: FileServer, source: str, cache: Path, tmp_path: Path
+    server: FileServer, source: str, cache: Path, tmp_path: Path, synced: bool
 ) -> None:
-    """Zeros at the end of what was written and not synced, as a file system leaves them."""
+    """Zeros in what was written and not synced, as a file system leaves them, or in what a bad disk had synced."""
 
     def stop(what: str, done: int, total: int, unit: str) -> None:
         if what == "downloading x.pth" and done > total // 2:
@@ -114,11 +116,15 @@ def test_bytes_lost_in_a_power_cut_are_downloaded_again(
 
     with pytest.raises(KeyboardInterrupt):
         api.convert(source, tmp_path / "out", progress=stop)
-    (left,) = cache.iterdir()
-    with open(left, "r+b") as file:
-        file.seek(-(3 << 20), os.SEEK_END)
+    kept = Journal.read(cache / ".x.pth.streamconv-journal").resume_points["x.pth"].size
+    with open(cache / ".x.pth.streamconv-incomplete", "r+b") as file:
+        file.seek(kept - (3 << 20) if synced else kept)
         file.write(bytes(3 << 20))
+    server.sent = 0
     api.convert(source, tmp_path / "out")
+    size = (server.folder / "x.pth").stat().st_size
+    assert (server.sent > size) == synced
+    assert list(cache.iterdir()) == [cache / "x.pth"]
     assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
 
 
@@ -129,7 +135,7 @@ def test_damaged_download_is_not_kept_and_starts_over(
     good, state = path.read_bytes(), path.stat()
     path.write_bytes(good[: len(good) // 2] + bytes([good[len(good) // 2] ^ 1]) + good[len(good) // 2 + 1 :])
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    with pytest.raises(CorruptError, match=r"http://.*/x\.pth was damaged on the way: bytes .* Run the same command again"):
+    with pytest.raises(CorruptError, match=r"http://.*/x\.pth was damaged on the way: bytes .* Run the same"):
         api.convert(source, tmp_path / "out")
     assert not (cache / "x.pth").exists()
     path.write_bytes(good)
@@ -177,7 +183,7 @@ def test_cached_file_without_checksums_is_identified_by_its_modification_time(
     assert api.convert(source, tmp_path / "out").was_finished
     safetensors.torch.save_file(make_states(MODEL, seed=1)[0], path)
     os.utime(path, (2_000_000, 2_000_000))
-    with pytest.raises(OutputError, match="may not be"):
+    with pytest.raises(OutputError, match="exists already, and may not be http"):
         api.convert(source, tmp_path / "out")
 
 
@@ -241,7 +247,7 @@ def test_second_download_of_the_same_file_is_refused(
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and not list(cache.glob(".x.pth.*")):
         time.sleep(0.01)
-    with pytest.raises(OutputError, match="by another process"):
+    with pytest.raises(OutputError, match=rf"x\.pth is being written by process {first.pid} on"):
         api.convert(source, tmp_path / "two")
     server.faults.seconds_a_megabyte = 0
     assert first.wait() == 0

@@ -21,7 +21,7 @@ import streamconv.verification.report
 from streamconv import (
     CorruptError,
 )
-from streamconv.output.journal import JOURNAL_NAME, Journal
+from streamconv.output.journal import JOURNAL_NAME, NOT_STARTED, Journal
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
@@ -194,12 +194,14 @@ def test_killed_conversion_to_the_hub_is_resumed(
 def test_killed_download_is_resumed(server: FileServer, tmp_path: Path) -> None:
     torch.save(make_states(tiny(layers=3, hidden=512))[0], server.folder / "x.pth")  # 38 MB
     source, cache = f"{server.url}/x.pth", tmp_path / "torch" / "hub" / "checkpoints"
-    size = (server.folder / "x.pth").stat().st_size
+    size, journal = (server.folder / "x.pth").stat().st_size, cache / ".x.pth.streamconv-journal"
     server.faults.seconds_a_megabyte = 0.05
     command = [sys.executable, "-m", "streamconv", "convert", source, "-o", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not any(path.stat().st_size > size // 2 for path in cache.glob(".x.pth.*")):
+    kept = NOT_STARTED
+    while time.monotonic() < deadline and kept.size < size // 2:
+        kept = Journal.read(journal).resume_points.get("x.pth", NOT_STARTED)
         time.sleep(0.01)
     process.kill()
     process.wait()

@@ -4,7 +4,9 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamconv import OutputError
-from streamconv.output.files import PAGE_BYTES, PageAligner, atomic_file, temporary_path, write_file
+from streamconv.output.files import PAGE_BYTES, PageAligner, atomic_file, make_folder, temporary_path, write_file
 
 
 def test_file_appears_under_its_name_only_when_complete(tmp_path: Path) -> None:
@@ -92,6 +94,31 @@ def test_aligned_pages_add_up_to_the_file(parts: list[bytes]) -> None:
     whole = b"".join(parts)
     assert pages.position == len(whole)
     assert written[: len(whole)] == whole
+
+
+@pytest.mark.parametrize(
+    ("number", "is_error"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True), (errno.EBADF, True)]
+)
+def test_file_system_that_cannot_sync_folders_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_error: bool
+) -> None:
+    real, seen = os.fsync, 0
+
+    def fsync(fd: int) -> None:
+        nonlocal seen
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            seen += 1
+            raise OSError(number, os.strerror(number))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OutputError, match=os.strerror(number)) if is_error else nullcontext():
+        write_file(tmp_path / "x", b"whole")
+    assert (tmp_path / "x").read_bytes() == b"whole"
+    with pytest.raises(OSError, match=os.strerror(number)) if is_error else nullcontext():
+        make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").exists() != is_error
+    assert seen > 1
 
 
 def is_direct(fd: int) -> bool:
