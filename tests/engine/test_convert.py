@@ -236,7 +236,7 @@ def test_nothing_is_written_for_an_incomplete_source(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_file_that_is_no_head_is_refused(tmp_path: Path, save: Save) -> None:
+def test_file_that_is_not_a_head_is_refused(tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
     with pytest.raises(MappingError, match="is not a classifier's head"):
         api.convert(backbone, tmp_path / "out", head=backbone)

@@ -133,7 +133,7 @@ def test_changed_file_is_not_uploaded(hub: HubServer, folder: Path) -> None:
             pushed(folder)
         path.write_bytes(before)
     shards(folder)[0].write_bytes(b"")
-    with pytest.raises(OutputError, match=r"not as streamconv\.json says"):
+    with pytest.raises(OutputError, match=r"does not match streamconv\.json"):
         pushed(folder)
     assert "ada/it" not in hub.repos or commits(hub) == 1
 
@@ -435,7 +435,7 @@ def test_publishing_mistakes_end_in_one_message_before_anything_is_converted(
         (2, "--private needs --push-to-hub", ("run", backbone, "-o", "out", "--private"), TOKEN),
         (2, "--revision and --create-pr need", ("run", backbone, "--revision", "x", "--create-pr"), TOKEN),
         (2, "--push-unverified needs", ("run", backbone, "--push-unverified"), TOKEN),
-        (2, "Nothing is pushed unverified", (*push, "it", "--no-verify"), TOKEN),
+        (2, "Unverified models are not pushed", (*push, "it", "--no-verify"), TOKEN),
         (2, "revision's name is empty", (*push, "it", "--revision", ""), TOKEN),
         (2, "needs a name", push, TOKEN),
         (2, "not a valid repository name", (*push, "a b"), TOKEN),

@@ -407,7 +407,7 @@ def test_source_at_the_output_path_is_not_overwritten(tmp_path: Path, save: Save
     source, _ = save(tiny())
     (tmp_path / "out").mkdir()
     shutil.copy(source, tmp_path / "out" / name)
-    with pytest.raises(UsageError, match=r"is the source, and .* would write over it"):
+    with pytest.raises(UsageError, match=r"is the source, and .* would overwrite it"):
         api.convert(tmp_path / "out" / name, tmp_path / "out")
     assert (tmp_path / "out" / name).read_bytes() == source.read_bytes()
 

@@ -113,9 +113,9 @@ def test_skipped_tensors_are_reported_and_never_read(tmp_path: Path) -> None:
     done = run("convert", "x.pth", "-o", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for line in (
-        "skipped: teacher.dino_head.* (3 tensors, 2,576 bytes): a head of the training",
-        "skipped: teacher.ibot_head.* (2 tensors, 1,024 bytes): a head of the training",
-        "skipped: optimizer.* (1 tensor, 3,996 bytes): an optimizer's state",
+        "skipped: teacher.dino_head.* (3 tensors, 2,576 bytes): a head for training only",
+        "skipped: teacher.ibot_head.* (2 tensors, 1,024 bytes): a head for training only",
+        "skipped: optimizer.* (1 tensor, 3,996 bytes): optimizer state",
     ):
         assert line in done.stdout
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
@@ -139,7 +139,7 @@ def test_several_backbones_require_a_selection(tmp_path: Path) -> None:
     states = {name: make_states(tiny(), seed)[0] for seed, name in enumerate(("teacher", "student"))}
     whole = {name: {**prefixed(state, "backbone."), **HEADS} for name, state in states.items()}
     source = saved({"model": whole, "optimizer": {"state": {0: torch.ones(3)}}}, tmp_path / "x.pth")
-    with pytest.raises(MappingError, match=r"several backbones. Choose one by --select PREFIX") as caught:
+    with pytest.raises(MappingError, match=r"several backbones. Choose one with --select PREFIX") as caught:
         api.plan(source)
     assert list(caught.value.problems) == ["model.teacher.backbone. 49 tensors", "model.student.backbone. 49 tensors"]
     for name, state in states.items():
@@ -149,7 +149,7 @@ def test_several_backbones_require_a_selection(tmp_path: Path) -> None:
         others = next(other for other in states if other != name)
         left = {each.start: each.reason for each in done.plan.skipped}
         assert left[f"model.{others}."] == "not selected"
-        assert left[f"model.{name}.dino_head."].startswith("a head of the training")
+        assert left[f"model.{name}.dino_head."].startswith("a head for training only")
     assert api.plan(source, select="teacher.backbone").mapping[0].source == "model.teacher.backbone.cls_token"
     says = r"does not have .* Use --select model.teacher.backbone or --select model.student.backbone"
     for select in ("backbone", "", "model", "eacher.backbone"):
@@ -203,9 +203,9 @@ def test_training_state_beside_a_backbone_is_skipped(tmp_path: Path) -> None:
     teacher = {**prefixed(state, "backbone."), **beside.pop("teacher")}  # type: ignore[dict-item]
     done = api.convert(saved({"teacher": teacher, **beside}, tmp_path / "x.pth"), tmp_path / "out")
     assert [str(each) for each in done.plan.skipped] == [
-        "teacher.head.mlp.* (1 tensor, 16 bytes): a head of the training, which no class of transformers has",
-        "teacher.head.last_layer.* (1 tensor, 8 bytes): a head of the training, which no class of transformers has",
-        "adam.state.* (3 tensors, 48 bytes): an optimizer's state",
+        "teacher.head.mlp.* (1 tensor, 16 bytes): a head for training only, which no transformers class has",
+        "teacher.head.last_layer.* (1 tensor, 8 bytes): a head for training only, which no transformers class has",
+        "adam.state.* (3 tensors, 48 bytes): optimizer state",
         "scaler.scale (1 tensor, 4 bytes): training state",
         "rng (1 tensor, 5 bytes): training state",
     ]
@@ -282,7 +282,7 @@ def test_fsdp_shards_are_refused_with_an_alternative(tmp_path: Path, value: obje
 @pytest.mark.parametrize("wrap", ["", "state_dict."])
 def test_depth_and_segmentation_heads_are_refused_with_the_reason(tmp_path: Path, wrap: str) -> None:
     head = prefixed({"decode_head.conv_depth.weight": torch.ones(1, 4, 1, 1)}, wrap)
-    with pytest.raises(MappingError, match="a head for depth or segmentation, which no class of transformers has"):
+    with pytest.raises(MappingError, match="a head for depth or segmentation, which no transformers class has"):
         api.plan(saved(head, tmp_path / "x.pth"))
     state, _ = make_states(tiny())
     both = {**prefixed(state, f"{wrap}backbone."), **head}

@@ -108,7 +108,7 @@ def test_only_the_backbone_of_a_training_checkpoint_is_uploaded(
     assert done.verification.checks[2].numbers["largest"] == 0.0
     card = hub.files("ada/it")["README.md"].decode()
     assert "the source has no LayerScale: ones are written, which have no effect." in card
-    assert "Skipped: `teacher.dino_head.* (1 tensor, 12 bytes): a head of the training" in card
+    assert "Skipped: `teacher.dino_head.* (1 tensor, 12 bytes): a head for training only" in card
     require_uploaded_folder(hub, server, tmp_path)
 
 

@@ -68,7 +68,7 @@ def test_without_a_classifier_head_no_head_is_accepted(
     use(replace(FAMILY, classifier_head=None))
     with pytest.raises(UsageError, match=r"is a dinov2 model, which takes no head\. Omit --head"):
         api.plan(backbone, head=head)
-    with pytest.raises(UsageError, match="Labels are for a classifier"):
+    with pytest.raises(UsageError, match="Only a classifier has labels"):
         api.plan(backbone, labels=tmp_path / "labels.txt")
     assert "id2label" not in api.plan(backbone).config
 

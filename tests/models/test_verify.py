@@ -501,7 +501,7 @@ def test_safetensors_source_is_verified(tmp_path: Path) -> None:
     api.convert(tmp_path / "x.safetensors", tmp_path / "out")
     found = api.verify(tmp_path / "out", tmp_path / "x.safetensors", device="cpu")
     assert found.passed
-    assert "carries no CRC-32s" in found.checks[0].proves
+    assert "has no CRC-32s" in found.checks[0].proves
 
 
 def test_differences_of_large_states_are_relative(tmp_path: Path) -> None:
