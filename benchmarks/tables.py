@@ -150,7 +150,7 @@ def growth(results: Result) -> dict[str, list[tuple[float, float, float]]]:
 
 
 def growth_lines(points: list[tuple[float, float, float]]) -> list[str]:
-    """How peak memory and time of streamconv convert grow with the source."""
+    """Describe how peak memory and time of streamconv convert grow with the source."""
     import numpy as np
 
     if len(points) < 3:

@@ -1,6 +1,6 @@
 import os
 
-# Before anything imports huggingface_hub, which reads it once: a test never waits for a network.
+# Set before anything imports huggingface_hub, which reads it only then: no test waits for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Test processes run side by side; threads of torch beyond one per process would only wait for each other.
+# Several test processes run at the same time, so more than one torch thread per process would not help.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

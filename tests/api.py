@@ -1,4 +1,4 @@
-"""The library's jobs with their options as keyword arguments, which tests write more often than anything else."""
+"""The library's jobs with their options as keyword arguments, since tests call them so often."""
 
 from dataclasses import fields
 from typing import Any

@@ -1,4 +1,4 @@
-"""Small checkpoints made with torch, and what torch and safetensors say about them."""
+"""Small checkpoints made with torch, and their contents as torch and safetensors read them."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ HEAD = "linear_head."
 
 
 def make_states(dimensions: Dimensions, seed: int = 0) -> tuple[State, State]:
-    """Random backbone and head (empty without classes) in the original layout."""
+    """Return a random backbone and head (empty without classes) in the original layout."""
     generator = torch.Generator().manual_seed(seed)
     state: State = {}
     for name, info in FAMILY.sources(dimensions).items():
@@ -40,7 +40,7 @@ def state_of(stored: str, factor: float = 1.0) -> State:
 
 
 def mixed_state() -> State:
-    """float16 and float32 side by side."""
+    """Return a state dict with tensors of float16 and of float32."""
     state = state_of("float16")
     return state | {name: value.float() for name, value in state.items() if "norm" in name or "qkv" in name}
 
@@ -55,7 +55,7 @@ def prefixed(state: State, prefix: str) -> State:
 
 
 def chunked(state: State, size: int) -> State:
-    """The names that Meta's vision_transformer.py gives to blocks in lists of ``size``."""
+    """Rename blocks as Meta's vision_transformer.py names them in lists of ``size``."""
     result: State = {}
     for key, value in state.items():
         parts = key.split(".")
@@ -80,14 +80,14 @@ def teacher(state: State) -> dict[str, Any]:
 
 
 class OwnDict(dict):  # type: ignore[type-arg]
-    """As configurations of several libraries are: torch refuses to fill it."""
+    """A dict subclass, like the configurations of several libraries. torch refuses to fill it."""
 
 
 BESIDE = {"epoch": 3, "args": argparse.Namespace(lr=1e-3), "optimizer": {"state": {0: {"exp_avg": torch.ones(999)}}}}
 
 
 def save_sharded(state: State, folder: Path) -> Path:
-    """A folder of two safetensors files and their index."""
+    """Write a folder with two safetensors files and their index."""
     folder.mkdir()
     parts = [dict(list(state.items())[i::2]) for i in range(2)]
     files = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
@@ -99,7 +99,7 @@ def save_sharded(state: State, folder: Path) -> Path:
 
 
 def original_mapping(state: State, prefix: str = "") -> State:
-    """The original script's mapping, written independently of streamconv's rules, which are compared with it."""
+    """Apply the original script's mapping. It is independent of streamconv's rules, which are compared with it."""
     result: State = {}
     for key, value in state.items():
         if ".attn.qkv." in key:
@@ -125,7 +125,7 @@ def original_mapping(state: State, prefix: str = "") -> State:
 
 
 def wanted(state: State, path: Path) -> bytes:
-    """What the safetensors library writes for the original script's mapping."""
+    """Return the bytes that the safetensors library writes for the original script's mapping."""
     safetensors.torch.save_file(original_mapping(state), path, metadata={"format": "pt"})
     return path.read_bytes()
 
@@ -139,7 +139,7 @@ def alter(folder: Path, change: Callable[[State], object]) -> None:
 
 
 def checkpoint_with_settings(what: str) -> tuple[State, dict[str, Any]]:
-    """A backbone, and a checkpoint that also holds an object of a class that torch may not load."""
+    """Return a backbone, and a checkpoint that also holds an object of a class that torch refuses to load."""
     state, _ = make_states(tiny())
     settings = {
         "a namespace": argparse.Namespace(lr=1), "a dict of its own class": OwnDict(lr=1),
@@ -152,7 +152,7 @@ def checkpoint_with_settings(what: str) -> tuple[State, dict[str, Any]]:
 
 
 def original_states(dimensions: Dimensions, dtype: torch.dtype = torch.float32) -> tuple[State, State]:
-    """Random backbone and head (empty without classes), in the order of the original model's state dict."""
+    """Return a random backbone and head (empty without classes), in the order of the original's state dict."""
     model = original.build(dimensions).to(dtype)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -165,7 +165,7 @@ def original_states(dimensions: Dimensions, dtype: torch.dtype = torch.float32) 
 def converted_folder(
     tmp_path: Path, dimensions: Dimensions, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Path:
-    """A folder that was converted from `original_states`, without its configuration files."""
+    """Convert `original_states`, and return the folder without its configuration files."""
     backbone, head = original_states(dimensions, dtype)
     torch.save(backbone, tmp_path / "source.pth")
     torch.save(head, tmp_path / "source_head.pth")
@@ -177,7 +177,7 @@ def converted_folder(
 
 
 def assert_same(state: State, path: Path) -> None:
-    """``path`` holds what torch.save or safetensors' save_file would write for ``state``."""
+    """Assert that ``path`` holds what torch.save or safetensors' save_file would write for ``state``."""
     if path.suffix == ".safetensors":
         assert path.read_bytes() == safetensors.torch.save(state, metadata={"format": "pt"})
         return
@@ -189,7 +189,7 @@ def assert_same(state: State, path: Path) -> None:
             assert torch.equal(value.view(torch.uint8), state[key].view(torch.uint8)), key
 
 
-# Any tensors, and what is read of them
+# Arbitrary tensors, and their contents as they are read
 
 SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = (
@@ -201,13 +201,13 @@ NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=50).filter(st
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    """Row-major, as torch sees them."""
+    """Return a tensor's bytes in row-major order, by torch."""
     return bytes(tensor.detach().clone(memory_format=torch.contiguous_format).untyped_storage().tolist())
 
 
 @st.composite
 def views(draw: st.DrawFn) -> torch.Tensor:
-    """A view of random bytes: sliced, stepped, permuted, expanded, empty, 0-d, at an offset."""
+    """Draw a view of random bytes: sliced, stepped, permuted, expanded, empty, 0-d, at an offset."""
     dtype = draw(st.sampled_from(DTYPES))
     shape = draw(st.lists(st.integers(0, 5), max_size=4))
     count = int(torch.tensor(shape).prod()) if shape else 1
@@ -239,7 +239,7 @@ EVERY_KIND: State = {
 
 
 def read_or_refuse(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
-    """Dtype, shape and bytes of each tensor as streamconv reads them; None if it refuses the file."""
+    """Return the dtype, shape and bytes of each tensor as streamconv reads them; None if it refuses the file."""
     try:
         with streamconv.open_checkpoint(path) as checkpoint:
             return {name: (t.info.dtype, t.info.shape, t.tobytes()) for name, t in checkpoint.items()}
@@ -248,6 +248,6 @@ def read_or_refuse(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]] 
 
 
 def described(state: State) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Dtype, shape and bytes of each tensor as torch has them."""
+    """Return the dtype, shape and bytes of each tensor as torch has them."""
     codes = {v: k for k, v in safetensors.torch._TYPES.items()}
     return {name: (codes[value.dtype], tuple(value.shape), bytes_of(value)) for name, value in state.items()}

@@ -17,7 +17,7 @@ from tests.support import HUB_MODEL, Opener, Refusal, Save
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
-    """Save a random checkpoint of a geometry by torch.save; returns the paths of its files."""
+    """Save a random checkpoint of given dimensions with torch.save; returns the paths of its files."""
     import torch
 
     from tests.checkpoints import make_states
@@ -34,7 +34,7 @@ def save(tmp_path: Path) -> Save:
 
 @pytest.fixture
 def read_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of bytes that reads of files at an offset return from now on."""
+    """Return a list to which each later read at an offset of a file adds its number of bytes."""
     counts: list[int] = []
     real = os.preadv
 
@@ -48,7 +48,7 @@ def read_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(scope="session")
 def refusal() -> Iterator[Refusal]:
-    """`Opener.refusal` of a process that lives as long as the test run."""
+    """Yield `Opener.refusal` of one process for the whole test run."""
     opener = Opener()
     yield opener.refusal
     opener.close()
@@ -56,7 +56,7 @@ def refusal() -> Iterator[Refusal]:
 
 @pytest.fixture
 def frequent_journal_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A journal entry after every 32 kB, so that a small model has many; reads are ahead of the disk by as much."""
+    """Write a journal entry after every 32 kB, so that a small model has many; read ahead of the disk by as much."""
     monkeypatch.setattr(hashing, "RING_BUFFERS", 2)
     for module in (hashing, contents):
         monkeypatch.setattr(module, "BUFFER_BYTES", 16 << 10)
@@ -66,7 +66,7 @@ def frequent_journal_entries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
+    """Mount a file system of 4 MB."""
     (tmp_path / "disk").mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path / "disk"], capture_output=True)
     if mounted.returncode:
@@ -79,7 +79,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """A file server on the loopback, with short waits for it and a torch.hub cache of the test's own."""
+    """Run a file server on the loopback, with short waits before retries and a separate torch.hub cache."""
     monkeypatch.setattr(remote, "RETRY_WAITS_SECONDS", (0, 0.01, 0.01, 0.01, 0.01, 0.01))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for name in ("HF_ENDPOINT", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
@@ -91,7 +91,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServ
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A small Hub that this process is logged in to, and for which it does not wait."""
+    """Run a small Hub that this process is logged in to, without waits before retries."""
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
 
@@ -111,7 +111,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture
 def remote_hub_model(server: FileServer) -> str:
-    """The address of a .pth that is converted in several shards."""
+    """Return the address of a .pth that is converted to several shards."""
     import torch
 
     from tests.checkpoints import make_states

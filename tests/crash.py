@@ -1,8 +1,8 @@
-"""Kills a conversion at each of its steps on the disk, lets it go on, and compares the folder with an undisturbed one.
+"""Kills a conversion at each of its disk operations, resumes it, and compares the folder with an uninterrupted one.
 
 Run as a process of its own (it forks, and so must be small):
 `python -m tests.crash SOURCE PLACE HOW SHARD_SIZE TRIES [DTYPE]`.
-HOW is what is left behind:
+HOW says what remains on the disk:
     kill     what the process wrote, the last write perhaps by half
     power    what was synced: other bytes are zeros or missing, and a name lasts when its folder was synced
     power-names   the same, but every name lasts, as file systems may have it

@@ -2,10 +2,9 @@
 
 Also `python -m tests.file_server FOLDER [LATENCY [SECONDS_A_MEGABYTE]]`, which prints its address.
 
-It answers GET as static servers do: ranges of one part, ETag, Last-Modified, keep-alive. What it does
-wrong is told by `Faults`, which a test changes while it runs. With a certificate it
-speaks TLS. It does not model HTTP/2, ranges of
-several parts, conditional requests, or lines that are lost without a word.
+It answers GET like static servers do: ranges of one part, ETag, Last-Modified, keep-alive. `Faults`, which a test may
+change while the server runs, make it misbehave. With a certificate, it speaks TLS. It does not model HTTP/2, ranges of
+several parts, conditional requests, or connections that are lost silently.
 """
 
 import os
@@ -27,9 +26,12 @@ from typing import Any
 
 @dataclass
 class Faults:
-    """``cut_after`` are bytes of a body, after which the line is cut, for as many answers as ``cuts``; ``statuses``
-    are answered before anything else, one a request, with ``retry_after``; ``seconds_a_megabyte`` is slowness;
-    ``stall`` holds the next answers for that long, ``latency`` every one."""
+    """The faults of a server.
+
+    After ``cut_after`` bytes of a body, the connection is cut, for ``cuts`` responses. The next requests are answered
+    with ``statuses``, one each, and ``retry_after``. A megabyte takes ``seconds_a_megabyte``. The next responses are
+    delayed by the seconds in ``stall``, and all of them by ``latency``.
+    """
 
     ranges: bool = True
     etag: bool = True
@@ -52,7 +54,7 @@ class Faults:
 
 
 class FileServer(ThreadingHTTPServer):
-    """Files of ``folder`` by their names. ``requests`` are (path, range, headers); ``sent`` counts bytes of bodies."""
+    """Serves the files of ``folder`` by name. ``requests`` are (path, range, headers); ``sent`` counts body bytes."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -75,7 +77,7 @@ class FileServer(ThreadingHTTPServer):
         return f"{self.scheme}://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that left is no error."""
+        """Ignore a client that closed its connection."""
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.connections += 1
@@ -146,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
             if faults.close_after_each or not faults.length:
                 self.send_header("Connection", "close")
                 self.close_connection = True
-            self.close_connection |= faults.drops_idle  # without a word
+            self.close_connection |= faults.drops_idle  # without announcing it
             self.end_headers()
             self.wfile.flush()
             self._send(file.fileno(), start, end)
@@ -176,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self.server.sent += count
         if cut is not None:
-            if faults.resets:  # what was sent and not read yet is lost, too
+            if faults.resets:  # data that was sent and not yet read is lost, too
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
 

@@ -1,10 +1,10 @@
 """Fuzzes the checkpoint readers for a given time. Each finding becomes a test in test_hostile.py.
 
-    python -m tests.fuzz pickle --seconds 600        a .pth's data.pkl, in a zip that is right
+    python -m tests.fuzz pickle --seconds 600        a .pth's data.pkl, in a valid zip
     python -m tests.fuzz zip --seconds 600           a .pth's bytes
     python -m tests.fuzz legacy --seconds 600        a .pth's bytes in the format from before torch 1.6
-    python -m tests.fuzz safetensors --seconds 600   a header, with data behind it
-    python -m tests.fuzz mutate --seconds 600        all of them, by blind changes to real small checkpoints
+    python -m tests.fuzz safetensors --seconds 600   a header, followed by data
+    python -m tests.fuzz mutate --seconds 600        all of them, by random changes to small real checkpoints
 
 The first four are guided by the readers' coverage (atheris: pip install 'streamconv[fuzz]') and begin
 with real checkpoints. Every input must be opened or refused with a SourceError within a second; what
@@ -134,15 +134,15 @@ def checker() -> Callable[[Path], bool | None]:
     warnings.simplefilter("ignore")  # torch's, on other protocols
 
     def check(path: Path) -> bool | None:
-        start, said = time.perf_counter(), ""
+        start, message = time.perf_counter(), ""
         try:
             checkpoint = streamconv.open_checkpoint(path)
         except streamconv.SourceError as error:
-            said = str(error)
+            message = str(error)
         seconds = time.perf_counter() - start
         assert seconds < MAX_SECONDS, f"{seconds} s"
-        assert said.isprintable(), repr(said)
-        if said:
+        assert message.isprintable(), repr(message)
+        if message:
             return None
         with checkpoint:
             try:

@@ -1,15 +1,14 @@
-"""A small Hub over HTTP on the loopback, as huggingface_hub 0.34 to 2.x speaks to it, that keeps what it gets.
+"""A small imitation of the Hub over HTTP on the loopback, for huggingface_hub 0.34 to 2.x. It stores what it receives.
 
-It models who asks (users by token, read-only tokens, private and gated repositories), repositories
-with branches and pull requests, commits that carry small files and name large ones (as ndjson),
-uploads of large ones in one piece or in parts, with LFS's batch answer of what is there already, and
-downloads: small files from the Hub, large ones by a redirect to another host, as to a CDN.
+It models access (users by token, read-only tokens, private and gated repositories), repositories with branches and pull
+requests, commits that contain small files and refer to large ones (as ndjson), uploads of large files in one piece or
+in parts, LFS's batch response, which lists the files that are already stored, and downloads: small files from the Hub,
+large ones by a redirect to another host that acts as a CDN.
 
-It does not model: xet (tests set HF_HUB_DISABLE_XET), .gitattributes and .gitignore (a large file is
-one whose name says so), tags, deletions and copies in a commit, what the commit's history holds,
-discussions, pages of a long listing, rate limits by count, signatures and expiry of upload
-addresses, S3's own error texts, and the validation of a model card beyond its header being there.
-Its error texts are the real Hub's where they are known, and the real one may change them.
+It does not model xet (tests set HF_HUB_DISABLE_XET), .gitattributes and .gitignore (a file is large if its name has
+the suffix of a weight file), tags, deletions and copies in a commit, the contents of older commits, discussions,
+pagination, rate limits, signatures and expiry of upload addresses, S3's error texts, and the validation of a model card
+except that it must have a header. Error texts are those of the real Hub, as far as they are known.
 """
 
 import base64
@@ -36,7 +35,7 @@ MISSING = (
 
 @dataclass(frozen=True)
 class Pointer:
-    """A large file, as a commit names it."""
+    """A large file, as a commit refers to it."""
 
     sha256: str
     size: int
@@ -44,7 +43,7 @@ class Pointer:
 
 @dataclass
 class Repo:
-    """``branches`` are each a list of commits: its name (40 hexadecimal digits) and its files."""
+    """A repository. Each branch is a list of commits: a name of 40 hexadecimal digits, and files."""
 
     private: bool
     gated: bool = False
@@ -60,10 +59,10 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What becomes of the next ``times`` requests whose "METHOD path" the pattern finds.
+    """A fault of the next ``times`` requests whose "METHOD path" matches the pattern.
 
-    Without ``status`` the connection is cut after ``cut_after`` bytes of the request's body, or the
-    answer is held back until the server closes. With ``late``, the request is done before it fails.
+    Without a ``status``, the connection is cut after ``cut_after`` bytes of the request's body or, if that is None, the
+    response is withheld until the server closes. With ``late``, the request takes effect before it fails.
     """
 
     pattern: str
@@ -76,12 +75,12 @@ class Fault:
 
 
 class HubServer:
-    """Use `running`. ``log`` has each request: its host's part ("hub" or "cdn"), "METHOD path", the token or None."""
+    """The server; see `running`. ``log`` has each request: its host ("hub" or "cdn"), "METHOD path", token or None."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
-        self.uploads: Counter[str] = Counter()  # whole large files that came, by sha256
+        self.uploads: Counter[str] = Counter()  # complete large files that were received, by sha256
         self.log: list[tuple[str, str, str | None]] = []
         self.faults: list[Fault] = []
         self.multipart = False
@@ -98,12 +97,12 @@ class HubServer:
         self.faults.append(Fault(pattern, **fault))
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
-        """What a revision holds, large files in full."""
+        """Return the files of a revision, including the contents of large ones."""
         files = self.repos[repo].branches[revision][-1][1]
         return {n: self.blobs[f.sha256] if isinstance(f, Pointer) else f for n, f in files.items()}
 
     def put(self, repo: str, files: dict[str, bytes], revision: str = "main", private: bool = False) -> None:
-        """Lay a repository down, large files as such."""
+        """Create a revision with these files, the large ones stored as such."""
         made = self.repos.setdefault(repo, Repo(private))
         laid: dict[str, bytes | Pointer] = {}
         for name, data in files.items():
@@ -252,10 +251,12 @@ class HubServer:
         return self._keep(oid, b"".join(parts))
 
     def _verify(self, body: bytes, **_: Any) -> "Answer":
-        said = json.loads(body)
-        kept = self.blobs.get(said["oid"])
+        request = json.loads(body)
+        kept = self.blobs.get(request["oid"])
         return (
-            Answer(200, {}) if kept is not None and len(kept) == said["size"] else Answer(404, {"error": "not there"})
+            Answer(200, {})
+            if kept is not None and len(kept) == request["size"]
+            else Answer(404, {"error": "not there"})
         )
 
     def _keep(self, oid: str, data: bytes) -> "Answer":

@@ -1,4 +1,4 @@
-"""Helpers that several test modules share. Nothing here imports torch; what needs it is in checkpoints.py."""
+"""Functions that several test modules share. Nothing here imports torch; checkpoints.py has the functions that do."""
 
 import hashlib
 import io
@@ -49,7 +49,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports h
 def tiny(
     swiglu: bool = False, classes: int | None = None, layers: int = 3, hidden: int = 128, registers: int = 0
 ) -> Dimensions:
-    """A model that runs in milliseconds: a 4 x 4 grid of patches, two heads."""
+    """Return the dimensions of a model that runs in milliseconds: a 4 x 4 grid of patches, two heads."""
     ffn = ffn_size(hidden, 4, swiglu)
     return Dimensions(hidden, layers, ffn, swiglu, positions=17, registers=registers, classes=classes)
 
@@ -65,7 +65,7 @@ class Ran:
 
 
 def run(*words: object, cwd: Path, **environment: str) -> Ran:
-    """Run a streamconv command in this process, which saves the seconds that a new one needs to import torch."""
+    """Run a streamconv command in this process, because a new one would take seconds to import torch."""
     before = os.getcwd()
     os.chdir(cwd)
     try:
@@ -78,13 +78,13 @@ def run(*words: object, cwd: Path, **environment: str) -> Ran:
 
 
 def run_process(*words: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a streamconv command in a process of its own."""
+    """Run a streamconv command in a separate process."""
     command = [sys.executable, "-m", "streamconv", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment})
 
 
 def hub_environment(hub: HubServer, cwd: Path) -> dict[str, str]:
-    """Environment variables that make a process use ``hub`` and keep its caches in ``cwd``."""
+    """Return environment variables that make a process use ``hub`` and keep its caches in ``cwd``."""
     return {
         "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(cwd / "hf"), "TORCH_HOME": str(cwd / "torch"),
@@ -97,14 +97,14 @@ def run_with_hub(hub: HubServer, cwd: Path, *words: object, **environment: str) 
 
 
 def run_python(code: str) -> str:
-    """The output of ``code`` in a Python process of its own."""
+    """Return the output of ``code`` in a separate Python process."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def peak_kb(code: str) -> int:
-    """VmHWM of a fresh Python process that runs ``code``."""
+    """Return the VmHWM of a new Python process that runs ``code``."""
     return int(run_python(code + "\nprint(*(l.split()[1] for l in open('/proc/self/status') if l[:5] == 'VmHWM'))"))
 
 
@@ -116,7 +116,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def model_files(folder: Path) -> dict[str, bytes]:
-    """All files but the manifest, which records where the source was."""
+    """Return all files except the manifest, which records where the source was."""
     return {name: data for name, data in contents(folder).items() if name != "streamconv.json"}
 
 
@@ -168,7 +168,7 @@ def expanded(shapes: dict[str, list[int]], layers: int, chunks: Sequence[int] = 
 def plan_of_shapes(
     shapes: dict[str, tuple[int, ...]], where: Path, filename: str = "golden", **options: object
 ) -> Plan:
-    """A plan needs no bytes, and no file."""
+    """Make a plan from shapes alone: it needs neither bytes nor files."""
     tensors = {}
     for name, shape in shapes.items():
         info = TensorInfo("F32", shape)
@@ -207,14 +207,14 @@ for line in sys.stdin:
 
 
 class Opener:
-    """A process that opens each checkpoint in a fork of its own, which measures its time and its peak memory."""
+    """A process that opens each checkpoint in a forked process, which measures its own time and peak memory."""
 
     def __init__(self) -> None:
         words = [sys.executable, "-c", OPENER]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
     def refusal(self, path: Path, seconds: float = 1.0) -> str:
-        """The one message that opening ``path`` ends with, after checking that it cost next to nothing."""
+        """Return the error message from opening ``path``, after checking that it took little time and memory."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([str(path), os.getcwd()]) + "\n")
@@ -264,7 +264,7 @@ def to_hub(
 
 
 def require_uploaded_folder(hub: HubServer, server: FileServer, tmp_path: Path, dtype: str | None = None) -> None:
-    """What arrived equals a local conversion of the file, except for what is recorded of where and when."""
+    """Require that the uploaded files equal a local conversion, except for the recorded places and times."""
     api.convert(server.folder / "x.pth", tmp_path / "expected", max_shard_size=HUB_SHARD_SIZE, dtype=dtype)
     arrived = hub.files("ada/it")
     expected = contents(tmp_path / "expected")
@@ -278,7 +278,7 @@ def require_uploaded_folder(hub: HubServer, server: FileServer, tmp_path: Path, 
 
 
 class SparseFile(io.BufferedRandom):
-    """Leaves holes where zeros are written."""
+    """A file that leaves holes instead of writing zeros."""
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
         if len(data) > 4096 and not any(data[:64]):
@@ -288,7 +288,7 @@ class SparseFile(io.BufferedRandom):
 
 
 def save_zeros(path: Path, geometry: Dimensions, dtype: str = "F32") -> Path:
-    """A .pth of zeros, with the right CRC-32s, that takes next to nothing of the disk."""
+    """Write a .pth of zeros, with correct CRC-32s, that takes almost no disk space."""
     infos = {name: TensorInfo(dtype, info.shape) for name, info in FAMILY.sources(geometry).items()}
     zeros = bytes(1 << 20)
 
@@ -309,7 +309,7 @@ class Interrupted(BaseException):
 
 
 def interrupt_after(source: Path, out: Path, share: float, **options: object) -> None:
-    """Convert, and interrupt it like Ctrl-C does once a share of the bytes is written."""
+    """Convert, and interrupt the conversion as Ctrl-C does, once a share of the bytes is written."""
 
     def progress(what: str, done: int, total: int, unit: str) -> None:
         if unit == "bytes" and done > share * total:
@@ -323,7 +323,7 @@ CALLS = ("open", "pwrite", "write", "fsync", "fdatasync", "replace", "ftruncate"
 
 
 class Faults:
-    """Make calls to the disk fail: only number ``at`` of all calls, or every call of these names."""
+    """Makes disk calls fail: only call number ``at``, or every call of these names."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: tuple[str, ...], number: int, at: int | None = None):
         self.seen = 0
@@ -354,7 +354,7 @@ def verdicts(found: Verification) -> dict[str, bool | None]:
 
 
 def byte_problems(folder: Path, source: Path, head: Path | None = None) -> str:
-    """What the bytes check finds wrong. No model is built and no forward pass runs."""
+    """Return the problems that the bytes check finds. No model is built and no forward pass runs."""
     options = options_of(folder, SourceOptions(head=head))
     with prepared_source(source, options, ignore_progress, labels_of=folder) as prepared:
         return "\n".join(check_bytes(folder, prepared.plan, prepared.source.reader, lambda count: None).problems)

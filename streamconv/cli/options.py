@@ -44,7 +44,7 @@ Stream = Annotated[
 Labels = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="The class names, as JSON or one per line. [default: ImageNet's for 1000 classes]"
+        metavar="FILE", help="The class names, as JSON or one per line. [default for 1000 classes: ImageNet's]"
     ),
 ]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The maximum size of one output file.")]
@@ -61,7 +61,7 @@ Select = Annotated[
 NumHeads = Annotated[
     int | None,
     typer.Option(
-        metavar="N", help="Number of attention heads, which tensors do not show. [default: by the family's rule]"
+        metavar="N", help="The number of attention heads, which tensors do not show. [default: the family's rule]"
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
@@ -91,10 +91,10 @@ PushToHub = Annotated[
     typer.Option(
         *PUSH_TO_HUB,
         metavar="[REPO]",
-        help="Push the verified output to USER/NAME on the Hub, or to NAME of your own. [default: the published name]",
+        help="Push the verified output to USER/NAME on the Hub, or to NAME in your account. [default: published name]",
     ),
 ]
-Private = Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository private when it is created.")]
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="The branch to push to, created if needed. [default: main]")
 ]
@@ -149,15 +149,13 @@ def push_options(
     """Return what to push, and where; None for no push.
 
     Raises:
-        UsageError: they do not go together, or --push-to-hub took the source as its value.
+        UsageError: the options contradict each other, or --push-to-hub took the source as its value.
     """
     if push_to_hub is None:
         given = {"--private": private, "--revision": revision is not None, "--create-pr": create_pr}
         alone = [name for name, is_given in {**given, "--push-unverified": unverified}.items() if is_given]
         if alone:
-            raise UsageError(
-                f"{' and '.join(alone)} {'needs' if len(alone) == 1 else 'need'} --push-to-hub. Give it too."
-            )
+            raise UsageError(f"{' and '.join(alone)} {'needs' if len(alone) == 1 else 'need'} --push-to-hub. Add it.")
         return None
     if _is_source(push_to_hub):
         raise UsageError(

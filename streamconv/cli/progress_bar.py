@@ -28,7 +28,7 @@ class ProgressReport:
             self._bar.stop()
 
     def clear(self) -> None:
-        """Take the bar off the terminal, for lines to be printed; the next call shows it again."""
+        """Remove the bar from the terminal, so that lines can be printed; the next call shows it again."""
         if self._bar is not None:
             self._bar.stop()
             self._bar, self._task, self._step = _bar(), None, ""
@@ -59,7 +59,7 @@ def _amount(done: int, total: int, unit: str) -> str:
 
 
 def _bar() -> Any:
-    """rich's progress bar, imported here because it costs 3 MB and 60 ms, which only a terminal should pay."""
+    """Return rich's progress bar. Importing rich costs 3 MB and 60 ms, which only a terminal should pay."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

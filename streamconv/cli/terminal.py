@@ -81,7 +81,7 @@ def run_with_signals(command: Callable[[], object]) -> None:
 
 
 def _redacted_command(arguments: list[str]) -> str:
-    """The command line, without the parts of URLs that may be secret: users, passwords, queries."""
+    """Return the command line without the parts of URLs that may be secret: users, passwords, queries."""
     redacted = [
         re.sub(r"(?i)(?<![^\s=])[a-z][a-z0-9+.-]+://\S+", lambda match: str(Address(match[0])), argument)
         for argument in arguments
@@ -91,14 +91,14 @@ def _redacted_command(arguments: list[str]) -> str:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print a result on stdout. It is an error if it cannot be written, but not if the reader closed the pipe."""
+    """Print a result on stdout. A failed write is an error, but a pipe that its reader closed is not."""
     try:
         for line in lines:
             print(line)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is left in the buffer
-        if not isinstance(error, BrokenPipeError):  # `… | head` read enough; the exit code stays the command's own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # receives the rest of the buffer
+        if not isinstance(error, BrokenPipeError):  # `… | head` has read enough: keep the command's own exit code
             fail(OutputError(f"The result cannot be printed: {error.strerror}."))
 
 

@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ConversionSpec:
-    """How a model of certain dimensions is converted.
+    """The conversion of a model of certain dimensions.
 
-    ``dims`` gives the numbers of the rules' symbols, and ``count`` is how many values ``{i}`` takes; ``config`` is
+    ``dims`` maps the rules' symbols to numbers, and ``count`` is how many values ``{i}`` takes; ``config`` is
     config.json without dtype and labels. ``problems``: dimensions that the transformers config cannot express.
     ``notes``: assumptions that the tensors do not confirm.
     """
@@ -43,9 +43,9 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Model:
-    """A published model. ``dimensions`` are compared with those read from a file: a frozen dataclass of the family's.
+    """A published model. ``dimensions``, a frozen dataclass of the family's, are compared with those read from a file.
 
-    ``licence`` is the Hub's name of the licence that the authors chose. ``image_processor`` is None if the family has
+    ``licence`` is the Hub's name for the licence that the authors chose. ``image_processor`` is None if the family has
     none. ``block_chunks`` is the number of lists that the blocks of its file are in, 0 for one plain list.
     """
 
@@ -63,7 +63,7 @@ class Model:
 class ExtraPrefix:
     """A prefix of names that are not part of the backbone.
 
-    ``is_skipped``: such tensors are skipped without being asked to; otherwise the user must pass --select.
+    ``is_skipped``: such tensors are skipped automatically; otherwise the user must pass --select.
     """
 
     start: str
@@ -76,8 +76,8 @@ class ClassifierHead:
     """A classifier's head, which the authors publish in a file of its own.
 
     Its tensors are ``keys`` in that file, and ``prefix`` + key among a family's source keys. ``classes`` is the symbol
-    in `ConversionSpec.dims` for the number of classes, 0 without a head. A head of ``imagenet_classes`` classes is
-    given ImageNet's labels, unless the user names others.
+    in `ConversionSpec.dims` for the number of classes, 0 without a head. A head of ``imagenet_classes`` classes gets
+    ImageNet's labels, unless the user gives others.
     """
 
     prefix: str
@@ -91,7 +91,7 @@ class PixelSteps:
     """The steps by which the original model's code turns an image into pixels.
 
     ``resize`` is the length of the shorter side, or (height, width); ``crop`` is the (height, width) that is cut from
-    the centre, None for all. Then each channel is normalised by its ``mean`` and ``std``.
+    the centre, None for no crop. Then each channel is normalised by its ``mean`` and ``std``.
     """
 
     resize: int | tuple[int, int]
@@ -107,10 +107,10 @@ class PixelSteps:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """How images become pixels.
+    """The image processor of a family's models.
 
-    ``default`` is the image processor's config for a model that was never published; ``pixel_steps`` returns what a
-    config stands for.
+    ``default`` is its config for a model that was never published; ``pixel_steps`` returns the steps that a config
+    stands for.
     """
 
     default: Mapping[str, Any]
@@ -119,10 +119,10 @@ class ImageProcessor:
 
 @dataclass(frozen=True)
 class BlockChunks:
-    """Sources may keep their blocks in several lists, and then spell the blocks' keys with the list's number, too.
+    """The keys of sources that keep their blocks in several lists, whose keys contain the number of the list, too.
 
-    ``unchunked_key`` returns the rules' spelling of any key; ``chunked_key`` that of a file for (key, number of
-    blocks, number of lists).
+    ``unchunked_key`` returns a key as the rules spell it; ``chunked_key`` returns a key as such a file spells it, from
+    (key, number of blocks, number of lists).
     """
 
     unchunked_key: Callable[[str], str]
@@ -131,10 +131,10 @@ class BlockChunks:
 
 @dataclass(frozen=True)
 class AttentionHeads:
-    """The number of attention heads, which no tensor shows.
+    """The number of attention heads, which tensors do not show.
 
-    ``number`` returns it for dimensions, 0 if it is not known; ``with_number`` returns dimensions with another one,
-    or unchanged if it is the one that they have. ``config_key`` is its name in config.json.
+    ``number`` returns it for dimensions, 0 if it is not known; ``with_number`` returns the dimensions with another
+    number, or equal ones if they have this number already. ``config_key`` is its name in config.json.
     """
 
     number: Callable[[Any], int]
@@ -167,7 +167,7 @@ class Family:
     For model cards: ``organisation`` is the authors' on the Hub, and ``pipeline_tags`` are the Hub's names of the
     tasks, by architecture.
 
-    The other fields are aspects, each None if the family does not have it.
+    The remaining fields are aspects, each None if the family does not have it.
     """
 
     name: str
@@ -192,14 +192,14 @@ class Family:
 
     def title_of(self, model: Model | None) -> str:
         """Return what to call a checkpoint of ``model``, or of no published model."""
-        return model.name if model else f"a {self.name} model of its own sizes"
+        return model.name if model else f"a {self.name} model of custom size"
 
     def unchunked_key(self, key: str) -> str:
         """Return the rules' spelling of a key in a file."""
         return self.block_chunks.unchunked_key(key) if self.block_chunks else key
 
     def sources(self, dimensions: Any, block_chunks: int = 0) -> dict[str, TensorInfo]:
-        """Return every tensor of a float32 checkpoint with these dimensions; `split_head` tells the head's apart.
+        """Return every tensor of a float32 checkpoint with these dimensions; `split_head` separates the head's.
 
         Tensors that are dropped and may have any shape are not among them.
         """

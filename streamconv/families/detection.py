@@ -1,4 +1,4 @@
-"""Which family a checkpoint belongs to: one rule for bare state dicts, prefixed ones and converted models.
+"""Detects the family of a checkpoint, by one rule for bare state dicts, prefixed ones and converted models.
 
 The family with the most complete signature fits best, and more than half of the signature must be there. Among equals,
 the one whose rules know the most of the checkpoint's keys fits best. If there is still a tie, the checkpoint is

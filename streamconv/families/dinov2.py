@@ -41,7 +41,7 @@ class Dimensions:
 
     ``head_layers`` is the number of layers whose CLS tokens a linear head reads, beside the mean of the patch tokens.
 
-    ``heads`` is None unless someone gave the number; then `num_heads` is the family's own.
+    ``heads`` is None unless the number was given; `num_heads` then follows the family's rule.
     """
 
     hidden: int
@@ -61,13 +61,13 @@ class Dimensions:
 
     @property
     def num_heads(self) -> int:
-        """0 if no one gave it and the family's size of a head does not divide the hidden size."""
+        """The number of attention heads; 0 if it was not given and the hidden size is not a multiple of a head's."""
         size = HEAD_SIZE if self.hidden <= MAX_HIDDEN else LARGE_HEAD_SIZE
         return self.heads or (self.hidden // size if self.hidden % size == 0 else 0)
 
 
 def ffn_size(hidden: int, mlp_ratio: int, swiglu: bool) -> int:
-    """SwiGLU keeps two thirds of the MLP's width, rounded up to a multiple of 8 (Meta's swiglu_ffn.py)."""
+    """Return the feed-forward width. SwiGLU's is two thirds of the MLP's, rounded up to 8 (Meta's swiglu_ffn.py)."""
     return (int(hidden * mlp_ratio * 2 / 3) + 7) // 8 * 8 if swiglu else hidden * mlp_ratio
 
 
@@ -174,7 +174,7 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
         for problem, is_wrong in (
             (f"hidden size {sizes.hidden} is not divisible by "
              f"{f'{heads} attention heads' if heads else 'the size of an attention head in published models'}: "
-             "give the number of heads by --num-heads", not heads or sizes.hidden % heads),
+             "give the number of heads with --num-heads", not heads or sizes.hidden % heads),
             (f"no whole mlp_ratio gives feed-forward width {sizes.ffn} for hidden size {sizes.hidden}", not mlp_ratio),
             (f"pos_embed has {sizes.positions} positions, which are not a square grid and a CLS token",
              not grid or grid * grid + 1 != sizes.positions),
@@ -261,7 +261,7 @@ def unchunked_key(key: str) -> str:
 
 
 def chunked_key(key: str, layers: int, chunks: int) -> str:
-    """Return the key as DinoVisionTransformer has it for ``block_chunks`` (Meta's vision_transformer.py)."""
+    """Return the key that DinoVisionTransformer has with ``block_chunks`` (Meta's vision_transformer.py)."""
     block = re.match(r"blocks\.(\d+)\.", key)
     return f"blocks.{int(block[1]) // max(1, layers // chunks)}.{key[7:]}" if block else key
 
@@ -273,7 +273,7 @@ def with_heads(sizes: Dimensions, heads: int) -> Dimensions:
 
 
 def image_processor(resized: int, size: int) -> dict[str, Any]:
-    """Resize the shorter side to ``resized`` pixels, and crop to ``size`` by ``size``."""
+    """Return a config that resizes the shorter side to ``resized`` pixels, and crops to ``size`` by ``size``."""
     return {
         "crop_size": {"height": size, "width": size},
         "do_center_crop": True,
@@ -357,9 +357,9 @@ def _web_dino() -> Iterator[Model]:
 
 
 # DINO and iBOT train the backbone with a projection after it, in a student's or a teacher's checkpoint.
-_TRAINING_HEAD = "a head of the training, which no class of transformers has"
-_OPTIMIZER = "an optimizer's state"
-_TASK_HEAD = "a head for depth or segmentation, which no class of transformers has"
+_TRAINING_HEAD = "a head for training only, which no transformers class has"
+_OPTIMIZER = "optimizer state"
+_TASK_HEAD = "a head for depth or segmentation, which no transformers class has"
 
 _FREE_CONFIG_KEYS = frozenset(
     {"attention_probs_dropout_prob", "drop_path_rate", "hidden_dropout_prob", "initializer_range", "layerscale_value",
@@ -386,7 +386,7 @@ FAMILY = Family(
         ExtraPrefix("ibot_head.", _TRAINING_HEAD),
         ExtraPrefix("optimizer.", _OPTIMIZER),
         ExtraPrefix("optimizer_state_dict.", _OPTIMIZER),
-        ExtraPrefix("head.mlp.", _TRAINING_HEAD),  # in the first DINO
+        ExtraPrefix("head.mlp.", _TRAINING_HEAD),  # of the original DINO
         ExtraPrefix("head.last_layer.", _TRAINING_HEAD),
         ExtraPrefix("decode_head.", _TASK_HEAD, is_skipped=False),
     ),

@@ -1,4 +1,4 @@
-"""The known families and their published models. Every module of this package with a ``FAMILY`` is one."""
+"""The known families and their published models. Every module of this package with a ``FAMILY`` adds one."""
 
 import importlib
 import pkgutil

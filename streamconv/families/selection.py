@@ -1,4 +1,4 @@
-"""Which of a checkpoint's tensors are the backbone: the whole file, or a part of a training checkpoint.
+"""Selects a checkpoint's backbone: the whole file, or a part of a training checkpoint.
 
 The backbone's names start with a prefix ("", "teacher.backbone.", "state_dict.module."). The prefix is removed from the
 start of whole keys only, never from their middle: `head.norm.bias` is not a backbone's `norm.bias`.
@@ -21,7 +21,7 @@ FLAT_PARAMETER = "_flat_param"  # torch.distributed.fsdp's name for many tensors
 
 @dataclass(frozen=True)
 class Skipped:
-    """Tensors that are not converted: what their names start with, how many, their total size, and the reason."""
+    """Tensors that are not converted: the start of their names, their number and total size, and the reason."""
 
     start: str
     tensors: int
@@ -61,7 +61,7 @@ def find_backbone(checkpoint: Checkpoint, where: str, prefix: str | None = None)
     """Find the backbone among a file's tensors; ``prefix`` chooses one of several.
 
     Raises:
-        MappingError: there is no backbone, there are several, tensors beside it are not known, it fits several families
+        MappingError: there is no backbone or there are several, other tensors are unknown, it fits several families
             equally well, or two names mean the same key.
         UsageError: there is no backbone under ``prefix``.
     """
@@ -70,7 +70,7 @@ def find_backbone(checkpoint: Checkpoint, where: str, prefix: str | None = None)
         prefix = _complete(prefix, found, where)
     elif len(found) > 1:
         raise MappingError(
-            f"{where} holds several backbones. Choose one by --select PREFIX:",
+            f"{where} holds several backbones. Choose one with --select PREFIX:",
             [f"{each or '(none)'} {sum(name.startswith(each) for name in checkpoint):,} tensors" for each in found],
         )
     if not found:
@@ -165,18 +165,18 @@ def _find_extra(name: str, parents: Iterable[str], family: Family) -> tuple[str,
 
 
 def _training_state(name: str, tensor: SourceTensor, prefix: str) -> tuple[str, ExtraPrefix] | None:
-    """Recognise what training saves beside a backbone: torch.optim's state by number, counters, random states."""
+    """Recognise what training saves in addition: torch.optim's numbered state, counters, random states."""
     if name.startswith(prefix) and prefix:
         return None
     state = re.match(r"(?:.*?\.)??state\.(?=\d+\.)", name)
     if state is not None:
-        return state[0], ExtraPrefix(state[0], "an optimizer's state")
+        return state[0], ExtraPrefix(state[0], "optimizer state")
     is_weight = tensor.info.shape and tensor.info.dtype in ("F64", "F32", "F16", "BF16")
     return None if is_weight or name.startswith(prefix) else (name, ExtraPrefix(name, "training state"))
 
 
 def _start(name: str, prefix: str) -> str:
-    """Return the parts that ``name`` shares with ``prefix``, and one part more."""
+    """Return the leading parts that ``name`` shares with ``prefix``, and the next part."""
     parts, own = name.split("."), prefix.split(".")
     shared = next((i for i, (a, b) in enumerate(zip(parts, own, strict=False)) if a != b), 0)
     return ".".join(parts[: shared + 1]) + ("." if len(parts) > shared + 1 else "")

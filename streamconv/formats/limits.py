@@ -18,7 +18,7 @@ MAX_DIMS = 64  # torch's own limit
 _MAX_SIZE = (1 << 63) - 1
 _MAX_JSON_CONTAINERS = 3 * MAX_TENSORS + 1_000
 _MAX_JSON_COMMAS = 8 * MAX_TENSORS + 1_000
-_MAX_JSON_QUOTES = 10 * MAX_TENSORS + 4_000  # two a string: a name, three keys and a dtype
+_MAX_JSON_QUOTES = 10 * MAX_TENSORS + 4_000  # two per string: a name, three keys and a dtype
 
 
 def check_name(name: str, where: object) -> None:
@@ -57,7 +57,7 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
         CorruptError: it is not such an object.
         SourceError: it would take more memory than any checkpoint's index.
     """
-    # One wide character makes Python store a whole string in up to four bytes a character.
+    # One wide character makes Python store a whole string in up to four bytes per character.
     max_bytes = MAX_JSON_BYTES if data.isascii() else MAX_JSON_BYTES // 4
     if (
         len(data) > max_bytes

@@ -25,7 +25,7 @@ _HEAD = MAGIC + b"\x80\x02M\xe9\x03."  # and 1001
 _PIECE_BYTES = 64 << 10
 _COUNT_BYTES = 8
 _MAX_SYSTEM_OPCODES = 1_000  # torch writes 27
-_MAX_KEY_OPCODES = 3 * MAX_TENSORS  # and two a key
+_MAX_KEY_OPCODES = 3 * MAX_TENSORS  # and two per key
 _MAX_KEY_LENGTH = 20  # the decimal digits of a 64-bit address
 
 

@@ -2,7 +2,7 @@
 
 Python's zipfile accepts more kinds of zips, which readers interpret in different ways (data before the zip, a
 comment after it, a directory that contradicts the local headers): such a file could hold one model for torch and
-another one for streamconv. zipfile also takes 0.6 kB of memory an entry. The format is described in
+another one for streamconv. zipfile also takes 0.6 kB of memory per entry. The format is described in
 https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT; the numbers below are its sections.
 """
 
@@ -17,7 +17,7 @@ from streamconv.formats.limits import MAX_NAME_LENGTH, MAX_TENSORS
 from streamconv.tensors.expressions import Record
 
 MAGIC = b"PK\x03\x04"
-MAX_DIRECTORY_BYTES = 8 << 20  # 120 bytes an entry
+MAX_DIRECTORY_BYTES = 8 << 20  # 120 bytes per entry
 MAX_RECORDS = MAX_TENSORS + 1_000
 
 # Fields that are not needed are skipped (x); the names of the others are where they are unpacked.
@@ -153,7 +153,7 @@ def _read_entries(directory: bytes, count: int, where: str) -> Iterator[_Entry]:
                 f"{where}: its record {name} is compressed or encrypted, which torch never writes."
             )
         if attributes & _IS_FOLDER or name.endswith("/"):
-            raise ValueError(f"its record {name} is marked as a folder, of which torch reads no byte")
+            raise ValueError(f"its record {name} is marked as a folder, which torch does not read")
         if _IN_EXTRA in (size, stored_size, offset):
             size, stored_size, offset = _sizes_in_extra(directory[at : at + extra_length], [size, stored_size, offset])
         if stored_size != size:

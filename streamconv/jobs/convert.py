@@ -1,4 +1,4 @@
-"""A conversion from beginning to end."""
+"""Converts a source into a folder, from beginning to end."""
 
 import platform
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from streamconv._version import __version__
 from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.options import ConversionOptions, StrPath
-from streamconv.jobs.prepare import PreparedSource, brought_here, output_folder, prepared_source
+from streamconv.jobs.prepare import PreparedSource, local_copy, output_folder, prepared_source
 from streamconv.output.folder import OutputFolder, open_output_folder
 from streamconv.output.manifest import MANIFEST_NAME, Labels, Manifest, Provenance, WrittenFile
 from streamconv.output.ownership import find_finished
@@ -29,10 +29,10 @@ from streamconv.tensors.checksums import RecordChecks
 class Conversion:
     """The result of a conversion.
 
-    ``shards`` are the sha256 digests of the files of weights by name, in hexadecimal. ``resumed_bytes`` counts the
-    bytes that an interrupted run had written, and that were checked and kept. ``sent_to`` is the repository on the Hub
-    that has the files if ``output`` keeps nothing. ``overflow_count`` counts values that are finite in the source and
-    infinite in the output, because they are beyond the range of the dtype that they were cast to.
+    ``shards`` are the sha256 digests of the weight files by name, in hexadecimal. ``resumed_bytes`` counts the
+    bytes that an interrupted run had written and that were kept after a check. ``sent_to`` is the repository on the Hub
+    that received the files, if ``output`` keeps none. ``overflow_count`` counts values that are finite in the source
+    and infinite in the output, because they are outside the range of the dtype that they were cast to.
     """
 
     output: Path
@@ -46,7 +46,7 @@ class Conversion:
     overflow_count: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON."""
         return {
             "output": str(self.output) if self.sent_to is None else None,
             "model": self.plan.model_name,
@@ -67,7 +67,7 @@ class Conversion:
 
 
 def plan(source: StrPath, options: ConversionOptions = ConversionOptions()) -> Plan:
-    """Make the plan of what `convert` would write. No weight is read and nothing is written.
+    """Plan what `convert` would write. No weight is read and nothing is written.
 
     Args:
         source: A model's name, a checkpoint file, or its address (https://, hf://, s3://, …).
@@ -119,7 +119,7 @@ def convert_prepared(
     conversion = PreparedConversion.of(prepared, output)
     finished = conversion.find_finished() if prepared.source.has_checksums else None
     if finished is None and prepared.source.is_remote and not options.stream:
-        prepared = stack.enter_context(brought_here(prepared, progress))
+        prepared = stack.enter_context(local_copy(prepared, progress))
         conversion = PreparedConversion.of(prepared, output)
     if finished is None:
         finished = conversion.find_finished()
@@ -140,9 +140,10 @@ class PreparedConversion:
 
     @classmethod
     def of(cls, prepared: PreparedSource, output: StrPath | None) -> "PreparedConversion":
-        """
+        """Prepare the conversion of an open source.
+
         Raises:
-            UsageError: as `output_folder`'s.
+            UsageError: see `output_folder`.
         """
         folder, plan, source = output_folder(output, prepared), prepared.plan, prepared.source
         labels = Labels(prepared.labels_from, prepared.are_labels_default, plan.labels_digest)
@@ -171,16 +172,14 @@ class PreparedConversion:
             return None
         written = {shard.filename: manifest.files[shard.filename] for shard in self.plan.shards}
         plan, labels = self.plan, manifest.labels
-        if (
-            labels is not None and labels.sha256 != plan.labels_digest
-        ):  # default labels, from where they could be had then
+        if labels is not None and labels.sha256 != plan.labels_digest:  # default labels, from another origin than now
             own = labels_in(read_config(self.folder))
             plan = plan.with_labels(own) if len(own) == len(plan.config["id2label"]) else plan
         result = self.result(written, plan.weights)
         return replace(result, plan=plan, was_finished=True, labels_from=labels.origin if labels is not None else None)
 
     def result(self, written: Mapping[str, WrittenFile], resumed_bytes: int, sent_to: str | None = None) -> Conversion:
-        """Return the result once all files of weights are ``written``."""
+        """Return the result once all weight files are ``written``."""
         return Conversion(
             output=self.folder,
             plan=self.plan,
@@ -194,7 +193,7 @@ class PreparedConversion:
         )
 
     def manifest(self, written: Mapping[str, WrittenFile]) -> Manifest:
-        """Return the manifest once all files of weights are ``written``; nothing is verified yet."""
+        """Return the manifest once all weight files are ``written``; nothing is verified yet."""
         plan = self.plan
         index = {INDEX_NAME: plan.index} if plan.index is not None else {}
         small = {**plan.small_files, **index}.items()
@@ -215,7 +214,7 @@ def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: P
         for name, data in plan.small_files.items():
             work.write(name, data)
         work.write(MANIFEST_NAME, conversion.manifest(written).to_bytes())
-        if plan.index is not None:  # last: with it, the folder is a model
+        if plan.index is not None:  # last, because it makes the folder a model that can be loaded
             work.write(INDEX_NAME, plan.index)
         work.finish()
     return conversion.result(written, resumed_bytes)
@@ -224,10 +223,10 @@ def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: P
 def _write_shards(
     plan: Plan, folder: OutputFolder, reader: Reader, progress: Progress
 ) -> tuple[dict[str, WrittenFile], int]:
-    """Write the files of weights, or what is missing of them.
+    """Write the weight files, or the rest of them after an interruption.
 
     Returns:
-        What each file is, by name, and how many bytes of them an interrupted run had written.
+        The files by name, and how many of their bytes an interrupted run had written.
     """
     resumed_bytes, checks = 0, RecordChecks(reader)
     written = {}
@@ -240,7 +239,7 @@ def _write_shards(
 
 
 def shard_progress(plan: Plan, shard: Shard, progress: Progress) -> Callable[[int, bool], None]:
-    """Report what `write_shard` does to one shard as progress of them all."""
+    """Return a callback for `write_shard` that reports one shard's progress as progress of all shards."""
     sizes = [each.size for each in plan.shards]
     before, total = sum(sizes[: plan.shards.index(shard)]), sum(sizes)
 

@@ -1,7 +1,7 @@
-"""From a source to the Hub with no more than one shard on the disk: convert, check, upload, delete, next.
+"""Converts a source straight to the Hub: each shard is written, checked, uploaded and deleted before the next one.
 
-The folder is a staging place, and removed at the end. Until then its journal records which shards were uploaded, so
-that an interrupted run does not upload them again. One commit makes the model visible, after verification.
+The output folder is only for staging and is removed at the end. Until then its journal records which shards were
+uploaded, so that an interrupted run does not upload them again. After verification, one commit makes the model visible.
 """
 
 import shutil
@@ -36,7 +36,7 @@ Verify = Callable[[PreparedSource, Manifest, Path], Verification]
 
 @dataclass(frozen=True)
 class HubConversion:
-    """``published`` is None if verification did not pass, and nothing was made visible."""
+    """The result. ``published`` is None if verification did not pass; then nothing was made visible."""
 
     conversion: Conversion
     verification: Verification | None
@@ -56,8 +56,8 @@ def convert_to_hub(
 
     Args:
         output: The staging folder.
-        verify: None to verify nothing.
-        unverified: Whether to publish even what ``verify`` does not pass.
+        verify: None to skip verification.
+        unverified: Publish even if verification does not pass or does not run.
 
     Raises:
         UsageError, SourceError, OutputError, HubError: the same call resumes, and uploads no shard again.
@@ -66,8 +66,8 @@ def convert_to_hub(
     plan = conversion.plan
     if conversion.find_finished() is not None:
         raise UsageError(
-            f"{conversion.folder} holds the finished model, which would be deleted. Leave --stream out to push it "
-            "from there, or name another folder by -o DIR."
+            f"{conversion.folder} holds the finished model, which would be deleted. Omit --stream to push it from "
+            "there, or choose another folder with -o DIR."
         )
     repository.refuse_others([*plan.filenames, MANIFEST_NAME, CARD_NAME])
     largest = max(shard.size for shard in plan.shards)
@@ -89,10 +89,10 @@ def convert_to_hub(
 def _upload_shards(
     plan: Plan, work: OutputFolder, repository: Repository, reader: Reader, progress: Progress
 ) -> tuple[dict[str, WrittenFile], int]:
-    """Write and upload each shard, and delete it here.
+    """Write each shard, upload it, and delete it from the disk.
 
     Returns:
-        What each shard is, by name, and how many of their bytes an interrupted run had uploaded or written.
+        The shards by name, and how many of their bytes an interrupted run had uploaded or written.
     """
     written, resumed_bytes, checks = {}, 0, RecordChecks(reader)
     for shard in plan.shards:

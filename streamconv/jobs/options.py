@@ -1,4 +1,4 @@
-"""The options of jobs: parsed and checked here, before a source is opened."""
+"""The options of jobs. They are parsed and checked when they are created, before a source is opened."""
 
 import re
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How to read a source.
+    """Options for reading a source.
 
     Args:
-        head: A linear head's file or address, for a classifier made of two files.
+        head: A linear head's file or address, for a classifier that consists of two files.
         select: The prefix of the backbone's names, for a file that holds several backbones.
-        num_heads: The number of attention heads, which no tensor shows; by default the family's.
-        stream: Read an address straight into the output. Otherwise its file is kept in torch.hub's cache.
+        num_heads: The number of attention heads, which tensors do not show; by default, the family's rule gives it.
+        stream: Convert a remote file directly. Otherwise it is first downloaded into torch.hub's cache.
 
     Raises:
         UsageError: the number of heads is not valid.
@@ -36,16 +36,16 @@ class SourceOptions:
 
     def __post_init__(self) -> None:
         if self.num_heads is not None and self.num_heads < 1:
-            raise UsageError(f"A model cannot have {self.num_heads} attention heads. Give a number from 1 on.")
+            raise UsageError(f"A model cannot have {self.num_heads} attention heads. Give a positive number.")
 
 
 @dataclass(frozen=True)
 class ConversionOptions(SourceOptions):
-    """How to read a source, as `SourceOptions`, and what to write.
+    """Options for a conversion, in addition to those for reading its source.
 
     Args:
-        labels: A file of the classes' names; by default ImageNet's for 1000 classes.
-        max_shard_size: The largest size of one file of weights: bytes, or "500MB", "5GB".
+        labels: A file with the names of the classes; by default ImageNet's, if there are 1000 classes.
+        max_shard_size: The maximum size of one weight file: a number of bytes, or a string like "500MB" or "5GB".
         dtype: The dtype to cast the weights to; None leaves them as they are stored.
 
     Raises:
@@ -69,18 +69,18 @@ class ConversionOptions(SourceOptions):
 
 @dataclass(frozen=True)
 class VerificationOptions:
-    """How to verify an output.
+    """Options for verifying an output.
 
     Args:
         device: "cpu", "cuda" or "cuda:1"; "auto" takes a GPU if there is one.
-        image: A picture to run both models on, a file or an http address; by default streamconv's own.
-        reference: What computes the original: "builtin", streamconv's own graph; "hub", the authors' code, which
-            torch.hub downloads and runs; or a folder that holds that code.
-        parity: Whether to run the models.
+        image: An image to run both models on, a file or an http address; by default, streamconv draws one.
+        reference: The code of the original model: "builtin" for streamconv's own; "hub" for the authors', which
+            torch.hub downloads and runs; or a folder that holds the authors' code.
+        parity: Run both models and compare their outputs.
         report: An HTML file to write the result to.
 
     Raises:
-        UsageError: the device's name is not valid. Whether the device exists is seen later, by torch.
+        UsageError: the device's name is not valid. Only torch can tell, later, if the device exists.
     """
 
     device: str = "auto"
@@ -96,11 +96,11 @@ class VerificationOptions:
 
 @dataclass(frozen=True)
 class PushOptions:
-    """How to publish a model.
+    """Options for publishing a model.
 
     Args:
-        destination: The repository; without a name, the model's published name in the user's account.
-        unverified: Push a model, too, that was not verified or failed verification. The model card says so.
+        destination: The repository. Its default name is the model's published name, in the user's account.
+        unverified: Push even if the model was not verified or failed verification. The model card mentions it.
 
     Raises:
         UsageError: the revision's name is empty.

@@ -1,6 +1,6 @@
-"""The first steps of every job: the user's words are resolved once, each index is opened once, and one plan is made.
+"""The first steps of every job: resolve what the user typed, open each index, and make the plan, each of them once.
 
-Download, writing, verification and publishing share what is prepared here.
+Download, writing, verification and publishing share the result.
 """
 
 import os
@@ -25,7 +25,7 @@ from streamconv.tensors.expressions import Record, parts_of
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """An open source and the plan of its conversion. ``labels_from`` says where a classifier's labels come from."""
+    """An open source and the plan of its conversion. ``labels_from`` describes the origin of a classifier's labels."""
 
     source: OpenSource
     plan: Plan
@@ -45,15 +45,15 @@ def prepared_source(
 ) -> Iterator[PreparedSource]:
     """Resolve ``source``, open its indexes and make the plan. No weight is read.
 
-    Of a source at an address that is to be downloaded, only what the plan needs is read; `brought_here` downloads it.
+    A remote source that has to be downloaded is read only as far as the plan requires; `local_copy` downloads it.
 
     Args:
-        is_exact: Whether the weights will be read from here. Without it, an index at an address costs fewer requests.
-        labels_of: A folder that was converted from the source, whose labels are to be kept.
+        is_exact: The weights will be read from this source. Otherwise, a remote index takes fewer requests.
+        labels_of: A folder that was converted from the source; the plan keeps its labels.
         is_synthetic: The source's weights are random, which the output's manifest will record.
 
     Raises:
-        UsageError, SourceError: the source is not what it should be.
+        UsageError, SourceError: the source does not exist or cannot be converted.
     """
     resolved = resolve_source(source, options.head, options.select, options.num_heads)
     resolved = replace(resolved, is_synthetic=is_synthetic)
@@ -61,41 +61,42 @@ def prepared_source(
         if resolved.is_remote and not (options.stream and is_exact):
             try:
                 opened = stack.enter_context(open_source(resolved, progress, read_local_headers=False))
-            except NoRangesError:  # the index cannot be read by itself: the whole file can
+            except NoRangesError:  # the index cannot be read alone, but the whole file can
                 if options.stream or not is_exact:
                     raise
-                here, local = downloaded(resolved, progress, stack)
-                opened = stack.enter_context(open_source(here, progress, opened=local))
+                local, checkpoints = downloaded(resolved, progress, stack)
+                opened = stack.enter_context(open_source(local, progress, opened=checkpoints))
         else:
             opened = stack.enter_context(open_source(resolved, progress))
         yield _plan(opened, options, labels_of, progress)
 
 
 @contextmanager
-def brought_here(prepared: PreparedSource, progress: Progress) -> Iterator[PreparedSource]:
-    """Download what lies at an address, and give the same plan for the files on this machine.
+def local_copy(prepared: PreparedSource, progress: Progress) -> Iterator[PreparedSource]:
+    """Download the source's remote files, and open the copy with the same plan. A local source is returned as it is.
 
     Raises:
-        SourceError: a file cannot be fetched, came damaged, or has changed since its index was read.
+        SourceError: a file cannot be fetched, arrived damaged, or has changed since its index was read.
         OutputError: torch.hub's cache cannot be written.
     """
-    there = prepared.source
-    if not there.is_remote:
+    remote = prepared.source
+    if not remote.is_remote:
         yield prepared
         return
     with ExitStack() as stack:
-        source, local = downloaded(there.source, progress, stack, there.checkpoints)
-        here = stack.enter_context(open_source(source, progress, opened=local))
-        yield replace(prepared, source=here, plan=prepared.plan.with_records(_moved_records(there, here)))
+        source, checkpoints = downloaded(remote.source, progress, stack, remote.checkpoints)
+        local = stack.enter_context(open_source(source, progress, opened=checkpoints))
+        yield replace(prepared, source=local, plan=prepared.plan.with_records(_records_in_copy(remote, local)))
 
 
-def _moved_records(there: OpenSource, here: OpenSource) -> dict[Record, Record]:
-    if there.tensors.keys() != here.tensors.keys():
-        raise ChangedError(f"{there.where} was changed after its index was read. Run the same command again.")
+def _records_in_copy(source: OpenSource, copy: OpenSource) -> dict[Record, Record]:
+    """Map each record of ``source`` to that of its copy."""
+    if source.tensors.keys() != copy.tensors.keys():
+        raise ChangedError(f"{source.where} was changed after its index was read. Run the same command again.")
     return {
         old.record: new.record
-        for name, tensor in there.tensors.items()
-        for old, new in zip(parts_of(tensor), parts_of(here.tensors[name]), strict=True)
+        for name, tensor in source.tensors.items()
+        for old, new in zip(parts_of(tensor), parts_of(copy.tensors[name]), strict=True)
     }
 
 
@@ -104,10 +105,10 @@ def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None
     labels_from, head = None, source.selection.family.classifier_head
     if source.classes is None:
         if options.labels is not None:
-            raise UsageError("Labels are for a classifier. Name a model with a head, or give its --head.")
+            raise UsageError("Only a classifier has labels. Choose a model with a head, or give its --head.")
     elif labels_of is not None:
         kept = labels_in(read_config(labels_of))
-        labels = kept if len(kept) == source.classes else None  # else verification reports what is wrong
+        labels = kept if len(kept) == source.classes else None  # a wrong number is left for verification to report
     elif options.labels is not None:
         labels, labels_from = read_labels(Path(options.labels)), Path(options.labels).name
     elif own := labels_in(source.selection.config):
@@ -130,10 +131,10 @@ def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None
 
 
 def output_folder(folder: StrPath | None, prepared: PreparedSource) -> Path:
-    """Return the folder to write into: the user's, or one with the model's published name.
+    """Return the folder to write into: the user's, or else one with the model's published name.
 
     Raises:
-        UsageError: it has no name, the model has no published name, or it holds the source itself.
+        UsageError: the name is empty, the model has no published name, or the output would overwrite the source.
     """
     plan = prepared.plan
     if folder is not None and not fspath(folder):
@@ -147,10 +148,10 @@ def output_folder(folder: StrPath | None, prepared: PreparedSource) -> Path:
 
 
 def _refuse_own_output(source: OpenSource, folder: Path, names: list[str]) -> None:
-    """Refuse to write over the source."""
+    """Refuse to overwrite the source."""
     written = [
         each for name in names for each in (folder / name, temporary_path(folder / name)) if os.path.exists(each)
     ]
     for path in (path for checkpoint in source.checkpoints.values() for path in checkpoint.paths):
         if any(os.path.samefile(path, each) for each in written):
-            raise UsageError(f"{path} is the source, and {folder} would write over it. Choose another folder.")
+            raise UsageError(f"{path} is the source, and output to {folder} would overwrite it. Choose another folder.")

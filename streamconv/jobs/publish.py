@@ -24,15 +24,15 @@ class Published:
 
 
 def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Progress = ignore_progress) -> Published:
-    """Publish a finished folder on the Hub, as the user is logged in there.
+    """Publish a finished folder on the Hub, with the token of the user who is logged in.
 
-    Without a name in ``push``, the repository has the name that the model was published under.
+    Without a name in ``push``, the repository gets the name that the model was published under.
 
     Raises:
-        UsageError: the model was not verified, or failed verification, and ``push.unverified`` does not insist; or the
+        UsageError: the model was not verified, or failed verification, and ``push.unverified`` is not set; or the
             repository has no name.
-        OutputError: the folder is not finished, or its files are not as its manifest says.
-        HubError: there is no token, or the Hub does not take the model.
+        OutputError: the folder is not finished, or its files do not match its manifest.
+        HubError: there is no token, or the Hub does not accept the model.
     """
     manifest = _read_manifest(Path(folder))
     if not push.unverified and not (manifest.verification or {}).get("passed"):
@@ -45,7 +45,7 @@ def open_repository(push: PushOptions, model_name: str | None) -> Repository:
     """Open the repository to push to; its default name is the one that the model was published under.
 
     Raises:
-        UsageError, HubError: as `Repository`'s. Nothing was changed on the Hub.
+        UsageError, HubError: see `Repository`. Nothing was changed on the Hub.
     """
     try:
         default = find_model(model_name)[1].published_name if model_name is not None else None
@@ -57,12 +57,12 @@ def open_repository(push: PushOptions, model_name: str | None) -> Repository:
 def publish_folder(folder: Path, repository: Repository, progress: Progress = ignore_progress) -> Published:
     """Push a finished folder in one commit: the files that its manifest names, the manifest, and a model card.
 
-    A README.md in the folder is the card. Otherwise one is made, and not kept in the folder, unless the repository
-    has one that someone else wrote. Files that the Hub has already are not uploaded again.
+    If the folder has a README.md, that is the card. Otherwise one is generated, but not kept in the folder, unless the
+    repository has a card that someone else wrote. Files that the Hub already has are not uploaded again.
 
     Raises:
-        OutputError: the folder is not finished, or its files are not as its manifest says.
-        HubError: the Hub does not take it.
+        OutputError: the folder is not finished, or its files do not match its manifest.
+        HubError: the Hub does not accept it.
     """
     manifest = _read_manifest(folder)
     repository.refuse_others(manifest.files)
@@ -72,7 +72,7 @@ def publish_folder(folder: Path, repository: Repository, progress: Progress = ig
     small |= card_files(folder, repository, manifest)
     for name, file in large.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != file.size:
-            raise OutputError(f"{folder / name} is not as {MANIFEST_NAME} says. Convert again.")
+            raise OutputError(f"{folder / name} does not match {MANIFEST_NAME}. Convert again.")
     repository.create()
     for name, file in large.items():
         repository.upload(folder / name, name, file.sha256, progress)
@@ -83,7 +83,7 @@ def publish_folder(folder: Path, repository: Repository, progress: Progress = ig
 def _read_manifest(folder: Path) -> Manifest:
     manifest = Manifest.read(folder)
     if manifest is None:
-        raise OutputError(f"{folder} has no {MANIFEST_NAME}, which lists the files to push. Convert into it first.")
+        raise OutputError(f"{folder} has no {MANIFEST_NAME}, which lists the files to push. Convert the model first.")
     return manifest
 
 
@@ -99,17 +99,19 @@ def _small(path: Path, sha256: str | None = None) -> bytes:
     try:
         data = read_small(path)
     except SourceError as error:
-        raise OutputError(f"{error} It is to be pushed.") from error
+        raise OutputError(f"{error} It is one of the files to push.") from error
     require_digest(path, hashlib.sha256(data).hexdigest(), sha256 or hashlib.sha256(data).hexdigest())
     return data
 
 
 def card_files(folder: Path, repository: Repository, manifest: Manifest) -> dict[str, bytes]:
-    """Return the model card by its name: the folder's own, or a generated one; nothing if the repository has another.
+    """Return the model card by file name: the folder's own, or a generated one.
+
+    The result is empty if the folder has none and the repository has one that someone else wrote.
 
     Raises:
-        OutputError: the folder's cannot be read.
-        HubError: the Hub does not say what is there.
+        OutputError: the folder's card cannot be read.
+        HubError: the repository's card cannot be read.
     """
     if os.path.exists(folder / CARD_NAME):
         return {CARD_NAME: _small(folder / CARD_NAME)}

@@ -12,7 +12,7 @@ from streamconv.hub.repository import Repository
 from streamconv.jobs.convert import Conversion, convert_prepared
 from streamconv.jobs.convert_to_hub import Verify, convert_to_hub
 from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, VerificationOptions
-from streamconv.jobs.prepare import PreparedSource, brought_here, prepared_source
+from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.jobs.publish import Published, open_repository, publish_folder
 from streamconv.jobs.synth import temporary_checkpoint
 from streamconv.jobs.verify import check_options, verify_prepared, verify_uploaded, write_report
@@ -23,7 +23,7 @@ from streamconv.verification.result import Verification
 
 @dataclass(frozen=True)
 class RunResult:
-    """``verification`` is None if none was asked for; ``published`` is None if nothing was pushed."""
+    """The results. ``verification`` is None if none was requested; ``published`` is None if nothing was pushed."""
 
     conversion: Conversion
     verification: Verification | None = None
@@ -35,7 +35,7 @@ class RunResult:
         return self.verification is not None and self.verification.passed
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the results for JSON."""
         return {
             **self.conversion.as_dict(),
             "verification": self.verification.as_dict() if self.verification is not None else None,
@@ -56,29 +56,29 @@ def run(
 ) -> RunResult:
     """Convert a checkpoint, verify the result against it, and publish it.
 
-    Nothing is pushed unless verification passed, or ``push.unverified`` insists.
+    Nothing is pushed unless verification passed or ``push.unverified`` is set.
 
     Args:
         source: A model's name, a checkpoint file, or its address (https://, hf://, s3://, …).
         output: The folder to write; by default the name that the model was published under.
         verification: None to convert only.
         push: None to publish nothing. With ``conversion.stream``, each shard is uploaded and deleted before the next.
-        synthetic_seed: Make a random checkpoint of the model ``source``, and convert that.
+        synthetic_seed: Generate a random checkpoint of the model ``source`` with this seed, and convert that.
         progress: Called with the steps of each stage.
-        on_result: Called with each result as soon as there is one.
+        on_result: Called with each result as soon as it is available.
 
     Raises:
-        UsageError: the options do not go together, or something that they name does not exist.
+        UsageError: the options contradict each other, or something that they name does not exist.
         SourceError, OutputError: as for `streamconv.convert`. HubError: as for `streamconv.publish`.
     """
     if synthetic_seed is not None and conversion.head is not None:
-        raise UsageError("A synthetic model has a head of its own. Leave --head out.")
+        raise UsageError("A synthetic model has its own head. Omit --head.")
     if push is not None and verification is None and not push.unverified:
-        raise UsageError("Nothing is pushed unverified. Leave --no-verify out, or insist: --push-unverified.")
+        raise UsageError("Unverified models are not pushed. Omit --no-verify, or push anyway with --push-unverified.")
     if verification is not None:
         check_options(verification)
     with ExitStack() as stack:
-        # Before the random checkpoint is made; else the name is known when the source is open.
+        # A synthetic source's name is known now, so a wrong repository is refused before the checkpoint is generated.
         name = fspath(source) if synthetic_seed is not None else None
         repository = open_repository(push, name) if push is not None and name is not None else None
         if synthetic_seed is not None:
@@ -95,7 +95,7 @@ def run(
         verified = None
         if verification is not None:
             if not conversion.stream:
-                prepared = stack.enter_context(brought_here(prepared, progress))
+                prepared = stack.enter_context(local_copy(prepared, progress))
             verified = verify_prepared(converted.output, prepared, verification, progress)
             on_result(verified)
             write_report(verified, verification)

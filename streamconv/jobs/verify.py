@@ -1,4 +1,4 @@
-"""Verification of an output: checks, cheapest first, each of which says what it proves.
+"""Verifies an output: runs checks, the cheapest first, each of which states what it proves.
 
 Importing this module does not import torch; the checks that run models do when they run.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, get_args
 from streamconv._version import __version__
 from streamconv.errors import OutputError
 from streamconv.jobs.options import ConversionOptions, SourceOptions, StrPath, VerificationOptions
-from streamconv.jobs.prepare import PreparedSource, brought_here, prepared_source
+from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.output.files import write_file
 from streamconv.output.journal import JOURNAL_NAME
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile, record_verification
@@ -39,15 +39,15 @@ def verify(
     *,
     progress: Progress = ignore_progress,
 ) -> Verification:
-    """Prove a converted folder against its source or, without one, against its own manifest.
+    """Verify a converted folder against its source or, without one, against its own manifest.
 
-    The result is kept in the folder's manifest if the folder was made from this source.
+    The result is recorded in the folder's manifest if the folder was made from this source.
 
     Args:
         folder: The folder that `streamconv.convert` wrote.
-        source: What it was made from: a model's name, a checkpoint file, or its address. None reads the folder only:
-            each file must have the size and the sha256 that it was written with.
-        source_options: How to read the source; what is not given is taken from the folder's manifest.
+        source: The source of the folder: a model's name, a checkpoint file, or its address. None reads only the folder:
+            each file must have the size and sha256 that it was written with.
+        source_options: How to read the source; the defaults are those that the folder's manifest records.
         progress: Called with the steps of each check.
 
     Raises:
@@ -59,7 +59,9 @@ def verify(
     if not os.path.isdir(path):
         raise OutputError(f"{path} is not a folder. Name the folder that streamconv converted into.")
     if os.path.exists(path / JOURNAL_NAME):
-        raise OutputError(f"{path} holds an unfinished conversion. Run the command that began it again.")
+        raise OutputError(
+            f"{path} holds an unfinished conversion. Finish it first: run the same convert command again."
+        )
     check_options(options)
     if source is None:
         verification = _verify_alone(path, progress)
@@ -68,7 +70,7 @@ def verify(
             conversion = _options_of(path, source_options)
             prepared = stack.enter_context(prepared_source(source, conversion, progress, labels_of=path))
             if not conversion.stream:
-                prepared = stack.enter_context(brought_here(prepared, progress))
+                prepared = stack.enter_context(local_copy(prepared, progress))
             verification = verify_prepared(path, prepared, options, progress)
     write_report(verification, options)
     return verification
@@ -77,13 +79,14 @@ def verify(
 def verify_prepared(
     folder: Path, prepared: PreparedSource, options: VerificationOptions, progress: Progress
 ) -> Verification:
-    """Prove a converted folder against a source that is open, and keep the result in the folder's manifest.
+    """Verify a converted folder against a source that is open, and record the result in the folder's manifest.
 
-    An address is read again for parity only: its bytes were checked when they were written, as the manifest says.
+    A remote source is read again for parity only: its bytes were checked when they were written, as the manifest
+    records.
     """
     start, source, plan = time.monotonic(), prepared.source, prepared.plan
     manifest = Manifest.read(folder)
-    # torch takes seconds to import: only now that the source has proved to be one.
+    # Importing torch takes seconds, so the source is opened, and refused if it is not one, before that.
     progress("starting torch and transformers", 0, 1, "steps")
     from streamconv.verification.model_checks import ModelVerifier
 
@@ -109,12 +112,12 @@ def verify_uploaded(
     options: VerificationOptions,
     progress: Progress = ignore_progress,
 ) -> Verification:
-    """Prove an output that was uploaded shard by shard, and that is not kept here.
+    """Verify an output that was uploaded shard by shard and is not on the disk.
 
     Args:
-        prepared: Its source, which is open still, and its plan.
-        manifest: Its manifest, with the sha256 of each shard when it was written, and again when it was uploaded.
-        folder: An empty folder, for files with the shards' headers and holes instead of weights.
+        prepared: Its source, which is still open, and its plan.
+        manifest: Its manifest. Each shard had the recorded sha256 when it was written and when it was uploaded.
+        folder: An empty folder for files that have the shards' headers, and holes instead of weights.
     """
     from streamconv.verification.model_checks import ModelVerifier
     from streamconv.verification.sparse_folder import write_sparse_folder
@@ -129,12 +132,12 @@ def verify_uploaded(
         proves = f"every file was uploaded as it was copied{cast_note(plan)}, from records that matched their CRC-32"
         check = Check("bytes", True, proves, (), numbers, "the uploaded files were not read back")
     else:
-        check = Check("bytes", None, "the source carries no CRC-32s, and no file was kept to be compared with it")
+        check = Check("bytes", None, "the source has no CRC-32s, and no output file was kept to be compared with it")
     return _verification(plan, source, (check, *results.checks), results, models, manifest.files, start)
 
 
 def check_options(options: VerificationOptions) -> None:
-    """Refuse what cannot be done, before hours of work.
+    """Refuse impossible options before hours of work.
 
     Raises:
         UsageError: the device, the image or the reference does not exist.
@@ -147,7 +150,7 @@ def check_options(options: VerificationOptions) -> None:
 
 
 def write_report(verification: Verification, options: VerificationOptions) -> None:
-    """Write the HTML page that was asked for, if any."""
+    """Write the HTML page, if one was requested."""
     if options.report is not None:
         from streamconv.verification.report import render  # imports what only a report needs
 
@@ -155,7 +158,7 @@ def write_report(verification: Verification, options: VerificationOptions) -> No
 
 
 def _options_of(folder: Path, given: SourceOptions) -> ConversionOptions:
-    """Return the options that the folder was converted with, as far as its files show; given ones take precedence."""
+    """Return the options that the folder was converted with, as far as its files show them, overridden by ``given``."""
     manifest, dtype = Manifest.read(folder), read_config(folder).get("dtype")
     select, num_heads = (manifest.select, manifest.num_heads) if manifest is not None else (None, None)
     return ConversionOptions(
@@ -172,7 +175,9 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
     if manifest is None:
         raise OutputError(f"{folder} has no {MANIFEST_NAME} to check it against. Name the source: verify DIR SOURCE.")
     problems = check_files(folder, manifest, progress)
-    files = Check("files", not problems, f"every file is as it was written, by {MANIFEST_NAME}", tuple(problems))
+    files = Check(
+        "files", not problems, f"every file is as it was written, according to {MANIFEST_NAME}", tuple(problems)
+    )
     others = [Check(name, None, "no source was named") for name in ("bytes", "load", "parity", "preprocessing")]
     return Verification(
         checks=(files.since(start), *others),

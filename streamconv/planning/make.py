@@ -34,8 +34,8 @@ def make_plan(
         tensors: The selected tensors by their keys in the family's rules; a head's too (`Family.join_head`).
         where: The source's name for messages.
         labels: A classifier's labels, one per class; None gives transformers' LABEL_0 and so on.
-        max_shard_bytes: The largest size of one file of weights.
-        selection: The family, the tensors' names in the file, and what is skipped.
+        max_shard_bytes: The maximum size of one weight file.
+        selection: The family, the tensors' names in the file, and the tensors that are skipped.
         model: The published model that the source was named as.
         dtype: The dtype to cast to; None keeps tensors as they are stored.
         num_heads: The number of attention heads, if it is not what the family assumes.
@@ -43,7 +43,8 @@ def make_plan(
 
     Raises:
         MappingError: the tensors are not exactly those of a known model; lists every difference.
-        UsageError: the number of labels is not that of the classes, or ``num_heads`` is given to a family without.
+        UsageError: the number of labels is not the number of classes, or ``num_heads`` is given for a family that does
+            not have this aspect.
     """
     family = selection.family
     dimensions, candidates = _identify(tensors, where, selection, model, num_heads)
@@ -89,8 +90,8 @@ def _identify(
 ) -> tuple[Any, Sequence[Model]]:
     """Return the dimensions and the published models that have them.
 
-    If the source was named as ``model`` and fits no published one, return that model's: then all differences from it
-    are listed.
+    If the user named ``model`` and the source fits no published model, return the dimensions of ``model``, so that all
+    differences from it are listed.
     """
     family = selection.family
     dimensions = family.read_dimensions({key: tensor.info for key, tensor in tensors.items()})
@@ -129,7 +130,7 @@ def _block_chunks(selection: Selection, layers: int) -> int | None:
 def _problems(
     spec: ConversionSpec, selection: Selection, expected: Mapping[str, ExpectedTensor], block_chunks: int | None
 ) -> list[str]:
-    """List what is wrong apart from the tensors' names, shapes and dtypes."""
+    """List problems other than those with the tensors' names, shapes and dtypes."""
     unread = [(selection.prefix + key, kind) for key, kind in selection.unread.items() if key in expected]
     return [
         *spec.problems,
@@ -216,7 +217,7 @@ def _small_files(config: Mapping[str, Any], image_processor: Mapping[str, Any] |
 def _notes(
     spec: ConversionSpec, selection: Selection, image_processor: Mapping[str, Any] | None, *, is_published: bool
 ) -> tuple[str, ...]:
-    """List the assumptions that the tensors do not confirm, and what replaces files of the source."""
+    """List the assumptions that the tensors do not confirm, and the files that are generated instead of copied."""
     notes = [] if is_published else [*spec.notes]
     family = selection.family
     if family.image_processor is not None and image_processor is not None and not is_published:
@@ -235,7 +236,7 @@ def _notes(
 def _dropped(
     tensors: Mapping[str, AnyTensor], expected: Mapping[str, ExpectedTensor], prefix: str
 ) -> tuple[Skipped, ...]:
-    """Return the tensors that rules drop, those of one rule together."""
+    """Return the tensors that rules drop, grouped by rule."""
     sizes: dict[tuple[str, str], list[int]] = {}
     for key, each in expected.items():
         if key in tensors and each.rule.drop_reason:

@@ -1,7 +1,7 @@
 """The plan of a conversion: every byte that will be written, decided from the indexes alone.
 
-It is pure data. Files are named by `FileRef` and never open, so that a plan can be compared, pickled, saved as JSON
-(`plan_json`) and carried out by another process.
+It is pure data. Files are named by `FileRef` and are not open, so that a plan can be compared, pickled, saved as JSON
+(`plan_json`) and executed by another process.
 """
 
 import json
@@ -34,14 +34,14 @@ class MappedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion writes.
+    """The output of a conversion.
 
     ``model_name`` is None if no published model has these dimensions, or if several have. ``dimensions`` is the
     family's own description of them. ``image_processor`` is None if the family has none. ``small_files`` are the bytes
     of config.json and the like by name; ``index`` those of the shards' index, None for a single file. ``notes`` are
-    assumptions that no tensor confirms, and ``skipped`` is the part of the source that is not converted. ``filled`` are
-    the values of targets that the source does not have, and ``block_chunks`` is the number of lists that the source's
-    blocks are in, 0 for none.
+    assumptions that the tensors do not confirm, and ``skipped`` is the part of the source that is not converted.
+    ``filled`` maps targets that the source does not have to their constant values, and ``block_chunks`` is the number
+    of lists that the source's blocks are in, 0 for one plain list.
     """
 
     family_name: str
@@ -70,20 +70,20 @@ class Plan:
 
     @property
     def pixel_steps(self) -> PixelSteps | None:
-        """How the original turns an image into pixels; None without an image processor."""
+        """The steps by which the original turns an image into pixels; None without an image processor."""
         if self.family.image_processor is None or self.image_processor is None:
             return None
         return self.family.image_processor.pixel_steps(self.image_processor)
 
     @property
     def filenames(self) -> list[str]:
-        """The names of all files that will be written but the manifest."""
+        """The names of all files that will be written except the manifest."""
         shards = [shard.filename for shard in self.shards]
         return [*shards, *self.small_files, *([INDEX_NAME] if self.index is not None else [])]
 
     @property
     def size(self) -> int:
-        """Total size in bytes of all files but the manifest."""
+        """Total size in bytes of all files except the manifest."""
         small = sum(map(len, self.small_files.values())) + len(self.index or b"")
         return sum(shard.size for shard in self.shards) + small
 
@@ -114,8 +114,8 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """What to call the checkpoint in messages."""
-        return self.model_name or f"a {self.family_name} model of its own sizes"
+        """A name for the checkpoint in messages."""
+        return self.model_name or f"a {self.family_name} model of custom size"
 
     @property
     def labels_digest(self) -> str:
@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over every output byte's origin, labels apart: headers, each tensor's place, the small files."""
+        """sha256 over the origin of every output byte except labels: headers, places of tensors, small files."""
         config = {key: value for key, value in self.config.items() if key not in ("id2label", "label2id")}
         digest = sha256(to_json(config))
         for name, data in self.small_files.items():
@@ -136,12 +136,12 @@ class Plan:
         return digest.hexdigest()
 
     def with_labels(self, labels: Sequence[str]) -> "Plan":
-        """Return the plan with other names of a classifier's classes; there are as many of them."""
+        """Return the plan with other labels for the same number of classes."""
         config = {**self.config, **label_config(labels)}
         return replace(self, config=config, small_files={**self.small_files, CONFIG_NAME: to_json(config)})
 
     def with_records(self, moved: Mapping[Record, Record]) -> "Plan":
-        """Return the plan for a copy of its source: ``moved`` gives the record of the copy for each one of the source.
+        """Return the plan for a copy of its source: ``moved`` maps the source's records to those of the copy.
 
         Raises:
             ChangedError: the copy's records differ in name, size or CRC-32.
@@ -166,7 +166,7 @@ class Plan:
         return list(dict.fromkeys(tensor.record.file for shard in self.shards for _, tensor in shard.tensors))
 
     def as_dict(self) -> dict[str, Any]:
-        """Describe the plan for JSON to be read by people and scripts; `plan_json` keeps all of it."""
+        """Summarise the plan as JSON for people and scripts; for a complete one, see `plan_json`."""
         return {
             "model": self.model_name,
             "architecture": self.architecture,
@@ -189,5 +189,5 @@ class Plan:
 
 
 def label_config(labels: Sequence[str]) -> dict[str, Any]:
-    """The entries of config.json that name a classifier's classes."""
+    """Return the entries of config.json that name a classifier's classes."""
     return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}

@@ -1,8 +1,7 @@
-"""Plans as JSON: what `to_json` gives, `from_json` turns back into an equal plan.
+"""Converts plans to JSON and back. The plan that comes back is equal, except for secrets in addresses.
 
-Files and records are listed once and named by number. Headers, the index and the small files are not stored: they
-follow from the rest. Users, passwords and queries of addresses are left out, so that no secret is written: a plan of
-such a source has the address without them afterwards.
+Files and records are listed once and referred to by number. Headers, the index and the small files are not stored: they
+follow from the rest. Users, passwords and queries of addresses are not stored either, so that no secret is written.
 """
 
 import json
@@ -58,7 +57,7 @@ def from_json(text: str) -> Plan:
     """Return the plan that `to_json` wrote.
 
     Raises:
-        UsageError: it is not such a plan, or of another version of the format.
+        UsageError: it is not such a plan, or has another version of the format.
     """
     try:
         value = json.loads(text)

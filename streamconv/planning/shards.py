@@ -1,4 +1,4 @@
-"""The layout of safetensors files: which tensors each file holds, in which order, after which header.
+"""The layout of safetensors files: the tensors of each file, their order, and the header.
 
 The layout is that of transformers' save_pretrained (5.x), with headers as the safetensors library writes them, so
 that a converted model is byte-identical to a saved one. Pure data, no I/O.

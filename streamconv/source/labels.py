@@ -19,7 +19,7 @@ HUB_DATASET, HUB_FILE = "huggingface/label-files", "imagenet-1k-id2label.json"
 
 
 def read_labels(path: Path) -> list[str]:
-    """Read labels in class order: from a JSON list, a JSON object of ids to labels, or a text with one label a line.
+    """Read labels in class order: from a JSON list, a JSON object of ids to labels, or text with one label per line.
 
     Raises:
         UsageError: the file cannot be read, or is none of these.

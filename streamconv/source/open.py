@@ -37,7 +37,7 @@ def _has_checksums(tensors: Mapping[str, AnyTensor]) -> bool:
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source's tensors, a head's among them (`Family.join_head`), and the checkpoints they come from by role.
+    """A source's tensors, including a head's (`Family.join_head`), and the checkpoints that they come from, by role.
 
     ``tensors`` are the selected ones, by their names in the family's rules; ``selection`` maps these to the names in
     the files.
@@ -64,7 +64,7 @@ class OpenSource:
 
     @cached_property
     def reader(self) -> Reader:
-        """Reads its tensors, as long as it is open."""
+        """A reader for the tensors, usable as long as the source is open."""
         return Reader(file for checkpoint in self.checkpoints.values() for file in checkpoint.files)
 
     @property
@@ -101,12 +101,12 @@ def open_source(
     """Read the source's indexes.
 
     Args:
-        read_local_headers: As for `open_checkpoint`.
-        opened: Checkpoints that are open already, by role; they stay open.
+        read_local_headers: See `open_checkpoint`.
+        opened: Checkpoints that are already open, by role; they stay open.
 
     Raises:
-        SourceError: a file cannot be read, or does not hold one backbone of a known family.
-        UsageError: a head is given to a model that takes none, or ``source.select`` names no backbone.
+        SourceError: a file cannot be read, or does not hold exactly one backbone of a known family.
+        UsageError: a head is given for a model that takes none, or there is no backbone under ``source.select``.
     """
 
     def notify(text: str) -> None:
@@ -165,7 +165,7 @@ def _with_head(
 
 @contextmanager
 def _name_torch_hub_copy(source: Source) -> Iterator[None]:
-    """Add to an error about a file in torch.hub's cache that deleting it has it fetched again."""
+    """Add to an error about a file in torch.hub's cache the advice to delete it, so that it is fetched again."""
     try:
         yield
     except (CorruptError, TruncatedError, NotACheckpointError) as error:
@@ -175,7 +175,7 @@ def _name_torch_hub_copy(source: Source) -> Iterator[None]:
         path = next((path for path in cached if _is_at(error, path)), None)
         if path is None or isinstance(error, ChangedError):
             raise
-        hint = f"It is torch.hub's copy. Delete it to have it fetched again:\n  {path}"
+        hint = f"It is torch.hub's copy. Delete it, and it is fetched again:\n  {path}"
         raise type(error)(f"{error}\n{hint}") from error
 
 

@@ -1,4 +1,4 @@
-"""From the user's words to locations: a model's name, a checkpoint file, or its address.
+"""Resolves what the user typed (a model's name, a checkpoint file, or its address) to locations.
 
 A model's files are those in torch.hub's cache or, if they are not there, those at their published addresses.
 """
@@ -18,9 +18,9 @@ from streamconv.files.address import Address, Location, parse_location
 class Source:
     """The location of a backbone's file, perhaps of a head's, and the model that the user named.
 
-    ``origins`` are, by role, the addresses that local files were downloaded from. ``select`` is the prefix of the
+    ``origins`` are the addresses that local files were downloaded from, by role. ``select`` is the prefix of the
     backbone's names and ``num_heads`` the number of attention heads, if the user gave them. ``is_synthetic``: the
-    weights are random, made on the spot.
+    weights are random and were generated for this run.
     """
 
     backbone: Location
@@ -33,12 +33,12 @@ class Source:
 
     @property
     def locations(self) -> dict[str, Location]:
-        """By role: "backbone" and, if there is one, "head"."""
+        """The locations by role: "backbone" and, if there is one, "head"."""
         return {"backbone": self.backbone, **({"head": self.head} if self.head is not None else {})}
 
     @property
     def is_remote(self) -> bool:
-        """True if a file of it is at an address."""
+        """True if any of the files is at an address."""
         return any(isinstance(location, Address) for location in self.locations.values())
 
 
@@ -55,7 +55,7 @@ def resolve_source(
     select: str | None = None,
     num_heads: int | None = None,
 ) -> Source:
-    """Find the files that ``source`` means. A model's name takes precedence over a file of that name.
+    """Find the files that ``source`` refers to. A model's name takes precedence over a file of that name.
 
     Raises:
         SourceMissingError: the file does not exist.

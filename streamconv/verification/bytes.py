@@ -1,6 +1,6 @@
 """The bytes check: the output against the source, byte by byte, without torch.
 
-Both are read from the disk again, from their indexes on: nothing that the conversion held in memory is trusted.
+Both are read from the disk again, including their indexes: nothing that the conversion held in memory is trusted.
 """
 
 import time
@@ -41,7 +41,7 @@ def compare_with_source(
     """Compare every byte with the source.
 
     Returns:
-        The check, and the output's files of weights as they are.
+        The check, and the output's weight files as they are now.
     """
     start, done = time.monotonic(), 0
 
@@ -51,7 +51,7 @@ def compare_with_source(
         progress("comparing bytes", done, plan.weights, "bytes")
 
     found = check_bytes(folder, plan, reader, advance)
-    crc = "every source record matches its CRC-32" if has_checksums else "the source carries no CRC-32s to check"
+    crc = "every source record matches its CRC-32" if has_checksums else "the source has no CRC-32s to check"
     proves = f"every byte of every tensor equals its source's{cast_note(plan)}; {crc}"
     numbers = {"tensors": found.tensors, "bytes": found.compared}
     return Check("bytes", not found.problems, proves, found.problems, numbers).since(start), found.files
@@ -60,17 +60,18 @@ def compare_with_source(
 def compare_with_manifest(
     folder: Path, plan: Plan, manifest: Manifest, progress: Progress
 ) -> tuple[Check, Mapping[str, WrittenFile]]:
-    """Compare the files with the manifest instead of a source whose CRC-32s were checked while it was copied.
+    """Compare the files with the manifest. It stands for a source whose CRC-32s were checked while it was copied.
 
     Returns:
-        As `compare_with_source`; no files if something is wrong.
+        The same as `compare_with_source`, but no files if something is wrong.
     """
     start = time.monotonic()
     problems = check_files(folder, manifest, progress) + check_structure(folder, plan)
     if not manifest.is_crc_checked:
         problems.append(f"{MANIFEST_NAME} does not record that the source's CRC-32s were checked")
     proves = (
-        f"every file is as it was copied{cast_note(plan)}, by {MANIFEST_NAME}, from records that matched their CRC-32"
+        f"every file is as it was copied{cast_note(plan)}, according to {MANIFEST_NAME}, from records that matched "
+        "their CRC-32"
     )
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     check = Check("bytes", not problems, proves, tuple(problems), numbers, "the source's bytes were not read again")
@@ -84,9 +85,9 @@ def cast_note(plan: Plan) -> str:
 
 @dataclass(frozen=True)
 class ByteCheck:
-    """``problems`` is empty if every byte is right; ``compared`` counts bytes of weights.
+    """The result of `check_bytes`. ``problems`` is empty if every byte is correct.
 
-    ``files`` are the output's files of weights.
+    ``compared`` counts bytes of weights; ``files`` are the output's weight files.
     """
 
     compared: int
@@ -163,7 +164,7 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress) -> list[st
 
 
 def _in_file_order(written: Checkpoint) -> dict[FileRef, list[str]]:
-    """Return the names of each file's tensors in the order of their bytes, between which nothing else lies."""
+    """Return the names of each file's tensors in file order. Their bytes are adjacent."""
     files: dict[FileRef, list[str]] = {}
     for name in sorted(written, key=lambda name: written[name].record.range.start):
         files.setdefault(written[name].record.file, []).append(name)

@@ -110,9 +110,10 @@ def _status() -> dict[str, int]:
 
 
 def check_arguments_here(device: str, reference: str, image: str | None) -> None:
-    """
+    """Check in this process that the device, the reference and the image exist.
+
     Raises:
-        UsageError: the device, the reference or the image does not exist.
+        UsageError: one of them does not.
     """
     choose_device(device)
     check_reference(reference)

@@ -34,7 +34,7 @@ def torch_dtype(code: str) -> torch.dtype:
 
 
 class OffloadedWeights(Mapping[str, Tensor]):
-    """A state dict of tensors mapped from a file. Looking one up gives it on ``device``, in ``dtype``.
+    """A state dict of tensors mapped from a file. Looking one up returns it on ``device``, in ``dtype``.
 
     If the conversion cast them (``cast_to``), they are cast first, too. The result is the mapped tensor
     itself if no cast is needed and oneDNN multiplies it. MKL may round differently depending on a

@@ -11,9 +11,9 @@ from streamconv.output.manifest import SourceFile
 
 @dataclass(frozen=True)
 class Check:
-    """The verdict of one check. ``passed`` is None if it did not run, and ``proves`` then says why not.
+    """The verdict of one check. ``passed`` is None if it did not run; then ``proves`` gives the reason.
 
-    ``not_checked`` is what this check usually proves and this time did not.
+    ``not_checked`` describes what the check usually covers but did not cover this time.
     """
 
     name: str
@@ -30,14 +30,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """What a verification of an output against ``source`` found.
+    """The result of verifying an output against ``source``.
 
-    Without a source, ``source`` is what the output's manifest names, and no model ran: ``device`` and ``reference``
-    are None, and ``memory`` is empty. ``reference`` names what computed the original. ``output`` names the model and
-    its files with their sizes and sha256. ``predictions`` are a classifier's best labels for the image with their
-    probabilities. ``memory`` is `devices.MemoryWatch`'s, in bytes. ``pictures`` are PNGs as data addresses: the
-    "image" that both models saw, and the patch features of the "original" and the "converted" model. ``not_recorded``
-    says why the result could not be kept in the output's manifest, if it could not.
+    Without a source, ``source`` is the one that the output's manifest names, and no model ran: ``device`` and
+    ``reference`` are None, and ``memory`` is empty. ``reference`` names the code that computed the original. ``output``
+    names the model and its files with their sizes and sha256. ``predictions`` are a classifier's best labels for the
+    image, with their probabilities. ``memory`` is from `devices.MemoryWatch`, in bytes. ``pictures`` are PNGs as data
+    URLs: the "image" that both models saw, and the patch features of the "original" and the "converted" model.
+    ``not_recorded`` is the reason if the result could not be recorded in the output's manifest.
     """
 
     checks: tuple[Check, ...]

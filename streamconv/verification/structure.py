@@ -1,4 +1,7 @@
-"""What an output folder consists of, apart from the bytes of weights: names, dtypes, shapes, and the small files."""
+"""Checks the structure of an output folder: everything but the bytes of weights.
+
+That is names, dtypes, shapes, the small files, and the absence of other files that transformers would load.
+"""
 
 import json
 from collections.abc import Mapping
@@ -47,7 +50,7 @@ def tensor_problems(planned: Mapping[str, SourceTensor], written: Checkpoint) ->
 
 
 def weight_file_problems(folder: Path, written: Checkpoint) -> list[str]:
-    """List what is wrong with the index and the files' metadata, and weights that the index does not name."""
+    """List problems in the index and in the files' metadata, and weight files that the index does not name."""
     shards = {path.name for path in written.paths}
     used = shards if shards == {SINGLE_NAME} else {*shards, INDEX_NAME}
     problems = unexpected_weights(folder, used)
@@ -67,7 +70,7 @@ def unexpected_weights(folder: Path, expected: set[str]) -> list[str]:
 
 
 def manifest_problems(folder: Path, plan: Plan, files: Mapping[str, WrittenFile]) -> list[str]:
-    """List what differs from the folder's own manifest: digests, and labels, which no source has."""
+    """List differences from the folder's own manifest: in digests, and in labels, which no source has."""
     try:
         manifest = Manifest.read(folder)
     except OutputError as error:

@@ -12,7 +12,7 @@ from streamconv.tensors.casts import cast_into
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TARGETS = ("F32", "F16", "BF16")
 PAIRS = [(source, target) for source in DTYPES for target in TARGETS if source != target]
-# Exponent and mantissa bits.
+# Numbers of exponent and mantissa bits.
 FORMATS = {"F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7)}
 UNSIGNED = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 # Without its vectors, torch makes other NaNs; all else it makes the same.
@@ -23,7 +23,7 @@ TAIL, BLOCK = 128, 16 << 10
 
 
 def theirs(bits: np.ndarray, source: str, target: str) -> tuple[np.ndarray, int]:
-    """torch's bits, and how many finite values it made infinite."""
+    """Return torch's bits, and how many finite values it made infinite."""
     parts, overflow_count = [], 0
     for at in range(0, len(bits), BLOCK):
         part = bits[at : at + BLOCK]
@@ -60,7 +60,7 @@ def assert_same(bits: np.ndarray, source: str, target: str) -> None:
 
 
 def boundaries(source: str) -> np.ndarray:
-    """All exponents, both signs, and mantissas about every place where another format's ends: ties and near them."""
+    """Return all exponents and signs, with mantissas at and near every tie of another format."""
     exponents, mantissas = FORMATS[source]
     values = {0, 1, 2, (1 << mantissas) - 1, (1 << mantissas) - 2}
     for bit in range(mantissas):
@@ -85,7 +85,7 @@ def test_ties_limits_denormals_and_nans_are_cast_like_torch(source: str, target:
 
 @pytest.mark.parametrize(("source", "target"), [pair for pair in PAIRS if pair[0] in ("F32", "F64")])
 def test_every_rounding_tie_is_cast_like_torch(source: str, target: str) -> None:
-    """Half way between each two neighbours of float16 and bfloat16, exactly and by a bit beside."""
+    """Check the middle between any two neighbours of float16 and bfloat16, and the values next to it."""
     values = []
     for small in ("F16", "BF16"):
         each = np.arange(1 << 16, dtype=np.uint16)

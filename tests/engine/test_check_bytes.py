@@ -72,7 +72,7 @@ def test_wrong_config_value_is_named(converted: Converted, field: str, value: ob
     assert f"config.json: {field} is {json.dumps(value)}" in byte_problems(*converted)
 
 
-def test_transformers_version_in_config_is_no_difference(converted: Converted) -> None:
+def test_transformers_version_in_config_is_ignored(converted: Converted) -> None:
     path = converted[0] / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "transformers_version": "5.0.0"}))
     assert byte_problems(*converted) == ""
@@ -84,14 +84,14 @@ def test_damaged_source_is_found(converted: Converted) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ("total_size", INDEX_NAME),
         ("place", "model-00001-of-00009.safetensors: there is no such file"),
         ("name", f"{INDEX_NAME} disagree on 1 tensors: 'layernorm.bias'"),
     ],
 )
-def test_wrong_index_is_named(tmp_path: Path, save: Save, change: str, says: str) -> None:
+def test_wrong_index_is_named(tmp_path: Path, save: Save, change: str, message: str) -> None:
     backbone, _ = save(tiny())
     api.convert(backbone, tmp_path / "out", max_shard_size="300KB")
     path = tmp_path / "out" / "model.safetensors.index.json"
@@ -103,11 +103,11 @@ def test_wrong_index_is_named(tmp_path: Path, save: Save, change: str, says: str
     else:
         del index["weight_map"]["layernorm.bias"]
     path.write_text(json.dumps(index))
-    assert says in byte_problems(tmp_path / "out", backbone)
+    assert message in byte_problems(tmp_path / "out", backbone)
 
 
 def test_weights_that_transformers_would_load_instead_are_found(tmp_path: Path, save: Save) -> None:
-    """Beside an index, transformers takes a model.safetensors; a stray shard is taken by no one, and told."""
+    """transformers prefers model.safetensors to an index. It ignores a stray shard, which is reported all the same."""
     backbone, _ = save(tiny())
     api.convert(backbone, tmp_path / "sharded", max_shard_size="300KB")
     api.convert(backbone, tmp_path / "single")
@@ -138,7 +138,7 @@ def test_swapped_labels_are_found(tmp_path: Path, save: Save) -> None:
 
 
 def test_output_that_contradicts_its_manifest_is_found(tmp_path: Path, save: Save) -> None:
-    """Weights and source exchanged together agree with each other, and not with the folder's own word."""
+    """If weights and source are both replaced, they match each other, but not the folder's manifest."""
     backbone, _ = save(tiny())
     torch.save(make_states(tiny(), seed=1)[0], tmp_path / "other.pth")
     api.convert(backbone, tmp_path / "out")
@@ -164,7 +164,7 @@ def test_trailing_bytes_and_other_metadata_are_named(converted: Converted) -> No
 
 
 def test_json_values_of_another_type_are_differences(converted: Converted) -> None:
-    """True equals 1 and 56 equals 56.0 in Python; in JSON they do not."""
+    """True equals 1 and 56 equals 56.0 in Python, but not in JSON."""
     path = converted[0] / "preprocessor_config.json"
     path.write_text(path.read_text().replace('"do_resize": true', '"do_resize": 1'))
     assert "preprocessor_config.json: do_resize is 1, not true" in byte_problems(*converted)

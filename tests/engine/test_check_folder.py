@@ -61,7 +61,7 @@ def test_missing_or_truncated_file_is_found(folder: Path, pattern: str) -> None:
 
 
 def test_weights_that_the_manifest_does_not_list_are_found(folder: Path) -> None:
-    """Nor what else transformers would take before the model's own files."""
+    """Other files that transformers would prefer to the model's own are found, too."""
     others = ("adapter_config.json", "processor_config.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     for name in (*others, "notes.txt"):
         (folder / name).touch()
@@ -69,7 +69,7 @@ def test_weights_that_the_manifest_does_not_list_are_found(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("files", "says"),
+    ("files", "message"),
     [
         ({"../source.pth": {"size": 1, "sha256": ""}}, "names '../source.pth', which is not a file of its folder"),
         ({"config.json": {"size": "x", "sha256": ""}}, "files.config.json.size is 'x', which is not of type int"),
@@ -79,10 +79,10 @@ def test_weights_that_the_manifest_does_not_list_are_found(folder: Path) -> None
         ({}, "files is empty"),
     ],
 )
-def test_damaged_manifest_is_refused_and_its_field_named(folder: Path, files: object, says: str) -> None:
+def test_damaged_manifest_is_refused_and_its_field_named(folder: Path, files: object, message: str) -> None:
     manifest = json.loads((folder / "streamconv.json").read_text())
     (folder / "streamconv.json").write_text(json.dumps({**manifest, "files": files}))
-    with pytest.raises(OutputError, match=rf"is damaged: its field.* {re.escape(says)}\. Move it away"):
+    with pytest.raises(OutputError, match=rf"is damaged: its field.* {re.escape(message)}\. Move it away"):
         api.verify(folder)
 
 
@@ -96,7 +96,7 @@ def test_manifest_of_another_version_is_refused(folder: Path, version: object) -
 
 def test_folder_without_manifest_or_with_a_journal_is_refused(folder: Path) -> None:
     (folder / ".streamconv-journal").touch()
-    with pytest.raises(OutputError, match=r"unfinished conversion\. Run the command that began it again"):
+    with pytest.raises(OutputError, match=r"unfinished conversion\. Finish it first"):
         api.verify(folder)
     (folder / ".streamconv-journal").unlink()
     (folder / "streamconv.json").unlink()

@@ -121,7 +121,7 @@ def test_harmful_global_is_refused_anywhere_in_the_pickle(pth: Path, name: str) 
     "state", [{"offset": 1 << 40}, [None, None, 1 << 40], (None, {"offset": 1 << 40}), ({}, {"n": 1})]
 )
 def test_tensor_cannot_be_altered_after_it_was_checked(pth: Path, state: object) -> None:
-    """BUILD sets attributes of whatever is on the stack: a checked tensor must not take them."""
+    """BUILD sets attributes of any object on the stack; a tensor that was checked must not accept them."""
     with zipfile.ZipFile(pth) as archive:
         data = archive.read("x/data.pkl")
     end = data.index(b"X\x01\x00\x00\x00y")  # the first tensor is on the stack here
@@ -146,7 +146,7 @@ def test_truncated_file_is_reported_as_cut_short(pth: Path, share: float) -> Non
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         (b"", "is empty"),
         (b"<!DOCTYPE html><html>404</html>", "web page"),
@@ -154,9 +154,9 @@ def test_truncated_file_is_reported_as_cut_short(pth: Path, share: float) -> Non
         (b"\x00" * 64, "neither"),
     ],
 )
-def test_other_files_are_reported_as_no_checkpoint(tmp_path: Path, data: bytes, says: str) -> None:
+def test_other_files_are_reported_as_not_a_checkpoint(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "x.pth").write_bytes(data)
-    with pytest.raises(NotACheckpointError, match=says):
+    with pytest.raises(NotACheckpointError, match=message):
         streamconv.open_checkpoint(tmp_path / "x.pth")
 
 
@@ -174,9 +174,9 @@ def test_missing_file_is_reported_as_missing(tmp_path: Path) -> None:
 
 
 def test_checkpoint_that_is_not_a_dict_is_described(tmp_path: Path) -> None:
-    for value, says in (([torch.ones(1)], "holds a list"), (torch.ones(1), "holds a tensor")):
+    for value, message in (([torch.ones(1)], "holds a list"), (torch.ones(1), "holds a tensor")):
         torch.save(value, tmp_path / "x.pth")
-        with pytest.raises(NotACheckpointError, match=says):
+        with pytest.raises(NotACheckpointError, match=message):
             streamconv.open_checkpoint(tmp_path / "x.pth")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
     with pytest.raises(UnsafePickleError, match=r"Linear, which is not a dict.*Save its state_dict\(\)"):
@@ -188,7 +188,7 @@ class Stage(Enum):
 
 
 class Settings(argparse.Namespace):
-    """Of a module that streamconv never imports."""
+    """A class from a module that streamconv never imports."""
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
@@ -333,17 +333,17 @@ def test_file_saved_without_crcs_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS has no such call")
 @pytest.mark.parametrize(("memory", "wanted"), [(130 << 20, []), (100 << 20, [31 << 20, 63 << 20])])
-def test_page_cache_is_dropped_behind_reads_of_a_file_larger_than_memory(
+def test_pages_of_a_file_larger_than_memory_are_dropped_after_they_were_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, wanted: list[int]
 ) -> None:
     path = tmp_path / "x"
     path.touch()
     os.truncate(path, 65 << 20)
-    told: list[object] = []
+    advised: list[object] = []
     monkeypatch.setattr(storage, "_memory_bytes", lambda: memory)
-    monkeypatch.setattr(os, "posix_fadvise", lambda _, *told_of: told.append(told_of))
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *arguments: advised.append(arguments))
     file, buffer = storage.LocalFile(path), memoryview(bytearray(1 << 20))
     for at in range(65):
         file.read_at(at << 20, buffer)
     file.close()
-    assert told == [(0, end, os.POSIX_FADV_DONTNEED) for end in wanted]
+    assert advised == [(0, end, os.POSIX_FADV_DONTNEED) for end in wanted]

@@ -123,7 +123,7 @@ def test_records_of_strided_tensors_are_checked(tmp_path: Path, view: torch.Tens
 def test_permuted_tensors_are_checked_without_a_second_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: torch.Tensor, is_damaged: bool
 ) -> None:
-    """All bytes of the record are read in some order, so that nothing is left to verify at the end."""
+    """All bytes of the record are read in some order, so nothing is left to verify at the end."""
     path = tmp_path / "x.pth"
     torch.save({"x": view}, path)
     with streamconv.open_checkpoint(path) as checkpoint:

@@ -56,7 +56,7 @@ def test_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path, save: Save
     (tmp_path / "file").touch()
     before = {path.name for path in tmp_path.iterdir()}
     nowhere = {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}  # whatever network there is
-    for code, says, words in (
+    for code, message, words in (
         (2, "Did you mean dinov2_vitb14", ("run", "dinov2_vitb")),
         (2, "SOURCE is empty", ("run", "", "--no-verify")),
         (2, "name is empty", ("convert", backbone, "-o", "")),
@@ -88,7 +88,7 @@ def test_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path, save: Save
     ):
         done = run(*words, cwd=tmp_path, TORCH_HOME=str(tmp_path / "none"), **nowhere)
         assert done.returncode == code, (words, done.stderr)
-        assert says.lower() in done.stderr.lower(), words
+        assert message.lower() in done.stderr.lower(), words
         assert "Traceback" not in done.stderr, words
         assert done.stdout == ""
     assert {path.name for path in tmp_path.iterdir()} == before

@@ -34,7 +34,7 @@ def test_single_file_equals_save_file_of_the_original_scripts_mapping(
 
 
 def test_memory_layout_of_the_source_does_not_change_the_output(tmp_path: Path) -> None:
-    """Channels-last, transposed, sliced and shared source tensors; the same values, the same output."""
+    """Channels-last, transposed, sliced and shared source tensors with equal values give equal output."""
     plain, _ = make_states(tiny())
     odd = dict(plain)
     odd["patch_embed.proj.weight"] = plain["patch_embed.proj.weight"].to(memory_format=torch.channels_last)
@@ -236,7 +236,7 @@ def test_nothing_is_written_for_an_incomplete_source(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_file_that_is_no_head_is_refused(tmp_path: Path, save: Save) -> None:
+def test_file_that_is_not_a_head_is_refused(tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
     with pytest.raises(MappingError, match="is not a classifier's head"):
         api.convert(backbone, tmp_path / "out", head=backbone)

@@ -31,7 +31,7 @@ def test_single_file_equals_save_file_of_the_cast_mapping(tmp_path: Path, stored
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_shards_are_cut_by_their_size_after_the_cast(tmp_path: Path, save: Save, dtype: str) -> None:
-    """As if the source had been cast before it was converted: files, index and all."""
+    """All files and the index are those of a source that was cast before the conversion."""
     source, _ = save(tiny(swiglu=True))
     torch.save(
         {name: value.to(TORCH_DTYPES[dtype]) for name, value in torch.load(source).items()}, tmp_path / "cast.pth"
@@ -173,7 +173,7 @@ def test_mixed_dtypes_are_cast_to_one(tmp_path: Path, dtype: str) -> None:
 @pytest.mark.usefixtures("frequent_journal_entries")
 @pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
 def test_conversion_of_mixed_dtypes_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    """What is cast and what is not stand side by side in one file."""
+    """Tensors that are cast and tensors that are not are in the same file."""
     torch.save(mixed_state(), tmp_path / "x.pth")
     api.convert(tmp_path / "x.pth", tmp_path / "whole", dtype="float16")
     interrupt_after(tmp_path / "x.pth", tmp_path / "out", share, dtype="float16")

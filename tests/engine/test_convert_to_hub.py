@@ -18,7 +18,7 @@ from tests.support import HUB_SHARD_SIZE, require_uploaded_folder, to_hub
 
 
 def on_disk(folder: Path) -> int:
-    """Bytes that files take."""
+    """Return the disk space of the files in a folder, in bytes."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
@@ -28,7 +28,7 @@ def on_disk(folder: Path) -> int:
 
 
 class Watch(threading.Thread):
-    """The most that a folder took on the disk while the block ran."""
+    """Measures the maximum disk space of a folder while the block runs."""
 
     def __init__(self, folder: Path):
         super().__init__(daemon=True)

@@ -66,7 +66,7 @@ def test_address_is_downloaded_once_and_converted_from_the_cache(
 def test_model_name_downloads_from_the_authors_address_into_the_cache(
     server: FileServer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the original script's torch.hub does. A small model stands in for the published one."""
+    """torch.hub does the same in the original script. A small model takes the place of the published one."""
     model = next(model for model in dinov2.FAMILY.models if model.name == "dinov2_vits14_1layer")
     dimensions = dataclasses.replace(tiny(), classes=10)
     files = [RemoteFile(file.filename, f"{server.url}/deep/{file.filename}") for file in (model.backbone, model.head)]
@@ -108,7 +108,7 @@ def test_interrupted_download_is_resumed(server: FileServer, source: str, cache:
 def test_bytes_lost_in_a_power_cut_are_downloaded_again(
     server: FileServer, source: str, cache: Path, tmp_path: Path, synced: bool
 ) -> None:
-    """Zeros in what was written and not synced, as a file system leaves them, or in what a bad disk had synced."""
+    """A file system may leave zeros at the end of data that was not synced; a bad disk, in data that was."""
 
     def stop(what: str, done: int, total: int, unit: str) -> None:
         if what == "downloading x.pth" and done > total // 2:

@@ -93,7 +93,7 @@ def test_output_folder_that_disappears_is_an_error(tmp_path: Path, save: Save, s
 def test_conversion_is_resumed_after_the_disk_filled_up(
     tmp_path: Path, save: Save, small_disk: Path, monkeypatch: pytest.MonkeyPatch, shard_size: str, reserves: bool
 ) -> None:
-    """A real one; where blocks cannot be reserved, it is noticed when they are written."""
+    """On a real small disk. If blocks cannot be reserved, a full disk is noticed when they are written."""
     source, _ = save(tiny())
     api.convert(source, tmp_path / "whole", max_shard_size=shard_size)
     filler, out = small_disk / "filler", small_disk / "out"

@@ -44,7 +44,7 @@ def test_store_is_read_by_ranges(files: Any, tmp_path: Path) -> None:
 
 
 def test_store_with_one_file_position_is_read_by_one_thread(tmp_path: Path) -> None:
-    """tar's has one position in one file: four threads would mix up each other's bytes, and no CRC would tell."""
+    """tar:// reads one file with one position: four threads would mix up their bytes, and no CRC would detect it."""
     state = make_states(tiny(layers=4, hidden=512))[0]
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:

@@ -1,4 +1,4 @@
-"""Files made to do harm: each is refused with one clear message, within a second and 100 MB of memory.
+"""Malicious files: each is refused with one clear message, within a second and 100 MB of memory.
 
 The files are written by hand, small or sparse. Each one is opened in a forked process, which measures itself.
 """
@@ -28,7 +28,7 @@ TENSOR, TENSOR_V3 = b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_re
 
 
 def put(value: object) -> bytes:
-    """The opcodes that push a plain value."""
+    """Return the opcodes that push a plain value."""
     if isinstance(value, str):  # the common cases without pickletools, which is slow
         data = value.encode("utf-8", "surrogatepass")
         return b"X" + struct.pack("<I", len(data)) + data
@@ -48,7 +48,7 @@ def tensor(
 
 
 def state(*values: bytes) -> bytes:
-    """A state dict of ``values``, which are opcodes."""
+    """Return the pickle of a state dict with ``values``, which are opcodes."""
     return b"\x80\x02}(" + b"".join(put(f"x{i}") + value for i, value in enumerate(values)) + b"u."
 
 
@@ -58,7 +58,7 @@ def pth(tmp_path: Path) -> Path:
     return tmp_path / "x.pth"
 
 
-def test_handmade_pickle_is_read_if_nothing_is_wrong_with_it(pth: Path) -> None:
+def test_handmade_pickle_without_a_fault_is_read(pth: Path) -> None:
     rewrite(pth, {"data.pkl": state(tensor())})
     with streamconv.open_checkpoint(pth) as checkpoint:
         assert checkpoint["x0"].tobytes() == bytes_of(torch.arange(2.0))
@@ -70,14 +70,14 @@ SHARED = b"\x80\x02)q\x00" + DAG[1:]
 
 
 def many_items(count: int) -> bytes:
-    """The opcodes that set ``count`` items, 50,000 at once."""
+    """Return the opcodes that set ``count`` items, 50,000 at a time."""
     items = [b"J" + struct.pack("<i", i) + b"\x89" for i in range(count)]
     return b"".join(b"(" + b"".join(items[at : at + 50_000]) + b"u" for at in range(0, count, 50_000))
 
 
 PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a name that runs code": (b"\x80\x02cos\nsystem\n" + put(("touch executed",)) + b"R.", r"names os\.system"),
-    "a name that a terminal obeys": (b"\x80\x02cos\n\x1b[2Jx\n.", r"names os\.\\x1b\[2Jx"),
+    "a name that controls a terminal": (b"\x80\x02cos\n\x1b[2Jx\n.", r"names os\.\\x1b\[2Jx"),
     "an endless name": (lambda: b"\x80\x02c" + b"a" * 5_000_000, "of more than 1,000 bytes"),
     "a name stored as an attribute path": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "opcode 0x8c"),
     "an extension": (b"\x80\x02\x82\x01.", "opcode 0x82"),
@@ -85,20 +85,20 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "an object by NEWOBJ": (b"\x80\x02" + NEW_DICT[:-2] + b")\x81.", "an object of a function"),
     "a set": (b"\x80\x02\x8f.", "opcode 0x8f"),
     "a memo of four billion": (b"\x80\x02}r\xfe\xff\xff\xff.", "stores memo entry"),
-    "a value never remembered": (b"\x80\x02j\x00\x00\x00\x7f.", "ends too early, or takes more"),
+    "a value that was never stored": (b"\x80\x02j\x00\x00\x00\x7f.", "ends too early, or takes more"),
     "an empty stack": (b"\x80\x02.", "takes more from its stack"),
     "no end": (b"\x80\x02}", "ends too early"),
     "a string of four gigabytes": (b"\x80\x02X\xff\xff\xff\xff.", "a string of 4,294,967,295"),
     "a string that is not UTF-8": (b"\x80\x02X\x02\x00\x00\x00\xff\xff.", "not UTF-8"),
-    "a persistent id that takes for ever to show": (SHARED + b"h\x00Q.", "does not describe a storage"),
-    "arguments that take for ever to show": (SHARED + TENSOR + b"h\x00R.", "damaged"),
-    "a dtype that takes for ever to hash": (
+    "a persistent id that takes forever to show": (SHARED + b"h\x00Q.", "does not describe a storage"),
+    "arguments that take forever to show": (SHARED + TENSOR + b"h\x00R.", "damaged"),
+    "a dtype that takes forever to hash": (
         SHARED + TENSOR_V3 + b"(" + storage() + b"K\x00K\x02\x85K\x01\x85\x89Nh\x00tR.", "without a storage or a dtype"
     ),
-    "a shape that takes for ever to show": (
+    "a shape that takes forever to show": (
         SHARED + TENSOR + b"(" + storage() + b"K\x00h\x00h\x00\x89NtR.", "impossible offset"
     ),
-    "a key that takes for ever to hash": (SHARED + b"]}h\x00Nsa.", "holds a list"),
+    "a key that takes forever to hash": (SHARED + b"]}h\x00Nsa.", "holds a list"),
     "keys whose hashes collide": (
         lambda: b"\x80\x02]}(" + b"".join(put(i * (2**61 - 1)) + b"N" for i in range(1, 100_000)) + b"ua.", "a list"
     ),
@@ -130,7 +130,7 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a tuple within a tuple, millions deep": (lambda: b"\x80\x02)" + b"\x85" * 12_000_000 + b".", "bytes of objects"),
     "a list within a list, millions deep": (lambda: b"\x80\x02" + b"](" * 6_000_000, "nested deeper"),
     "millions of marks": (lambda: b"\x80\x02" + b"(" * 12_000_000, "nested deeper"),
-    "millions of remembered values": (lambda: b"\x80\x02N" + b"".join(
+    "millions of stored values": (lambda: b"\x80\x02N" + b"".join(
         b"r" + struct.pack("<I", i) for i in range(2_400_000)) + b".", "holds a NoneType"),
     "millions of large numbers": (lambda: b"\x80\x02" + b"M\x00\x02" * 4_000_000, "bytes of objects"),
     "millions of fractions": (lambda: b"\x80\x02" + (b"G" + b"\x40" * 8) * 1_300_000, "too early|bytes of objects"),
@@ -143,18 +143,18 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
         lambda: b"\x80\x02(" + storage() + b"K\x00K\x02\x85K\x01\x85\x89Ntq\x00" + TENSOR + b"q\x01"
         + b"h\x01h\x00R" * 70_000 + b".", "more than 65,536 tensors",
     ),
-    "one tensor by too many names": (
+    "one tensor under too many names": (
         lambda: b"\x80\x02" + tensor() + b"q\x00}(" + b"".join(put(f"{i}") + b"h\x00" for i in range(70_000)) + b"u.",
         "more than 65,536 tensors",
     ),
-    "millions of truths": (lambda: b"\x80\x02" + b"\x88" * 12_000_000 + b".", "200,000 at once"),
+    "millions of booleans": (lambda: b"\x80\x02" + b"\x88" * 12_000_000 + b".", "200,000 at once"),
     "millions of opcodes": (lambda: b"\x80\x02N" + b"q\x00" * 6_000_000 + b".", "more than 2,600,000 opcodes"),
     "a pickle of 13 MB": (lambda: b"\x80\x02" + b"N" * 13_000_000 + b".", "streamconv reads up to"),
     "a negative offset": (state(tensor(offset=-1)), "impossible offset"),
     "a negative size": (state(tensor(shape=(-1,))), "impossible offset, shape"),
     "a negative stride": (state(tensor(strides=(-1,))), "impossible offset"),
-    "a true offset": (state(tensor(offset=True)), "impossible offset"),
-    "a true size": (state(tensor(shape=(True,))), "impossible offset, shape"),
+    "a boolean offset": (state(tensor(offset=True)), "impossible offset"),
+    "a boolean size": (state(tensor(shape=(True,))), "impossible offset, shape"),
     "a fractional size": (state(tensor(shape=(2.0,))), "impossible offset, shape"),
     "a huge offset": (state(tensor(offset=1 << 62)), "beyond its storage"),
     "an offset beyond 64 bits": (state(tensor(offset=1 << 70)), "impossible offset"),
@@ -164,22 +164,22 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "sizes without strides": (state(tensor(shape=(2, 1))), "shape and strides do not fit"),
     "a hundred dimensions": (state(tensor(shape=(1,) * 100, strides=(1,) * 100)), "impossible offset, shape"),
     "a list for a shape": (state(tensor(shape=[2])), "shape and strides do not fit"),
-    "a negative storage": (state(tensor(store=storage(-2))), "a storage without"),
-    "a true storage": (state(tensor(store=storage(True))), "a storage without"),
-    "a huge storage": (state(tensor(store=storage(1 << 61))), "8 bytes, but its index gives it"),
-    "a storage beyond 64 bits": (state(tensor(store=storage(1 << 80))), "a storage without"),
-    "a storage of no type": (state(tensor(store=storage(kind=b"N"))), "a storage without"),
+    "a storage of negative size": (state(tensor(store=storage(-2))), "a storage without"),
+    "a storage of boolean size": (state(tensor(store=storage(True))), "a storage without"),
+    "a storage of huge size": (state(tensor(store=storage(1 << 61))), "8 bytes, but its index gives it"),
+    "a storage size beyond 64 bits": (state(tensor(store=storage(1 << 80))), "a storage without"),
+    "a storage without a type": (state(tensor(store=storage(kind=b"N"))), "a storage without"),
     "a storage whose type is a dtype": (state(tensor(store=storage(kind=b"ctorch\nuint16\n"))), "a storage without"),
-    "a storage that is elsewhere": (state(tensor(store=storage(key="../../x"))), r"no record data/\.\./\.\./x"),
-    "a storage whose key a terminal obeys": (state(tensor(store=storage(key="\x1b[2J"))), r"no record data/\\x1b\[2J"),
+    "a storage outside the zip": (state(tensor(store=storage(key="../../x"))), r"no record data/\.\./\.\./x"),
+    "a storage whose key controls a terminal": (state(tensor(store=storage(key="\x1b[2J"))), r"no record data/\\x1b\[2J"),
     "a storage whose key is a number": (state(tensor(store=storage(key=0))), "a storage without"),
     "a storage that is a tuple": (state(tensor(store=put(("F32", "x")))), "tensor without a storage"),
     "one storage as two types": (
         state(tensor(), tensor(store=storage(kind=b"ctorch\nIntStorage\n"))), "and as another dtype"
     ),
-    "a tensor altered behind its check": (state(tensor() + put({"offset": 8}) + b"b"), "sets attributes of a Source"),
+    "a tensor altered after its check": (state(tensor() + put({"offset": 8}) + b"b"), "sets attributes of a Source"),
     "a tensor whose bytes are not its values": (state(tensor(more=put({"conj": True}))), "resolve_conj"),
-    "a call of what is no function": (b"\x80\x02NNR.", "calls a NoneType"),
+    "a call of something that is not a function": (b"\x80\x02NNR.", "calls a NoneType"),
     "a million names": (lambda: b"\x80\x02" + b"ctorch\nuint16\n" * 890_000 + b".", "describes more than|more values"),
     "a million names in tuples": (
         lambda: b"\x80\x02" + (b"(" + b"ctorch\nuint16\n" * 1000 + b"t") * 850 + b".", "describes more than"
@@ -191,13 +191,13 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "items of a tensor": (state(tensor() + b"K\x00Ns"), "sets items of a SourceTensor"),
     "items without a value": (b"\x80\x02}(K\x00u.", "key without a value"),
     "an append to a dict": (b"\x80\x02}Na.", "appends to a dict"),
-    "no dict": (b"\x80\x02" + tensor() + b".", "holds a tensor, not a dict"),
+    "not a dict": (b"\x80\x02" + tensor() + b".", "holds a tensor, not a dict"),
     "an empty name": (b"\x80\x02}" + put("") + tensor() + b"s.", "a tensor named ''"),
     "a name of two lines": (b"\x80\x02}" + put("a\nb") + tensor() + b"s.", r"a tensor named 'a\\nb'"),
-    "a name that is no text": (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80" + tensor() + b"s.", r"'\\ud800'"),
+    "a name that is not text": (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80" + tensor() + b"s.", r"'\\ud800'"),
     "a name that hides itself": (b"\x80\x02}" + put("weight\u202e") + tensor() + b"s.", r"\\u202e"),
     "an endless tensor name": (b"\x80\x02}" + put("x" * 2000) + tensor() + b"s.", "longer than"),
-    "one name twice": (
+    "a duplicate name": (
         b"\x80\x02}(" + put("a.b") + tensor() + put("a") + b"}" + put("b") + tensor() + b"su.",
         "two tensors named 'a.b'",
     ),
@@ -207,10 +207,10 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
 @pytest.mark.parametrize("attack", PICKLES)
 def test_hostile_pickle_is_refused(pth: Path, attack: str, monkeypatch: pytest.MonkeyPatch, refusal: Refusal) -> None:
     monkeypatch.chdir(pth.parent)
-    data, says = PICKLES[attack]
+    data, message = PICKLES[attack]
     rewrite(pth, {"data.pkl": data() if callable(data) else data})
     text = refusal(pth)
-    assert re.search(says, text), text
+    assert re.search(message, text), text
     assert "x.pth" in text
     assert not Path("executed").exists()
 
@@ -236,7 +236,7 @@ def legacy(
     return start + parts[0] + re.sub(rb"(cpu.{1,15}?)tQ", rb"\1NtQ", contents, flags=re.DOTALL) + parts[1] + data + more
 
 
-def test_handmade_legacy_file_is_read_if_nothing_is_wrong_with_it(tmp_path: Path) -> None:
+def test_handmade_legacy_file_without_a_fault_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(legacy(state(tensor())))
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
         assert checkpoint["x0"].tobytes() == bytes_of(torch.arange(2.0))
@@ -246,9 +246,9 @@ def test_handmade_legacy_file_is_read_if_nothing_is_wrong_with_it(tmp_path: Path
 IN_A_ROW = {  # what a pickle is refused for that is not in a zip
     "no end": "holds a list",  # of keys
     "a pickle of 13 MB": "at once",
-    "a huge storage": "ends within its weights",
-    "a storage that is elsewhere": "a key that is not a number",
-    "a storage whose key a terminal obeys": "a key that is not a number",
+    "a storage of huge size": "ends within its weights",
+    "a storage outside the zip": "a key that is not a number",
+    "a storage whose key controls a terminal": "a key that is not a number",
 }
 
 
@@ -257,10 +257,10 @@ def test_hostile_pickle_in_a_legacy_file_is_refused(
     tmp_path: Path, attack: str, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    data, says = PICKLES[attack]
+    data, message = PICKLES[attack]
     (tmp_path / "x.pth").write_bytes(legacy(data() if callable(data) else data))
     text = refusal(tmp_path / "x.pth")
-    assert re.search(IN_A_ROW.get(attack, says), text), text
+    assert re.search(IN_A_ROW.get(attack, message), text), text
     assert "x.pth" in text
     assert not Path("executed").exists()
 
@@ -274,12 +274,12 @@ LEGACY: dict[str, tuple[Callable[[], bytes], str]] = {
     "a system that is a list": (lambda: legacy(ONE, system=[True]), "byte order"),
     "a system that runs code": (lambda: legacy(ONE, system=b"\x80\x02cos\nsystem\n."), "only strings and numbers"),
     "a system that is a storage": (lambda: legacy(ONE, system=b"\x80\x02K\x00Q."), "only strings and numbers"),
-    "a system of millions": (lambda: legacy(ONE, system=b"\x80\x02N" + b"q\x00" * 5_000_000 + b"."), "1,000 opcodes"),
+    "a system of millions of opcodes": (lambda: legacy(ONE, system=b"\x80\x02N" + b"q\x00" * 5_000_000 + b"."), "1,000 opcodes"),
     "a system without end": (lambda: legacy(ONE, system=b"\x80\x02(" + b"]" * 12_000_000), "1,000 opcodes"),
     "strings without end": (
         lambda: legacy(b"\x80\x02](" + b"".join(put("a" * (1 << 20)) for _ in range(14)) + b"e."), "12,582,912"
     ),
-    "a string behind the end": (lambda: legacy(b"\x80\x02X" + struct.pack("<I", 1 << 20), b"", b""), "ends too early"),
+    "a string beyond the end": (lambda: legacy(b"\x80\x02X" + struct.pack("<I", 1 << 20), b"", b""), "ends too early"),
     "a view": (lambda: legacy(state(tensor(store=VIEW + put(("1", 0, 1)) + b"tq\x00Q"))), "view of another"),
     "a view of nothing": (lambda: legacy(state(tensor(store=VIEW + b")tq\x00Q"))), "view of another"),
     "a zip's storage": (lambda: legacy(state(tensor(store=VIEW + b"tq\x00Q"))), "does not describe a storage"),
@@ -299,17 +299,17 @@ LEGACY: dict[str, tuple[Callable[[], bytes], str]] = {
         "more than 65,536 storages",
     ),
     "no keys": (lambda: legacy(ONE, ()), "list of storages"),
-    "a key twice": (lambda: legacy(ONE, ("0", "0"), TWO * 2), "list of storages"),
-    "a key twice for two": (
+    "a duplicate key": (lambda: legacy(ONE, ("0", "0"), TWO * 2), "list of storages"),
+    "a duplicate key instead of another": (
         lambda: legacy(state(tensor(), tensor(store=storage(key="1"))), ("0", "0"), TWO * 2), "list of storages"
     ),
-    "a key of no tensor": (lambda: legacy(ONE, ("0", "1"), TWO * 2), "list of storages"),
+    "a key without a tensor": (lambda: legacy(ONE, ("0", "1"), TWO * 2), "list of storages"),
     "another key": (lambda: legacy(ONE, ("1",)), "list of storages"),
     "a key that is a number": (lambda: legacy(ONE, (0,)), "list of storages"),
     "a key that is a list": (lambda: legacy(ONE, ([],)), "list of storages"),
     "keys that are letters": (lambda: legacy(ONE, "0"), "list of storages"),
     "keys that are a dict": (lambda: legacy(ONE, {"0": 0}), "list of storages"),
-    "a key that takes for ever to hash": (lambda: legacy(ONE, SHARED + b"]h\x00a."), "list of storages"),
+    "a key that takes forever to hash": (lambda: legacy(ONE, SHARED + b"]h\x00a."), "list of storages"),
     "keys that run code": (lambda: legacy(ONE, b"\x80\x02cos\nsystem\n."), "only strings and numbers"),
     "millions of keys": (lambda: legacy(ONE, b"\x80\x02N" + b"q\x00" * 500_000 + b"."), "196,608 opcodes"),
     "no keys at all": (lambda: legacy(ONE, b"", b""), "ends too early"),
@@ -322,18 +322,18 @@ LEGACY: dict[str, tuple[Callable[[], bytes], str]] = {
         "begins with a count of 1 elements",
     ),
     "no count": (lambda: legacy(ONE, data=b""), "cut short"),
-    "a byte too few": (lambda: legacy(ONE, data=TWO[:-1]), "cut short"),
-    "a byte too many": (lambda: legacy(ONE, more=b"\0"), "1 bytes at its end"),
-    "a second file behind it": (lambda: legacy(ONE, more=legacy(ONE)), "bytes at its end"),
+    "one byte missing": (lambda: legacy(ONE, data=TWO[:-1]), "cut short"),
+    "one extra byte": (lambda: legacy(ONE, more=b"\0"), "1 bytes at its end"),
+    "a second file after it": (lambda: legacy(ONE, more=legacy(ONE)), "bytes at its end"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("attack", LEGACY)
 def test_hostile_legacy_file_is_refused(tmp_path: Path, attack: str, refusal: Refusal) -> None:
-    data, says = LEGACY[attack]
+    data, message = LEGACY[attack]
     (tmp_path / "x.pth").write_bytes(data())
     text = refusal(tmp_path / "x.pth")
-    assert re.search(says, text), text
+    assert re.search(message, text), text
     assert "x.pth" in text
 
 
@@ -401,13 +401,13 @@ ENTRIES = [entry(name, data, at) for name, data, at in zip(NAMES, DATA, OFFSETS,
 
 
 def with_entry(**lies: object) -> bytes:
-    """The zip whose directory describes data/0 with some ``lies``."""
+    """Return the zip, with some ``lies`` about data/0 in its directory."""
     entries = ENTRIES[0] + entry(NAMES[1], DATA[1], **({"offset": OFFSETS[1]} | lies)) + ENTRIES[2] + ENTRIES[3]  # type: ignore
     return BODY + end(entries, len(BODY), 4)
 
 
 def with_local(part: bytes) -> bytes:
-    """The zip whose data/0 is ``part``, of the same length."""
+    """Return the zip, with data/0 replaced by ``part``, of the same length."""
     assert len(part) == len(PARTS[1])
     return PARTS[0] + part + PARTS[2] + PARTS[3] + end(ALL, len(BODY), 4)
 
@@ -424,7 +424,7 @@ BIG = 0xFFFFFFFF
 ALL = b"".join(ENTRIES)
 ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
     "data before the zip": (lambda: BODY[:30] + BODY + end(ALL, len(BODY), 4), "not at the offset"),
-    "data behind the zip": (lambda: BODY + end(ALL, len(BODY), 4) + b"more", "something was appended"),
+    "data after the zip": (lambda: BODY + end(ALL, len(BODY), 4) + b"more", "something was appended"),
     "a comment": (lambda: BODY + end(ALL, len(BODY), 4, comment=b"hello"), "something was appended"),
     "a comment that is another end": (
         lambda: BODY + end(ALL, len(BODY), 4, comment=end(b"", 0, 0)), "not at the offset"
@@ -437,7 +437,7 @@ ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a directory of 2^64 bytes": (lambda: BODY + end64(ALL, len(BODY), 4, size=2**64 - 1), "not at the offset"),
     "a directory that starts at 2^64": (lambda: BODY + end64(ALL, len(BODY), 4, start=2**64 - 1), "not at the offset"),
     "2^64 entries": (lambda: BODY + end64(ALL, len(BODY), 4, count=2**64 - 1), "more than 65,536 tensors need"),
-    "another 64-bit end than the last": (lambda: BODY + end64(ALL, len(BODY), 4, where=7), "64-bit end is not valid"),
+    "a 64-bit end that contradicts its locator": (lambda: BODY + end64(ALL, len(BODY), 4, where=7), "64-bit end is not valid"),
     "a file on another disk": (lambda: with_entry(disk=1), "is not one of torch.save"),
     "a compressed record": (lambda: with_entry(method=8), "compressed or encrypted"),
     "an encrypted record": (lambda: with_entry(flags=1), "compressed or encrypted"),
@@ -458,7 +458,7 @@ ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a comment that is not there": (lambda: patched(BODY + end(ALL, len(BODY), 4), -2, 5), "something was appended"),
     "a record without a header": (lambda: with_local(b"PK\3\5" + PARTS[1][4:]), "header of its record x/data/0"),
     "a record that pretends to be compressed": (lambda: with_entry(stored=4), "has 4 bytes for 8"),
-    "a record behind the file": (lambda: with_entry(offset=1 << 30), "extends beyond the zip's records"),
+    "a record beyond the end of the file": (lambda: with_entry(offset=1 << 30), "extends beyond the zip's records"),
     "a record in the directory": (lambda: with_entry(offset=len(BODY)), "extends beyond the zip's records"),
     "a record that reaches into the directory": (lambda: with_entry(size=10_000), "extends beyond the zip's records"),
     "a record of 2^64 bytes": (
@@ -475,7 +475,7 @@ ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
             ENTRIES[0] + entry(b"x/data/1", PARTS[1] + b"1234", OFFSETS[1]) + entry(NAMES[1], DATA[1], OFFSETS[1] + 38),
             OFFSETS[1] + 38 + len(PARTS[1]) + 4, 3), "overlaps another one"
     ),
-    "one record twice": (lambda: BODY + end(ALL + ENTRIES[1], len(BODY), 5), "two records of the same name"),
+    "a duplicate record": (lambda: BODY + end(ALL + ENTRIES[1], len(BODY), 5), "two records of the same name"),
     "two records that differ in case": (
         lambda: BODY + local(b"x/DATA/0", DATA[1]) + end(
             ALL + entry(b"x/DATA/0", DATA[1], len(BODY)), len(BODY + PARTS[1]), 5), "two records of the same name"
@@ -520,7 +520,7 @@ ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
 }  # fmt: skip
 
 
-def test_handmade_zip_is_read_if_nothing_is_wrong_with_it(tmp_path: Path) -> None:
+def test_handmade_zip_without_a_fault_is_read(tmp_path: Path) -> None:
     for data in (BODY + end(ALL, len(BODY), 4), BODY + end64(ALL, len(BODY), 4), with_entry()):
         (tmp_path / "x.pth").write_bytes(data)
         with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
@@ -530,15 +530,15 @@ def test_handmade_zip_is_read_if_nothing_is_wrong_with_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("attack", ZIPS)
 def test_hostile_zip_is_refused(tmp_path: Path, attack: str, refusal: Refusal) -> None:
-    data, says = ZIPS[attack]
+    data, message = ZIPS[attack]
     (tmp_path / "x.pth").write_bytes(data())
     text = refusal(tmp_path / "x.pth")
-    assert re.search(says, text), text
+    assert re.search(message, text), text
     assert "x.pth" in text
 
 
 def test_absurd_sizes_backed_by_a_sparse_file_are_refused(tmp_path: Path, refusal: Refusal) -> None:
-    """A header, a directory or a pickle that the file could hold, but no checkpoint needs."""
+    """A header, directory or pickle has a size that fits into the file, but that no checkpoint needs."""
     with open(tmp_path / "x.safetensors", "wb") as file:
         file.write(struct.pack("<Q", 99_000_000) + b"{")
         file.truncate(1 << 40)
@@ -576,28 +576,28 @@ HEADERS: dict[str, tuple[bytes | Callable[[], bytes], int, str]] = {
     "a hole": (header_of(a=t(0, 8), b=t(16, 24)), 24, "b has bytes before it that belong to no tensor"),
     "a hole at the start": (header_of(a=t(8, 16)), 16, "a has bytes before it"),
     "an overlap": (header_of(a=t(0, 8), b=t(4, 12)), 12, "b overlaps another"),
-    "one range twice": (header_of(a=t(0, 8), b=t(0, 8)), 8, "b overlaps another"),
+    "one range for two tensors": (header_of(a=t(0, 8), b=t(0, 8)), 8, "b overlaps another"),
     "bytes at the end": (header_of(a=t(0, 8)), 11, "3 bytes at its end"),
     "bytes without a tensor": (b"{}", 5, "5 bytes at its end"),
-    "an empty tensor amid another": (header_of(a=t(0, 8), b=t(4, 4, [0])), 8, "b overlaps another"),
+    "an empty tensor inside another": (header_of(a=t(0, 8), b=t(4, 4, [0])), 8, "b overlaps another"),
     "a file cut short": (header_of(a=t(0, 8)), 7, "cut short"),
     "a negative start": (header_of(a=t(-8, 0)), 0, "does not fill the range"),
     "an end before the start": (header_of(a=t(8, 0)), 8, "does not fill the range"),
     "an end at 2^64": (header_of(a=t(2**64 - 8, 2**64)), 8, "does not fill the range"),
     "a fractional offset": (header_of(a=t(0.0, 8)), 8, "not an integer"),
-    "a true offset": (header_of(a=t(False, 8)), 8, "does not fill the range"),
+    "a boolean offset": (header_of(a=t(False, 8)), 8, "does not fill the range"),
     "three offsets": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,8]}}', 8, "does not fill the range"),
     "a negative size": (header_of(a=t(0, 8, [-2])), 8, "impossible shape"),
     "sizes that wrap around 64 bits": (header_of(a=t(0, 0, [1 << 62, 4])), 0, "impossible shape"),
     "an empty tensor of absurd sizes": (header_of(a=t(0, 0, [0, 1 << 62, 4])), 0, "impossible shape"),
     "ten thousand dimensions": (header_of(a=t(0, 8, [2] + [1] * 10_000)), 8, "impossible shape"),
-    "a dtype of no one": (header_of(a=t(0, 8, dtype="F\x1b[2J")), 8, r"the dtype F\\x1b\[2J"),
+    "an unknown dtype": (header_of(a=t(0, 8, dtype="F\x1b[2J")), 8, r"the dtype F\\x1b\[2J"),
     "a dtype that is a list": (header_of(a=t(0, 8, dtype=["F32"])), 8, "the dtype list"),
     "a tensor without a shape": (b'{"a":{"dtype":"F32","data_offsets":[0,8]}}', 8, "no dtype, shape"),
     "a tensor that is a number": (b'{"a":7}', 8, "no dtype, shape"),
-    "a name twice": (b'{"a":' + json.dumps(t(0, 8)).encode() + b',"a":' + json.dumps(t(0, 8)).encode() + b"}", 8,
+    "a duplicate name": (b'{"a":' + json.dumps(t(0, 8)).encode() + b',"a":' + json.dumps(t(0, 8)).encode() + b"}", 8,
                      "'a' appears twice"),
-    "a dtype twice": (b'{"a":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', 8, "'dtype' appears"),
+    "a duplicate dtype": (b'{"a":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', 8, "'dtype' appears"),
     "metadata without end": (
         lambda: b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(500_000)) + b"}}", 0,
         "more than 65,536 tensors need",
@@ -606,37 +606,37 @@ HEADERS: dict[str, tuple[bytes | Callable[[], bytes], int, str]] = {
     "metadata that is a list": (b'{"__metadata__":["a"]}', 0, "__metadata__"),
     "an empty name": (header_of(**{"": t(0, 8)}), 8, "a tensor named ''"),
     "a name of two lines": (header_of(**{"a\nb": t(0, 8)}), 8, r"'a\\nb'"),
-    "a name that is no text": (header_of(**{"a\ud800": t(0, 8)}), 8, r"a\\ud800"),
+    "a name that is not text": (header_of(**{"a\ud800": t(0, 8)}), 8, r"a\\ud800"),
     "an endless name": (header_of(**{"a" * 1001: t(0, 8)}), 8, "longer than"),
-    "bytes that are no text": (b'{"\xff":7}', 0, "damaged"),
-    "no object": (b'{"a"', 0, "damaged"),
-    "a number that is none": (b'{"a":NaN}', 0, "not an integer"),
+    "bytes that are not text": (b'{"\xff":7}', 0, "damaged"),
+    "not an object": (b'{"a"', 0, "damaged"),
+    "a number that is not one": (b'{"a":NaN}', 0, "not an integer"),
     "endless digits": (b'{"a":' + b"9" * 5_000_000 + b"}", 0, "damaged"),
     "a deep list": (DEEP, 0, "damaged|more than"),
     "a deeper list": (lambda: b'{"x":' + b"[" * 10_000_000, 0, "more than 65,536 tensors need"),
     "millions of lists": (lambda: b'{"x":[' + b"[]," * 3_000_000 + b"[]]}", 0, "more than 65,536 tensors need"),
-    "as many lists as pass": (lambda: b'{"x":[' + b"[]," * 190_000 + b"[]]}", 0, "no dtype"),
+    "as many lists as are allowed": (lambda: b'{"x":[' + b"[]," * 190_000 + b"[]]}", 0, "no dtype"),
     "millions of objects": (lambda: b'{"x":[' + b"{}," * 3_000_000 + b"{}]}", 0, "more than 65,536 tensors need"),
-    "as many objects of one item as pass": (lambda: b'{"x":[' + b'{"a":1000},' * 190_000 + b"{}]}", 0, "no dtype"),
+    "as many objects of one item as are allowed": (lambda: b'{"x":[' + b'{"a":1000},' * 190_000 + b"{}]}", 0, "no dtype"),
     "millions of numbers": (lambda: b'{"x":[' + b"999," * 2_000_000 + b"9]}", 0, "more than 65,536 tensors need"),
-    "as many numbers as pass": (lambda: b'{"x":[' + b"999999," * 500_000 + b"9]}", 0, "no dtype"),
-    "as many names as pass": (
+    "as many numbers as are allowed": (lambda: b'{"x":[' + b"999999," * 500_000 + b"9]}", 0, "no dtype"),
+    "as many names as are allowed": (
         lambda: b"{" + b"".join(b'"%d":{},' % i for i in range(190_000)) + b'"a":{}}', 0, "more than 65,536 tensors"
     ),
-    "as many dimensions as pass": (lambda: header_of(a=t(0, 0, [0] + [1] * 500_000)), 0, "impossible shape"),
+    "as many dimensions as are allowed": (lambda: header_of(a=t(0, 0, [0] + [1] * 500_000)), 0, "impossible shape"),
     "a long name of wide characters": (lambda: '{"🙂'.encode() + b"a" * 10_400_000 + b'":7}', 0, "more than"),
-    "as long a one as passes": (lambda: '{"🙂'.encode() + b"a" * 2_600_000 + b'":7}', 0, "longer than"),
+    "as long a name as is allowed": (lambda: '{"🙂'.encode() + b"a" * 2_600_000 + b'":7}', 0, "longer than"),
     "long escapes": (lambda: b'{"' + b"\\u00e9" * 1_700_000 + b'":7}', 0, "more than|longer than"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("attack", HEADERS)
 def test_hostile_safetensors_header_is_refused(tmp_path: Path, attack: str, refusal: Refusal) -> None:
-    header, size, says = HEADERS[attack]
+    header, size, message = HEADERS[attack]
     data = header() if callable(header) else header
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(data)) + data + bytes(size))
     text = refusal(tmp_path / "x.safetensors")
-    assert re.search(says, text), text
+    assert re.search(message, text), text
     assert "x.safetensors" in text
 
 
@@ -647,7 +647,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """A folder of two shards, beside a file that is none of its own."""
+    """Make a folder with two shards, next to a file that is not part of it."""
     folder = tmp_path / "folder"
     folder.mkdir()
     safetensors.torch.save_file({"a": torch.ones(2)}, folder / "one.safetensors")
@@ -657,14 +657,14 @@ def sharded(tmp_path: Path) -> Path:
     return folder
 
 
-def test_handmade_folder_is_read_if_nothing_is_wrong_with_it(sharded: Path) -> None:
+def test_handmade_folder_without_a_fault_is_read(sharded: Path) -> None:
     with streamconv.open_checkpoint(sharded) as checkpoint:
         assert sorted(checkpoint) == ["a", "b"]
 
 
 INDEXES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a path upwards": (b'{"weight_map": {"b": "../secret.safetensors"}}', "not a safetensors file in its folder"),
-    "a path by backslashes": (
+    "a path with backslashes": (
         b'{"weight_map": {"b": "..\\\\secret.safetensors"}}',
         "not a safetensors file in its folder",
     ),
@@ -673,7 +673,7 @@ INDEXES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
         "not a safetensors file in its folder",
     ),
     "an absolute path": (b'{"weight_map": {"b": "/etc/passwd.safetensors"}}', "not a safetensors file in its folder"),
-    "a drive": (b'{"weight_map": {"b": "C:two.safetensors"}}', "not a safetensors file in its folder"),
+    "a path with a drive": (b'{"weight_map": {"b": "C:two.safetensors"}}', "not a safetensors file in its folder"),
     "the folder": (b'{"weight_map": {"b": "."}}', "not a safetensors file in its folder"),
     "the folder above": (b'{"weight_map": {"b": ".."}}', "not a safetensors file in its folder"),
     "nothing": (b'{"weight_map": {"b": ""}}', "not a safetensors file in its folder"),
@@ -689,11 +689,11 @@ INDEXES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a list": (b'{"weight_map": [["b", "two.safetensors"]]}', "no weight_map"),
     "no tensors": (b'{"weight_map": {}}', "no weight_map"),
     "no map": (b"{}", "no weight_map"),
-    "no object": (b"[]", "not a JSON object"),
-    "no JSON": (b"{", "is damaged"),
-    "a tensor twice": (b'{"weight_map": {"b": "two.safetensors", "b": "one.safetensors"}}', "'b' appears twice"),
+    "not an object": (b"[]", "not a JSON object"),
+    "not JSON": (b"{", "is damaged"),
+    "a duplicate tensor": (b'{"weight_map": {"b": "two.safetensors", "b": "one.safetensors"}}', "'b' appears twice"),
     "a tensor of another file": (b'{"weight_map": {"a": "two.safetensors"}}', "disagree on 2 tensors"),
-    "a tensor too many": (
+    "an extra tensor": (
         b'{"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}}',
         "'c' is only in the index",
     ),
@@ -704,10 +704,10 @@ INDEXES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
 
 @pytest.mark.parametrize("attack", INDEXES)
 def test_hostile_index_is_refused(sharded: Path, attack: str, refusal: Refusal) -> None:
-    index, says = INDEXES[attack]
+    index, message = INDEXES[attack]
     (sharded / INDEX).write_bytes(index() if callable(index) else index)
     text = refusal(sharded)
-    assert re.search(says, text), text
+    assert re.search(message, text), text
     assert "folder" in text
 
 

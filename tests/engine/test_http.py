@@ -27,7 +27,7 @@ LARGE = tiny(layers=3, hidden=512)  # 38 MB
 
 @pytest.fixture
 def source(server: FileServer) -> str:
-    """The address of a .pth of 38 MB."""
+    """Return the address of a .pth of 38 MB."""
     torch.save(make_states(LARGE)[0], server.folder / "x.pth")
     return f"{server.url}/x.pth"
 
@@ -43,7 +43,7 @@ def require_the_same_from_the_file(server: FileServer, output: Path, **options: 
 def test_each_weight_is_fetched_once_and_the_output_equals_a_local_conversion(
     server: FileServer, source: str, tmp_path: Path, max_shard_size: str, shared: int
 ) -> None:
-    """But for records that shards share, such as a qkv of which each has a part: they are checked for the first one."""
+    """Except for records that shards share, such as a split qkv: the first shard reads all of them to check them."""
     done = api.convert(source, tmp_path / "out", stream=True, max_shard_size=max_shard_size)
     assert done.is_crc_checked
     size = (server.folder / "x.pth").stat().st_size
@@ -111,10 +111,10 @@ def test_cut_connection_is_resumed_at_the_same_byte(
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_busy_server_is_retried(server: FileServer, source: str, tmp_path: Path, status: int) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     server.faults.statuses, server.faults.retry_after = [status] * 3, "0"
-    api.convert(source, tmp_path / "out", stream=True, progress=lambda what, *rest: told.append(what))
-    assert any(f"the server answered {status}" in what and "trying again" in what for what in told)
+    api.convert(source, tmp_path / "out", stream=True, progress=lambda what, *rest: messages.append(what))
+    assert any(f"the server answered {status}" in what and "trying again" in what for what in messages)
     require_the_same_from_the_file(server, tmp_path / "out")
 
 
@@ -123,9 +123,9 @@ def test_silent_connection_times_out_and_is_retried(
 ) -> None:
     monkeypatch.setattr(connections, "TIMEOUT_SECONDS", 0.3)
     server.faults.stall = [0.0, 0.6, 0.6, 0.6, 0.0, 0.6]  # a kept line and the next are tried again without a word
-    told: list[str] = []
-    api.convert(source, tmp_path / "out", stream=True, progress=lambda what, *rest: told.append(what))
-    assert any("timed out; trying again" in what for what in told)
+    messages: list[str] = []
+    api.convert(source, tmp_path / "out", stream=True, progress=lambda what, *rest: messages.append(what))
+    assert any("timed out; trying again" in what for what in messages)
     require_the_same_from_the_file(server, tmp_path / "out")
 
 
@@ -155,7 +155,7 @@ def test_connection_that_stays_broken_is_an_error_and_the_conversion_can_be_resu
 def test_remote_file_that_changes_while_it_is_read_is_refused(
     server: FileServer, source: str, tmp_path: Path, known_by: str
 ) -> None:
-    """By a file of the same names and shapes, with CRC-32s of its own."""
+    """The new file has the same names and shapes, but other CRC-32s."""
     server.faults.etag, server.faults.last_modified = known_by == "etag", known_by == "last_modified"
     other = tmp_path / "x.pth"
     torch.save(make_states(LARGE, seed=1)[0], other)
@@ -187,7 +187,7 @@ def test_changed_file_without_etag_or_time_is_found_by_its_crc(server: FileServe
 
 
 def test_changed_etag_prevents_resuming_a_file_without_checksums(server: FileServer, tmp_path: Path) -> None:
-    """safetensors carry no checksums: their server's ETag stands in the journal and in the manifest."""
+    """safetensors files have no checksums, so the journal and the manifest record the server's ETag."""
     path = server.folder / "x.safetensors"
     safetensors.torch.save_file(make_states(LARGE)[0], path)
     os.utime(path, (1, 1))
@@ -201,7 +201,7 @@ def test_changed_etag_prevents_resuming_a_file_without_checksums(server: FileSer
 def test_file_without_etag_time_or_checksums_is_never_resumed(
     server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of one file and half of another, of the same names and sizes, would be taken for one."""
+    """Otherwise, halves of two files with the same names and sizes could be combined into one."""
     monkeypatch.setattr("streamconv.output.writer.SYNC_BYTES", 1 << 20)
     server.faults.etag = server.faults.last_modified = False
     path = server.folder / "x.safetensors"
@@ -233,7 +233,7 @@ def test_server_without_ranges_is_refused_when_streaming_a_pth(server: FileServe
 
 
 def test_server_without_ranges_is_read_in_one_pass_if_the_order_allows_it(server: FileServer, tmp_path: Path) -> None:
-    """One tensor a layer's place, so that the sorted names stand as the source's do; else it is refused."""
+    """The output's sorted names must have the source's order; otherwise, streaming is refused."""
     server.faults.ranges = False
     names = ["a", "b", "c"]
     safetensors.torch.save_file({name: torch.randn(300_000) for name in names}, server.folder / "x.safetensors")
@@ -250,15 +250,15 @@ def test_server_without_ranges_is_read_in_one_pass_if_the_order_allows_it(server
 def test_server_that_once_ignores_a_range_is_retried(server: FileServer, source: str) -> None:
     with open_checkpoint(source) as there, open_checkpoint(server.folder / "x.pth") as file:
         server.faults.ranges = False
-        told: list[str] = []
-        there.files[0]._notify = lambda text: [told.append(text), set_ranges()]  # type: ignore[attr-defined]
+        messages: list[str] = []
+        there.files[0]._notify = lambda text: [messages.append(text), set_ranges()]  # type: ignore[attr-defined]
 
         def set_ranges() -> None:
             server.faults.ranges = True
 
         name = "blocks.1.mlp.fc1.weight"
         assert there[name].tobytes(there.reader) == file[name].tobytes()
-        assert "the whole file instead of a part" in told[0]
+        assert "the whole file instead of a part" in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_redirect_is_followed_once_and_again_when_it_expires(server: FileServer,
 def test_connections_to_the_host_of_an_expired_redirect_are_not_reused(
     server: FileServer, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither those that wait, nor those whose answers are still to come; the token stays with the Hub."""
+    """Neither idle connections nor those with pending responses are reused, so the token is sent to the Hub only."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     (tmp_path / "hub").mkdir()
     with serving(tmp_path / "hub") as hub, serving(server.folder) as second:
@@ -364,9 +364,9 @@ def test_server_that_closes_connections_causes_no_retry_message(
     server: FileServer, source: str, tmp_path: Path, fault: str
 ) -> None:
     setattr(server.faults, fault, True)
-    told: list[str] = []
-    api.convert(source, tmp_path / "out", stream=True, progress=lambda what, *rest: told.append(what))
-    assert set(told) == {"writing model.safetensors"}
+    messages: list[str] = []
+    api.convert(source, tmp_path / "out", stream=True, progress=lambda what, *rest: messages.append(what))
+    assert set(messages) == {"writing model.safetensors"}
     require_the_same_from_the_file(server, tmp_path / "out")
 
 
@@ -386,7 +386,7 @@ def test_redirect_to_an_insecure_or_foreign_scheme_is_refused(server: FileServer
 def test_token_is_sent_to_the_hub_only(
     server: FileServer, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Hub redirects to a store elsewhere, to which the token is not shown."""
+    """The Hub redirects to a store on another host, which does not receive the token."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     (tmp_path / "hub").mkdir()
     with serving(tmp_path / "hub") as hub:
@@ -395,7 +395,7 @@ def test_token_is_sent_to_the_hub_only(
         expired: list[bool] = []
 
         def expire(what: str, done: int, total: int, unit: str) -> None:
-            """While other answers of the store are on their way, whose connections are free afterwards."""
+            """Expire while other responses of the store are pending, whose connections become idle afterwards."""
             if unit == "bytes" and not expired:
                 expired.append(True)
                 server.faults.statuses = [403]
@@ -448,7 +448,7 @@ def test_credentials_in_an_address_are_used_and_never_shown(server: FileServer, 
 def test_proxy_from_the_environment_is_used_unless_the_host_is_excluded(
     server: FileServer, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server stands in for a proxy: it finds the file's name at the end of the whole address."""
+    """The server acts as a proxy: it finds the file's name at the end of the whole address."""
     monkeypatch.setenv("http_proxy", server.url.replace("http://", "http://user:word@"))
     monkeypatch.setenv("no_proxy", "excepted.invalid")
     api.convert("http://models.invalid/x.pth", tmp_path / "out", stream=True)

@@ -31,7 +31,7 @@ def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """For 127.0.0.1, with its key, signed by itself."""
+    """Return a self-signed certificate for 127.0.0.1, with its key."""
     words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext subjectAltName=IP:127.0.0.1"
     files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "only.pem"]
     subprocess.run(["openssl", *words.split(), *files], check=True, capture_output=True)
@@ -49,7 +49,7 @@ def server(tmp_path: Path, certificate: Path) -> Iterator[FileServer]:
 
 
 class ConnectProxy(threading.Thread):
-    """Tunnels whatever it is asked to, and keeps the heads of the requests."""
+    """Opens every tunnel that is requested, and keeps the heads of the requests."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

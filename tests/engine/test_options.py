@@ -1,4 +1,4 @@
-"""Options are checked before a source is opened, and a folder's name decides nothing."""
+"""Options are checked before a source is opened, and the name of a folder has no effect."""
 
 import pickle
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def test_options_and_results_cross_processes() -> None:
 
 @pytest.mark.parametrize("folder", ["models with care", "webssl_dino2b_light2b_224.pth with a head"])
 def test_a_published_model_is_recognised_in_a_folder_of_any_name(tmp_path: Path, folder: str) -> None:
-    """Three published models have these dimensions, so that only the file's own name tells them apart."""
+    """Three published models have these dimensions, so only the file's own name distinguishes them."""
     model = next(model for model in FAMILY.models if model.name == "webssl_dino2b_full2b_224")
     header, _ = make_header(FAMILY.sources(model.dimensions, model.block_chunks))
     path = tmp_path / folder / model.backbone.filename

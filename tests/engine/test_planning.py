@@ -26,7 +26,7 @@ from tests.support import GOLDEN, MODELS, WEB_DINO, Save, expanded, plan_of_shap
 
 
 def transformers_config(name: str, labels: list[str]) -> transformers.PretrainedConfig:
-    """The original script's configuration, by constructor arguments; with registers, its sibling's."""
+    """Return the configuration that the original script makes, or with registers, its sister script."""
     web = re.fullmatch(r"webssl_dino(\d+\w)_\w+_(\d+)", name)
     if web:  # as facebookresearch/webssl's README and vision_transformer.py have them
         hidden, layers, heads = {
@@ -49,7 +49,7 @@ def transformers_config(name: str, labels: list[str]) -> transformers.Pretrained
 
 
 def repeated(names: list[str], *several: str) -> list[Any]:
-    """Parameters of which ``several`` are repeated with another version of transformers."""
+    """Return parameters of which ``several`` are tested again with another version of transformers."""
     return [pytest.param(name, marks=[pytest.mark.transformers] if name in several else []) for name in names]
 
 
@@ -75,7 +75,7 @@ def test_configs_equal_those_of_transformers_except_for_the_version(name: str, t
     "name", repeated(["dinov2_vits14", "dinov2_vitg14_reg", *WEB_DINO], "dinov2_vits14", WEB_DINO[0])
 )
 def test_image_processors_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
-    """Web-DINO's takes pictures at the size that the model was trained on."""
+    """Web-DINO's image processors use the size that each model was trained on."""
     golden = GOLDEN[name]
     resized, size = (int(name[-3:]),) * 2 if name in WEB_DINO else (256, 224)
     processor = transformers.BitImageProcessor(
@@ -168,8 +168,8 @@ def test_sizes_that_no_config_can_express_are_listed_with_other_problems(tmp_pat
     with pytest.raises(MappingError) as caught:
         api.plan(tmp_path / "x.pth")
     assert len(caught.value.problems) == 3
-    for says in ("18 positions", "4 channels", "missing: norm.bias"):
-        assert says in str(caught.value)
+    for message in ("18 positions", "4 channels", "missing: norm.bias"):
+        assert message in str(caught.value)
 
 
 def test_backbone_with_a_head_inside_is_refused(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_changed_file_is_not_uploaded(hub: HubServer, folder: Path) -> None:
             pushed(folder)
         path.write_bytes(before)
     shards(folder)[0].write_bytes(b"")
-    with pytest.raises(OutputError, match=r"not as streamconv\.json says"):
+    with pytest.raises(OutputError, match=r"does not match streamconv\.json"):
         pushed(folder)
     assert "ada/it" not in hub.repos or commits(hub) == 1
 
@@ -141,9 +141,9 @@ def test_changed_file_is_not_uploaded(hub: HubServer, folder: Path) -> None:
 def test_folder_without_a_valid_manifest_is_not_published(hub: HubServer, folder: Path) -> None:
     path = folder / "streamconv.json"
     manifest = json.loads(path.read_text())
-    for files, says in (({"../secret": {"size": 1, "sha256": "00"}}, "names '../secret'"), ({}, "files is empty")):
+    for files, message in (({"../secret": {"size": 1, "sha256": "00"}}, "names '../secret'"), ({}, "files is empty")):
         path.write_text(json.dumps({**manifest, "files": files}))
-        with pytest.raises(OutputError, match=rf"streamconv\.json is damaged: its field .*{says}"):
+        with pytest.raises(OutputError, match=rf"streamconv\.json is damaged: its field .*{message}"):
             pushed(folder)
     path.unlink()
     with pytest.raises(OutputError, match=r"has no streamconv\.json"):
@@ -189,7 +189,7 @@ def test_invalid_destinations_are_refused_before_anything_is_changed(
     hub.users["hf_fine"] = fine("repo.content.read")
     hub.put("ada/public", {"notes": b""})
     hub.repos["eve/gated"] = Repo(private=False, gated=True)
-    for kind, says, token, wanted, default in (
+    for kind, message, token, wanted, default in (
         (HubError, "no token for pushing", None, Destination("it"), None),
         (HubError, r"not accepted \(401\).* write access", "hf_wrong", Destination("it"), None),
         (HubError, "is read-only", READ_TOKEN, Destination("it"), None),
@@ -203,7 +203,7 @@ def test_invalid_destinations_are_refused_before_anything_is_changed(
     ):
         monkeypatch.setenv("HF_TOKEN", token or "")
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-        with pytest.raises(kind, match=says):
+        with pytest.raises(kind, match=message):
             Repository(wanted, default)
     assert not hub.requests("^(POST|PUT)")
     monkeypatch.setenv("HF_TOKEN", "hf_fine")
@@ -257,7 +257,7 @@ FAULTS: tuple[dict[str, Any], ...] = (
 def test_temporary_fault_at_any_step_changes_nothing(
     hub: HubServer, folder: Path, step: str, fault: dict[str, Any]
 ) -> None:
-    """Also one after which the Hub had done its part, and only the answer was lost."""
+    """This includes faults after which the Hub had done its work, and only the response was lost."""
     hub.fail(step, **fault)
     pushed(folder, revision="new")
     assert not any(fault.times for fault in hub.faults)
@@ -268,7 +268,7 @@ def test_temporary_fault_at_any_step_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("step", "fault", "says"),
+    ("step", "fault", "message"),
     [
         ("POST /api/repos/create", {"status": 401, "body": {"error": "x"}}, r"not accepted \(401\)"),
         ("POST /api/models/ada/it/preupload", {"status": 403, "body": {"error": "x"}}, r"permission \(403\): x\."),
@@ -283,10 +283,10 @@ def test_temporary_fault_at_any_step_changes_nothing(
     ],
 )  # fmt: skip
 def test_permanent_fault_is_reported_in_one_message_with_a_fix(
-    hub: HubServer, folder: Path, step: str, fault: dict[str, Any], says: str
+    hub: HubServer, folder: Path, step: str, fault: dict[str, Any], message: str
 ) -> None:
     hub.fail(step, times=1000, **fault)
-    with pytest.raises(HubError, match=says) as caught:
+    with pytest.raises(HubError, match=message) as caught:
         pushed(folder)
     message = str(caught.value)
     assert "Run the same command again" in message or "hf auth login" in message
@@ -322,7 +322,7 @@ def test_unresponsive_hub_times_out(hub: HubServer, folder: Path, monkeypatch: p
 
 @pytest.mark.transformers
 def test_concurrent_commit_is_not_overwritten(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between our look and our commit."""
+    """The other commit is made between our look at the revision and our commit."""
     repository = Repository(Destination("it"), None)
     repository.create()
     create_commit = HfApi.create_commit
@@ -360,7 +360,7 @@ def test_pull_request_is_not_opened_twice_if_the_response_is_lost(hub: HubServer
 def test_token_is_sent_to_the_hub_only_and_never_shown(
     hub: HubServer, folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """By no server's echo of the request's headers, at whichever step."""
+    """A server that echoes the request's headers does not reveal it, at any step."""
     caplog.set_level(logging.INFO)  # at DEBUG the HTTP library itself logs every header that it gets
     caplog.set_level(logging.DEBUG, "huggingface_hub")
     for step in ("GET /api/whoami", *(step.replace("new", "main") for step in STEPS if "branch" not in step)):
@@ -428,14 +428,14 @@ def test_publishing_mistakes_end_in_one_message_before_anything_is_converted(
     there = {path.name for path in tmp_path.iterdir()}
     push = ("run", backbone, "-o", "out", "--push-to-hub")
     hub.put("ada/full", {"pytorch_model.bin": b"1"})
-    for code, says, words, token in (
+    for code, message, words, token in (
         (2, "took dinov2_vits14 as the repository's name", ("run", "--push-to-hub", "dinov2_vits14"), TOKEN),
         (2, "but it is a source", ("run", "--push-to-hub", backbone, "-o", "out"), TOKEN),
         (2, "but it is a source", ("run", "--push_to_hub", "https://example.org/x.pth"), TOKEN),
         (2, "--private needs --push-to-hub", ("run", backbone, "-o", "out", "--private"), TOKEN),
         (2, "--revision and --create-pr need", ("run", backbone, "--revision", "x", "--create-pr"), TOKEN),
         (2, "--push-unverified needs", ("run", backbone, "--push-unverified"), TOKEN),
-        (2, "Nothing is pushed unverified", (*push, "it", "--no-verify"), TOKEN),
+        (2, "Unverified models are not pushed", (*push, "it", "--no-verify"), TOKEN),
         (2, "revision's name is empty", (*push, "it", "--revision", ""), TOKEN),
         (2, "needs a name", push, TOKEN),
         (2, "not a valid repository name", (*push, "a b"), TOKEN),
@@ -446,7 +446,7 @@ def test_publishing_mistakes_end_in_one_message_before_anything_is_converted(
     ):
         done = run(*words, cwd=tmp_path, HF_TOKEN=token, HF_HOME=str(tmp_path / "hf"))
         assert done.returncode == code, (words, done.stderr)
-        assert says in done.stderr, (words, done.stderr)
+        assert message in done.stderr, (words, done.stderr)
         assert done.stderr.count("error: ") == 1
         assert "hf_" not in done.stderr.replace("hf_wrong", "") or "HF_TOKEN" in done.stderr
         assert done.stdout == ""

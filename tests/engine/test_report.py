@@ -1,4 +1,4 @@
-"""The HTML report: what it says, and that hostile text stays text, and how a browser shows it."""
+"""The HTML report: its contents, the escaping of hostile text, and its display in a browser."""
 
 import base64
 import html
@@ -79,7 +79,7 @@ def failing() -> dict[str, Any]:
 
 
 def words(page: str) -> str:
-    """What a reader sees of it, in one line."""
+    """Return the visible text of a page as one line."""
     return " ".join(html.unescape(re.sub(r"<style.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)).split())
 
 
@@ -87,7 +87,7 @@ def test_report_of_a_passed_verification_shows_every_number() -> None:
     page = report.render(passing())
     assert "<title>dinov2_vits14: verified · streamconv</title>" in page
     text = words(page)
-    for said in (
+    for expected in (
         "✓ Verified All 4 checks passed.", "Device cpu", "Original model's code builtin", "Bytes compared 88,226,304",
         "Parameters loaded 22,056,576", "518 × 518 pixels", "0.0 in all 15 layer outputs",
         "Tolerance 0.0 (bit for bit)",
@@ -95,7 +95,7 @@ def test_report_of_a_passed_verification_shows_every_number() -> None:
         "(n + 0.1) / 37", "Peak memory 900 MB", "Time 1 min 1 s", "torch 2.15.0", "8be1" * 16,
         "backbone: vits14.pth 88.3 MB sha256:" + "c0de" * 16,
     ):  # fmt: skip
-        assert said in text
+        assert expected in text
     assert "failed" not in text
     assert "None" not in text
 
@@ -233,7 +233,7 @@ def browser() -> Iterator[Browser]:
 
 
 def faults(browser: Browser, file: Path, width: int, scheme: Any) -> list[str]:
-    """All that is wrong with the page in a window of ``width`` pixels: errors, requests, pictures, overwidth."""
+    """List the faults of the page in a window of ``width`` pixels: errors, requests, broken images, excess width."""
     found: list[str] = []
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.on("console", lambda message: found.append(message.text) if message.type == "error" else None)

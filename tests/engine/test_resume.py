@@ -1,4 +1,4 @@
-"""An interrupted conversion is resumed by the same command, and the folder equals an undisturbed one."""
+"""An interrupted conversion is resumed by the same command, and the folder equals that of an uninterrupted one."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_resuming_checks_and_reports_what_was_written_without_writing_it_again(
 def test_damaged_partial_output_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: str, kind: str, damage: str
 ) -> None:
-    """The disk kept something else than was written: found by the mark's sha256, or by the source's CRC-32."""
+    """The disk holds other bytes than were written: found by the journal's sha256, or by the source's CRC-32."""
     source = tmp_path / f"source.{kind}"
     (torch.save if kind == "pth" else safetensors.torch.save_file)(make_states(tiny())[0], source)
     api.convert(source, tmp_path / "whole", max_shard_size=shard_size)
@@ -77,7 +77,7 @@ def test_damaged_partial_output_is_written_again(
     else:
         data[len(data) // 3] ^= 1
     temporary.write_bytes(data)
-    if damage.endswith("mark"):  # whoever changes the mark too is still found by the CRC-32
+    if damage.endswith("mark"):  # if the journal is changed as well, the CRC-32 still finds it
         lines = (out / JOURNAL_NAME).read_text().splitlines()
         entries = [json.loads(line) for line in lines]
         for entry in entries:
@@ -105,7 +105,7 @@ def test_journal_with_a_damaged_end_is_used_up_to_the_damage(
     with (tmp_path / "out" / JOURNAL_NAME).open("ab") as journal:
         journal.write(damage)
     assert journal_of(tmp_path / "out").resume_points == before
-    interrupt_after(source, tmp_path / "out", 0.7)  # writes behind what is whole
+    interrupt_after(source, tmp_path / "out", 0.7)  # appends after the last complete line
     assert journal_of(tmp_path / "out").length == (tmp_path / "out" / JOURNAL_NAME).stat().st_size
     assert journal_of(tmp_path / "out").resume_points["model.safetensors"].size > before["model.safetensors"].size
     api.convert(source, tmp_path / "out")
@@ -156,12 +156,14 @@ def test_resume_rejects_other_options_and_keeps_the_folder(
     (tmp_path / "labels.txt").write_text("a\nb\nc\n")
     interrupt_after(source, tmp_path / "out", 0.5, head=head)
     before = contents(tmp_path / "out")
-    for options, says in (
+    for options, message in (
         ({"head": head, "max_shard_size": "300KB"}, "shard size"),
         ({"head": head, "labels": tmp_path / "labels.txt"}, "list of labels"),
         ({}, "head and plan"),
     ):
-        with pytest.raises(OutputError, match=rf"unfinished conversion.*{says}.*Choose another folder, or delete this"):
+        with pytest.raises(
+            OutputError, match=rf"unfinished conversion.*{message}.*Choose another folder, or delete this"
+        ):
             api.convert(source, tmp_path / "out", **options)
         assert contents(tmp_path / "out") == before
     api.convert(source, tmp_path / "out", head=head)
@@ -199,7 +201,7 @@ def test_missing_file_of_a_finished_folder_is_written_again(tmp_path: Path, save
 def test_source_downloaded_again_after_damage_is_converted(
     tmp_path: Path, save: Save, frequent_journal_entries: None
 ) -> None:
-    """The same fingerprint, since it is of the CRC-32s: nothing of the damaged bytes may be gone on from."""
+    """The fingerprint is the same, since it depends on the CRC-32s. No damaged byte may be kept when resuming."""
     source, _ = save(tiny())
     api.convert(source, tmp_path / "whole")
     good = source.read_bytes()
@@ -278,7 +280,7 @@ def test_second_process_is_refused_but_a_lock_of_a_dead_process_is_not(
 
 
 def step_by_step(source: Path, out: Path) -> "subprocess.Popen[str]":
-    """A conversion that stops at half of its pieces, until it is told to go on by a line."""
+    """Start a conversion that stops half-way until it receives a line."""
     code = (
         "import sys, streamconv, streamconv.output.writer as s\n"
         "real, seen = s.RecordChecks.add, []\n"
@@ -297,7 +299,7 @@ def step_by_step(source: Path, out: Path) -> "subprocess.Popen[str]":
     return process
 
 
-@pytest.mark.parametrize("how", ["goes on", "is interrupted"])
+@pytest.mark.parametrize("how", ["continues", "is interrupted"])
 def test_folder_recreated_by_another_process_is_left_to_it(tmp_path: Path, save: Save, how: str) -> None:
     source, _ = save(tiny())
     api.convert(source, tmp_path / "whole")
@@ -306,9 +308,9 @@ def test_folder_recreated_by_another_process_is_left_to_it(tmp_path: Path, save:
     second = step_by_step(source, tmp_path / "out")
     if how == "is interrupted":
         first.send_signal(signal.SIGINT)
-    _, said = first.communicate("\n")
+    _, stderr = first.communicate("\n")
     assert first.returncode != 0
-    assert how == "is interrupted" or "Run the same command again" in said
+    assert how == "is interrupted" or "Run the same command again" in stderr
     assert not (tmp_path / "out" / "model.safetensors").exists()
     with pytest.raises(OutputError, match=f"is being written by process {second.pid}"):
         api.convert(source, tmp_path / "out")
@@ -322,7 +324,7 @@ def test_folder_recreated_by_another_process_is_left_to_it(tmp_path: Path, save:
 def test_tensors_sharing_a_storage_are_checked_in_every_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_resumed: bool
 ) -> None:
-    """Their record is never complete from the pieces of one shard, nor in order, nor without gaps."""
+    """Within one shard, the pieces of their record are neither complete nor in order nor without gaps."""
     state = make_states(tiny())[0]
     flat, at, views = torch.zeros(sum(v.numel() + 5 for v in state.values())), 0, {}
     for name, value in reversed(state.items()):
@@ -407,7 +409,7 @@ def test_source_at_the_output_path_is_not_overwritten(tmp_path: Path, save: Save
     source, _ = save(tiny())
     (tmp_path / "out").mkdir()
     shutil.copy(source, tmp_path / "out" / name)
-    with pytest.raises(UsageError, match=r"is the source, and .* would write over it"):
+    with pytest.raises(UsageError, match=r"is the source, and .* would overwrite it"):
         api.convert(tmp_path / "out" / name, tmp_path / "out")
     assert (tmp_path / "out" / name).read_bytes() == source.read_bytes()
 

@@ -123,7 +123,7 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
     (tmp_path / "empty").mkdir()
     (tmp_path / "there.pth").write_bytes(b"mine")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    for error, says, name, output, head in (
+    for error, message, name, output, head in (
         (SourceMissingError, "none is not a folder. Name the folder", "none", "x.pth", None),
         (SourceMissingError, "is not a folder. Name the folder", "folder/model.safetensors", "x.pth", None),
         (SourceMissingError, "holds neither model.safetensors nor", "empty", "x.pth", None),
@@ -144,7 +144,7 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
         (UsageError, "is not a classifier .* Leave --head out", "folder", "x.pth", "y.pth"),
         (UsageError, "Give --head another name", "classifier/folder", "x.pth", "./x.pth"),
     ):
-        with pytest.raises(error, match=says):
+        with pytest.raises(error, match=message):
             streamconv.revert(tmp_path / name, tmp_path / output, head=head and f"{tmp_path}/{head}")
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before, (name, output)
 
@@ -152,7 +152,7 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
 def test_revert_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path) -> None:
     converted_folder(tmp_path, tiny())
     (tmp_path / "there.pth").touch()
-    for code, says, words in (
+    for code, message, words in (
         (2, "Missing option", ("folder",)),
         (2, "End its name in", ("folder", "-o", "")),
         (2, "Leave --head out", ("folder", "-o", "x.pth", "--head", "y.pth")),
@@ -161,7 +161,7 @@ def test_revert_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path) -> 
     ):
         done = run("revert", *words, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (code, ""), (words, done.stderr)
-        assert says in done.stderr, words
+        assert message in done.stderr, words
         assert "Traceback" not in done.stderr, words
     done = run("revert", "folder", "-o", "x.pth", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "writing x.pth\n")
@@ -436,7 +436,7 @@ def test_constant_tensors_that_were_trained_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunks", [0, 1, 2, 3, 4, 11])
 def test_block_chunks_are_restored(tmp_path: Path, chunks: int) -> None:
-    """Eleven blocks are no multiple of four: these are in chunks of two, and so in six."""
+    """Eleven blocks are not a multiple of four: they are in six chunks of two."""
     geometry = tiny(layers=11)
     state, _ = original_states(geometry)
     size = 11 // chunks if chunks else 0

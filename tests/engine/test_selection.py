@@ -1,4 +1,4 @@
-"""Checkpoints of people's own: wrapped, chunked, with heads beside the backbone, with tensors added or missing."""
+"""Unpublished checkpoints: wrapped, chunked, with heads beside the backbone, with tensors added or missing."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ from tests.support import contents, flip, run, tiny
 
 
 def nested(state: State, prefix: str) -> dict[str, Any]:
-    """``teacher.backbone.`` as dicts: {"teacher": {"backbone": …}}."""
+    """Return a prefix such as ``teacher.backbone.`` as nested dicts: {"teacher": {"backbone": …}}."""
     result: dict[str, Any] = dict(state)
     for part in reversed(prefix.split(".")[:-1]):
         result = {part: result}
@@ -113,9 +113,9 @@ def test_skipped_tensors_are_reported_and_never_read(tmp_path: Path) -> None:
     done = run("convert", "x.pth", "-o", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for line in (
-        "skipped: teacher.dino_head.* (3 tensors, 2,576 bytes): a head of the training",
-        "skipped: teacher.ibot_head.* (2 tensors, 1,024 bytes): a head of the training",
-        "skipped: optimizer.* (1 tensor, 3,996 bytes): an optimizer's state",
+        "skipped: teacher.dino_head.* (3 tensors, 2,576 bytes): a head for training only",
+        "skipped: teacher.ibot_head.* (2 tensors, 1,024 bytes): a head for training only",
+        "skipped: optimizer.* (1 tensor, 3,996 bytes): optimizer state",
     ):
         assert line in done.stdout
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
@@ -139,7 +139,7 @@ def test_several_backbones_require_a_selection(tmp_path: Path) -> None:
     states = {name: make_states(tiny(), seed)[0] for seed, name in enumerate(("teacher", "student"))}
     whole = {name: {**prefixed(state, "backbone."), **HEADS} for name, state in states.items()}
     source = saved({"model": whole, "optimizer": {"state": {0: torch.ones(3)}}}, tmp_path / "x.pth")
-    with pytest.raises(MappingError, match=r"several backbones. Choose one by --select PREFIX") as caught:
+    with pytest.raises(MappingError, match=r"several backbones. Choose one with --select PREFIX") as caught:
         api.plan(source)
     assert list(caught.value.problems) == ["model.teacher.backbone. 49 tensors", "model.student.backbone. 49 tensors"]
     for name, state in states.items():
@@ -149,15 +149,15 @@ def test_several_backbones_require_a_selection(tmp_path: Path) -> None:
         others = next(other for other in states if other != name)
         left = {each.start: each.reason for each in done.plan.skipped}
         assert left[f"model.{others}."] == "not selected"
-        assert left[f"model.{name}.dino_head."].startswith("a head of the training")
+        assert left[f"model.{name}.dino_head."].startswith("a head for training only")
     assert api.plan(source, select="teacher.backbone").mapping[0].source == "model.teacher.backbone.cls_token"
-    says = r"does not have .* Use --select model.teacher.backbone or --select model.student.backbone"
+    message = r"does not have .* Use --select model.teacher.backbone or --select model.student.backbone"
     for select in ("backbone", "", "model", "eacher.backbone"):
-        with pytest.raises(UsageError, match=says):
+        with pytest.raises(UsageError, match=message):
             api.plan(source, select=select)
-    told = run("plan", "x.pth", cwd=tmp_path)
-    assert told.returncode == 3
-    assert "model.student.backbone. 49 tensors" in told.stderr
+    done = run("plan", "x.pth", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "model.student.backbone. 49 tensors" in done.stderr
     assert run("convert", "x.pth", "-o", "o", "--select", "model.student.backbone", cwd=tmp_path).returncode == 0
 
 
@@ -192,7 +192,7 @@ def test_unknown_tensors_beside_a_backbone_require_a_selection(tmp_path: Path) -
 
 
 def test_training_state_beside_a_backbone_is_skipped(tmp_path: Path) -> None:
-    """An optimizer by its state's layout, whatever it is called; counters and random states; DINO's first head."""
+    """An optimizer under any name is recognised by the layout of its state; counters, random states, DINO's head."""
     state, _ = make_states(tiny())
     beside = {
         "adam": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(9)}, 1: {"exp_avg": torch.ones(2)}}},
@@ -203,9 +203,9 @@ def test_training_state_beside_a_backbone_is_skipped(tmp_path: Path) -> None:
     teacher = {**prefixed(state, "backbone."), **beside.pop("teacher")}  # type: ignore[dict-item]
     done = api.convert(saved({"teacher": teacher, **beside}, tmp_path / "x.pth"), tmp_path / "out")
     assert [str(each) for each in done.plan.skipped] == [
-        "teacher.head.mlp.* (1 tensor, 16 bytes): a head of the training, which no class of transformers has",
-        "teacher.head.last_layer.* (1 tensor, 8 bytes): a head of the training, which no class of transformers has",
-        "adam.state.* (3 tensors, 48 bytes): an optimizer's state",
+        "teacher.head.mlp.* (1 tensor, 16 bytes): a head for training only, which no transformers class has",
+        "teacher.head.last_layer.* (1 tensor, 8 bytes): a head for training only, which no transformers class has",
+        "adam.state.* (3 tensors, 48 bytes): optimizer state",
         "scaler.scale (1 tensor, 4 bytes): training state",
         "rng (1 tensor, 5 bytes): training state",
     ]
@@ -266,7 +266,7 @@ def test_two_names_for_one_block_are_refused(tmp_path: Path) -> None:
 
 
 class ShardedTensor:
-    """As FSDP saves a flat parameter: of a class that takes a process group to load."""
+    """The class of FSDP's flat parameters, which can only be loaded with a process group."""
 
 
 @pytest.mark.parametrize("value", [torch.ones(1000), ShardedTensor()])
@@ -282,7 +282,7 @@ def test_fsdp_shards_are_refused_with_an_alternative(tmp_path: Path, value: obje
 @pytest.mark.parametrize("wrap", ["", "state_dict."])
 def test_depth_and_segmentation_heads_are_refused_with_the_reason(tmp_path: Path, wrap: str) -> None:
     head = prefixed({"decode_head.conv_depth.weight": torch.ones(1, 4, 1, 1)}, wrap)
-    with pytest.raises(MappingError, match="a head for depth or segmentation, which no class of transformers has"):
+    with pytest.raises(MappingError, match="a head for depth or segmentation, which no transformers class has"):
         api.plan(saved(head, tmp_path / "x.pth"))
     state, _ = make_states(tiny())
     both = {**prefixed(state, f"{wrap}backbone."), **head}
@@ -339,22 +339,22 @@ def test_unreadable_objects_outside_the_backbone_are_ignored(tmp_path: Path) -> 
 def test_number_of_attention_heads_comes_from_the_family_or_the_user(tmp_path: Path) -> None:
     state, _ = make_states(tiny())
     source = saved(state, tmp_path / "x.pth")
-    told = run("plan", "x.pth", cwd=tmp_path).stdout
+    output = run("plan", "x.pth", cwd=tmp_path).stdout
     assert (
         "2 attention heads of 64 channels each, as in the family's published models: tensors do not show the number"
-        in told
+        in output
     )
-    said = run("plan", "x.pth", "--num-heads", "4", cwd=tmp_path).stdout
-    assert "4 attention heads, as given by --num-heads or config.json" in said
+    output = run("plan", "x.pth", "--num-heads", "4", cwd=tmp_path).stdout
+    assert "4 attention heads, as given by --num-heads or config.json" in output
     assert api.plan(source, num_heads=2).fingerprint == api.plan(source).fingerprint
-    for heads, error, says in (
+    for heads, error, message in (
         (3, MappingError, "not divisible by 3 attention heads: .* --num-heads"),
         (0, UsageError, "cannot have 0 attention heads"),
         (-1, UsageError, "cannot have -1 attention heads"),
     ):
-        with pytest.raises(error, match=says):
+        with pytest.raises(error, match=message):
             api.plan(source, num_heads=heads)
-    # Of a published model the number is known, and not told; another one makes it no published model.
+    # A published model's number is known and not mentioned; with another number, it is not that model any more.
     small, _ = make_states(tiny(layers=12, hidden=384))
     small["pos_embed"] = torch.zeros(1, 1370, 384)
     published = saved(small, tmp_path / "small.pth")
@@ -379,8 +379,8 @@ def test_incomplete_converted_model_is_refused(tmp_path: Path) -> None:
         "unexpected: encoder.layer.1.attention.attention.value.weight [128, 128]",
         "unexpected: more [3]",
     ]
-    told = run("plan", "out", cwd=tmp_path)
-    assert told.returncode == 3
+    done = run("plan", "out", cwd=tmp_path)
+    assert done.returncode == 3
     safetensors.torch.save_file({"a": torch.ones(1)}, folder / "model.safetensors")
     with pytest.raises(MappingError, match="is not a checkpoint of a model that streamconv knows"):
         api.plan(folder)
@@ -421,7 +421,7 @@ def test_folder_is_not_converted_into_itself(tmp_path: Path) -> None:
 def test_converted_folder_can_be_converted_again(
     tmp_path: Path, swiglu: bool, registers: int, classes: int | None, limit: str
 ) -> None:
-    """Cast and cut anew, it is what the original gives at once; the labels stay."""
+    """Casting and resharding it gives the same as converting the original that way; the labels are kept."""
     backbone, head = make_states(tiny(swiglu, classes, registers=registers))
     source = saved(backbone, tmp_path / "x.pth")
     given: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Where the weights of a model loaded from a sparse folder come from."""
+"""The source tensors of a model that was loaded from a sparse folder."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from streamconv.formats.checkpoint import open_checkpoint
 from streamconv.verification.sparse_folder import _part
 
 
-def test_slice_of_a_tensor_has_its_bytes_or_is_none(tmp_path: Path) -> None:
-    """A part of a strided one is no range of its record."""
+def test_slice_of_a_tensor_is_found_if_it_is_a_range_of_bytes(tmp_path: Path) -> None:
+    """A slice of a strided tensor is not a range of its record."""
     state = {"plain": torch.arange(24.0).reshape(6, 4), "strided": torch.arange(24.0).reshape(4, 6).t()}
     torch.save(state, tmp_path / "x.pth")
     with open_checkpoint(tmp_path / "x.pth") as checkpoint:

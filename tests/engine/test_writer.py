@@ -105,7 +105,7 @@ def test_weights_bypass_the_page_cache(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_journal_never_covers_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past the cache, a write that failed is no later sync's error."""
+    """If the cache is bypassed, a later sync does not report a write that failed."""
     torch.save({f"x{i}": torch.randn(1 << 16, 9) for i in range(4)}, tmp_path / "x.pth")
     for module in (hashing, contents):
         monkeypatch.setattr(module, "BUFFER_BYTES", 64 << 10)

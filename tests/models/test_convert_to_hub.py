@@ -1,4 +1,4 @@
-"""Verification of what was converted straight to the Hub, of which nothing is kept on disk."""
+"""Verification of a conversion straight to the Hub, which keeps nothing on the disk."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from tests.support import HUB_MODEL, require_uploaded_folder, run, tiny, to_hub,
 
 @pytest.mark.transformers
 def test_all_checks_run_although_nothing_is_kept_on_disk(hub: HubServer, remote_hub_model: str, tmp_path: Path) -> None:
-    """The weights of both models are read from the source, at the places where what was sent has them from."""
+    """The weights of both models are read from the source, at the places where the uploaded tensors came from."""
     done = to_hub(remote_hub_model, tmp_path / "stage", verify=verify_on_cpu, unverified=False)
     assert done.verification is not None
     found = {check.name: check.passed for check in done.verification.checks}
@@ -43,14 +43,14 @@ def test_all_checks_run_although_nothing_is_kept_on_disk(hub: HubServer, remote_
 def test_wrong_mapping_is_found_and_not_published(
     hub: HubServer, server: FileServer, tmp_path: Path, classes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Queries and keys change places in the plan: bytes and names are all right, the model is not."""
+    """The plan swaps queries and keys: all bytes and names are right, but the model is wrong."""
     backbone, head = make_states(tiny(classes=classes))
     torch.save(backbone, server.folder / "x.pth")
     torch.save(head, server.folder / "h.pth")
     make_plan = prepare.make_plan
 
-    def wrong(tensors: Any, *args: Any, **said: Any) -> Plan:
-        plan = make_plan(tensors, *args, **said)
+    def wrong(tensors: Any, *args: Any, **options: Any) -> Plan:
+        plan = make_plan(tensors, *args, **options)
         shards = []
         for shard in plan.shards:
             of = dict(shard.tensors)
@@ -97,7 +97,7 @@ def test_weights_are_cast_on_the_way_to_the_hub(
 def test_only_the_backbone_of_a_training_checkpoint_is_uploaded(
     hub: HubServer, server: FileServer, tmp_path: Path
 ) -> None:
-    """Wrapped, in chunks and without a LayerScale: what is filled in is sent as what is read."""
+    """It is wrapped, in chunks and without a LayerScale: constant tensors are uploaded like those that are read."""
     state, _ = make_states(replace(tiny(), has_layer_scale=False))
     named = {re.sub(r"^blocks\.", "teacher.backbone.blocks.0.", key): value for key, value in state.items()}
     named = {key if key.startswith("t") else f"teacher.backbone.{key}": value for key, value in named.items()}
@@ -108,7 +108,7 @@ def test_only_the_backbone_of_a_training_checkpoint_is_uploaded(
     assert done.verification.checks[2].numbers["largest"] == 0.0
     card = hub.files("ada/it")["README.md"].decode()
     assert "the source has no LayerScale: ones are written, which have no effect." in card
-    assert "Skipped: `teacher.dino_head.* (1 tensor, 12 bytes): a head of the training" in card
+    assert "Skipped: `teacher.dino_head.* (1 tensor, 12 bytes): a head for training only" in card
     require_uploaded_folder(hub, server, tmp_path)
 
 

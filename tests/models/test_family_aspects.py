@@ -1,4 +1,4 @@
-"""Conversion, verification and revert of a family that lacks an aspect: DINOv2 without it stands in."""
+"""Conversion, verification and revert of a family that lacks an aspect, for example DINOv2 without it."""
 
 import json
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def test_without_an_image_processor_none_is_written_or_checked(
         assert found.checks[3].proves == "dinov2 models have no image processor"
 
 
-def test_without_attention_heads_nothing_is_assumed_of_them(
+def test_without_attention_heads_nothing_is_assumed_about_them(
     tmp_path: Path, save: Save, use: Callable[[Family], None]
 ) -> None:
     use(replace(FAMILY, attention_heads=None))
@@ -68,7 +68,7 @@ def test_without_a_classifier_head_no_head_is_accepted(
     use(replace(FAMILY, classifier_head=None))
     with pytest.raises(UsageError, match=r"is a dinov2 model, which takes no head\. Omit --head"):
         api.plan(backbone, head=head)
-    with pytest.raises(UsageError, match="Labels are for a classifier"):
+    with pytest.raises(UsageError, match="Only a classifier has labels"):
         api.plan(backbone, labels=tmp_path / "labels.txt")
     assert "id2label" not in api.plan(backbone).config
 
@@ -88,7 +88,7 @@ def test_without_block_chunks_keys_are_taken_as_they_are(
     streamconv.revert(folder, tmp_path / "back.pth")
 
 
-def test_what_a_rule_drops_is_not_written_and_not_reverted(tmp_path: Path, use: Callable[[Family], None]) -> None:
+def test_dropped_tensors_are_not_written_and_not_reverted(tmp_path: Path, use: Callable[[Family], None]) -> None:
     rule = drop("blocks.{i}.attn.bias_mask", "a constant of the original's code", "3D")
 
     def with_drop(sizes: Dimensions) -> ConversionSpec:
@@ -102,9 +102,9 @@ def test_what_a_rule_drops_is_not_written_and_not_reverted(tmp_path: Path, use: 
     torch.save({**state, **masks}, tmp_path / "masked.pth")
     plain = api.convert(tmp_path / "x.pth", tmp_path / "plain").output
     done = api.convert(tmp_path / "masked.pth", tmp_path / "out")
-    told = "blocks.{i}.attn.bias_mask (3 tensors, 1,152 bytes): a constant of the original's code"
-    assert [str(each) for each in done.plan.skipped] == [told]
-    assert json.loads((done.output / "streamconv.json").read_bytes())["skipped"] == [told]
+    skipped = "blocks.{i}.attn.bias_mask (3 tensors, 1,152 bytes): a constant of the original's code"
+    assert [str(each) for each in done.plan.skipped] == [skipped]
+    assert json.loads((done.output / "streamconv.json").read_bytes())["skipped"] == [skipped]
     assert (done.output / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
     with pytest.raises(MappingError, match="drops tensors, which cannot be restored") as caught:
         streamconv.revert(done.output, tmp_path / "back.pth")

@@ -20,7 +20,7 @@ from tests.support import tiny
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the words were resolved, an index was read by its location, and a plan was made."""
+    """Count how often arguments were resolved, the index at each location was read, and a plan was made."""
     counted: Counter[str] = Counter()
 
     def count(module: Any, name: str, label: Any) -> None:
@@ -50,7 +50,7 @@ def test_run_opens_each_index_once_and_makes_one_plan(tmp_path: Path, counts: Co
 def test_run_from_an_address_opens_each_index_once(
     server: FileServer, tmp_path: Path, counts: Counter[str], stream: bool
 ) -> None:
-    """The address and, unless it is streamed, the copy: when it is whole, and when it has its name."""
+    """The address and, unless it is streamed, the copy: when it is complete, and after it was renamed into place."""
     torch.save(make_states(tiny())[0], server.folder / "x.pth")
     options = ConversionOptions(stream=stream)
     done = streamconv.run(f"{server.url}/x.pth", tmp_path / "out", options, VerificationOptions(device="cpu"))

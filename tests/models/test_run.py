@@ -18,7 +18,7 @@ from tests.support import Save, hub_environment, run, run_process, sha256_of, ti
 
 
 def test_run_makes_converts_and_verifies_a_synthetic_model(tmp_path: Path) -> None:
-    """ViT-S whole: made, converted, verified, recorded; and again over what is there."""
+    """A complete ViT-S is made, converted, verified and recorded; then the same again into the finished folder."""
     done = run_process("run", "dinov2_vits14", "--synthetic", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "Looks ok!"
@@ -165,10 +165,10 @@ def test_verified_model_is_published_and_loads_from_the_hub(hub: HubServer, tmp_
 def test_failed_verification_is_published_only_on_request(hub: HubServer, tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
     api.convert(backbone, tmp_path / "out")
-    said = tmp_path / "out" / "preprocessor_config.json"
-    said.write_text(said.read_text().replace("256", "257"))  # and as the manifest has it
+    changed = tmp_path / "out" / "preprocessor_config.json"
+    changed.write_text(changed.read_text().replace("256", "257"))  # and its digest in the manifest, too
     manifest = json.loads((tmp_path / "out" / "streamconv.json").read_text())
-    manifest["files"][said.name]["sha256"] = sha256_of(said)
+    manifest["files"][changed.name]["sha256"] = sha256_of(changed)
     (tmp_path / "out" / "streamconv.json").write_text(json.dumps(manifest))
     words = ("run", backbone, "-o", "out", "--device", "cpu", "--push-to-hub", "it")
     done = run(*words, "--json", cwd=tmp_path)

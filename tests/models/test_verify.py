@@ -36,7 +36,7 @@ ARCHITECTURES = {
 
 
 class Converted(NamedTuple):
-    """A converted folder, and the files that it was made from."""
+    """A converted folder, and the files that it was converted from."""
 
     folder: Path
     backbone: Path
@@ -62,14 +62,14 @@ def converted(tmp_path: Path) -> Converted:
 def verified(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Dimensions, Verification]:
-    """A correct conversion of each architecture, verified once for all tests that look at the result."""
+    """Convert each architecture correctly, and verify it once for all tests that use the result."""
     dimensions = ARCHITECTURES[request.param]
     return dimensions, convert(tmp_path_factory.mktemp(request.param), dimensions).verify()
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    """A published model with random weights: only these have an authors' reference."""
+    """Convert a published model with random weights: only published models have the authors' code as a reference."""
     folder = tmp_path_factory.mktemp("published")
     made = streamconv.synth("dinov2_vits14", folder / "s.pth")
     return Converted(api.convert(made.backbone, folder / "out").output, made.backbone, None)
@@ -110,7 +110,7 @@ def test_image_processor_is_exact_and_interpolation_explains_the_difference_at_2
 
 
 def test_float32_rounding_differences_are_settled_in_float64(tmp_path: Path, save: Save) -> None:
-    """transformers 5 splits SwiGLU's first layer, and 344 columns are rounded otherwise than 688 on some CPUs."""
+    """transformers 5 splits SwiGLU's first layer, and some CPUs round 344 columns differently from 688."""
     backbone, _ = save(tiny(swiglu=True))
     api.convert(backbone, tmp_path / "out")
     found = api.verify(tmp_path / "out", backbone, device="cpu").checks[2]
@@ -128,7 +128,7 @@ def test_float32_rounding_differences_are_settled_in_float64(tmp_path: Path, sav
 
 
 def test_alignment_of_the_weights_makes_no_difference(tmp_path: Path, save: Save) -> None:
-    """Left where the two files have them, these logits differ by 8e-8 on a CPU with AVX-512."""
+    """If the weights were used at their places in the two files, the logits would differ by 8e-8 with AVX-512."""
     backbone, head = save(tiny(classes=1000))
     (tmp_path / "labels.txt").write_text("\n".join(map(str, range(1000))))
     api.convert(backbone, tmp_path / "out", head=head, labels=tmp_path / "labels.txt")
@@ -326,7 +326,7 @@ def test_source_that_torch_cannot_load_fails_parity(tmp_path: Path, save: Save) 
 
 
 def test_reported_difference_at_224_is_that_of_the_original_script(tmp_path: Path, save: Save) -> None:
-    """Meta's interpolation, written down from its formula, against transformers' own: the same difference."""
+    """The same difference results from Meta's interpolation, implemented from its formula, and transformers' own."""
     backbone, _ = save(tiny())
     api.convert(backbone, tmp_path / "out")
     shown = api.verify(tmp_path / "out", backbone, device="cpu").checks[3].numbers["as_published"]["patches"]
@@ -376,7 +376,7 @@ def test_wrong_image_processor_is_named_and_gives_other_pixels(
 
 
 def test_changed_interpolation_fails_preprocessing(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two must agree once they interpolate the same way: another difference at 224 is an error."""
+    """Both models must agree when they interpolate in the same way: any other difference at 224 is an error."""
     backbone, _ = save(tiny())
     api.convert(backbone, tmp_path / "out")
     real = dinov2.VisionTransformer.interpolate_pos_encoding
@@ -453,7 +453,7 @@ def dinov2_vits14(**arguments):
 
 
 def test_folder_with_the_authors_code_is_used_as_reference(tmp_path: Path, published: Converted) -> None:
-    """Stand-ins for the authors' code. Both have a package of the same name, which differs in layer 3 of the second."""
+    """Two substitutes for the authors' code have packages of the same name; the second one's differs in layer 3."""
     for folder, factor in (("one", "1.0"), ("two", "1.5")):
         (tmp_path / folder / "authors_package").mkdir(parents=True)
         (tmp_path / folder / "authors_package" / "__init__.py").write_text(HUBCONF.replace("FACTOR", factor))
@@ -480,12 +480,12 @@ def test_authors_own_code_computes_the_same(tmp_path: Path, model: str) -> None:
 def test_unavailable_reference_is_refused(
     tmp_path: Path, converted: Converted, published: Converted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for reference, says in (
+    for reference, message in (
         (tmp_path, "hubconf.py"),
         ("meta", "not builtin, hub or a folder"),
         ("hub", "published models"),
     ):
-        with pytest.raises(UsageError, match=says):
+        with pytest.raises(UsageError, match=message):
             converted.verify(reference=reference)
 
     def offline(*args: object, **kwargs: object) -> None:
@@ -501,11 +501,11 @@ def test_safetensors_source_is_verified(tmp_path: Path) -> None:
     api.convert(tmp_path / "x.safetensors", tmp_path / "out")
     found = api.verify(tmp_path / "out", tmp_path / "x.safetensors", device="cpu")
     assert found.passed
-    assert "carries no CRC-32s" in found.checks[0].proves
+    assert "has no CRC-32s" in found.checks[0].proves
 
 
 def test_differences_of_large_states_are_relative(tmp_path: Path) -> None:
-    """What is shown is what is compared with the tolerance, and both measures are there."""
+    """The difference that is shown is the one that is compared with the tolerance; the absolute one is there, too."""
     state, _ = make_states(tiny())
     state = {name: 300 * value if "gamma" in name else value for name, value in state.items()}
     torch.save(state, tmp_path / "x.pth")
@@ -541,7 +541,7 @@ def test_reference_without_a_model_is_a_usage_error(tmp_path: Path, published: C
         published.verify(reference=tmp_path)
 
 
-def test_out_of_memory_is_not_a_verdict_on_the_output(
+def test_out_of_memory_is_an_error_and_not_a_failed_check(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, _ = save(tiny())
@@ -562,8 +562,8 @@ def test_images_are_rotated_by_exif_and_unsuitable_ones_are_refused(tmp_path: Pa
     assert open_image(tmp_path / "turned.jpg").size == (30, 40)
     Image.new("I;16", (40, 30)).save(tmp_path / "deep.png")
     Image.new("RGB", (1, 60)).save(tmp_path / "line.png")
-    for name, says in (("deep.png", "more than 8 bits"), ("line.png", "too narrow")):
-        with pytest.raises(UsageError, match=says):
+    for name, message in (("deep.png", "more than 8 bits"), ("line.png", "too narrow")):
+        with pytest.raises(UsageError, match=message):
             open_image(tmp_path / name)
 
 

@@ -1,4 +1,4 @@
-"""Verification of a source that is not kept: what it finds, what it reads, and what it reports as not checked."""
+"""Verification of a streamed source: the differences that it finds, its reads, and the checks that it skips."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_flipped_bit_in_the_output_is_found_without_reading_the_source(source: s
 
 
 def test_wrong_output_with_a_matching_manifest_fails_parity(source: str, tmp_path: Path) -> None:
-    """What the manifest vouches for is only that the files are as they were written; the models say what they do."""
+    """The manifest only proves that the files are as they were written; the models have to run to find more."""
     alter(tmp_path / "out", lambda state: state["encoder.layer.1.norm1.weight"].mul_(1.5))
     manifest = json.loads((tmp_path / "out" / "streamconv.json").read_text())
     data = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -83,7 +83,7 @@ def test_wrong_output_with_a_matching_manifest_fails_parity(source: str, tmp_pat
 
 @pytest.mark.parametrize("change", ["missing", "config", "dtype"])
 def test_output_that_contradicts_the_plan_is_found(source: str, tmp_path: Path, change: str) -> None:
-    """Although the manifest was made to match."""
+    """This holds even if the manifest was changed to match."""
     folder = tmp_path / "out"
     if change == "missing":
         alter(folder, lambda state: state.pop("embeddings.mask_token"))
@@ -98,8 +98,8 @@ def test_output_that_contradicts_the_plan_is_found(source: str, tmp_path: Path, 
         manifest["files"][name] = {"size": len(data), "sha256": sha256(data).hexdigest()}
     (folder / "streamconv.json").write_text(json.dumps(manifest))
     found = api.verify(folder, source, device="cpu", stream=True, parity=False)
-    told = {"missing": "mask_token is missing", "dtype": "mask_token is F64", "config": "layer_norm_eps"}
-    assert told[change] in "\n".join(found.checks[0].problems)
+    expected = {"missing": "mask_token is missing", "dtype": "mask_token is F64", "config": "layer_norm_eps"}
+    assert expected[change] in "\n".join(found.checks[0].problems)
 
 
 def test_folder_without_a_manifest_is_compared_with_the_remote_bytes(

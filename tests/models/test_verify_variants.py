@@ -97,12 +97,12 @@ LACKING: dict[str, tuple[Dimensions, str]] = {
 def test_models_with_missing_parts_or_other_sizes_are_converted_and_verified(
     tmp_path: Path, what: str, dtype: str | None
 ) -> None:
-    dimensions, told = LACKING[what]
+    dimensions, note = LACKING[what]
     state, _ = make_states(dimensions)
     source = saved(state, tmp_path / "x.pth")
-    said = {"num_heads": dimensions.heads, "dtype": dtype}
-    done = api.convert(source, tmp_path / "out", **said)
-    assert told in " ".join(done.plan.notes)
+    options = {"num_heads": dimensions.heads, "dtype": dtype}
+    done = api.convert(source, tmp_path / "out", **options)
+    assert note in " ".join(done.plan.notes)
     found = api.verify(tmp_path / "out", source, device="cpu")
     assert [check.passed for check in found.checks] == [True] * 4, found.checks
     assert found.checks[2].numbers["largest"] == 0.0
@@ -139,7 +139,7 @@ def test_converted_folder_that_was_converted_again_passes(tmp_path: Path, geomet
 
 @pytest.mark.transformers
 def test_folder_saved_by_transformers_can_be_converted(tmp_path: Path, server: FileServer) -> None:
-    """Its heads are those of its config.json; at an address it is read as any other file."""
+    """The number of heads comes from its config.json; a remote file is read like any other."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 96, "num_attention_heads": 3, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
     model = Dinov2Model(Dinov2Config(**sizes))

@@ -48,16 +48,18 @@ def test_memory_and_time_of_children_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("peak", [1, 100, 50_000])
-@pytest.mark.parametrize(("needed", "said"), [(0, "16"), (16, "16"), (100, "128"), (20480, "20,480"), (10**9, "above")])
+@pytest.mark.parametrize(
+    ("needed", "expected"), [(0, "16"), (16, "16"), (100, "128"), (20480, "20,480"), (10**9, "above")]
+)
 def test_smallest_memory_limit_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, said: str, peak: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, expected: str, peak: float
 ) -> None:
     def run(words: Any, out: Path, limit_mb: int, timeout: float) -> Run:
         return Run(0 if limit_mb >= needed else -9, 1, 1, 1, 1, 1, 1, 1)
 
     monkeypatch.setattr(measure, "run", run)
     usual = Run(code=0, wall=1, cpu=1, peak_mb=peak, own_mb=peak, read_mb=0, written_mb=0, disk_mb=0)
-    assert smallest_limit(["x"], tmp_path, tmp_path / "out", usual).startswith(said)
+    assert smallest_limit(["x"], tmp_path, tmp_path / "out", usual).startswith(expected)
 
 
 def test_real_cgroup_kills_a_process_above_its_limit(tmp_path: Path) -> None:

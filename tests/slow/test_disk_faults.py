@@ -20,7 +20,7 @@ NUMBERS = [errno.EIO, errno.ENOSPC, errno.EROFS]
 
 
 def failing_calls(seen: int, number: int) -> range:
-    """Every call for EIO; about ten for the others, since no code depends on the number."""
+    """Return every call for EIO, and about ten for other errors, because no code depends on the error number."""
     return range(1, seen + 1, 1 if number == errno.EIO else max(1, seen // 10))
 
 
@@ -35,7 +35,7 @@ def test_conversion_survives_a_failure_of_any_call(
         api.convert(source, tmp_path / "whole", max_shard_size="100KB")
     whole = contents(tmp_path / "whole")
     assert counting.seen > 100
-    said: list[str] = []
+    messages: list[str] = []
     places = failing_calls(counting.seen, number)
     for at in places:
         out = tmp_path / "out"
@@ -44,13 +44,13 @@ def test_conversion_survives_a_failure_of_any_call(
             try:
                 api.convert(source, out, max_shard_size="100KB")
             except StreamconvError as error:  # any other error is a bug
-                said.append(str(error))
+                messages.append(str(error))
         assert no_half_files(out, whole), at
         api.convert(source, out, max_shard_size="100KB")
         assert contents(out) == whole, at
         shutil.rmtree(out)
-    assert all(os.strerror(number) in text for text in said)
-    assert len(said) > 0.95 * len(places) - 1  # what fails while a failure is cleaned up says nothing more
+    assert all(os.strerror(number) in text for text in messages)
+    assert len(messages) > 0.95 * len(places) - 1  # a second failure, during the cleanup, is not reported
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=errno.errorcode.get)

@@ -1,4 +1,4 @@
-"""Randomly changed files: what a library reads, streamconv reads equally or refuses."""
+"""Randomly changed files: streamconv reads the same as the format's own library, or refuses the file."""
 
 import random
 import struct
@@ -43,7 +43,7 @@ def test_largest_allowed_number_of_tensors_is_opened(tmp_path: Path, kind: str, 
 
 
 def is_read_as_by(load: Callable[[Path], dict[str, torch.Tensor]], path: Path) -> bool:
-    """Whether both read it, and then the same; False where either refuses it."""
+    """Return True if both read the file, after asserting that they read the same; False if either refuses it."""
     ours = read_or_refuse(path)
     if ours is None:
         return False

@@ -69,15 +69,15 @@ def test_signal_at_any_moment_repeats_little(tmp_path: Path, save: Save, shard_s
         time.sleep(choice.uniform(0.1, 0.7))
         number = choice.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
         process.send_signal(number)
-        _, said = process.communicate()
+        _, stderr = process.communicate()
         if process.returncode == 0:  # too late: it was done
             assert digests(tmp_path / "out") == wanted
             shutil.rmtree(tmp_path / "out")
             continue
         kills += 1
         if process.returncode == 130:
-            again = re.search(r"To resume, run\n  streamconv (.*)\n", said)
-            assert again is not None, said
+            again = re.search(r"To resume, run\n  streamconv (.*)\n", stderr)
+            assert again is not None, stderr
             assert again[1] == f"convert {source} -o out --max-shard-size {shard_size}"
         for name in wanted if (tmp_path / "out").exists() else ():
             if (tmp_path / "out" / name).exists():
@@ -127,7 +127,7 @@ def test_kill_or_power_cut_during_a_cast_repeats_little(tmp_path: Path, how: str
 @pytest.mark.usefixtures("frequent_journal_entries")
 @pytest.mark.parametrize("shard_size", ["5GB", "100KB"])
 def test_cast_record_damaged_before_an_interruption_is_not_resumed(tmp_path: Path, save: Save, shard_size: str) -> None:
-    """Interrupted between the damaged bytes and their record's end, where its CRC-32 would have told.
+    """The interruption comes between the damaged bytes and the end of their record, where its CRC-32 is compared.
 
     The file fetched again has the same CRC-32s, so it is the same source.
     """
@@ -167,7 +167,7 @@ def test_cast_record_damaged_before_an_interruption_is_not_resumed(tmp_path: Pat
 def test_killed_conversion_to_the_hub_is_resumed(
     hub: HubServer, server: FileServer, remote_hub_model: str, tmp_path: Path
 ) -> None:
-    """By SIGKILL in a process of its own, at moments all over; the command line's own words."""
+    """The process is killed by SIGKILL at many different moments, and the same command is run again."""
     command = [sys.executable, "-m", "streamconv", "run", remote_hub_model, "-o", "stage", "--stream"]
     command += ["--push-to-hub", "it"]
     command += ["--max-shard-size", HUB_SHARD_SIZE, "--no-parity", "--device", "cpu"]

@@ -38,7 +38,7 @@ JOBS = {
 
 @pytest.mark.parametrize("job", JOBS)
 def test_memory_does_not_grow_with_the_model(server: FileServer, tmp_path: Path, job: str) -> None:
-    """``limit_kb`` bounds a large model's peak; ``growth_kb`` allows for buffers that a small one leaves empty."""
+    """``limit_kb`` bounds a large model's peak; ``growth_kb`` allows for buffers that a small model does not fill."""
     code, dtype, limit_kb, growth_kb = JOBS[job]
     peaks = []
     for name, geometry in (("small", SMALL), ("large", VIT_L if job == "convert" else LARGE)):
@@ -66,7 +66,7 @@ print(json.dumps(dict(found.memory)))
 
 
 def test_memory_of_streamed_verification_does_not_grow_with_the_model(server: FileServer, tmp_path: Path) -> None:
-    """The original's weights are read into memory that is given back, layer by layer."""
+    """The original's weights are read into memory that is freed again, layer by layer."""
     peaks = []
     for name, layers in (("small", 4), ("large", 28)):
         save_zeros(server.folder / f"{name}.pth", tiny(layers=layers, hidden=512))
@@ -78,7 +78,7 @@ def test_memory_of_streamed_verification_does_not_grow_with_the_model(server: Fi
 
 
 def test_memory_of_verification_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Anonymous and resident memory of a process of its own, for 29 MB and 285 MB of weights."""
+    """Compare anonymous and resident memory of a separate process for 29 MB and 285 MB of weights."""
     peaks = []
     for layers in (1, 10):
         source = save_zeros(tmp_path / f"{layers}.pth", tiny(layers=layers, hidden=768))

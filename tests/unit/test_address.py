@@ -1,4 +1,4 @@
-"""Locations: what is an address and what a path, how its file is named, and what is never shown of it."""
+"""Locations: the distinction of addresses from paths, the names of their files, and the secrets that are not shown."""
 
 from pathlib import Path
 

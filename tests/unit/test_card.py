@@ -1,4 +1,4 @@
-"""The model card: what it claims and what it does not."""
+"""The model card claims only what the manifest proves."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def source(file: str, **more: Any) -> dict[str, dict[str, Any]]:
 
 
 def manifest(**changed: Any) -> Manifest:
-    """A verified ViT-S of Meta's own file."""
+    """Return the manifest of a verified ViT-S from Meta's own file."""
     value = {
         "format_version": FORMAT_VERSION,
         "plan": "cafe",
@@ -55,13 +55,13 @@ def test_card_of_a_published_model_names_origin_license_and_checks() -> None:
         "pipeline_tag": "image-feature-extraction",
         "tags": ["dinov2", "streamconv"],
     }
-    for said in (
+    for expected in (
         "`dinov2_vits14_pretrain.pth`, `https://example.org/dinov2_vits14_pretrain.pth`", "88,283,115", "`f00d`",
         "streamconv 0.1.0", "`abcd`", "| parity | passed | both compute the same |",
         "Largest difference in any layer: 2.5e-07; allowed: 0.001.", "Run on cpu with torch 2.9, transformers 5.0.",
         "Every byte that was read matched its CRC-32",
     ):  # fmt: skip
-        assert said in text
+        assert expected in text
     assert "> **" not in text
 
 
@@ -75,7 +75,7 @@ def test_card_of_a_published_model_names_origin_license_and_checks() -> None:
     ],
 )
 def test_card_claims_no_license_or_origin_for_unknown_files(changed: dict[str, Any]) -> None:
-    """Shapes alone make a fine-tuned file "dinov2_vits14"."""
+    """By its shapes alone, a fine-tuned file is a "dinov2_vits14", too."""
     text = make_card(manifest(**changed), "ada/it")
     data = ModelCard(text).data.to_dict()
     assert not data.keys() & {"license", "base_model"}

@@ -14,7 +14,7 @@ def test_combined_crc_equals_crc_of_concatenation(first: bytes, second: bytes) -
 
 
 def test_combining_works_for_gigabytes() -> None:
-    """Appending 2^24 zeros agrees with zlib; from there on, appending 2^k zeros twice is appending 2^(k + 1)."""
+    """Appending 2^24 zeros agrees with zlib, and appending 2^k zeros twice equals appending 2^(k + 1)."""
     crc = zlib.crc32(b"x")
     zeros = zlib.crc32(bytes(1 << 24))
     assert combine(crc, zeros, 1 << 24) == zlib.crc32(bytes(1 << 24), crc)

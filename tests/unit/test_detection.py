@@ -1,4 +1,4 @@
-"""The best-fitting family is found whatever the listing order; families without some aspect are planned as they are."""
+"""The best-fitting family is found in any listing order, and families that lack an aspect can be planned."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -22,7 +22,7 @@ SHARED = ("cls", "patch.weight", "blocks.0.norm", "norm.weight")  # 4 of the 5 k
 
 
 def family(name: str, *own: str, blocks: bool = True) -> Family:
-    """A family with the shared keys and its ``own`` ones, of which the first is in its signature."""
+    """Return a family with the shared keys and its ``own`` ones; the first of these is in its signature."""
     keys = (*(key.replace(".0.", ".{i}.") for key in SHARED if blocks or "0" not in key), *own)
     rules = tuple(rename(key, f"{key}.own" if key in own else f"{key}.shared", "D") for key in keys)
 
@@ -52,7 +52,7 @@ CHUNKS = BlockChunks(
 
 
 def with_rules(base: Family, *rules: Rule) -> Family:
-    """The family with more rules."""
+    """Return the family with more rules."""
 
     def conversion_spec(layers: int) -> ConversionSpec:
         spec = base.conversion_spec(layers)
@@ -129,7 +129,7 @@ def test_converted_models_are_told_apart_by_the_same_rule(name: str, own: tuple[
 @pytest.mark.parametrize("prefix", ["", "teacher."])
 @pytest.mark.usefixtures("both")
 def test_between_equally_complete_signatures_the_number_of_known_keys_decides(prefix: str) -> None:
-    """Both lack one key of their signature; only beta's rules know "rope", and no rule knows "xrope"."""
+    """Both lack one key of their signature. Only beta's rules know "rope", and no rule knows "xrope"."""
     assert select(prefix + key for key in (*SHARED, "mask", "rope")).family.name == "beta"
     with pytest.raises(MappingError, match="equally well"):
         select(prefix + key for key in (*SHARED, "mask", "xrope", "rope.x"))
@@ -215,8 +215,8 @@ def test_a_dropped_tensor_must_have_the_shape_that_its_rule_states(use: Use) -> 
     assert caught.value.problems == ("misshaped: periods is [2], not [3]",)
 
 
-def test_a_source_without_its_own_number_is_not_known_by_a_pattern(use: Use) -> None:
-    """Whole keys count: a rule for ``blocks.{i}.norm`` does not know ``blocks.00.norm`` or ``x.blocks.0.norm``."""
+def test_pattern_matches_whole_keys_only(use: Use) -> None:
+    """Rules match whole keys: ``blocks.{i}.norm`` matches neither ``blocks.00.norm`` nor ``x.blocks.0.norm``."""
     use(ALPHA, BETA)
     with pytest.raises(MappingError, match="alpha and beta"):
         select((*SHARED, "blocks.00.norm", "x.blocks.7.norm", "blocks.1.norm.x"))

@@ -1,4 +1,4 @@
-"""What a folder records about itself is checked where it is read."""
+"""Manifests and journals are checked when they are read."""
 
 import json
 import re
@@ -45,7 +45,7 @@ MANIFEST = Manifest.of(
 
 
 def changed(value: Any, path: list[str], new: Any) -> Any:
-    """A copy of nested dicts in which one value is another, or is missing if ``new`` is ``KeyError``."""
+    """Return a copy of nested dicts with one value replaced by ``new``, or removed if ``new`` is ``KeyError``."""
     key, *rest = path
     if not rest and new is KeyError:
         return {name: each for name, each in value.items() if name != key}
@@ -61,7 +61,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "new", "says"),
+    ("path", "new", "message"),
     [
         (["plan"], KeyError, "its field plan is missing"),
         (["plan"], 5, "its field plan is 5, which is not of type str"),
@@ -80,10 +80,10 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
         (["verification"], "passed", "its field verification is not a JSON object"),
     ],
 )  # fmt: skip
-def test_a_damaged_field_is_refused_by_its_name(tmp_path: Path, path: list[str], new: Any, says: str) -> None:
+def test_a_damaged_field_is_refused_by_its_name(tmp_path: Path, path: list[str], new: Any, message: str) -> None:
     value = changed(json.loads(MANIFEST.to_bytes()), path, new)
     (tmp_path / "streamconv.json").write_text(json.dumps(value))
-    with pytest.raises(OutputError, match=rf"streamconv\.json is damaged: .*{re.escape(says)}"):
+    with pytest.raises(OutputError, match=rf"streamconv\.json is damaged: .*{re.escape(message)}"):
         Manifest.read(tmp_path)
 
 
@@ -95,7 +95,7 @@ def test_another_json_value_is_not_a_manifest(tmp_path: Path, value: str) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": ' * 100_000, "1" * 10_000])
-def test_what_is_not_json_is_not_a_manifest(tmp_path: Path, text: str) -> None:
+def test_invalid_json_is_not_a_manifest(tmp_path: Path, text: str) -> None:
     (tmp_path / "streamconv.json").write_text(text)
     with pytest.raises(OutputError, match=r"streamconv\.json (cannot be read|is damaged)"):
         Manifest.read(tmp_path)
@@ -125,7 +125,7 @@ def test_conversions_differ_in_their_files_plan_and_labels(path: list[str], new:
     assert differences(PROVENANCE, other) == differences(other, PROVENANCE) == differs
 
 
-def test_default_labels_of_two_sources_are_no_difference() -> None:
+def test_default_labels_of_two_sources_are_not_a_difference() -> None:
     ours, theirs = (
         Provenance(source={}, plan="", labels=Labels(origin, True, origin or ""))
         for origin in ("the Hub", "torchvision")

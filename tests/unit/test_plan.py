@@ -27,14 +27,14 @@ def test_every_published_model_maps_the_authors_keys_to_transformers_keys(name: 
 
 
 def test_licenses_are_those_of_the_authors() -> None:
-    """DINOv2's README says Apache 2.0, Web-SSL's CC-BY-NC."""
+    """The licences are Apache 2.0 in DINOv2's README, and CC-BY-NC in Web-SSL's."""
     for model in FAMILY.models:
         assert model.licence == ("cc-by-nc-4.0" if model.name in WEB_DINO else "apache-2.0")
 
 
 @pytest.mark.parametrize("name", WEB_DINO)
 def test_shapes_shared_by_several_models_identify_none_of_them(name: str, tmp_path: Path) -> None:
-    """Three of Web-DINO's were trained on the whole of its pictures and on two parts of it: only names tell."""
+    """Three Web-DINO models differ only in their training data, so only their names distinguish them."""
     golden = GOLDEN[name]
     plan = plan_of_shapes(expanded(golden["source"], golden["layers"], golden["chunks"]), tmp_path, "mine.pth")
     assert (plan.model is None) == (name[:14] in ("webssl_dino2b_", "webssl_dino3b_"))

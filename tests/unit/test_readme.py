@@ -1,4 +1,4 @@
-"""The claims of README.md that a program can check."""
+"""Claims in README.md that a program can check."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Remote reads by ranges in an announced order equal slices of the same bytes, whatever the connection does."""
+"""Remote reads, in an announced order or not, return the file's bytes, however unreliable the connection is."""
 
 import random
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ SHARE_THAT_BREAKS = 4
 
 
 class FakeFile(RemoteFile):
-    """Serves `DATA`; every few calls fail, never more than two without a byte in between. Counts what it gives."""
+    """Serves `DATA` and counts the bytes. Some calls fail, but never more than two without a byte in between."""
 
     request_bytes = 20_000
 
@@ -154,7 +154,7 @@ def test_broken_connection_is_retried_with_growing_waits_for_at_most_two_minutes
 
 
 def test_every_received_byte_resets_the_retries() -> None:
-    """Two failures, then some bytes, over and over: more failures in all than are borne in a row."""
+    """Two failures and some bytes alternate: there are more failures in all than are allowed in a row."""
     file = FakeFile(seed=1)
     file.random.choice = lambda kinds: kinds[0]  # type: ignore[assignment]
     where = ByteRange(0, 300)

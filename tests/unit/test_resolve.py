@@ -1,4 +1,4 @@
-"""What a SOURCE argument means."""
+"""A SOURCE argument is resolved to a model's files, a path or an address."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The pickle reader, where pieces of the input end within an opcode."""
+"""The pickle reader, with pieces of the input that end within an opcode."""
 
 import io
 

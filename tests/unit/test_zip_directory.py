@@ -1,4 +1,4 @@
-"""Where torch puts the bytes of a zip record, computed without reading its local header."""
+"""The position of a zip record's bytes is computed as torch chooses it, without reading the local header."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from streamconv.formats.zip_directory import _Entry, _have_torch_layout, _torch_
     ],
 )
 def test_record_positions_are_predicted_beyond_four_gibibytes(name: str, offset: int, size: int, start: int) -> None:
-    """As torch 2.15 wrote a tensor of 4 GiB and some small ones after it, whose offsets need 64-bit fields."""
+    """The numbers are from a file in which torch 2.15 wrote 4 GiB and some small tensors, with 64-bit offsets."""
     assert _torch_data_range(_Entry(offset, size, 0, name)) == ByteRange(start, size)
 
 
