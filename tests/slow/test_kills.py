@@ -103,7 +103,9 @@ def test_killed_synthetic_run_is_resumed_and_leaves_nothing_behind(tmp_path: Pat
     assert (tmp_path / ".out.streamconv-synthetic" / "dinov2_vits14_synthetic_seed0.pth").exists()
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"converted, 88,226,304 bytes .*, [1-9][0-9,]* of them before an interruption", done.stdout)
+    assert re.search(
+        r"converted, 88,226,304 bytes of weights \([1-9][0-9,]* of them before an interruption\)", done.stdout
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -191,7 +193,8 @@ def test_killed_conversion_to_the_hub_is_resumed(
     assert not (tmp_path / "stage").exists()
 
 
-def test_killed_download_is_resumed(server: FileServer, tmp_path: Path) -> None:
+def test_killed_download_is_resumed(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamconv.source.download.SYNC_BYTES", 2 << 20)
     torch.save(make_states(tiny(layers=3, hidden=512))[0], server.folder / "x.pth")  # 38 MB
     source, cache = f"{server.url}/x.pth", tmp_path / "torch" / "hub" / "checkpoints"
     size, journal = (server.folder / "x.pth").stat().st_size, cache / ".x.pth.streamconv-journal"

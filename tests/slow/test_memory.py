@@ -13,7 +13,7 @@ from tests.file_server import FileServer
 from tests.support import linux, peak_kb, run_python, save_zeros, tiny
 
 pytestmark = linux
-SMALL, LARGE = tiny(), tiny(layers=24, hidden=512)  # 3 and 300 MB
+SMALL, LARGE = tiny(layers=2, hidden=512), tiny(layers=24, hidden=512)  # 29 and 300 MB
 VIT_L = tiny(layers=24, hidden=1024)  # 1.2 GB
 
 
@@ -47,7 +47,7 @@ def test_memory_does_not_grow_with_the_model(server: FileServer, tmp_path: Path,
         if "{folder!r}" in code:
             places["folder"] = str(api.convert(source, tmp_path / f"{name} folder").output)
         peaks.append(peak_kb(f"import streamconv; {code.format(**places)}"))
-    assert (server.folder / "large.pth").stat().st_size > 40 * (server.folder / "small.pth").stat().st_size
+    assert (server.folder / "large.pth").stat().st_size > 10 * (server.folder / "small.pth").stat().st_size
     assert peaks[1] < limit_kb
     assert peaks[1] - peaks[0] < growth_kb
 
