@@ -119,7 +119,7 @@ class PageAligner:
         return buffer[len(self._begun) :]
 
     def add(self, count: int) -> tuple[int, memoryview]:
-        """Note that ``count`` bytes are in the window; return the pages that hold them, and their offset in the file."""
+        """Note that ``count`` bytes are in the window; return their pages' offset in the file, and the pages."""
         offset, end = self.position - len(self._begun), len(self._begun) + count
         self.position += count
         self._begun = bytes(self._buffer[end - end % PAGE_BYTES : end])

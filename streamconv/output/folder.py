@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from streamconv.output.files import as_output_error, make_folder, require_space, temporary_path, write_file
+from streamconv.output.files import as_output_error, make_folder, require_space, sync_folder, temporary_path, write_file
 from streamconv.output.journal import JOURNAL_NAME, Journal, OpenJournal, locked_journal
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, differences
 from streamconv.output.ownership import require_free
@@ -46,6 +46,8 @@ class OutputFolder:
     def finish(self) -> None:
         """End the journal: all files are complete."""
         self.journal.remove()
+        with as_output_error(self.path):
+            sync_folder(self.path)
 
     def remove_staging(self, names: Sequence[str]) -> None:
         """Delete our files, and the folder if that leaves it empty; everything has been uploaded."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.files.local import read_small
-from streamconv.output.files import as_output_error, is_still_linked, open_exclusive, sync_folder, temporary_path
+from streamconv.output.files import as_output_error, is_still_linked, open_exclusive, temporary_path
 from streamconv.output.manifest import FORMAT_VERSION, Provenance, WrittenFile
 from streamconv.output.typed_json import parse
 
@@ -198,7 +198,6 @@ class OpenJournal:
         self.require_linked()
         with as_output_error(self.path):
             self.path.unlink()
-            sync_folder(self.path.parent)
 
     def abandon(self, files: Iterable[Path]) -> bool:
         """After a failure, keep what the next process can resume, and delete whatever else is unfinished.
