@@ -55,7 +55,7 @@ def test_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path, save: Save
     torch.save({**state, "more": torch.zeros(1)}, tmp_path / "more.pth")
     (tmp_path / "file").touch()
     before = {path.name for path in tmp_path.iterdir()}
-    nowhere = {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}  # whatever network there is
+    nowhere = {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}  # with or without a network
     for code, message, words in (
         (2, "Did you mean dinov2_vitb14", ("run", "dinov2_vitb")),
         (2, "SOURCE is empty", ("run", "", "--no-verify")),
@@ -106,7 +106,7 @@ def test_progress_bar_appears_only_on_a_terminal(tmp_path: Path, save: Save) -> 
     try:
         while chunk := os.read(main, 4096):
             seen += chunk
-    except OSError:  # how a closed terminal ends
+    except OSError:  # as a closed terminal ends it
         pass
     os.close(main)
     process.communicate()

@@ -371,10 +371,10 @@ def test_folder_that_changes_while_it_is_reverted_is_refused(tmp_path: Path, suf
 
 def test_second_revert_to_the_same_file_is_refused(tmp_path: Path) -> None:
     folder = converted_folder(tmp_path, tiny())
-    said: Iterator[Any] = iter([True])
+    is_first: Iterator[Any] = iter([True])
 
     def progress(what: str, done: int, total: int, unit: str) -> None:
-        if next(said, False):
+        if next(is_first, False):
             with pytest.raises(OutputError, match=rf"back\.pth is being written by process {os.getpid()} on"):
                 streamconv.revert(folder, tmp_path / "back.pth")
 
@@ -472,14 +472,14 @@ def test_published_model_without_a_manifest_is_reverted_with_its_block_chunks(tm
 
 
 @pytest.mark.parametrize(
-    "said",
+    "changes",
     [{"filled": {"norm.bias": 1.0}}, {"filled": {"layernorm.bias": 1e300}},
      {"filled": {"layernorm.bias": 1.0, "encoder.layer.0.norm1.bias": 1.0}}],
 )  # fmt: skip
-def test_altered_manifest_does_not_change_the_reverted_bytes(tmp_path: Path, said: dict[str, object]) -> None:
+def test_altered_manifest_does_not_change_the_reverted_bytes(tmp_path: Path, changes: dict[str, object]) -> None:
     folder = converted_folder(tmp_path, tiny())
     path = folder / "streamconv.json"
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), **said}))
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
     streamconv.revert(folder, tmp_path / "back.pth")
     assert_same(original_states(tiny())[0], tmp_path / "back.pth")
 
