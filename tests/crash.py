@@ -96,7 +96,7 @@ class Disk:
 
 
 def after_power_cut(folder: Path, shadow: Path, every_name: bool) -> None:
-    """Make the folder what a disk would have kept of it."""
+    """Reduce the folder to what a disk would keep in a power cut."""
     names = {path.name: path.stat().st_ino for path in folder.iterdir()} if folder.exists() else {}
     sizes = {path.stat().st_ino: path.stat().st_size for path in folder.iterdir()} if folder.exists() else {}
     parent = shadow / f"{folder.parent.stat().st_ino}.names"

@@ -60,7 +60,7 @@ def test_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path, save: Save
         (2, "Did you mean dinov2_vitb14", ("run", "dinov2_vitb")),
         (2, "SOURCE is empty", ("run", "", "--no-verify")),
         (2, "name is empty", ("convert", backbone, "-o", "")),
-        (2, "by its name", ("run", backbone, "--synthetic", "--no-verify")),
+        (2, "needs the name of a model", ("run", backbone, "--synthetic", "--no-verify")),
         (4, "cannot be written", ("run", "dinov2_vits14", "--synthetic", "--no-verify", "-o", "x" * 300)),
         (2, "give one of them", ("run", "dinov2_vits14", "--model_name", "dinov2_vits14")),
         (2, "Give -o DIR", ("run", backbone, "--no-verify")),

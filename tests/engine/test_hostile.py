@@ -243,7 +243,7 @@ def test_handmade_legacy_file_without_a_fault_is_read(tmp_path: Path) -> None:
     assert torch.equal(torch.load(tmp_path / "x.pth", weights_only=True)["x0"], torch.arange(2.0))
 
 
-IN_A_ROW = {  # what a pickle is refused for that is not in a zip
+IN_A_ROW = {  # messages that differ from those for the same pickle in a zip
     "no end": "holds a list",  # of keys
     "a pickle of 13 MB": "at once",
     "a huge storage size": "ends within its weights",

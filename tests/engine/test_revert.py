@@ -131,7 +131,7 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
         (CorruptError, "has no dtype, shape or data_offsets for", "damaged", "x.pth", None),
         (MappingError, r"\(dinov2\), but:\n  bert.encoder.layer.0.weight\n", "bert", "x.pth", None),
         (MappingError, r"\(dinov2\), but:\n", "original", "x.pth", None),
-        (MappingError, "its tensors are I32, which is no model's dtype", "whole", "x.pth", None),
+        (MappingError, "its tensors are I32, but weights are floats", "whole", "x.pth", None),
         (OutputError, "there.pth exists already. Choose another name, or delete it", "folder", "there.pth", None),
         (OutputError, "there.pth exists already", "classifier/folder", "x.pth", "there.pth"),
         (OutputError, "exists already", "folder", "folder/model.safetensors", None),
@@ -141,7 +141,7 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
         (UsageError, "End its name in .pth", "folder", "x", None),
         (UsageError, "End its name in .pth", "classifier/folder", "x.pth", "head"),
         (UsageError, "is a classifier, .* --head FILE", "classifier/folder", "x.pth", None),
-        (UsageError, "is not a classifier .* Leave --head out", "folder", "x.pth", "y.pth"),
+        (UsageError, "is not a classifier .* Omit --head", "folder", "x.pth", "y.pth"),
         (UsageError, "Give --head another name", "classifier/folder", "x.pth", "./x.pth"),
     ):
         with pytest.raises(error, match=message):
@@ -155,7 +155,7 @@ def test_revert_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path) -> 
     for code, message, words in (
         (2, "Missing option", ("folder",)),
         (2, "End its name in", ("folder", "-o", "")),
-        (2, "Leave --head out", ("folder", "-o", "x.pth", "--head", "y.pth")),
+        (2, "Omit --head", ("folder", "-o", "x.pth", "--head", "y.pth")),
         (3, "is not a folder", ("none", "-o", "x.pth")),
         (4, "exists already", ("folder", "-o", "there.pth")),
     ):

@@ -38,7 +38,7 @@ from tests.file_server import FileServer
 from tests.support import Save, tiny
 
 
-# Each pair of values once: architectures meet layouts in every way that two of them can.
+# Every pair of values of two parameters occurs once.
 @pytest.mark.parametrize(
     ("swiglu", "registers", "chunk", "wrap"),
     [(False, 0, 0, "bare"), (False, 4, 1, "teacher"), (True, 0, 1, "teacher"), (True, 4, 0, "teacher"),

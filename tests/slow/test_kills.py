@@ -185,7 +185,7 @@ def test_killed_conversion_to_the_hub_is_resumed(
     assert "uploaded to ada/it, one file at a time" in done.stdout
     assert f"published: {hub.url}/ada/it/commit/" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
-    # A kill between the end of a sending and its mark may cost this one once more.
+    # A kill between the end of an upload and its journal entry may repeat that upload.
     assert sum(hub.uploads.values()) <= len(hub.uploads) + 3
     require_uploaded_folder(hub, server, tmp_path)
     assert not (tmp_path / "stage").exists()
