@@ -1,4 +1,4 @@
-"""Converts published checkpoints to Hugging Face's format by streaming, and proves the result.
+"""Converts published checkpoints to Hugging Face's format by streaming, and verifies the result.
 
 Importing it imports neither torch nor transformers; `verify` does when it is called.
 """

@@ -35,7 +35,7 @@ STEPS = ("pwrite", "write", "fsync", "fdatasync", "replace", "ftruncate", "posix
 
 
 class Disk:
-    """Counts what a process does to the disk, ends it at a given step, and knows what would survive a power cut."""
+    """Counts a process's disk operations, ends it at a given one, and tracks what would survive a power cut."""
 
     def __init__(self, shadow: Path, source: Path, stop_at: int | None, half: bool):
         self.shadow, self.stop_at, self.half = shadow, stop_at, half
@@ -46,7 +46,7 @@ class Disk:
 
     def install(self, folder: Path) -> None:
         for path in (folder.parent, *([folder, *folder.iterdir()] if folder.exists() else [])):
-            self._keep(path)  # what is there now lasts
+            self._keep(path)  # the present contents survive
         for name in STEPS:
             setattr(os, name, self._step(name))
         os.preadv = self._preadv  # type: ignore[assignment]
@@ -81,7 +81,7 @@ class Disk:
         self.counts[:] = struct.pack("qq", self.steps, self.read)
 
     def _sync(self, fd: int) -> None:
-        """Instead of the disk's: a copy of what is there now."""
+        """Replaces the disk's sync: keeps a copy of the present contents."""
         self._keep(Path(f"/proc/self/fd/{fd}"))
 
     def _keep(self, path: Path) -> None:
@@ -96,7 +96,7 @@ class Disk:
 
 
 def after_power_cut(folder: Path, shadow: Path, every_name: bool) -> None:
-    """Make the folder what a disk would have kept of it."""
+    """Reduce the folder to what a disk would keep in a power cut."""
     names = {path.name: path.stat().st_ino for path in folder.iterdir()} if folder.exists() else {}
     sizes = {path.stat().st_ino: path.stat().st_size for path in folder.iterdir()} if folder.exists() else {}
     parent = shadow / f"{folder.parent.stat().st_ino}.names"
@@ -117,7 +117,7 @@ def after_power_cut(folder: Path, shadow: Path, every_name: bool) -> None:
 
 
 def convert(source: Path, folder: Path, shard_size: str, dtype: str | None, disk: Disk) -> int:
-    """In a process of its own; its exit code: 0 converted, 9 killed."""
+    """Convert in a forked process. Returns its exit code: 0 converted, 9 killed."""
     child = os.fork()
     if not child:
         try:
@@ -137,7 +137,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype: str | None = None) -> dict[str, Any]:
     hashing.BUFFER_BYTES = file_contents.BUFFER_BYTES = (1 << 20) // SCALE * 2
     file_contents.PIECE_BYTES = (512 << 10) // SCALE * 2
-    hashing.RING_BUFFERS //= 2  # of buffers that are larger, so scaled
+    hashing.RING_BUFFERS //= 2  # of buffers, which are scaled by the same factor
     streaming.SYNC_BYTES //= SCALE
     shadow, folder = place / "shadow", place / "out"
 
@@ -159,7 +159,7 @@ def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype
     for point in points:
         shutil.rmtree(folder, ignore_errors=True)
         done = 0
-        # Killed once, and half the time a second time, while it goes on.
+        # Killed once, and in half of the tries a second time, after it was resumed.
         for stop_at in (point, *([choice.randrange(1, steps)] if choice.random() < 0.5 else [])):
             disk = fresh(stop_at, choice.random() < 0.5)
             code = convert(source, folder, shard_size, dtype, disk)

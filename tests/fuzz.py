@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_SECONDS = 1.0
-MAX_TENSOR_BYTES = 1 << 20  # a view may be expanded without end; its description is what counts here
+MAX_TENSOR_BYTES = 1 << 20  # a view may be expanded to any size; only its description matters here
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ class HubServer:
     def requests(self, pattern: str) -> list[tuple[str, str, str | None]]:
         return [entry for entry in self.log if re.search(pattern, entry[1])]
 
-    # What the requests do. Each gives a status, a body for JSON, bytes or None, and headers.
+    # The effects of requests. Each returns a status, a body (JSON, bytes or None), and headers.
 
     def answer(
         self, part: str, method: str, path: str, query: dict[str, str], token: str | None, body: bytes
@@ -440,7 +440,7 @@ def _handler(hub: HubServer, part: str) -> type[BaseHTTPRequestHandler]:
                 status, data = 206, data[first : last + 1]
             self.send_response(status)
             kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
-            # A redirect that clients are to see the file's own headers in says its length, too, and has no body.
+            # A redirect from which clients read the file's own headers has the file's length, too, but no body.
             for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **headers}.items():
                 self.send_header(name, value)
             if self.headers.get("X-Request-Id"):

@@ -48,11 +48,11 @@ from streamconv.cli.terminal import fail, print_json, print_lines, report_errors
 from streamconv.errors import UsageError
 
 EXIT_CODES = """\b
-Exit codes: 0 done, and all that was verified is right; 1 verification found a difference;
+Exit codes: 0 success, and everything verified is correct; 1 verification found a difference;
 2 wrong usage; 3 the source cannot be converted; 4 the output cannot be written; 130 interrupted."""
 
 app = typer.Typer(
-    help="Converts published checkpoints to Hugging Face's format by streaming, and proves the result.",
+    help="Converts published checkpoints to Hugging Face's format by streaming, and verifies the result.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
@@ -91,7 +91,7 @@ def run(
 ) -> None:
     """Convert a checkpoint and verify the result."""
     if source is not None and model_name is not None:
-        fail(UsageError("SOURCE and --model_name are the same. Give one of them."))
+        fail(UsageError("SOURCE and --model_name mean the same. Give only one of them."))
     name = next((word for word in (source, model_name) if word is not None), DEFAULT_MODEL)
     results = Results(as_json)
     with report_errors(results.finish):
@@ -124,7 +124,7 @@ def run(
     print_report_path(report, as_json)
     if not done.passed:
         if push is not None and done.published is None:
-            print("Not pushed, because verification failed. --push-unverified insists.", file=sys.stderr)
+            print("Not pushed, because verification failed. --push-unverified pushes anyway.", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -161,11 +161,14 @@ def revert(
     head: Annotated[Path | None, typer.Option(metavar="FILE", help="The file for a classifier's linear head.")] = None,
     block_chunks: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Lists that the blocks are in, 0 for one. [default: as they were converted]"),
+        typer.Option(
+            metavar="N",
+            help="The number of chunks for the blocks, 0 for one plain list. [default: as before the conversion]",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a folder's model in its authors' layout: what convert does, backwards."""
+    """Convert a folder back to its authors' format."""
     with report_errors(), ProgressReport() as progress:
         reverted = streamconv.revert(folder, output, head=head, block_chunks=block_chunks, progress=progress)
     if as_json:
@@ -181,7 +184,7 @@ def verify(
         str | None,
         typer.Argument(
             metavar="SOURCE",
-            help="A model's name, a checkpoint file, or its address. Without it, the files are checked by themselves.",
+            help="A model's name, a checkpoint file, or its URL. [default: check the files without a source]",
             show_default=False,
         ),
     ] = None,
@@ -196,7 +199,7 @@ def verify(
     report: Report = None,
     as_json: Json = False,
 ) -> None:
-    """Prove a converted folder against its source: every byte, the loading, and what the model computes.
+    """Verify a converted folder against its source: every byte, loading, and the outputs of every layer.
 
     Without SOURCE, each file is checked against the size and sha256 in the folder's streamconv.json.
     """
@@ -207,8 +210,8 @@ def verify(
         )
         if source is None and (source_options, options) != (SourceOptions(), VerificationOptions(report=report)):
             raise UsageError(
-                "--head, --select, --num-heads, --device, --image, --reference, --no-parity and --stream are for a "
-                "comparison with the source. Name the SOURCE too."
+                "--head, --select, --num-heads, --device, --image, --reference, --no-parity and --stream only apply to "
+                "a comparison with the source. Give SOURCE, too."
             )
         with ProgressReport() as progress:
             verified = streamconv.verify(folder, source, options, source_options, progress=progress)
@@ -232,7 +235,7 @@ def plan(
     num_heads: NumHeads = None,
     as_json: Json = False,
 ) -> None:
-    """Show what would be written: mapping, shards, bytes. No weight is read."""
+    """Show what convert would write: mapping, shards, bytes. No weight is read."""
     with report_errors():
         options = conversion_options(head, select, num_heads, max_shard_size, dtype)
         planned = streamconv.plan(source, options)
@@ -244,17 +247,19 @@ def plan(
 
 @app.command()
 def models() -> None:
-    """List the models: names, sizes, files, published names."""
+    """List the known models with their published names, sizes and files."""
     print_lines(model_lines())
 
 
 @app.command()
 def synth(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The checkpoint to write; a head goes beside it.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The checkpoint to write; a head is written next to it.")
+    ],
     seed: Seed = 0,
 ) -> None:
-    """Write a random checkpoint in the model's original layout, exact in names and shapes."""
+    """Write a random checkpoint with the model's original names and shapes."""
     with report_errors():
         written = streamconv.synth(model, file, seed=seed)
     print_lines(
@@ -278,9 +283,9 @@ def _options(
         try:
             os.getcwd()
         except FileNotFoundError:
-            raise UsageError("The current folder is gone. Change to another one.") from None
+            raise UsageError("The current folder no longer exists. Change to another one.") from None
 
 
 def main() -> None:
-    """The console script. However it is interrupted, no unfinished file gets its name."""
+    """Run the console script. However it is interrupted, no incomplete file gets its final name."""
     run_with_signals(lambda: app(with_values(sys.argv[1:])))

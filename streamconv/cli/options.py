@@ -101,7 +101,7 @@ Revision = Annotated[
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing to the branch.")]
 PushUnverified = Annotated[
     bool,
-    typer.Option("--push-unverified", help="Push even if verification failed or did not run. The model card says so."),
+    typer.Option("--push-unverified", help="Push even if verification failed or did not run; the card mentions it."),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Prints what `run` and `verify` find, as it comes or as JSON at the end."""
+"""Prints the results of `run` and `verify`, each as soon as it is available, or all as JSON at the end."""
 
 import sys
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from streamconv.verification.result import Verification
 
 
 class Results:
-    """Prints results as they come or, as JSON, all of them at the end."""
+    """Prints each result as soon as it is available or, as JSON, all of them at the end."""
 
     def __init__(self, as_json: bool):
         self._as_json, self._is_finished = as_json, False
@@ -34,7 +34,7 @@ class Results:
         return on_result
 
     def finish(self) -> None:
-        """Print what is left to say; called after an error, too, which may come when the work is done."""
+        """Print the remaining results. This is also called after an error, which may come after the work is done."""
         if self._is_finished or self._conversion is None:
             return
         self._is_finished = True

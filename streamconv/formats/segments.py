@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LateBytes:
-    """``size`` bytes that are known when the tensors before them are: ``make`` gets their CRC-32s by name."""
+    """``size`` bytes that depend on the tensors before them: ``make`` returns them from the CRC-32s by name."""
 
     size: int
     make: Callable[[Mapping[str, int]], bytes]

@@ -1,7 +1,7 @@
 """Lays out a .pth as torch.save does, without torch, so that it can be written from its first byte to its last.
 
 A record's CRC-32 follows its bytes, and so does the zip's directory. The layout is that of torch's own writer (miniz in
-caffe2/serialize/inline_container.cc), with the same numbers of 32 and 64 bits; the zip format is described in
+caffe2/serialize/inline_container.cc), with the same choice of 32-bit and 64-bit fields; the zip format is described in
 https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, sections 4.3.6 to 4.3.16 and 4.5.3. The pickle is spelled
 out here because its names are torch's, and pickling a name imports its module.
 """
@@ -18,8 +18,8 @@ from streamconv.formats.segments import LateBytes, Segment
 from streamconv.tensors.info import DTYPES, TensorInfo, contiguous_strides
 
 _EMPTY_DICT = b"ccollections\nOrderedDict\n)R"
-_ALIGNMENT = 64  # torch maps records into memory, and wants them aligned
-_MAX32, _MAX16 = 0xFFFFFFFF, 0xFFFF  # a field holds this if the number is in a 64-bit field elsewhere
+_ALIGNMENT = 64  # torch maps records into memory and aligns them
+_MAX32, _MAX16 = 0xFFFFFFFF, 0xFFFF  # a field has this value if the number is in a 64-bit field elsewhere
 _IN_UTF8, _CRC_FOLLOWS = 1 << 11, 1 << 3  # flags
 
 
@@ -41,7 +41,7 @@ def pth_segments(prefix: str, tensors: Mapping[str, TensorInfo]) -> list[Segment
 def write_pth(
     file: BinaryIO, prefix: str, tensors: Mapping[str, TensorInfo], data: Callable[[str], Iterable[bytes | memoryview]]
 ) -> None:
-    """Write a .pth whose values are made on the way: ``data`` gives the bytes of a tensor in pieces."""
+    """Write a .pth whose values are generated meanwhile: ``data`` yields the bytes of a tensor in pieces."""
     crcs: dict[str, int] = {}
     for segment in pth_segments(prefix, tensors):
         if isinstance(segment, str):
@@ -140,7 +140,7 @@ def _directory(records: Sequence[_Record], crcs: Mapping[str, int]) -> bytes:
 
 
 def _pickled(tensors: Mapping[str, TensorInfo]) -> bytes:
-    """Protocol 2: an OrderedDict of torch._utils._rebuild_tensor_v2 calls, as a state dict is saved."""
+    """Pickle a state dict by protocol 2: an OrderedDict of torch._utils._rebuild_tensor_v2 calls."""
     items = b"".join(
         _literal(name)
         + b"ctorch._utils\n_rebuild_tensor_v2\n("
@@ -154,5 +154,5 @@ def _pickled(tensors: Mapping[str, TensorInfo]) -> bytes:
 
 
 def _literal(value: object) -> bytes:
-    """The opcodes that push a plain value: a pickle of it, without its head and its end."""
+    """Return the opcodes that push a plain value: its pickle without the beginning and the end."""
     return pickle.dumps(value, protocol=2)[2:-1]

@@ -39,10 +39,10 @@ SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
 
 @dataclass(frozen=True)
 class Reverted:
-    """What was written: the file of a backbone, and that of a classifier's head.
+    """The result of `revert`: the file of a backbone, and that of a classifier's head.
 
     ``model`` is None if no published model has these dimensions. ``weights`` counts bytes of tensors. ``resumed_bytes``
-    counts the bytes of the files that an interrupted run had written, and that were checked and kept.
+    counts the bytes that an interrupted run had written and that were kept after a check.
     """
 
     family: Family
@@ -60,7 +60,7 @@ class Reverted:
         return self.family.title_of(self.model)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON."""
         return {
             "model": self.model.name if self.model else None,
             "files": [
@@ -90,10 +90,10 @@ def revert(
         progress: Called with the bytes written.
 
     Raises:
-        UsageError: a file has another suffix, or a classifier's head is not named, or another model's is.
+        UsageError: a file has another suffix, or ``head`` is missing for a classifier or given for another model.
         SourceError: the folder does not hold a model of a known family; lists all differences.
-        OutputError: a file exists already, or cannot be written. The same call resumes; the files get their names when
-            both are complete.
+        OutputError: a file exists already, or cannot be written. The same call resumes; the files are renamed into
+            place when both are complete.
     """
     source = Path(folder)
     paths = tuple(Path(path) for path in (output, head) if path is not None)
@@ -119,9 +119,9 @@ def revert(
             tensors = {chunked_key(key, count, chunks): tensor for key, tensor in tensors.items()}
         backbone, heads = family.split_head(tensors)
         if heads and head is None:
-            raise UsageError(f"{source} is a classifier, whose head is a file of its own. Name it: --head FILE.")
+            raise UsageError(f"{source} is a classifier, whose head needs a separate file. Name it with --head FILE.")
         if head is not None and not heads:
-            raise UsageError(f"{source} is not a classifier and has no head. Leave --head out.")
+            raise UsageError(f"{source} is not a classifier and has no head. Omit --head.")
         files = dict(zip(paths, (backbone, heads), strict=False))
         written, resumed_bytes = _write(files, checkpoint, source, progress)
     weights = sum(tensor.info.nbytes for tensor in tensors.values())
@@ -141,7 +141,7 @@ def _require_writable(paths: Sequence[Path], source: Path) -> None:
 
 
 def _without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) -> Mapping[str, SourceTensor]:
-    """Leave out the tensors that a conversion filled in, if all of them still have their values."""
+    """Omit the tensors that a conversion filled in, if all of them still have their constant values."""
     if not constants.keys() <= checkpoint.keys():
         return checkpoint
     for name, value in constants.items():
@@ -150,7 +150,7 @@ def _without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) ->
             return checkpoint
         try:
             data = filled(value, info).tobytes()
-        except OverflowError:  # beyond the range of a dtype: someone altered the manifest
+        except OverflowError:  # outside the range of the dtype, so the manifest was altered
             return checkpoint
         if checkpoint[name].tobytes(checkpoint.reader) != data:
             return checkpoint
@@ -166,18 +166,18 @@ def _originals(
     if found is None:
         known = ", ".join(each.name for each in all_families())
         held = [*list(infos)[:3], *["…"] * (len(infos) > 3)]
-        raise MappingError(f"{where} holds no model that streamconv converts to ({known}), but:", held)
+        raise MappingError(f"{where} does not hold a model that streamconv can convert to ({known}). It holds:", held)
     family, sources = found
     originals = {key: joined([checkpoint[name] for name in names]) for key, names in sources.items()}
     dimensions = family.read_dimensions({key: tensor.info for key, tensor in originals.items()})
     heads = family.attention_heads
-    # The number of heads is not in the files written: without a config.json, any number will do.
+    # The files to be written do not contain the number of heads, so any number will do if there is no config.json.
     spec = family.conversion_spec(heads.with_number(dimensions, heads.number_in(config) or 1) if heads else dimensions)
     problems = family.config_problems(spec, config)
     tensors = invert(spec.rules, checkpoint, spec.dims, spec.count, where, problems)
     dtype = next(iter(tensors.values())).info.dtype  # of them all: `invert` refuses mixed ones
     if not DTYPES[dtype].is_weight:
-        raise MappingError(f"{where} cannot be reverted:", [f"its tensors are {dtype}, which is no model's dtype"])
+        raise MappingError(f"{where} cannot be reverted:", [f"its tensors are {dtype}, but weights are floats"])
     model = next((known for known in family.models if known.dimensions == dimensions), None)
     return family, model, spec.count, tensors
 
@@ -185,7 +185,7 @@ def _originals(
 def _write(
     files: Mapping[Path, Mapping[str, AnyTensor]], checkpoint: Checkpoint, source: Path, progress: Progress
 ) -> tuple[dict[Path, WrittenFile], int]:
-    """Write all of the files, or none; also return how many of their bytes an interrupted process had written."""
+    """Write all of the files, or none. Also returns how many of their bytes an interrupted process had written."""
     contents = {path: _segments(path, tensors) for path, tensors in files.items()}
     sizes = {path: sum(map(size_of, segments)) for path, segments in contents.items()}
     provenance = Provenance(

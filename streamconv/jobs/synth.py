@@ -1,6 +1,6 @@
 """Random checkpoints in a model's original layout, exact in names and shapes, in bounded memory.
 
-They show and test the whole job where no weights can be had. The same seed gives the same file.
+They demonstrate and test the whole job when no weights are available. The same seed gives the same file.
 """
 
 import math
@@ -23,18 +23,18 @@ CHUNK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True)
 class SyntheticFiles:
-    """A backbone's file, and a classifier's head's."""
+    """The file of a backbone, and that of a classifier's head."""
 
     backbone: Path
     head: Path | None
 
 
 def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> SyntheticFiles:
-    """Write a random checkpoint of a published model; a classifier's head goes beside it.
+    """Write a random checkpoint of a published model; a classifier's head is written next to it.
 
     Raises:
         UsageError: there is no such model.
-        OutputError: a file is there already, or cannot be written.
+        OutputError: a file exists already, or cannot be written.
     """
     family, found = find_model(model)
     backbone = Path(path)
@@ -53,17 +53,17 @@ def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> SyntheticF
 
 @contextmanager
 def temporary_checkpoint(model: str, output: Path | None, *, seed: int = 0) -> Iterator[SyntheticFiles]:
-    """A random checkpoint for as long as the block runs, in a hidden folder beside ``output``.
+    """Yield a random checkpoint in a hidden folder next to ``output``, which is deleted when the block ends.
 
-    What a killed process left there is used, and deleted in the end.
+    The files of a killed process are reused.
 
     Raises:
-        UsageError, OutputError: as `synth`; or another process has it.
+        UsageError, OutputError: see `synth`; or another process uses the folder.
     """
     try:
         _, found = find_model(model)
     except UsageError as error:
-        raise UsageError(f"--synthetic makes a model by its name: {error}") from None
+        raise UsageError(f"--synthetic needs the name of a model: {error}") from None
     folder = output or Path(found.published_name)
     near = next((path for path in folder.absolute().parents if os.path.isdir(path)), folder)
     temporary = near / f".{folder.name}.streamconv-synthetic"
@@ -74,7 +74,7 @@ def temporary_checkpoint(model: str, output: Path | None, *, seed: int = 0) -> I
         except BlockingIOError:
             raise OutputError(f"{folder} is being written by another process. Let it finish, or end it.") from None
     try:
-        # The name stands in the manifest: no one shall take these weights for the published ones.
+        # The manifest records this name, so that nobody takes these weights for the published ones.
         backbone = temporary / f"{model}_synthetic_seed{seed}.pth"
         head = _head_path(backbone, found)
         made = SyntheticFiles(backbone, head)
@@ -88,9 +88,9 @@ def temporary_checkpoint(model: str, output: Path | None, *, seed: int = 0) -> I
 
 
 def _head_path(backbone: Path, model: Model) -> Path | None:
-    """Name the head's file after the backbone's in the authors' way: x_linear_head.pth beside x.pth or x_pretrain.pth.
+    """Name the head's file as the authors do: x_linear_head.pth next to x.pth or x_pretrain.pth.
 
-    None if the model has no head.
+    Returns None if the model has no head.
     """
     if model.head is None:
         return None
@@ -110,7 +110,7 @@ def _write(path: Path, infos: dict[str, TensorInfo], seed: int) -> None:
 
 
 def _values(name: str, info: TensorInfo, seed: int, number: int) -> Iterator[bytes]:
-    """Normal values at the scale that keeps activations near 1, so that outputs are finite and vary."""
+    """Yield normal values at a scale that keeps activations near 1, so that outputs are finite and vary."""
     import numpy as np
 
     random = np.random.default_rng([seed, number])

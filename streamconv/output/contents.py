@@ -1,4 +1,4 @@
-"""The contents of a file to be written: segments, cut to pieces that fill buffers, and read from their sources."""
+"""The contents of a file to be written: segments, which are cut into pieces and read into buffers."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,9 +23,9 @@ Segments = Sequence[bytes | tuple[str, AnyTensor] | LateBytes]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a segment: of a tensor, or ``size`` bytes from ``start`` on of what is not one.
+    """A part of a segment: the tensor of ``segment``, or ``size`` bytes of other segments from ``start`` on.
 
-    ``at`` is its offset in the file; ``is_kept`` tells whether an earlier process wrote it.
+    ``at`` is its offset in the file; ``is_kept`` is True if an earlier process wrote it.
     """
 
     at: int
@@ -36,7 +36,7 @@ class Piece:
 
 
 class Contents:
-    """Fills buffers with pieces: from the source, or from the file what an earlier process wrote before ``point``."""
+    """Fills buffers with pieces, from the source or, before ``point``, from the file of an earlier process."""
 
     def __init__(self, segments: Segments, point: ResumePoint, reader: Reader, checks: RecordChecks):
         self._segments, self._point, self._reader, self._checks = segments, point, reader, checks
@@ -58,7 +58,7 @@ class Contents:
                 yield from parts_of(segment[1])
 
     def prefetch(self) -> None:
-        """Announce to the source's files what will be read from them."""
+        """Announce the reads to the source's files."""
         for file in self._files:
             self._reader.open(file).prefetch(self._reads(file))
 
@@ -92,10 +92,10 @@ class Contents:
         return filled, moved
 
     def read_back(self, batch: Sequence[Piece], buffer: memoryview, file: OutputFile) -> int:
-        """Fill ``buffer`` with what an earlier process wrote, checked; return the number of bytes.
+        """Fill ``buffer`` with the bytes that an earlier process wrote, and check them; return their number.
 
         Raises:
-            CorruptError: values differ from what the source is cast to.
+            CorruptError: values differ from the source's after the cast.
         """
         filled = 0
         for piece in batch:
@@ -108,13 +108,13 @@ class Contents:
                 elif self._is_read(piece, tensor):
                     self._read_tensor(name, tensor, piece.at, self._again[: piece.size])
                     if bytes(self._again[: piece.size]) != bytes(part):
-                        raise CorruptError(f"{name} differs from what its source is cast to.")
+                        raise CorruptError(f"{name} differs from its source after the cast.")
             self._add_crc(piece, part)
             filled += piece.size
         return filled
 
     def _read_tensor(self, name: str, tensor: SourceTensor, at: int, part: memoryview) -> int:
-        """Fill ``part``, through ``_stored`` if it is cast; return how many values that made infinite."""
+        """Fill ``part``, through ``_stored`` if it is cast; return how many values the cast made infinite."""
         self._places[tensor.record] = self._places.get(tensor.record, (at, at))[0], at
         stored = (self._stored if tensor.cast_to else part)[: tensor.info.nbytes]
         self._checks.add(name, tensor, tensor.read_into(stored, self._reader))
@@ -158,7 +158,7 @@ def size_of(segment: bytes | tuple[str, AnyTensor] | LateBytes) -> int:
 
 
 def fingerprint(segments: Segments) -> str:
-    """Return a sha256 over the origin of every byte, as names and places in the source's files."""
+    """Return a sha256 over the origin of every byte: names, and places in the source's files."""
     digest = sha256()
     for segment in segments:
         if isinstance(segment, tuple):
@@ -171,7 +171,7 @@ def fingerprint(segments: Segments) -> str:
 
 
 def batches(segments: Segments, point: ResumePoint) -> Iterator[list[Piece]]:
-    """Cut the segments to pieces, and join these to what fills a buffer, in the file's order."""
+    """Cut the segments into pieces, and group these into batches that fit into a buffer, in the file's order."""
     batch: list[Piece] = []
     size = at = 0
     is_kept = at < point.size
@@ -189,7 +189,7 @@ def batches(segments: Segments, point: ResumePoint) -> Iterator[list[Piece]]:
 def _parts(
     segment: bytes | tuple[str, AnyTensor] | LateBytes,
 ) -> Iterator[tuple[bytes | tuple[str, SourceTensor] | LateBytes, int, int]]:
-    """Cut a segment to parts of at most `PIECE_BYTES`, each with its start, unless it is a tensor's, and its length."""
+    """Cut a segment into parts of at most `PIECE_BYTES`, each with its start (0 for a tensor) and its length."""
     if isinstance(segment, tuple):
         name, tensor = segment
         yield from (((name, piece), 0, piece.target.nbytes) for piece in tensor.split(PIECE_BYTES))

@@ -55,7 +55,7 @@ class OutputFile:
         self.write_at(offset, pages)
 
     def close(self) -> None:
-        """Close it. Later calls from other threads fail with EBADF instead of using a descriptor of another file."""
+        """Close the file. Later calls from other threads fail with EBADF instead of using another file's descriptor."""
         fd, self._fd = self._fd, -1
         os.close(fd)
 
@@ -84,7 +84,7 @@ class OutputFile:
 
     @contextmanager
     def stream(self) -> Iterator[BinaryIO]:
-        """Open it as a Python file object, to write from its beginning."""
+        """Open the file as a Python file object, to write from its beginning."""
         with as_output_error(self._path), os.fdopen(os.dup(self._fd), "r+b") as stream:
             yield stream
 
@@ -113,13 +113,13 @@ class PageAligner:
         self._buffer = memoryview(b"")
 
     def next_window(self, buffer: memoryview) -> memoryview:
-        """Return the part of ``buffer``, which consists of pages of memory, that the next bytes belong in."""
+        """Return the part of ``buffer``, which consists of memory pages, that the next bytes belong in."""
         buffer[: len(self._begun)] = self._begun
         self._buffer = buffer
         return buffer[len(self._begun) :]
 
     def add(self, count: int) -> tuple[int, memoryview]:
-        """Note that ``count`` bytes are in the window; return their pages' offset in the file, and the pages."""
+        """Note that ``count`` bytes are in the window; return their offset in the file, and the pages with them."""
         offset, end = self.position - len(self._begun), len(self._begun) + count
         self.position += count
         self._begun = bytes(self._buffer[end - end % PAGE_BYTES : end])
@@ -170,7 +170,7 @@ def atomic_file(path: Path, *, resume: bool = False) -> Iterator[OutputFile]:
     Its mode is the umask's choice, as for any file that a user creates.
 
     Raises:
-        OutputError: the disk is full, or does not let us write.
+        OutputError: the disk is full or not writable, or another process is writing the file.
     """
     temporary = temporary_path(path)
     with as_output_error(temporary):
@@ -194,7 +194,7 @@ def atomic_file(path: Path, *, resume: bool = False) -> Iterator[OutputFile]:
             sync_folder(path.parent)
     except BaseException:
         if not resume:
-            with suppress(OSError):  # a disk that lets nothing be removed; the first error reports it
+            with suppress(OSError):  # a disk on which nothing can be removed; the first error reports it
                 if is_still_linked(fd, temporary):
                     temporary.unlink()
         raise

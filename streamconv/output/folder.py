@@ -23,19 +23,19 @@ class OutputFolder:
         self.path, self.journal = path, journal
 
     def uploaded(self, name: str, to: str) -> WrittenFile | None:
-        """Return what a file was that was uploaded to ``to``; None if it was not."""
+        """Return the size and sha256 of a file that was uploaded to ``to``; None if it was not uploaded."""
         point = self.journal.recorded(self.path / name)
         return point.written if point.sent_to == to else None
 
     def mark_uploaded(self, name: str, to: str) -> None:
-        """Record that a complete file was uploaded, and delete it here."""
+        """Record that a complete file was uploaded, and delete it from the disk."""
         file = self.path / name
         self.journal.record(file, replace(self.journal.recorded(file), sent_to=to))
         with as_output_error(file):
             file.unlink()
 
     def discard(self, name: str) -> None:
-        """Delete what was written of a file: it cannot be trusted."""
+        """Delete a partial file that cannot be trusted."""
         self.journal.discard(self.path / name)
 
     def write(self, name: str, data: bytes) -> None:
@@ -80,7 +80,7 @@ def open_output_folder(folder: Path, provenance: Provenance, names: Sequence[str
         make_folder(folder)
     with locked_journal(folder / JOURNAL_NAME, folder) as journal:
         try:
-            require_free(folder, provenance, names, journal.contents)  # what may have come before the lock
+            require_free(folder, provenance, names, journal.contents)  # files may have appeared before the lock
             _start(folder, journal, provenance)
             yield OutputFolder(folder, journal)
         except BaseException:

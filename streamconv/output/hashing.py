@@ -14,7 +14,7 @@ BUFFER_BYTES, RING_BUFFERS = 1 << 20, 8
 
 
 class BackgroundHash:
-    """Lends buffers, and hashes what they were filled with; use it in a ``with`` statement.
+    """Lends buffers, and hashes the data that they are filled with; use it in a ``with`` statement.
 
     Buffers that do not fit into the CPU's cache make every step slower, so there is a ring of small ones. They consist
     of pages of memory, one more than `BUFFER_BYTES` need, so that whole pages can be written from them.
@@ -47,8 +47,8 @@ class BackgroundHash:
     def update(self, data: memoryview | bytes, *uses: "Future[None]") -> None:
         """Hash ``data``, which must not change while `RING_BUFFERS` - 1 further buffers are taken.
 
-        ``uses`` are other uses of the same buffer: it is not lent again before they end, and what they raise is raised
-        by then.
+        ``uses`` are other uses of the same buffer: it is not lent again before they end, and their exceptions are
+        raised then at the latest.
         """
         self._pending.append((self._thread.submit(self._digest.update, data), *uses))
 

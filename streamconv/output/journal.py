@@ -63,7 +63,7 @@ class WritingProcess:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A line of a journal: one of a ``provenance``, a ``process``, or a ``file`` and how far it is."""
+    """A line of a journal: a ``provenance``, a ``process``, or a ``file`` and its resume point."""
 
     provenance: Provenance | None = None
     process: WritingProcess | None = None
@@ -83,12 +83,12 @@ class Journal:
 
     @property
     def is_resumable(self) -> bool:
-        """Whether any file has bytes that need not be written again."""
+        """True if any file has bytes that need not be written again."""
         return any(point.size for point in self.resume_points.values())
 
     @classmethod
     def read(cls, path: Path) -> "Journal":
-        """Read a journal as far as its lines are complete; an empty one if there is no such file.
+        """Read the complete lines of a journal; return an empty one if there is no such file.
 
         Raises:
             OutputError: it cannot be read, or was written by another version of streamconv.
@@ -140,7 +140,7 @@ class OpenJournal:
         self.contents = Journal.read(path)
 
     def start(self, provenance: Provenance, complete: Mapping[str, WrittenFile]) -> None:
-        """Record what is written from now on, and by whom; what the journal has of it already is kept.
+        """Record the provenance, unless the journal has it already, and that this process writes from now on.
 
         ``complete`` are files that an earlier process had finished. The journal's name lasts when the folder is synced:
         before the first resume point, together with the file's.
@@ -164,11 +164,11 @@ class OpenJournal:
         self.contents = Journal()
 
     def recorded(self, file: Path) -> ResumePoint:
-        """Return how far a file is according to the journal."""
+        """Return the resume point that the journal records for a file."""
         return self.contents.resume_points.get(name_in(self.path, file), NOT_STARTED)
 
     def resume_point(self, file: Path) -> ResumePoint:
-        """Return where to resume a file, which has its temporary name then."""
+        """Return where to resume a file, and give it its temporary name again if it was renamed into place."""
         self.require_linked()
         point, temporary = self.recorded(file), temporary_path(file)
         if point.size:
@@ -178,18 +178,18 @@ class OpenJournal:
         return point if os.path.exists(temporary) else NOT_STARTED
 
     def record(self, file: Path, point: ResumePoint) -> None:
-        """Keep how far a file is, on the disk; its bytes must be there before."""
+        """Record on the disk how much of a file is written; its bytes must be synced before."""
         self._append({"file": name_in(self.path, file), "resume_point": asdict(point)})
         self.contents.resume_points[name_in(self.path, file)] = point
 
     def discard(self, file: Path) -> None:
-        """Delete what was written of a file: it cannot be trusted."""
+        """Delete a partial file that cannot be trusted."""
         self.record(file, NOT_STARTED)
         with as_output_error(file):
             temporary_path(file).unlink(missing_ok=True)
 
     def require_linked(self) -> None:
-        """Refuse to go on if someone removed the journal: the output may be another process's by now."""
+        """Refuse to continue if the journal was removed: the output may belong to another process by now."""
         if not is_still_linked(self._fd, self.path):
             raise OutputError(f"{self._output} was removed while it was written. Run the same command again.")
 
@@ -200,7 +200,7 @@ class OpenJournal:
             self.path.unlink()
 
     def abandon(self, files: Iterable[Path]) -> bool:
-        """After a failure, keep what the next process can resume, and delete whatever else is unfinished.
+        """After a failure, keep the files that the next process can resume, and delete other unfinished ones.
 
         Returns:
             Whether nothing is left to resume, so that the journal was deleted too.

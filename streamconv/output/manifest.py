@@ -1,4 +1,4 @@
-"""``streamconv.json``, the manifest of a finished folder: what it was made from, and each file's size and sha256."""
+"""``streamconv.json``, the manifest of a finished folder: its source, and each file's size and sha256."""
 
 import json
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class SourceFile:
     version: Mapping[str, tuple[str | int | None, ...]] = field(default_factory=dict)
 
     def is_same(self, other: "SourceFile") -> bool:
-        """Return whether both are the same file, as far as they know.
+        """Return whether both are the same file, as far as they record it.
 
         The time at which its owner, mode or name last changed is compared only if both record it: a finished folder
         does not, since only resuming must be as careful.
@@ -46,7 +46,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Labels:
-    """A classifier's labels: where they came from, whether by default, and the sha256 of the list."""
+    """A classifier's labels: their origin, whether they are the default ones, and the sha256 of the list."""
 
     origin: str | None
     is_default: bool
@@ -64,7 +64,7 @@ class WrittenFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What an output is made from, by role, and how: decided before anything is written.
+    """The sources of an output by role, and the decisions that were made before anything is written.
 
     ``select`` and ``num_heads`` are the user's; ``plan`` is the plan's fingerprint, and the others are what the plan
     says under the same names.
@@ -90,7 +90,7 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Provenance):
-    """A finished folder. ``files`` are all of them but the manifest.
+    """The record of a finished folder. ``files`` are all of its files except the manifest.
 
     ``is_crc_checked`` records whether every byte was compared with a CRC-32 of the source. ``cast`` are torch's names
     of the dtypes that tensors were cast "from" and "to". ``verification`` is a `Verification` as JSON, to be shown.
@@ -179,13 +179,13 @@ def differences(one: Provenance, other: Provenance) -> list[str]:
 
 
 def _chosen_labels(provenance: Provenance) -> str | None:
-    """Return the sha256 of the user's labels. The default ones can change with the network, which is no difference."""
+    """Return the sha256 of labels that the user gave. Default ones depend on the network, which does not matter."""
     labels = provenance.labels
     return labels.sha256 if labels is not None and not labels.is_default else None
 
 
 def record_verification(folder: Path, verification: Mapping[str, Any], source: Mapping[str, SourceFile]) -> None:
-    """Keep the result of a verification against ``source`` in the folder's manifest, if that names the same source."""
+    """Record the result of a verification against ``source`` in the folder's manifest, if it names the same source."""
     manifest = Manifest.read(folder)
     if manifest is not None and manifest.is_from(source):
         write_file(folder / MANIFEST_NAME, replace(manifest, verification=verification).to_bytes())

@@ -38,7 +38,7 @@ def require_free(folder: Path, provenance: Provenance, names: Sequence[str], jou
 
 
 def find_finished(folder: Path, provenance: Provenance, names: Sequence[str]) -> Manifest | None:
-    """Return the manifest of a folder in which the same conversion is finished: all files exist, at their full sizes.
+    """Return the manifest of a folder in which the same conversion is finished and all files have their full sizes.
 
     Raises:
         OutputError: the folder holds something else.

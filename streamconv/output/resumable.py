@@ -1,4 +1,4 @@
-"""Files that are written beside others, not in a folder of their own, and resumed after an interruption."""
+"""Resumable files that are written next to others instead of into a separate folder."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +12,7 @@ from streamconv.output.manifest import Provenance, differences
 
 
 def journal_path(files: Iterable[Path]) -> Path:
-    """Return where the journal of these files is: beside the first one, hidden."""
+    """Return the path of these files' journal: a hidden file next to the first one."""
     first = next(iter(files))
     return first.with_name(f".{first.name}.streamconv-journal")
 
@@ -21,10 +21,10 @@ def journal_path(files: Iterable[Path]) -> Path:
 def resumable_files(files: Mapping[Path, int], provenance: Provenance) -> Iterator[OpenJournal]:
     """Open the journal of files that this process alone writes; it is deleted when the block ends well.
 
-    What an interrupted process wrote from another source is written again.
+    Partial files of another source are not resumed, but written again.
 
     Args:
-        files: Their sizes in bytes.
+        files: The files, with their sizes in bytes.
 
     Raises:
         OutputError: a file exists, is being written by another process, or its disk is too full.
@@ -43,16 +43,16 @@ def resumable_files(files: Mapping[Path, int], provenance: Provenance) -> Iterat
             yield journal
             journal.remove()
         except BaseException:
-            with suppress(OSError):  # a disk that lets nothing be removed; the first error reports it
+            with suppress(OSError):  # a disk on which nothing can be removed; the first error reports it
                 journal.abandon(files)
             raise
 
 
 def require_absent(files: Iterable[Path], journal: Journal) -> None:
-    """Refuse to replace a file, unless an interrupted process wrote all of it, and not yet all of the others.
+    """Refuse to replace a file, unless an interrupted process completed it before the others.
 
     Raises:
-        OutputError
+        OutputError: a file exists.
     """
     for file in files:
         point = journal.resume_points.get(name_in(journal_path(files), file))

@@ -1,12 +1,12 @@
-"""The byte mover: segments, most of them tensors of a source, into a file, in a few buffers.
+"""Writes segments, most of them tensors of a source, into a file through a few buffers.
 
-One thread reads and checks; a second one hashes what was read; a third one writes it; a fourth one syncs, and records
-in the journal how far the file is.
+One thread reads and checks, a second one hashes the data, a third one writes it, and a fourth one syncs it and records
+in the journal how much of the file is on the disk.
 
-An interrupted file is resumed at its resume point: what lies before is read back from the file instead of from the
-source, through the same hash and the same CRC-32s. Values that were cast have no CRC-32 in the source. For them the
-resume point proves the records that had been read completely, and so been checked; those that it cuts are read,
-checked and cast again, and must give what the file holds.
+An interrupted file is resumed at its resume point: the bytes before it are read back from the file instead of from the
+source, through the same hash and the same CRC-32s. Values that were cast have no CRC-32 in the source. The resume point
+vouches for those whose records had been read and checked completely. A record that was only partly read is read,
+checked and cast again, and must give the bytes that the file holds.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,13 +32,13 @@ from streamconv.tensors.checksums import RecordChecks
 SYNC_BYTES = 32 << 20
 
 Advance = Callable[[int, bool], None]
-"""Called with the number of a file's bytes that are done, and whether the last of them had been written before."""
+"""Called with the number of a file's bytes that are done, and whether an earlier process had written the last ones."""
 
 
 def write_shard(
     shard: Shard, folder: OutputFolder, reader: Reader, checks: RecordChecks, advance: Advance
 ) -> tuple[WrittenFile, int]:
-    """Write a file of safetensors, or what is missing of it; results and errors as `written_file`'s."""
+    """Write a safetensors file, or the rest of it; for results and errors, see `written_file`."""
     segments: Segments = (shard.header, *shard.tensors)
     with written_file(folder.path / shard.filename, segments, folder.journal, reader, checks, advance) as result:
         return result
@@ -48,14 +48,14 @@ def write_shard(
 def written_file(
     path: Path, segments: Segments, journal: OpenJournal, reader: Reader, checks: RecordChecks, advance: Advance
 ) -> Iterator[tuple[WrittenFile, int]]:
-    """Write a file, or what is missing of it; it gets its name when the block ends well.
+    """Write a file, or the rest of it. It is renamed into place when the block ends well.
 
     Yields:
-        The file, when it is complete, and the number of its bytes that an interrupted process had written. By then,
-        every record that it was read from has matched its CRC-32, or if it has none, its file is unchanged.
+        The file, once it is complete, and the number of its bytes that an interrupted process had written. Every source
+        record has matched its CRC-32 then; if it has none, its file has not changed.
 
     Raises:
-        SourceError: the source cannot be read. If it is damaged or was changed, nothing of the file is kept.
+        SourceError: the source cannot be read. If it is damaged or was changed, the partial file is deleted.
         OutputError: the file cannot be written.
     """
     writer = _FileWriter(path, segments, journal, reader, checks, advance)
@@ -73,12 +73,12 @@ def written_file(
                 journal.discard(path)
                 if not point.size:
                     raise
-                # Otherwise the damage may be in what was written before: write all of it again.
+                # Otherwise the damage may be in the bytes that were kept: write the whole file again.
         yield complete.written, point.size
 
 
 class _FileWriter:
-    """The work on one file: what `written_file` is given, and its size."""
+    """Writes one file; the arguments are those of `written_file`. ``size`` is the file's, in bytes."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class _FileWriter:
         self.size = sum(map(size_of, segments))
 
     def write(self, file: OutputFile, point: ResumePoint) -> ResumePoint:
-        """Check what lies before ``point``, and write the rest."""
+        """Check the bytes before ``point``, and write the rest."""
         file.allocate(self.size)
         contents = Contents(self._segments, point, self._reader, self._checks)
         with (
@@ -131,7 +131,7 @@ class _FileWriter:
         return complete
 
     def _check_rest(self, point: ResumePoint, contents: "Contents") -> None:
-        """Compare the CRC-32s that are still pending; what has none must be of files that did not change."""
+        """Compare the CRC-32s that are still pending, and require that files with other records did not change."""
         if point.size == self.size:  # an earlier process had checked everything
             self._checks.skip_pending()
         else:
@@ -159,29 +159,29 @@ class _Marker:
         self._thread.shutdown()
 
     def add(self, write: "Future[None]", moved: int) -> None:
-        """Note a write of the next bytes, for which ``moved`` bytes were read or written."""
+        """Note that the next bytes are being written, for which ``moved`` bytes were read or written."""
         self._writes.append(write)
         self._moved += moved
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time for a resume point."""
+        """True if it is time for a resume point."""
         return self._moved >= SYNC_BYTES
 
     def mark(self, point: ResumePoint, sha256: "Future[str]") -> None:
-        """Record ``point`` once the file's bytes up to it are synced; the one before must be done."""
+        """Record ``point`` once the file's bytes up to it are synced; first wait for the previous point."""
         self.wait()
         self._syncing = self._thread.submit(self._sync, self._synced_to, point, sha256, tuple(self._writes))
         self._synced_to, self._moved = point.size, 0
         self._writes.clear()
 
     def wait(self) -> None:
-        """Wait until the last resume point is recorded, and raise what prevented it."""
+        """Wait until the last resume point is recorded; an error that prevented it is raised here."""
         if self._syncing is not None:
             self._syncing.result()
 
     def _sync(self, start: int, point: ResumePoint, sha256: "Future[str]", writes: "tuple[Future[None], ...]") -> None:
         for write in writes:
-            write.result()  # a sync does not report a failed write: past the cache, only the write knows
+            write.result()  # a sync does not report a failed write that bypassed the page cache
         self._file.sync(start, point.size - start)
         self._journal.record(self._path, replace(point, sha256=sha256.result()))

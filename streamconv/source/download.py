@@ -26,17 +26,17 @@ from streamconv.tensors.info import TensorInfo
 def downloaded(
     source: Source, progress: Progress, stack: ExitStack, opened: Mapping[str, Checkpoint] | None = None
 ) -> tuple[Source, dict[str, Checkpoint]]:
-    """Download what is at an address into torch.hub's cache.
+    """Download the remote files of a source into torch.hub's cache.
 
     Args:
         stack: Closes the checkpoints that are returned.
         opened: The source's checkpoints by role; None if their indexes cannot be read at their addresses.
 
     Returns:
-        The source with local files only, and those of its checkpoints that are open already, by role.
+        The source with local files only, and those of its checkpoints that are already open, by role.
 
     Raises:
-        SourceError: a file cannot be fetched, or came damaged.
+        SourceError: a file cannot be fetched, or arrived damaged.
         OutputError: the cache cannot be written, or holds another file under that name.
     """
 
@@ -64,8 +64,8 @@ def downloaded(
 
     origins = {role: location for role, location in source.locations.items() if isinstance(location, Address)}
     paths = {role: local(role, location) for role, location in source.locations.items()}
-    here = replace(source, backbone=paths["backbone"], head=paths.get("head"), origins=origins)
-    return here, local_checkpoints
+    local_source = replace(source, backbone=paths["backbone"], head=paths.get("head"), origins=origins)
+    return local_source, local_checkpoints
 
 
 def _download(address: Address, path: Path, file: File, progress: Progress) -> None:
@@ -113,17 +113,17 @@ def _require_intact(path: Path, where: str, name: str, progress: Progress) -> No
             progress(f"checking {name}", done, total, "bytes")
 
 
-def _require_same(address: Address, path: Path, kept: Checkpoint, there: Checkpoint | None) -> None:
+def _require_same(address: Address, path: Path, cached: Checkpoint, remote: Checkpoint | None) -> None:
     """Require that the cached file of this name came from ``address``, by its CRC-32s or its modification time."""
     with ExitStack() as stack:
-        if there is None:
-            there = stack.enter_context(open_checkpoint(address, read_local_headers=False))
-        has_checksums = all(tensor.record.crc32 is not None for tensor in kept.values())
-        modified = _modified(there.files[0])
-        if kept.fingerprint == there.fingerprint and (has_checksums or os.path.getmtime(path) == modified):
+        if remote is None:
+            remote = stack.enter_context(open_checkpoint(address, read_local_headers=False))
+        has_checksums = all(tensor.record.crc32 is not None for tensor in cached.values())
+        modified = _modified(remote.files[0])
+        if cached.fingerprint == remote.fingerprint and (has_checksums or os.path.getmtime(path) == modified):
             return
     raise OutputError(
-        f"{path} exists already, and may not be {address}. If it is that file, name it as the source; otherwise "
+        f"{path} exists already and may not be a copy of {address}. If it is one, give it as the source; otherwise "
         "delete it."
     )
 

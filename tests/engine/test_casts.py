@@ -15,10 +15,10 @@ PAIRS = [(source, target) for source in DTYPES for target in TARGETS if source !
 # Numbers of exponent and mantissa bits.
 FORMATS = {"F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7)}
 UNSIGNED = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
-# Without its vectors, torch makes other NaNs; all else it makes the same.
+# Without vector instructions, torch makes other NaNs; all other values are the same.
 HAS_VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-# torch takes other ways for what is left of a tensor when its vectors are full, and for more than one thread;
-# these ways give NaNs other bits, and are not what nearly all of a tensor goes.
+# torch uses other code for the last elements, which do not fill a vector, and for more than one thread. That code gives
+# NaNs other bits, but nearly all of a tensor does not go through it.
 TAIL, BLOCK = 128, 16 << 10
 
 

@@ -55,12 +55,12 @@ def test_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path, save: Save
     torch.save({**state, "more": torch.zeros(1)}, tmp_path / "more.pth")
     (tmp_path / "file").touch()
     before = {path.name for path in tmp_path.iterdir()}
-    nowhere = {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}  # whatever network there is
+    nowhere = {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}  # with or without a network
     for code, message, words in (
         (2, "Did you mean dinov2_vitb14", ("run", "dinov2_vitb")),
         (2, "SOURCE is empty", ("run", "", "--no-verify")),
         (2, "name is empty", ("convert", backbone, "-o", "")),
-        (2, "by its name", ("run", backbone, "--synthetic", "--no-verify")),
+        (2, "needs the name of a model", ("run", backbone, "--synthetic", "--no-verify")),
         (4, "cannot be written", ("run", "dinov2_vits14", "--synthetic", "--no-verify", "-o", "x" * 300)),
         (2, "give one of them", ("run", "dinov2_vits14", "--model_name", "dinov2_vits14")),
         (2, "Give -o DIR", ("run", backbone, "--no-verify")),
@@ -106,7 +106,7 @@ def test_progress_bar_appears_only_on_a_terminal(tmp_path: Path, save: Save) -> 
     try:
         while chunk := os.read(main, 4096):
             seen += chunk
-    except OSError:  # how a closed terminal ends
+    except OSError:  # as a closed terminal ends it
         pass
     os.close(main)
     process.communicate()

@@ -134,7 +134,7 @@ def test_finished_folder_keeps_its_default_labels(tmp_path: Path, save: Save, mo
     again = api.convert(backbone, tmp_path / "out", head=head)
     assert again.was_finished
     assert again.labels_from is not None
-    assert again.labels_from.startswith("torchvision's list")  # the folder's, not what would be taken now
+    assert again.labels_from.startswith("torchvision's list")  # the folder's, not the ones that would be chosen now
     (tmp_path / "labels.txt").write_text("\n".join(f"mine {i}" for i in range(1000)) + "\n\n")
     with pytest.raises(OutputError, match="list of labels"):
         api.convert(backbone, tmp_path / "out", head=head, labels=tmp_path / "labels.txt")
@@ -156,7 +156,7 @@ def test_file_modes_follow_the_umask(tmp_path: Path, save: Save, umask: int) -> 
 def test_flipped_bit_in_the_source_is_found_and_no_output_is_left(tmp_path: Path, save: Save, tensor: str) -> None:
     backbone, _ = save(tiny())
     flip(backbone, tensor, 100)
-    record = list(torch.load(backbone, weights_only=True)).index(tensor)  # torch itself notices nothing
+    record = list(torch.load(backbone, weights_only=True)).index(tensor)  # torch itself does not notice it
     with pytest.raises(CorruptError, match=rf"data/{record}, bytes .* CRC-32\. Fetch the file again"):
         api.convert(backbone, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -169,7 +169,7 @@ def test_flipped_bit_in_the_source_is_found_and_no_output_is_left(tmp_path: Path
 def test_flipped_bit_is_found_in_a_record_that_two_shards_share(tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
     flip(backbone, "blocks.1.attn.qkv.weight", 10)  # in the query's rows
-    with pytest.raises(CorruptError, match=r"attention\.attention\.key"):  # the first to draw on the record
+    with pytest.raises(CorruptError, match=r"attention\.attention\.key"):  # the first to read the record
         api.convert(backbone, tmp_path / "out", max_shard_size="100KB")
     written = {path.name for path in (tmp_path / "out").iterdir()} - {".streamconv-journal"}
     assert written

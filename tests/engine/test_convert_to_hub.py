@@ -106,7 +106,7 @@ def test_shard_lost_by_the_hub_is_uploaded_again(
 def test_shard_changed_on_disk_is_not_uploaded(
     hub: HubServer, remote_hub_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["streamconv.jobs.convert_to_hub"]  # of which the function hides the name
+    module = sys.modules["streamconv.jobs.convert_to_hub"]  # whose name the function of the same name hides
     write_shard = module.write_shard
 
     def write_and_rot(shard: Any, work: Any, *args: Any) -> Any:

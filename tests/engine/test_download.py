@@ -166,7 +166,7 @@ def test_cached_file_of_unknown_origin_is_neither_used_nor_replaced(
     cache.mkdir(parents=True)
     torch.save(make_states(MODEL, seed=1)[0], cache / "x.pth")
     before = (cache / "x.pth").read_bytes()
-    with pytest.raises(OutputError, match="exists already, and may not be http"):
+    with pytest.raises(OutputError, match="exists already and may not be a copy of http"):
         api.convert(source, tmp_path / "out")
     assert (cache / "x.pth").read_bytes() == before
     api.convert(source, tmp_path / "out", stream=True)
@@ -183,7 +183,7 @@ def test_cached_file_without_checksums_is_identified_by_its_modification_time(
     assert api.convert(source, tmp_path / "out").was_finished
     safetensors.torch.save_file(make_states(MODEL, seed=1)[0], path)
     os.utime(path, (2_000_000, 2_000_000))
-    with pytest.raises(OutputError, match="exists already, and may not be http"):
+    with pytest.raises(OutputError, match="exists already and may not be a copy of http"):
         api.convert(source, tmp_path / "out")
 
 

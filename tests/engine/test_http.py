@@ -105,7 +105,7 @@ def test_cut_connection_is_resumed_at_the_same_byte(
 
     api.convert(source, tmp_path / "out", stream=True, progress=cut)
     assert server.faults.cuts == 0
-    assert server.sent < (server.folder / "x.pth").stat().st_size * 1.1 + (16 << 20)  # what was on its way is lost
+    assert server.sent < (server.folder / "x.pth").stat().st_size * 1.1 + (16 << 20)  # data in flight is lost
     require_the_same_from_the_file(server, tmp_path / "out")
 
 
@@ -122,7 +122,14 @@ def test_silent_connection_times_out_and_is_retried(
     server: FileServer, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "TIMEOUT_SECONDS", 0.3)
-    server.faults.stall = [0.0, 0.6, 0.6, 0.6, 0.0, 0.6]  # a kept line and the next are tried again without a word
+    server.faults.stall = [
+        0.0,
+        0.6,
+        0.6,
+        0.6,
+        0.0,
+        0.6,
+    ]  # an idle connection and the next one are retried without a message
     messages: list[str] = []
     api.convert(source, tmp_path / "out", stream=True, progress=lambda what, *rest: messages.append(what))
     assert any("timed out; trying again" in what for what in messages)
@@ -344,7 +351,7 @@ def test_connections_to_the_host_of_an_expired_redirect_are_not_reused(
         hub.faults.redirects = {"/start": f"{server.url}/first/x.pth"}
         with open_checkpoint(f"{hub.url}/start") as there, open_checkpoint(server.folder / "x.pth") as file:
             names = [f"blocks.{i}.mlp.{layer}.weight" for i in range(3) for layer in ("fc1", "fc2")]
-            assert there[names[0]].tobytes(there.reader) == file[names[0]].tobytes()  # its connection waits now
+            assert there[names[0]].tobytes(there.reader) == file[names[0]].tobytes()  # its connection is idle now
             there.files[0].prefetch(there[name].read_range for name in names[1:])
             server.faults.statuses = [403]
             hub.faults.redirects = {"/start": f"{second.url}/second/x.pth"}

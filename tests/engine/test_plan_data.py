@@ -21,7 +21,7 @@ from tests.support import tiny
 
 def plan_of(tmp_path: Path, **options: Any) -> Plan:
     backbone, head = make_states(tiny(classes=5, registers=4))
-    del backbone["mask_token"]  # so that something is filled in
+    del backbone["mask_token"]  # so that constant tensors are filled in
     torch.save(backbone, tmp_path / "x.pth")
     torch.save(head, tmp_path / "head.pth")
     return streamconv.plan(tmp_path / "x.pth", ConversionOptions(head=tmp_path / "head.pth", **options))
@@ -34,7 +34,7 @@ def test_plan_survives_pickle_and_json(tmp_path: Path, options: dict[str, Any]) 
     again = from_json(to_json(plan))
     assert again == plan
     assert again.fingerprint == plan.fingerprint
-    assert list(again.config["id2label"]) == [0, 1, 2, 3, 4]  # numbers, which sort otherwise than words
+    assert list(again.config["id2label"]) == [0, 1, 2, 3, 4]  # numbers are sorted differently from words
     assert again.small_files == plan.small_files
     assert (again.index is None) == (plan.index is None) == (not options)
 

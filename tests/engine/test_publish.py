@@ -110,7 +110,7 @@ def test_another_process_can_commit_files_that_were_deleted_after_their_upload(h
     assert arrived["config.json"] == b"{}"
     assert arrived["index"] == (folder / "model.safetensors.index.json").read_bytes()
     assert set(hub.uploads.values()) == {1}
-    assert len(hub.requests("objects/batch")) == len(data)  # the Hub was not even asked of what is restored
+    assert len(hub.requests("objects/batch")) == len(data)  # the Hub was not asked about restored files
     assert commits(hub) == 2
 
 
@@ -157,7 +157,7 @@ def test_foreign_weights_in_the_repository_are_listed_and_nothing_is_changed(
 ) -> None:
     others = {"pytorch_model.bin": b"1", "adapter_config.json": b"{}"}
     hub.put("ada/it", {**others, "sub/x.bin": b"2", "notes.md": b"3", "model.safetensors": b"4"})
-    if revision == "old":  # itself without others, unlike main
+    if revision == "old":  # this branch has none, unlike main
         hub.put("ada/it", {"model.safetensors": b"4"}, "old")
         repository = Repository(Destination("it", revision="old"), None)
         with pytest.raises(HubError, match=r"ada/it at old already holds model\.safetensors, which"):
@@ -248,7 +248,7 @@ FAULTS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize(
     ("step", "fault"),
     [
-        # Another version of huggingface_hub meets each step and each fault, but not every pair.
+        # The other version of huggingface_hub is tested with each step and each fault, but not with every pair.
         pytest.param(step, fault, marks=[pytest.mark.transformers] if (i + j) % 3 == 0 else [])
         for i, step in enumerate(STEPS)
         for j, fault in enumerate(FAULTS)
@@ -361,7 +361,7 @@ def test_token_is_sent_to_the_hub_only_and_never_shown(
     hub: HubServer, folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A server that echoes the request's headers does not reveal it, at any step."""
-    caplog.set_level(logging.INFO)  # at DEBUG the HTTP library itself logs every header that it gets
+    caplog.set_level(logging.INFO)  # at DEBUG, the HTTP library itself logs every header that it receives
     caplog.set_level(logging.DEBUG, "huggingface_hub")
     for step in ("GET /api/whoami", *(step.replace("new", "main") for step in STEPS if "branch" not in step)):
         for status in (400, 401, 403):
@@ -408,7 +408,7 @@ def test_failed_publishing_exits_with_4_and_can_be_repeated(tmp_path: Path, save
         hub.fail("PUT /upload", status=503, body={})
         done = run_with_hub(hub, tmp_path, *words)
         assert done.returncode == 0
-        assert "aSecretSignature" not in done.stderr  # as huggingface_hub's own log of its retry would have it
+        assert "aSecretSignature" not in done.stderr  # as huggingface_hub's own log would show it when it retries
         assert not hub.faults[-1].times
         assert "Not verified" in hub.files("ada/it")["README.md"].decode()
 

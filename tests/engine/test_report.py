@@ -124,7 +124,10 @@ def test_every_state_is_drawn_once_per_size_in_the_color_of_its_result() -> None
         return len(re.findall(rf"<use [^>]*var\(--{colour}\)", report.render(found)))
 
     assert (marks(passing(), "good"), marks(passing(), "bad")) == (2 * 15, 0)
-    assert (marks(failing(), "good"), marks(failing(), "bad")) == (2 * 8, 2 * 7)  # the undefined one is no right one
+    assert (marks(failing(), "good"), marks(failing(), "bad")) == (
+        2 * 8,
+        2 * 7,
+    )  # the undefined one does not count as good
 
 
 @pytest.mark.parametrize("lacks", [{}, {"checks": []}, {"memory": {"gpu_peak": None}, "output": {"model": None}}])
@@ -196,7 +199,7 @@ def test_hostile_text_is_escaped_and_only_data_images_are_shown() -> None:
 def test_report_is_reproducible_whatever_the_users_matplotlibrc(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_text("xtick.labelsize: 30\nfont.weight: bold\nsvg.fonttype: path\n")
     found = failing()
-    found["checks"][2]["numbers"]["differences"] |= dict.fromkeys("abcdef", 0.0)  # enough for a set's order to show
+    found["checks"][2]["numbers"]["differences"] |= dict.fromkeys("abcdef", 0.0)  # enough to reveal the order of a set
     (tmp_path / "found.json").write_text(json.dumps(found))
     code = (
         "import json, sys\nfrom streamconv.verification import report\n"

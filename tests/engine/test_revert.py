@@ -131,7 +131,7 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
         (CorruptError, "has no dtype, shape or data_offsets for", "damaged", "x.pth", None),
         (MappingError, r"\(dinov2\), but:\n  bert.encoder.layer.0.weight\n", "bert", "x.pth", None),
         (MappingError, r"\(dinov2\), but:\n", "original", "x.pth", None),
-        (MappingError, "its tensors are I32, which is no model's dtype", "whole", "x.pth", None),
+        (MappingError, "its tensors are I32, but weights are floats", "whole", "x.pth", None),
         (OutputError, "there.pth exists already. Choose another name, or delete it", "folder", "there.pth", None),
         (OutputError, "there.pth exists already", "classifier/folder", "x.pth", "there.pth"),
         (OutputError, "exists already", "folder", "folder/model.safetensors", None),
@@ -141,7 +141,7 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
         (UsageError, "End its name in .pth", "folder", "x", None),
         (UsageError, "End its name in .pth", "classifier/folder", "x.pth", "head"),
         (UsageError, "is a classifier, .* --head FILE", "classifier/folder", "x.pth", None),
-        (UsageError, "is not a classifier .* Leave --head out", "folder", "x.pth", "y.pth"),
+        (UsageError, "is not a classifier .* Omit --head", "folder", "x.pth", "y.pth"),
         (UsageError, "Give --head another name", "classifier/folder", "x.pth", "./x.pth"),
     ):
         with pytest.raises(error, match=message):
@@ -155,7 +155,7 @@ def test_revert_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path) -> 
     for code, message, words in (
         (2, "Missing option", ("folder",)),
         (2, "End its name in", ("folder", "-o", "")),
-        (2, "Leave --head out", ("folder", "-o", "x.pth", "--head", "y.pth")),
+        (2, "Omit --head", ("folder", "-o", "x.pth", "--head", "y.pth")),
         (3, "is not a folder", ("none", "-o", "x.pth")),
         (4, "exists already", ("folder", "-o", "there.pth")),
     ):
@@ -371,10 +371,10 @@ def test_folder_that_changes_while_it_is_reverted_is_refused(tmp_path: Path, suf
 
 def test_second_revert_to_the_same_file_is_refused(tmp_path: Path) -> None:
     folder = converted_folder(tmp_path, tiny())
-    said: Iterator[Any] = iter([True])
+    is_first: Iterator[Any] = iter([True])
 
     def progress(what: str, done: int, total: int, unit: str) -> None:
-        if next(said, False):
+        if next(is_first, False):
             with pytest.raises(OutputError, match=rf"back\.pth is being written by process {os.getpid()} on"):
                 streamconv.revert(folder, tmp_path / "back.pth")
 
@@ -472,14 +472,14 @@ def test_published_model_without_a_manifest_is_reverted_with_its_block_chunks(tm
 
 
 @pytest.mark.parametrize(
-    "said",
+    "changes",
     [{"filled": {"norm.bias": 1.0}}, {"filled": {"layernorm.bias": 1e300}},
      {"filled": {"layernorm.bias": 1.0, "encoder.layer.0.norm1.bias": 1.0}}],
 )  # fmt: skip
-def test_altered_manifest_does_not_change_the_reverted_bytes(tmp_path: Path, said: dict[str, object]) -> None:
+def test_altered_manifest_does_not_change_the_reverted_bytes(tmp_path: Path, changes: dict[str, object]) -> None:
     folder = converted_folder(tmp_path, tiny())
     path = folder / "streamconv.json"
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), **said}))
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
     streamconv.revert(folder, tmp_path / "back.pth")
     assert_same(original_states(tiny())[0], tmp_path / "back.pth")
 

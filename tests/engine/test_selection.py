@@ -109,7 +109,7 @@ def test_skipped_tensors_are_reported_and_never_read(tmp_path: Path) -> None:
     state, _ = make_states(tiny())
     source = saved({**teacher(state), **BESIDE}, tmp_path / "x.pth")
     flip(source, "teacher.dino_head.norm.bias", 5)
-    flip(source, "optimizer.state.0.exp_avg", 5)  # a conversion that read it would see that its CRC-32 is wrong
+    flip(source, "optimizer.state.0.exp_avg", 5)  # a conversion that read it would find a wrong CRC-32
     done = run("convert", "x.pth", "-o", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for line in (
@@ -181,7 +181,7 @@ def test_unknown_tensors_beside_a_backbone_require_a_selection(tmp_path: Path) -
     assert list(caught.value.problems) == ["model.head.weight [5, 128]"]
     done = api.convert(source, tmp_path / "out", select="model.net")
     assert [str(each) for each in done.plan.skipped] == ["model.head.* (1 tensor, 2,560 bytes): not selected"]
-    # Within a backbone nothing is left out that no rule names.
+    # Within a backbone, no unknown tensor is skipped.
     within = saved({"model": {**prefixed(state, "net."), "net.head.weight": torch.ones(5, 128)}}, tmp_path / "z.pth")
     with pytest.raises(MappingError, match=r"unexpected: model.net.head.weight \[5, 128\]"):
         api.plan(within)

@@ -123,7 +123,7 @@ def test_float32_rounding_differences_are_settled_in_float64(tmp_path: Path, sav
         state["encoder.layer.0.mlp.weights_in.weight"].view(torch.int32)[5, 5] ^= 1
 
     alter(tmp_path / "out", nudge)
-    if "float32" in found.numbers:  # in float32 alone, such a bit can be lost: the bytes rung is there for it
+    if "float32" in found.numbers:  # in float32 alone, such a bit can be lost: the bytes check finds it
         assert not api.verify(tmp_path / "out", backbone, device="cpu").checks[2].passed
 
 
@@ -156,7 +156,7 @@ def test_swapped_query_and_key_fail_bytes_and_parity(tmp_path: Path) -> None:
     assert max(differences["embeddings"], differences["layer 0"]) < 1e-13 < differences["layer 1"]
     assert found.checks[2].numbers["first"] == "layer 1"
     assert "the first difference is in layer 1: " in problems(found)
-    states = len(differences) - 1  # but for the embeddings and the first layer
+    states = len(differences) - 1  # except the embeddings and the first layer
     assert f"; {states - 2} of the {states} other layer outputs differ too" in problems(found)
 
 

@@ -32,7 +32,7 @@ def test_parity_reads_the_weights_once_more(server: FileServer, source: str, tmp
     found = api.verify(tmp_path / "out", source, device="cpu", stream=True)
     assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
     assert found.checks[2].numbers["largest"] <= found.checks[2].numbers["tolerance"]
-    passes = 2 if "float32" in found.checks[2].numbers else 1  # in float64 once more, where float32 rounds otherwise
+    passes = 2 if "float32" in found.checks[2].numbers else 1  # once more in float64, if float32 rounds differently
     size = (server.folder / "x.pth").stat().st_size
     assert server.sent < (passes + 0.5) * size + 2 * remote.WINDOW_BYTES
     assert found.checks[0].not_checked == "the source's bytes were not read again"
@@ -142,7 +142,7 @@ def test_classifier_is_streamed_from_two_addresses(server: FileServer, tmp_path:
     api.convert(backbone, tmp_path / "out", head=head, stream=True)
     found = api.verify(tmp_path / "out", backbone, head=head, device="cpu", stream=True)
     assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
-    # Where nothing was checked while it was copied, it is compared now.
+    # A source that could not be checked while it was copied is compared now.
     assert ("equals its source's" in found.checks[0].proves) == (kind == "safetensors")
     assert len(found.predictions) == 5
 

@@ -38,7 +38,7 @@ from tests.file_server import FileServer
 from tests.support import Save, tiny
 
 
-# Each pair of values once: architectures meet layouts in every way that two of them can.
+# Every pair of values of two parameters occurs once.
 @pytest.mark.parametrize(
     ("swiglu", "registers", "chunk", "wrap"),
     [(False, 0, 0, "bare"), (False, 4, 1, "teacher"), (True, 0, 1, "teacher"), (True, 4, 0, "teacher"),
@@ -248,7 +248,7 @@ def test_reverted_transformers_model_loads_strictly_and_computes_the_same(
     graph = original.build(dimensions).eval()
     assert list(state) == list(graph.state_dict())
     graph.load_state_dict(state, strict=True)
-    # In float32, transformers 5's two halves of a SwiGLU round otherwise than Meta's one layer.
+    # In float32, the two halves of transformers 5's SwiGLU are rounded differently from Meta's single layer.
     pixels = torch.randn(2, 3, 56, 56, generator=generator, dtype=torch.float64)
     with torch.inference_mode():
         states = dict(original.states(graph.double(), pixels))
@@ -284,7 +284,7 @@ def test_code_on_the_card_runs(
     text = make_card(Manifest.read(done.output), "ada/it")
     (code,) = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
     assert code.count("\n") == 4
-    shutil.move(done.output, tmp_path / "ada" / "it")  # a folder of the repository's name is what transformers takes
+    shutil.move(done.output, tmp_path / "ada" / "it")  # transformers loads a folder with the repository's name
     Image.new("RGB", (64, 48), "teal").save(tmp_path / "picture.jpg")
     monkeypatch.chdir(tmp_path)
     exec(code, {})

@@ -140,7 +140,7 @@ def test_benchmarks_run_on_the_smallest_model(tmp_path: Path) -> None:
     cold = results["models"]["dinov2_vits14"]["ways"][CONVERT]["cold"]
     assert 88 < cold["written_mb"] < 95
     resumed = results["resume"]["ways"][CONVERT]["runs"][0]
-    assert 30 < resumed["written_mb"] < 70  # half of it was there
+    assert 30 < resumed["written_mb"] < 70  # half of it existed
     inside = results["where"]["inside"][0]
     assert {"MainThread", "hash", "disk"} <= inside["threads"].keys()
     assert sum(inside["threads"]["MainThread"].values()) < inside["wall"]
@@ -151,4 +151,4 @@ def test_benchmarks_run_on_the_smallest_model(tmp_path: Path) -> None:
     assert "Where streamconv is worse" in text
     for name in ("side_by_side_ways.png", "side_by_side_where.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []  # its own inputs are gone
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []  # its own inputs are deleted

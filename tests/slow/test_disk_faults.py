@@ -74,7 +74,7 @@ def test_revert_survives_a_failure_of_any_call(
             Faults(patch, CALLS, number, at)
             with pytest.raises(OutputError, match=os.strerror(number)):
                 streamconv.revert(folder, paths[0], head=paths[1])
-        # A file that has its name is complete.
+        # A file with its final name is complete.
         assert all(whole[path] == path.read_bytes() for path in paths if path.exists()), at
         streamconv.revert(folder, paths[0], head=paths[1])
         assert {path: path.read_bytes() for path in out.iterdir()} == whole, at

@@ -52,7 +52,7 @@ def test_kill_or_power_cut_at_any_step_repeats_little(tmp_path: Path, how: str, 
     found = json.loads(done.stdout)
     assert found["wrong"] == [], done.stderr
     assert found["kills"] >= KILLS
-    assert found["resumed_bytes"] > 0.8 * KILLS  # the others had no mark yet
+    assert found["resumed_bytes"] > 0.8 * KILLS  # the others had no journal entry yet
     assert 0 < found["repeated"] <= found["max_repeated"]
 
 
@@ -70,7 +70,7 @@ def test_signal_at_any_moment_repeats_little(tmp_path: Path, save: Save, shard_s
         number = choice.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
         process.send_signal(number)
         _, stderr = process.communicate()
-        if process.returncode == 0:  # too late: it was done
+        if process.returncode == 0:  # too late: it had finished
             assert digests(tmp_path / "out") == wanted
             shutil.rmtree(tmp_path / "out")
             continue
@@ -121,7 +121,7 @@ def test_kill_or_power_cut_during_a_cast_repeats_little(tmp_path: Path, how: str
     assert found["wrong"] == [], done.stderr
     assert found["kills"] >= 25
     assert found["resumed_bytes"] > 15
-    # A record that a mark cuts is read once more, of either kill.
+    # For each kill, the record that a resume point cuts is read once more.
     largest = max(value.nbytes for value in state.values())
     assert 0 < found["repeated"] <= found["max_repeated"] + 2 * largest
 
@@ -163,7 +163,7 @@ def test_cast_record_damaged_before_an_interruption_is_not_resumed(tmp_path: Pat
         shutil.rmtree(tmp_path / "out")
     assert cut > 3
     if shard_size == "5GB":
-        assert share > 0.3  # it came as far as the damage
+        assert share > 0.3  # it got as far as the damage
 
 
 def test_killed_conversion_to_the_hub_is_resumed(
@@ -187,7 +187,7 @@ def test_killed_conversion_to_the_hub_is_resumed(
     assert "uploaded to ada/it, one file at a time" in done.stdout
     assert f"published: {hub.url}/ada/it/commit/" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
-    # A kill between the end of a sending and its mark may cost this one once more.
+    # A kill between the end of an upload and its journal entry may repeat that upload.
     assert sum(hub.uploads.values()) <= len(hub.uploads) + 3
     require_uploaded_folder(hub, server, tmp_path)
     assert not (tmp_path / "stage").exists()
@@ -231,7 +231,7 @@ def test_closed_terminal_interrupts(tmp_path: Path, save: Save) -> None:
     seen = b""
     while b"ready" not in seen:
         seen += os.read(terminal, 4096)
-    os.close(terminal)  # as when its window is closed: SIGHUP, and no one to write to any more
+    os.close(terminal)  # as when its window is closed: SIGHUP, and output can no longer be written
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
     assert not (tmp_path / "out").exists()
 

@@ -86,6 +86,6 @@ def test_memory_of_verification_does_not_grow_with_the_model(tmp_path: Path) -> 
         peaks.append(json.loads(run_python(VERIFY.format(str(folder), str(source), False)).splitlines()[-1]))
     anonymous = [peak["host_anonymous_peak"] - peak["host_anonymous_start"] for peak in peaks]
     assert abs(anonymous[1] - anonymous[0]) < 24 << 20, peaks
-    # Resident memory may hold what was used last of both files (RECENT_BYTES each), and neither of them whole.
+    # Resident memory may include the most recent pages of both files (RECENT_BYTES each), but not a whole file.
     resident = [peak["host_peak"] - peak["host_start"] for peak in peaks]
     assert resident[1] - resident[0] < 300 << 20, peaks

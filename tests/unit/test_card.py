@@ -70,7 +70,7 @@ def test_card_of_a_published_model_names_origin_license_and_checks() -> None:
     [
         {"source": source("mine.pth")},
         {"model": None},
-        {"model": "dinov2_vits14_1layer"},  # whose head's file is not there
+        {"model": "dinov2_vits14_1layer"},  # without the head's file
         {"source": source("dinov2_vits14_synthetic_seed0.pth")},
     ],
 )

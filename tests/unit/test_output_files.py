@@ -55,7 +55,9 @@ def test_writer_that_locks_a_file_just_renamed_by_another_is_refused(
     real = fcntl.flock
 
     def late(fd: int, operation: int) -> None:
-        os.replace(temporary_path(tmp_path / "x"), tmp_path / "x")  # as the other does, between open and lock
+        os.replace(
+            temporary_path(tmp_path / "x"), tmp_path / "x"
+        )  # as the other process does, between our open and our lock
         real(fd, operation)
 
     temporary_path(tmp_path / "x").write_bytes(b"the other's")

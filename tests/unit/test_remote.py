@@ -135,7 +135,7 @@ def test_prefetched_ranges_keep_their_order_and_skipped_ones_are_dropped() -> No
     file.prefetch(wanted)
     read(file, wanted[1])
     assert file.asked == [wanted[0], wanted[1], ByteRange(40_000, 300)]
-    assert (file.given, file.closed) == (100 + 100, 2)  # the first one, whose answer is short, was read out
+    assert (file.given, file.closed) == (100 + 100, 2)  # the first one, whose response is short, was read to its end
 
 
 def test_broken_connection_is_retried_with_growing_waits_for_at_most_two_minutes(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OriginalArchitecture:
-    """What verification needs to know of a family's original models; dimensions are of the family's own type.
+    """The code of a family's original models, for verification; dimensions have the family's own type.
 
     Attributes:
         repository: The authors' repository, for torch.hub.
