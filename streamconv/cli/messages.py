@@ -37,7 +37,9 @@ def conversion_lines(done: Conversion) -> Iterator[str]:
 
 
 def reverted_lines(done: Reverted) -> Iterator[str]:
-    yield f"{done.title}: reverted, {done.weights:,} bytes of weights in {' and '.join(map(str, done.files))}"
+    resumed = f" ({done.resumed_bytes:,} of them before an interruption)" if done.resumed_bytes else ""
+    yield f"{done.title}: reverted, {done.weights:,} bytes of weights{resumed} in {' and '.join(map(str, done.files))}"
+    yield from (f"  {path.name}  sha256 {file.sha256}" for path, file in done.written.items())
     yield "  the folder's files were not verified first; `streamconv verify DIR` does that if it has a streamconv.json"
 
 
