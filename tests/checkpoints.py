@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,8 @@ def assert_same(state: State, path: Path) -> None:
     if path.suffix == ".safetensors":
         assert path.read_bytes() == safetensors.torch.save(state, metadata={"format": "pt"})
         return
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
     for mmap in (False, True):
         loaded = torch.load(path, weights_only=True, mmap=mmap)
         assert list(loaded) == list(state)

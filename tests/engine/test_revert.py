@@ -224,6 +224,8 @@ def test_interrupted_revert_is_resumed_to_the_same_bytes(tmp_path: Path, suffix:
     total = sum(path.stat().st_size for path in out)
     assert share * total - 3 * (32 << 10) < done.resumed_bytes < (share + 0.02) * total
     assert seen[0] == f"checking x{suffix}"
+    for path, state in zip(out, original_states(tiny(classes=900)), strict=True):
+        assert_same(state, path)
     assert contents(out[0].parent) == contents(undisturbed[0].parent)
     assert [file.sha256 for file in done.written.values()] == [sha256_of(path) for path in out]
     assert [file.sha256 for file in whole.written.values()] == [sha256_of(path) for path in undisturbed]
