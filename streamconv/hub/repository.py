@@ -5,7 +5,6 @@ So a model needs no more disk space than its largest file, and an interrupted up
 huggingface_hub is imported only where it is used, because it costs memory that a conversion does not need.
 """
 
-import hashlib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamconv.errors import HubError, MissingUploadError, OutputError, UsageError
+from streamconv.errors import HubError, MissingUploadError, UsageError
 from streamconv.formats.safetensors import CONFLICTING_PATTERNS
 from streamconv.hub.card import CARD_NAME
+from streamconv.hub.checks import check_name, holds, is_read_only, require_digest
 from streamconv.hub.client import TIMEOUT_SECONDS, HubClient
 from streamconv.progress import Progress, ignore_progress
 
@@ -61,13 +61,13 @@ class Repository:
         name = destination.repo if destination.repo is not None else default_name
         if not name:
             raise UsageError("This is not a published model, so its repository needs a name. Use --push-to-hub NAME.")
-        _check_name(name)
+        check_name(name)
         self._hub = HubClient()
         self._api = self._hub.api
         user = self._hub.call("The token cannot be used", self._api.whoami, is_repeatable=False)
         self.id = name if "/" in name else f"{user['name']}/{name}"
-        _check_name(self.id)
-        if _is_read_only(user, destination.create_pr):
+        check_name(self.id)
+        if is_read_only(user, destination.create_pr):
             raise HubError(
                 f"The token is read-only, so {self.id} cannot be written. Create a token with write access at "
                 f"{self._hub.token_settings}, then log in with `hf auth login` or set HF_TOKEN."
@@ -199,7 +199,7 @@ class Repository:
                 self.id, revision=destination.revision, files_metadata=True, timeout=TIMEOUT_SECONDS
             )
             self._refuse_other_weights(info, names)
-            if not destination.create_pr and all(_holds(info, operation) for operation in operations):
+            if not destination.create_pr and all(holds(info, operation) for operation in operations):
                 return f"{self.address}/commit/{info.sha}"
             commit = self._api.create_commit(
                 self.id,
@@ -255,48 +255,3 @@ class Repository:
                 f"{where} already holds {', '.join(others)}, which transformers would load instead of the new weights "
                 "or in addition to them. Delete them there, or choose another repository or --revision."
             )
-
-
-def require_digest(path: Path, digest: str, expected: str) -> None:
-    """Raise an OutputError if a file's sha256 is not the one that it had when it was written."""
-    if digest != expected:
-        raise OutputError(
-            f"{path} has changed since it was written: its sha256 is {digest}, not {expected}. Convert again."
-        )
-
-
-def _check_name(name: str) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise UsageError(
-            f"{name} is not a valid repository name: {error} Use --push-to-hub NAME or USER/NAME."
-        ) from None
-
-
-def _is_read_only(user: Mapping[str, Any], create_pr: bool) -> bool:
-    """True if the token cannot write anywhere. If it can write, but not to this repository, a later call fails.
-
-    ``user`` is the response of `whoami`.
-    """
-    token = (user.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") != "fineGrained":
-        return bool(token.get("role") == "read")
-    scopes = (token.get("fineGrained") or {}).get("scoped") or ()
-    rights = {right for scope in scopes for right in scope.get("permissions") or ()}
-    return "repo.write" not in rights and not (create_pr and "discussion.write" in rights)
-
-
-def _holds(info: Any, operation: "CommitOperationAdd") -> bool:
-    """True if the revision has exactly this file already."""
-    file = next((file for file in info.siblings or () if file.rfilename == operation.path_in_repo), None)
-    if file is None:
-        return False
-    if file.lfs is not None:
-        return bool(file.lfs.sha256 == operation.upload_info.sha256.hex())
-    with operation.as_file() as content:
-        data = content.read()
-    # git's own name for this content (a blob id). It only detects equality, it does not protect against attacks.
-    return bool(file.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())

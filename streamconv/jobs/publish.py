@@ -9,7 +9,8 @@ from streamconv.errors import OutputError, SourceError, UsageError
 from streamconv.families.registry import find_model
 from streamconv.files.local import read_small
 from streamconv.hub.card import CARD_NAME, is_ours, make_card
-from streamconv.hub.repository import Repository, require_digest
+from streamconv.hub.checks import require_digest
+from streamconv.hub.repository import Repository
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.output.manifest import MANIFEST_NAME, Manifest
 from streamconv.progress import Progress, ignore_progress

@@ -26,7 +26,7 @@ def test_disk_on_which_one_call_always_fails_is_an_error(
         Faults(patch, (call,), errno.EIO)
         with pytest.raises(OutputError, match=r"Input/output error\. Choose another place"):
             api.convert(source, tmp_path / "out")
-    if call == "replace":  # all was written and synced, and not one file has its name
+    if call == "replace":  # everything was written and synced, but no file was renamed into place
         assert {path.name for path in (tmp_path / "out").iterdir()} == {
             JOURNAL_NAME, ".model.safetensors.streamconv-incomplete"
         }  # fmt: skip
