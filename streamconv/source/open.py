@@ -175,7 +175,7 @@ def _name_torch_hub_copy(source: Source) -> Iterator[None]:
         path = next((path for path in cached if _is_at(error, path)), None)
         if path is None or isinstance(error, ChangedError):
             raise
-        hint = f"It is torch.hub's copy. Delete it, and it is fetched again:\n  {path}"
+        hint = f"It is torch.hub's copy. Delete it to fetch it again:\n  {path}"
         raise type(error)(f"{error}\n{hint}") from error
 
 

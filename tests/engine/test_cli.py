@@ -62,7 +62,7 @@ def test_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path, save: Save
         (2, "name is empty", ("convert", backbone, "-o", "")),
         (2, "needs the name of a model", ("run", backbone, "--synthetic", "--no-verify")),
         (4, "cannot be written", ("run", "dinov2_vits14", "--synthetic", "--no-verify", "-o", "x" * 300)),
-        (2, "give one of them", ("run", "dinov2_vits14", "--model_name", "dinov2_vits14")),
+        (2, "give only one of them", ("run", "dinov2_vits14", "--model_name", "dinov2_vits14")),
         (2, "Give -o DIR", ("run", backbone, "--no-verify")),
         (2, "is not a device", ("run", backbone, "-o", "out", "--device", "gpu")),
         (2, "cannot be read", ("run", backbone, "-o", "out", "--image", "none.png")),
@@ -77,8 +77,8 @@ def test_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path, save: Save
         (3, "cannot be read from the beginning", ("plan", "http://127.0.0.1:9/x.pth")),
         (2, "does not name a file", ("plan", "https://host.invalid/")),
         (2, "is not a valid address", ("plan", "https://host:port/x.pth")),
-        (2, "Name the SOURCE too", ("verify", "out", "--stream")),
-        (2, "Name the SOURCE too", ("verify", "out", "--no-parity")),
+        (2, "Give SOURCE, too", ("verify", "out", "--stream")),
+        (2, "Give SOURCE, too", ("verify", "out", "--no-parity")),
         (3, "no such file", ("convert", "none.pth", "-o", "out")),
         (3, "web page", ("convert", "page.pth", "-o", "out")),
         (3, "cut short", ("convert", "cut.pth", "-o", "out")),
@@ -147,4 +147,4 @@ def test_deleted_current_folder_is_reported(tmp_path: Path, save: Save) -> None:
     done = subprocess.run(
         ["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
-    assert (done.returncode, done.stderr) == (2, "error: The current folder is gone. Change to another one.\n")
+    assert (done.returncode, done.stderr) == (2, "error: The current folder no longer exists. Change to another one.\n")
