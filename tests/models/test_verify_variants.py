@@ -153,7 +153,7 @@ def test_folder_saved_by_transformers_can_be_converted(tmp_path: Path, server: F
     (tmp_path / "served" / "x.safetensors").write_bytes((tmp_path / "theirs" / "model.safetensors").read_bytes())
     address = f"{server.url}/x.safetensors"
     with pytest.raises(
-        MappingError, match=r"hidden size 96 is not divisible by the size of an attention head in .* by --num-heads"
+        MappingError, match=r"hidden size 96 is not divisible by the size of an attention head in .* with --num-heads"
     ):
         api.plan(address)
     api.convert(address, tmp_path / "far", num_heads=3, dtype="float16", stream=True)
