@@ -1,0 +1,1 @@
+"""Benchmarks of streamconv and other converters: ``python -m benchmarks``."""

@@ -1,3 +1,5 @@
+"""The tests. Importing this package keeps huggingface_hub offline and torch to one thread."""
+
 import os
 
 # Set before anything imports huggingface_hub, which reads it only then: no test waits for a network.

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: the client, repositories and model cards."""

@@ -1,4 +1,4 @@
-"""What must be true before the Hub is changed: names, rights, and files that are as they should be."""
+"""Checks before the Hub is changed: names, rights, and files that are as they were written."""
 
 import hashlib
 from collections.abc import Mapping

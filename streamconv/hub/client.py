@@ -127,7 +127,7 @@ def _network_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseE
     """The exceptions that mean a timeout, and those that mean a broken connection.
 
     huggingface_hub uses requests before 1.0, then httpx, then httpx2. Its own HTTP error is derived from
-    that library's, which tells which one it is, also when several are installed.
+    that library's, which identifies the library even if several are installed.
     """
     from huggingface_hub.errors import HfHubHTTPError
 

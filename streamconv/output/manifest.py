@@ -21,7 +21,7 @@ class SourceFile:
     """A checkpoint that was read.
 
     ``fingerprint`` is the sha256 of its index. It stands for the weights only if they carry CRC-32s; otherwise
-    ``version`` has what tells the checkpoint's files from others of the same names and shapes: each file's times in
+    ``version`` distinguishes the checkpoint's files from others with the same names and shapes: each file's times in
     nanoseconds since 1970, or its server's name for this version.
     """
 

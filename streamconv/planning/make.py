@@ -39,7 +39,7 @@ def make_plan(
         model: The published model that the source was named as.
         dtype: The dtype to cast to; None keeps tensors as they are stored.
         num_heads: The number of attention heads, if it is not what the family assumes.
-        filename: The backbone's file, whose name tells published models of equal dimensions apart.
+        filename: The name of the backbone's file, which distinguishes published models of equal dimensions.
 
     Raises:
         MappingError: the tensors are not exactly those of a known model; lists every difference.
@@ -196,7 +196,7 @@ def _config(spec: ConversionSpec, family: Family, dtype: str, labels: Sequence[s
 
 
 def _published(candidates: Sequence[Model], filename: str) -> Model | None:
-    """Return the published model of these dimensions. If there are several, only the file's name tells them apart."""
+    """Return the published model of these dimensions. If there are several, only the file's name distinguishes them."""
     named = [model for model in candidates if model.backbone.filename == filename]
     return candidates[0] if len(candidates) == 1 else next(iter(named), None)
 

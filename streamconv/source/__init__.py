@@ -1,0 +1,1 @@
+"""Sources: what the user named is resolved, downloaded if needed, and opened."""

@@ -1,0 +1,1 @@
+"""Tensors that are not read yet, dtypes, casts and checksums."""

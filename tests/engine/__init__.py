@@ -1,0 +1,1 @@
+"""Tests of reading, converting, writing and publishing tiny models. No model runs."""

@@ -269,7 +269,7 @@ def test_server_that_once_ignores_a_range_is_retried(server: FileServer, source:
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "mend"),
+    ("status", "kind", "advice"),
     [
         (401, SourceError, "hf auth login"),
         (403, SourceError, "accept the model's terms"),
@@ -279,10 +279,10 @@ def test_server_that_once_ignores_a_range_is_retried(server: FileServer, source:
     ],
 )
 def test_refused_request_is_reported_in_one_message(
-    server: FileServer, source: str, status: int, kind: type[Exception], mend: str
+    server: FileServer, source: str, status: int, kind: type[Exception], advice: str
 ) -> None:
     server.faults.statuses = [status]
-    with pytest.raises(kind, match=mend) as caught:
+    with pytest.raises(kind, match=advice) as caught:
         api.plan(source)
     assert str(caught.value).startswith(f"{source} cannot be fetched: the server answered {status}")
     assert len(server.requests) == 1

@@ -1,0 +1,1 @@
+"""Tests in which models run: verification, and what depends on it."""
