@@ -115,7 +115,7 @@ class Plan:
     @property
     def title(self) -> str:
         """A name for the checkpoint in messages."""
-        return self.model_name or f"a {self.family_name} model of custom size"
+        return self.family.title_of(self.model)
 
     @property
     def labels_digest(self) -> str:
