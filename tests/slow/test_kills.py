@@ -193,8 +193,7 @@ def test_killed_conversion_to_the_hub_is_resumed(
     assert not (tmp_path / "stage").exists()
 
 
-def test_killed_download_is_resumed(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamconv.source.download.SYNC_BYTES", 2 << 20)
+def test_killed_download_is_resumed(server: FileServer, tmp_path: Path) -> None:
     torch.save(make_states(tiny(layers=3, hidden=512))[0], server.folder / "x.pth")  # 38 MB
     source, cache = f"{server.url}/x.pth", tmp_path / "torch" / "hub" / "checkpoints"
     size, journal = (server.folder / "x.pth").stat().st_size, cache / ".x.pth.streamconv-journal"
