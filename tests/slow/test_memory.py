@@ -29,10 +29,10 @@ JOBS = {
     ),
     "stream": (
         "streamconv.convert({address!r}, {output!r}, streamconv.ConversionOptions(stream=True))", "F32",
-        36 << 10, 8 << 10,
+        36 << 10, 4 << 10,
     ),
-    "revert to .pth": ("streamconv.revert({folder!r}, {output!r} + '.pth')", "F32", 32 << 10, 8 << 10),
-    "revert to .safetensors": ("streamconv.revert({folder!r}, {output!r} + '.safetensors')", "F32", 32 << 10, 8 << 10),
+    "revert to .pth": ("streamconv.revert({folder!r}, {output!r} + '.pth')", "F32", 32 << 10, 4 << 10),
+    "revert to .safetensors": ("streamconv.revert({folder!r}, {output!r} + '.safetensors')", "F32", 32 << 10, 4 << 10),
 }  # fmt: skip
 
 
