@@ -118,4 +118,4 @@ def test_verifying_a_folder_alone_imports_no_torch_and_exits_with_1_on_differenc
     assert "The output differs from what was written" in done.stdout
     assert "Verification failed" in (folder.parent / "x.html").read_text("utf-8")
     done = subprocess.run([*verify, "--device", "cpu"], capture_output=True, text=True)
-    assert (done.returncode, "Name the SOURCE too" in done.stderr) == (2, True)
+    assert (done.returncode, "Give SOURCE, too" in done.stderr) == (2, True)
