@@ -69,6 +69,9 @@ class Conversion:
 def plan(source: StrPath, options: ConversionOptions = ConversionOptions()) -> Plan:
     """Plan what `convert` would write. No weight is read and nothing is written.
 
+    For a remote .pth, the offsets of weights are computed from torch's usual layout, to save requests: such a plan is
+    to be looked at, not to be carried out elsewhere.
+
     Args:
         source: A model's name, a checkpoint file, or its address (https://, hf://, s3://, …).
 
