@@ -33,7 +33,7 @@ def require_free(folder: Path, provenance: Provenance, names: Sequence[str], jou
         state = "an unfinished" if manifest is None else "another"
         raise OutputError(
             f"{folder} holds {state} conversion, of {existing.model or 'an unnamed model'}: its "
-            f"{' and '.join(other)} is another. Choose another folder, or delete this one."
+            f"{' and '.join(other)} differ{'s' if len(other) == 1 else ''}. Choose another folder, or delete this one."
         )
 
 

@@ -141,7 +141,7 @@ def test_resume_rejects_another_source_of_the_same_size_and_names(
     write(make_states(tiny(), seed=1)[0], path)
     assert path.stat().st_size == size
     before = contents(tmp_path / "out")
-    with pytest.raises(OutputError, match=r"unfinished conversion.*its backbone is another\. Choose .* or delete this"):
+    with pytest.raises(OutputError, match=r"unfinished conversion.*its backbone differs\. Choose .* or delete this"):
         api.convert(path, tmp_path / "out")
     assert contents(tmp_path / "out") == before
     with pytest.raises(OutputError, match="another conversion"):
@@ -364,7 +364,7 @@ def test_resume_rejects_a_changed_source_whose_time_was_reset(tmp_path: Path, mo
     interrupt_after(path, tmp_path / "out", 0.5)
     safetensors.torch.save_file(make_states(tiny(), seed=1)[0], path)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(OutputError, match="its backbone is another"):
+    with pytest.raises(OutputError, match="its backbone differs"):
         api.convert(path, tmp_path / "out")
 
 
