@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 import streamconv
 from streamconv import Checkpoint, Verification
 from streamconv.cli.commands import app
-from streamconv.cli.options import with_values
 from streamconv.families.dinov2 import FAMILY, Dimensions, ffn_size
 from streamconv.families.selection import find_backbone
 from streamconv.files.base import ByteRange, FileRef
@@ -69,7 +68,7 @@ def run(*words: object, cwd: Path, **environment: str) -> Ran:
     before = os.getcwd()
     os.chdir(cwd)
     try:
-        done = CliRunner().invoke(app, with_values([*map(str, words)]), env=environment)
+        done = CliRunner().invoke(app, [*map(str, words)], env=environment)
     finally:
         os.chdir(before)
     if done.exception is not None and not isinstance(done.exception, SystemExit):

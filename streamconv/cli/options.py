@@ -1,150 +1,155 @@
-"""Command-line options that several commands share."""
+"""Command-line options that several commands share, in the groups that the help shows them in."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import get_args
 
-import typer
+import click
+from click.shell_completion import CompletionItem
 
+from streamconv.cli.command import Argument, Option
 from streamconv.errors import UsageError
-from streamconv.families.registry import find_model
+from streamconv.families.registry import all_families, find_model
 from streamconv.hub.repository import Destination
-from streamconv.jobs.options import ConversionOptions, PushOptions, VerificationOptions
+from streamconv.jobs.options import PushOptions
 from streamconv.tensors.info import CastDtype
 
-PUSH_TO_HUB = ("--push-to-hub", "--push_to_hub")
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A model's name, a checkpoint file, or its URL.")]
 DEFAULT_MODEL = "dinov2_vitg14"
-SourceOrDefault = Annotated[
-    str | None,
-    typer.Argument(metavar="SOURCE", help=f"A model's name, a checkpoint file, or its URL. [default: {DEFAULT_MODEL}]"),
-]
-ModelName = Annotated[str | None, typer.Option("--model_name", metavar="NAME", help="The same as SOURCE.")]
-OutputOrDefault = Annotated[
-    str | None,
-    typer.Option(
-        "--output",
-        "-o",
-        "--pytorch_dump_folder_path",
-        metavar="DIR",
-        help="The folder to write. [default: the published name]",
+FILE = click.Path(readable=False, path_type=Path)  # these types complete names, and leave all checks to the jobs
+FILE_OR_URL = click.Path(readable=False)
+
+
+def _models(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    names = [model.name for family in all_families() for model in family.models]
+    return [CompletionItem(name) for name in names if name.startswith(begun)]
+
+
+def _models_and_files(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    return [*_models(ctx, parameter, begun), CompletionItem(begun, type="file")]
+
+
+def _devices(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in ("auto", "cpu", "cuda", "cuda:0") if name.startswith(begun)]
+
+
+def _folders(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    return [CompletionItem(begun, type="dir")]
+
+
+def _references(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    names = [CompletionItem(name) for name in ("builtin", "hub") if name.startswith(begun)]
+    return names or [CompletionItem(begun, type="dir")]
+
+
+def source_argument(default: str | None = None, *, required: bool = True) -> Argument:
+    """Return the argument SOURCE; ``default`` describes what it means to leave it out."""
+    text = "A model's name, a checkpoint file, or its URL."
+    return Argument(
+        "source", metavar="SOURCE" if required else "[SOURCE]", required=required, group="Source",
+        text=f"{text}  [default: {default}]" if default else text, shell_complete=_models_and_files,
+    )  # fmt: skip
+
+
+def model_argument() -> Argument:
+    return Argument("model", metavar="MODEL", group="Source", text="A model's name.", shell_complete=_models)
+
+
+def output_option(default: str | None = None, *aliases: str) -> Option:
+    """Return the option --output; ``default`` describes the folder if none is given."""
+    return Option(
+        "-o", "--output", *aliases, metavar="DIR", shell_complete=_folders, required=default is None, group="Output",
+        help="The folder to write.", show_default=default or False,
+    )  # fmt: skip
+
+
+# Of the source
+HEAD = Option(
+    "--head", metavar="FILE", type=FILE_OR_URL, group="Source",
+    help="The linear head's file or URL, for a classifier from files.",
+)  # fmt: skip
+SELECT = Option(
+    "--select", metavar="PREFIX", group="Source",
+    help="Which backbone to convert if the file holds several, such as teacher.backbone.",
+)  # fmt: skip
+NUM_HEADS = Option(
+    "--num-heads", metavar="N", type=int, group="Source", show_default="the family's rule",
+    help="The number of attention heads, which tensors do not show.",
+)  # fmt: skip
+STREAM = Option(
+    "--stream", is_flag=True, group="Source", help="Convert a URL directly, without downloading it to a file first."
+)
+SEED = Option(
+    "--seed", metavar="N", type=click.IntRange(min=0), default=0, group="Source", help="The seed of random weights."
+)
+
+# Of the output
+LABELS = Option(
+    "--labels", metavar="FILE", type=FILE, group="Output", show_default="for 1000 classes, ImageNet's",
+    help="The class names, as JSON or one per line.",
+)  # fmt: skip
+SHARD_SIZE = Option(
+    "--max-shard-size", metavar="SIZE", default="5GB", group="Output", help="The maximum size of one weight file."
+)
+DTYPE = Option(
+    "--dtype", type=click.Choice(get_args(CastDtype)), group="Output", show_default="no cast",
+    metavar="DTYPE", help=f"Cast the weights: {', '.join(get_args(CastDtype))}.",
+)  # fmt: skip
+FORCE = Option(
+    "--force", is_flag=True, group="Output",
+    help="Replace what streamconv wrote there before. Other files are never replaced.",
+)  # fmt: skip
+DRY_RUN = Option(
+    "--dry-run", is_flag=True, group="Output", help="Check everything and show what would be done. Write nothing."
+)
+
+SOURCE_OPTIONS = (HEAD, SELECT, NUM_HEADS, STREAM)
+CONVERSION_OPTIONS = (*SOURCE_OPTIONS, LABELS, SHARD_SIZE, DTYPE, FORCE)
+
+VERIFICATION_OPTIONS = (
+    Option(
+        "--device", metavar="DEVICE", default="auto", group="Verification", shell_complete=_devices,
+        help="Verify on cpu, cuda or cuda:N; auto is a GPU if there is one.",
     ),
-]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Convert only; do not verify.")]
-Synthetic = Annotated[
-    bool, typer.Option("--synthetic", help="Generate a random checkpoint of the model and convert it.")
-]
-Head = Annotated[
-    str | None, typer.Option(metavar="FILE", help="The linear head's file or URL, for a classifier from files.")
-]
-Stream = Annotated[
-    bool, typer.Option("--stream", help="Convert a URL directly, without downloading it to a file first.")
-]
-Labels = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="The class names, as JSON or one per line. [default for 1000 classes: ImageNet's]"
+    Option(
+        "--image", metavar="FILE", type=FILE_OR_URL, group="Verification", show_default="one that streamconv draws",
+        help="The image to verify with, a file or URL.",
     ),
-]
-ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The maximum size of one output file.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(metavar="|".join(get_args(CastDtype)), help="Cast the weights to this dtype. [default: no cast]"),
-]
-Select = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PREFIX", help="Which backbone to convert if the file holds several, such as teacher.backbone."
-    ),
-]
-NumHeads = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help="The number of attention heads, which tensors do not show. [default: the family's rule]"
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Device = Annotated[
-    str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="The device to verify on; auto is a GPU if there is one.")
-]
-NoParity = Annotated[
-    bool, typer.Option("--no-parity", help="Do not run the models; the output lists what was not checked.")
-]
-Image = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="The image to verify with, a file or URL. [default: one that streamconv draws]"),
-]
-Reference = Annotated[
-    str,
-    typer.Option(
-        metavar="builtin|hub|PATH",
+    Option(
+        "--reference", metavar="builtin|hub|DIR", default="builtin", group="Verification", shell_complete=_references,
         help="The original model: streamconv's own code, or the authors', downloaded by torch.hub or in a folder.",
     ),
-]
-Report = Annotated[
-    Path | None, typer.Option(metavar="FILE.html", help="Write the verification result as an HTML page.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="The seed of the random weights.")]
-PushToHub = Annotated[
-    str | None,
-    typer.Option(
-        *PUSH_TO_HUB,
-        metavar="[REPO]",
-        help="Push the verified output to USER/NAME on the Hub, or to NAME in your account. [default: published name]",
+    Option(
+        "--no-parity", "parity", flag_value=False, default=True, show_default=False, group="Verification",
+        help="Do not run the models; the output lists what was not checked.",
     ),
-]
-Private = Annotated[bool, typer.Option("--private", help="Make the repository private when it is created.")]
-Revision = Annotated[
-    str | None, typer.Option(metavar="REV", help="The branch to push to, created if needed. [default: main]")
-]
-CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing to the branch.")]
-PushUnverified = Annotated[
-    bool,
-    typer.Option("--push-unverified", help="Push even if verification failed or did not run; the card mentions it."),
-]
+    Option(
+        "--report", metavar="FILE.html", type=FILE, group="Verification",
+        help="Write the verification result as an HTML page.",
+    ),
+)  # fmt: skip
+"""Their names are the fields of `VerificationOptions`, as those above are the fields of `ConversionOptions`."""
 
-
-def with_values(words: Sequence[str]) -> list[str]:
-    """Give each --push-to-hub without a value an empty one, because typer has no options with optional values."""
-    following = zip(words, [*words[1:], "-"], strict=False)
-    return [f"{word}=" if word in PUSH_TO_HUB and after.startswith("-") else word for word, after in following]
-
-
-def conversion_options(
-    head: str | None,
-    select: str | None,
-    num_heads: int | None,
-    max_shard_size: str,
-    dtype: str | None,
-    labels: Path | None = None,
-    stream: bool = False,
-) -> ConversionOptions:
-    """Return the options of a conversion.
-
-    Raises:
-        UsageError: one of them is not valid.
-    """
-    return ConversionOptions(
-        head=head,
-        select=select,
-        num_heads=num_heads,
-        stream=stream,
-        labels=labels,
-        max_shard_size=max_shard_size,
-        dtype=dtype,  # type: ignore[arg-type]  # refused there if it is not one of the literals
-    )
-
-
-def verification_options(
-    device: str, image: str | None, reference: str, no_parity: bool, report: Path | None
-) -> VerificationOptions:
-    """Return the options of a verification; raise `UsageError` if the device's name is not valid."""
-    return VerificationOptions(device=device, image=image, reference=reference, parity=not no_parity, report=report)
+PUSH_OPTIONS = (
+    Option(
+        "--push-to-hub", "--push_to_hub", metavar="[REPO]", is_flag=False, flag_value="", group="Hub",
+        help="Push the verified output to USER/NAME on the Hub, or to NAME in your account.",
+        show_default="the published name",
+    ),
+    Option("--private", is_flag=True, group="Hub", help="Make the repository private when it is created."),
+    Option(
+        "--revision", metavar="REV", group="Hub", show_default="main",
+        help="The branch to push to, created if needed.",
+    ),
+    Option("--create-pr", is_flag=True, group="Hub", help="Open a pull request instead of committing to the branch."),
+    Option(
+        "--push-unverified", is_flag=True, group="Hub",
+        help="Push even if verification failed or did not run; the card mentions it.",
+    ),
+)  # fmt: skip
 
 
 def push_options(
-    push_to_hub: str | None, private: bool, revision: str | None, create_pr: bool, unverified: bool
+    push_to_hub: str | None, private: bool, revision: str | None, create_pr: bool, push_unverified: bool
 ) -> PushOptions | None:
     """Return what to push, and where; None for no push.
 
@@ -153,7 +158,7 @@ def push_options(
     """
     if push_to_hub is None:
         given = {"--private": private, "--revision": revision is not None, "--create-pr": create_pr}
-        alone = [name for name, is_given in {**given, "--push-unverified": unverified}.items() if is_given]
+        alone = [name for name, is_given in {**given, "--push-unverified": push_unverified}.items() if is_given]
         if alone:
             raise UsageError(f"{' and '.join(alone)} {'needs' if len(alone) == 1 else 'need'} --push-to-hub. Add it.")
         return None
@@ -162,7 +167,7 @@ def push_options(
             f"--push-to-hub took {push_to_hub} as the repository's name, but it is a source. Put the source first, "
             f"streamconv run {push_to_hub} --push-to-hub, or name a repository as USER/NAME."
         )
-    return PushOptions(Destination(push_to_hub or None, private, revision, create_pr), unverified)
+    return PushOptions(Destination(push_to_hub or None, private, revision, create_pr), push_unverified)
 
 
 def _is_source(word: str) -> bool:

@@ -9,15 +9,16 @@ LOG_INTERVAL_SECONDS = 10.0  # between two log lines about the same step
 
 
 class ProgressReport:
-    """A `streamconv.progress.Progress` that prints. Use it in a ``with`` statement."""
+    """A `streamconv.progress.Progress` that prints, unless it is quiet. Use it in a ``with`` statement."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_quiet: bool = False) -> None:
+        self._is_quiet = is_quiet
         self._step, self._logged_at, self._logged_done = "", 0.0, 0
         self._bar: Any = None
         self._task: Any = None
 
     def __enter__(self) -> "ProgressReport":
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._is_quiet:
             self._bar = _bar()
         return self
 
@@ -34,6 +35,8 @@ class ProgressReport:
             self._bar, self._task, self._step = _bar(), None, ""
 
     def __call__(self, step: str, done: int, total: int, unit: str) -> None:
+        if self._is_quiet:
+            return
         is_new, self._step = step != self._step, step
         if self._bar is not None:
             self._bar.start()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from streamconv.cli.messages import conversion_lines, verification_lines
 from streamconv.cli.progress_bar import ProgressReport
-from streamconv.cli.terminal import print_json, print_lines
+from streamconv.cli.terminal import Printer, print_lines
 from streamconv.jobs.convert import Conversion
 from streamconv.verification.result import Verification
 
@@ -14,38 +14,40 @@ from streamconv.verification.result import Verification
 class Results:
     """Prints each result as soon as it is available or, as JSON, all of them at the end."""
 
-    def __init__(self, as_json: bool):
-        self._as_json, self._is_finished = as_json, False
-        self._conversion: Conversion | None = None
+    def __init__(self, printer: Printer):
+        self._printer = printer
         self._verification: Verification | None = None
-        self.published: str | None = None
 
-    def printer(self, progress: ProgressReport) -> Callable[[Conversion | Verification], None]:
-        def on_result(result: Conversion | Verification) -> None:
+    def shown_with(self, progress: ProgressReport) -> Callable[[Conversion | Verification], None]:
+        """Return a function that shows a result between two reports of ``progress``."""
+
+        def show(result: Conversion | Verification) -> None:
             progress.clear()
+            results, is_failure = self._printer.results, False
             if isinstance(result, Conversion):
-                self._conversion, lines = result, conversion_lines(result)
+                results.update({**result.as_dict(), "verification": None, "published": None})
+                lines = conversion_lines(result)
             else:
-                self._verification, lines = result, verification_lines(result)
+                self._verification, is_failure = result, not result.passed
+                results["verification"] = result.as_dict()
+                lines = verification_lines(result)
                 print_notes(result)
-            if not self._as_json:
-                print_lines(lines)
+            if not self._printer.as_json:
+                self._printer.show({}, lines, is_failure=is_failure)
 
-        return on_result
+        return show
 
-    def finish(self) -> None:
-        """Print the remaining results. This is also called after an error, which may come after the work is done."""
-        if self._is_finished or self._conversion is None:
-            return
-        self._is_finished = True
-        if self._as_json:
-            verification = self._verification.as_dict() if self._verification is not None else None
-            print_json({**self._conversion.as_dict(), "verification": verification, "published": self.published})
+    def finish(self, published: str | None = None) -> None:
+        """Show how the job ended, whether well or with an error; ``published`` is the address of what was pushed."""
+        results = self._printer.results
+        if results:
+            results["published"] = published
+        if self._printer.as_json or self._printer.is_quiet or not results:
             return
         if self._verification is None:
             print_lines(["not verified"])
-        if self.published is not None:
-            print_lines([f"published: {self.published}"])
+        if published is not None:
+            print_lines([f"published: {published}"])
 
 
 def print_notes(verification: Verification) -> None:
@@ -53,8 +55,8 @@ def print_notes(verification: Verification) -> None:
         print(f"note: the result was not recorded in the folder: {verification.not_recorded}", file=sys.stderr)
 
 
-def print_report_path(path: Path | None, as_json: bool) -> None:
-    if path is not None and as_json:
+def print_report_path(path: Path | None, printer: Printer) -> None:
+    if path is not None and printer.as_json:
         print(f"report: {path}", file=sys.stderr)
-    elif path is not None:
+    elif path is not None and not printer.is_quiet:
         print_lines([f"report: {path}"])

@@ -11,20 +11,19 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TextIO
 
-import typer
-
-from streamconv.errors import OutputError, StreamconvError
+from streamconv.errors import OutputError
 from streamconv.files.address import Address
 
 
 class InterruptedByUser(BaseException):
     """Raised for Ctrl-C, SIGTERM and a closed terminal.
 
-    It is not a KeyboardInterrupt, because typer exits on that one without a message.
+    It is not a KeyboardInterrupt, because click exits on that one without a message.
     """
 
     was_raised = False
@@ -90,8 +89,48 @@ def _redacted_command(arguments: list[str]) -> str:
     return shlex.join(["streamconv", *redacted]) + note
 
 
+@dataclass
+class Printer:
+    """What a command prints on stdout: text or, with --json, one JSON document, which is also where errors go.
+
+    ``results`` are those that are complete before an error; the document holds them beside it.
+    """
+
+    as_json: bool = False
+    is_quiet: bool = False
+    results: dict[str, Any] = field(default_factory=dict)
+    _has_printed: bool = False
+
+    def show(self, result: Mapping[str, Any], lines: Iterable[str], *, is_failure: bool = False) -> None:
+        """Print a result as JSON, or as text unless --quiet was given; a failure in any case."""
+        if self.as_json:
+            self._has_printed = True
+            print_lines([json.dumps(result, indent=2)])
+        elif is_failure or not self.is_quiet:
+            print_lines(lines)
+
+    def fail(self, message: str, exit_code: int, kind: str, problems: Iterable[str] = ()) -> NoReturn:
+        """Print an error, and end the process with its exit code."""
+        print(f"error: {message}", file=sys.stderr)
+        self.show_error_as_json(kind, message, exit_code, problems)
+        sys.exit(exit_code)
+
+    def show_error_as_json(self, kind: str, message: str, exit_code: int, problems: Iterable[str] = ()) -> None:
+        """With --json, print the document with the error in it, unless the document was printed already."""
+        if not self.as_json or self._has_printed:
+            return
+        error = {"type": kind, "message": message, "exit_code": exit_code}
+        listed = {"problems": list(problems)} if problems else {}
+        with suppress(OutputError):  # stdout cannot be written; stderr has the error
+            self.show({**self.results, "error": {**error, **listed}}, [])
+
+
 def print_lines(lines: Iterable[str]) -> None:
-    """Print a result on stdout. A failed write is an error, but a pipe that its reader closed is not."""
+    """Print a result on stdout. A failed write is an error, but a pipe that its reader closed is not.
+
+    Raises:
+        OutputError: stdout cannot be written.
+    """
     try:
         for line in lines:
             print(line)
@@ -99,26 +138,4 @@ def print_lines(lines: Iterable[str]) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # receives the rest of the buffer
         if not isinstance(error, BrokenPipeError):  # `… | head` has read enough: keep the command's own exit code
-            fail(OutputError(f"The result cannot be printed: {error.strerror}."))
-
-
-@contextmanager
-def report_errors(before: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Turn an error of streamconv into one message and its exit code. Any other error is a bug: show its traceback.
-
-    ``before`` is called before the message is printed.
-    """
-    try:
-        yield
-    except StreamconvError as error:
-        before()
-        fail(error)
-
-
-def fail(error: StreamconvError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    raise typer.Exit(error.exit_code)
-
-
-def print_json(value: dict[str, Any]) -> None:
-    print_lines([json.dumps(value, indent=2)])
+            raise OutputError(f"The result cannot be printed: {error.strerror}.") from error

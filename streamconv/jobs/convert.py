@@ -119,11 +119,11 @@ def convert_prepared(
         The result, and the source that verification should use: a source that had to be downloaded is the local copy
         then, which stays open in ``stack``, and the plan has the labels that a finished folder was written with.
     """
-    conversion = PreparedConversion.of(prepared, output)
+    conversion = PreparedConversion.of(prepared, output, force=options.force)
     finished = conversion.find_finished() if prepared.source.has_checksums else None
     if finished is None and prepared.source.is_remote and not options.stream:
         prepared = stack.enter_context(local_copy(prepared, progress))
-        conversion = PreparedConversion.of(prepared, output)
+        conversion = PreparedConversion.of(prepared, output, force=options.force)
     if finished is None:
         finished = conversion.find_finished()
     if finished is not None:
@@ -140,15 +140,16 @@ class PreparedConversion:
     provenance: Provenance
     labels_from: str | None
     has_checksums: bool
+    force: bool
 
     @classmethod
-    def of(cls, prepared: PreparedSource, output: StrPath | None) -> "PreparedConversion":
+    def of(cls, prepared: PreparedSource, output: StrPath | None, *, force: bool) -> "PreparedConversion":
         """Prepare the conversion of an open source.
 
         Raises:
             UsageError: see `output_folder`.
         """
-        folder, plan, source = output_folder(output, prepared), prepared.plan, prepared.source
+        folder, plan, source = output_folder(output, prepared, force=force), prepared.plan, prepared.source
         labels = Labels(prepared.labels_from, prepared.are_labels_default, plan.labels_digest)
         provenance = Provenance(
             source=source.describe(),
@@ -162,14 +163,16 @@ class PreparedConversion:
             skipped=tuple(str(each) for each in plan.skipped),
             labels=labels if "id2label" in plan.config else None,
         )
-        return cls(folder, plan, provenance, prepared.labels_from, source.has_checksums)
+        return cls(folder, plan, provenance, prepared.labels_from, source.has_checksums, force)
 
     def find_finished(self) -> Conversion | None:
-        """Return the result of the same conversion, if the folder holds it already.
+        """Return the result of the same conversion, if the folder holds it already and it is not to be replaced.
 
         Raises:
             OutputError: the folder holds something else.
         """
+        if self.force:
+            return None
         manifest = find_finished(self.folder, self.provenance, self.plan.filenames)
         if manifest is None:
             return None
@@ -212,7 +215,9 @@ class PreparedConversion:
 
 def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: Progress) -> Conversion:
     plan = conversion.plan
-    with open_output_folder(conversion.folder, conversion.provenance, plan.filenames, plan.size) as work:
+    with open_output_folder(
+        conversion.folder, conversion.provenance, plan.filenames, plan.size, force=conversion.force
+    ) as work:
         written, resumed_bytes = _write_shards(plan, work, prepared.source.reader, progress)
         for name, data in plan.small_files.items():
             work.write(name, data)

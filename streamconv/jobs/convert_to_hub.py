@@ -50,6 +50,7 @@ def convert_to_hub(
     verify: Verify | None,
     *,
     unverified: bool,
+    force: bool,
     progress: Progress,
 ) -> HubConversion:
     """Convert, verify and publish.
@@ -58,11 +59,12 @@ def convert_to_hub(
         output: The staging folder.
         verify: None to skip verification.
         unverified: Publish even if verification does not pass or does not run.
+        force: Replace a conversion in the staging folder.
 
     Raises:
         UsageError, SourceError, OutputError, HubError: the same call resumes, and uploads no shard again.
     """
-    conversion = PreparedConversion.of(prepared, output)
+    conversion = PreparedConversion.of(prepared, output, force=force)
     plan = conversion.plan
     if conversion.find_finished() is not None:
         raise UsageError(
@@ -71,7 +73,7 @@ def convert_to_hub(
         )
     repository.refuse_others([*plan.filenames, MANIFEST_NAME, CARD_NAME])
     largest = max(shard.size for shard in plan.shards)
-    with open_output_folder(conversion.folder, conversion.provenance, plan.filenames, largest) as work:
+    with open_output_folder(conversion.folder, conversion.provenance, plan.filenames, largest, force=force) as work:
         repository.create()
         written, resumed_bytes = _upload_shards(plan, work, repository, prepared.source.reader, progress)
         manifest = conversion.manifest(written)

@@ -47,6 +47,8 @@ class ConversionOptions(SourceOptions):
         labels: A file with the names of the classes; by default ImageNet's, if there are 1000 classes.
         max_shard_size: The maximum size of one weight file: a number of bytes, or a string like "500MB" or "5GB".
         dtype: The dtype to cast the weights to; None leaves them as they are stored.
+        force: Replace the conversion that the output folder holds, finished or not. Only files that its manifest or
+            journal names are deleted, once the plan is made. The same conversion is resumed if it is unfinished.
 
     Raises:
         UsageError: the shard size, the dtype or the number of heads is not valid.
@@ -55,6 +57,7 @@ class ConversionOptions(SourceOptions):
     labels: StrPath | None = None
     max_shard_size: int | str = "5GB"
     dtype: CastDtype | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,8 @@ from pathlib import Path
 from streamconv.errors import ChangedError, NoRangesError, UsageError
 from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.output.files import temporary_path
+from streamconv.output.journal import JOURNAL_NAME, Journal
+from streamconv.output.ownership import owned_names
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
@@ -130,8 +132,11 @@ def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None
     return PreparedSource(source, plan, labels_from, options.labels is None)
 
 
-def output_folder(folder: StrPath | None, prepared: PreparedSource) -> Path:
+def output_folder(folder: StrPath | None, prepared: PreparedSource, *, force: bool) -> Path:
     """Return the folder to write into: the user's, or else one with the model's published name.
+
+    Args:
+        force: The files of a conversion in it will be deleted.
 
     Raises:
         UsageError: the name is empty, the model has no published name, or the output would overwrite the source.
@@ -143,7 +148,8 @@ def output_folder(folder: StrPath | None, prepared: PreparedSource) -> Path:
         backbone = prepared.source.source.backbone
         raise UsageError(f"{backbone} is not a published model, so the output needs a name. Give -o DIR.")
     path = Path(folder) if folder is not None else Path(plan.model.published_name)  # type: ignore[union-attr]
-    _refuse_own_output(prepared.source, path, plan.filenames)
+    replaced = owned_names(path, Journal.read(path / JOURNAL_NAME)) if force else ()
+    _refuse_own_output(prepared.source, path, [*plan.filenames, *replaced])
     return path
 
 

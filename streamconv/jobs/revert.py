@@ -77,6 +77,7 @@ def revert(
     *,
     head: str | PathLike[str] | None = None,
     block_chunks: int | None = None,
+    force: bool = False,
     progress: Progress = ignore_progress,
 ) -> Reverted:
     """Write the checkpoint that a folder was, or could have been, converted from.
@@ -87,6 +88,7 @@ def revert(
         head: The file for a classifier's linear head, which its authors publish apart from the backbone.
         block_chunks: The number of lists that the blocks are in, 0 for one plain list; by default that of the source
             in the folder's manifest, or of the published model's file.
+        force: Replace files of these names, once the new ones are complete.
         progress: Called with the bytes written.
 
     Raises:
@@ -97,7 +99,7 @@ def revert(
     """
     source = Path(folder)
     paths = tuple(Path(path) for path in (output, head) if path is not None)
-    _require_writable(paths, source)
+    _require_writable(paths, source, force)
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise UsageError(f"{paths[0]} cannot be backbone and head at once. Give --head another name.")
     if not os.path.isdir(source):
@@ -123,18 +125,18 @@ def revert(
         if head is not None and not heads:
             raise UsageError(f"{source} is not a classifier and has no head. Omit --head.")
         files = dict(zip(paths, (backbone, heads), strict=False))
-        written, resumed_bytes = _write(files, checkpoint, source, progress)
+        written, resumed_bytes = _write(files, checkpoint, source, force, progress)
     weights = sum(tensor.info.nbytes for tensor in tensors.values())
     return Reverted(family, model, written, weights, resumed_bytes)
 
 
-def _require_writable(paths: Sequence[Path], source: Path) -> None:
+def _require_writable(paths: Sequence[Path], source: Path, force: bool) -> None:
     for path in paths:
         if path.suffix not in SUFFIXES:
             raise UsageError(f"{path} does not have the suffix of a checkpoint. End its name in {', '.join(SUFFIXES)}.")
         if not os.path.isdir(path.parent):
             raise OutputError(f"{path.parent} is not a folder. Create it first.")
-    require_absent(paths, Journal.read(journal_path(paths)))
+    require_absent(paths, Journal.read(journal_path(paths)), force=force)
     for path in paths:
         if os.path.isdir(source) and os.path.samefile(path.parent, source):
             raise UsageError(f"{path} would be taken for one of the model's own files. Choose another folder.")
@@ -183,7 +185,7 @@ def _originals(
 
 
 def _write(
-    files: Mapping[Path, Mapping[str, AnyTensor]], checkpoint: Checkpoint, source: Path, progress: Progress
+    files: Mapping[Path, Mapping[str, AnyTensor]], checkpoint: Checkpoint, source: Path, force: bool, progress: Progress
 ) -> tuple[dict[Path, WrittenFile], int]:
     """Write all of the files, or none. Also returns how many of their bytes an interrupted process had written."""
     contents = {path: _segments(path, tensors) for path, tensors in files.items()}
@@ -194,7 +196,7 @@ def _write(
     )
     written, resumed_bytes, before = {}, 0, 0
     checks = RecordChecks(checkpoint.reader)
-    with resumable_files(sizes, provenance) as journal, ExitStack() as named:
+    with resumable_files(sizes, provenance, force=force) as journal, ExitStack() as named:
         for path, segments in contents.items():
             advance = partial(_report, progress, path.name, before, sum(sizes.values()))
             file = written_file(path, segments, journal, checkpoint.reader, checks, advance)

@@ -89,7 +89,7 @@ def run(
         if push is not None and repository is None:
             repository = open_repository(push, prepared.plan.model_name)
         if push is not None and repository is not None and conversion.stream:
-            return _run_to_hub(prepared, output, repository, push, verification, progress, on_result)
+            return _run_to_hub(prepared, output, repository, push, verification, conversion.force, progress, on_result)
         converted, prepared = convert_prepared(prepared, output, conversion, progress, stack)
         on_result(converted)
         verified = None
@@ -111,6 +111,7 @@ def _run_to_hub(
     repository: Repository,
     push: PushOptions,
     verification: VerificationOptions | None,
+    force: bool,
     progress: Progress,
     on_result: Callable[[Conversion | Verification], None],
 ) -> RunResult:
@@ -120,6 +121,7 @@ def _run_to_hub(
         repository,
         _verify_with(verification, progress) if verification is not None else None,
         unverified=push.unverified,
+        force=force,
         progress=progress,
     )
     on_result(done.conversion)

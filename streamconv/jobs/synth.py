@@ -29,8 +29,11 @@ class SyntheticFiles:
     head: Path | None
 
 
-def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> SyntheticFiles:
+def synth(model: str, path: str | PathLike[str], *, seed: int = 0, force: bool = False) -> SyntheticFiles:
     """Write a random checkpoint of a published model; a classifier's head is written next to it.
+
+    Args:
+        force: Replace files of these names.
 
     Raises:
         UsageError: there is no such model.
@@ -40,8 +43,8 @@ def synth(model: str, path: str | PathLike[str], *, seed: int = 0) -> SyntheticF
     backbone = Path(path)
     head = _head_path(backbone, found)
     for file in (backbone, head):
-        if file is not None and os.path.exists(file):
-            raise OutputError(f"{file} exists already. Choose another name, or delete it.")
+        if file is not None and os.path.exists(file) and not force:
+            raise OutputError(f"{file} exists already. Choose another name, or replace it with --force.")
         if file is not None and not os.path.isdir(file.parent):
             raise OutputError(f"{file.parent} is not a folder. Create it first.")
     backbone_infos, head_infos = family.split_head(family.sources(found.dimensions, found.block_chunks))

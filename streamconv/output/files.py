@@ -253,6 +253,28 @@ def as_output_error(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written: {error.strerror}. {advice}") from error
 
 
+def require_writable(folder: Path) -> None:
+    """Refuse a folder in which no file can be created, or that cannot be created itself. Nothing is written.
+
+    Raises:
+        OutputError
+    """
+    with as_output_error(folder):
+        existing = next(path for path in (folder, *folder.absolute().parents) if _is_there(path))
+        if not os.path.isdir(existing):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def require_space(folder: Path, size: int) -> None:
     """Refuse output that would not fit.
 

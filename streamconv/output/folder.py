@@ -10,10 +10,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.output.files import as_output_error, make_folder, require_space, sync_folder, temporary_path, write_file
 from streamconv.output.journal import JOURNAL_NAME, Journal, OpenJournal, locked_journal
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, differences
-from streamconv.output.ownership import require_free
+from streamconv.output.ownership import owned_names, require_free
 
 
 class OutputFolder:
@@ -60,28 +61,50 @@ class OutputFolder:
                 self.path.rmdir()
 
 
+def check_output_folder(
+    folder: Path, provenance: Provenance, names: Sequence[str], size: int, *, force: bool = False
+) -> None:
+    """Refuse a folder that holds something else, or whose disk is too full; arguments as for `open_output_folder`.
+
+    Raises:
+        OutputError
+    """
+    journal = Journal.read(folder / JOURNAL_NAME)
+    require_free(folder, provenance, names, journal, force=force)
+    replaced = {*names, *(owned_names(folder, journal) if force else ())}
+    present = [path for name in replaced for path in _both(folder / name) if os.path.exists(path)]
+    require_space(folder, size - sum(path.stat().st_blocks * 512 for path in present))
+
+
+def _both(path: Path) -> tuple[Path, Path]:
+    """Return a file's two paths, that of the complete file and that of the incomplete one."""
+    return path, temporary_path(path)
+
+
 @contextmanager
-def open_output_folder(folder: Path, provenance: Provenance, names: Sequence[str], size: int) -> Iterator[OutputFolder]:
+def open_output_folder(
+    folder: Path, provenance: Provenance, names: Sequence[str], size: int, *, force: bool = False
+) -> Iterator[OutputFolder]:
     """Open a folder, created if it does not exist, for this process alone, to start or resume a conversion.
 
     Args:
         names: The files that it will write; ``size`` is their total size in bytes.
+        force: Delete the files of a finished conversion, or of an unfinished one that is another.
 
     Raises:
         OutputError: the folder holds something else, is being written by another process, cannot be
             written, or its disk is too full.
     """
-    require_free(folder, provenance, names, Journal.read(folder / JOURNAL_NAME))
+    check_output_folder(folder, provenance, names, size, force=force)
     files = [folder / name for name in names]
-    present = [path for file in files for path in (file, temporary_path(file)) if os.path.exists(path)]
-    require_space(folder, size - sum(path.stat().st_blocks * 512 for path in present))
     is_new = not os.path.exists(folder)
     with as_output_error(folder):
         make_folder(folder)
     with locked_journal(folder / JOURNAL_NAME, folder) as journal:
         try:
-            require_free(folder, provenance, names, journal.contents)  # files may have appeared before the lock
-            _start(folder, journal, provenance)
+            # Files may have appeared before the lock.
+            require_free(folder, provenance, names, journal.contents, force=force)
+            _start(folder, journal, provenance, force)
             yield OutputFolder(folder, journal)
         except BaseException:
             with suppress(OSError):  # a disk that lets nothing be removed; the first error reports it
@@ -90,11 +113,26 @@ def open_output_folder(folder: Path, provenance: Provenance, names: Sequence[str
             raise
 
 
-def _start(folder: Path, journal: OpenJournal, provenance: Provenance) -> None:
+def _start(folder: Path, journal: OpenJournal, provenance: Provenance, force: bool) -> None:
     previous = journal.contents.provenance
-    if previous is not None and differences(previous, provenance):  # `require_free`: it had written nothing
+    if force and (differences(previous, provenance) if previous is not None else Manifest.read(folder) is not None):
+        _remove(folder, owned_names(folder, journal.contents))
+        journal.forget()
+    elif previous is not None and differences(previous, provenance):  # `require_free`: it had written nothing
         journal.forget()
         for path in folder.glob(temporary_path(Path("*.safetensors")).name):
             path.unlink()
     manifest = Manifest.read(folder)
     journal.start(provenance, manifest.files if manifest is not None else {})
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    """Delete a conversion's files: the index first, so that no part of it loads, and last the manifest that names them.
+
+    If this process is killed in between, the next one with ``force`` deletes the rest.
+    """
+    with as_output_error(folder):
+        for name in (*sorted(names, key=lambda name: name != INDEX_NAME), MANIFEST_NAME):
+            for path in _both(folder / name):
+                path.unlink(missing_ok=True)
+        sync_folder(folder)

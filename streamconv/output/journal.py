@@ -207,11 +207,10 @@ class OpenJournal:
         """
         if not is_still_linked(self._fd, self.path):
             return False
-        files = list(files)
         for file in files:
             if not self.recorded(file).size:
                 temporary_path(file).unlink(missing_ok=True)
-        if self.contents.is_resumable or any(os.path.exists(file) for file in files):
+        if self.contents.is_resumable:
             return False
         self.path.unlink(missing_ok=True)
         return True

@@ -9,12 +9,15 @@ from streamconv.output.journal import JOURNAL_NAME, Journal
 from streamconv.output.manifest import Manifest, Provenance, differences
 
 
-def require_free(folder: Path, provenance: Provenance, names: Sequence[str], journal: Journal) -> None:
+def require_free(
+    folder: Path, provenance: Provenance, names: Sequence[str], journal: Journal, *, force: bool = False
+) -> None:
     """Refuse a folder that holds something else.
 
     Args:
         names: The files to be written.
         journal: The folder's own. One of another conversion is no obstacle as long as nothing was written.
+        force: Another conversion is no obstacle either; files that streamconv did not write are.
 
     Raises:
         OutputError
@@ -24,17 +27,31 @@ def require_free(folder: Path, provenance: Provenance, names: Sequence[str], jou
     manifest = Manifest.read(folder)
     existing = journal.provenance or manifest
     present = [name for name in names if os.path.lexists(folder / name)]
-    if existing is None:
-        if present:
-            raise OutputError(
-                f"{folder} already holds {', '.join(present)}, which streamconv did not write. Choose another folder."
-            )
-    elif (other := differences(existing, provenance)) and (present or manifest or journal.is_resumable):
+    foreign = present
+    if existing is not None:
+        # A journal does not name the small files, which are written last.
+        owned = owned_names(folder, journal)
+        foreign = [name for name in present if name not in owned and (manifest or name.endswith(".safetensors"))]
+    if foreign and (existing is None or (force and differences(existing, provenance))):
+        raise OutputError(
+            f"{folder} already holds {', '.join(foreign)}, which streamconv did not write. Choose another folder."
+        )
+    if existing is None or force:
+        return
+    if (other := differences(existing, provenance)) and (present or manifest or journal.is_resumable):
         state = "an unfinished" if manifest is None else "another"
         raise OutputError(
             f"{folder} holds {state} conversion, of {existing.model or 'an unnamed model'}: its "
-            f"{' and '.join(other)} differ{'s' if len(other) == 1 else ''}. Choose another folder, or delete this one."
+            f"{' and '.join(other)} differ{'s' if len(other) == 1 else ''}. Choose another folder, or replace it with "
+            "--force."
         )
+
+
+def owned_names(folder: Path, journal: Journal) -> set[str]:
+    """Return the names of the files in a folder that its manifest or journal names."""
+    manifest = Manifest.read(folder)
+    names = {*journal.resume_points, *(manifest.files if manifest is not None else ())}
+    return {name for name in names if Path(name).name == name}
 
 
 def find_finished(folder: Path, provenance: Provenance, names: Sequence[str]) -> Manifest | None:

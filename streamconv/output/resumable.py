@@ -18,13 +18,14 @@ def journal_path(files: Iterable[Path]) -> Path:
 
 
 @contextmanager
-def resumable_files(files: Mapping[Path, int], provenance: Provenance) -> Iterator[OpenJournal]:
+def resumable_files(files: Mapping[Path, int], provenance: Provenance, *, force: bool = False) -> Iterator[OpenJournal]:
     """Open the journal of files that this process alone writes; it is deleted when the block ends well.
 
     Partial files of another source are not resumed, but written again.
 
     Args:
         files: The files, with their sizes in bytes.
+        force: Files of these names may exist, and are replaced when the new ones are complete.
 
     Raises:
         OutputError: a file exists, is being written by another process, or its disk is too full.
@@ -33,12 +34,14 @@ def resumable_files(files: Mapping[Path, int], provenance: Provenance) -> Iterat
         try:
             previous = journal.contents.provenance
             is_same = previous is None or not differences(previous, provenance)
-            require_absent(files, journal.contents if is_same else Journal())
+            require_absent(files, journal.contents if is_same else Journal(), force=force)
             if not is_same:
                 journal.forget()
             for file, size in files.items():
-                present = [path for path in (file, temporary_path(file)) if os.path.exists(path)]
-                require_space(file.parent, size - sum(path.stat().st_blocks * 512 for path in present))
+                # An interrupted process may have completed the file; any other file stays until it is replaced.
+                completed = file if journal.recorded(file).size and not os.path.exists(temporary_path(file)) else None
+                begun = completed or temporary_path(file)
+                require_space(file.parent, size - (begun.stat().st_blocks * 512 if os.path.exists(begun) else 0))
             journal.start(provenance, {})
             yield journal
             journal.remove()
@@ -48,13 +51,15 @@ def resumable_files(files: Mapping[Path, int], provenance: Provenance) -> Iterat
             raise
 
 
-def require_absent(files: Iterable[Path], journal: Journal) -> None:
-    """Refuse to replace a file, unless an interrupted process completed it before the others.
+def require_absent(files: Iterable[Path], journal: Journal, *, force: bool = False) -> None:
+    """Refuse to replace a file, unless an interrupted process completed it before the others, or with ``force``.
 
     Raises:
         OutputError: a file exists.
     """
     for file in files:
+        if force and not os.path.isdir(file):
+            continue
         point = journal.resume_points.get(name_in(journal_path(files), file))
         if os.path.lexists(file) and (point is None or not point.size or file.stat().st_size != point.size):
-            raise OutputError(f"{file} exists already. Choose another name, or delete it.")
+            raise OutputError(f"{file} exists already. Choose another name, or replace it with --force.")

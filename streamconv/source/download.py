@@ -1,8 +1,8 @@
 """Downloads a source's files into torch.hub's cache: complete or absent, and resumed after an interruption."""
 
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from streamconv.files.base import ByteRange, File
 from streamconv.files.open import open_file
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
-from streamconv.output.files import as_output_error, make_folder, temporary_path
+from streamconv.output.files import as_output_error, make_folder, require_space, require_writable, temporary_path
 from streamconv.output.manifest import Provenance, SourceFile
 from streamconv.output.resumable import resumable_files
 from streamconv.output.writer import written_file
@@ -47,7 +47,7 @@ def downloaded(
             if opened is not None:
                 local_checkpoints[role] = opened[role]
             return location
-        try:
+        with _cache_advice():
             path = torch_hub_cache() / location.name
             if os.path.exists(path):
                 local_checkpoints[role] = kept = stack.enter_context(open_checkpoint(path))
@@ -58,14 +58,46 @@ def downloaded(
                 with closing(open_file(location, lambda text: progress(text, 0, 1, "steps"))) as file:
                     _download(location, path, file, progress)
             return path
-        except OutputError as error:
-            hint = "This is torch.hub's cache: set TORCH_HOME to use another folder, or use --stream to keep no copy."
-            raise OutputError(f"{error}\n{hint}") from error
 
     origins = {role: location for role, location in source.locations.items() if isinstance(location, Address)}
     paths = {role: local(role, location) for role, location in source.locations.items()}
     local_source = replace(source, backbone=paths["backbone"], head=paths.get("head"), origins=origins)
     return local_source, local_checkpoints
+
+
+def check_downloads(source: Source, opened: Mapping[str, Checkpoint]) -> dict[Path, int]:
+    """Return the files that `downloaded` would fetch, with their sizes in bytes. Nothing is written.
+
+    Raises:
+        SourceError: a file in the cache cannot be read.
+        OutputError: the cache cannot be written, is too full, or holds another file under that name.
+    """
+    missing = {}
+    with _cache_advice():
+        for role, location in source.locations.items():
+            path = torch_hub_cache() / location.name
+            if not isinstance(location, Address):
+                continue
+            if os.path.exists(path):
+                with open_checkpoint(path) as kept:
+                    _require_same(location, path, kept, opened[role])
+            else:
+                missing[path] = opened[role].size
+        for path, size in missing.items():
+            begun = temporary_path(path)
+            require_writable(path.parent)
+            require_space(path.parent, size - (begun.stat().st_blocks * 512 if os.path.exists(begun) else 0))
+    return missing
+
+
+@contextmanager
+def _cache_advice() -> Iterator[None]:
+    """Add to an error about torch.hub's cache how to do without it."""
+    try:
+        yield
+    except OutputError as error:
+        hint = "This is torch.hub's cache: set TORCH_HOME to use another folder, or use --stream to keep no copy."
+        raise OutputError(f"{error}\n{hint}") from error
 
 
 def _download(address: Address, path: Path, file: File, progress: Progress) -> None:

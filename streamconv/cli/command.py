@@ -1,0 +1,112 @@
+"""Commands, options and arguments on click, with help in groups and with the options that every command has."""
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from streamconv.cli.terminal import Printer
+
+GROUPS = ("Source", "Output", "Verification", "Hub", "General")
+FIRST_COLUMN = 26  # of the help: options with longer names have their text on the next line
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 160}
+_ALIAS = re.compile(r", --[a-z]+_[a-z_]+")  # a spelling of the original conversion script
+
+
+class Option(click.Option):
+    """An option that the help shows in ``group``."""
+
+    def __init__(self, *names: str, group: str, **settings: Any):
+        self.group = group
+        super().__init__(names, show_default=settings.pop("show_default", True), **settings)
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        if record is None:
+            return None
+        names, text = record
+        return _ALIAS.sub("", names), text.replace("[default: (", "[default: ").replace(")]", "]")
+
+
+class Argument(click.Argument):
+    """An argument with a line in the help, which click has for options only before 8.5."""
+
+    def __init__(self, name: str, *, group: str, text: str, **settings: Any):
+        self.group, self._text = group, text
+        super().__init__([name], **settings)
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        return self.make_metavar(ctx), self._text
+
+
+QUIET = Option("-q", "--quiet", is_flag=True, group="General", help="Print errors and differences only.")
+VERBOSE = Option(
+    "-v", "--verbose", count=True, default=0, show_default=False, group="General",
+    help="Log on stderr what is done; -vv logs details.",
+)  # fmt: skip
+JSON = Option("--json", "as_json", is_flag=True, group="General", help="Print one JSON object on stdout, errors too.")
+
+
+class Command(click.Command):
+    """A command whose function is called with a `Printer`, and returns the exit code, or None for 0."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        printer = ctx.find_object(Printer) or Printer()
+        printer.as_json = ctx.params.pop("as_json", False)
+        printer.is_quiet = ctx.params.pop("quiet")
+        _log(ctx, ctx.params.pop("verbose"))
+        return ctx.invoke(self.callback, printer, **ctx.params)  # type: ignore[arg-type]
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the first sentence for the list of commands; click would cut it off at ``limit``."""
+        return (self.help or "").partition(".")[0]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                records[getattr(parameter, "group", "General")].append(record)
+        for group, rows in records.items():
+            if rows:
+                with formatter.section(group):
+                    formatter.write_dl([(f"{names:{FIRST_COLUMN}}", text) for names, text in rows], FIRST_COLUMN)
+
+
+def command(*parameters: click.Parameter, name: str | None = None) -> Callable[[Callable[..., int | None]], Command]:
+    """Make a function a `Command` with these parameters, --quiet and --verbose; its help is the docstring."""
+
+    def make(function: Callable[..., int | None]) -> Command:
+        return Command(
+            name or function.__name__,
+            context_settings=SETTINGS,
+            callback=function,
+            params=[*parameters, QUIET, VERBOSE],
+            help=function.__doc__,
+        )
+
+    return make
+
+
+def values_of(options: Sequence[click.Parameter], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of ``options`` among those that a command was ``given``."""
+    return {option.name: given[option.name] for option in options if option.name is not None}
+
+
+def _log(ctx: click.Context, verbosity: int) -> None:
+    """Log what the library does on stderr until the command ends: -v important steps, -vv all."""
+    if not verbosity:
+        return
+    logger, handler = logging.getLogger("streamconv"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    before = logger.level
+
+    def stop() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if verbosity == 1 else logging.DEBUG)
+    ctx.call_on_close(stop)

@@ -1,0 +1,94 @@
+"""The program ``streamconv``: one module per command. Each parses what the user typed, calls one job, shows its result.
+
+Nothing else prints. Errors of the jobs and of the command line end here, as one message and an exit code.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from streamconv._version import __version__
+from streamconv.cli.command import SETTINGS
+from streamconv.cli.commands import completion, convert, models, plan, revert, run, synth, verify
+from streamconv.cli.terminal import InterruptedByUser, Printer, run_with_signals
+from streamconv.errors import StreamconvError, UsageError
+
+EXIT_CODES = """\b
+Exit codes:
+    0  success, and everything verified is correct
+    1  verification found a difference
+    2  wrong usage
+    3  the source cannot be converted
+    4  the output cannot be written
+  130  interrupted"""
+
+
+class Program(click.Group):
+    """The group of all commands, in the order in which a user needs them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **settings: Any
+    ) -> int:
+        """Run a command. Exit with its exit code or, if not in standalone mode and without an error, return it."""
+        words = sys.argv[1:] if args is None else list(args)
+        printer = Printer(as_json="--json" in words)  # for usage errors; afterwards, as parsed
+        try:
+            code = super().main(words, "streamconv", standalone_mode=False, obj=printer)
+        except BaseException as error:
+            if InterruptedByUser.was_raised:
+                printer.show_error_as_json("Interrupted", "Interrupted. The same command resumes.", 130)
+                raise
+            if isinstance(error, click.exceptions.NoArgsIsHelpError):
+                print(error.format_message(), file=sys.stderr)
+                sys.exit(error.exit_code)
+            if isinstance(error, click.ClickException):
+                printer.fail(_message(error), UsageError.exit_code, UsageError.__name__)
+            if isinstance(error, StreamconvError):
+                printer.fail(str(error), error.exit_code, type(error).__name__, getattr(error, "problems", ()))
+            raise  # a bug: show its traceback
+        code = code if isinstance(code, int) else 0
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+def _message(error: click.ClickException) -> str:
+    """Return a message about the command line that ends in how to fix it."""
+    possibilities = getattr(error, "possibilities", None)
+    if possibilities is not None:
+        near = [name for name in possibilities if "_" not in name]  # without the original script's spellings
+        message = error.message.rstrip(".")
+        if near:
+            return f"{message}. Did you mean {' or '.join(near)}?"
+    else:
+        message = error.format_message().rstrip(".")
+    ctx = getattr(error, "ctx", None)
+    return f"{message}. See {ctx.command_path if ctx is not None else 'streamconv'} --help."
+
+
+@click.group(cls=Program, context_settings=SETTINGS, epilog=EXIT_CODES)
+@click.version_option(__version__, message="streamconv %(version)s", help="Show the version.")
+def app() -> None:
+    """Convert published checkpoints to Hugging Face's format by streaming, and verify the result."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("The current folder no longer exists. Change to another one.") from None
+
+
+for each in (
+    run.run, convert.convert, verify.verify, plan.plan, revert.revert, models.models, synth.synth,
+    completion.completion,
+):  # fmt: skip
+    app.add_command(each)
+
+
+def main() -> None:
+    """Run the console script. However it is interrupted, no incomplete file gets its final name."""
+    run_with_signals(app)

@@ -1,0 +1,27 @@
+"""``streamconv completion``."""
+
+import click
+from click.shell_completion import get_completion_class
+
+from streamconv.cli.command import Argument, command
+from streamconv.cli.terminal import Printer, print_lines
+
+SHELL = Argument(
+    "shell", metavar="bash|zsh|fish", type=click.Choice(["bash", "zsh", "fish"]), group="General",
+    text="The shell that reads the script.",
+)  # fmt: skip
+
+
+@command(SHELL)
+def completion(printer: Printer, shell: str) -> None:
+    """Print a script that completes commands, options, models and files in a shell.
+
+    \b
+    bash: echo 'eval "$(streamconv completion bash)"' >> ~/.bashrc
+    zsh:  echo 'eval "$(streamconv completion zsh)"' >> ~/.zshrc
+    fish: streamconv completion fish > ~/.config/fish/completions/streamconv.fish
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None
+    program = click.get_current_context().find_root().command
+    print_lines([kind(program, {}, "streamconv", "_STREAMCONV_COMPLETE").source()])

@@ -1,0 +1,24 @@
+"""``streamconv convert``."""
+
+from typing import Any
+
+import streamconv
+from streamconv import ConversionOptions
+from streamconv.cli.command import JSON, command, values_of
+from streamconv.cli.messages import conversion_lines
+from streamconv.cli.options import CONVERSION_OPTIONS, DRY_RUN, output_option, source_argument
+from streamconv.cli.previews import show_preview
+from streamconv.cli.progress_bar import ProgressReport
+from streamconv.cli.terminal import Printer
+
+
+@command(source_argument(), output_option(), *CONVERSION_OPTIONS, DRY_RUN, JSON)
+def convert(printer: Printer, source: str, output: str, dry_run: bool, **given: Any) -> None:
+    """Convert a checkpoint into a folder that transformers loads."""
+    options = ConversionOptions(**values_of(CONVERSION_OPTIONS, given))
+    if dry_run:
+        show_preview(printer, source, output, options)
+        return
+    with ProgressReport(printer.is_quiet) as progress:
+        converted = streamconv.convert(source, output, options, progress=progress)
+    printer.show(converted.as_dict(), conversion_lines(converted))

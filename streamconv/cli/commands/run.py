@@ -1,0 +1,118 @@
+"""``streamconv run``."""
+
+import sys
+from typing import Any
+
+import click
+
+import streamconv
+from streamconv import ConversionOptions, VerificationOptions
+from streamconv.cli.command import JSON, Option, command, values_of
+from streamconv.cli.options import (
+    CONVERSION_OPTIONS,
+    DEFAULT_MODEL,
+    DRY_RUN,
+    PUSH_OPTIONS,
+    SEED,
+    VERIFICATION_OPTIONS,
+    output_option,
+    push_options,
+    source_argument,
+)
+from streamconv.cli.previews import show_preview
+from streamconv.cli.progress_bar import ProgressReport
+from streamconv.cli.results import Results, print_report_path
+from streamconv.cli.terminal import Printer
+from streamconv.errors import StreamconvError, UsageError
+from streamconv.families.registry import find_model
+from streamconv.source.resolve import resolve_source
+
+MODEL_NAME = Option("--model_name", metavar="NAME", group="Source", help="The same as SOURCE.")
+SYNTHETIC = Option(
+    "--synthetic", is_flag=True, group="Source", help="Generate a random checkpoint of the model and convert it."
+)
+NO_VERIFY = Option("--no-verify", is_flag=True, group="Verification", help="Convert only; do not verify.")
+YES = Option("-y", "--yes", is_flag=True, group="General", help="Download without asking.")
+
+
+@command(
+    source_argument(DEFAULT_MODEL, required=False), MODEL_NAME, SYNTHETIC, SEED,
+    output_option("the published name", "--pytorch_dump_folder_path"),
+    *CONVERSION_OPTIONS, DRY_RUN, NO_VERIFY, *VERIFICATION_OPTIONS, *PUSH_OPTIONS, YES, JSON,
+)  # fmt: skip
+def run(
+    printer: Printer,
+    source: str | None,
+    model_name: str | None,
+    synthetic: bool,
+    seed: int,
+    output: str | None,
+    dry_run: bool,
+    no_verify: bool,
+    yes: bool,
+    **given: Any,
+) -> int:
+    """Convert a checkpoint and verify the result."""
+    if source is not None and model_name is not None:
+        raise UsageError("SOURCE and --model_name mean the same. Give only one of them.")
+    name = next((word for word in (source, model_name) if word is not None), DEFAULT_MODEL)
+    conversion = ConversionOptions(**values_of(CONVERSION_OPTIONS, given))
+    verification = VerificationOptions(**values_of(VERIFICATION_OPTIONS, given))
+    push = push_options(**values_of(PUSH_OPTIONS, given))
+    if dry_run:
+        if synthetic:
+            raise UsageError("A synthetic checkpoint does not exist before the run. Omit --dry-run.")
+        show_preview(printer, name, output, conversion, None if no_verify else verification, push)
+        return 0
+    if synthetic:
+        if not printer.is_quiet:
+            print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)
+    elif source is None and model_name is None:
+        _announce_download(printer, conversion, is_confirmed=yes)
+    results = Results(printer)
+    try:
+        with ProgressReport(printer.is_quiet) as progress:
+            done = streamconv.run(
+                name,
+                output,
+                conversion,
+                None if no_verify else verification,
+                push,
+                synthetic_seed=seed if synthetic else None,
+                progress=progress,
+                on_result=results.shown_with(progress),
+            )
+    except StreamconvError:
+        results.finish()
+        raise
+    results.finish(done.published.url if done.published is not None else None)
+    printer.show(printer.results, [])
+    if no_verify:
+        return 0
+    print_report_path(verification.report, printer)
+    if not done.passed and push is not None and done.published is None:
+        print("Not pushed, because verification failed. --push-unverified pushes anyway.", file=sys.stderr)
+    return 0 if done.passed else 1
+
+
+def _announce_download(printer: Printer, options: ConversionOptions, *, is_confirmed: bool) -> None:
+    """Ask before the default model's file is downloaded, or if nobody can answer, report it.
+
+    Raises:
+        UsageError: the answer is no.
+    """
+    if is_confirmed or not resolve_source(DEFAULT_MODEL, options.head).is_remote:
+        return
+    family, model = find_model(DEFAULT_MODEL)
+    size = sum(info.nbytes for info in family.sources(model.dimensions).values())
+    what = f"{DEFAULT_MODEL} ({size / 1e9:.1f} GB) from {model.backbone.url}"
+    if not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
+        if not printer.is_quiet:
+            print(f"No SOURCE was given: downloading {what}", file=sys.stderr)
+        return
+    try:
+        is_confirmed = click.confirm(f"No SOURCE was given. Download {what}?", err=True)
+    except click.Abort:  # the input ended
+        is_confirmed = False
+    if not is_confirmed:
+        raise UsageError("Nothing was downloaded. Give a SOURCE, or answer y.")

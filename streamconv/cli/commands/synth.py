@@ -1,0 +1,21 @@
+"""``streamconv synth``."""
+
+from pathlib import Path
+
+import streamconv
+from streamconv.cli.command import Argument, command
+from streamconv.cli.options import FILE, FORCE, SEED, model_argument
+from streamconv.cli.terminal import Printer
+
+CHECKPOINT = Argument(
+    "file", metavar="FILE", type=FILE, group="Output",
+    text="The checkpoint to write; a head is written next to it.",
+)  # fmt: skip
+
+
+@command(model_argument(), CHECKPOINT, SEED, FORCE)
+def synth(printer: Printer, model: str, file: Path, seed: int, force: bool) -> None:
+    """Write a random checkpoint with the model's original names and shapes."""
+    written = streamconv.synth(model, file, seed=seed, force=force)
+    paths = [path for path in (written.backbone, written.head) if path is not None]
+    printer.show({}, (f"{path}  {path.stat().st_size:,} bytes" for path in paths))

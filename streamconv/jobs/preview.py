@@ -1,0 +1,132 @@
+"""Checks what a conversion would do, without doing it: nothing is written, and no weight is read."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamconv.hub.card import CARD_NAME
+from streamconv.jobs.convert import PreparedConversion
+from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, VerificationOptions
+from streamconv.jobs.prepare import PreparedSource, prepared_source
+from streamconv.jobs.publish import open_repository
+from streamconv.jobs.verify import check_options
+from streamconv.output.files import require_writable
+from streamconv.output.folder import check_output_folder
+from streamconv.output.journal import JOURNAL_NAME, Journal, locked_journal
+from streamconv.output.manifest import MANIFEST_NAME, Provenance, differences
+from streamconv.output.ownership import owned_names
+from streamconv.planning.plan import Plan
+from streamconv.progress import Progress, ignore_progress
+from streamconv.source.download import check_downloads
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What would be done: read, download, write, verify and push, in this order.
+
+    ``sources`` are the sizes in bytes of the files that would be read, by location; ``downloads`` those of the files
+    that would be fetched into torch.hub's cache, by path. ``files`` are the sizes of the files that would be written,
+    by name; none if the conversion is finished. ``resumed_bytes`` of them an interrupted run has written. ``replaced``
+    are the names of files that would be deleted first. ``repository`` is the Hub's, "user/name".
+    """
+
+    plan: Plan
+    output: Path
+    sources: Mapping[str, int]
+    downloads: Mapping[Path, int]
+    files: Mapping[str, int]
+    resumed_bytes: int
+    replaced: tuple[str, ...]
+    verification: VerificationOptions | None
+    repository: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        check = self.verification
+        return {
+            "dry_run": True,
+            "model": self.plan.model_name,
+            "architecture": self.plan.architecture,
+            "read": [{"file": where, "bytes": size} for where, size in self.sources.items()],
+            "download": [{"file": str(path), "bytes": size} for path, size in self.downloads.items()],
+            "output": str(self.output),
+            "write": [{"file": name, "bytes": size} for name, size in self.files.items()],
+            "resumed_bytes": self.resumed_bytes,
+            "replace": self.replaced,
+            "verify": None
+            if check is None
+            else {"device": check.device, "reference": os.fspath(check.reference), "parity": check.parity},
+            "push": self.repository,
+            "notes": self.plan.notes,
+            "skipped": [str(each) for each in self.plan.skipped],
+        }
+
+
+def preview(
+    source: StrPath,
+    output: StrPath | None,
+    options: ConversionOptions,
+    verification: VerificationOptions | None,
+    push: PushOptions | None,
+    progress: Progress = ignore_progress,
+) -> Preview:
+    """Check a conversion as far as that is possible without reading weights, and return what it would do.
+
+    Raises:
+        UsageError, SourceError, OutputError, HubError: those by which the job itself would be refused.
+    """
+    if verification is not None:
+        check_options(verification)
+    with prepared_source(source, options, progress, is_exact=False) as prepared:
+        plan, opened = prepared.plan, prepared.source
+        repository = open_repository(push, plan.model_name) if push is not None else None
+        if repository is not None:
+            repository.refuse_others([*plan.filenames, MANIFEST_NAME, CARD_NAME])
+        conversion = PreparedConversion.of(prepared, output, force=options.force)
+        is_finished = conversion.find_finished() is not None
+        files, resumed_bytes, replaced = ({}, 0, ()) if is_finished else _written(conversion, push, options)
+        needs_copy = not options.stream and (not is_finished or verification is not None)
+        return Preview(
+            plan=plan,
+            output=conversion.folder,
+            sources=_sources(prepared),
+            downloads=check_downloads(opened.source, opened.checkpoints) if needs_copy else {},
+            files=files,
+            resumed_bytes=resumed_bytes,
+            replaced=replaced,
+            verification=verification,
+            repository=repository.id if repository is not None else None,
+        )
+
+
+def _sources(prepared: PreparedSource) -> dict[str, int]:
+    source = prepared.source
+    return {str(location): source.checkpoints[role].size for role, location in source.source.locations.items()}
+
+
+def _written(
+    conversion: PreparedConversion, push: PushOptions | None, options: ConversionOptions
+) -> tuple[dict[str, int], int, tuple[str, ...]]:
+    """Check the output folder; return the files to write, how much of them is written, and the files to delete."""
+    folder, plan = conversion.folder, conversion.plan
+    is_staging = options.stream and push is not None  # then each shard is deleted before the next one is written
+    size = max(shard.size for shard in plan.shards) if is_staging else plan.size
+    require_writable(folder)
+    check_output_folder(folder, conversion.provenance, plan.filenames, size, force=options.force)
+    if os.path.exists(folder / JOURNAL_NAME):
+        with locked_journal(folder / JOURNAL_NAME, folder):  # refuses a folder that another process writes
+            pass
+    journal = Journal.read(folder / JOURNAL_NAME)
+    sizes = {shard.filename: shard.size for shard in plan.shards}
+    sizes |= {name: len(data) for name, data in plan.small_files.items()}
+    if plan.index is not None:
+        sizes |= dict.fromkeys([name for name in plan.filenames if name not in sizes], len(plan.index))
+    if _is_same(journal.provenance, conversion.provenance):
+        return sizes, sum(point.size for point in journal.resume_points.values()), ()
+    return sizes, 0, tuple(sorted(owned_names(folder, journal))) if options.force else ()
+
+
+def _is_same(previous: Provenance | None, provenance: Provenance) -> bool:
+    return previous is not None and not differences(previous, provenance)
