@@ -16,7 +16,7 @@ class DType:
     """One dtype. ``itemsize`` is in bytes.
 
     ``storage`` is torch's typed storage class, empty for dtypes that are newer than those classes. ``numpy`` is the
-    numpy dtype that `casts` uses; bfloat16, which numpy lacks, is represented by its bits.
+    numpy dtype that `casts` uses; ``"bfloat16"`` is one after ml_dtypes is imported.
     """
 
     code: str
@@ -44,7 +44,7 @@ DTYPES = {
         DType("I16", 2, "int16", "ShortStorage"),
         DType("U16", 2, "uint16"),
         DType("F16", 2, "float16", "HalfStorage", "<f2"),
-        DType("BF16", 2, "bfloat16", "BFloat16Storage", "<u2"),
+        DType("BF16", 2, "bfloat16", "BFloat16Storage", "bfloat16"),
         DType("I32", 4, "int32", "IntStorage"),
         DType("U32", 4, "uint32"),
         DType("F32", 4, "float32", "FloatStorage", "<f4"),

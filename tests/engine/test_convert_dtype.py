@@ -143,15 +143,16 @@ def test_command_line_casts_and_reports_overflow(tmp_path: Path) -> None:
     assert "Choose float32, float16, bfloat16" in wrong.stderr
 
 
-def test_casting_imports_numpy_and_nothing_larger(tmp_path: Path, save: Save) -> None:
+@pytest.mark.parametrize(("dtype", "imported"), [("float16", ["numpy"]), ("bfloat16", ["numpy", "ml_dtypes"])])
+def test_casting_imports_only_what_it_needs(tmp_path: Path, save: Save, dtype: str, imported: list[str]) -> None:
     source, _ = save(tiny())
     code = (
-        f"import sys, streamconv; options = streamconv.ConversionOptions(dtype='float16')\n"
+        f"import sys, streamconv; options = streamconv.ConversionOptions(dtype={dtype!r})\n"
         f"streamconv.convert({str(source)!r}, {str(tmp_path / 'out')!r}, options)\n"
         "large = ('torch', 'numpy', 'ml_dtypes', 'transformers', 'accelerate', 'safetensors')\n"
         "print([m for m in large if m in sys.modules])"
     )
-    assert run_python(code) == "['numpy']\n"
+    assert run_python(code) == f"{imported}\n"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
