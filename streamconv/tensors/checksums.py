@@ -1,7 +1,7 @@
-"""The CRC-32 of a record, from the CRC-32s of its pieces, which may be read in any order.
+"""Computes the CRC-32 of a record from the CRC-32s of its pieces, which may be read in any order.
 
-zlib computes the CRC-32 of a piece, but Python's zlib module lacks crc32_combine. A CRC-32 is a polynomial over GF(2)
-modulo `_POLYNOMIAL`; appending n bytes multiplies that of the bytes before them by x^(8n).
+Python's zlib module computes the CRC-32 of a piece, but lacks crc32_combine. A CRC-32 is a polynomial over GF(2) modulo
+`_POLYNOMIAL`; appending n bytes multiplies the CRC-32 of the preceding bytes by x^(8n).
 """
 
 import zlib
@@ -12,7 +12,7 @@ from streamconv.files.base import File
 from streamconv.files.reader import Reader
 from streamconv.tensors.expressions import Record, SourceTensor
 
-_POLYNOMIAL = 0xEDB88320  # of IEEE 802.3 with reversed bits: the highest bit is x^0
+_POLYNOMIAL = 0xEDB88320  # the polynomial of IEEE 802.3 with its bits reversed: the highest bit is x^0
 _ONE, _X = 1 << 31, 1 << 30
 _READ_BYTES = 128 << 10  # small, since a conversion's other buffers are in use at the same time
 
@@ -20,7 +20,7 @@ _Piece = tuple[int, int, int]  # offset in the record, length, CRC-32
 
 
 def combine(first: int, second: int, second_length: int) -> int:
-    """Return the CRC-32 of two concatenated byte strings from their own. ``second_length`` is in bytes."""
+    """Return the CRC-32 of two concatenated byte strings, given the CRC-32 of each. ``second_length`` is in bytes."""
     return _multiply(_shift(second_length), first) ^ second
 
 
@@ -51,22 +51,22 @@ class RecordChecks:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._pieces: dict[Record, list[_Piece]] = {}  # only of incomplete records
+        self._pieces: dict[Record, list[_Piece]] = {}  # incomplete records only
         self._names: dict[Record, str] = {}
         self._pending: set[Record] = set()
-        self._verified: set[Record] = set()  # by reading them once more
+        self._verified: set[Record] = set()  # read once more, and matched
 
     def add(self, name: str, piece: SourceTensor, stored: memoryview | None) -> None:
         """Record that ``piece`` of the tensor ``name`` was read.
 
-        A contiguous piece that is added twice costs `verify_pending` another read of its record.
+        If a contiguous piece is added twice, `verify_pending` reads its record again.
 
         Args:
             stored: The bytes of ``piece.read_range`` as they are in the file; None if only the gathered values
                 of a strided piece are available.
 
         Raises:
-            CorruptError: this completes the record, and it does not match its CRC-32.
+            CorruptError: the piece completes the record, and the record does not match its CRC-32.
         """
         record = piece.record
         if record.crc32 is None:

@@ -17,7 +17,7 @@ from streamconv.files.inline import inline_ref
 from streamconv.files.reader import Reader
 from streamconv.tensors.info import TensorInfo, contiguous_strides
 
-# A piece of a strided tensor is read with the gaps between its elements: a limit on the bytes that it may span.
+# The bytes that a piece of a strided tensor may span. It is read with the gaps between its elements.
 MAX_SPAN_BYTES = 16 << 20
 
 
@@ -38,7 +38,7 @@ class Record:
 class SourceTensor:
     """A tensor in a checkpoint, not read yet. ``offset`` is in bytes from the start of the record.
 
-    ``cast_to`` is the dtype in which it will be written; if empty, that is the dtype in which it is stored.
+    ``cast_to`` is the dtype to write; if it is empty, the stored dtype is written.
     """
 
     info: TensorInfo
@@ -72,7 +72,7 @@ class SourceTensor:
         return ByteRange(self.record.range.start + self.offset, self.span)
 
     def rows(self, start: int, stop: int) -> "SourceTensor":
-        """Return ``tensor[start:stop]`` along dim 0, not read yet."""
+        """Return ``tensor[start:stop]`` along dim 0, without reading it."""
         return replace(
             self,
             info=TensorInfo(self.info.dtype, (stop - start, *self.info.shape[1:])),
@@ -85,8 +85,8 @@ class SourceTensor:
         A contiguous tensor is cut between any elements, a strided one between rows of any leading dimensions.
 
         Raises:
-            SourceError: a row of a strided tensor spans more than `MAX_SPAN_BYTES` of its storage; reading as much for
-                every row would take forever.
+            SourceError: a row of a strided tensor spans more than `MAX_SPAN_BYTES` of its storage; reading that much
+                for every row would take too long.
         """
         larger = max(self.info.itemsize, self.target.itemsize)
         if self.is_contiguous:
@@ -132,7 +132,7 @@ class SourceTensor:
     def tobytes(self, reader: Reader | None = None) -> bytes:
         """Read the whole tensor into memory, in row-major order and without a cast.
 
-        Without a ``reader``, the file is opened and closed again.
+        Without a ``reader``, the file is opened for this call only.
         """
         if reader is None:
             with Reader() as own:
@@ -161,7 +161,7 @@ class Joined:
         """Return the part that consists of exactly these rows.
 
         Raises:
-            ValueError: there is none.
+            ValueError: no part consists of these rows.
         """
         size = self.info.shape[0] // len(self.parts)
         if start % size or stop - start != size:
