@@ -98,7 +98,7 @@ def differences(cast: Cast, blocks: Iterable[Array], target: str) -> str:
 
 
 def speeds(ways: dict[str, Cast], source: str, target: str) -> dict[str, tuple[float, float]]:
-    """Return the source's GB/s in the fastest turn, and the first way's time / this way's, as the median of all turns."""
+    """Return the source's GB/s in the fastest turn, and the median of the first way's time / this way's."""
     count = PIECE_BYTES // max(DTYPES[source].itemsize, DTYPES[target].itemsize)
     values = (np.random.default_rng(0).standard_normal(count) * 0.02).astype(DTYPES[source].numpy)
     times: dict[str, list[float]] = {name: [] for name in ways}
