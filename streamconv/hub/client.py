@@ -1,4 +1,4 @@
-"""Calls to the Hub through huggingface_hub: quiet, with a timeout, and without ever showing the token.
+"""Calls to the Hub through huggingface_hub, with retries, and without ever showing the token.
 
 Everything that huggingface_hub raises becomes a `HubError` that says what went wrong and how to fix it.
 The original exception is dropped, even as a cause: a server may have echoed the request's headers into it.
@@ -6,21 +6,26 @@ The original exception is dropped, even as a cause: a server may have echoed the
 
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from importlib import import_module
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from streamconv._version import __version__
 from streamconv.errors import HubError, StreamconvError
+from streamconv.hub.transport import network_errors, timeout_errors
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 Result = TypeVar("Result")
 
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry
-TIMEOUT_SECONDS = 120.0  # without receiving a byte; by default, huggingface_hub waits forever
 RUN_AGAIN = "Run the same command again: files that the Hub already has are not uploaded again."
+
+# Two failures can only be told by the Hub's text: their statuses are those of other failures, too, they have no error
+# code, and huggingface_hub has no exceptions for them.
+FULL_ACCOUNT = re.compile("storage|quota|payment", re.IGNORECASE)
+MISSING_UPLOAD = re.compile("pointer pointed to a file that does not exist", re.IGNORECASE)
+NO_STORAGE = ("the account has no storage left", f"Free some, or push to another account. {RUN_AGAIN}")
 
 
 class HubClient:
@@ -61,12 +66,10 @@ class HubClient:
         """
         for delay in (*RETRY_DELAYS, None) if is_repeatable else (None,):
             try:
-                with _quiet():
-                    _set_timeout()
-                    return function(*args, **kwargs)
+                return function(*args, **kwargs)
             except StreamconvError:
                 raise
-            except Exception as error:  # from any of several HTTP libraries; none of them may show the token
+            except Exception as error:  # of any type, since none may show the token
                 hub_error, is_transient = self._convert(failure, error)
             if delay is None or not is_transient:
                 break
@@ -75,47 +78,56 @@ class HubClient:
 
     def _convert(self, failure: str, error: Exception) -> tuple[HubError, bool]:
         """The error to raise instead, and whether it is transient: a retry may succeed."""
-        chain: list[BaseException] = [error]
-        while (cause := chain[-1].__cause__) is not None:
-            chain.append(cause)
-        response = next((r for e in chain if (r := getattr(e, "response", None)) is not None), None)
-        status = getattr(response, "status_code", 0)
-        server_messages = (str(m) for e in chain if (m := getattr(e, "server_message", None)))
-        message = self._redact(next(server_messages, "" if status else str(error)))
-        timeout, transport = _network_errors()
-        has_timed_out = any(isinstance(e, timeout) for e in chain)
-        is_network_error = not status and (has_timed_out or any(isinstance(e, transport) for e in chain))
-        problem, fix = self._diagnose(status, message, has_timed_out, is_network_error)
-        is_transient = is_network_error or status in (408, 429) or status >= 500
-        details = f": {message.rstrip('.')}" if message and not is_network_error else ""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        causes = list(_causes(error))
+        # Before 1.0, a HfHubHTTPError without a response is a download that failed without one.
+        rejections = [e for e in causes if isinstance(e, HfHubHTTPError) and e.response is not None]
+        if rejections:
+            status = rejections[0].response.status_code
+            message = self._redact(next((e.server_message for e in rejections if e.server_message), ""))
+            problem, fix = self._diagnose(rejections[0], status, message)
+            is_transient = status in (408, 429) or status >= 500
+        elif any(isinstance(e, network_errors()) for e in causes):
+            has_timed_out = any(isinstance(e, timeout_errors()) for e in causes)
+            what = "does not respond in time" if has_timed_out else "cannot be reached, or the connection broke"
+            message, problem, fix, is_transient = "", f"{self.endpoint} {what}", RUN_AGAIN, True
+        else:
+            message = self._redact(str(error))
+            problem, fix = NO_STORAGE if FULL_ACCOUNT.search(message) else ("it failed", f"Fix that. {RUN_AGAIN}")
+            is_transient = False
+        details = f": {message.rstrip('.')}" if message else ""
         return HubError(f"{failure}: {problem}{details}. {fix}", message), is_transient
 
-    def _diagnose(self, status: int, message: str, has_timed_out: bool, is_network_error: bool) -> tuple[str, str]:
-        """The problem and its fix, as text. ``status`` is 0 if the server did not respond."""
+    def _diagnose(self, rejection: "HfHubHTTPError", status: int, message: str) -> tuple[str, str]:
+        """Return why the Hub rejected a request and how to fix that, as text."""
+        from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
         new_token = (
             f"Create a token with write access at {self.token_settings}, then log in with `hf auth login` or set "
             "HF_TOKEN."
         )
-        if has_timed_out:
-            return f"{self.endpoint} does not respond in time", RUN_AGAIN
-        if is_network_error:
-            return f"{self.endpoint} cannot be reached, or the connection broke", RUN_AGAIN
-        # There is no error code for a full account: several statuses are used, and only the message is specific.
-        if status == 402 or (status in (0, 400, 403, 413, 507) and re.search("storage|quota|payment", message, re.I)):
-            return "the account has no storage left", f"Free some, or push to another account. {RUN_AGAIN}"
-        if status == 401:
-            return "the token is not accepted (401)", new_token
-        if status == 403:
-            return "the token lacks the permission (403)", new_token
-        if status == 404:
-            return "the repository or revision does not exist, or the token has no access to it (404)", new_token
-        if status in (409, 412):
-            return f"someone else changed the repository at the same time ({status})", RUN_AGAIN
-        if status == 429:
-            return "there were too many requests (429)", f"Wait a few minutes. {RUN_AGAIN}"
+        if status in (402, 507) or (status in (400, 403, 413) and FULL_ACCOUNT.search(message)):
+            return NO_STORAGE
+        match rejection:
+            case GatedRepoError():
+                return "access to the repository is restricted", f"Ask for access on its page. {RUN_AGAIN}"
+            case RevisionNotFoundError():
+                return "the revision does not exist", "Choose another --revision."
+        match status:
+            case 401:
+                return "the token is not accepted (401)", new_token
+            case 403:
+                return "the token lacks the permission (403)", new_token
+            case 404:
+                return "the repository does not exist, or the token has no access to it (404)", new_token
+            case 409 | 412:
+                return f"someone else changed the repository at the same time ({status})", RUN_AGAIN
+            case 429:
+                return "there were too many requests (429)", f"Wait a few minutes. {RUN_AGAIN}"
         if status >= 500:
             return f"the Hub has an internal error ({status})", RUN_AGAIN
-        return f"the Hub rejected the request ({status})" if status else "it failed", f"Fix that. {RUN_AGAIN}"
+        return f"the Hub rejected the request ({status})", f"Fix that. {RUN_AGAIN}"
 
     def _redact(self, text: str) -> str:
         """``text`` on one line, without the token and without the signatures of upload URLs."""
@@ -123,50 +135,8 @@ class HubClient:
         return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", " ".join(text.split()))[:500]
 
 
-def _network_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseException], ...]]:
-    """The exceptions that mean a timeout, and those that mean a broken connection.
-
-    huggingface_hub uses requests before 1.0, then httpx, then httpx2. Its own HTTP error is derived from
-    that library's, which identifies the library even if several are installed.
-    """
-    from huggingface_hub.errors import HfHubHTTPError
-
-    http: Any = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
-    timeout, transport = (
-        (http.Timeout, http.RequestException) if http.__name__ == "requests"
-        else (http.TimeoutException, http.TransportError)
-    )  # fmt: skip
-    return (TimeoutError, timeout), (ConnectionError, transport)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Switch off huggingface_hub's progress bars, which would garble ours, and its log, which shows signed URLs."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
-
-    had_progress_bars, verbosity = not are_progress_bars_disabled(), logging.get_verbosity()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        disable_progress_bars()
-        logging.set_verbosity(logging.ERROR)
-        try:
-            yield
-        finally:
-            logging.set_verbosity(verbosity)
-            if had_progress_bars:
-                enable_progress_bars()
-
-
-def _set_timeout() -> None:
-    """Set `TIMEOUT_SECONDS` on huggingface_hub's current session.
-
-    `set_client_factory` (`configure_http_backend` before 1.0) could do it too, but would replace a
-    factory that the calling program has installed, with its proxies and certificates.
-    """
-    from huggingface_hub.utils import get_session
-
-    session: Any = get_session()
-    if hasattr(session, "timeout"):
-        session.timeout = TIMEOUT_SECONDS
-    else:  # requests, before huggingface_hub 1.0, takes a timeout for each request only
-        session.request = partial(type(session).request, session, timeout=TIMEOUT_SECONDS)
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and its causes: huggingface_hub wraps the failure of an upload in a RuntimeError."""
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -16,7 +16,8 @@ from streamconv.errors import HubError, MissingUploadError, UsageError
 from streamconv.formats.safetensors import CONFLICTING_PATTERNS
 from streamconv.hub.card import CARD_NAME
 from streamconv.hub.checks import check_name, holds, is_read_only, require_digest
-from streamconv.hub.client import TIMEOUT_SECONDS, HubClient
+from streamconv.hub.client import MISSING_UPLOAD, HubClient
+from streamconv.hub.transport import TIMEOUT_SECONDS
 from streamconv.progress import Progress, ignore_progress
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 # The names that streamconv gives to weights. A later conversion may replace files with these names.
 OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-# Part of the Hub's message if a commit names an upload that it does not have. The message is the only sign:
-# the status is 400 like that of any bad request, without an error code, and huggingface_hub has no exception for it.
-MISSING_UPLOAD = "pointer pointed to a file that does not exist"
 
 
 @dataclass(frozen=True)
@@ -217,7 +215,7 @@ class Repository:
                 f"The commit to {self.id} failed", commit_once, is_repeatable=not destination.create_pr
             )
         except HubError as error:
-            if self._restored and MISSING_UPLOAD in error.server_message.lower():
+            if self._restored and MISSING_UPLOAD.search(error.server_message):
                 missing = ", ".join(self._restored)
                 raise MissingUploadError(
                     f"{self.id} no longer has files that were uploaded earlier: {missing}. Run the same command again.",

@@ -5,14 +5,19 @@ import logging
 import os
 import time
 import traceback
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.utils import _http, are_progress_bars_disabled, enable_progress_bars, get_session
+from huggingface_hub.utils import logging as hub_logging
 
 from streamconv.errors import HubError, MissingUploadError, OutputError, StreamconvError, UsageError
-from streamconv.hub import client
+from streamconv.hub import client, transport
 from streamconv.hub.repository import Destination, Repository
 from streamconv.jobs.publish import publish_folder
 from tests import api
@@ -195,7 +200,7 @@ def test_invalid_destinations_are_refused_before_anything_is_changed(
         (HubError, "is read-only", READ_TOKEN, Destination("it"), None),
         (HubError, "is read-only", "hf_fine", Destination("it"), None),
         (HubError, "exists and is public", TOKEN, Destination("public", private=True), None),
-        (HubError, r"lacks the permission \(403\)", TOKEN, Destination("eve/gated"), None),
+        (HubError, "access to the repository is restricted", TOKEN, Destination("eve/gated"), None),
         (UsageError, "needs a name", TOKEN, Destination(), None),
         (UsageError, "not a valid repository name", TOKEN, Destination("a/b/c"), None),
         (UsageError, "not a valid repository name", TOKEN, Destination("it--is"), None),
@@ -274,7 +279,7 @@ def test_temporary_fault_at_any_step_changes_nothing(
         ("POST /api/models/ada/it/preupload", {"status": 403, "body": {"error": "x"}}, r"permission \(403\): x\."),
         ("POST /ada/it.git", {"status": 403, "body": {"error": "Private storage limit reached"}}, "no storage left"),
         ("POST /api/models/ada/it/commit", {"status": 402, "body": {"error": "pay"}}, "no storage left"),
-        ("POST /api/models/ada/it/commit", {"status": 404, "body": {"error": "x"}}, "revision does not exist"),
+        ("POST /api/models/ada/it/commit", {"status": 404, "body": {"error": "x"}}, "repository does not exist"),
         ("POST /api/models/ada/it/commit", {"status": 412, "body": {"error": "A commit"}}, "at the same time"),
         ("POST /api/models/ada/it/commit", {"status": 429, "body": {"error": "x"}}, "too many requests"),
         ("POST /api/models/ada/it/commit", {"status": 500, "body": {"error": "x"}}, r"an internal error \(500\)"),
@@ -295,6 +300,13 @@ def test_permanent_fault_is_reported_in_one_message_with_a_fix(
     assert "ada/it" not in hub.repos or commits(hub) == 1
 
 
+@pytest.mark.transformers
+def test_missing_pull_request_is_reported(hub: HubServer, folder: Path) -> None:
+    with pytest.raises(HubError, match=r"the revision does not exist: .* Choose another --revision"):
+        pushed(folder, revision="refs/pr/9")
+
+
+@pytest.mark.transformers
 def test_error_inside_a_batch_response_is_reported(hub: HubServer, folder: Path) -> None:
     error = {
         "oid": sha256_of(shards(folder)[0]),
@@ -306,10 +318,25 @@ def test_error_inside_a_batch_response_is_reported(hub: HubServer, folder: Path)
         pushed(folder)
 
 
+@pytest.fixture
+def restored_process(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo `configure_process` after the test."""
+    factory = "_GLOBAL_CLIENT_FACTORY" if hasattr(_http, "_GLOBAL_CLIENT_FACTORY") else "_GLOBAL_BACKEND_FACTORY"
+    monkeypatch.setattr(_http, factory, getattr(_http, factory))
+    verbosity = hub_logging.get_verbosity()
+    yield
+    enable_progress_bars()
+    hub_logging.set_verbosity(verbosity)
+
+
 @pytest.mark.transformers
-def test_unresponsive_hub_times_out(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "TIMEOUT_SECONDS", 0.3)
+@pytest.mark.usefixtures("restored_process")
+def test_unresponsive_hub_times_out_in_the_command_lines_process(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(client, "RETRY_DELAYS", ())
+    transport.configure_process()
     hub.fail("GET /api/whoami")
     with pytest.raises(HubError, match="does not respond in time"):
         Repository(Destination("it"), None)
@@ -318,6 +345,34 @@ def test_unresponsive_hub_times_out(hub: HubServer, folder: Path, monkeypatch: p
     hub.fail("POST /api/models/ada/it/commit")
     with pytest.raises(HubError, match="does not respond in time"):
         repository.commit({"config.json": b"{}"}, "all")
+
+
+def process_settings() -> list[object]:
+    """Return huggingface_hub's settings that hold for the whole process, and the warnings' filters."""
+    session: Any = get_session()
+    timeout = getattr(session, "timeout", None)
+    level = logging.getLogger("huggingface_hub").level
+    # A client has no other state that a push could change; before 1.0, each thread has its own.
+    return [id(session), timeout, vars(session).get("request"), are_progress_bars_disabled(), level, *warnings.filters]
+
+
+@pytest.mark.transformers
+def test_pushes_in_two_threads_change_no_setting_of_the_process(hub: HubServer, folder: Path) -> None:
+    before = process_settings()
+    seen: list[bool] = []
+
+    def push(name: str) -> str:
+        own = process_settings() if hasattr(_http, "reset_sessions") else before
+        repository = Repository(Destination(name), None)
+        publish_folder(folder, repository, lambda *_: seen.append(process_settings() == own))
+        return repository.id
+
+    hub.fail("POST /api/models/ada/.*/commit", status=503, body={}, times=2)  # also while a call is retried
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(push, ("one", "two"))) == ["ada/one", "ada/two"]
+    assert len(seen) > 4
+    assert all(seen)
+    assert process_settings() == before
 
 
 @pytest.mark.transformers

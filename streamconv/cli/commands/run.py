@@ -25,6 +25,7 @@ from streamconv.cli.results import Results, print_report_path
 from streamconv.cli.terminal import Printer
 from streamconv.errors import StreamconvError, UsageError
 from streamconv.families.registry import find_model
+from streamconv.hub.transport import configure_process
 from streamconv.source.resolve import resolve_source
 
 MODEL_NAME = Option("--model_name", metavar="NAME", group="Source", help="The same as SOURCE.")
@@ -64,6 +65,8 @@ def run(
             raise UsageError("A synthetic checkpoint does not exist before the run. Omit --dry-run.")
         show_preview(printer, name, output, conversion, None if no_verify else verification, push)
         return 0
+    if push is not None:
+        configure_process()
     if synthetic:
         if not printer.is_quiet:
             print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)

@@ -1,0 +1,57 @@
+"""huggingface_hub's HTTP library and its settings: everything that depends on huggingface_hub's version.
+
+It uses requests before 1.0, httpx in 1.x and httpx2 since 2.0. `set_client_factory` exists since 1.0. Requiring 1.0
+would exclude transformers 4.57, which needs an older version, so there are two branches.
+"""
+
+import warnings
+from importlib import import_module
+from typing import Any
+
+TIMEOUT_SECONDS = 120.0  # without receiving a byte; by default, huggingface_hub waits forever
+
+
+def configure_process() -> None:
+    """Give huggingface_hub a timeout, and silence its progress bars, its log and its warnings.
+
+    These settings hold for the whole process, so only a program may change them: the command line does. The library
+    never does. A service that embeds it may have its own client, with its proxies and certificates.
+    `set_client_factory` would replace that client and close it while other threads use it, and huggingface_hub has no
+    way to read the factory, so that it could be restored.
+    """
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    warnings.filterwarnings("ignore", module="huggingface_hub")
+    disable_progress_bars()  # they would garble ours
+    logging.set_verbosity(logging.ERROR)  # its warnings show signed URLs
+    hub: Any = import_module("huggingface_hub")
+    http = _http_library()
+    if hasattr(hub, "set_client_factory"):
+        hub.set_client_factory(lambda: http.Client(follow_redirects=True, timeout=TIMEOUT_SECONDS))
+        return
+
+    class Session(http.Session):  # type: ignore[misc, name-defined]
+        def request(self, *args: Any, **options: Any) -> Any:
+            return super().request(*args, **{"timeout": TIMEOUT_SECONDS, **options})
+
+    hub.configure_http_backend(Session)
+
+
+def timeout_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of a server that does not respond in time."""
+    http = _http_library()
+    return (TimeoutError, http.Timeout if http.__name__ == "requests" else http.TimeoutException)
+
+
+def network_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of a connection that failed or broke, which include `timeout_errors`."""
+    http = _http_library()
+    broken = http.RequestException if http.__name__ == "requests" else http.TransportError
+    return (*timeout_errors(), ConnectionError, broken)
+
+
+def _http_library() -> Any:
+    """Return the module of huggingface_hub's HTTP library; others may be installed, too."""
+    from huggingface_hub import __version__
+
+    return import_module(("requests", "httpx", "httpx2")[min(int(__version__.partition(".")[0]), 2)])
