@@ -8,15 +8,12 @@ from streamconv.errors import OutputError, UsageError
 
 
 def check_report(path: Path) -> None:
-    """Check that a report can be rendered and written to ``path``.
+    """Check that a report can be written to ``path``.
 
     Raises:
-        UsageError: the name does not end in .html, or the packages for a report are not installed.
+        UsageError: the name does not end in .html.
         OutputError: the file cannot be written.
     """
-    from streamconv.verification.report import check_installed  # imported only if a report is wanted
-
-    check_installed()
     parent = path.absolute().parent
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"The report {path} must be an HTML file. Use --report FILE.html.")
