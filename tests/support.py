@@ -259,7 +259,9 @@ def to_hub(
     conversion = ConversionOptions(stream=True, **{"max_shard_size": HUB_SHARD_SIZE, **options})
     with prepared_source(source, conversion, progress) as prepared:
         destination = Repository(Destination(repository), None)
-        return convert_to_hub(prepared, folder, destination, verify, unverified=unverified, progress=progress)
+        return convert_to_hub(
+            prepared, folder, destination, verify, unverified=unverified, force=False, progress=progress
+        )
 
 
 def require_uploaded_folder(hub: HubServer, server: FileServer, tmp_path: Path, dtype: str | None = None) -> None:
