@@ -30,8 +30,8 @@ def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Pro
     Without a name in ``push``, the repository gets the name that the model was published under.
 
     huggingface_hub's settings in this process apply and are left as they are: its client, log level and progress bars
-    (HF_HUB_DISABLE_PROGRESS_BARS=1). By default, its client waits forever; `huggingface_hub.set_client_factory` gives it
-    a timeout.
+    (HF_HUB_DISABLE_PROGRESS_BARS=1). Its default client waits forever for a response;
+    `huggingface_hub.set_client_factory` sets one with a timeout.
 
     Raises:
         UsageError: the model was not verified, or failed verification, and ``push.unverified`` is not set; or the
