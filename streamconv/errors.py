@@ -2,16 +2,24 @@
 
 Each message names what is wrong, where, and how to fix it. ``exit_code`` is the exit code of the command line; 1 is
 reserved for a verification that found a difference, which is a result rather than an error.
+
+All errors can be copied and pickled with their attributes, so that they cross from a worker process to its pool.
 """
 
+import copyreg
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class StreamconvError(Exception):
     """Base class of all errors. ``exit_code`` is the exit code of the command line."""
 
     exit_code = 2
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception's own __reduce__ calls the class with ``args``, the message, which is not every class's argument.
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class UsageError(StreamconvError):
