@@ -109,6 +109,35 @@ class MissingUploadError(HubError):
         super().__init__(message, server_message)
 
 
+class Cancelled(StreamconvError):
+    """Raise this in a callback (``progress`` or ``on_result``) to end a job as cancelled.
+
+    It reaches the caller of the job as the very same exception; it is never wrapped, retried or taken for a failed
+    check, and neither is any other exception of a callback. Files are complete or absent afterwards, and the same call
+    resumes.
+
+    To cancel from another thread, or from asyncio, let the callback check an event. Cancelling the task alone would
+    only stop waiting for the thread:
+
+    >>> stop = threading.Event()  # doctest: +SKIP
+    >>> def check(step, done, total, unit):
+    ...     if stop.is_set():
+    ...         raise streamconv.Cancelled
+    >>> task = asyncio.create_task(  # doctest: +SKIP
+    ...     asyncio.to_thread(streamconv.convert, "x.pth", "folder", progress=check)
+    ... )
+    >>> stop.set()  # doctest: +SKIP
+    >>> await task  # doctest: +SKIP
+    Traceback (most recent call last):
+    streamconv.errors.Cancelled: The job was cancelled.
+    """
+
+    exit_code = 130  # as for Ctrl-C
+
+    def __init__(self, message: str = "The job was cancelled."):
+        super().__init__(message)
+
+
 def printable(text: str) -> str:
     """Return ``text`` for use in a message: shortened to 80 characters, without control characters."""
     text = text if len(text) <= 80 else f"{text[:77]}…"
