@@ -1,12 +1,20 @@
 """Converts published checkpoints to Hugging Face's format by streaming, and verifies the result.
 
 Importing it imports neither torch nor transformers; `verify` does when it is called.
+
+Every job reports to a `Progress` callback, which can end it by raising `Cancelled`. Options, results and errors can be
+copied, pickled and sent to other processes. What happens on the way (a connection that is retried, a file that is
+resumed, a check that is done) is logged under the logger "streamconv", which has no handler of its own.
 """
+
+import logging
 
 from streamconv._version import __version__
 from streamconv.errors import (
+    Cancelled,
     ChangedError,
     CorruptError,
+    HubError,
     MappingError,
     NetworkError,
     NoRangesError,
@@ -26,14 +34,19 @@ from streamconv.jobs.options import ConversionOptions, PushOptions, SourceOption
 from streamconv.jobs.publish import Published, publish
 from streamconv.jobs.revert import Reverted, revert
 from streamconv.jobs.run import RunResult, run
-from streamconv.jobs.synth import synth
+from streamconv.jobs.synth import SyntheticFiles, synth
 from streamconv.jobs.verify import verify
 from streamconv.planning.plan import Plan
+from streamconv.progress import Progress, ProgressUnit
 from streamconv.tensors.expressions import SourceTensor
-from streamconv.tensors.info import TensorInfo
+from streamconv.tensors.info import CastDtype, DtypeCode, TensorInfo
 from streamconv.verification.result import Check, Verification
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
 __all__ = [
+    "Cancelled",
+    "CastDtype",
     "ChangedError",
     "Check",
     "Checkpoint",
@@ -41,12 +54,16 @@ __all__ = [
     "ConversionOptions",
     "CorruptError",
     "Destination",
+    "DtypeCode",
+    "HubError",
     "MappingError",
     "NetworkError",
     "NoRangesError",
     "NotACheckpointError",
     "OutputError",
     "Plan",
+    "Progress",
+    "ProgressUnit",
     "Published",
     "PushOptions",
     "Reverted",
@@ -56,6 +73,7 @@ __all__ = [
     "SourceOptions",
     "SourceTensor",
     "StreamconvError",
+    "SyntheticFiles",
     "TensorInfo",
     "TruncatedError",
     "UnsafePickleError",

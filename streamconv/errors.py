@@ -2,16 +2,24 @@
 
 Each message names what is wrong, where, and how to fix it. ``exit_code`` is the exit code of the command line; 1 is
 reserved for a verification that found a difference, which is a result rather than an error.
+
+All errors can be copied and pickled with their attributes, so that they cross from a worker process to its pool.
 """
 
+import copyreg
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class StreamconvError(Exception):
     """Base class of all errors. ``exit_code`` is the exit code of the command line."""
 
     exit_code = 2
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception's own __reduce__ calls the class with ``args``, the message, which is not every class's argument.
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class UsageError(StreamconvError):
@@ -99,6 +107,35 @@ class MissingUploadError(HubError):
     def __init__(self, message: str, server_message: str, names: Iterable[str]):
         self.names = tuple(names)
         super().__init__(message, server_message)
+
+
+class Cancelled(StreamconvError):
+    """Raise this in a callback (``progress`` or ``on_result``) to end a job as cancelled.
+
+    It reaches the caller of the job as the very same exception; it is never wrapped, retried or taken for a failed
+    check, and neither is any other exception of a callback. Files are complete or absent afterwards, and the same call
+    resumes.
+
+    To cancel from another thread, or from asyncio, let the callback check an event. Cancelling the task alone would
+    only stop waiting for the thread:
+
+    >>> stop = threading.Event()  # doctest: +SKIP
+    >>> def check(step, done, total, unit):
+    ...     if stop.is_set():
+    ...         raise streamconv.Cancelled
+    >>> task = asyncio.create_task(  # doctest: +SKIP
+    ...     asyncio.to_thread(streamconv.convert, "x.pth", "folder", progress=check)
+    ... )
+    >>> stop.set()  # doctest: +SKIP
+    >>> await task  # doctest: +SKIP
+    Traceback (most recent call last):
+    streamconv.errors.Cancelled: The job was cancelled.
+    """
+
+    exit_code = 130  # as for Ctrl-C
+
+    def __init__(self, message: str = "The job was cancelled."):
+        super().__init__(message)
 
 
 def printable(text: str) -> str:

@@ -1,10 +1,79 @@
-"""The callback by which long operations report progress. Nothing here prints; the command line does."""
+"""The callback by which jobs report progress, and how its exceptions reach the caller. Nothing here prints."""
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
-Progress = Callable[[str, int, int, str], None]
-"""Called with the name of the operation, the amount done, the total, and their unit, "bytes" or "steps"."""
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ProgressUnit = Literal["bytes", "steps"]
 
 
-def ignore_progress(what: str, done: int, total: int, unit: str) -> None:
+class Progress(Protocol):
+    """A callback that a job calls with its progress. Any function with these parameters is one:
+
+    >>> def show(step: str, done: int, total: int, unit: str) -> None:
+    ...     print(f"{step}: {done:,} of {total:,} {unit}")
+
+    It is called in the thread that called the job, one call at a time, and the job waits until it returns. There is a
+    call for every few MB that are read or written, hundreds in a second, and before and after each layer of a model
+    that runs; so it should return within microseconds. There is none while torch is imported, a file is uploaded to the
+    Hub, the weights of a layer arrive over a network, or a broken connection is retried, for at most a few minutes.
+
+    An exception that it raises ends the job, and reaches the job's caller as it is: see `streamconv.Cancelled`.
+    """
+
+    def __call__(self, step: str, done: int, total: int, unit: ProgressUnit, /) -> None:
+        """Receive a report.
+
+        Args:
+            step: What is being done, in words, such as "writing model.safetensors".
+            done: How much of the step is done. A step without a measure reports 0 of 1, once.
+            total: The amount at which the step is complete.
+            unit: The unit of ``done`` and ``total``.
+        """
+
+
+def ignore_progress(step: str, done: int, total: int, unit: ProgressUnit, /) -> None:
     """Ignore a report; the default of functions that report progress."""
+
+
+class _Raised(BaseException):
+    """Carries an exception of a callback past the ``except`` clauses between the callback and the job's caller.
+
+    A check takes an `Exception` for a wrong output, a file takes an `OSError` for a failing disk, and so on. None of
+    them may do so with the exception of a callback.
+    """
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+
+def job(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function, so that exceptions of ``progress`` and ``on_result`` reach its caller unchanged."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in {"progress", "on_result"} & kwargs.keys():
+            kwargs[name] = _carrying(kwargs[name])
+        try:
+            return function(*args, **kwargs)
+        except _Raised as raised:
+            error = raised.error
+        try:
+            raise error  # here, so that the carrier does not become its context
+        finally:
+            del error  # its traceback refers to this frame
+
+    return call
+
+
+def _carrying(callback: Any) -> Callable[..., None]:
+    def call(*args: Any) -> None:
+        try:
+            callback(*args)
+        except Exception as error:
+            raise _Raised(error) from None
+
+    return call

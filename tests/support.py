@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 import streamconv
-from streamconv import Checkpoint, Verification
+from streamconv import Cancelled, Checkpoint, CorruptError, Verification
 from streamconv.cli.commands import app
 from streamconv.families.dinov2 import FAMILY, Dimensions, ffn_size
 from streamconv.families.selection import find_backbone
@@ -363,3 +363,58 @@ def byte_problems(folder: Path, source: Path, head: Path | None = None) -> str:
 
 def problems(found: Verification) -> str:
     return "\n".join(problem for check in found.checks for problem in check.problems)
+
+
+# Callbacks that raise
+
+
+class Raising:
+    """A callback that raises ``error`` in call number ``at``, from 0. ``steps`` are the calls' first arguments."""
+
+    def __init__(self, error: BaseException | None = None, at: int = 0):
+        self._error, self._at = error, at
+        self.steps: list[object] = []
+
+    def __call__(self, step: object, *rest: object) -> None:
+        self.steps.append(step)
+        if self._error is not None and len(self.steps) > self._at:
+            raise self._error
+
+
+def errors_of_callbacks() -> list[BaseException]:
+    """Return exceptions that other code could take for its own: a failing disk, a damaged source, an iterator's end."""
+    return [Cancelled(), OSError(28, "no space"), CorruptError("damaged"), StopIteration(), ConnectionError("reset")]
+
+
+def require_cancellable(
+    job: Callable[[Path, Progress], object], folder: Path, outputs: Callable[[Path], Mapping[str, bytes]]
+) -> list[object]:
+    """Require that any exception of a callback ends a job, reaches its caller, and lets the same call resume.
+
+    Args:
+        job: Works in an empty folder, and reports to a callback.
+        outputs: Returns the files that the job has completed in a folder, by name.
+
+    Returns:
+        The steps that the job reports, in order.
+    """
+    counting = Raising()
+    (folder / "whole").mkdir(parents=True)
+    job(folder / "whole", counting)
+    whole, steps = outputs(folder / "whole"), counting.steps
+    places = sorted({steps.index(step) for step in steps} | {len(steps) // 2, len(steps) - 1})
+    errors = errors_of_callbacks()
+    for i, error in enumerate(errors):
+        at = places[i * (len(places) - 1) // (len(errors) - 1)]
+        place = folder / str(i)
+        place.mkdir()
+        raising = Raising(error, at)
+        with pytest.raises(type(error)) as caught:
+            job(place, raising)
+        assert caught.value is error
+        assert error.__context__ is None
+        assert len(raising.steps) == at + 1, "the callback was called again"
+        assert outputs(place).items() <= whole.items()
+        job(place, ignore_progress)
+        assert outputs(place) == whole
+    return steps

@@ -56,7 +56,9 @@ class Command(click.Command):
         printer = ctx.find_object(Printer) or Printer()
         printer.as_json = ctx.params.pop("as_json", False)
         printer.is_quiet = ctx.params.pop("quiet")
-        _log(ctx, ctx.params.pop("verbose"))
+        verbosity = ctx.params.pop("verbose")
+        if verbosity or not printer.is_quiet:
+            _log(ctx, verbosity)
         return ctx.invoke(self.callback, printer, **ctx.params)  # type: ignore[arg-type]
 
     def get_short_help_str(self, limit: int = 45) -> str:
@@ -96,11 +98,9 @@ def values_of(options: Sequence[click.Parameter], given: dict[str, Any]) -> dict
 
 
 def _log(ctx: click.Context, verbosity: int) -> None:
-    """Log what the library does on stderr until the command ends: -v important steps, -vv all."""
-    if not verbosity:
-        return
+    """Log what the library does on stderr until the command ends: warnings, -v important steps, -vv all."""
     logger, handler = logging.getLogger("streamconv"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if verbosity else "%(message)s"))
     before = logger.level
 
     def stop() -> None:
@@ -108,5 +108,5 @@ def _log(ctx: click.Context, verbosity: int) -> None:
         logger.setLevel(before)
 
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO if verbosity == 1 else logging.DEBUG)
+    logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)])
     ctx.call_on_close(stop)

@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from streamconv.cli.messages import conversion_lines, verification_lines
 from streamconv.cli.progress_bar import ProgressReport
 from streamconv.cli.terminal import Printer, print_lines
 from streamconv.jobs.convert import Conversion
+from streamconv.jobs.options import StrPath
 from streamconv.verification.result import Verification
 
 
@@ -55,7 +55,7 @@ def print_notes(verification: Verification) -> None:
         print(f"note: the result was not recorded in the folder: {verification.not_recorded}", file=sys.stderr)
 
 
-def print_report_path(path: Path | None, printer: Printer) -> None:
+def print_report_path(path: StrPath | None, printer: Printer) -> None:
     if path is not None and printer.as_json:
         print(f"report: {path}", file=sys.stderr)
     elif path is not None and not printer.is_quiet:

@@ -4,8 +4,8 @@ These packages handle a store's protocol and credentials. Which ranges are reque
 is the same as over http: see `remote`.
 """
 
+import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +13,8 @@ from streamconv.errors import ChangedError, SourceError, SourceMissingError, Str
 from streamconv.files.address import Address
 from streamconv.files.base import ByteRange
 from streamconv.files.remote import MAX_IN_FLIGHT, RETRIES_BEFORE_OPEN, RETRY_WAITS_SECONDS, RemoteFile
+
+_log = logging.getLogger(__name__)
 
 
 class FsspecFile(RemoteFile):
@@ -25,8 +27,8 @@ class FsspecFile(RemoteFile):
 
     request_bytes = 2 << 20  # fsspec returns bytes objects, of which `MAX_IN_FLIGHT` are in memory
 
-    def __init__(self, address: Address, notify: Callable[[str], None]):
-        super().__init__(address, notify)
+    def __init__(self, address: Address):
+        super().__init__(address)
         self._file_system, self._path = _find_file_system(address)
         # Only asynchronous packages are made for concurrent reads: all reads from tar:// share one position.
         self._threads = ThreadPoolExecutor(MAX_IN_FLIGHT if self._file_system.async_impl else 1, "fsspec")
@@ -59,6 +61,7 @@ class FsspecFile(RemoteFile):
                 failure, reason = error, printable(f"{type(error).__name__}: {error}")
             if wait is None or isinstance(failure, PermissionError):
                 break
+            _log.warning("%s: %s; trying again in %g s", self.address, reason, wait)
             time.sleep(wait)
         raise SourceError(f"{self.where} cannot be read: {reason}. Check the address and your credentials.")
 

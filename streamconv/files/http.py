@@ -4,8 +4,9 @@ The first response gives the file's length and its ETag or Last-Modified (8.8). 
 same ones, so that parts of two different files are never mixed.
 """
 
+import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPResponse
@@ -19,6 +20,8 @@ from streamconv.files.address import Address, is_valid_url
 from streamconv.files.base import ByteRange
 from streamconv.files.connections import connect, request
 from streamconv.files.remote import CONNECTION_ERRORS, WINDOW_BYTES, PendingRange, RemoteFile, RetryLater, RetryNow
+
+_log = logging.getLogger(__name__)
 
 MAX_REDIRECTS = 10
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -57,8 +60,8 @@ class HttpFile(RemoteFile):
         NetworkError, SourceError: it cannot be fetched, or the server does not report its length.
     """
 
-    def __init__(self, address: Address, notify: Callable[[str], None]):
-        super().__init__(address, notify)
+    def __init__(self, address: Address):
+        super().__init__(address)
         self.target, self._redirects_in_a_row = address.url, 0
         self.idle: list[HTTPConnection] = []
         self._version: _Version | None = None
@@ -206,6 +209,7 @@ class HttpFile(RemoteFile):
             raise SourceError(f"{self.where} redirects more than {MAX_REDIRECTS} times in a row. Check the address.")
         self._close_idle()  # the new target may be on another host
         self.target = target
+        _log.debug("%s redirects to %s", self.address, Address(target))
         raise RetryNow("redirected")
 
     def _changed(self) -> ChangedError:

@@ -1,6 +1,5 @@
 """Opens a file by its location, with the class that its scheme needs."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from streamconv.files.address import Location, hf_to_https
@@ -8,10 +7,8 @@ from streamconv.files.base import File
 from streamconv.files.local import LocalFile
 
 
-def open_file(location: Location, notify: Callable[[str], None], where: str | None = None) -> File:
-    """Open a file. ``notify`` is called with a message when a connection breaks and is retried.
-
-    ``where`` is what messages call a file on this machine, instead of its path.
+def open_file(location: Location, where: str | None = None) -> File:
+    """Open a file. ``where`` is what messages call a file on this machine, instead of its path.
 
     Raises:
         UsageError, SourceError: see `LocalFile`, `HttpFile` and `FsspecFile`.
@@ -26,7 +23,7 @@ def open_file(location: Location, notify: Callable[[str], None], where: str | No
     if location.scheme in ("http", "https", "hf"):
         from streamconv.files.http import HttpFile
 
-        return HttpFile(hf_to_https(location) if location.scheme == "hf" else location, notify)
+        return HttpFile(hf_to_https(location) if location.scheme == "hf" else location)
     from streamconv.files.fsspec import FsspecFile
 
-    return FsspecFile(location, notify)
+    return FsspecFile(location)

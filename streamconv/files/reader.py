@@ -3,7 +3,7 @@
 A plan names files but holds none open, so that it can be stored and sent; this is what opens them when bytes are read.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
 
 from streamconv.errors import ChangedError
@@ -17,10 +17,9 @@ class Reader:
     ``files`` are open already, and their owner closes them. Use a reader in a ``with`` statement.
     """
 
-    def __init__(self, files: Iterable[File] = (), notify: Callable[[str], None] = lambda text: None):
+    def __init__(self, files: Iterable[File] = ()):
         self._files = {file.ref: file for file in files}
         self._own: list[File] = []
-        self._notify = notify
 
     def open(self, ref: FileRef) -> File:
         """Return the open file that ``ref`` identifies.
@@ -31,7 +30,7 @@ class Reader:
         """
         file = self._files.get(ref)
         if file is None:
-            file = open_file(ref.location, self._notify)
+            file = open_file(ref.location)
             if file.ref != ref:
                 file.close()
                 raise ChangedError(f"{file.where} was changed after its index was read. Plan the conversion again.")

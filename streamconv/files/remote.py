@@ -5,10 +5,12 @@ the next few requests are sent while one response is read. Their responses wait 
 the memory of this process depends neither on the size of the file nor on the speed of the network.
 """
 
+import logging
+import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +31,9 @@ _SKIP_BYTES = 64 << 10
 # Before each retry, until a byte arrives. The first is for a connection that the server closed while it was idle.
 RETRY_WAITS_SECONDS = (0, 1, 2, 4, 8, 16, 30, 30)
 RETRIES_BEFORE_OPEN = 3  # while no request has succeeded yet: the address may be wrong
+
+_ADDRESSES = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]+://[^\s'"]+""")
+_log = logging.getLogger(__name__)
 
 CONNECTION_ERRORS = (OSError, HTTPException)
 """Exceptions that mean a broken connection; the request is retried. Our own errors are not among them."""
@@ -79,8 +84,8 @@ class RemoteFile(ABC):
     request_bytes = REQUEST_BYTES
     size: int
 
-    def __init__(self, address: Address, notify: Callable[[str], None]):
-        self.address, self._notify = address, notify
+    def __init__(self, address: Address):
+        self.address = address
         self._pending: deque[PendingRange] = deque()
         self._expected: Iterator[ByteRange] = iter(())
         self._windows: dict[int, bytes] = {}
@@ -203,14 +208,18 @@ class RemoteFile(ABC):
             self._pending.append(pending)
             if self._failures == 0:
                 with suppress(*CONNECTION_ERRORS):  # `_read` sends the request again, and waits before it retries
-                    pending.response = self._request(wanted)
+                    pending.response = self._send(wanted)
+
+    def _send(self, wanted: ByteRange) -> RangeResponse:
+        _log.debug("%s: requesting bytes %d to %d", self.address, wanted.start, wanted.end)
+        return self._request(wanted)
 
     def _read(self, pending: PendingRange, buffer: memoryview) -> int:
         """Read at least one byte of ``pending`` and return how many. A broken connection is retried."""
         while True:
             try:
                 if pending.response is None:
-                    pending.response = self._request(ByteRange(pending.position, pending.end - pending.position))
+                    pending.response = self._send(ByteRange(pending.position, pending.end - pending.position))
                 count = pending.response.readinto(buffer)
                 if not count:
                     raise ConnectionError("the connection was closed")
@@ -227,7 +236,8 @@ class RemoteFile(ABC):
     def _wait_before_retry(self, position: int, error: Exception) -> None:
         if isinstance(error, RetryNow):
             return
-        reason = printable(str(error) or type(error).__name__)
+        # A library's message may contain the address of the request, with its secrets.
+        reason = printable(_ADDRESSES.sub(lambda match: str(Address(match[0])), str(error)) or type(error).__name__)
         if self._failures == (len(RETRY_WAITS_SECONDS) if self.is_open else RETRIES_BEFORE_OPEN):
             where = f"at byte {position:,}" if self.is_open else "from the beginning"
             fix = "Run the same command again when the connection is back; it resumes from there."
@@ -241,7 +251,7 @@ class RemoteFile(ABC):
             seconds = max(seconds, min(error.seconds, RETRY_WAITS_SECONDS[-1]))
         self._failures += 1
         if seconds:
-            self._notify(f"{self.where}: {reason}; trying again in {seconds:g} s")
+            _log.warning("%s: %s; trying again in %g s", self.address, reason, seconds)
             time.sleep(seconds)
 
     def _drop_pending(self) -> None:

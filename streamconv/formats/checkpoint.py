@@ -3,7 +3,7 @@
 The first bytes of a file show its format; the module of that format then reads the index.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from hashlib import sha256
@@ -97,7 +97,6 @@ def open_checkpoint(
     place: str | PathLike[str] | Address,
     *,
     read_local_headers: bool = True,
-    notify: Callable[[str], None] = lambda text: None,
     where: str | None = None,
 ) -> Checkpoint:
     """Open a .pth of any torch release, a safetensors file, or a folder of sharded safetensors files.
@@ -109,7 +108,6 @@ def open_checkpoint(
         place: A path, or the address of a file: https://, hf://, or a scheme that fsspec has a package for.
         read_local_headers: False skips the header before each weight of a .pth; at an address, these take a request
             for every few weights. Enough for names, dtypes and shapes; the offsets of weights are then computed.
-        notify: Called with a message when a connection breaks and is retried.
         where: What messages call a file on this machine, instead of its path.
 
     >>> with open_checkpoint("dinov2_vitg14_pretrain.pth") as checkpoint:  # doctest: +SKIP
@@ -131,7 +129,7 @@ def open_checkpoint(
         fingerprints: list[str] = []
         for each, names in names_by_location.items():
             with located(each):
-                file = open_file(each, notify, where)
+                file = open_file(each, where)
                 opened.callback(file.close)
                 found, other, fingerprint = _read_index(file, read_local_headers)
                 if names is not None:

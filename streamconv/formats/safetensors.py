@@ -75,7 +75,7 @@ def _tensor(file: File, data_start: int, name: str, entry: Any) -> SourceTensor:
         raise SourceError(f"{file.where}: {printable(name)} has the dtype {what}, which streamconv does not read.")
     if type(shape) is not list or type(offsets) is not list or not is_shape(shape):
         raise CorruptError(f"{file.where}: {printable(name)} has an impossible shape or impossible data_offsets.")
-    info = TensorInfo(dtype, tuple(shape))
+    info = TensorInfo(DTYPES[dtype].code, tuple(shape))
     if len(offsets) != 2 or not are_sizes(offsets) or offsets[1] - offsets[0] != info.nbytes:
         raise CorruptError(
             f"{file.where}: {printable(name)}, {info}, does not fill the range that its data_offsets give."

@@ -12,7 +12,7 @@ from streamconv.errors import CorruptError, NotACheckpointError, SourceError, Un
 from streamconv.formats.limits import MAX_NAME_LENGTH, MAX_TENSORS, are_sizes, check_name, is_shape
 from streamconv.formats.unpickle import PickleError, Unread
 from streamconv.tensors.expressions import Record, SourceTensor
-from streamconv.tensors.info import DTYPES, TensorInfo
+from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo
 
 # From torch's typed storage classes, and from torch's dtypes that have no such class, to safetensors' codes.
 _STORAGE_DTYPES = {dtype.storage: dtype.code for dtype in DTYPES.values() if dtype.storage}
@@ -34,7 +34,7 @@ class _TorchGlobal(str):
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    dtype: str
+    dtype: DtypeCode
     record: Record
 
 
@@ -46,7 +46,7 @@ class Index:
 
     def __init__(self, where: str, record_of: Callable[[str, str, int], Record]):
         self._where, self._record_of = where, record_of
-        self._dtypes: dict[str, str] = {}  # by name of the record
+        self._dtypes: dict[str, DtypeCode] = {}  # by name of the record
         self._tensor_count = 0
         self._functions: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): lambda: {},
@@ -107,7 +107,7 @@ class Index:
         return self._tensor(_V3_DTYPES[dtype], storage, offset, shape, strides, metadata)
 
     def _tensor(
-        self, dtype: str, storage: _Storage, offset: Any, shape: Any, strides: Any, metadata: Any
+        self, dtype: DtypeCode, storage: _Storage, offset: Any, shape: Any, strides: Any, metadata: Any
     ) -> SourceTensor:
         self._tensor_count += 1
         if self._tensor_count > MAX_TENSORS:

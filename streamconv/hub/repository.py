@@ -32,6 +32,8 @@ class Destination:
     """The repository and revision that the user asked for.
 
     ``repo`` is "user/name", just a name in the user's own namespace, or None for the model's published name.
+    ``private``: a repository that does not exist is created as a private one, and a public one is refused. ``revision``
+    is the branch, created if needed; None for the main one. ``create_pr`` opens a pull request instead of committing.
     """
 
     repo: str | None = None

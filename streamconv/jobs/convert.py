@@ -19,7 +19,7 @@ from streamconv.output.ownership import find_finished
 from streamconv.output.writer import write_shard
 from streamconv.planning.plan import Plan
 from streamconv.planning.shards import Shard
-from streamconv.progress import Progress, ignore_progress
+from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.labels import labels_in
 from streamconv.source.open import read_config
 from streamconv.tensors.checksums import RecordChecks
@@ -29,10 +29,13 @@ from streamconv.tensors.checksums import RecordChecks
 class Conversion:
     """The result of a conversion.
 
-    ``shards`` are the sha256 digests of the weight files by name, in hexadecimal. ``resumed_bytes`` counts the
-    bytes that an interrupted run had written and that were kept after a check. ``sent_to`` is the repository on the Hub
-    that received the files, if ``output`` keeps none. ``overflow_count`` counts values that are finite in the source
-    and infinite in the output, because they are outside the range of the dtype that they were cast to.
+    ``output`` is the folder, and ``shards`` are the sha256 digests of its weight files by name, in hexadecimal.
+    ``was_finished``: the folder held the same conversion already, and nothing was written. ``resumed_bytes`` counts
+    the bytes that an interrupted run had written and that were kept after a check. ``is_crc_checked``: every byte
+    was compared with a CRC-32 of the source. ``labels_from`` describes where a classifier's labels came from.
+    ``sent_to`` is the repository on the Hub that received the files, if ``output`` keeps none. ``overflow_count``
+    counts values that are finite in the source and infinite in the output, because they are outside the range of
+    the dtype that they were cast to.
     """
 
     output: Path
@@ -74,6 +77,7 @@ def plan(source: StrPath, options: ConversionOptions = ConversionOptions()) -> P
 
     Args:
         source: A model's name, a checkpoint file, or its address (https://, hf://, s3://, …).
+        options: Those that `convert` will be called with.
 
     Raises:
         UsageError, SourceError: as for `convert`.
@@ -82,6 +86,7 @@ def plan(source: StrPath, options: ConversionOptions = ConversionOptions()) -> P
         return prepared.plan
 
 
+@job
 def convert(
     source: StrPath,
     output: StrPath | None = None,
@@ -95,11 +100,20 @@ def convert(
         source: A model's name, a checkpoint file, or its address (https://, hf://, s3://, …). A model's name means its
             file in torch.hub's cache, or else its published address.
         output: The folder to write; by default the name that the model was published under.
-        progress: Called with the bytes written.
+        options: How to read the source and what to write, such as another dtype or smaller files.
+        progress: Called with the bytes written, of all weight files. What it raises ends the job: see `Cancelled`.
 
     Raises:
-        UsageError, SourceError, OutputError: before anything is written, except for failing disks and a damaged
-            source. Even then no incomplete file has its final name, and the same call resumes.
+        UsageError: the options contradict each other or the source, or something that they name does not exist.
+        SourceError: the source cannot be read, is damaged, or is not a checkpoint of a known model.
+        OutputError: the folder holds something else, or cannot be written.
+
+    Errors are raised before anything is written, except for failing disks and a damaged source. Even then no incomplete
+    file has its final name, and the same call resumes. A folder in which the same conversion is finished is returned as
+    it is.
+
+    >>> done = streamconv.convert("dinov2_vits14_pretrain.pth", "dinov2-small")  # doctest: +SKIP
+    >>> model = transformers.AutoModel.from_pretrained(done.output)  # doctest: +SKIP
     """
     with ExitStack() as stack:
         prepared = stack.enter_context(prepared_source(source, options, progress))
@@ -208,7 +222,7 @@ class PreparedConversion:
             architecture=plan.architecture,
             files={**written, **{name: WrittenFile(len(data), sha256(data).hexdigest()) for name, data in small}},
             is_crc_checked=self.has_checksums,
-            cast=plan.cast,
+            cast={"from": plan.cast["from"], "to": plan.cast["to"]} if plan.cast else None,
             versions={"streamconv": __version__, "python": platform.python_version()},
         )
 

@@ -4,6 +4,7 @@ The output folder is only for staging and is removed at the end. Until then its 
 uploaded, so that an interrupted run does not upload them again. After verification, one commit makes the model visible.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.verification.result import Verification
+
+_log = logging.getLogger(__name__)
 
 SPARSE_FOLDER_NAME = ".streamconv-sparse"
 
@@ -101,6 +104,7 @@ def _upload_shards(
         uploaded = work.uploaded(shard.filename, repository.id)
         if uploaded is not None and uploaded.size == shard.size:
             repository.restore(shard.filename, uploaded.size, uploaded.sha256)
+            _log.info("%s has %s already, from an interrupted run", repository.id, shard.filename)
             written[shard.filename], resumed_bytes = uploaded, resumed_bytes + uploaded.size
             continue
         written[shard.filename], kept = write_shard(shard, work, reader, checks, shard_progress(plan, shard, progress))
@@ -108,6 +112,7 @@ def _upload_shards(
         # This reads the file back and compares its sha256.
         repository.upload(work.path / shard.filename, shard.filename, sha256, progress)
         work.mark_uploaded(shard.filename, repository.id)
+        _log.info("uploaded %s to %s", shard.filename, repository.id)
         resumed_bytes += kept
     return written, resumed_bytes
 
@@ -136,5 +141,6 @@ def _commit(
         for name in error.names:
             work.discard(name)
         raise
+    _log.info("committed %s", url)
     work.remove_staging(plan.filenames)
     return Published(repository.id, url)

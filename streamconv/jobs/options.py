@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import get_args
 
 from streamconv.errors import UsageError
@@ -90,7 +89,7 @@ class VerificationOptions:
     image: StrPath | None = None
     reference: StrPath = "builtin"
     parity: bool = True
-    report: Path | None = None
+    report: StrPath | None = None
 
     def __post_init__(self) -> None:
         if not _DEVICE.fullmatch(self.device):

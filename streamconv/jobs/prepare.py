@@ -62,14 +62,14 @@ def prepared_source(
     with ExitStack() as stack:
         if resolved.is_remote and not (options.stream and is_exact):
             try:
-                opened = stack.enter_context(open_source(resolved, progress, read_local_headers=False))
+                opened = stack.enter_context(open_source(resolved, read_local_headers=False))
             except NoRangesError:  # the index cannot be read alone, but the whole file can
                 if options.stream or not is_exact:
                     raise
                 local, checkpoints = downloaded(resolved, progress, stack)
-                opened = stack.enter_context(open_source(local, progress, opened=checkpoints))
+                opened = stack.enter_context(open_source(local, opened=checkpoints))
         else:
-            opened = stack.enter_context(open_source(resolved, progress))
+            opened = stack.enter_context(open_source(resolved))
         yield _plan(opened, options, labels_of, progress)
 
 
@@ -87,7 +87,7 @@ def local_copy(prepared: PreparedSource, progress: Progress) -> Iterator[Prepare
         return
     with ExitStack() as stack:
         source, checkpoints = downloaded(remote.source, progress, stack, remote.checkpoints)
-        local = stack.enter_context(open_source(source, progress, opened=checkpoints))
+        local = stack.enter_context(open_source(source, opened=checkpoints))
         yield replace(prepared, source=local, plan=prepared.plan.with_records(_records_in_copy(remote, local)))
 
 

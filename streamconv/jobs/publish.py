@@ -1,6 +1,7 @@
 """Publishes a finished folder on the Hub."""
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from streamconv.hub.checks import require_digest
 from streamconv.hub.repository import Repository
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.output.manifest import MANIFEST_NAME, Manifest
-from streamconv.progress import Progress, ignore_progress
+from streamconv.progress import Progress, ignore_progress, job
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,15 @@ class Published:
     url: str
 
 
+@job
 def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Progress = ignore_progress) -> Published:
     """Publish a finished folder on the Hub, with the token of the user who is logged in.
 
-    Without a name in ``push``, the repository gets the name that the model was published under.
+    Args:
+        folder: The folder that `convert` wrote.
+        push: The repository, by default one in the user's account with the name that the model was published under.
+        progress: Called with the name of each file before it is uploaded, as a step. What it raises ends the job, and
+            the same call uploads only what the Hub lacks: see `Cancelled`.
 
     huggingface_hub's settings in this process apply and are left as they are: its client, log level and progress bars
     (HF_HUB_DISABLE_PROGRESS_BARS=1). Its default client waits forever for a response;
@@ -81,8 +89,11 @@ def publish_folder(folder: Path, repository: Repository, progress: Progress = ig
     repository.create()
     for name, file in large.items():
         repository.upload(folder / name, name, file.sha256, progress)
+        _log.info("uploaded %s to %s", name, repository.id)
     progress(f"committing to {repository.id}", 0, 1, "steps")
-    return Published(repository.id, repository.commit(small, commit_message(manifest)))
+    url = repository.commit(small, commit_message(manifest))
+    _log.info("committed %s", url)
+    return Published(repository.id, url)
 
 
 def _read_manifest(folder: Path) -> Manifest:

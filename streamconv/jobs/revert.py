@@ -16,7 +16,7 @@ from typing import Any
 from streamconv.errors import MappingError, OutputError, SourceMissingError, UsageError
 from streamconv.families.base import Family, Model
 from streamconv.families.detection import find_converted
-from streamconv.families.registry import all_families
+from streamconv.families.registry import all_families, family_named
 from streamconv.families.rules import invert
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.safetensors import make_header
@@ -26,7 +26,7 @@ from streamconv.output.journal import Journal
 from streamconv.output.manifest import Manifest, Provenance, SourceFile, WrittenFile
 from streamconv.output.resumable import journal_path, require_absent, resumable_files
 from streamconv.output.writer import written_file
-from streamconv.progress import Progress, ignore_progress
+from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.open import read_config
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.expressions import AnyTensor, SourceTensor, filled, joined
@@ -39,14 +39,14 @@ SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
 
 @dataclass(frozen=True)
 class Reverted:
-    """The result of `revert`: the file of a backbone, and that of a classifier's head.
+    """The result of `revert`: the file of a backbone, and that of a classifier's head, with their sizes and sha256.
 
-    ``model`` is None if no published model has these dimensions. ``weights`` counts bytes of tensors. ``resumed_bytes``
-    counts the bytes that an interrupted run had written and that were kept after a check.
+    ``model_name`` is None if no published model has these dimensions. ``weights`` counts bytes of tensors.
+    ``resumed_bytes`` counts the bytes that an interrupted run had written and that were kept after a check.
     """
 
-    family: Family
-    model: Model | None
+    family_name: str
+    model_name: str | None
     written: Mapping[Path, WrittenFile]
     weights: int
     resumed_bytes: int = 0
@@ -57,12 +57,13 @@ class Reverted:
 
     @property
     def title(self) -> str:
-        return self.family.title_of(self.model)
+        """A name for the checkpoint in messages."""
+        return self.model_name or family_named(self.family_name).title_of(None)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
         return {
-            "model": self.model.name if self.model else None,
+            "model": self.model_name,
             "files": [
                 {"file": str(path), "bytes": file.size, "sha256": file.sha256} for path, file in self.written.items()
             ],
@@ -71,6 +72,7 @@ class Reverted:
         }
 
 
+@job
 def revert(
     folder: str | PathLike[str],
     output: str | PathLike[str],
@@ -89,7 +91,7 @@ def revert(
         block_chunks: The number of lists that the blocks are in, 0 for one plain list; by default that of the source
             in the folder's manifest, or of the published model's file.
         force: Replace files of these names, once the new ones are complete.
-        progress: Called with the bytes written.
+        progress: Called with the bytes written, of both files. What it raises ends the job: see `Cancelled`.
 
     Raises:
         UsageError: a file has another suffix, or ``head`` is missing for a classifier or given for another model.
@@ -127,7 +129,7 @@ def revert(
         files = dict(zip(paths, (backbone, heads), strict=False))
         written, resumed_bytes = _write(files, checkpoint, source, force, progress)
     weights = sum(tensor.info.nbytes for tensor in tensors.values())
-    return Reverted(family, model, written, weights, resumed_bytes)
+    return Reverted(family.name, model.name if model else None, written, weights, resumed_bytes)
 
 
 def _require_writable(paths: Sequence[Path], source: Path, force: bool) -> None:

@@ -17,13 +17,13 @@ from streamconv.jobs.publish import Published, open_repository, publish_folder
 from streamconv.jobs.synth import temporary_checkpoint
 from streamconv.jobs.verify import check_options, verify_prepared, verify_uploaded, write_report
 from streamconv.output.manifest import Manifest
-from streamconv.progress import Progress, ignore_progress
+from streamconv.progress import Progress, ignore_progress, job
 from streamconv.verification.result import Verification
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """The results. ``verification`` is None if none was requested; ``published`` is None if nothing was pushed."""
+    """The results of `run`. ``verification`` is None if none was requested, ``published`` if nothing was pushed."""
 
     conversion: Conversion
     verification: Verification | None = None
@@ -43,6 +43,7 @@ class RunResult:
         }
 
 
+@job
 def run(
     source: StrPath,
     output: StrPath | None = None,
@@ -61,15 +62,19 @@ def run(
     Args:
         source: A model's name, a checkpoint file, or its address (https://, hf://, s3://, …).
         output: The folder to write; by default the name that the model was published under.
-        verification: None to convert only.
+        conversion: As the options of `convert`.
+        verification: As the options of `verify`; None to convert only.
         push: None to publish nothing. With ``conversion.stream``, each shard is uploaded and deleted before the next.
         synthetic_seed: Generate a random checkpoint of the model ``source`` with this seed, and convert that.
-        progress: Called with the steps of each stage.
-        on_result: Called with each result as soon as it is available.
+        progress: Called with the bytes or steps of each stage. What it raises ends the job: see `Cancelled`.
+        on_result: Called with each result as soon as it is available, in the thread of the call; it may raise, too.
 
     Raises:
         UsageError: the options contradict each other, or something that they name does not exist.
-        SourceError, OutputError: as for `streamconv.convert`. HubError: as for `streamconv.publish`.
+        SourceError, OutputError: as for `convert`; the same call resumes.
+        HubError: as for `publish`.
+
+    A difference that verification finds is not an error, but a result: see `RunResult.passed`.
     """
     if synthetic_seed is not None and conversion.head is not None:
         raise UsageError("A synthetic model has its own head. Omit --head.")
@@ -82,7 +87,9 @@ def run(
         name = fspath(source) if synthetic_seed is not None else None
         repository = open_repository(push, name) if push is not None and name is not None else None
         if synthetic_seed is not None:
-            source, conversion = stack.enter_context(_synthetic(fspath(source), output, conversion, synthetic_seed))
+            source, conversion = stack.enter_context(
+                _synthetic(fspath(source), output, conversion, synthetic_seed, progress)
+            )
         prepared = stack.enter_context(
             prepared_source(source, conversion, progress, is_synthetic=synthetic_seed is not None)
         )
@@ -140,7 +147,7 @@ def _verify_with(options: VerificationOptions, progress: Progress) -> Verify:
 
 @contextmanager
 def _synthetic(
-    model: str, output: StrPath | None, conversion: ConversionOptions, seed: int
+    model: str, output: StrPath | None, conversion: ConversionOptions, seed: int, progress: Progress
 ) -> Iterator[tuple[StrPath, ConversionOptions]]:
-    with temporary_checkpoint(model, None if output is None else Path(output), seed=seed) as made:
+    with temporary_checkpoint(model, None if output is None else Path(output), seed, progress) as made:
         yield made.backbone, replace(conversion, head=made.head)

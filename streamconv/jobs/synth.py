@@ -6,8 +6,8 @@ They demonstrate and test the whole job when no weights are available. The same 
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ from streamconv.errors import OutputError, UsageError
 from streamconv.families.base import Model
 from streamconv.families.registry import find_model
 from streamconv.output.files import as_output_error, atomic_file, open_exclusive, require_space
+from streamconv.progress import Progress, ignore_progress, job
 from streamconv.tensors.info import TensorInfo
 
 CHUNK_ELEMENTS = 1 << 20
@@ -29,16 +30,32 @@ class SyntheticFiles:
     head: Path | None
 
 
-def synth(model: str, path: str | PathLike[str], *, seed: int = 0, force: bool = False) -> SyntheticFiles:
+@job
+def synth(
+    model: str,
+    path: str | PathLike[str],
+    *,
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress = ignore_progress,
+) -> SyntheticFiles:
     """Write a random checkpoint of a published model; a classifier's head is written next to it.
 
     Args:
+        model: The model's name, such as "dinov2_vits14".
+        path: The .pth file to write.
+        seed: The same seed gives the same file.
         force: Replace files of these names.
+        progress: Called with the bytes of tensors that are generated.
 
     Raises:
         UsageError: there is no such model.
         OutputError: a file exists already, or cannot be written.
     """
+    return _synth(model, path, seed, force, progress)
+
+
+def _synth(model: str, path: str | PathLike[str], seed: int, force: bool, progress: Progress) -> SyntheticFiles:
     family, found = find_model(model)
     backbone = Path(path)
     head = _head_path(backbone, found)
@@ -48,14 +65,15 @@ def synth(model: str, path: str | PathLike[str], *, seed: int = 0, force: bool =
         if file is not None and not os.path.isdir(file.parent):
             raise OutputError(f"{file.parent} is not a folder. Create it first.")
     backbone_infos, head_infos = family.split_head(family.sources(found.dimensions, found.block_chunks))
-    _write(backbone, backbone_infos, seed)
-    if head is not None:
-        _write(head, head_infos, seed + 1)
+    with ExitStack() as named:  # both or none
+        named.enter_context(_written(backbone, backbone_infos, seed, progress))
+        if head is not None:
+            named.enter_context(_written(head, head_infos, seed + 1, progress))
     return SyntheticFiles(backbone, head)
 
 
 @contextmanager
-def temporary_checkpoint(model: str, output: Path | None, *, seed: int = 0) -> Iterator[SyntheticFiles]:
+def temporary_checkpoint(model: str, output: Path | None, seed: int, progress: Progress) -> Iterator[SyntheticFiles]:
     """Yield a random checkpoint in a hidden folder next to ``output``, which is deleted when the block ends.
 
     The files of a killed process are reused.
@@ -82,8 +100,7 @@ def temporary_checkpoint(model: str, output: Path | None, *, seed: int = 0) -> I
         head = _head_path(backbone, found)
         made = SyntheticFiles(backbone, head)
         if not all(os.path.exists(file) for file in (backbone, head) if file is not None):
-            backbone.unlink(missing_ok=True)
-            made = synth(model, backbone, seed=seed)
+            made = _synth(model, backbone, seed, True, progress)
         yield made
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,13 +120,26 @@ def _head_path(backbone: Path, model: Model) -> Path | None:
     return backbone.with_name(f"{stem}{head.removeprefix(shared)}{backbone.suffix}")
 
 
-def _write(path: Path, infos: dict[str, TensorInfo], seed: int) -> None:
+@contextmanager
+def _written(path: Path, infos: Mapping[str, TensorInfo], seed: int, progress: Progress) -> Iterator[None]:
+    """Write a file, which is renamed into place when the block ends well."""
     from streamconv.formats.torch_writer import write_pth  # with pickle, which nothing else needs
 
     order = {name: i for i, name in enumerate(infos)}
-    require_space(path.parent, sum(info.nbytes for info in infos.values()))
-    with atomic_file(path) as file, file.stream() as stream:
-        write_pth(stream, path.stem, infos, lambda name: _values(name, infos[name], seed, order[name]))
+    total, done = sum(info.nbytes for info in infos.values()), 0
+    require_space(path.parent, total)
+
+    def values(name: str) -> Iterator[bytes]:
+        nonlocal done
+        for data in _values(name, infos[name], seed, order[name]):
+            yield data
+            done += len(data)
+            progress(f"generating {path.name}", done, total, "bytes")
+
+    with atomic_file(path) as file:
+        with file.stream() as stream:
+            write_pth(stream, path.stem, infos, values)
+        yield
 
 
 def _values(name: str, info: TensorInfo, seed: int, number: int) -> Iterator[bytes]:

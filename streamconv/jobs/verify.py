@@ -3,10 +3,11 @@
 Importing this module does not import torch; the checks that run models do when they run.
 """
 
+import logging
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from streamconv.output.files import write_file
 from streamconv.output.journal import JOURNAL_NAME
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile, record_verification
 from streamconv.planning.plan import Plan
-from streamconv.progress import Progress, ignore_progress
+from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
@@ -30,7 +31,10 @@ from streamconv.verification.result import Check, Verification
 if TYPE_CHECKING:
     from streamconv.verification.model_checks import ModelResults, ModelVerifier
 
+_log = logging.getLogger(__name__)
 
+
+@job
 def verify(
     folder: StrPath,
     source: StrPath | None = None,
@@ -41,17 +45,19 @@ def verify(
 ) -> Verification:
     """Verify a converted folder against its source or, without one, against its own manifest.
 
-    The result is recorded in the folder's manifest if the folder was made from this source.
+    The result is recorded in the folder's manifest if the folder was made from this source. A difference is not an
+    error, but a result: see `Verification.passed`.
 
     Args:
         folder: The folder that `streamconv.convert` wrote.
         source: The source of the folder: a model's name, a checkpoint file, or its address. None reads only the folder:
             each file must have the size and sha256 that it was written with.
+        options: The device, the image, the code of the original model, and the report to write.
         source_options: How to read the source; the defaults are those that the folder's manifest records.
-        progress: Called with the steps of each check.
+        progress: Called with the bytes or steps of each check. What it raises ends the job: see `Cancelled`.
 
     Raises:
-        UsageError: the device, the image or the reference does not exist.
+        UsageError: the device, the image or the reference does not exist, or the device has too little memory.
         SourceError: the source cannot be read.
         OutputError: there is no such folder, it is unfinished, or it needs a source and has none.
     """
@@ -144,7 +150,7 @@ def check_options(options: VerificationOptions) -> None:
         OutputError: the report cannot be written.
     """
     if options.report is not None:
-        check_report(options.report)
+        check_report(Path(options.report))
     image = None if options.image is None else os.fspath(options.image)
     check_arguments(options.device, image, os.fspath(options.reference))
 
@@ -154,7 +160,7 @@ def write_report(verification: Verification, options: VerificationOptions) -> No
     if options.report is not None:
         from streamconv.verification.report import render  # imports what only a report needs
 
-        write_file(options.report, render(verification.as_dict()).encode())
+        write_file(Path(options.report), render(verification.as_dict()).encode())
 
 
 def _options_of(folder: Path, given: SourceOptions) -> ConversionOptions:
@@ -170,6 +176,12 @@ def _options_of(folder: Path, given: SourceOptions) -> ConversionOptions:
     )
 
 
+def _log_checks(checks: Iterable[Check]) -> None:
+    for check in checks:
+        verdict = {True: "passed", False: "failed", None: "did not run"}[check.passed]
+        _log.info("%s: %s: %s", check.name, verdict, "; ".join(check.problems) or check.proves)
+
+
 def _verify_alone(folder: Path, progress: Progress) -> Verification:
     start, manifest = time.monotonic(), Manifest.read(folder)
     if manifest is None:
@@ -179,6 +191,7 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
         "files", not problems, f"every file is as it was written, according to {MANIFEST_NAME}", tuple(problems)
     )
     others = [Check(name, None, "no source was named") for name in ("bytes", "load", "parity", "preprocessing")]
+    _log_checks([files])
     return Verification(
         checks=(files.since(start), *others),
         device=None,
@@ -200,6 +213,7 @@ def _verification(
     files: Mapping[str, WrittenFile],
     start: float,
 ) -> Verification:
+    _log_checks(checks)
     return Verification(
         checks=checks,
         device=str(models.device),

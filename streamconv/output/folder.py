@@ -4,6 +4,7 @@ A finished folder has ``streamconv.json``, its manifest. An unfinished one has a
 writes holds a lock.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ from streamconv.output.files import as_output_error, make_folder, require_space,
 from streamconv.output.journal import JOURNAL_NAME, Journal, OpenJournal, locked_journal
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, differences
 from streamconv.output.ownership import owned_names, require_free
+
+_log = logging.getLogger(__name__)
 
 
 class OutputFolder:
@@ -116,6 +119,7 @@ def open_output_folder(
 def _start(folder: Path, journal: OpenJournal, provenance: Provenance, force: bool) -> None:
     previous = journal.contents.provenance
     if force and (differences(previous, provenance) if previous is not None else Manifest.read(folder) is not None):
+        _log.info("deleting the conversion in %s, to start over", folder)
         _remove(folder, owned_names(folder, journal.contents))
         journal.forget()
     elif previous is not None and differences(previous, provenance):  # `require_free`: it had written nothing

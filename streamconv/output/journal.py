@@ -6,6 +6,7 @@ interrupted process left is read back, and must match.
 """
 
 import json
+import logging
 import os
 import platform
 import time
@@ -20,6 +21,8 @@ from streamconv.files.local import read_small
 from streamconv.output.files import as_output_error, is_still_linked, open_exclusive, temporary_path
 from streamconv.output.manifest import FORMAT_VERSION, Provenance, WrittenFile
 from streamconv.output.typed_json import parse
+
+_log = logging.getLogger(__name__)
 
 JOURNAL_NAME = ".streamconv-journal"  # in a folder that is written
 
@@ -175,7 +178,11 @@ class OpenJournal:
             with as_output_error(file):
                 if not os.path.exists(temporary) and os.path.exists(file):
                     os.replace(file, temporary)
-        return point if os.path.exists(temporary) else NOT_STARTED
+        if os.path.exists(temporary):
+            return point
+        if point.size:
+            _log.info("starting over with %s, because its unfinished file was removed", file)
+        return NOT_STARTED
 
     def record(self, file: Path, point: ResumePoint) -> None:
         """Record on the disk how much of a file is written; its bytes must be synced before."""

@@ -1,5 +1,6 @@
 """Resumable files that are written next to others instead of into a separate folder."""
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,6 +10,8 @@ from streamconv.errors import OutputError
 from streamconv.output.files import require_space, temporary_path
 from streamconv.output.journal import Journal, OpenJournal, locked_journal, name_in
 from streamconv.output.manifest import Provenance, differences
+
+_log = logging.getLogger(__name__)
 
 
 def journal_path(files: Iterable[Path]) -> Path:
@@ -33,9 +36,12 @@ def resumable_files(files: Mapping[Path, int], provenance: Provenance, *, force:
     with locked_journal(journal_path(files), next(iter(files))) as journal:
         try:
             previous = journal.contents.provenance
-            is_same = previous is None or not differences(previous, provenance)
-            require_absent(files, journal.contents if is_same else Journal(), force=force)
-            if not is_same:
+            changes = [] if previous is None else differences(previous, provenance)
+            require_absent(files, Journal() if changes else journal.contents, force=force)
+            if changes:
+                if journal.contents.is_resumable:
+                    names = " and ".join(map(str, files))
+                    _log.info("starting over with %s, because the %s changed", names, " and ".join(changes))
                 journal.forget()
             for file, size in files.items():
                 # An interrupted process may have completed the file; any other file stays until it is replaced.

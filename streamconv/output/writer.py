@@ -9,6 +9,7 @@ vouches for those whose records had been read and checked completely. A record t
 checked and cast again, and must give the bytes that the file holds.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,8 @@ from streamconv.tensors.checksums import RecordChecks
 # Bytes between resume points. A kill loses at most three intervals: one filling, one syncing, one queued. If writes go
 # through the page cache, two fit in a 64 MB cgroup.
 SYNC_BYTES = 32 << 20
+
+_log = logging.getLogger(__name__)
 
 Advance = Callable[[int, bool], None]
 """Called with the number of a file's bytes that are done, and whether an earlier process had written the last ones."""
@@ -62,6 +65,8 @@ def written_file(
     kept = journal.resume_point(path)
     if not 0 < kept.size <= writer.size:
         kept = NOT_STARTED
+    if kept.size:
+        _log.info("resuming %s at byte %d of %d", path, kept.size, writer.size)
     with ExitStack() as stack:
         for point in (kept, NOT_STARTED):
             try:
@@ -69,12 +74,14 @@ def written_file(
                     complete = writer.write(opened.enter_context(atomic_file(path, resume=True)), point)
                     stack.push(opened.pop_all())
                 break
-            except CorruptError:
+            except CorruptError as error:
                 journal.discard(path)
                 if not point.size:
                     raise
-                # Otherwise the damage may be in the bytes that were kept: write the whole file again.
+                # The damage may be in the bytes that were kept.
+                _log.warning("%s Writing all of %s again.", error, path)
         yield complete.written, point.size
+    _log.info("wrote %s, %d bytes, sha256 %s", path, complete.size, complete.sha256)
 
 
 class _FileWriter:

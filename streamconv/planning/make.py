@@ -11,7 +11,7 @@ from streamconv.families.selection import Selection, Skipped
 from streamconv.planning.plan import CONFIG_NAME, MappedTensor, Plan, label_config
 from streamconv.planning.shards import DEFAULT_SHARD_BYTES, PIECE_BYTES, lay_out, to_json
 from streamconv.tensors.expressions import AnyTensor, SourceTensor, filled
-from streamconv.tensors.info import BY_TORCH_NAME, DTYPES, CastDtype, TensorInfo
+from streamconv.tensors.info import BY_TORCH_NAME, DTYPES, CastDtype, DtypeCode, TensorInfo
 
 IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
 
@@ -152,7 +152,7 @@ def _refuse_unstreamable(targets: Mapping[str, SourceTensor]) -> None:
         raise MappingError("Some tensors are laid out so that they cannot be streamed:", problems)
 
 
-def _dtype_of(targets: Mapping[str, SourceTensor], where: str) -> str:
+def _dtype_of(targets: Mapping[str, SourceTensor], where: str) -> DtypeCode:
     """Return the dtype of the first tensor; refuse dtypes that no model has."""
     others = {tensor.info.dtype for tensor in targets.values() if not DTYPES[tensor.info.dtype].is_weight}
     if others:
@@ -162,7 +162,10 @@ def _dtype_of(targets: Mapping[str, SourceTensor], where: str) -> str:
 
 
 def _as_written(
-    targets: Mapping[str, SourceTensor], fills: Mapping[str, tuple[float, tuple[int, ...]]], dtype: str, family: Family
+    targets: Mapping[str, SourceTensor],
+    fills: Mapping[str, tuple[float, tuple[int, ...]]],
+    dtype: DtypeCode,
+    family: Family,
 ) -> dict[str, SourceTensor]:
     """Return all tensors of the output as ``dtype``, in the order in which transformers saves them."""
     written = {

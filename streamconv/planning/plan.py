@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal, TypedDict, cast
 
 from streamconv.errors import ChangedError
 from streamconv.families.base import Family, Model, PixelSteps
@@ -18,7 +18,10 @@ from streamconv.files.base import FileRef
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.planning.shards import Shard, to_json
 from streamconv.tensors.expressions import Record
-from streamconv.tensors.info import DTYPES, TensorInfo
+from streamconv.tensors.info import DTYPES, CastDtype, DtypeCode, TensorInfo
+
+Cast = TypedDict("Cast", {"from": str, "to": CastDtype})
+"""torch's names of the dtypes that tensors are cast from, joined by "and" if there are several, and to."""
 
 CONFIG_NAME = "config.json"
 
@@ -97,19 +100,19 @@ class Plan:
         return sum(t.info.nbytes // t.info.itemsize for shard in self.shards for _, t in shard.tensors)
 
     @property
-    def cast_to(self) -> str:
+    def cast_to(self) -> DtypeCode | Literal[""]:
         """The code of the dtype that tensors are cast to; empty if all stay as they are stored."""
         return next((tensor.cast_to for shard in self.shards for _, tensor in shard.tensors if tensor.cast_to), "")
 
     @property
-    def cast(self) -> dict[str, str] | None:
+    def cast(self) -> "Cast | None":
         """torch's names of the dtypes that tensors are cast "from" and "to"; None if all stay as they are stored."""
         if not self.cast_to:
             return None
         stored = {tensor.info.dtype for shard in self.shards for _, tensor in shard.tensors if tensor.cast_to}
         return {
             "from": " and ".join(sorted(DTYPES[dtype].torch for dtype in stored)),
-            "to": DTYPES[self.cast_to].torch,
+            "to": cast(CastDtype, DTYPES[self.cast_to].torch),
         }
 
     @property

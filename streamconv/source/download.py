@@ -1,5 +1,6 @@
 """Downloads a source's files into torch.hub's cache: complete or absent, and resumed after an interruption."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -21,6 +22,8 @@ from streamconv.source.resolve import Source, torch_hub_cache
 from streamconv.tensors.checksums import RecordChecks, read_crc
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import TensorInfo
+
+_log = logging.getLogger(__name__)
 
 
 def downloaded(
@@ -55,7 +58,7 @@ def downloaded(
             elif opened is not None:
                 _download(location, path, opened[role].files[0], progress)
             else:
-                with closing(open_file(location, lambda text: progress(text, 0, 1, "steps"))) as file:
+                with closing(open_file(location)) as file:
                     _download(location, path, file, progress)
             return path
 
@@ -127,6 +130,7 @@ def _download(address: Address, path: Path, file: File, progress: Progress) -> N
             raise
         if (modified := _modified(file)) is not None:
             os.utime(partial, (modified, modified))  # as curl -R does, for `_require_same`
+    _log.info("downloaded %s to %s", address, path)
 
 
 def _require_intact(path: Path, where: str, name: str, progress: Progress) -> None:

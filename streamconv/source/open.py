@@ -26,7 +26,6 @@ from streamconv.files.local import read_small
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.output.manifest import SourceFile
-from streamconv.progress import Progress, ignore_progress
 from streamconv.source.resolve import Source, torch_hub_cache
 from streamconv.tensors.expressions import AnyTensor, joined, parts_of
 
@@ -93,7 +92,6 @@ class OpenSource:
 @contextmanager
 def open_source(
     source: Source,
-    progress: Progress = ignore_progress,
     *,
     read_local_headers: bool = True,
     opened: Mapping[str, Checkpoint] | None = None,
@@ -108,10 +106,6 @@ def open_source(
         SourceError: a file cannot be read, or does not hold exactly one backbone of a known family.
         UsageError: a head is given for a model that takes none, or there is no backbone under ``source.select``.
     """
-
-    def notify(text: str) -> None:
-        progress(text, 0, 1, "steps")
-
     with ExitStack() as stack:
         stack.enter_context(_name_torch_hub_copy(source))
         checkpoints: dict[str, Checkpoint] = {**(opened or {})}
@@ -120,7 +114,7 @@ def open_source(
                 continue
             try:
                 checkpoints[role] = stack.enter_context(
-                    open_checkpoint(location, read_local_headers=read_local_headers, notify=notify)
+                    open_checkpoint(location, read_local_headers=read_local_headers)
                 )
             except NetworkError as error:
                 if source.model is None:

@@ -15,7 +15,7 @@ from streamconv.errors import SourceError
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.files.inline import inline_ref
 from streamconv.files.reader import Reader
-from streamconv.tensors.info import TensorInfo, contiguous_strides
+from streamconv.tensors.info import DtypeCode, TensorInfo, contiguous_strides
 
 # The bytes that a piece of a strided tensor may span. It is read with the gaps between its elements.
 MAX_SPAN_BYTES = 16 << 20
@@ -45,7 +45,7 @@ class SourceTensor:
     record: Record
     offset: int
     strides: tuple[int, ...]
-    cast_to: str = ""
+    cast_to: DtypeCode | Literal[""] = ""
 
     @property
     def target(self) -> TensorInfo:

@@ -11,6 +11,13 @@ CastDtype = Literal["float32", "float16", "bfloat16"]
 """The dtypes that weights can be cast to, by torch's names."""
 
 
+DtypeCode = Literal[
+    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64",
+    "I64", "U64",
+]  # fmt: skip
+"""The dtypes of tensors, by safetensors' codes."""
+
+
 @dataclass(frozen=True, slots=True)
 class DType:
     """One dtype. ``itemsize`` is in bytes.
@@ -19,7 +26,7 @@ class DType:
     numpy dtype that `casts` uses; ``"bfloat16"`` is one after ml_dtypes is imported.
     """
 
-    code: str
+    code: DtypeCode
     itemsize: int
     torch: str
     storage: str = ""
@@ -32,7 +39,7 @@ class DType:
 
 
 # By safetensors' code, in safetensors' order; in its files, tensors are sorted in the reverse of this order.
-DTYPES = {
+DTYPES: dict[str, DType] = {
     dtype.code: dtype
     for dtype in (
         DType("BOOL", 1, "bool", "BoolStorage"),
@@ -61,7 +68,7 @@ BY_TORCH_NAME = {dtype.torch: dtype for dtype in DTYPES.values()}
 class TensorInfo:
     """The dtype, a safetensors code such as ``"F32"``, and the shape of a tensor."""
 
-    dtype: str
+    dtype: DtypeCode
     shape: tuple[int, ...]
 
     @property

@@ -52,7 +52,7 @@ def choose_device(name: str) -> torch.device:
 def versions() -> dict[str, str]:
     """The versions of streamconv and of the libraries that the models run with."""
     packages = (torch, torchvision, transformers, accelerate)
-    return {"streamconv": __version__, **{package.__name__: package.__version__ for package in packages}}
+    return {"streamconv": __version__, **{package.__name__: str(package.__version__) for package in packages}}
 
 
 class MemoryWatch:

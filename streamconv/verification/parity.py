@@ -194,6 +194,8 @@ def _run(pair: Pair, pixels: Tensor, dtype: torch.dtype, as_transformers: list[b
     def compare_state(name: str, state: Tensor) -> None:
         nonlocal steps
         for comparison in comparisons:
+            # Between any two layers: each call may cancel the verification, and a layer can take a second.
+            pair.progress(what, min(steps, total), total, "steps")
             comparison.compare(name, state)
         steps += 1
         pair.progress(what, min(steps, total), total, "steps")

@@ -13,7 +13,7 @@ from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 from zipfile import is_zipfile
 
 import torch
@@ -25,6 +25,7 @@ from streamconv.formats import torch_legacy
 from streamconv.planning.plan import Plan
 from streamconv.source.open import OpenSource
 from streamconv.tensors.expressions import AnyTensor, joined, parts_of
+from streamconv.tensors.info import DtypeCode
 from streamconv.verification.offload import StreamedWeights
 from streamconv.verification.originals import OriginalArchitecture, original_of
 
@@ -74,7 +75,7 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Ori
 
 
 def load_weights(
-    original: Any, source: OpenSource, device: torch.device, cast_to: str
+    original: Any, source: OpenSource, device: torch.device, cast_to: DtypeCode | Literal[""]
 ) -> tuple[StreamedWeights | None, str]:
     """Load the source's tensors into a model on the meta device; missing and unexpected tensors are errors.
 
@@ -108,7 +109,7 @@ def load_weights(
     return None, ""
 
 
-def _cast(tensor: AnyTensor, dtype: str) -> AnyTensor:
+def _cast(tensor: AnyTensor, dtype: DtypeCode | Literal[""]) -> AnyTensor:
     return joined([replace(part, cast_to=dtype) for part in parts_of(tensor)])
 
 

@@ -1,6 +1,5 @@
 """Options are checked before a source is opened, and the name of a folder has no effect."""
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import streamconv
 from streamconv import ConversionOptions, Destination, PushOptions, SourceOptions, UsageError, VerificationOptions
 from streamconv.families.dinov2 import FAMILY
 from streamconv.formats.safetensors import make_header
-from tests.support import run
+from streamconv.jobs.options import StrPath
+from tests.support import Save, run, tiny
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,20 @@ def test_a_typo_is_reported_before_a_missing_source(tmp_path: Path, words: tuple
     assert done.stderr.count("error:") == 1
 
 
-def test_options_and_results_cross_processes() -> None:
-    for options in (
-        ConversionOptions(head="head.pth", dtype="bfloat16"),
-        VerificationOptions(device="cuda:1", parity=False),
-        PushOptions(Destination("me/model", private=True), unverified=True),
-    ):
-        assert pickle.loads(pickle.dumps(options)) == options
+@pytest.mark.parametrize("kind", [str, Path])
+def test_every_path_may_be_a_string_or_a_path(save: Save, tmp_path: Path, kind: Callable[[Path], StrPath]) -> None:
+    source, head = save(tiny(classes=5))
+    assert head is not None
+    (tmp_path / "labels.txt").write_text("a\nb\nc\nd\ne")
+    out, page, back, other = (kind(tmp_path / name) for name in ("out", "page.html", "back.pth", "other.pth"))
+    options = ConversionOptions(head=kind(head), labels=kind(tmp_path / "labels.txt"))
+    done = streamconv.convert(kind(source), out, options)
+    assert streamconv.plan(kind(source), options) == done.plan
+    assert streamconv.verify(out, options=VerificationOptions(report=page)).passed
+    assert (tmp_path / "page.html").exists()
+    assert streamconv.revert(out, back, head=other).files == (tmp_path / "back.pth", tmp_path / "other.pth")
+    with streamconv.open_checkpoint(kind(source)) as one, streamconv.open_checkpoint(back) as two:
+        assert one.keys() == two.keys()
 
 
 @pytest.mark.parametrize("folder", ["models with care", "webssl_dino2b_light2b_224.pth with a head"])

@@ -12,6 +12,7 @@ import streamconv
 from streamconv import OutputError, TensorInfo, UsageError
 from streamconv.formats.torch_writer import write_pth
 from streamconv.jobs.synth import temporary_checkpoint
+from streamconv.progress import ignore_progress
 from tests.checkpoints import NAMES, bytes_of
 
 
@@ -77,11 +78,11 @@ def test_temporary_checkpoint_of_a_killed_process_is_reused_by_one_process_and_d
     left = tmp_path / ".out.streamconv-synthetic" / "dinov2_vits14_synthetic_seed0.pth"
     left.parent.mkdir()
     left.write_bytes(b"left")
-    with temporary_checkpoint("dinov2_vits14", tmp_path / "out") as made:
+    with temporary_checkpoint("dinov2_vits14", tmp_path / "out", 0, ignore_progress) as made:
         assert made.backbone.read_bytes() == b"left"
         with (
             pytest.raises(OutputError, match="being written by another process"),
-            temporary_checkpoint("dinov2_vits14", tmp_path / "out"),
+            temporary_checkpoint("dinov2_vits14", tmp_path / "out", 0, ignore_progress),
         ):
             pass
         assert left.exists()

@@ -23,8 +23,8 @@ class FakeFile(RemoteFile):
     request_bytes = 20_000
 
     def __init__(self, seed: int = 0, breaks: bool = True):
-        self.size, self.waits = len(DATA), []
-        super().__init__(Address("fake://host/file"), self.waits.append)
+        self.size = len(DATA)
+        super().__init__(Address("fake://host/file?signature=secret"))
         self.random, self.breaks = random.Random(seed), breaks
         self.in_a_row = self.given = self.closed = 0
         self.asked: list[ByteRange] = []
@@ -139,7 +139,7 @@ def test_prefetched_ranges_keep_their_order_and_skipped_ones_are_dropped() -> No
 
 
 def test_broken_connection_is_retried_with_growing_waits_for_at_most_two_minutes(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", waited.append)
@@ -149,8 +149,22 @@ def test_broken_connection_is_retried_with_growing_waits_for_at_most_two_minutes
         file.read_at(7, memoryview(bytearray(1)))
     assert waited == sorted(waited)
     assert 60 <= sum(waited) <= 120
-    assert len(file.waits) == len(waited)
-    assert "trying again in 30 s" in file.waits[-1]
+    assert len(caplog.records) == len(waited)
+    assert caplog.messages[-1] == "fake://host/file: refused; trying again in 30 s"
+
+
+def test_no_secret_of_an_address_is_logged_even_if_a_library_names_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "streamconv")
+    file = FakeFile()
+    text = "raise OSError('no connection to (https://user:secret@host/file?signature=secret), port=443')"
+    file._request = lambda wanted: exec(text)  # type: ignore[assignment, method-assign]
+    with pytest.raises(NetworkError) as caught:
+        file.read_at(7, memoryview(bytearray(1)))
+    assert "fake://host/file: requesting bytes 7 to 8" in caplog.messages
+    assert "no connection to (https://host/file" in caplog.text
+    assert "secret" not in caplog.text + str(caught.value)
 
 
 def test_every_received_byte_resets_the_retries() -> None:
