@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ def commands() -> list[list[str]]:
 
 def blocks(name: str, language: str = r"\w*") -> list[str]:
     text = (ROOT / name).read_text("utf-8")
-    return [block for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
+    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return found
 
 
 def test_readme_is_short() -> None:
@@ -75,14 +77,26 @@ def test_sections_that_links_name_exist() -> None:
             assert anchor in anchors, link
 
 
-def test_commands_in_the_readme_have_only_options_that_exist(tmp_path: Path) -> None:
+@cache
+def options_of(command: str) -> set[str]:
+    shown = run(command, "--help", cwd=ROOT)
+    assert shown.returncode == 0, command
+    return set(re.findall(r"(?<![\w-])--?\w[\w-]*", shown.stdout))
+
+
+def test_commands_in_the_readme_have_only_options_that_exist() -> None:
     found = commands()
     assert {words[0] for words in found} >= {"run", "convert", "verify", "revert", "plan", "models"}
     for words in found:
-        shown = run(words[0], "--help", cwd=tmp_path) if not words[0].startswith("-") else run("--help", cwd=tmp_path)
-        assert shown.returncode == 0, words
-        known = set(re.findall(r"(?<![\w-])--?\w[\w-]*", shown.stdout))
-        assert {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= known, words
+        given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert given <= options_of(words[0]), words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_options_named_in_sentences_exist(page: Path) -> None:
+    named = set(re.findall(r"`(--[a-z-]+)(?: [\w.]+)?`", page.read_text("utf-8")))
+    names = ["run", "convert", "verify", "revert", "plan", "models", "synth"]
+    assert named <= set().union(*(options_of(name) for name in names))
 
 
 def test_ci_runs_the_commands_that_the_readme_gives_to_developers() -> None:
