@@ -20,13 +20,8 @@ def commands() -> list[list[str]]:
     """Return the words of every streamconv command in the README's code blocks and sentences."""
     lines = [line for block in blocks("README.md") for line in block.splitlines()]
     lines += re.findall(r"`(streamconv [^`]+)`", README)
-    found = []
-    for line in lines:
-        for part in line.partition("  #")[0].removeprefix("$ ").split(" && "):
-            words = shlex.split(part)
-            if words and words[0].endswith("streamconv") and not part.startswith((" ", "streamconv:")):
-                found.append(words[1:])
-    return found
+    parts = [part for line in lines for part in line.partition("  #")[0].removeprefix("$ ").split(" && ")]
+    return [shlex.split(part)[1:] for part in parts if part.startswith("streamconv ")]
 
 
 def blocks(name: str, language: str = r"\w*") -> list[str]:
