@@ -24,7 +24,7 @@ from streamconv.progress import Progress, ignore_progress
 from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
-from streamconv.verification.preflight import check_arguments, check_packages, check_report
+from streamconv.verification.preflight import check_arguments, check_report
 from streamconv.verification.result import Check, Verification
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def verify(
         raise OutputError(
             f"{path} holds an unfinished conversion. Finish it first: run the same convert command again."
         )
-    check_options(options, runs_models=source is not None)
+    check_options(options)
     if source is None:
         verification = _verify_alone(path, progress)
     else:
@@ -136,15 +136,13 @@ def verify_uploaded(
     return _verification(plan, source, (check, *results.checks), results, models, manifest.files, start)
 
 
-def check_options(options: VerificationOptions, *, runs_models: bool = True) -> None:
+def check_options(options: VerificationOptions) -> None:
     """Refuse impossible options before hours of work.
 
     Raises:
-        UsageError: the device, the image or the reference does not exist, or no model can run without torch.
+        UsageError: the device, the image or the reference does not exist.
         OutputError: the report cannot be written.
     """
-    if runs_models:
-        check_packages()
     if options.report is not None:
         check_report(options.report)
     image = None if options.image is None else os.fspath(options.image)

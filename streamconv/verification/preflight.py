@@ -2,7 +2,6 @@
 
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from streamconv.errors import OutputError, UsageError
@@ -23,20 +22,6 @@ def check_report(path: Path) -> None:
         raise UsageError(f"The report {path} must be an HTML file. Use --report FILE.html.")
     if os.path.isdir(path) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
         raise OutputError(f"{path} cannot be written. Choose a --report file in a folder that exists and is writable.")
-
-
-def check_packages() -> None:
-    """Check that the packages that run models are installed; a conversion alone does not need them.
-
-    Raises:
-        UsageError: one of them is not.
-    """
-    missing = [name for name in ("torch", "torchvision", "transformers") if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"Verification against a source needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
-            "not installed. Install streamconv with all its dependencies, or convert without it: run --no-verify."
-        )
 
 
 def check_arguments(device: str, image: str | None, reference: str) -> None:
