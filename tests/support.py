@@ -150,8 +150,10 @@ def rewrite(path: Path, change: dict[str, bytes], **options: object) -> None:
 
 # Keys and shapes of Meta's modules (facebookresearch/dinov2 and facebookresearch/webssl, built on the meta
 # device) and of transformers 4.57's, whose names in memory are those of the files; {i} counts layers, and
-# "chunks" gives the {chunk} that each is in.
-GOLDEN = json.loads((ROOT / "tests" / "golden" / "dinov2.json").read_text())
+# "chunks" gives the {chunk} that each is in. One file per family.
+GOLDEN: dict[str, Any] = {}
+for _path in sorted((ROOT / "tests" / "golden").glob("*.json")):
+    GOLDEN |= json.loads(_path.read_text())
 MODELS = [model.name for model in FAMILY.models]
 WEB_DINO = [name for name in MODELS if name.startswith("webssl")]
 

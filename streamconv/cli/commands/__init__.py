@@ -49,6 +49,8 @@ class Program(click.Group):
                 sys.exit(error.exit_code)
             if isinstance(error, click.ClickException):
                 printer.fail(_message(error), UsageError.exit_code, UsageError.__name__)
+            if isinstance(error, ModuleNotFoundError) and not (error.name or "streamconv").startswith("streamconv"):
+                error = _missing(error)
             if isinstance(error, StreamconvError):
                 printer.fail(str(error), error.exit_code, type(error).__name__, getattr(error, "problems", ()))
             raise  # a bug: show its traceback
@@ -70,6 +72,12 @@ def _message(error: click.ClickException) -> str:
         message = error.format_message().rstrip(".")
     ctx = getattr(error, "ctx", None)
     return f"{message}. See {ctx.command_path if ctx is not None else 'streamconv'} --help."
+
+
+def _missing(error: ModuleNotFoundError) -> UsageError:
+    """Return the error for a package that streamconv was installed without: a conversion needs few of them."""
+    package = str(error.name).partition(".")[0]
+    return UsageError(f"This needs the Python package {package}, which is not installed. Run `pip install {package}`.")
 
 
 @click.group(cls=Program, context_settings=SETTINGS, epilog=EXIT_CODES)
