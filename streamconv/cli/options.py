@@ -9,7 +9,7 @@ from click.shell_completion import CompletionItem
 
 from streamconv.cli.command import Argument, Option
 from streamconv.errors import UsageError
-from streamconv.families.registry import all_families, find_model
+from streamconv.families.registry import all_families, is_model
 from streamconv.hub.repository import Destination
 from streamconv.jobs.options import PushOptions
 from streamconv.tensors.info import CastDtype
@@ -171,10 +171,4 @@ def push_options(
 
 
 def _is_source(word: str) -> bool:
-    if "://" in word or os.path.isfile(word):
-        return True
-    try:
-        find_model(word)
-    except UsageError:
-        return False
-    return True
+    return "://" in word or os.path.isfile(word) or is_model(word)

@@ -26,6 +26,11 @@ def family_named(name: str) -> Family:
     return {family.name: family for family in all_families()}[name]
 
 
+def is_model(name: str) -> bool:
+    """Return whether a published model has this name."""
+    return any(model.name == name for family in all_families() for model in family.models)
+
+
 def find_model(name: str) -> tuple[Family, Model]:
     """Return the published model of that name, and its family.
 

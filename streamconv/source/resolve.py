@@ -10,7 +10,7 @@ from pathlib import Path
 
 from streamconv.errors import SourceMissingError, UsageError
 from streamconv.families.base import Model, RemoteFile
-from streamconv.families.registry import find_model
+from streamconv.families.registry import find_model, is_model
 from streamconv.files.address import Address, Location, parse_location
 
 
@@ -66,17 +66,16 @@ def resolve_source(
         raise UsageError("SOURCE is empty. Give a model's name, a checkpoint file or its address.")
     given_head = None if head is None else parse_location(head)
     _require_exists(given_head)
-    try:
-        family, model = find_model(name)
-    except UsageError:
+    if not is_model(name):
         location = parse_location(source)
         is_word = (
             isinstance(source, str) and isinstance(location, Path) and len(location.parts) == 1 and not location.suffix
         )
         if is_word and not os.path.exists(name):
-            raise
+            find_model(name)  # refuses it, with the names that are near
         _require_exists(location)
         return Source(location, given_head, select=select, num_heads=num_heads)
+    family, model = find_model(name)
     if given_head is not None and model.head is None:
         others = [each.name for each in family.models if each.head is not None and each.backbone == model.backbone]
         raise UsageError(f"{name} has no head.{f' The model with one is {others[0]}.' if others else ''}")

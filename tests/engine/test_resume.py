@@ -141,7 +141,7 @@ def test_resume_rejects_another_source_of_the_same_size_and_names(
     write(make_states(tiny(), seed=1)[0], path)
     assert path.stat().st_size == size
     before = contents(tmp_path / "out")
-    with pytest.raises(OutputError, match=r"unfinished conversion.*its backbone differs\. Choose .* or delete this"):
+    with pytest.raises(OutputError, match=r"unfinished conversion.*its backbone differs\. Choose .* or replace it"):
         api.convert(path, tmp_path / "out")
     assert contents(tmp_path / "out") == before
     with pytest.raises(OutputError, match="another conversion"):
@@ -162,7 +162,7 @@ def test_resume_rejects_other_options_and_keeps_the_folder(
         ({}, "head and plan"),
     ):
         with pytest.raises(
-            OutputError, match=rf"unfinished conversion.*{message}.*Choose another folder, or delete this"
+            OutputError, match=rf"unfinished conversion.*{message}.*Choose another folder, or replace it with --force"
         ):
             api.convert(source, tmp_path / "out", **options)
         assert contents(tmp_path / "out") == before
