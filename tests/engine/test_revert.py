@@ -134,7 +134,7 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
         (MappingError, "its tensors are I32, but weights are floats", "whole", "x.pth", None),
         (
             OutputError,
-            "there.pth exists already. Choose another name, or replace it with --force",
+            "there.pth exists already. Choose another .* with --force",
             "folder",
             "there.pth",
             None,
