@@ -395,7 +395,7 @@ def test_local_conversion_imports_only_what_it_needs(tmp_path: Path, save: Save)
     needless = {
         "torch", "numpy", "transformers", "accelerate", "torchvision", "PIL", "pydantic", "rich", "typer", "urllib3",
         "huggingface_hub", "requests", "httpx", "fsspec", "ml_dtypes", "jinja2", "tqdm", "asyncio", "email", "http",
-        "http.client", "ssl", "socket", "subprocess", "tempfile", "difflib", "importlib.metadata", "multiprocessing",
+        "http.client", "ssl", "socket", "subprocess", "tempfile", "importlib.metadata", "multiprocessing",
         "zipfile", "tarfile", "random", "argparse", "unittest", "pickle",
     }  # fmt: skip
     assert needless & set(run_python(code).splitlines()[-1].split()) == set()
