@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 from click.shell_completion import CompletionItem
@@ -11,7 +11,7 @@ from streamconv.cli.command import Argument, Option
 from streamconv.errors import UsageError
 from streamconv.families.registry import all_families, is_model
 from streamconv.hub.repository import Destination
-from streamconv.jobs.options import PushOptions
+from streamconv.jobs.options import PushOptions, VerificationOptions
 from streamconv.tensors.info import CastDtype
 
 DEFAULT_MODEL = "dinov2_vitg14"
@@ -104,6 +104,7 @@ DRY_RUN = Option(
 
 SOURCE_OPTIONS = (HEAD, SELECT, NUM_HEADS, STREAM)
 CONVERSION_OPTIONS = (*SOURCE_OPTIONS, LABELS, SHARD_SIZE, DTYPE, FORCE)
+"""Their names are the fields of `SourceOptions` and `ConversionOptions`."""
 
 VERIFICATION_OPTIONS = (
     Option(
@@ -119,7 +120,7 @@ VERIFICATION_OPTIONS = (
         help="The original model: streamconv's own code, or the authors', downloaded by torch.hub or in a folder.",
     ),
     Option(
-        "--no-parity", "parity", flag_value=False, default=True, show_default=False, group="Verification",
+        "--no-parity", is_flag=True, group="Verification",
         help="Do not run the models; the output lists what was not checked.",
     ),
     Option(
@@ -127,8 +128,6 @@ VERIFICATION_OPTIONS = (
         help="Write the verification result as an HTML page.",
     ),
 )  # fmt: skip
-"""Their names are the fields of `VerificationOptions`, as those above are the fields of `ConversionOptions`."""
-
 PUSH_OPTIONS = (
     Option(
         "--push-to-hub", "--push_to_hub", metavar="[REPO]", is_flag=False, flag_value="", group="Hub",
@@ -146,6 +145,15 @@ PUSH_OPTIONS = (
         help="Push even if verification failed or did not run; the card mentions it.",
     ),
 )  # fmt: skip
+
+
+def verification_options(no_parity: bool, **given: Any) -> VerificationOptions:
+    """Return the options of a verification.
+
+    Raises:
+        UsageError: the device's name is not valid.
+    """
+    return VerificationOptions(parity=not no_parity, **given)
 
 
 def push_options(

@@ -62,16 +62,18 @@ class Program(click.Group):
 
 def _message(error: click.ClickException) -> str:
     """Return a message about the command line that ends in how to fix it."""
-    possibilities = getattr(error, "possibilities", None)
-    if possibilities is not None:
-        near = [name for name in possibilities if "_" not in name]  # without the original script's spellings
-        message = error.message.rstrip(".")
+    message = error.format_message()
+    if isinstance(error, click.NoSuchOption):
+        message = f"No such option {error.option_name}."
+        near = [
+            name for name in error.possibilities or () if "_" not in name
+        ]  # without the original script's spellings
         if near:
-            return f"{message}. Did you mean {' or '.join(near)}?"
-    else:
-        message = error.format_message().rstrip(".")
-    ctx = getattr(error, "ctx", None)
-    return f"{message}. See {ctx.command_path if ctx is not None else 'streamconv'} --help."
+            return f"{message} Did you mean {' or '.join(near)}?"
+    if message.endswith("?"):  # a near command
+        return message
+    ctx = error.ctx if isinstance(error, click.UsageError) else None
+    return f"{message.rstrip('.')}. See {ctx.command_path if ctx is not None else 'streamconv'} --help."
 
 
 def _missing(error: ModuleNotFoundError) -> UsageError:

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 import streamconv
-from streamconv import ConversionOptions, VerificationOptions
+from streamconv import ConversionOptions
 from streamconv.cli.command import JSON, Option, command, values_of
 from streamconv.cli.options import (
     CONVERSION_OPTIONS,
@@ -18,6 +18,7 @@ from streamconv.cli.options import (
     output_option,
     push_options,
     source_argument,
+    verification_options,
 )
 from streamconv.cli.previews import show_preview
 from streamconv.cli.progress_bar import ProgressReport
@@ -58,7 +59,7 @@ def run(
         raise UsageError("SOURCE and --model_name mean the same. Give only one of them.")
     name = next((word for word in (source, model_name) if word is not None), DEFAULT_MODEL)
     conversion = ConversionOptions(**values_of(CONVERSION_OPTIONS, given))
-    verification = VerificationOptions(**values_of(VERIFICATION_OPTIONS, given))
+    verification = verification_options(**values_of(VERIFICATION_OPTIONS, given))
     push = push_options(**values_of(PUSH_OPTIONS, given))
     if dry_run:
         if synthetic:
@@ -104,12 +105,12 @@ def _announce_download(printer: Printer, options: ConversionOptions, *, is_confi
     Raises:
         UsageError: the answer is no.
     """
-    if is_confirmed or not resolve_source(DEFAULT_MODEL, options.head).is_remote:
+    if not resolve_source(DEFAULT_MODEL, options.head).is_remote:
         return
     family, model = find_model(DEFAULT_MODEL)
     size = sum(info.nbytes for info in family.sources(model.dimensions).values())
     what = f"{DEFAULT_MODEL} ({size / 1e9:.1f} GB) from {model.backbone.url}"
-    if not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
+    if is_confirmed or not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
         if not printer.is_quiet:
             print(f"No SOURCE was given: downloading {what}", file=sys.stderr)
         return

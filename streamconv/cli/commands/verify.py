@@ -7,7 +7,7 @@ import streamconv
 from streamconv import SourceOptions, VerificationOptions
 from streamconv.cli.command import JSON, Argument, command, values_of
 from streamconv.cli.messages import verification_lines
-from streamconv.cli.options import FILE, SOURCE_OPTIONS, VERIFICATION_OPTIONS, source_argument
+from streamconv.cli.options import FILE, SOURCE_OPTIONS, VERIFICATION_OPTIONS, source_argument, verification_options
 from streamconv.cli.progress_bar import ProgressReport
 from streamconv.cli.results import print_notes, print_report_path
 from streamconv.cli.terminal import Printer
@@ -29,7 +29,7 @@ def verify(printer: Printer, folder: Path, source: str | None, report: Path | No
     Without SOURCE, each file is checked against the size and sha256 in the folder's streamconv.json.
     """
     source_options = SourceOptions(**values_of(SOURCE_OPTIONS, given))
-    options = VerificationOptions(**values_of(VERIFICATION_OPTIONS, {**given, "report": report}))
+    options = verification_options(**values_of(VERIFICATION_OPTIONS, {**given, "report": report}))
     if source is None and (source_options, options) != (SourceOptions(), VerificationOptions(report=report)):
         raise UsageError(
             "--head, --select, --num-heads, --device, --image, --reference, --no-parity and --stream only apply to "
