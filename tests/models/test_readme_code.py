@@ -89,7 +89,7 @@ def _save_training_checkpoint(path: Path) -> None:
 
 def _comparable(text: str) -> str:
     """Return the text without what differs from run to run, and from one width of a terminal to another."""
-    text = re.sub(r"\d[\d.,]* (s\b|[GM]B/s|MB (?:peak|of it))", r"N \1", text)
+    text = re.sub(r"\d[\d.,]* (min \d+ s|s|[GM]B/s|MB (?:peak|of it))\b", r"N \1", text)
     return " ".join(text.split())
 
 
