@@ -152,9 +152,11 @@ def test_several_backbones_require_a_selection(tmp_path: Path) -> None:
         assert left[f"model.{name}.dino_head."].startswith("a head for training only")
     assert api.plan(source, select="teacher.backbone").mapping[0].source == "model.teacher.backbone.cls_token"
     message = r"does not have .* Use --select model.teacher.backbone or --select model.student.backbone"
-    for select in ("backbone", "", "model", "eacher.backbone"):
+    for select in ("backbone", "", "model", "ema"):
         with pytest.raises(UsageError, match=message):
             api.plan(source, select=select)
+    with pytest.raises(UsageError, match=r"Use --select model.teacher.backbone.$"):
+        api.plan(source, select="eacher.backbone")
     done = run("plan", "x.pth", cwd=tmp_path)
     assert done.returncode == 3
     assert "model.student.backbone. 49 tensors" in done.stderr
