@@ -30,10 +30,14 @@ class Skipped:
     nbytes: int
     reason: str
 
+    @property
+    def pattern(self) -> str:
+        """The start of the names, with a * for the rest of them."""
+        return f"{self.start}*" if self.start.endswith(".") else self.start
+
     def __str__(self) -> str:
-        name = f"{self.start}*" if self.start.endswith(".") else self.start
         count = "1 tensor" if self.tensors == 1 else f"{self.tensors:,} tensors"
-        return f"{name} ({count}, {self.nbytes:,} bytes): {self.reason}"
+        return f"{self.pattern} ({count}, {self.nbytes:,} bytes): {self.reason}"
 
 
 @dataclass(frozen=True)

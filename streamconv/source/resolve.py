@@ -92,7 +92,7 @@ def resolve_source(
 def _require_exists(location: Location | None) -> None:
     if not isinstance(location, Path) or os.path.exists(location):
         return
-    near = [str(location.with_name(name)) for name in near_names(location.name, _names_in(location.parent))]
+    near = [f"`{location.with_name(name)}`" for name in near_names(location.name, _names_in(location.parent))]
     models = [f"the model {name}" for name in near_models(location.stem)[:1]]
     raise SourceMissingError(f"{location}: there is no such file. {did_you_mean(near or models)}".rstrip())
 
