@@ -18,6 +18,7 @@ from streamconv.cli.units import size, speed
 DRAW_INTERVAL_SECONDS = 0.1
 LOG_INTERVAL_SECONDS = 10.0  # between two log lines about the same step
 MIN_BAR_COLUMNS = 6
+FREE_COLUMNS = 4 + 3  # between the parts of the line, and for the ^C that a terminal shows at its end
 REMOVE_BAR = "\r\033[K\033[?25h"  # click would keep the bar; this also shows the cursor, which click hides
 
 
@@ -76,7 +77,7 @@ class ProgressReport:
 
 
 def _bar(total: int) -> Any:
-    """Return a bar that is as wide as the terminal; a single step is shown without one."""
+    """Return a bar, of which `_draw` sets the width; a single step is shown without one."""
     fill, empty = ("━", "─") if "utf" in (sys.stderr.encoding or "").lower() else ("#", "-")
     return click.progressbar(
         length=total,
@@ -87,12 +88,13 @@ def _bar(total: int) -> Any:
         show_eta=False,
         show_percent=False,
         item_show_func=lambda amounts: amounts,
-        width=0,
     )
 
 
 def _draw(bar: Any, step: str, done: int, amounts: str) -> None:
-    columns = shutil.get_terminal_size().columns - len(amounts) - MIN_BAR_COLUMNS - 4
-    bar.label = step if len(step) <= columns else f"{step[: max(columns, 1) - 1]}…"
+    columns = shutil.get_terminal_size().columns - FREE_COLUMNS - len(amounts)
+    longest = max(columns - MIN_BAR_COLUMNS, 1)
+    bar.label = step if len(step) <= longest else f"{step[: longest - 1]}…"
+    bar.width = max(columns - len(bar.label), 0)
     bar.pos, bar.current_item = done, amounts
     bar.render_progress()
