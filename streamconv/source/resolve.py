@@ -92,7 +92,8 @@ def resolve_source(
 def _require_exists(location: Location | None) -> None:
     if not isinstance(location, Path) or os.path.exists(location):
         return
-    near = [f"`{location.with_name(name)}`" for name in near_names(location.name, _names_in(location.parent))]
+    files = {Path(name).stem: name for name in _names_in(location.parent)}
+    near = [f"`{location.with_name(files[stem])}`" for stem in near_names(location.stem, files)]
     models = [f"the model {name}" for name in near_models(location.stem)[:1]]
     raise SourceMissingError(f"{location}: there is no such file. {did_you_mean(near or models)}".rstrip())
 

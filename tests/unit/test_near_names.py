@@ -46,8 +46,11 @@ def test_message_about_an_unknown_model_asks_for_the_near_ones() -> None:
 
 def test_message_about_a_missing_file_asks_for_a_near_file_or_model(tmp_path: Path) -> None:
     (tmp_path / "teacher_checkpoint.pth").touch()
+    (tmp_path / "l.pth").touch()
     for name, question in (
         ("teacher_chekpoint.pth", rf" Did you mean `{tmp_path}/teacher_checkpoint\.pth`\?$"),
+        ("teacher_checkpoint.pt", rf" Did you mean `{tmp_path}/teacher_checkpoint\.pth`\?$"),
+        ("x.pth", "no such file.$"),  # its suffix makes no other file a near one
         ("dinov2_vits14_pretrain.pth", r" Did you mean the model dinov2_vits14\?$"),
         ("dinov2-base", r" Did you mean the model dinov2_vitb14\?$"),
         ("other.pth", "no such file.$"),
