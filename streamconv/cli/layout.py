@@ -12,7 +12,7 @@ from typing import TextIO
 import click
 
 # Parts that are not broken at their spaces: commands, options with their values, shapes, numbers with their units.
-_UNBROKEN = r"`[^`]+`|--[\w-]+ \S+|\[[\d, ]+\]|\d \S+"
+_UNBROKEN = r"`[^`]+`|--[\w-]+ \S+|\[[\d, ]+\]|streamconv \w+ --\w+|\d (?:bytes|[kMGT]B(?:/s)?|s|min|h)\b"
 _NO_BREAK = "\0"  # stands for their spaces while text is wrapped; no path can contain it
 MIN_COLUMNS = 40
 

@@ -63,7 +63,7 @@ def test_paths_and_commands_are_not_broken(printed: Printed, monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["streamconv", "convert", typed])
     path = "/data/a-long-folder-name/dinov2-with-registers-small-imagenet1k-1-layer/model.safetensors"
     copied = [typed, path, "`streamconv verify DIR SOURCE --device cpu`", "--select model.teacher.backbone"]
-    copied += ["[1, 1370, 384]", "0.5 s", "1,160 MB/s"]
+    copied += ["[1, 1370, 384]", "0.5 s", "1,160 MB/s", "streamconv plan --help"]
     text = printed(f"One, or two and three: {', or four and five: '.join(copied)}", columns=columns)
     for each in copied:
         assert each in text, text

@@ -143,6 +143,12 @@ def test_plan_and_conversion_fit_into_80_columns(plan: Plan) -> None:
     plan = replace(
         plan, skipped=(Skipped("model.teacher.decode_head.", 1, 40, reason),), notes=(f"{reason}, {reason}",)
     )
+    assert plain(plan_lines(plan), 80)[5:9] == [
+        "  skipped     model.teacher.decode_head.* (1 tensor, 40 bytes): a head for depth",
+        "              or segmentation, which no transformers class has",
+        "  assumed     a head for depth or segmentation, which no transformers class has,",
+        "              a head for depth or segmentation, which no transformers class has",
+    ]
     for lines in (plan_lines(plan, with_mapping=True), conversion_lines(conversion(plan))):
         assert all(len(line) <= 80 or " " not in line.strip() for line in plain(lines, 80))
 
