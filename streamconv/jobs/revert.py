@@ -44,6 +44,7 @@ class Reverted:
 
     ``model_name`` is None if no published model has these dimensions. ``weights`` counts bytes of tensors.
     ``resumed_bytes`` counts the bytes that an interrupted run had written and that were kept after a check.
+    ``seconds`` is the time that it took to write the files.
     """
 
     family_name: str

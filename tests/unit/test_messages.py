@@ -18,7 +18,6 @@ from streamconv.cli.messages import (
     synth_lines,
     verification_lines,
 )
-from streamconv.families.dinov2 import FAMILY
 from streamconv.families.selection import Skipped
 from streamconv.jobs.convert import Conversion
 from streamconv.jobs.revert import Reverted
@@ -77,7 +76,7 @@ def test_bytes_of_an_interrupted_run_do_not_count_as_speed(plan: Plan) -> None:
         "out, 88 MB, all of it before an interruption"
     )
     reverted = Reverted(
-        FAMILY, FAMILY.models[0], {Path("x.pth"): WrittenFile(90_000_000, DIGEST)}, 88_000_000, 44_000_000, 2
+        "dinov2", "dinov2_vits14", {Path("x.pth"): WrittenFile(90_000_000, DIGEST)}, 88_000_000, 44_000_000, 2
     )
     assert plain(reverted_lines(reverted))[:2] == [
         "dinov2_vits14: reverted into x.pth, 88 MB, 44 MB of it before an interruption; "
