@@ -1,96 +1,193 @@
 """The text output of the commands: one function per kind of result, each yielding lines to print."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import click
+
+from streamconv.cli.layout import Line
+from streamconv.cli.units import duration, size, speed
+from streamconv.families.base import Family, Model
 from streamconv.families.registry import all_families
+from streamconv.families.selection import Skipped
 from streamconv.jobs.convert import Conversion
 from streamconv.jobs.revert import Reverted
+from streamconv.jobs.synth import SyntheticFiles
 from streamconv.planning.plan import Plan
 from streamconv.verification.result import Check, Verification
 
-VERDICTS = {True: "ok", False: "FAILED:", None: "not run:"}
-INDENT = " " * 23  # the column where the text of a check begins
+VERDICTS = {True: "ok", False: "FAILED", None: "not run:"}
+GOOD, INCOMPLETE, BAD = "green", "yellow", "red"
+INDENT = 23  # the column where the text of a check begins
+FEW = 5  # lines of one kind that are shown if there may be thousands
 
 
-def conversion_lines(done: Conversion) -> Iterator[str]:
-    state = "was already converted; nothing was changed" if done.was_finished else "converted"
-    resumed = (
-        f" ({done.resumed_bytes:,} of them before an interruption)"
-        if done.resumed_bytes and not done.was_finished
-        else ""
-    )
-    where = f"in {done.output}" if done.sent_to is None else f"uploaded to {done.sent_to}, one file at a time"
-    yield f"{done.plan.title}: {state}, {done.plan.weights:,} bytes of weights{resumed} {where}"
-    for name, digest in done.shards.items():
-        yield f"  {name}  sha256 {digest}{' as recorded' if done.was_finished else ''}"
+def conversion_lines(done: Conversion) -> Iterator[Line | str]:
+    place = f"converted into {done.output}"
+    if done.sent_to is not None:
+        place = f"converted and uploaded to {done.sent_to}, one file at a time"
+    if done.was_finished:
+        yield f"{done.plan.title}: was already {place}; nothing was changed"
+    else:
+        yield f"{done.plan.title}: {place}, {_work(done.plan.weights, done.resumed_bytes, done.seconds)}"
+    files = [_file(s.filename, s.size, done.shards[s.filename], done.was_finished) for s in done.plan.shards]
+    yield from few(files, "files", "--json")
     if done.plan.cast:
         yield "  cast from {from} to {to}".format_map(done.plan.cast)
     if done.overflow_count:
         dtype = done.plan.config["dtype"]
-        yield f"  {done.overflow_count:,} finite values are outside the range of {dtype} and are now infinite"
+        yield _warning(f"{done.overflow_count:,} finite values are outside the range of {dtype} and are now infinite")
     if not done.is_crc_checked:
-        yield "  the source has no CRC-32s, so its bytes could not be checked for damage"
-    yield from (f"  {line}" for line in _plan_notes(done.plan))
+        yield _warning("the source has no CRC-32s, so its bytes could not be checked for damage")
+    yield from remark_lines(done.plan)
     if done.labels_from:
         yield f"  labels from {done.labels_from}"
 
 
-def reverted_lines(done: Reverted) -> Iterator[str]:
-    resumed = f" ({done.resumed_bytes:,} of them before an interruption)" if done.resumed_bytes else ""
-    yield f"{done.title}: reverted, {done.weights:,} bytes of weights{resumed} in {' and '.join(map(str, done.files))}"
-    yield from (f"  {path.name}  sha256 {file.sha256}" for path, file in done.written.items())
+def reverted_lines(done: Reverted) -> Iterator[Line | str]:
+    place = " and ".join(map(str, done.files))
+    yield f"{done.title}: reverted into {place}, {_work(done.weights, done.resumed_bytes, done.seconds)}"
+    yield from (_file(path.name, file.size, file.sha256) for path, file in done.written.items())
     yield "  the folder's files were not verified first; `streamconv verify DIR` does that if it has a streamconv.json"
 
 
-def plan_lines(plan: Plan) -> Iterator[str]:
+def synth_lines(written: SyntheticFiles) -> Iterator[str]:
+    paths = [path for path in (written.backbone, written.head) if path is not None]
+    yield from (f"{path}  {size(path.stat().st_size)}" for path in paths)
+
+
+def _work(weights: int, resumed_bytes: int, seconds: float) -> str:
+    """Describe what was written, and how fast. Bytes of an interrupted run do not count as speed."""
+    new = weights - resumed_bytes
+    if new <= 0:
+        return f"{size(weights)}, all of it before an interruption"
+    resumed = f", {size(resumed_bytes)} of it before an interruption" if resumed_bytes else ""
+    rest = f"; the other {size(new)}" if resumed else ""
+    return f"{size(weights)}{resumed}{rest} in {duration(seconds)}, {speed(new, seconds)}"
+
+
+def _file(name: str, nbytes: int, sha256: str, is_recorded: bool = False) -> str:
+    return f"  {name}  {size(nbytes)}  sha256 {sha256[:12]}{' as recorded' if is_recorded else ''}"
+
+
+def few(lines: Sequence[str], kind: str, option: str) -> Iterator[str]:
+    """Yield the first lines; if there are many, the number of the others and the option that shows them."""
+    shown = FEW if len(lines) > FEW + 1 else len(lines)
+    yield from lines[:shown]
+    if len(lines) > shown:
+        indent = " " * (len(lines[0]) - len(lines[0].lstrip()))
+        yield f"{indent}… and {len(lines) - shown:,} more {kind}; {option} shows them all"
+
+
+def remark_lines(plan: Plan) -> Iterator[str]:
+    """Yield what a plan assumes and what it skips."""
+    yield from (f"  {note}" for note in plan.notes)
+    skipped = [f"  skipped: {_skipped(each)}" for each in plan.skipped]
+    yield from few(skipped, "skipped parts", "--json")
+
+
+def _skipped(each: Skipped) -> str:
+    return f"{each.pattern} ({_count(each.tensors, 'tensor')}, {size(each.nbytes)}): {each.reason}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _warning(text: str) -> Line:
+    return Line(f"  {click.style('warning:', fg=INCOMPLETE)} ", text)
+
+
+def plan_lines(plan: Plan, with_mapping: bool = False) -> Iterator[Line | str]:
+    """Yield the summary of a plan and, on request, all tensors, files and skipped parts."""
+    cast = ", cast from {from}".format_map(plan.cast) if plan.cast else ""
+    rows = [("parameters", f"{plan.parameters:,} in {plan.config['dtype']}{cast}"), ("size", size(plan.size))]
+    shards = [f"{s.filename}  {size(s.size)}, {_count(len(s.tensors), 'tensor')}" for s in plan.shards]
+    skipped = [_skipped(each) for each in plan.skipped]
+    if not with_mapping:
+        shards = [*few(shards, "files", "--mapping")]
+        skipped = [*few(skipped, "skipped parts", "--mapping")]
+    files = [*shards, ", ".join(plan.filenames[len(plan.shards) :])]
+    for name, texts in (("files", files), ("skipped", skipped), ("assumed", plan.notes)):
+        rows += [("" if i else name, text) for i, text in enumerate(texts)]
+    yield f"{plan.title}, as {plan.architecture}"
+    yield from (Line(f"  {name:10}  ", text) for name, text in rows)
+    yield ""
+    targets = sum(len(move.targets) for move in plan.mapping)
+    becomes = f"{_count(len(plan.mapping), 'tensor')} of the source become{'s' * (len(plan.mapping) == 1)} {targets:,}"
+    if not with_mapping:
+        yield f"{becomes}; --mapping shows how."
+        return
+    yield f"{becomes}:"
     width = max(len(move.source) for move in plan.mapping)
     for move in plan.mapping:
-        yield f"{move.source:{width}}  {move.info!s:24}  -> {', '.join(move.targets)}"
-    yield ""
-    for shard in plan.shards:
-        yield f"{shard.filename}  {len(shard.tensors)} tensors, {shard.size:,} bytes"
-    if plan.cast:
-        yield "cast from {from} to {to}".format_map(plan.cast)
-    yield from _plan_notes(plan)
-    yield f"{plan.title}: {plan.parameters:,} parameters, {plan.size:,} bytes to write"
+        yield Line("", f"{move.source:{width}}  {move.info!s:24}  -> {', '.join(move.targets)}", 4)
 
 
-def _plan_notes(plan: Plan) -> Iterator[str]:
-    yield from plan.notes
-    yield from (f"skipped: {each}" for each in plan.skipped)
+def model_lines() -> Iterator[Line | str]:
+    """Yield a table for each family and licence, 80 columns wide at most."""
+    for family, licence, models in _groups():
+        yield Line(click.style(f"{family.name}, licence {licence}", bold=True), "")
+        rows = [(each.name, each.published_name, size(_weights(family, each))) for each in models]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for name, published, weights in rows:
+            yield f"{name:{widths[0]}}  {published:{widths[1]}}  {weights:>{widths[2]}}"
 
 
-def model_lines() -> Iterator[str]:
-    rows = [("model", "published as", "weights", "files")]
+def models_as_dict() -> dict[str, Any]:
+    """Return all models for JSON, with the addresses of their files."""
+    return {
+        "models": [
+            {
+                "name": model.name,
+                "published_name": model.published_name,
+                "family": family.name,
+                "licence": model.licence,
+                "bytes": _weights(family, model),
+                "files": [{"file": file.filename, "url": file.url} for file in (model.backbone, model.head) if file],
+            }
+            for family in all_families()
+            for model in family.models
+        ]
+    }
+
+
+def _groups() -> Iterator[tuple[Family, str, Sequence[Model]]]:
     for family in all_families():
-        for model in family.models:
-            files = " + ".join(file.filename for file in (model.backbone, model.head) if file)
-            weights = sum(info.nbytes for info in family.sources(model.dimensions).values())
-            rows.append((model.name, model.published_name, f"{weights / 1e6:,.0f} MB", files))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    for name, published, size, file_names in rows:
-        yield f"{name:{widths[0]}}  {published:{widths[1]}}  {size:>{widths[2]}}  {file_names}"
+        for licence in dict.fromkeys(model.licence for model in family.models):
+            yield family, licence, [model for model in family.models if model.licence == licence]
 
 
-def verification_lines(verification: Verification) -> Iterator[str]:
-    has_source = verification.device is not None
+def _weights(family: Family, model: Model) -> int:
+    return sum(info.nbytes for info in family.sources(model.dimensions).values())
+
+
+def verification_lines(verification: Verification) -> Iterator[Line | str]:
     for check in verification.checks:
-        yield f"{check.name:14}{VERDICTS[check.passed]:9}{check.proves}"
+        colour = BAD if check.passed is False else INCOMPLETE if check.passed is None or check.not_checked else GOOD
+        yield Line(f"{check.name:14}{click.style(f'{VERDICTS[check.passed]:9}', fg=colour)}", check.proves)
         details = [*_number_lines(check, verification.device), *check.problems, check.not_checked]
-        yield from (INDENT + line for line in details if line)
+        yield from (Line(" " * INDENT, line) for line in details if line)
     if verification.predictions:
         yield "Predicted classes:"
         for label, probability in verification.predictions:
             yield f"  {probability:6.1%}  {label}"
     yield ", ".join(_cost(verification.memory, verification.seconds))
-    gaps = [f"{check.name} did not run" if check.passed is None else check.not_checked for check in verification.checks]
+    yield _verdict(verification)
+
+
+def _verdict(verification: Verification) -> Line:
+    has_source, checks = verification.device is not None, verification.checks
+    gaps = [f"{check.name} did not run" if check.passed is None else check.not_checked for check in checks]
     if not verification.passed:
-        yield f"The output differs from {'its source' if has_source else 'what was written'}. Do not use it."
-    elif not has_source or not any(gaps):
-        yield "Looks ok!"
-    else:
-        yield f"Looks ok, but not everything was checked: {'; '.join(filter(None, gaps))}."
+        text = f"The output differs from {'its source' if has_source else 'what was written'}. Do not use it."
+        return Line(click.style(text, fg=BAD, bold=True), "")
+    if not any(gaps):
+        return Line(click.style("Looks ok!", fg=GOOD, bold=True), "")
+    if not has_source:
+        gaps = ["only the files' sizes and sha256 were, because no source was named"]
+    head = click.style("Looks ok, but not everything was checked:", fg=INCOMPLETE, bold=True)
+    return Line(head, f" {'; '.join(filter(None, gaps))}.", hang=2)
 
 
 def _number_lines(check: Check, device: str | None) -> Iterator[str]:
@@ -103,10 +200,10 @@ def _number_lines(check: Check, device: str | None) -> Iterator[str]:
         grey_level = f"one grey level is {numbers['grey_level']:.3g}"
         yield f"pixels differ by {numbers['pil']:.3g} with Pillow, {default} ({grey_level})"
     if check.name == "preprocessing" and numbers.get("as_published"):
+        yield f"outputs differ by {_join(numbers['same_interpolation'])} with the same interpolation of positions"
         yield (
-            f"outputs differ by {_join(numbers['as_published'])}, because Meta interpolates positions by the factor "
-            "(n + 0.1) / N (from N patches per side to n) and transformers by n / N; with the same interpolation they "
-            f"differ by {_join(numbers['same_interpolation'])}"
+            f"outputs differ by {_join(numbers['as_published'])} as published: from N patches per side to n, Meta "
+            "interpolates positions by the factor (n + 0.1) / N, transformers by n / N"
         )
 
 
@@ -115,8 +212,8 @@ def _join(differences: Mapping[str, Any]) -> str:
 
 
 def _cost(memory: Mapping[str, int | None], seconds: float) -> Iterator[str]:
-    yield f"{seconds:.1f} s"
+    yield duration(seconds)
     if (peak := memory.get("host_anonymous_peak")) and (start := memory.get("host_anonymous_start")):
-        yield f"{peak / 1e6:,.0f} MB peak memory, {start / 1e6:,.0f} MB of it from importing torch and transformers"
+        yield f"{size(peak)} peak memory, {size(start)} of it from importing torch and transformers"
     if (gpu_peak := memory.get("gpu_peak")) is not None:
-        yield f"{gpu_peak / 1e6:,.0f} MB peak GPU memory"
+        yield f"{size(gpu_peak)} peak GPU memory"

@@ -173,7 +173,7 @@ def push_options(
     if _is_source(push_to_hub):
         raise UsageError(
             f"--push-to-hub took {push_to_hub} as the repository's name, but it is a source. Put the source first, "
-            f"streamconv run {push_to_hub} --push-to-hub, or name a repository as USER/NAME."
+            f"`streamconv run {push_to_hub} --push-to-hub`, or name a repository as USER/NAME."
         )
     return PushOptions(Destination(push_to_hub or None, private, revision, create_pr), push_unverified)
 

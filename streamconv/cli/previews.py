@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 
+from streamconv.cli.layout import Line
+from streamconv.cli.messages import few, remark_lines
 from streamconv.cli.progress_bar import ProgressReport
 from streamconv.cli.terminal import Printer
+from streamconv.cli.units import size
 from streamconv.jobs.options import ConversionOptions, PushOptions, VerificationOptions
 from streamconv.jobs.preview import Preview, preview
 
@@ -22,23 +25,25 @@ def show_preview(
     printer.show(checked.as_dict(), preview_lines(checked))
 
 
-def preview_lines(done: Preview) -> Iterator[str]:
+def preview_lines(done: Preview) -> Iterator[Line | str]:
     yield f"{done.plan.title}: dry run, nothing was written"
-    for where, size in done.sources.items():
-        yield f"  read      {where}, {size:,} bytes"
-    for path, size in done.downloads.items():
-        yield f"  download  {size:,} bytes to {path}"
+    yield from (_row("read", f"{where}, {size(count)}") for where, count in done.sources.items())
+    yield from (_row("download", f"{size(count)} to {path}") for path, count in done.downloads.items())
     if done.replaced:
-        yield f"  delete    {', '.join(done.replaced)} in {done.output}"
+        yield _row("delete", f"{', '.join(done.replaced)} in {done.output}")
     if not done.files:
-        yield f"  write     nothing: {done.output} holds this conversion already"
+        yield _row("write", f"nothing: {done.output} holds this conversion already")
     else:
-        resumed = f", {done.resumed_bytes:,} of them before an interruption" if done.resumed_bytes else ""
-        yield f"  write     {sum(done.files.values()):,} bytes to {done.output}{resumed}: {', '.join(done.files)}"
+        resumed = f", {size(done.resumed_bytes)} of it before an interruption" if done.resumed_bytes else ""
+        yield _row("write", f"{size(sum(done.files.values()))} to {done.output}{resumed}")
+        yield from few([f"{'':12}{name}" for name in done.files], "files", "--json")
     if done.verification is not None:
         compared = "with" if done.verification.parity else "without"
-        yield f"  verify    on {done.verification.device}, {compared} a comparison of the models' outputs"
+        yield _row("verify", f"on {done.verification.device}, {compared} a comparison of the models' outputs")
     if done.repository is not None:
-        yield f"  push      to {done.repository}{'' if done.verification is None else ', if verification passes'}"
-    yield from (f"  {note}" for note in done.plan.notes)
-    yield from (f"  skipped: {each}" for each in done.plan.skipped)
+        yield _row("push", f"to {done.repository}{'' if done.verification is None else ', if verification passes'}")
+    yield from remark_lines(done.plan)
+
+
+def _row(name: str, text: str) -> Line:
+    return Line(f"  {name:8}  ", text)

@@ -3,6 +3,9 @@
 import sys
 from collections.abc import Callable
 
+import click
+
+from streamconv.cli.layout import Line, print_wrapped
 from streamconv.cli.messages import conversion_lines, verification_lines
 from streamconv.cli.progress_bar import ProgressReport
 from streamconv.cli.terminal import Printer, print_lines
@@ -45,18 +48,19 @@ class Results:
         if self._printer.as_json or self._printer.is_quiet or not results:
             return
         if self._verification is None:
-            print_lines(["not verified"])
+            print_lines([Line(click.style("not verified", fg="yellow"), "")])
         if published is not None:
             print_lines([f"published: {published}"])
 
 
 def print_notes(verification: Verification) -> None:
     if verification.not_recorded:
-        print(f"note: the result was not recorded in the folder: {verification.not_recorded}", file=sys.stderr)
+        note = Line(click.style("note: ", fg="yellow"), f"the result was not recorded: {verification.not_recorded}")
+        print_wrapped([note], sys.stderr)
 
 
 def print_report_path(path: StrPath | None, printer: Printer) -> None:
     if path is not None and printer.as_json:
-        print(f"report: {path}", file=sys.stderr)
+        print_wrapped([f"report: {path}"], sys.stderr)
     elif path is not None and not printer.is_quiet:
         print_lines([f"report: {path}"])

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TextIO
 
+from streamconv.cli.layout import Line, error_lines, print_wrapped
 from streamconv.errors import OutputError
 from streamconv.files.address import Address
 
@@ -101,17 +102,17 @@ class Printer:
     results: dict[str, Any] = field(default_factory=dict)
     _has_printed: bool = False
 
-    def show(self, result: Mapping[str, Any], lines: Iterable[str], *, is_failure: bool = False) -> None:
+    def show(self, result: Mapping[str, Any], lines: Iterable[str | Line], *, is_failure: bool = False) -> None:
         """Print a result as JSON, or as text unless --quiet was given; a failure in any case."""
         if self.as_json:
             self._has_printed = True
-            print_lines([json.dumps(result, indent=2)])
+            _print(lambda: print(json.dumps(result, indent=2)))
         elif is_failure or not self.is_quiet:
             print_lines(lines)
 
     def fail(self, message: str, exit_code: int, kind: str, problems: Iterable[str] = ()) -> NoReturn:
         """Print an error, and end the process with its exit code."""
-        print(f"error: {message}", file=sys.stderr)
+        print_wrapped(error_lines(message), sys.stderr)
         self.show_error_as_json(kind, message, exit_code, problems)
         sys.exit(exit_code)
 
@@ -125,15 +126,18 @@ class Printer:
             self.show({**self.results, "error": {**error, **listed}}, [])
 
 
-def print_lines(lines: Iterable[str]) -> None:
+def print_lines(lines: Iterable[str | Line]) -> None:
     """Print a result on stdout. A failed write is an error, but a pipe that its reader closed is not.
 
     Raises:
         OutputError: stdout cannot be written.
     """
+    _print(lambda: print_wrapped(lines, sys.stdout))
+
+
+def _print(write: Callable[[], None]) -> None:
     try:
-        for line in lines:
-            print(line)
+        write()
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # receives the rest of the buffer

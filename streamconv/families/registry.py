@@ -8,6 +8,7 @@ from functools import cache
 from streamconv import families
 from streamconv.errors import UsageError
 from streamconv.families.base import Family, Model
+from streamconv.families.near_names import did_you_mean, near_names
 
 
 @cache
@@ -40,8 +41,12 @@ def find_model(name: str) -> tuple[Family, Model]:
     models = {model.name: (family, model) for family in all_families() for model in family.models}
     if name in models:
         return models[name]
-    import difflib  # takes memory, which only a mistyped name should pay
-
-    near = difflib.get_close_matches(name, models, n=3, cutoff=0.5)
-    offer = f"Did you mean {' or '.join(near)}?" if near else "`streamconv models` lists them."
+    offer = did_you_mean(near_models(name)) or "`streamconv models` lists them."
     raise UsageError(f"{name} is neither a file nor a model that streamconv knows. {offer}")
+
+
+def near_models(name: str) -> list[str]:
+    """Return the names of models that ``name`` may stand for; it may be like a published name, with its owner."""
+    models = [model for family in all_families() for model in family.models]
+    names = {model.published_name: model.name for model in models} | {model.name: model.name for model in models}
+    return list(dict.fromkeys(names[each] for each in near_names(name.rpartition("/")[2], names)))

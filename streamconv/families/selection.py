@@ -12,10 +12,12 @@ from typing import Any
 from streamconv.errors import MappingError, UsageError
 from streamconv.families.base import ExtraPrefix, Family
 from streamconv.families.detection import choose_family, find_converted, find_prefixes, unknown_model
+from streamconv.families.near_names import near_names
 from streamconv.families.registry import all_families
 from streamconv.formats.checkpoint import Checkpoint
 from streamconv.tensors.expressions import SourceTensor
 
+MAX_CHOICES = 3  # prefixes that a message about another prefix suggests
 FLAT_PARAMETER = "_flat_param"  # torch.distributed.fsdp's name for many tensors in one
 
 
@@ -28,10 +30,14 @@ class Skipped:
     nbytes: int
     reason: str
 
+    @property
+    def pattern(self) -> str:
+        """The start of the names, with a * for the rest of them."""
+        return f"{self.start}*" if self.start.endswith(".") else self.start
+
     def __str__(self) -> str:
-        name = f"{self.start}*" if self.start.endswith(".") else self.start
         count = "1 tensor" if self.tensors == 1 else f"{self.tensors:,} tensors"
-        return f"{name} ({count}, {self.nbytes:,} bytes): {self.reason}"
+        return f"{self.pattern} ({count}, {self.nbytes:,} bytes): {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ def _complete(prefix: str, found: Iterable[str], where: str) -> str:
     ending = [each for each in found if prefix and each.endswith(f".{prefix.rstrip('.')}.")]
     if len(ending) == 1:
         return ending[0]
-    choices = " or ".join(f"--select {each.rstrip('.') or repr('')}" for each in ending or found)
+    near = ending or near_names(prefix.rstrip("."), found) or [*found]
+    choices = " or ".join(f"--select {each.rstrip('.') or repr('')}" for each in near[:MAX_CHOICES])
     under = f"one backbone under {prefix}" if prefix else "a backbone without a prefix"
     raise UsageError(f"{where} does not have {under}. Use {choices}." if choices else f"{where} holds no backbone.")
 

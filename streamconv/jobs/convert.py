@@ -1,6 +1,7 @@
 """Converts a source into a folder, from beginning to end."""
 
 import platform
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -35,7 +36,8 @@ class Conversion:
     was compared with a CRC-32 of the source. ``labels_from`` describes where a classifier's labels came from.
     ``sent_to`` is the repository on the Hub that received the files, if ``output`` keeps none. ``overflow_count``
     counts values that are finite in the source and infinite in the output, because they are outside the range of
-    the dtype that they were cast to.
+    the dtype that they were cast to. ``seconds`` is the time that it took to write the files, 0 if the folder was
+    finished; a download before it does not count.
     """
 
     output: Path
@@ -47,6 +49,7 @@ class Conversion:
     labels_from: str | None
     sent_to: str | None = None
     overflow_count: int = 0
+    seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
@@ -66,6 +69,7 @@ class Conversion:
             "notes": self.plan.notes,
             "skipped": [str(each) for each in self.plan.skipped],
             "overflow_count": self.overflow_count,
+            "seconds": self.seconds,
         }
 
 
@@ -198,7 +202,9 @@ class PreparedConversion:
         result = self.result(written, plan.weights)
         return replace(result, plan=plan, was_finished=True, labels_from=labels.origin if labels is not None else None)
 
-    def result(self, written: Mapping[str, WrittenFile], resumed_bytes: int, sent_to: str | None = None) -> Conversion:
+    def result(
+        self, written: Mapping[str, WrittenFile], resumed_bytes: int, seconds: float = 0.0, sent_to: str | None = None
+    ) -> Conversion:
         """Return the result once all weight files are ``written``."""
         return Conversion(
             output=self.folder,
@@ -210,6 +216,7 @@ class PreparedConversion:
             labels_from=self.labels_from,
             sent_to=sent_to,
             overflow_count=sum(file.overflow_count for file in written.values()),
+            seconds=seconds,
         )
 
     def manifest(self, written: Mapping[str, WrittenFile]) -> Manifest:
@@ -228,7 +235,7 @@ class PreparedConversion:
 
 
 def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: Progress) -> Conversion:
-    plan = conversion.plan
+    plan, start = conversion.plan, time.monotonic()
     with open_output_folder(
         conversion.folder, conversion.provenance, plan.filenames, plan.size, force=conversion.force
     ) as work:
@@ -239,7 +246,7 @@ def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: P
         if plan.index is not None:  # last, because it makes the folder a model that can be loaded
             work.write(INDEX_NAME, plan.index)
         work.finish()
-    return conversion.result(written, resumed_bytes)
+    return conversion.result(written, resumed_bytes, time.monotonic() - start)
 
 
 def _write_shards(

@@ -6,6 +6,7 @@ uploaded, so that an interrupted run does not upload them again. After verificat
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -76,9 +77,11 @@ def convert_to_hub(
         )
     repository.refuse_others([*plan.filenames, MANIFEST_NAME, CARD_NAME])
     largest = max(shard.size for shard in plan.shards)
+    start = time.monotonic()
     with open_output_folder(conversion.folder, conversion.provenance, plan.filenames, largest, force=force) as work:
         repository.create()
         written, resumed_bytes = _upload_shards(plan, work, repository, prepared.source.reader, progress)
+        seconds = time.monotonic() - start
         manifest = conversion.manifest(written)
         verification, published = None, None
         if verify is not None:
@@ -88,7 +91,7 @@ def convert_to_hub(
         if unverified or (verification is not None and verification.passed):
             progress(f"committing to {repository.id}", 0, 1, "steps")
             published = _commit(conversion, manifest, work, repository)
-    return HubConversion(conversion.result(written, resumed_bytes, repository.id), verification, published)
+    return HubConversion(conversion.result(written, resumed_bytes, seconds, repository.id), verification, published)
 
 
 def _upload_shards(

@@ -49,7 +49,7 @@ def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Pro
     """
     manifest = _read_manifest(Path(folder))
     if not push.unverified and not (manifest.verification or {}).get("passed"):
-        raise UsageError(f"{folder} has not passed verification. Verify it first: streamconv verify DIR SOURCE.")
+        raise UsageError(f"{folder} has not passed verification. Verify it first: `streamconv verify DIR SOURCE`.")
     repository = open_repository(push, manifest.model)
     return publish_folder(Path(folder), repository, progress)
 

@@ -4,6 +4,7 @@ The dimensions come from the tensors' names and shapes; a config.json beside the
 """
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Reverted:
 
     ``model_name`` is None if no published model has these dimensions. ``weights`` counts bytes of tensors.
     ``resumed_bytes`` counts the bytes that an interrupted run had written and that were kept after a check.
+    ``seconds`` is the time that it took to write the files.
     """
 
     family_name: str
@@ -50,6 +52,7 @@ class Reverted:
     written: Mapping[Path, WrittenFile]
     weights: int
     resumed_bytes: int = 0
+    seconds: float = 0.0
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -69,6 +72,7 @@ class Reverted:
             ],
             "weights": self.weights,
             "resumed_bytes": self.resumed_bytes,
+            "seconds": self.seconds,
         }
 
 
@@ -127,9 +131,11 @@ def revert(
         if head is not None and not heads:
             raise UsageError(f"{source} is not a classifier and has no head. Omit --head.")
         files = dict(zip(paths, (backbone, heads), strict=False))
+        start = time.monotonic()
         written, resumed_bytes = _write(files, checkpoint, source, force, progress)
+        seconds = time.monotonic() - start
     weights = sum(tensor.info.nbytes for tensor in tensors.values())
-    return Reverted(family.name, model.name if model else None, written, weights, resumed_bytes)
+    return Reverted(family.name, model.name if model else None, written, weights, resumed_bytes, seconds)
 
 
 def _require_writable(paths: Sequence[Path], source: Path, force: bool) -> None:

@@ -185,7 +185,9 @@ def _log_checks(checks: Iterable[Check]) -> None:
 def _verify_alone(folder: Path, progress: Progress) -> Verification:
     start, manifest = time.monotonic(), Manifest.read(folder)
     if manifest is None:
-        raise OutputError(f"{folder} has no {MANIFEST_NAME} to check it against. Name the source: verify DIR SOURCE.")
+        raise OutputError(
+            f"{folder} has no {MANIFEST_NAME} to check it against. Name the source: `streamconv verify DIR SOURCE`."
+        )
     problems = check_files(folder, manifest, progress)
     files = Check(
         "files", not problems, f"every file is as it was written, according to {MANIFEST_NAME}", tuple(problems)

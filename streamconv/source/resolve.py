@@ -6,12 +6,16 @@ A model's files are those in torch.hub's cache or, if they are not there, those 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from streamconv.errors import SourceMissingError, UsageError
 from streamconv.families.base import Model, RemoteFile
-from streamconv.families.registry import find_model, is_model
+from streamconv.families.near_names import did_you_mean, near_names
+from streamconv.families.registry import find_model, is_model, near_models
 from streamconv.files.address import Address, Location, parse_location
+
+MAX_COMPARED = 1000  # names in a folder that a missing file's name is compared with
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,20 @@ def resolve_source(
 
 
 def _require_exists(location: Location | None) -> None:
-    if isinstance(location, Path) and not os.path.exists(location):
-        raise SourceMissingError(f"{location}: there is no such file.")
+    if not isinstance(location, Path) or os.path.exists(location):
+        return
+    files = {Path(name).stem: name for name in _names_in(location.parent)}
+    near = [f"`{location.with_name(files[stem])}`" for stem in near_names(location.stem, files)]
+    models = [f"the model {name}" for name in near_models(location.stem)[:1]]
+    raise SourceMissingError(f"{location}: there is no such file. {did_you_mean(near or models)}".rstrip())
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in islice(entries, MAX_COMPARED)]
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return []
 
 
 def _cached_or_remote(file: RemoteFile) -> Location:

@@ -110,7 +110,9 @@ def test_verifying_a_folder_alone_imports_no_torch_and_exits_with_1_on_differenc
         f"app(['verify', {str(folder)!r}], standalone_mode=False)\n"
         "print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     )
-    assert run_python(code).splitlines()[-2:] == ["Looks ok!", "[]"]
+    verdict, modules = run_python(code).splitlines()[-2:]
+    assert verdict.startswith("Looks ok, but not everything was checked: only the files' sizes and sha256 were")
+    assert modules == "[]"
     (folder / "config.json").unlink()
     verify = [sys.executable, "-m", "streamconv", "verify", folder]
     done = subprocess.run([*verify, "--report", folder.parent / "x.html"], capture_output=True, text=True)

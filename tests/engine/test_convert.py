@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+import streamconv
 from streamconv import CorruptError, MappingError, OutputError, UsageError
 from streamconv.jobs import prepare
 from tests import api
@@ -77,6 +79,23 @@ def test_manifest_records_source_plan_and_files(tmp_path: Path, save: Save) -> N
         path = tmp_path / "out" / name
         digest = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
         assert (shard["size"], shard["sha256"]) == (path.stat().st_size, digest)
+
+
+def test_seconds_are_those_of_writing(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    reports: list[float] = []
+
+    def slow(step: str, done: int, total: int, unit: str) -> None:
+        reports.append(0.05)
+        time.sleep(0.05)
+
+    start = time.monotonic()
+    first = api.convert(backbone, tmp_path / "out", progress=slow)
+    assert sum(reports) <= first.seconds <= time.monotonic() - start
+    assert api.convert(backbone, tmp_path / "out").seconds == 0
+    start = time.monotonic()
+    reverted = streamconv.revert(tmp_path / "out", tmp_path / "back.pth", progress=slow)
+    assert 0.05 <= reverted.as_dict()["seconds"] <= time.monotonic() - start
 
 
 def test_finished_folder_is_left_as_it_is(tmp_path: Path, save: Save) -> None:

@@ -137,7 +137,7 @@ def test_command_line_casts_and_reports_overflow(tmp_path: Path) -> None:
     assert f"{json.loads(again.stdout)['overflow_count']:,} finite values" in done.stdout
     planned = json.loads(run("plan", "x.pth", "--dtype", "bfloat16", "--json", cwd=tmp_path).stdout)
     assert (planned["config"]["dtype"], planned["cast"]["to"]) == ("bfloat16", "bfloat16")
-    assert "cast from float32 to bfloat16" in run("plan", "x.pth", "--dtype", "bfloat16", cwd=tmp_path).stdout
+    assert "in bfloat16, cast from float32" in run("plan", "x.pth", "--dtype", "bfloat16", cwd=tmp_path).stdout
     wrong = run("convert", "x.pth", "-o", "other", "--dtype", "int8", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "Choose float32, float16, bfloat16" in wrong.stderr

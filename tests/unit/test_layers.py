@@ -24,7 +24,7 @@ def test_only_verification_imports_torch_and_other_large_packages() -> None:
     assert {"streamconv.cli.commands", "streamconv.jobs.verify", "streamconv.families.dinov2"} <= set(names)
     code = (
         f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
-        "large = {'torch', 'numpy', 'transformers', 'accelerate', 'torchvision', 'PIL', 'rich'}\n"
+        "large = {'torch', 'numpy', 'transformers', 'accelerate', 'torchvision', 'PIL', 'rich', 'tqdm'}\n"
         "print(sorted(large & set(sys.modules)))"
     )
     assert run_python(code) == "[]\n"

@@ -49,7 +49,7 @@ def test_unreachable_model_names_its_address_and_its_place_in_the_cache(
 
 
 def test_unknown_model_name_suggests_similar_names() -> None:
-    with pytest.raises(UsageError, match="Did you mean dinov2_vitg14 "):
+    with pytest.raises(UsageError, match="Did you mean dinov2_vitg14,"):
         resolve_source("dino2_vitg14")
     with pytest.raises(UsageError, match="streamconv models"):
         resolve_source("resnet")

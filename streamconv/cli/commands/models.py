@@ -1,11 +1,11 @@
 """``streamconv models``."""
 
-from streamconv.cli.command import command
-from streamconv.cli.messages import model_lines
+from streamconv.cli.command import JSON, command
+from streamconv.cli.messages import model_lines, models_as_dict
 from streamconv.cli.terminal import Printer
 
 
-@command()
+@command(JSON)
 def models(printer: Printer) -> None:
-    """List the known models with their published names, sizes and files."""
-    printer.show({}, model_lines())
+    """List the known models with their published names and sizes."""
+    printer.show(models_as_dict(), model_lines())

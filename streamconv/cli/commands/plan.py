@@ -4,14 +4,16 @@ from typing import Any
 
 import streamconv
 from streamconv import ConversionOptions
-from streamconv.cli.command import JSON, command
+from streamconv.cli.command import JSON, Option, command
 from streamconv.cli.messages import plan_lines
 from streamconv.cli.options import DTYPE, HEAD, NUM_HEADS, SELECT, SHARD_SIZE, source_argument
 from streamconv.cli.terminal import Printer
 
+MAPPING = Option("--mapping", is_flag=True, group="General", help="Also show what becomes of each tensor.")
 
-@command(source_argument(), HEAD, SELECT, NUM_HEADS, SHARD_SIZE, DTYPE, JSON)
-def plan(printer: Printer, source: str, **conversion: Any) -> None:
-    """Show what convert would write: mapping, shards, bytes. No weight is read."""
+
+@command(source_argument(), HEAD, SELECT, NUM_HEADS, SHARD_SIZE, DTYPE, MAPPING, JSON)
+def plan(printer: Printer, source: str, mapping: bool, **conversion: Any) -> None:
+    """Show what convert would write: parameters, size, files, what is skipped. No weight is read."""
     planned = streamconv.plan(source, ConversionOptions(**conversion))
-    printer.show(planned.as_dict(), plan_lines(planned))
+    printer.show(planned.as_dict(), plan_lines(planned, with_mapping=mapping))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import streamconv
 from streamconv.cli.command import Argument, command
+from streamconv.cli.messages import synth_lines
 from streamconv.cli.options import FILE, FORCE, SEED, model_argument
 from streamconv.cli.terminal import Printer
 
@@ -17,5 +18,4 @@ CHECKPOINT = Argument(
 def synth(printer: Printer, model: str, file: Path, seed: int, force: bool) -> None:
     """Write a random checkpoint with the model's original names and shapes."""
     written = streamconv.synth(model, file, seed=seed, force=force)
-    paths = [path for path in (written.backbone, written.head) if path is not None]
-    printer.show({}, (f"{path}  {path.stat().st_size:,} bytes" for path in paths))
+    printer.show({}, synth_lines(written))

@@ -1,0 +1,70 @@
+"""Prints lines for a person: wrapped at words and coloured in a terminal, one line each in a pipe or a log."""
+
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TextIO
+
+import click
+
+# Parts that are not broken at their spaces: commands, options with their values, shapes, numbers with their units.
+_UNBROKEN = r"`[^`]+`|--[\w-]+ \S+|\[[\d, ]+\]|streamconv \w+ --\w+|\d (?:bytes|[kMGT]B(?:/s)?|s|min|h)\b"
+_NO_BREAK = "\0"  # stands for their spaces while text is wrapped; no path can contain it
+MIN_COLUMNS = 40
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of text after a ``head`` that may be styled. Its continuations are indented by ``hang`` columns.
+
+    By default they begin where the text begins.
+    """
+
+    head: str
+    text: str
+    hang: int | None = None
+
+
+def indented(text: str) -> Line:
+    """Return a line that keeps its indentation and is continued two columns further to the right."""
+    words = text.lstrip(" ")
+    indent = len(text) - len(words)
+    return Line(" " * indent, words, indent + 2)
+
+
+def error_lines(message: str) -> list[Line]:
+    first, *others = message.split("\n")
+    return [Line(click.style("error: ", fg="red", bold=True), first), *map(indented, others)]
+
+
+def print_wrapped(lines: Iterable[str | Line], stream: TextIO) -> None:
+    """Print lines, wrapped if ``stream`` is a terminal.
+
+    NO_COLOR switches colours off and FORCE_COLOR on, whatever the stream is (https://no-color.org).
+    """
+    columns = max(shutil.get_terminal_size().columns, MIN_COLUMNS) if stream.isatty() else None
+    is_coloured = False if os.environ.get("NO_COLOR") else True if os.environ.get("FORCE_COLOR") else None
+    for line in lines:
+        click.echo(laid_out(line, columns), stream, color=is_coloured)
+
+
+def laid_out(line: str | Line, columns: int | None) -> str:
+    """Return a line, wrapped to ``columns``; words, `_UNBROKEN` parts and what the user typed are never broken."""
+    line = line if isinstance(line, Line) else indented(line)
+    if columns is None:
+        return line.head + line.text
+    typed = (re.escape(word) for word in sys.argv[1:] if " " in word)  # such as a path with a space
+    head = " " * len(click.unstyle(line.head))
+    wrapped = textwrap.fill(
+        re.sub("|".join([*typed, _UNBROKEN]), lambda match: match[0].replace(" ", _NO_BREAK), line.text),
+        columns,
+        initial_indent=head,
+        subsequent_indent=head if line.hang is None else " " * line.hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return line.head + wrapped[len(head) :].replace(_NO_BREAK, " ")

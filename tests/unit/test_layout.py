@@ -1,0 +1,128 @@
+"""Text for a terminal is wrapped at words and coloured; in a pipe it is neither."""
+
+import io
+import sys
+from collections.abc import Callable
+
+import click
+import pytest
+
+from streamconv.cli import units
+from streamconv.cli.layout import Line, error_lines, indented, laid_out, print_wrapped
+from streamconv.errors import MappingError
+
+Printed = Callable[..., str]
+LONG = "the saved image processor makes the original's pixels, and both models compute the same from them at 224x224"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> Printed:
+    """Return a function that prints lines on a stream and returns the text."""
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def printed(*lines: str | Line, stream: type[io.StringIO] = Terminal, columns: int = 80) -> str:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        file = stream()
+        print_wrapped(lines, file)
+        return file.getvalue()
+
+    return printed
+
+
+def test_text_is_wrapped_at_words_under_its_own_start(printed: Printed) -> None:
+    head = f"load          {click.style('ok       ', fg='green')}"
+    assert click.unstyle(printed(Line(head, LONG))).splitlines() == [
+        "load          ok       the saved image processor makes the original's pixels,",
+        "                       and both models compute the same from them at 224x224",
+    ]
+    assert printed(f"  {LONG}").splitlines() == [
+        "  the saved image processor makes the original's pixels, and both models compute",
+        "    the same from them at 224x224",
+    ]
+
+
+def test_text_is_not_wrapped_in_a_wide_terminal_or_a_pipe(printed: Printed) -> None:
+    assert printed(f"  {LONG}", columns=200) == f"  {LONG}\n"
+    assert printed(f"  {LONG} {LONG} {LONG}", stream=io.StringIO) == f"  {LONG} {LONG} {LONG}\n"
+
+
+def test_line_of_the_terminals_width_is_not_wrapped() -> None:
+    assert laid_out(Line("", "a " * 39 + "bc"), 80).count("\n") == 0
+    assert laid_out(Line("", "a " * 39 + "bcd"), 80).count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [40, 43, 50, 61, 80])
+def test_paths_and_commands_are_not_broken(printed: Printed, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    typed = "/data/my models/dinov2 with registers.pth"
+    monkeypatch.setattr(sys, "argv", ["streamconv", "convert", typed])
+    path = "/data/a-long-folder-name/dinov2-with-registers-small-imagenet1k-1-layer/model.safetensors"
+    copied = [typed, path, "`streamconv verify DIR SOURCE --device cpu`", "--select model.teacher.backbone"]
+    copied += ["[1, 1370, 384]", "0.5 s", "1,160 MB/s", "streamconv plan --help"]
+    text = printed(f"One, or two and three: {', or four and five: '.join(copied)}", columns=columns)
+    for each in copied:
+        assert each in text, text
+    assert len(text.splitlines()) > 3
+    assert "\0" not in text
+
+
+def test_error_lists_each_problem_with_a_hanging_indent(printed: Printed) -> None:
+    problems = [f"missing: blocks.{i}.attn.qkv.weight, which {LONG}" for i in range(3)]
+    error = MappingError(f"x.pth is not dinov2_vits14, and {LONG}:", problems)
+    lines = click.unstyle(printed(*error_lines(str(error)))).splitlines()
+    assert lines[:5] == [
+        "error: x.pth is not dinov2_vits14, and the saved image processor makes the",
+        "       original's pixels, and both models compute the same from them at 224x224:",
+        "  missing: blocks.0.attn.qkv.weight, which the saved image processor makes the",
+        "    original's pixels, and both models compute the same from them at 224x224",
+        "  missing: blocks.1.attn.qkv.weight, which the saved image processor makes the",
+    ]
+    assert printed(*error_lines(str(error)), stream=io.StringIO) == f"error: {error}\n"
+    assert printed(*error_lines("")) == "\x1b[31m\x1b[1merror: \x1b[0m\n"
+
+
+@pytest.mark.parametrize(
+    ("stream", "variables", "is_coloured"),
+    [
+        (Terminal, {}, True),
+        (Terminal, {"NO_COLOR": "1"}, False),
+        (Terminal, {"NO_COLOR": ""}, True),
+        (Terminal, {"NO_COLOR": "1", "FORCE_COLOR": "1"}, False),
+        (io.StringIO, {}, False),
+        (io.StringIO, {"FORCE_COLOR": "1"}, True),
+    ],
+)
+def test_colours_are_for_terminals_unless_the_user_decides(
+    printed: Printed, monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], variables: dict[str, str],
+    is_coloured: bool,
+) -> None:  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    text = printed(Line(click.style("Looks ok!", fg="green"), ""), stream=stream)
+    assert text == ("\x1b[32mLooks ok!\x1b[0m\n" if is_coloured else "Looks ok!\n")
+
+
+def test_indentation_is_kept() -> None:
+    assert indented("  a  b") == Line("  ", "a  b", 4)
+    assert laid_out(indented(""), 80) == ""
+    assert laid_out(indented("   a  b"), 80) == "   a  b"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (9_949, "9.9 kB"), (9_950, "10 kB"), (999_499, "999 kB"),
+     (999_500, "1.0 MB"), (88_249_960, "88 MB"), (4_546_000_000, "4.5 GB"), (5e12, "5.0 TB"), (5e15, "5,000 TB")],
+)  # fmt: skip
+def test_sizes_are_in_units_that_a_person_reads(count: float, text: str) -> None:
+    assert units.size(count) == text
+
+
+def test_speeds_and_times_are_in_units_that_a_person_reads() -> None:
+    assert [units.speed(4.5e9, 3.9), units.speed(12e6, 10), units.speed(0, 0)] == ["1,154 MB/s", "1.2 MB/s", "0.0 MB/s"]
+    times = {0.04: "0.0 s", 3.94: "3.9 s", 59.96: "1 min 0 s", 3599: "59 min 59 s", 7265: "2 h 1 min"}
+    assert [units.duration(seconds) for seconds in times] == [*times.values()]

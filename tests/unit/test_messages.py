@@ -1,0 +1,219 @@
+"""The results of commands as a person reads them: the summary first, short hashes, coloured verdicts."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import pytest
+
+from streamconv.cli.layout import Line, laid_out
+from streamconv.cli.messages import (
+    FEW,
+    conversion_lines,
+    model_lines,
+    models_as_dict,
+    plan_lines,
+    reverted_lines,
+    synth_lines,
+    verification_lines,
+)
+from streamconv.families.selection import Skipped
+from streamconv.jobs.convert import Conversion
+from streamconv.jobs.revert import Reverted
+from streamconv.jobs.synth import SyntheticFiles
+from streamconv.output.manifest import WrittenFile
+from streamconv.planning.plan import Plan
+from streamconv.verification.result import Check, Verification
+from tests.support import GOLDEN, expanded, plan_of_shapes
+
+DIGEST = "0123456789abcdef" * 4
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return plan_of_shapes(expanded(GOLDEN["dinov2_vits14"]["source"], 12), tmp_path, "x.pth")
+
+
+def styled(lines: Iterable[Line | str], columns: int | None = None) -> list[str]:
+    return [laid_out(line, columns) for line in lines]
+
+
+def plain(lines: Iterable[Line | str], columns: int | None = None) -> list[str]:
+    return click.unstyle("\n".join(styled(lines, columns))).split("\n")
+
+
+def conversion(plan: Plan, resumed_bytes: int = 0, **changes: object) -> Conversion:
+    shards = {shard.filename: DIGEST for shard in plan.shards}
+    done = Conversion(Path("out"), plan, shards, False, resumed_bytes, True, None, seconds=0.5)
+    return replace(done, **changes)  # type: ignore[arg-type]
+
+
+def many_files(plan: Plan, count: int) -> Plan:
+    return replace(plan, shards=tuple(replace(plan.shards[0], filename=f"{i}.safetensors") for i in range(count)))
+
+
+def test_conversion_ends_with_size_time_speed_and_short_hashes(plan: Plan) -> None:
+    assert plain(conversion_lines(conversion(plan))) == [
+        "dinov2_vits14: converted into out, 88 MB in 0.5 s, 176 MB/s",
+        "  model.safetensors  88 MB  sha256 0123456789ab",
+    ]
+    finished = plain(conversion_lines(conversion(plan, plan.weights, was_finished=True, seconds=0)))
+    assert finished == [
+        "dinov2_vits14: was already converted into out; nothing was changed",
+        "  model.safetensors  88 MB  sha256 0123456789ab as recorded",
+    ]
+    assert conversion(plan).as_dict()["seconds"] == 0.5
+    assert conversion(plan).as_dict()["shards"][0] == {
+        "file": "model.safetensors", "bytes": plan.shards[0].size, "sha256": DIGEST,
+    }  # fmt: skip
+
+
+def test_bytes_of_an_interrupted_run_do_not_count_as_speed(plan: Plan) -> None:
+    first = plain(conversion_lines(conversion(plan, plan.weights - 10_000_000)))[0]
+    assert first.endswith("out, 88 MB, 78 MB of it before an interruption; the other 10 MB in 0.5 s, 20 MB/s")
+    assert plain(conversion_lines(conversion(plan, plan.weights)))[0].endswith(
+        "out, 88 MB, all of it before an interruption"
+    )
+    reverted = Reverted(
+        "dinov2", "dinov2_vits14", {Path("x.pth"): WrittenFile(90_000_000, DIGEST)}, 88_000_000, 44_000_000, 2
+    )
+    assert plain(reverted_lines(reverted))[:2] == [
+        "dinov2_vits14: reverted into x.pth, 88 MB, 44 MB of it before an interruption; "
+        "the other 44 MB in 2.0 s, 22 MB/s",
+        "  x.pth  90 MB  sha256 0123456789ab",
+    ]
+
+
+def test_upload_is_reported_with_its_repository(plan: Plan) -> None:
+    first = plain(conversion_lines(conversion(plan, sent_to="ada/it")))[0]
+    assert first.startswith("dinov2_vits14: converted and uploaded to ada/it, one file at a time, 88 MB in")
+
+
+def test_damage_that_could_not_be_seen_is_a_warning(plan: Plan) -> None:
+    lines = styled(conversion_lines(conversion(plan, is_crc_checked=False, overflow_count=1234)))
+    assert [click.unstyle(line) for line in lines[-2:]] == [
+        "  warning: 1,234 finite values are outside the range of float32 and are now infinite",
+        "  warning: the source has no CRC-32s, so its bytes could not be checked for damage",
+    ]
+    assert click.style("warning:", fg="yellow") in lines[-1]
+
+
+def test_many_files_and_skipped_parts_are_counted(plan: Plan) -> None:
+    plan = replace(many_files(plan, 1000), skipped=tuple(Skipped(f"x{i}.", 2, 1500, "not selected") for i in range(50)))
+    lines = plain(conversion_lines(conversion(plan)))
+    assert lines[FEW : FEW + 4] == [
+        "  4.safetensors  88 MB  sha256 0123456789ab",
+        "  … and 995 more files; --json shows them all",
+        "  skipped: x0.* (2 tensors, 1.5 kB): not selected",
+        "  skipped: x1.* (2 tensors, 1.5 kB): not selected",
+    ]
+    assert lines[-1] == "  … and 45 more skipped parts; --json shows them all"
+    planned = plain(plan_lines(plan))
+    assert "              … and 995 more files; --mapping shows them all" in planned
+    assert len(planned) < 25
+    assert len(plain(plan_lines(plan, with_mapping=True))) > 1000 + 50 + len(plan.mapping)
+    assert len(plain(conversion_lines(conversion(many_files(plan, FEW + 1))))[1 : FEW + 2]) == FEW + 1
+    assert "more files" not in "".join(plain(conversion_lines(conversion(many_files(plan, FEW + 1)))))
+
+
+def test_plan_begins_with_the_summary_and_shows_the_mapping_on_request(plan: Plan) -> None:
+    plan = replace(plan, notes=("2 attention heads",), skipped=(Skipped("head.", 1, 40, "optimizer state"),))
+    summary = plain(plan_lines(plan))
+    assert summary == [
+        "dinov2_vits14, as Dinov2Model",
+        "  parameters  22,056,576 in float32",
+        "  size        88 MB",
+        "  files       model.safetensors  88 MB, 223 tensors",
+        "              config.json, preprocessor_config.json",
+        "  skipped     head.* (1 tensor, 40 bytes): optimizer state",
+        "  assumed     2 attention heads",
+        "",
+        "175 tensors of the source become 223; --mapping shows how.",
+    ]
+    mapped = plain(plan_lines(plan, with_mapping=True))
+    assert mapped[:-176] == summary[:-1]
+    assert mapped[-176] == "175 tensors of the source become 223:"
+    assert mapped[-175] == "cls_token                   F32 [1, 1, 384]           -> embeddings.cls_token"
+
+
+def test_plan_and_conversion_fit_into_80_columns(plan: Plan) -> None:
+    reason = "a head for depth or segmentation, which no transformers class has"
+    plan = replace(
+        plan, skipped=(Skipped("model.teacher.decode_head.", 1, 40, reason),), notes=(f"{reason}, {reason}",)
+    )
+    assert plain(plan_lines(plan), 80)[5:9] == [
+        "  skipped     model.teacher.decode_head.* (1 tensor, 40 bytes): a head for depth",
+        "              or segmentation, which no transformers class has",
+        "  assumed     a head for depth or segmentation, which no transformers class has,",
+        "              a head for depth or segmentation, which no transformers class has",
+    ]
+    for lines in (plan_lines(plan, with_mapping=True), conversion_lines(conversion(plan))):
+        assert all(len(line) <= 80 or " " not in line.strip() for line in plain(lines, 80))
+
+
+def test_models_fit_into_80_columns_and_json_has_their_files() -> None:
+    lines = plain(model_lines())
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if " licence " not in line]
+    models = models_as_dict()["models"]
+    assert sorted(row[:2] for row in rows) == sorted([each["name"], each["published_name"]] for each in models)
+    assert lines[0] == "dinov2, licence apache-2.0"
+    assert rows[3] == ["dinov2_vitg14", "dinov2-giant", "4.5", "GB"]
+    classifier = next(each for each in models if each["name"] == "dinov2_vits14_reg_1layer")
+    assert (classifier["family"], classifier["licence"], classifier["bytes"]) == ("dinov2", "apache-2.0", 91_308_448)
+    assert [each["file"] for each in classifier["files"]] == [
+        "dinov2_vits14_reg4_pretrain.pth", "dinov2_vits14_reg4_linear_head.pth",
+    ]  # fmt: skip
+    assert classifier["files"][0]["url"].startswith("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/")
+
+
+def test_synthetic_files_are_listed_with_their_sizes(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(bytes(1500))
+    assert [*synth_lines(SyntheticFiles(tmp_path / "x.pth", None))] == [f"{tmp_path / 'x.pth'}  1.5 kB"]
+
+
+def verification(*checks: Check, device: str | None = "cpu") -> Verification:
+    return Verification(checks, device, "builtin", {}, {}, {}, {}, 12.0)
+
+
+@pytest.mark.parametrize(
+    ("checks", "colours", "verdict", "colour"),
+    [
+        ([Check("bytes", True, "a")], ["green"], "Looks ok!", "green"),
+        ([Check("bytes", True, "a"), Check("load", False, "b", ("c",))], ["green", "red"],
+         "The output differs from its source. Do not use it.", "red"),
+        ([Check("bytes", True, "a"), Check("parity", None, "--no-parity")], ["green", "yellow"],
+         "Looks ok, but not everything was checked: parity did not run.", "yellow"),
+        ([Check("bytes", True, "a", not_checked="the source was not read")], ["yellow"],
+         "Looks ok, but not everything was checked: the source was not read.", "yellow"),
+    ],
+)  # fmt: skip
+def test_verdicts_are_green_yellow_or_red(checks: list[Check], colours: list[str], verdict: str, colour: str) -> None:
+    lines = styled(verification_lines(verification(*checks)))
+    words = {"green": "ok       ", "yellow": "ok       ", "red": "FAILED   "}
+    heads = [line for line in lines if line.startswith(("bytes", "load", "parity"))]
+    for check, head, expected in zip(checks, heads, colours, strict=True):
+        word = "not run: " if check.passed is None else words[expected]
+        assert head == f"{check.name:14}{click.style(word, fg=expected)}{check.proves}"
+    assert click.unstyle(lines[-1]) == verdict
+    assert lines[-1].startswith(click.style("", fg=colour, bold=True, reset=False))
+
+
+def test_verdict_without_a_source_names_what_was_checked() -> None:
+    others = Check("bytes", None, "no source was named")
+    lines = plain(verification_lines(verification(Check("files", True, "a"), others, device=None)))
+    assert lines[-1] == (
+        "Looks ok, but not everything was checked: only the files' sizes and sha256 were, because no source was named."
+    )
+
+
+def test_details_of_a_check_are_wrapped_under_its_text() -> None:
+    proves, problem = (
+        "every byte of every tensor equals its source's " * 2,
+        "norm.weight differs from element 0 on " * 3,
+    )
+    lines = plain(verification_lines(verification(Check("bytes", False, proves.strip(), (problem.strip(),)))), 80)
+    assert lines[0].startswith("bytes         FAILED   every byte")
+    assert all(len(line) <= 80 and line.startswith(" " * 23 + line.strip()[0]) for line in lines[1:-2])
+    assert len(lines) == 6
