@@ -4,6 +4,7 @@ Everything that huggingface_hub raises becomes a `HubError` that says what went 
 The original exception is dropped, even as a cause: a server may have echoed the request's headers into it.
 """
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from streamconv.hub.transport import network_errors, timeout_errors
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
+
+_log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -73,6 +76,7 @@ class HubClient:
                 hub_error, is_transient = self._convert(failure, error)
             if delay is None or not is_transient:
                 break
+            _log.warning("%s; trying again in %g s", failure, delay)
             time.sleep(delay)
         raise hub_error  # outside the except block, so that the original exception does not become its context
 

@@ -135,3 +135,12 @@ def test_command_line_shows_a_retried_connection_unless_it_is_quiet(
     assert ("wrote" in done.stderr) == ("-v" in options)
     assert "SECRET" not in done.stderr
     assert len(logging.getLogger("streamconv").handlers) == 1  # the library's own, which prints nothing
+
+
+def test_a_request_to_the_hub_that_is_retried_is_logged(
+    hub: HubServer, save: Save, tmp_path: Path, logged: Logged
+) -> None:
+    folder = api.convert(save(tiny())[0], tmp_path / "out").output
+    hub.fail("POST /api/repos/create", status=503, body={}, times=1)
+    streamconv.publish(folder, PushOptions(Destination("it"), unverified=True))
+    assert logged(logging.WARNING) == ["ada/it cannot be created; trying again in 1 s"]
