@@ -14,7 +14,7 @@ from huggingface_hub import constants
 import streamconv
 from streamconv import ChangedError, CorruptError, NetworkError, NoRangesError, SourceError, SourceMissingError
 from streamconv.families.registry import find_model
-from streamconv.files import connections, remote
+from streamconv.files import client, remote, retries
 from streamconv.files.remote import GAP_BYTES, WINDOW_BYTES
 from streamconv.formats.checkpoint import open_checkpoint
 from tests import api
@@ -122,7 +122,7 @@ def test_busy_server_is_retried(
 def test_silent_connection_times_out_and_is_retried(
     server: FileServer, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(connections, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(client, "TIMEOUT_SECONDS", 0.3)
     server.faults.stall = [
         0.0,
         0.6,
@@ -259,7 +259,7 @@ def test_server_that_once_ignores_a_range_is_retried(
 ) -> None:
     with open_checkpoint(source) as there, open_checkpoint(server.folder / "x.pth") as file:
         server.faults.ranges = False
-        monkeypatch.setattr(remote.time, "sleep", lambda seconds: setattr(server.faults, "ranges", True))
+        monkeypatch.setattr(retries.time, "sleep", lambda seconds: setattr(server.faults, "ranges", True))
         name = "blocks.1.mlp.fc1.weight"
         assert there[name].tobytes(there.reader) == file[name].tobytes()
         assert "the whole file instead of a part" in caplog.messages[0]
@@ -270,9 +270,9 @@ def test_server_that_once_ignores_a_range_is_retried(
     [
         (401, SourceError, "hf auth login"),
         (403, SourceError, "accept the model's terms"),
-        (404, SourceMissingError, "Check the address"),
-        (410, SourceMissingError, "Check the address"),
-        (418, SourceError, "Check the address, or download"),
+        (404, SourceMissingError, "Check the URL"),
+        (410, SourceMissingError, "Check the URL"),
+        (418, SourceError, "Check the URL, or download"),
     ],
 )
 def test_refused_request_is_reported_in_one_message(
@@ -316,7 +316,7 @@ def test_empty_file_and_web_page_are_reported_as_such(server: FileServer) -> Non
 
 @pytest.mark.usefixtures("server")
 def test_unknown_host_and_refused_connection_are_reported_at_once() -> None:
-    with pytest.raises(NetworkError, match="Check the address and the network"):
+    with pytest.raises(NetworkError, match="Check the URL and the network"):
         api.plan("http://127.0.0.1:9/x.pth")
     with pytest.raises(NetworkError, match=r"cannot find the host no-such-host\.invalid"):
         api.plan("http://no-such-host.invalid/x.pth")

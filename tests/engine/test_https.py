@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from streamconv import NetworkError, SourceError
-from streamconv.files import remote
+from streamconv.files import retries
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer, serving
@@ -24,8 +24,16 @@ pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl
 
 @pytest.fixture(autouse=True)
 def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "RETRY_WAITS_SECONDS", (0, 0.01, 0.01))
-    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "SSL_CERT_FILE"):
+    monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", (0, 0.01, 0.01))
+    for name in (
+        "https_proxy",
+        "HTTPS_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "REQUESTS_CA_BUNDLE",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
