@@ -136,7 +136,7 @@ class Client:
 def translate(error: HTTPError, url: str) -> OSError | SourceError:
     """Convert an error of urllib3, whose texts contain names of classes, by its cause."""
     cause: BaseException = error
-    while inner := cause.__cause__ or cause.__context__:
+    while inner := cause.__cause__ or next((each for each in cause.args if isinstance(each, BaseException)), None):
         cause = inner
     proxy = _find_proxy(urlsplit(url)) if isinstance(error, _NOT_CONNECTED) else None
     peer = urlsplit(proxy or url)
