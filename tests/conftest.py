@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from streamconv.files import remote
+from streamconv.files import retries
 from streamconv.output import contents, hashing, writer
 from tests.file_server import FileServer, serving
 from tests.hub_server import TOKEN, HubServer, running
@@ -80,7 +80,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """Run a file server on the loopback, with short waits before retries and a separate torch.hub cache."""
-    monkeypatch.setattr(remote, "RETRY_WAITS_SECONDS", (0, 0.01, 0.01, 0.01, 0.01, 0.01))
+    monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", (0, 0.01, 0.01, 0.01, 0.01, 0.01))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for name in ("HF_ENDPOINT", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)

@@ -1,1 +1,1 @@
-"""Files by location: on this machine, at an http address, or in a store that fsspec reaches."""
+"""Files by location: on this machine, at an http URL, or in a store that fsspec reaches."""

@@ -1,4 +1,4 @@
-"""The location of a file: a path on this machine, or an address elsewhere.
+"""The location of a file: a path on this machine, or a URL.
 
 A user gives either as one string. `parse_location` decides once which it is; no other code looks at its spelling.
 """
@@ -12,14 +12,14 @@ from urllib.parse import unquote, urlsplit
 
 from streamconv.errors import SourceError, UsageError, printable
 
-# RFC 3986, 3.1; at least two characters, since one is a drive on Windows. "::" chains fsspec's addresses.
+# RFC 3986, 3.1; at least two characters, since one is a drive on Windows. "::" chains fsspec's URLs.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::[A-Za-z])")
 _WEB = ("http", "https")
 
 
 @dataclass(frozen=True)
 class Address:
-    """The address of a file that is read over a network.
+    """The URL of a file that is read over a network.
 
     Neither `str` nor `repr` shows what may be secret in it: a user, a password, a query.
     """
@@ -32,7 +32,7 @@ class Address:
 
     @property
     def _links(self) -> list[str]:
-        """The links of an fsspec chain, such as ``tar://a.pth::https://host/b.tar``; most addresses are one link."""
+        """The links of an fsspec chain, such as ``tar://a.pth::https://host/b.tar``; most URLs are one link."""
         return [self.url] if self.scheme in _WEB else self.url.split("::")
 
     @property
@@ -62,7 +62,7 @@ def parse_location(location: str | PathLike[str] | Address) -> Location:
     """Return an `Address` if the string begins with a scheme (``https://``), else a path.
 
     Raises:
-        UsageError: it is an address that is not valid or does not name a file.
+        UsageError: it is a URL that is not valid or does not name a file.
     """
     if isinstance(location, Address):
         return location
@@ -72,19 +72,19 @@ def parse_location(location: str | PathLike[str] | Address) -> Location:
     if text.lower().startswith("file://"):
         host, _, path = text[len("file://") :].partition("/")
         if host not in ("", "localhost"):
-            raise UsageError(f"{text} is on another machine, {host}, which file:// cannot reach. Give an https one.")
+            raise UsageError(f"{text} is on another machine, {host}, which file:// cannot reach. Give an https URL.")
         return Path(unquote(f"/{path}"))
     address = Address(text)
     if not is_valid_url(text) or not text.isprintable() or not address.name.isprintable():
         shown = printable(text.rpartition("@")[2])
-        raise UsageError(f"{shown} is not a valid address. Write it as https://HOST/PATH/FILE.pth.")
+        raise UsageError(f"{shown} is not a valid URL. Write it as https://HOST/PATH/FILE.pth.")
     if address.name in ("", ".", ".."):
-        raise UsageError(f"{address} does not name a file. Give the address of a .pth or .safetensors file.")
+        raise UsageError(f"{address} does not name a file. Give the URL of a .pth or .safetensors file.")
     return address
 
 
 def is_valid_url(url: str) -> bool:
-    """Return whether an http address has a valid host and port; fsspec checks addresses with other schemes."""
+    """Return whether an http URL has a valid host and port; fsspec checks URLs with other schemes."""
     try:
         parts = urlsplit(url)
         if parts.scheme not in _WEB:
@@ -96,7 +96,7 @@ def is_valid_url(url: str) -> bool:
 
 
 def hf_to_https(address: Address) -> Address:
-    """Convert hf://[datasets/]OWNER/NAME[@REVISION]/FILE to the https address of the same file.
+    """Convert hf://[datasets/]OWNER/NAME[@REVISION]/FILE to the https URL of the same file.
 
     Raises:
         UsageError: it is not of this form.

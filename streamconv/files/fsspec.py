@@ -12,7 +12,8 @@ from typing import Any
 from streamconv.errors import ChangedError, SourceError, SourceMissingError, StreamconvError, UsageError, printable
 from streamconv.files.address import Address
 from streamconv.files.base import ByteRange
-from streamconv.files.remote import MAX_IN_FLIGHT, RETRIES_BEFORE_OPEN, RETRY_WAITS_SECONDS, RemoteFile
+from streamconv.files.remote import MAX_IN_FLIGHT, RemoteFile
+from streamconv.files.retries import RETRIES_BEFORE_OPEN, RETRY_WAITS_SECONDS
 
 _log = logging.getLogger(__name__)
 
@@ -63,13 +64,13 @@ class FsspecFile(RemoteFile):
                 break
             _log.warning("%s: %s; trying again in %g s", self.address, reason, wait)
             time.sleep(wait)
-        raise SourceError(f"{self.where} cannot be read: {reason}. Check the address and your credentials.")
+        raise SourceError(f"{self.where} cannot be read: {reason}. Check the URL and your credentials.")
 
     def _query_state(self) -> tuple[int, str]:
         self._file_system.invalidate_cache()
         info = self._file_system.info(self._path)
         if info["type"] != "file":
-            raise SourceError(f"{self.where} is not a file. Give the address of a .pth or .safetensors file.")
+            raise SourceError(f"{self.where} is not a file. Give the URL of a .pth or .safetensors file.")
         return int(info["size"]), str(self._file_system.ukey(self._path))
 
     def _request(self, wanted: ByteRange) -> "_FsspecResponse":
@@ -103,6 +104,6 @@ def _find_file_system(address: Address) -> tuple[Any, str]:
     except ImportError as error:  # the package for the scheme is missing; fsspec's message names it
         raise UsageError(f"{address}: {printable(str(error))}.") from error
     except ValueError as error:
-        raise UsageError(f"{address}: {error}. Give a local file, or an http, https, hf, s3 or gs address.") from error
+        raise UsageError(f"{address}: {error}. Give a local file, or an http, https, hf, s3 or gs URL.") from error
     except Exception as error:
         raise SourceError(f"{address} cannot be read: {type(error).__name__}: {error}.") from error

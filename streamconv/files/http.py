@@ -1,4 +1,4 @@
-"""A file at an http or https address, read by range requests (RFC 9110, 14).
+"""A file at an http or https URL, read by range requests (RFC 9110, 14).
 
 The first response gives the file's length and its ETag or Last-Modified (8.8). Every later response must give the
 same ones, so that parts of two different files are never mixed.
@@ -7,34 +7,37 @@ same ones, so that parts of two different files are never mixed.
 import logging
 import re
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from http.client import HTTPConnection, HTTPResponse
 from itertools import pairwise
-from time import time, time_ns
+from time import time_ns
 from typing import NoReturn
 from urllib.parse import urljoin, urlsplit
+
+from urllib3 import BaseHTTPResponse, Retry
+from urllib3.exceptions import HTTPError
 
 from streamconv.errors import ChangedError, NoRangesError, SourceError, SourceMissingError, printable
 from streamconv.files.address import Address, is_valid_url
 from streamconv.files.base import ByteRange
-from streamconv.files.connections import connect, request
-from streamconv.files.remote import CONNECTION_ERRORS, WINDOW_BYTES, PendingRange, RemoteFile, RetryLater, RetryNow
+from streamconv.files.client import Client, translate
+from streamconv.files.remote import WINDOW_BYTES, PendingRange, RemoteFile
+from streamconv.files.retries import RetryLater, RetryNow
 
 _log = logging.getLogger(__name__)
 
 MAX_REDIRECTS = 10
-_REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
-_EXPIRED = (400, 401, 403, 404, 410)  # possible responses at a signed address that has expired
+_EXPIRED = (400, 401, 403, 404, 410)  # possible responses at a signed URL that has expired
 _ADVICE = {
     401: "It needs a token: for the Hub, set HF_TOKEN or run `hf auth login`; otherwise download it yourself.",
     403: "You have no access: on the Hub, accept the model's terms on its page, and check your token's permissions.",
-    404: "Check the address.",
-    410: "Check the address.",
+    404: "Check the URL.",
+    407: "Set the proxy's user and password: http://USER:PASSWORD@HOST:PORT.",
+    410: "Check the URL.",
 }
-_SKIP_BYTES = 64 << 10
-_SAFE_REDIRECTS = {("http", "http"), ("http", "https"), ("https", "https")}  # schemes before and after
+_SAFE_REDIRECTS = {"http": ("http", "https"), "https": ("https",)}
+_PIECE_BYTES = 1 << 20  # urllib3 reads into a buffer of its own: large ones cost memory, small ones many calls
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,10 @@ class _Version:
 
 
 class HttpFile(RemoteFile):
-    """A file on an http server. Opening it reads its beginning.
+    """A file on an HTTP server. Opening it reads its beginning.
 
-    ``target`` is the address after redirects, ``idle`` holds unused connections to its host. ``has_ranges`` is
-    False if the server sends only whole files; reads announced in the file's order then still work, in one pass.
+    ``has_ranges`` is False if the server sends only whole files; reads announced in the file's order then still
+    work, in one pass.
 
     Raises:
         SourceMissingError: it does not exist.
@@ -62,8 +65,8 @@ class HttpFile(RemoteFile):
 
     def __init__(self, address: Address):
         super().__init__(address)
-        self.target, self._redirects_in_a_row = address.url, 0
-        self.idle: list[HTTPConnection] = []
+        self._client = Client(address.url)
+        self._target, self._redirects_in_a_row = address.url, 0  # the URL after redirects
         self._version: _Version | None = None
         self._opened_ns = time_ns()
         self.has_ranges = True
@@ -108,7 +111,7 @@ class HttpFile(RemoteFile):
 
     def close(self) -> None:
         super().close()
-        self._close_idle()
+        self._client.close_idle()
 
     def _no_ranges(self, why: str) -> NoRangesError:
         return NoRangesError(
@@ -132,55 +135,40 @@ class HttpFile(RemoteFile):
     def _request(self, wanted: ByteRange) -> "_HttpRangeResponse":
         if not self.has_ranges and not self._is_one_pass:
             raise self._no_ranges("the needed part is not at its beginning")
-        url, is_new = urlsplit(self.target), not self.idle
-        connection = connect(url) if is_new else self.idle.pop()
-        try:
-            request(connection, url, self.address.url, {"Range": f"bytes={wanted.start}-{wanted.end - 1}"})
-        except CONNECTION_ERRORS as error:
-            connection.close()
-            raise (error if is_new else self.drop_idle()) from error
-        return _HttpRangeResponse(self, connection, is_new, wanted)
+        headers = {"Range": f"bytes={wanted.start}-{wanted.end - 1}"}
+        return _HttpRangeResponse(self, self._target, self._client.get(self._target, headers), wanted)
 
-    def drop_idle(self) -> RetryNow:
-        """Close all idle connections, since the server has closed one; return the error that retries at once."""
-        self._close_idle()
-        return RetryNow("the connection was closed")
-
-    def _close_idle(self) -> None:
-        while self.idle:
-            self.idle.pop().close()
-
-    def check_response(self, response: HTTPResponse, wanted: ByteRange) -> None:
+    def check_response(self, response: BaseHTTPResponse, url: str, wanted: ByteRange) -> None:
         """Compare a response's headers with the request and with the first response.
 
         Raises:
             RetryNow, RetryLater: the request has to be sent again.
             SourceError: a retry would not help.
         """
-        status = response.status
-        if status in _REDIRECTS and response.getheader("Location"):
-            target = _joined(self.target, response.getheader("Location") or "")
-            if not is_valid_url(target) or (_scheme(self.target), _scheme(target)) not in _SAFE_REDIRECTS:
+        status, headers = response.status, response.headers
+        reason = f"the server answered {status} {printable(response.reason or '')}".rstrip()
+        if location := response.get_redirect_location():
+            target = _join(url, location)
+            if not is_valid_url(target) or urlsplit(target).scheme not in _SAFE_REDIRECTS[urlsplit(url).scheme]:
                 where = printable(str(Address(target)))
-                raise SourceError(f"{self.where} redirects to {where}, which is not secure. Check the address.")
+                raise SourceError(f"{self.where} redirects to {where}, which is not secure. Check the URL.")
             self._redirect(target)
         if status in _BUSY:
-            raise RetryLater(f"the server answered {status} {printable(response.reason)}", _seconds_to_wait(response))
-        if status in _EXPIRED and self.is_open and self.target != self.address.url:
+            raise RetryLater(reason, _seconds_to_wait(response))
+        if status in _EXPIRED and self.is_open and url != self.address.url:
             self._redirect(self.address.url)
-        content_range = response.getheader("Content-Range") or ""
+        content_range = headers.get("Content-Range", "")
         if status == 416 and content_range.replace(" ", "") == "bytes*/0" and not self.is_open:
             raise _EmptyFile
         if status == 416 and self.is_open:
             raise self._changed()
         if status not in (200, 206):
             kind = SourceMissingError if status in (404, 410) else SourceError
-            answer = f"{status} {printable(response.reason)}"
-            advice = _ADVICE.get(status, "Check the address, or download the file yourself.")
-            raise kind(f"{self.where} cannot be fetched: the server answered {answer}. {advice}")
-        if response.getheader("Content-Encoding", "identity") != "identity":
+            advice = _ADVICE.get(status, "Check the URL, or download the file yourself.")
+            raise kind(f"{self.where} cannot be fetched: {reason}. {advice}")
+        if headers.get("Content-Encoding", "identity") != "identity":
             raise SourceError(f"{self.where} is sent compressed and cannot be read in parts. Download it yourself.")
-        start, size = 0, response.length
+        start, size = 0, response.length_remaining
         if status == 206:
             match = re.fullmatch(r"bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18})", content_range.strip())
             start, end, size = map(int, match.groups()) if match else (-1, -1, None)
@@ -188,7 +176,7 @@ class HttpFile(RemoteFile):
                 raise SourceError(f"{self.where}: the server sent another part than requested. Download it yourself.")
         if size is None:
             raise SourceError(f"{self.where}: the server does not report its length. Download it yourself.")
-        self._pin(_Version(size, response.getheader("ETag"), response.getheader("Last-Modified")), status == 206)
+        self._pin(_Version(size, headers.get("ETag"), headers.get("Last-Modified")), status == 206)
         if status == 200 and self.has_ranges:
             raise RetryLater("the server sent the whole file instead of a part", None)
 
@@ -206,9 +194,8 @@ class HttpFile(RemoteFile):
     def _redirect(self, target: str) -> NoReturn:
         self._redirects_in_a_row += 1
         if self._redirects_in_a_row > MAX_REDIRECTS:
-            raise SourceError(f"{self.where} redirects more than {MAX_REDIRECTS} times in a row. Check the address.")
-        self._close_idle()  # the new target may be on another host
-        self.target = target
+            raise SourceError(f"{self.where} redirects more than {MAX_REDIRECTS} times in a row. Check the URL.")
+        self._target = target
         _log.debug("%s redirects to %s", self.address, Address(target))
         raise RetryNow("redirected")
 
@@ -219,15 +206,11 @@ class HttpFile(RemoteFile):
         )
 
 
-def _joined(base: str, location: str) -> str:
+def _join(base: str, location: str) -> str:
     try:
         return urljoin(base, location)
     except ValueError:  # a bracket in the host
         return location
-
-
-def _scheme(url: str) -> str:
-    return url.partition("://")[0].lower()
 
 
 class _EmptyFile(Exception):
@@ -235,47 +218,37 @@ class _EmptyFile(Exception):
 
 
 class _HttpRangeResponse:
-    """The response to a range request. It has a connection to itself until its last byte is read."""
+    """The response to a range request for ``url``, which may not have arrived yet."""
 
-    def __init__(self, file: HttpFile, connection: HTTPConnection, is_new: bool, wanted: ByteRange):
-        self._file, self._connection, self._is_new, self._wanted = file, connection, is_new, wanted
-        self._target = file.target
-        self._response: HTTPResponse | None = None
-        self._left = wanted.length
+    def __init__(self, file: HttpFile, url: str, future: "Future[BaseHTTPResponse]", wanted: ByteRange):
+        self._file, self._url, self._future, self._wanted = file, url, future, wanted
+        self._is_checked = False
 
     def readinto(self, buffer: memoryview) -> int:
-        response = self._response or self._begin()
-        count = response.readinto(buffer[: self._left])
-        self._left -= count
-        is_free = not self._left and response.isclosed()
-        if is_free and self._file.target == self._target:  # else its host may not receive the credentials
-            self._file.idle.append(self._connection)
-        return count
+        response = self._future.result()
+        try:
+            if not self._is_checked:
+                self._file.check_response(response, self._url, self._wanted)
+                self._is_checked = True
+                to_skip = 0 if self._file.has_ranges else self._wanted.start
+                while to_skip:
+                    to_skip -= len(response.read(min(_PIECE_BYTES, to_skip)))
+            return response.readinto(buffer[:_PIECE_BYTES])
+        except HTTPError as error:
+            raise translate(error, self._url) from error
 
     def close(self) -> None:
-        if self._connection not in self._file.idle:
-            self._connection.close()
-
-    def _begin(self) -> HTTPResponse:
-        try:
-            response = self._connection.getresponse()
-        except CONNECTION_ERRORS as error:
-            raise (error if self._is_new else self._file.drop_idle()) from error
-        self._file.check_response(response, self._wanted)
-        to_skip = 0 if self._file.has_ranges else self._wanted.start
-        while to_skip:
-            data = response.read(min(_SKIP_BYTES, to_skip))
-            if not data:
-                raise ConnectionError("the connection was closed")
-            to_skip -= len(data)
-        self._response = response
-        return response
+        self._future.add_done_callback(_close)
 
 
-def _seconds_to_wait(response: HTTPResponse) -> float | None:
+def _close(future: "Future[BaseHTTPResponse]") -> None:
+    if future.exception() is None:
+        future.result().close()
+
+
+def _seconds_to_wait(response: BaseHTTPResponse) -> float | None:
     """Return the seconds that Retry-After asks for, as a number or as a date (RFC 9110, 10.2.3)."""
-    text = response.getheader("Retry-After") or ""
     try:
-        return float(text) if text.isdecimal() else max(0.0, parsedate_to_datetime(text).timestamp() - time())
-    except (ValueError, OverflowError):
+        return Retry().get_retry_after(response)
+    except (HTTPError, ValueError, OverflowError):
         return None

@@ -1,4 +1,4 @@
-"""A file of a few bytes whose address contains them: a ``data:`` address (RFC 2397).
+"""A file of a few bytes whose URL contains them: a ``data:`` URL (RFC 2397).
 
 With it, a constant is read like any other tensor, and a plan names it like any other file.
 """
@@ -19,7 +19,7 @@ def inline_ref(data: bytes) -> FileRef:
 
 
 class InlineFile:
-    """The open file at a ``data:`` address. Only addresses from `inline_ref` are supported."""
+    """The open file at a ``data:`` URL. Only URLs from `inline_ref` are supported."""
 
     def __init__(self, address: Address):
         self._data = binascii.a2b_base64(address.url.removeprefix(_PREFIX))
@@ -40,7 +40,7 @@ class InlineFile:
         return bytes(data)
 
     def require_unchanged(self) -> None:
-        """Do nothing: the contents are part of the address."""
+        """Do nothing: the contents are part of the URL."""
 
     def close(self) -> None:
         """Do nothing: no resource is held."""

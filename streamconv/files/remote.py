@@ -6,21 +6,18 @@ the memory of this process depends neither on the size of the file nor on the sp
 """
 
 import logging
-import re
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from http.client import HTTPException
 from itertools import islice
 from typing import Protocol
 
-from streamconv.errors import NetworkError, TruncatedError, printable
+from streamconv.errors import TruncatedError
 from streamconv.files.address import Address
 from streamconv.files.base import ByteRange, FileRef
+from streamconv.files.retries import Retries
 
 WINDOW_BYTES = 256 << 10  # a small read, as of an index, fetches this many bytes and keeps them
 MAX_WINDOWS = 8  # kept at once
@@ -28,15 +25,8 @@ REQUEST_BYTES = 8 << 20  # the size of one request: a large tensor takes several
 MAX_IN_FLIGHT = 4  # requests sent and not read yet
 GAP_BYTES = 16 << 10  # a smaller gap is read and discarded: a millisecond on most networks, less than a new request
 _SKIP_BYTES = 64 << 10
-# Before each retry, until a byte arrives. The first is for a connection that the server closed while it was idle.
-RETRY_WAITS_SECONDS = (0, 1, 2, 4, 8, 16, 30, 30)
-RETRIES_BEFORE_OPEN = 3  # while no request has succeeded yet: the address may be wrong
 
-_ADDRESSES = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]+://[^\s'"]+""")
 _log = logging.getLogger(__name__)
-
-CONNECTION_ERRORS = (OSError, HTTPException)
-"""Exceptions that mean a broken connection; the request is retried. Our own errors are not among them."""
 
 
 class RangeResponse(Protocol):
@@ -47,18 +37,6 @@ class RangeResponse(Protocol):
 
     def close(self) -> None:
         """Release the connection; the rest of the range is not needed."""
-
-
-class RetryNow(OSError):
-    """Nothing broke: send the request again at once. The code that raises this limits how often it does."""
-
-
-class RetryLater(OSError):
-    """The server asks for a pause: send the request again after ``seconds``, None if it names no time."""
-
-    def __init__(self, reason: str, seconds: float | None):
-        super().__init__(reason)
-        self.seconds = seconds
 
 
 @dataclass
@@ -85,15 +63,14 @@ class RemoteFile(ABC):
     size: int
 
     def __init__(self, address: Address):
-        self.address = address
+        self.address, self._retries = address, Retries(str(address))
         self._pending: deque[PendingRange] = deque()
         self._expected: Iterator[ByteRange] = iter(())
         self._windows: dict[int, bytes] = {}
-        self._failures = 0  # since a byte arrived
 
     @abstractmethod
     def _request(self, wanted: ByteRange) -> RangeResponse:
-        """Send a request for a range; do not wait for the response."""
+        """Send a request for a range; do not wait for the response, which raises OSError if the connection broke."""
 
     @property
     def is_open(self) -> bool:
@@ -206,9 +183,8 @@ class RemoteFile(ABC):
         for wanted in islice(self._expected, max(0, MAX_IN_FLIGHT - len(self._pending))):
             pending = PendingRange(wanted.start, wanted.end)
             self._pending.append(pending)
-            if self._failures == 0:
-                with suppress(*CONNECTION_ERRORS):  # `_read` sends the request again, and waits before it retries
-                    pending.response = self._send(wanted)
+            if self._retries.failures == 0:
+                pending.response = self._send(wanted)
 
     def _send(self, wanted: ByteRange) -> RangeResponse:
         _log.debug("%s: requesting bytes %d to %d", self.address, wanted.start, wanted.end)
@@ -224,35 +200,14 @@ class RemoteFile(ABC):
                 if not count:
                     raise ConnectionError("the connection was closed")
                 break
-            except CONNECTION_ERRORS as error:
+            except OSError as error:  # a broken connection; our own errors are not among them
                 pending.close()
-                self._wait_before_retry(pending.position, error)
-        self._failures = 0
+                self._retries.wait(error, pending.position if self.is_open else None)
+        self._retries.failures = 0
         pending.position += count
         if pending.position >= pending.end:
             pending.close()
         return count
-
-    def _wait_before_retry(self, position: int, error: Exception) -> None:
-        if isinstance(error, RetryNow):
-            return
-        # A library's message may contain the address of the request, with its secrets.
-        reason = printable(_ADDRESSES.sub(lambda match: str(Address(match[0])), str(error)) or type(error).__name__)
-        if self._failures == (len(RETRY_WAITS_SECONDS) if self.is_open else RETRIES_BEFORE_OPEN):
-            where = f"at byte {position:,}" if self.is_open else "from the beginning"
-            fix = "Run the same command again when the connection is back; it resumes from there."
-            if not self.is_open:
-                fix = "Check the address and the network, and run the same command again."
-            raise NetworkError(
-                f"{self.where} cannot be read {where}: {reason} (tried {self._failures + 1} times). {fix}"
-            ) from error
-        seconds: float = RETRY_WAITS_SECONDS[self._failures]
-        if isinstance(error, RetryLater) and error.seconds is not None:
-            seconds = max(seconds, min(error.seconds, RETRY_WAITS_SECONDS[-1]))
-        self._failures += 1
-        if seconds:
-            _log.warning("%s: %s; trying again in %g s", self.address, reason, seconds)
-            time.sleep(seconds)
 
     def _drop_pending(self) -> None:
         while self._pending:

@@ -1,19 +1,19 @@
 """The image to verify with: the user's, or one that is drawn here, so that no network is needed."""
 
 import io
-import urllib.request
+from contextlib import closing
 from os import PathLike, fspath
 
 import torch
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torchvision.transforms import functional
 
-from streamconv._version import __version__
-from streamconv.errors import UsageError, printable
-from streamconv.files.address import Address
+from streamconv.errors import StreamconvError, UsageError, printable
+from streamconv.files.address import Address, is_valid_url
+from streamconv.files.base import ByteRange
 
 WIDTH, HEIGHT = 640, 480
-TIMEOUT_SECONDS, MAX_DOWNLOAD_BYTES = 30, 64 << 20
+MAX_DOWNLOAD_BYTES = 64 << 20
 MAX_ASPECT = 50  # longer side / shorter side; the image processor scales the shorter one to 256 pixels
 
 
@@ -28,7 +28,7 @@ def open_image(path: str | PathLike[str] | None) -> Image.Image:
     is_url = fspath(path).lower().startswith(("http://", "https://"))
     where = Address(fspath(path)) if is_url else path
     try:
-        with Image.open(_download(fspath(path)) if is_url else path) as opened:
+        with Image.open(_download(where) if isinstance(where, Address) else where) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"its values have more than 8 bits (Pillow's mode {image.mode}); save it with 8 bits")
@@ -37,18 +37,22 @@ def open_image(path: str | PathLike[str] | None) -> Image.Image:
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise UsageError(f"{where} is not an image that Pillow can read.") from None
-    except Exception as error:  # from the network, or anything that Pillow raises for a damaged file
+    except StreamconvError as error:
+        raise UsageError(f"The image cannot be read: {error}") from error
+    except Exception as error:  # anything that Pillow raises for a damaged file
         raise UsageError(f"The image {where} cannot be read: {printable(str(error))}.") from error
 
 
-def _download(url: str) -> io.BytesIO:
-    # Some hosts reject clients that do not name themselves.
-    request = urllib.request.Request(url, headers={"User-Agent": f"streamconv/{__version__}"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        data = response.read(MAX_DOWNLOAD_BYTES + 1)
-    if len(data) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"it is larger than {MAX_DOWNLOAD_BYTES >> 20} MB")
-    return io.BytesIO(data)
+def _download(url: Address) -> io.BytesIO:
+    from streamconv.files.http import HttpFile  # imports urllib3
+
+    if not is_valid_url(url.url):
+        raise UsageError(f"{url} is not a valid URL.")
+    with closing(HttpFile(url)) as file:
+        if file.size > MAX_DOWNLOAD_BYTES:
+            raise ValueError(f"it is larger than {MAX_DOWNLOAD_BYTES >> 20} MB")
+        file.prefetch([ByteRange(0, file.size)])
+        return io.BytesIO(file.read(0, file.size))
 
 
 def make_image() -> Image.Image:

@@ -78,7 +78,7 @@ def test_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path, save: Save
         (3, "put it at", ("convert", "dinov2_vits14", "-o", "out", "--stream")),
         (3, "cannot be read from the beginning", ("plan", "http://127.0.0.1:9/x.pth")),
         (2, "does not name a file", ("plan", "https://host.invalid/")),
-        (2, "is not a valid address", ("plan", "https://host:port/x.pth")),
+        (2, "is not a valid URL", ("plan", "https://host:port/x.pth")),
         (2, "Give SOURCE, too", ("verify", "out", "--stream")),
         (2, "Give SOURCE, too", ("verify", "out", "--no-parity")),
         (3, "no such file", ("convert", "none.pth", "-o", "out")),

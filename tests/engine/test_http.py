@@ -4,6 +4,10 @@ import base64
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from huggingface_hub import constants
 import streamconv
 from streamconv import ChangedError, CorruptError, NetworkError, NoRangesError, SourceError, SourceMissingError
 from streamconv.families.registry import find_model
-from streamconv.files import connections, remote
+from streamconv.files import client, remote, retries
 from streamconv.files.remote import GAP_BYTES, WINDOW_BYTES
 from streamconv.formats.checkpoint import open_checkpoint
 from tests import api
@@ -122,7 +126,7 @@ def test_busy_server_is_retried(
 def test_silent_connection_times_out_and_is_retried(
     server: FileServer, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(connections, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(client, "TIMEOUT_SECONDS", 0.3)
     server.faults.stall = [
         0.0,
         0.6,
@@ -259,7 +263,7 @@ def test_server_that_once_ignores_a_range_is_retried(
 ) -> None:
     with open_checkpoint(source) as there, open_checkpoint(server.folder / "x.pth") as file:
         server.faults.ranges = False
-        monkeypatch.setattr(remote.time, "sleep", lambda seconds: setattr(server.faults, "ranges", True))
+        monkeypatch.setattr(retries.time, "sleep", lambda seconds: setattr(server.faults, "ranges", True))
         name = "blocks.1.mlp.fc1.weight"
         assert there[name].tobytes(there.reader) == file[name].tobytes()
         assert "the whole file instead of a part" in caplog.messages[0]
@@ -270,9 +274,9 @@ def test_server_that_once_ignores_a_range_is_retried(
     [
         (401, SourceError, "hf auth login"),
         (403, SourceError, "accept the model's terms"),
-        (404, SourceMissingError, "Check the address"),
-        (410, SourceMissingError, "Check the address"),
-        (418, SourceError, "Check the address, or download"),
+        (404, SourceMissingError, "Check the URL"),
+        (410, SourceMissingError, "Check the URL"),
+        (418, SourceError, "Check the URL, or download"),
     ],
 )
 def test_refused_request_is_reported_in_one_message(
@@ -316,7 +320,7 @@ def test_empty_file_and_web_page_are_reported_as_such(server: FileServer) -> Non
 
 @pytest.mark.usefixtures("server")
 def test_unknown_host_and_refused_connection_are_reported_at_once() -> None:
-    with pytest.raises(NetworkError, match="Check the address and the network"):
+    with pytest.raises(NetworkError, match="Check the URL and the network"):
         api.plan("http://127.0.0.1:9/x.pth")
     with pytest.raises(NetworkError, match=r"cannot find the host no-such-host\.invalid"):
         api.plan("http://no-such-host.invalid/x.pth")
@@ -451,7 +455,7 @@ def test_credentials_in_an_address_are_used_and_never_shown(server: FileServer, 
 def test_proxy_from_the_environment_is_used_unless_the_host_is_excluded(
     server: FileServer, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server acts as a proxy: it finds the file's name at the end of the whole address."""
+    """The server acts as a proxy: it finds the file's name at the end of the whole URL."""
     monkeypatch.setenv("http_proxy", server.url.replace("http://", "http://user:word@"))
     monkeypatch.setenv("no_proxy", "excepted.invalid")
     api.convert("http://models.invalid/x.pth", tmp_path / "out", stream=True)
@@ -460,7 +464,7 @@ def test_proxy_from_the_environment_is_used_unless_the_host_is_excluded(
     assert {headers["Proxy-Authorization"] for _, _, headers in server.requests} == {secret}
     with pytest.raises(NetworkError, match="cannot find the host"):
         api.plan("http://excepted.invalid/x.pth")
-    for proxy in ("socks5://127.0.0.1:1", "http://user:word@h:99999"):
+    for proxy in ("ftp://user:word@h:1", "http://user:word@h:99999", "http://user:word@:1"):
         monkeypatch.setenv("http_proxy", proxy)
         with pytest.raises(streamconv.UsageError, match=r"streamconv cannot use the proxy") as caught:
             api.plan("http://models.invalid/x.pth")
@@ -468,3 +472,48 @@ def test_proxy_from_the_environment_is_used_unless_the_host_is_excluded(
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with pytest.raises(NetworkError, match=r"cannot connect through the proxy 127\.0\.0\.1"):
         api.plan("http://models.invalid/x.pth")
+
+
+def test_each_host_of_a_redirect_has_its_own_proxy_and_credentials(
+    server: FileServer, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first host is reached through a proxy, the second one is not. Neither sees the other's credentials."""
+    (tmp_path / "proxy").mkdir()
+    with serving(tmp_path / "proxy") as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.replace("http://", "http://user:word@"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        first = "http://models.invalid/start"
+        proxy.faults.redirects = {first: source.replace("http://", "http://other:secret@")}
+        assert api.plan(first.replace("http://", "http://someone:secret@")).weights
+    assert {path for path, _, _ in proxy.requests} == {first}
+    secret = "Basic " + base64.b64encode(b"someone:secret").decode()
+    assert {headers["Authorization"] for _, _, headers in proxy.requests} == {secret}
+    assert server.requests
+    for _, _, headers in server.requests:
+        assert not {"Authorization", "Proxy-Authorization"} & set(headers)
+
+
+def test_proxy_that_refuses_the_password_is_reported(
+    server: FileServer, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", server.url)
+    server.faults.statuses = [407]
+    with pytest.raises(SourceError, match=r"the server answered 407 .* Set the proxy's user and password"):
+        api.plan("http://models.invalid/x.pth")
+
+
+def test_urllib3_is_imported_for_urls_only(source: str, server: FileServer) -> None:
+    code = "import sys, streamconv; streamconv.plan({!r}); print('urllib3' in sys.modules)"
+    assert run_python(code.format(str(server.folder / "x.pth"))) == "False\n"
+    assert run_python(code.format(source)) == "True\n"
+
+
+def test_interrupted_process_does_not_wait_for_a_silent_server(server: FileServer, source: str) -> None:
+    server.faults.latency = 20
+    command = [sys.executable, "-m", "streamconv", "plan", source]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not server.requests and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130

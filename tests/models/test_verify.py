@@ -424,7 +424,7 @@ def test_result_names_the_output_files_and_their_digests(tmp_path: Path, save: S
     assert found.seconds > sum(check.numbers["seconds"] for check in found.checks) > 0
 
 
-def test_image_can_be_loaded_from_an_address(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_can_be_loaded_from_a_url(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     make_image().save(server.folder / "x.png")
     (server.folder / "page.html").write_text("<html>no image</html>")
     assert open_image(f"{server.url}/x.png").tobytes() == make_image().tobytes()

@@ -29,7 +29,7 @@ JOBS = {
     ),
     "stream": (
         "streamconv.convert({address!r}, {output!r}, streamconv.ConversionOptions(stream=True))", "F32",
-        36 << 10, 4 << 10,
+        40 << 10, 4 << 10,  # urllib3 and its threads are 3 MB of it
     ),
     "revert to .pth": ("streamconv.revert({folder!r}, {output!r} + '.pth')", "F32", 32 << 10, 4 << 10),
     "revert to .safetensors": ("streamconv.revert({folder!r}, {output!r} + '.safetensors')", "F32", 32 << 10, 4 << 10),

@@ -1,4 +1,4 @@
-"""Locations: the distinction of addresses from paths, the names of their files, and the secrets that are not shown."""
+"""Locations: the distinction of URLs from paths, the names of their files, and the secrets that are not shown."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from streamconv.files.address import Address, parse_location
         ("hf://owner/name@v1/x.pth", "x.pth", "hf://owner/name@v1/x.pth"),
     ],
 )
-def test_address_gives_the_file_name_and_hides_secrets(words: str, name: str, shown: str) -> None:
+def test_url_gives_the_file_name_and_hides_secrets(words: str, name: str, shown: str) -> None:
     address = parse_location(words)
     assert isinstance(address, Address)
     assert (address.name, str(address)) == (name, shown)
@@ -52,8 +52,8 @@ NO_FILES += ["http://user:pass/word@h/x.pth"]
 
 
 @pytest.mark.parametrize("words", [*NO_FILES, "https://user:word@:1/x.pth"])
-def test_address_without_a_file_is_refused_without_showing_secrets(words: str) -> None:
-    with pytest.raises(UsageError, match=r"is not a valid address|does not name a file") as caught:
+def test_url_without_a_file_is_refused_without_showing_secrets(words: str) -> None:
+    with pytest.raises(UsageError, match=r"is not a valid URL|does not name a file") as caught:
         parse_location(words)
     assert str(caught.value).isprintable()
     assert "word" not in str(caught.value)

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamconv import NetworkError, TruncatedError
-from streamconv.files import remote
+from streamconv.files import remote, retries
 from streamconv.files.address import Address
 from streamconv.files.base import ByteRange
-from streamconv.files.remote import GAP_BYTES, RemoteFile, RetryLater, RetryNow
+from streamconv.files.remote import GAP_BYTES, RemoteFile
+from streamconv.files.retries import RetryLater, RetryNow
 
 DATA = random.Random(0).randbytes(300_000)
 SHARE_THAT_BREAKS = 4
@@ -41,7 +42,6 @@ class FakeFile(RemoteFile):
             raise self.random.choice([ConnectionResetError, TimeoutError, lambda: RetryLater("busy", 0)])()
 
     def _request(self, wanted: ByteRange) -> "FakeAnswer":
-        self.maybe_break()
         self.asked.append(wanted)
         return FakeAnswer(self, wanted)
 
@@ -65,7 +65,7 @@ class FakeAnswer:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
 
 
 def read(file: RemoteFile, where: ByteRange) -> bytes:
@@ -142,7 +142,7 @@ def test_broken_connection_is_retried_with_growing_waits_for_at_most_two_minutes
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    monkeypatch.setattr(retries.time, "sleep", waited.append)
     file = FakeFile()
     file._request = lambda wanted: exec("raise ConnectionRefusedError('refused')")  # type: ignore[assignment, method-assign]
     with pytest.raises(NetworkError, match=r"fake://host/file cannot be read at byte 7: refused \(tried 9 times\)"):
@@ -173,21 +173,21 @@ def test_every_received_byte_resets_the_retries() -> None:
     file.random.choice = lambda kinds: kinds[0]  # type: ignore[assignment]
     where = ByteRange(0, 300)
     failures = 0
-    wait = file._wait_before_retry
+    wait = file._retries.wait
 
-    def counted(position: int, error: Exception) -> None:
+    def counted(error: OSError, position: int | None) -> None:
         nonlocal failures
         failures += 1
-        wait(position, error)
+        wait(error, position)
 
-    file._wait_before_retry = counted  # type: ignore[method-assign]
+    file._retries.wait = counted  # type: ignore[method-assign]
     assert read(file, where) == DATA[:300]
-    assert failures > len(remote.RETRY_WAITS_SECONDS)
+    assert failures > len(retries.RETRY_WAITS_SECONDS)
 
 
 def test_requested_waits_are_respected_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    monkeypatch.setattr(retries.time, "sleep", waited.append)
     file = FakeFile()
     errors = [RetryNow("moved"), RetryLater("busy", 17.0), RetryLater("busy", 9999.0), RetryLater("busy", None)]
 

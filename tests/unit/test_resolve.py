@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from streamconv import NetworkError, SourceMissingError, UsageError
-from streamconv.files import remote
+from streamconv.files import retries
 from streamconv.files.address import Address
 from streamconv.source.open import open_source
 from streamconv.source.resolve import resolve_source
@@ -39,7 +39,7 @@ def test_model_name_means_the_authors_address_if_not_cached(kept: Path) -> None:
 def test_unreachable_model_names_its_address_and_its_place_in_the_cache(
     kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "RETRY_WAITS_SECONDS", (0, 0, 0))
+    monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", (0, 0, 0))
     for name in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with pytest.raises(NetworkError) as caught, open_source(resolve_source("dinov2_vitg14")):

@@ -1,0 +1,191 @@
+"""An HTTP client: urllib3, with the proxies, the certificates and the credentials of the user's environment.
+
+HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY choose the proxy. The system's certificates are trusted, or those in
+SSL_CERT_FILE, SSL_CERT_DIR or REQUESTS_CA_BUNDLE. Credentials are sent only to the host that they are for.
+"""
+
+import base64
+import os
+import ssl
+from concurrent.futures import Future
+from functools import cached_property
+from http.client import IncompleteRead
+from importlib import import_module
+from socket import gaierror
+from threading import Thread
+from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
+
+from streamconv._version import __version__
+from streamconv.errors import SourceError, UsageError, printable
+
+TIMEOUT_SECONDS = 30.0  # to connect, and to wait for the next byte
+_Host = tuple[str, str | None, int | None]  # scheme, name, port
+_NOT_CONNECTED = (ProxyError, NewConnectionError, ConnectTimeoutError)
+_MAX_IDLE = 8  # connections kept to a host, more than are ever in use at once
+
+
+class Client:
+    """Sends GET requests, and reuses connections. ``origin`` is the URL that the user gave, with its credentials."""
+
+    def __init__(self, origin: str):
+        self._origin = urlsplit(origin)
+        self._managers: dict[_Host, PoolManager] = {}
+
+    def get(self, url: str, headers: dict[str, str]) -> "Future[BaseHTTPResponse]":
+        """Send a request in another thread, and return at once. Redirects are not followed.
+
+        The response, whose body has not been read, is given by the future, or one of these errors:
+
+        Raises:
+            OSError: the host or its proxy cannot be reached, or the connection broke.
+            SourceError: the host's certificate cannot be trusted.
+            UsageError: the proxy or the certificates in the environment cannot be used. Raised by `get` itself.
+        """
+        parts = urlsplit(url)
+        manager = self._manager(parts)
+        headers = {**headers, "User-Agent": f"streamconv/{__version__}", **_authorization(parts, self._origin)}
+        future: Future[BaseHTTPResponse] = Future()
+
+        def send() -> None:
+            try:
+                # Retries and redirects are the caller's: urllib3 would use one proxy for all hosts of a redirect,
+                # would follow one from https to http, and would forget that a signed URL came from another one.
+                response = manager.request(
+                    "GET",
+                    _without_user(parts).geturl(),
+                    headers=headers,
+                    retries=False,
+                    redirect=False,
+                    preload_content=False,
+                    decode_content=False,
+                    timeout=TIMEOUT_SECONDS,
+                )
+            except HTTPError as error:
+                manager.clear()  # the other idle connections may be broken, too
+                future.set_exception(translate(error, url))
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(response)
+
+        # Waiting for the headers takes a round trip, during which other responses are read. A daemon, so that an
+        # interrupted process does not wait for a silent server.
+        Thread(target=send, name="http", daemon=True).start()
+        return future
+
+    def close_idle(self) -> None:
+        """Close the connections that are not in use."""
+        for manager in self._managers.values():
+            manager.clear()
+
+    def _manager(self, url: SplitResult) -> PoolManager:
+        """Return the connections to a host. Its proxy is looked up once, because that takes as long as a request."""
+        scheme, host, _ = key = _host(url)
+        if key in self._managers:
+            return self._managers[key]
+        proxy = _find_proxy(url)
+        try:
+            self._managers[key] = self._make_manager(scheme, proxy)
+        except (ValueError, ImportError) as error:  # urllib3's errors for a URL are ValueErrors
+            shown = printable((proxy or "").rpartition("@")[2])
+            why = " without PySocks: pip install PySocks" if isinstance(error, ImportError) else ""
+            raise UsageError(
+                f"streamconv cannot use the proxy {shown}, which the environment sets{why}. "
+                f"Set {scheme.upper()}_PROXY to http://HOST:PORT, or add {host} to NO_PROXY."
+            ) from error
+        return self._managers[key]
+
+    def _make_manager(self, scheme: str, proxy: str | None) -> PoolManager:
+        parts = urlsplit(proxy or "")
+        context = self._tls_context if "https" in (scheme, parts.scheme) else None
+        if not proxy:
+            return PoolManager(maxsize=_MAX_IDLE, ssl_context=context)
+        if not parts.hostname:
+            raise ValueError("no host")
+        if parts.scheme.startswith("socks"):
+            import_module("socks")  # raises ImportError if PySocks is missing; urllib3 would also warn
+            from urllib3.contrib.socks import SOCKSProxyManager
+
+            return SOCKSProxyManager(proxy, maxsize=_MAX_IDLE, ssl_context=context)
+        return ProxyManager(
+            _without_user(parts).geturl(),
+            proxy_headers={} if parts.username is None else {"Proxy-Authorization": _basic(parts)},
+            proxy_ssl_context=context,
+            maxsize=_MAX_IDLE,
+            ssl_context=context,
+        )
+
+    @cached_property
+    def _tls_context(self) -> ssl.SSLContext:
+        """The trusted certificates. All connections share them, because loading them takes 50 ms."""
+        if "SSL_CERT_FILE" in os.environ or "SSL_CERT_DIR" in os.environ:  # OpenSSL reads these
+            return ssl.create_default_context()
+        bundle = os.environ.get("REQUESTS_CA_BUNDLE") or None
+        try:
+            if bundle and os.path.isdir(bundle):
+                return ssl.create_default_context(capath=bundle)
+            return ssl.create_default_context(cafile=bundle)
+        except OSError as error:
+            raise UsageError(f"REQUESTS_CA_BUNDLE names {bundle}, whose certificates cannot be read.") from error
+
+
+def translate(error: HTTPError, url: str) -> OSError | SourceError:
+    """Convert an error of urllib3, whose texts contain names of classes, by its cause."""
+    cause: BaseException = error
+    while inner := cause.__cause__ or next((each for each in cause.args if isinstance(each, BaseException)), None):
+        cause = inner
+    proxy = _find_proxy(urlsplit(url)) if isinstance(error, _NOT_CONNECTED) else None
+    peer = urlsplit(proxy or url)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return SourceError(
+            f"The certificate of {peer.hostname} cannot be trusted: {cause.verify_message}. Check the URL, "
+            "or set SSL_CERT_FILE to the certificates of your own authority."
+        )
+    if isinstance(cause, IncompleteRead):
+        return ConnectionError("the connection was closed")
+    reason = cause.strerror if isinstance(cause, gaierror) else str(cause) or type(cause).__name__
+    if proxy:
+        return ConnectionError(f"cannot connect through the proxy {peer.hostname} ({reason})")
+    if isinstance(cause, gaierror):
+        return ConnectionError(f"cannot find the host {peer.hostname} ({reason})")
+    return ConnectionError(reason)
+
+
+def _find_proxy(url: SplitResult) -> str | None:
+    """Return the URL of the proxy for ``url``, if the environment sets one."""
+    proxies = getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(_without_user(url).netloc):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _authorization(url: SplitResult, origin: SplitResult) -> dict[str, str]:
+    """Return credentials for the host of ``url``: those in ``origin`` if it has the same host, else the Hub's token."""
+    if origin.username is not None and _host(url) == _host(origin):
+        return {"Authorization": _basic(origin)}
+    # Read as huggingface_hub reads it, because importing that costs 20 MB.
+    if _host(url) == _host(urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))):
+        from huggingface_hub import get_token
+
+        token = get_token()
+        return {"Authorization": f"Bearer {token}"} if token else {}
+    return {}
+
+
+def _host(url: SplitResult) -> _Host:
+    return url.scheme, url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme)
+
+
+def _without_user(url: SplitResult) -> SplitResult:
+    return url._replace(netloc=url.netloc.rpartition("@")[2])
+
+
+def _basic(url: SplitResult) -> str:
+    """Return the header value for the user and password in ``url`` (RFC 7617); urllib3's accepts only Latin-1."""
+    pair = f"{unquote(url.username or '')}:{unquote(url.password or '')}"
+    return f"Basic {base64.b64encode(pair.encode()).decode()}"

@@ -1,0 +1,60 @@
+"""Waits before retries, and when to give up."""
+
+import logging
+import re
+import time
+
+from streamconv.errors import NetworkError, printable
+from streamconv.files.address import Address
+
+_URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]+://[^\s'"]+""")
+_log = logging.getLogger(__name__)
+
+# Before each retry, until a byte arrives. The first is for a connection that the server closed while it was idle.
+RETRY_WAITS_SECONDS = (0, 1, 2, 4, 8, 16, 30, 30)
+RETRIES_BEFORE_OPEN = 3  # while no request has succeeded yet: the URL may be wrong
+
+
+class RetryNow(OSError):
+    """Nothing broke: send the request again at once. The code that raises this limits how often it does."""
+
+
+class RetryLater(OSError):
+    """The server asks for a pause: send the request again after ``seconds``, None if it names no time."""
+
+    def __init__(self, reason: str, seconds: float | None):
+        super().__init__(reason)
+        self.seconds = seconds
+
+
+class Retries:
+    """Counts the failures of a file's requests since a byte arrived."""
+
+    def __init__(self, where: str):
+        self.failures, self._where = 0, where
+
+    def wait(self, error: OSError, position: int | None) -> None:
+        """Wait before the next attempt. ``position`` is the offset to resume at, None if the file is not open yet.
+
+        Raises:
+            NetworkError: there have been too many attempts.
+        """
+        if isinstance(error, RetryNow):
+            return
+        # A library's message may contain the URL of the request, with its secrets.
+        reason = printable(_URL.sub(lambda match: str(Address(match[0])), str(error)) or type(error).__name__)
+        if self.failures == (RETRIES_BEFORE_OPEN if position is None else len(RETRY_WAITS_SECONDS)):
+            at, fix = "from the beginning", "Check the URL and the network, and run the same command again."
+            if position is not None:
+                at = f"at byte {position:,}"
+                fix = "Run the same command again when the connection is back; it resumes from there."
+            raise NetworkError(
+                f"{self._where} cannot be read {at}: {reason} (tried {self.failures + 1} times). {fix}"
+            ) from error
+        seconds: float = RETRY_WAITS_SECONDS[self.failures]
+        if isinstance(error, RetryLater) and error.seconds is not None:
+            seconds = max(seconds, min(error.seconds, RETRY_WAITS_SECONDS[-1]))
+        self.failures += 1
+        if seconds:
+            _log.warning("%s: %s; trying again in %g s", self._where, reason, seconds)
+            time.sleep(seconds)
