@@ -345,6 +345,7 @@ def type_into_run(folder: Path, answer: bytes, *words: str) -> tuple[int, str]:
     """Run `streamconv run` in a terminal where a user types ``answer``; there is no network."""
     main, terminal = pty.openpty()
     environment = {**os.environ, "TORCH_HOME": str(folder), "https_proxy": "http://127.0.0.1:9", "COLUMNS": "200"}
+    environment["NO_COLOR"] = "1"
     process = subprocess.Popen(
         [sys.executable, "-m", "streamconv", "run", *words],
         stdin=terminal, stderr=terminal, stdout=subprocess.DEVNULL, cwd=folder, env=environment,
