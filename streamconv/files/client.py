@@ -16,7 +16,7 @@ from threading import Thread
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager
+from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Retry
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
 from streamconv._version import __version__
@@ -153,6 +153,14 @@ def translate(error: HTTPError, url: str) -> OSError | SourceError:
     if isinstance(cause, gaierror):
         return ConnectionError(f"cannot find the host {peer.hostname} ({reason})")
     return ConnectionError(reason)
+
+
+def seconds_to_wait(response: BaseHTTPResponse) -> float | None:
+    """Return the seconds that Retry-After asks for, as a number or as a date (RFC 9110, 10.2.3)."""
+    try:
+        return Retry().get_retry_after(response)
+    except (HTTPError, ValueError, OverflowError):
+        return None
 
 
 def _find_proxy(url: SplitResult) -> str | None:

@@ -14,13 +14,13 @@ from time import time_ns
 from typing import NoReturn
 from urllib.parse import urljoin, urlsplit
 
-from urllib3 import BaseHTTPResponse, Retry
+from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError
 
 from streamconv.errors import ChangedError, NoRangesError, SourceError, SourceMissingError, printable
 from streamconv.files.address import Address, is_valid_url
 from streamconv.files.base import ByteRange
-from streamconv.files.client import Client, translate
+from streamconv.files.client import Client, seconds_to_wait, translate
 from streamconv.files.remote import WINDOW_BYTES, PendingRange, RemoteFile
 from streamconv.files.retries import RetryLater, RetryNow
 
@@ -154,7 +154,7 @@ class HttpFile(RemoteFile):
                 raise SourceError(f"{self.where} redirects to {where}, which is not secure. Check the URL.")
             self._redirect(target)
         if status in _BUSY:
-            raise RetryLater(reason, _seconds_to_wait(response))
+            raise RetryLater(reason, seconds_to_wait(response))
         if status in _EXPIRED and self.is_open and url != self.address.url:
             self._redirect(self.address.url)
         content_range = headers.get("Content-Range", "")
@@ -244,11 +244,3 @@ class _HttpRangeResponse:
 def _close(future: "Future[BaseHTTPResponse]") -> None:
     if future.exception() is None:
         future.result().close()
-
-
-def _seconds_to_wait(response: BaseHTTPResponse) -> float | None:
-    """Return the seconds that Retry-After asks for, as a number or as a date (RFC 9110, 10.2.3)."""
-    try:
-        return Retry().get_retry_after(response)
-    except (HTTPError, ValueError, OverflowError):
-        return None
