@@ -27,7 +27,8 @@ class Option(click.Option):
         if record is None:
             return None
         names, text = record
-        return _ALIAS.sub("", names), text.replace("[default: (", "[default: ").replace(")]", "]")
+        text = text.replace("[default: (", "[default: ").replace(")]", "]").replace("; x>=0]", "]")
+        return _ALIAS.sub("", names), text
 
 
 class Argument(click.Argument):
