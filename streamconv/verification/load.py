@@ -1,14 +1,15 @@
 """The load check: transformers builds the model and finds exactly the tensors that it expects."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from transformers.utils import logging
 
 from streamconv.planning.plan import Plan
+from streamconv.verification.empty_weights import empty_weights
 from streamconv.verification.result import Check
 
 PROVES = "transformers loads every tensor; none is missing, unexpected or misshaped"
@@ -35,23 +36,49 @@ def _load_model(folder: Path, plan: Plan) -> tuple[Any, dict[str, Any]]:
     The weights stay mapped from the file, so on a CPU they need no memory beyond the page cache.
     """
     is_classifier = "Classification" in plan.architecture
-    auto = transformers.AutoModelForImageClassification if is_classifier else transformers.AutoModel
-    with quiet_transformers():
-        model, info = auto.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype="auto", attn_implementation="sdpa"
-        )
-    return model, info
+    classes: Any = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if is_classifier else transformers.MODEL_MAPPING
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    return load_pretrained(classes[type(config)], folder, config.dtype or torch.float32)
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Switch off transformers' progress bar, which would garble ours, and its warnings, which the checks replace."""
-    had_progress_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_progress_bar:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+def load_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Call ``model_class.from_pretrained``, but without what transformers changes in the whole process meanwhile.
+
+    Returns:
+        The model, whose missing weights are not initialized, and transformers' loading report.
+    """
+    loader = _without_patches(model_class, dtype)
+    # A decorator in transformers 4 sets the default dtype at the end to what it was at the start.
+    load = inspect.unwrap(loader.from_pretrained.__func__)
+    return load(  # type: ignore[no-any-return]
+        loader, folder, local_files_only=True, output_loading_info=True, dtype=dtype, attn_implementation="sdpa"
+    )
+
+
+@cache
+def _without_patches(model_class: Any, dtype: torch.dtype) -> Any:
+    """A subclass of a transformers model, of the same name, that overrides the methods which change the process."""
+
+    def get_init_context(cls: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        return [empty_weights(dtype)]
+
+    def keep_default_dtype(cls: Any, dtype: torch.dtype) -> None:
+        """transformers 4 restores what this returns, unless it is None."""
+
+    @torch.no_grad()
+    def initialize_weights(self: Any) -> None:
+        """Compute only the buffers that no file holds: missing weights fail the check anyway."""
+        for parameter in self.parameters():
+            parameter._is_hf_initialized = True
+        for module in self.modules():
+            if module._non_persistent_buffers_set:
+                self._init_weights(module)
+
+    overrides = {
+        "__module__": model_class.__module__,
+        "__qualname__": model_class.__qualname__,
+        "get_init_context": classmethod(get_init_context),
+        "_set_default_dtype": classmethod(keep_default_dtype),
+        "initialize_weights": initialize_weights,
+    }
+    return type(model_class.__name__, (model_class,), overrides)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 IMAGE_SIZE = 518
+ITERATIONS = 10
 
 
 def draw_pictures(image: Image.Image, original: Tensor, converted: Tensor) -> dict[str, str]:
@@ -28,15 +29,25 @@ def draw_pictures(image: Image.Image, original: Tensor, converted: Tensor) -> di
         return pictures  # no principal components exist
     first, second = ((features[0] / largest).cpu().float().nan_to_num() for features in (original, converted))
     center = first.mean(dim=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # pca_lowrank begins with random vectors
-        _, _, components = torch.pca_lowrank(first, q=3)
-    low, high = torch.quantile((first - center) @ components, torch.tensor([0.01, 0.99]), dim=0)
+    components = principal_components(first - center)
+    low, high = torch.quantile((first - center) @ components, torch.tensor([0.01, 0.99], dtype=torch.float32), dim=0)
     for name, features in (("original", first), ("converted", second)):
         colours = ((features - center) @ components - low) / (high - low).clamp_min(1e-12)
         colours = colours.clamp(0, 1).T.reshape(3, side, side)
         pictures[name] = _data_url(functional.to_pil_image(colours))
     return pictures
+
+
+def principal_components(centred: Tensor) -> Tensor:
+    """Return the first three principal components of (N, D) features with the mean 0, as (D, 3).
+
+    This is a subspace iteration, like `torch.pca_lowrank`, which draws from the random numbers of the whole process.
+    """
+    start = torch.randn(centred.shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=centred.dtype)
+    components = torch.linalg.qr(start).Q
+    for _ in range(ITERATIONS):
+        components = torch.linalg.qr(centred.T @ (centred @ components)).Q
+    return components
 
 
 def _data_url(image: Image.Image) -> str:

@@ -15,7 +15,6 @@ from torchvision import transforms
 from transformers import AutoImageProcessor
 
 from streamconv.families.base import PixelSteps
-from streamconv.verification.load import quiet_transformers
 from streamconv.verification.parity import Pair, compare, out_of_memory
 from streamconv.verification.result import Check
 
@@ -76,8 +75,7 @@ def _compare_pixels(
     With Pillow they must be equal. transformers' default may resize tensors instead, and is only reported.
     """
     load: Any = AutoImageProcessor.from_pretrained
-    with quiet_transformers():
-        exact, default = (load(folder, local_files_only=True, **backend) for backend in ({"backend": "pil"}, {}))
+    exact, default = (load(folder, local_files_only=True, **backend) for backend in ({"backend": "pil"}, {}))
     grey_level = 1 / 255 / min(pixel_steps.std)
     differences: list[float | None] = []
     problems = []

@@ -17,7 +17,6 @@ from typing import Any, Literal
 from zipfile import is_zipfile
 
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import load_file
 
 from streamconv.errors import UsageError
@@ -26,6 +25,7 @@ from streamconv.planning.plan import Plan
 from streamconv.source.open import OpenSource
 from streamconv.tensors.expressions import AnyTensor, joined, parts_of
 from streamconv.tensors.info import DtypeCode
+from streamconv.verification.empty_weights import empty_weights
 from streamconv.verification.offload import StreamedWeights
 from streamconv.verification.originals import OriginalArchitecture, original_of
 
@@ -53,7 +53,7 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Ori
     """
     architecture = original_of(plan.family_name)
     if reference == BUILTIN:
-        with init_empty_weights():
+        with empty_weights():
             return architecture.build(plan.dimensions), architecture
     check_reference(reference)
     if plan.model is None:
@@ -61,7 +61,7 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Ori
     location = (architecture.repository, "github") if reference == HUB else (fspath(reference), "local")
     before = set(sys.modules)
     try:
-        with init_empty_weights():
+        with empty_weights():
             return architecture.load(*location, plan.model), architecture
     except (Exception, SystemExit) as error:  # the code is not ours and may raise anything
         message = f"{plan.model.name} could not be loaded from {location[0]}: {type(error).__name__}: {error}"
