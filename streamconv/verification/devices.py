@@ -24,7 +24,7 @@ SAMPLE_SECONDS = 0.02  # sampled, because the kernel records no peak of anonymou
 
 
 def choose_device(name: str) -> torch.device:
-    """Choose the torch device called ``name``; "auto" is a GPU if there is one. TF32 is switched off.
+    """Choose the torch device called ``name``; "auto" is a GPU if there is one.
 
     Raises:
         UsageError: there is no such device.
@@ -43,9 +43,6 @@ def choose_device(name: str) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             last = torch.cuda.device_count() - 1
             raise UsageError(f"There is no {name}: the devices are cuda:0 to cuda:{last}.")
-        # TF32 multiplies with 10 bits of mantissa: its rounding would hide the differences to be found.
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
     return device
 
 
@@ -56,18 +53,19 @@ def versions() -> dict[str, str]:
 
 
 class MemoryWatch:
-    """Peak memory of this process and of a GPU during a ``with`` statement, in bytes.
+    """Peak memory of this process, with all its threads, and of a GPU during a ``with`` statement, in bytes.
 
     Resident memory includes pages of mapped files, which the system takes back when it needs them. A small
     machine must have enough for the anonymous memory only. Linux reports both; other systems, neither.
+    torch's own record of a GPU's peak belongs to the caller, too, and is not reset.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._start = _status()
         self._anonymous_peak = self._start.get("RssAnon")
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        self._gpu_peak_before = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        self._gpu_peak = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_stopped, name="memory", daemon=True)
 
@@ -87,6 +85,10 @@ class MemoryWatch:
         anonymous = _status().get("RssAnon")
         if anonymous is not None and self._anonymous_peak is not None:
             self._anonymous_peak = max(self._anonymous_peak, anonymous)
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)  # exact, if it is a new one
+            now = peak if peak > self._gpu_peak_before else torch.cuda.memory_allocated(self._device)
+            self._gpu_peak = max(self._gpu_peak, now)
 
     def as_dict(self) -> dict[str, int | None]:
         """Bytes for JSON: memory when the watch began (with torch imported), and the peaks."""
@@ -96,7 +98,7 @@ class MemoryWatch:
             "host_anonymous_start": self._start.get("RssAnon"),
             "host_peak": _status().get("VmHWM"),
             "host_anonymous_peak": self._anonymous_peak,
-            "gpu_peak": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
+            "gpu_peak": self._gpu_peak if self._device.type == "cuda" else None,
         }
 
 

@@ -6,7 +6,7 @@ layer, not for the model. A forward pass uses every weight once, so none is load
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -151,12 +151,34 @@ class OffloadedModel:
             set_module_tensor_to_device(self.model, name, value.device, value=value)
 
 
-class _OneDnnLinear(TorchFunctionMode):
+class _ExactLayers(TorchFunctionMode):
+    """Computes some layers in another way than torch would choose, in one thread."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.linear and not kwargs and args[0].dtype == torch.float32 and args[0].device.type == "cpu":
+        if kwargs or func not in (functional.linear, functional.conv2d) or args[0].dtype != torch.float32:
+            return func(*args, **(kwargs or {}))
+        if func is functional.linear and args[0].device.type == "cpu" and _has_onednn():
             inputs, weight, bias = (*args, None)[:3]
             return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-        return func(*args, **(kwargs or {}))
+        if func is functional.conv2d and args[0].device.type == "cuda":
+            return convolve_in_float64(*args)
+        return func(*args)
+
+
+def convolve_in_float64(inputs: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    """Call ``conv2d``. On a GPU, it rounds float32 to TF32 unless that is switched off for the whole process."""
+    bias = None if bias is None else bias.double()
+    return functional.conv2d(inputs.double(), weight.double(), bias, *options).float()
+
+
+def allows_tf32(device: torch.device) -> bool:
+    """Check if this process lets a GPU round the factors of float32 matrix products to TF32."""
+    if device.type != "cuda":
+        return False
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # it was allowed through another interface of torch, `fp32_precision`
+        return True
 
 
 def _has_onednn() -> bool:
@@ -164,7 +186,10 @@ def _has_onednn() -> bool:
 
 
 @contextmanager
-def fast_linear_layers() -> Iterator[None]:
-    """Compute linear layers with oneDNN, which torch includes: twice as fast as MKL, torch's choice, on AMD CPUs."""
-    with _OneDnnLinear() if _has_onednn() else nullcontext():
+def exact_layers() -> Iterator[None]:
+    """Compute linear layers with oneDNN on a CPU, and convolutions without TF32 on a GPU.
+
+    torch includes oneDNN. On AMD CPUs it is twice as fast as MKL, torch's choice.
+    """
+    with _ExactLayers():
         yield

@@ -21,7 +21,7 @@ from torchvision import transforms
 from streamconv.errors import UsageError
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
-from streamconv.verification.offload import OffloadedModel, fast_linear_layers
+from streamconv.verification.offload import OffloadedModel, allows_tf32, exact_layers
 from streamconv.verification.originals import OriginalArchitecture
 from streamconv.verification.result import Check
 
@@ -156,7 +156,9 @@ def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Ve
     """
     is_different = not is_native and pair.architecture.interpolates_differently(pair.dimensions)
     kinds = [True, False] if is_different else [True]
-    found, *published = _run(pair, pixels, torch.float32, kinds, what)
+    # TF32 has 10 bits of mantissa: its rounding would hide the differences to be found. It has no float64.
+    dtype = torch.float64 if allows_tf32(pair.device) else torch.float32
+    found, *published = _run(pair, pixels, dtype, kinds, what)
     tolerance = GPU_TOLERANCE if pair.device.type == "cuda" else 0.0
     judged, note = found, ""
     numbers: dict[str, Any] = {}
@@ -200,7 +202,7 @@ def _run(pair: Pair, pixels: Tensor, dtype: torch.dtype, as_transformers: list[b
         steps += 1
         pair.progress(what, min(steps, total), total, "steps")
 
-    with fast_linear_layers(), _state_hooks(pair.converted.model, pair.prefix_tokens, compare_state):
+    with exact_layers(), _state_hooks(pair.converted.model, pair.prefix_tokens, compare_state):
         outputs = pair.converted.model(pixels)
         if "logits" in outputs:
             compare_state("logits", outputs.logits)

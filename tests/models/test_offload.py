@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from streamconv.verification.offload import OffloadedModel, OffloadedWeights, fast_linear_layers
+from streamconv.verification.offload import OffloadedModel, OffloadedWeights, exact_layers
 from streamconv.verification.page_cache import FileMappings
 from tests.support import linux
 
@@ -68,7 +68,7 @@ def test_offloaded_model_computes_the_same_and_holds_no_weights() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_fast_linear_layer_equals_a_linear_layer(bias: bool) -> None:
     layer, x = nn.Linear(129, 77, bias=bias), torch.randn(3, 50, 129)
-    with torch.no_grad(), fast_linear_layers():
+    with torch.no_grad(), exact_layers():
         fast = layer(x)
         assert functional.linear(x, weight=layer.weight).shape == (3, 50, 77)  # called otherwise: torch's own
         assert torch.equal(layer.double()(x.double()), functional.linear(x.double(), layer.weight, layer.bias))
