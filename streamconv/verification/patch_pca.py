@@ -43,10 +43,10 @@ def principal_components(centred: Tensor) -> Tensor:
 
     This is a subspace iteration, like `torch.pca_lowrank`, which draws from the random numbers of the whole process.
     """
-    start = torch.randn(centred.shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=centred.dtype)
-    components = torch.linalg.qr(start).Q
+    generator = torch.Generator().manual_seed(0)
+    components = torch.randn(centred.shape[1], 3, generator=generator, dtype=centred.dtype)
     for _ in range(ITERATIONS):
-        components = torch.linalg.qr(centred.T @ (centred @ components)).Q
+        components, _ = torch.linalg.qr(centred.T @ (centred @ components))
     return components
 
 

@@ -7,12 +7,16 @@ bytes are checked against CRC-32s.
 
 import os
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import Unpickler, UnpicklingError
+from threading import Lock
+from types import SimpleNamespace
 from typing import Any, Literal
 from zipfile import is_zipfile
 
@@ -30,6 +34,7 @@ from streamconv.verification.offload import StreamedWeights
 from streamconv.verification.originals import OriginalArchitecture, original_of
 
 BUILTIN, HUB = "builtin", "hub"
+_hub_lock = Lock()  # torch.hub imports from the front of sys.path, and two folders' modules have the same names
 
 
 def check_reference(reference: str | PathLike[str]) -> None:
@@ -59,16 +64,22 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Ori
     if plan.model is None:
         raise UsageError("torch.hub has published models only, and this is not one of them. Use --reference builtin.")
     location = (architecture.repository, "github") if reference == HUB else (fspath(reference), "local")
-    before = set(sys.modules)
     try:
-        with empty_weights():
+        with _hub_lock, _forgotten_modules(location[0]), empty_weights():
             return architecture.load(*location, plan.model), architecture
     except (Exception, SystemExit) as error:  # the code is not ours and may raise anything
         message = f"{plan.model.name} could not be loaded from {location[0]}: {type(error).__name__}: {error}"
         raise UsageError(f"{message}. Use --reference builtin, or a folder with the authors' code.") from error
+
+
+@contextmanager
+def _forgotten_modules(repository: str) -> Iterator[None]:
+    """Forget the imported modules: another folder's modules have the same names and would not be imported."""
+    before = set(sys.modules)
+    try:
+        yield
     finally:
-        # Forget the imported modules: another folder's modules have the same names and would not be imported.
-        folders = (os.path.realpath(location[0]), os.path.realpath(torch.hub.get_dir()))
+        folders = (os.path.realpath(repository), os.path.realpath(torch.hub.get_dir()))
         for name in set(sys.modules) - before:
             if os.path.realpath(getattr(sys.modules[name], "__file__", None) or "").startswith(folders):
                 del sys.modules[name]
@@ -119,18 +130,29 @@ def _map_file(path: Path) -> Any:
     if not is_legacy and not is_zipfile(path):
         return load_file(path)
     # torch maps only zip files
-    load = partial(torch.load, path, map_location="cpu", mmap=not is_legacy, weights_only=True)
+    load = partial(torch.load, path, map_location="cpu", mmap=not is_legacy)
     try:
-        return load()
+        return load(weights_only=True)
     except UnpicklingError:  # a training checkpoint with settings of classes that torch does not know
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Unread, name) for name in names]):
-            return load()
+        if is_legacy:
+            raise
+        # torch.serialization.safe_globals would allow these classes to every thread.
+        return load(weights_only=False, pickle_module=SimpleNamespace(__name__=__name__, Unpickler=_TensorUnpickler))
+
+
+class _TensorUnpickler(Unpickler):
+    """Finds only what tensors and dicts are made of. Whatever else a file names is neither imported nor called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            "collections.OrderedDict": OrderedDict,
+            "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+            "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+        }
+        return allowed.get(f"{module}.{name}", _Unread)
 
 
 class _Unread:
-    """A substitute for every class that a file names and torch does not allow, so that none is imported or called."""
-
     def __new__(cls, *arguments: object) -> "_Unread":
         return super().__new__(cls)
 

@@ -6,7 +6,6 @@ Training and masks are omitted, and so are chunks of blocks, which do not change
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -151,15 +150,13 @@ def load(repository: str, source: str, model: Model) -> Any:
     """Load Meta's own model, with its head moved into it as in `VisionTransformer`. Runs the repository's code."""
     load_entry: Any = torch.hub.load
     entry = model.name.removesuffix("_1layer")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about xFormers
-        arguments: dict[str, Any] = {"source": source, "trust_repo": True, "verbose": False, "pretrained": False}
-        if model.head is None:
-            original = load_entry(repository, entry, **arguments)
-        else:
-            classifier: Any = load_entry(repository, f"{entry}_lc", layers=1, **arguments)
-            original = classifier.backbone
-            original.linear_head = classifier.linear_head
+    arguments: dict[str, Any] = {"source": source, "trust_repo": True, "verbose": False, "pretrained": False}
+    if model.head is None:
+        original = load_entry(repository, entry, **arguments)
+    else:
+        classifier: Any = load_entry(repository, f"{entry}_lc", layers=1, **arguments)
+        original = classifier.backbone
+        original.linear_head = classifier.linear_head
     if not isinstance(original, nn.Module) or not hasattr(original, "prepare_tokens_with_masks"):
         raise TypeError(f"it returns a {type(original).__name__}, which is not the authors' model")
     return original
