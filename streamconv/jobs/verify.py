@@ -25,7 +25,7 @@ from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
-from streamconv.verification.preflight import check_arguments, check_report
+from streamconv.verification.preflight import check_arguments, check_packages, check_report
 from streamconv.verification.result import Check, Verification
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ def verify(
     The result is recorded in the folder's manifest if the folder was made from this source. A difference is not an
     error, but a result: see `Verification.passed`.
 
+    Threads may verify at the same time. Nothing is changed for the rest of the process, so transformers' messages and
+    progress bars are shown as the caller has set them. An authors' code (``reference``) is imported by torch.hub, which
+    changes sys.path meanwhile.
+
     Args:
         folder: The folder that `streamconv.convert` wrote.
         source: The source of the folder: a model's name, a checkpoint file, or its address. None reads only the folder:
@@ -57,7 +61,8 @@ def verify(
         progress: Called with the bytes or steps of each check. What it raises ends the job: see `Cancelled`.
 
     Raises:
-        UsageError: the device, the image or the reference does not exist, or the device has too little memory.
+        UsageError: the device, the image or the reference does not exist, the device has too little memory, or torch
+            or transformers is not installed.
         SourceError: the source cannot be read.
         OutputError: there is no such folder, it is unfinished, or it needs a source and has none.
     """
@@ -68,6 +73,8 @@ def verify(
         raise OutputError(
             f"{path} holds an unfinished conversion. Finish it first: run the same convert command again."
         )
+    if source is not None:
+        check_packages()
     check_options(options)
     if source is None:
         verification = _verify_alone(path, progress)

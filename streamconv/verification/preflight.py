@@ -2,9 +2,13 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from streamconv.errors import OutputError, UsageError
+
+# What verification runs models with, by the names of the modules.
+PACKAGES = {name: name for name in ("torch", "torchvision", "transformers", "accelerate")} | {"PIL": "Pillow"}
 
 
 def check_report(path: Path) -> None:
@@ -21,6 +25,20 @@ def check_report(path: Path) -> None:
         raise OutputError(f"{path} cannot be written. Choose a --report file in a folder that exists and is writable.")
 
 
+def check_packages() -> None:
+    """Check that the packages for running models are installed, without importing them.
+
+    Raises:
+        UsageError: some are missing.
+    """
+    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        raise UsageError(
+            f"Verification runs the models and needs {', '.join(missing)}, which this Python does not have. Run "
+            "pip install streamconv, which installs everything, or use --no-verify to convert only."
+        )
+
+
 def check_arguments(device: str, image: str | None, reference: str) -> None:
     """Check that the device, the image and the reference exist.
 
@@ -29,6 +47,7 @@ def check_arguments(device: str, image: str | None, reference: str) -> None:
     """
     if device in ("auto", "cpu") and image is None and reference == "builtin":
         return
+    check_packages()
     if "torch" in sys.modules:
         from streamconv.verification.devices import check_arguments_here
 
