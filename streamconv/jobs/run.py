@@ -18,7 +18,6 @@ from streamconv.jobs.synth import temporary_checkpoint
 from streamconv.jobs.verify import check_options, verify_prepared, verify_uploaded, write_report
 from streamconv.output.manifest import Manifest
 from streamconv.progress import Progress, ignore_progress, job
-from streamconv.verification.preflight import check_packages
 from streamconv.verification.result import Verification
 
 
@@ -82,7 +81,6 @@ def run(
     if push is not None and verification is None and not push.unverified:
         raise UsageError("Unverified models are not pushed. Omit --no-verify, or push anyway with --push-unverified.")
     if verification is not None:
-        check_packages()
         check_options(verification)
     with ExitStack() as stack:
         # A synthetic source's name is known now, so a wrong repository is refused before the checkpoint is generated.

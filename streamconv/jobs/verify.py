@@ -73,9 +73,7 @@ def verify(
         raise OutputError(
             f"{path} holds an unfinished conversion. Finish it first: run the same convert command again."
         )
-    if source is not None:
-        check_packages()
-    check_options(options)
+    check_options(options, runs_models=source is not None)
     if source is None:
         verification = _verify_alone(path, progress)
     else:
@@ -149,13 +147,15 @@ def verify_uploaded(
     return _verification(plan, source, (check, *results.checks), results, models, manifest.files, start)
 
 
-def check_options(options: VerificationOptions) -> None:
+def check_options(options: VerificationOptions, runs_models: bool = True) -> None:
     """Refuse impossible options before hours of work.
 
     Raises:
-        UsageError: the device, the image or the reference does not exist.
+        UsageError: the device, the image or the reference does not exist, or torch or transformers is not installed.
         OutputError: the report cannot be written.
     """
+    if runs_models:
+        check_packages()
     if options.report is not None:
         check_report(Path(options.report))
     image = None if options.image is None else os.fspath(options.image)

@@ -1,8 +1,8 @@
 """Builds models whose weights need no memory, without a change that another thread could see.
 
-accelerate's ``init_empty_weights``, and transformers while it loads a model, replace methods of torch's modules, torch's
-initializers and the default dtype for the whole process. Another thread that builds a model meanwhile gets one without
-weights, and two such calls at the same time leave the replacements in place.
+accelerate's ``init_empty_weights``, and transformers while it loads a model, replace methods of torch's
+modules, torch's initializers and the default dtype for the whole process. Another thread that builds a model
+meanwhile gets one without weights, and two such calls at the same time leave the replacements in place.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _COMPUTED = {torch.arange, torch.linspace}
 
 class _CreationMode(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

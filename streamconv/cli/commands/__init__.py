@@ -5,6 +5,7 @@ Nothing else prints. Errors of the jobs and of the command line end here, as one
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,4 +102,9 @@ for each in (
 
 def main() -> None:
     """Run the console script. However it is interrupted, no incomplete file gets its final name."""
+    # Libraries' progress bars would garble ours, and the checks report what transformers warns of. As a library,
+    # streamconv leaves such settings to its caller; this process is ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", "xFormers is")  # from the code of DINOv2's authors
     run_with_signals(app)
