@@ -16,7 +16,6 @@ from streamconv.verification.devices import MemoryWatch, choose_device, versions
 from streamconv.verification.image import open_image
 from streamconv.verification.load import check_load
 from streamconv.verification.offload import OffloadedModel, StreamedWeights, torch_dtype
-from streamconv.verification.page_cache import return_freed_buffers
 from streamconv.verification.parity import PROVES, Pair, check_parity
 from streamconv.verification.patch_pca import draw_pictures
 from streamconv.verification.preprocessing import check_pixels, check_preprocessing
@@ -59,7 +58,6 @@ class ModelVerifier:
 
         A remote source is read only once: for parity, not for preprocessing.
         """
-        return_freed_buffers()
         with MemoryWatch(self.device) as memory:
             found = self._check(folder, source, progress, parity, is_sparse)
             return replace(found, memory=memory.as_dict())

@@ -1,7 +1,8 @@
 """Runs a model whose weights stay in their file: a layer's weights are on the device only while the layer runs.
 
-accelerate's hooks load and release them, on a CPU as on a GPU, so that the device needs memory for one
-layer, not for the model. A forward pass uses every weight once, so none is loaded twice.
+Hooks load and release them, on a CPU as on a GPU, so that the device needs memory for one layer, not for the
+model. A forward pass uses every weight once, so none is loaded twice. accelerate's hooks would do the same, but change
+an environment variable, which other threads see, and collect garbage for every weight.
 """
 
 from collections import deque
@@ -10,9 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import cpu_offload
-from accelerate.utils import set_module_tensor_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -138,17 +137,43 @@ class OffloadedModel:
     ):
         self.model = model
         self._weights = weights or OffloadedWeights(model.state_dict(), device, torch.float32, cast_to)
-        model.eval().to("meta")
-        cpu_offload(model, execution_device=device, state_dict=self._weights)
+        model.eval().requires_grad_(False)
+        for prefix, module in model.named_modules():
+            for name, value in module.named_buffers(recurse=False):
+                module._buffers[name] = value.to(device)
+            if module is not model:
+                self._offload(module, f"{prefix}.")
         self.compute_in(torch.float32)
+
+    def _offload(self, module: nn.Module, prefix: str) -> None:
+        """Release a module's own weights, except while it runs."""
+        empty = {
+            name: _parameter(torch.empty_like(value, device="meta"))
+            for name, value in module.named_parameters(recurse=False)
+        }
+
+        def load(module: nn.Module, args: Any) -> None:
+            for name in empty:
+                module._parameters[name] = _parameter(self._weights[prefix + name])
+
+        def release(module: nn.Module, args: Any = None, output: Any = None) -> None:
+            module._parameters.update(empty)
+
+        if empty:
+            release(module)
+            module.register_forward_pre_hook(load)
+            module.register_forward_hook(release)
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Switch the dtype of weights and computation; inputs must have it, too."""
         self._weights.dtype = dtype
         self.model.to(dtype)
         for name, _ in self.model.named_parameters(recurse=False):
-            value = self._weights[name]
-            set_module_tensor_to_device(self.model, name, value.device, value=value)
+            self.model._parameters[name] = _parameter(self._weights[name])
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
 
 
 class _ExactLayers(TorchFunctionMode):

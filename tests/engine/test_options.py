@@ -1,5 +1,7 @@
 """Options are checked before a source is opened, and the name of a folder has no effect."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,3 +79,15 @@ def test_a_published_model_is_recognised_in_a_folder_of_any_name(tmp_path: Path,
     assert streamconv.plan(path).model_name == model.name
     path = path.rename(path.with_name("mine.pth"))
     assert streamconv.plan(path).model_name is None
+
+
+@pytest.mark.parametrize("job", ["streamconv.run('x.pth', 'out')", "streamconv.verify('.', 'x.pth')"])
+def test_job_that_verifies_without_torch_ends_before_it_opens_the_source(tmp_path: Path, job: str) -> None:
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None)\n"
+        f"import streamconv\ntry:\n    {job}\nexcept streamconv.UsageError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("Verification runs the models and needs torch, transformers, which this"), done.stderr
+    assert "pip install streamconv" in done.stdout
+    assert not any(tmp_path.iterdir())

@@ -1,5 +1,7 @@
 """Offloaded weights are computed with correctly and do not stay in memory."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from streamconv.verification.offload import OffloadedModel, OffloadedWeights, exact_layers
+from streamconv.verification.offload import (
+    OffloadedModel,
+    OffloadedWeights,
+    convolve_in_float64,
+    exact_layers,
+)
 from streamconv.verification.page_cache import FileMappings
 from tests.support import linux
 
@@ -75,3 +82,24 @@ def test_fast_linear_layer_equals_a_linear_layer(bias: bool) -> None:
     assert torch.allclose(
         fast, functional.linear(x, layer.weight.float(), layer.bias.float() if bias else None), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_convolution_in_float64_is_rounded_once(with_bias: bool) -> None:
+    layer, x = nn.Conv2d(3, 8, 5, stride=5, bias=with_bias), torch.randn(2, 3, 20, 20)
+    found = convolve_in_float64(x, layer.weight, layer.bias, layer.stride)
+    assert torch.equal(found, layer.double()(x.double()).float())
+
+
+def test_matrix_products_that_may_use_tf32_are_found() -> None:
+    """In separate processes, because torch refuses to mix its two interfaces."""
+    code = (
+        "import torch; from streamconv.verification.offload import allows_tf32; gpu = torch.device('cuda')\n"
+        "print(allows_tf32(gpu)); {}; print(allows_tf32(gpu), allows_tf32(torch.device('cpu')))"
+    )
+    settings = ["torch.backends.cuda.matmul.allow_tf32 = True", "torch.set_float32_matmul_precision('medium')"]
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        settings.append("torch.backends.cuda.matmul.fp32_precision = 'tf32'")
+    for setting in settings:
+        done = subprocess.run([sys.executable, "-c", code.format(setting)], capture_output=True, text=True)
+        assert done.stdout == "False\nTrue False\n", done.stderr
