@@ -20,9 +20,10 @@ from streamconv.planning.shards import PIECE_BYTES
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.expressions import AnyTensor, parts_of, prefetch
 from streamconv.tensors.info import DTYPES
-from streamconv.verification.page_cache import FileMappings
+from streamconv.verification.page_cache import FileMappings, return_freed_buffers
 
 RECENT_BYTES = 128 << 20  # mapped pages kept for the running layer; a block of ViT-g has 113 MB
+LARGE_BYTES = 1 << 20  # of a layer after which freed buffers are returned to the system
 READ_BYTES = 32 << 20  # read at once from a streamed source
 
 
@@ -158,6 +159,8 @@ class OffloadedModel:
 
         def release(module: nn.Module, args: Any = None, output: Any = None) -> None:
             module._parameters.update(empty)
+            if sum(value.nbytes for value in empty.values()) >= LARGE_BYTES:
+                return_freed_buffers()
 
         if empty:
             release(module)

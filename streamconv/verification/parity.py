@@ -23,7 +23,6 @@ from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
 from streamconv.verification.offload import OffloadedModel, allows_tf32, exact_layers
 from streamconv.verification.originals import OriginalArchitecture
-from streamconv.verification.page_cache import return_freed_buffers
 from streamconv.verification.result import Check
 
 PROVES = "the original model and transformers compute the same from the same image, in every layer"
@@ -200,7 +199,6 @@ def _run(pair: Pair, pixels: Tensor, dtype: torch.dtype, as_transformers: list[b
             # Between any two layers: each call may cancel the verification, and a layer can take a second.
             pair.progress(what, min(steps, total), total, "steps")
             comparison.compare(name, state)
-        return_freed_buffers()
         steps += 1
         pair.progress(what, min(steps, total), total, "steps")
 

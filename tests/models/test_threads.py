@@ -129,6 +129,7 @@ def test_verifications_in_threads_disturb_neither_each_other_nor_the_caller(
 
 
 def test_verification_leaves_random_numbers_alone(jobs: list[Callable[[], Verification]]) -> None:
+    torch.rand(7)  # whatever state a job might have set before
     before = torch.get_rng_state()
     for job in jobs:
         job()
