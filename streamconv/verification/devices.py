@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import accelerate
 import torch
 import torchvision
 import transformers
@@ -47,7 +48,7 @@ def choose_device(name: str) -> torch.device:
 
 def versions() -> dict[str, str]:
     """The versions of streamconv and of the libraries that the models run with."""
-    packages = (torch, torchvision, transformers)
+    packages = (torch, torchvision, transformers, accelerate)
     return {"streamconv": __version__, **{package.__name__: str(package.__version__) for package in packages}}
 
 

@@ -1,8 +1,8 @@
 """Runs a model whose weights stay in their file: a layer's weights are on the device only while the layer runs.
 
-Hooks load and release them, on a CPU as on a GPU, so that the device needs memory for one layer, not for the
-model. A forward pass uses every weight once, so none is loaded twice. accelerate's hooks would do the same, but change
-an environment variable, which other threads see, and collect garbage for every weight.
+A hook for accelerate loads and releases them, on a CPU as on a GPU, so that the device needs memory for one layer, not
+for the model. A forward pass uses every weight once, so none is loaded twice. accelerate's own hook for this changes an
+environment variable, which other threads see, and collects garbage for every weight.
 """
 
 from collections import deque
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -121,6 +122,31 @@ def _read_tensor(name: str, tensor: AnyTensor, reader: Reader, checks: RecordChe
     return data.view(torch_dtype(tensor.info.dtype)).reshape(tensor.info.shape).to(torch_dtype(tensor.target.dtype))
 
 
+class _LayerWeights(ModelHook):  # type: ignore[misc]
+    """Gives a module its own weights while it runs; ``prefix`` is the module's name in the state dict and a dot."""
+
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str):
+        self._weights, self._prefix = weights, prefix
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        own = dict(module.named_parameters(recurse=False))
+        self._empty = {name: _parameter(torch.empty_like(value, device="meta")) for name, value in own.items()}
+        self._is_large = sum(value.nbytes for value in self._empty.values()) >= LARGE_BYTES
+        module._parameters.update(self._empty)
+        return module
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for name in self._empty:
+            module._parameters[name] = _parameter(self._weights[self._prefix + name])
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        module._parameters.update(self._empty)
+        if self._is_large:
+            return_freed_buffers()
+        return output
+
+
 class OffloadedModel:
     """A model that runs on ``device`` layer by layer, in float32.
 
@@ -142,30 +168,9 @@ class OffloadedModel:
         for prefix, module in model.named_modules():
             for name, value in module.named_buffers(recurse=False):
                 module._buffers[name] = value.to(device)
-            if module is not model:
-                self._offload(module, f"{prefix}.")
+            if module is not model and module._parameters:
+                add_hook_to_module(module, _LayerWeights(self._weights, f"{prefix}."))
         self.compute_in(torch.float32)
-
-    def _offload(self, module: nn.Module, prefix: str) -> None:
-        """Release a module's own weights, except while it runs."""
-        empty = {
-            name: _parameter(torch.empty_like(value, device="meta"))
-            for name, value in module.named_parameters(recurse=False)
-        }
-
-        def load(module: nn.Module, args: Any) -> None:
-            for name in empty:
-                module._parameters[name] = _parameter(self._weights[prefix + name])
-
-        def release(module: nn.Module, args: Any = None, output: Any = None) -> None:
-            module._parameters.update(empty)
-            if sum(value.nbytes for value in empty.values()) >= LARGE_BYTES:
-                return_freed_buffers()
-
-        if empty:
-            release(module)
-            module.register_forward_pre_hook(load)
-            module.register_forward_hook(release)
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Switch the dtype of weights and computation; inputs must have it, too."""
