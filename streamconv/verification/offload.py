@@ -148,21 +148,24 @@ class OffloadedModel:
 
     def _offload(self, module: nn.Module, prefix: str) -> None:
         """Release a module's own weights, except while it runs."""
-        empty = {
-            name: _parameter(torch.empty_like(value, device="meta"))
-            for name, value in module.named_parameters(recurse=False)
-        }
+        names = [name for name, _ in module.named_parameters(recurse=False)]
 
         def load(module: nn.Module, args: Any) -> None:
-            for name in empty:
+            for name in names:
                 module._parameters[name] = _parameter(self._weights[prefix + name])
 
         def release(module: nn.Module, args: Any = None, output: Any = None) -> None:
-            module._parameters.update(empty)
-            if sum(value.nbytes for value in empty.values()) >= LARGE_BYTES:
+            weights = dict(module.named_parameters(recurse=False))
+            is_large = sum(weight.nbytes for weight in weights.values()) >= LARGE_BYTES
+            while weights:
+                name, weight = weights.popitem()
+                # On the meta device, but of the same dtype, which transformers reads before the layer runs.
+                module._parameters[name] = _parameter(torch.empty_like(weight, device="meta"))
+                del weight
+            if is_large:
                 return_freed_buffers()
 
-        if empty:
+        if names:
             release(module)
             module.register_forward_pre_hook(load)
             module.register_forward_hook(release)
