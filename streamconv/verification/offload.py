@@ -129,22 +129,29 @@ class _LayerWeights(ModelHook):  # type: ignore[misc]
         self._weights, self._prefix = weights, prefix
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        own = dict(module.named_parameters(recurse=False))
-        self._empty = {name: _parameter(torch.empty_like(value, device="meta")) for name, value in own.items()}
-        self._is_large = sum(value.nbytes for value in self._empty.values()) >= LARGE_BYTES
-        module._parameters.update(self._empty)
-        return module
+        self._names = [name for name, _ in module.named_parameters(recurse=False)]
+        return self._release(module)
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        for name in self._empty:
+        for name in self._names:
             module._parameters[name] = _parameter(self._weights[self._prefix + name])
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        module._parameters.update(self._empty)
-        if self._is_large:
-            return_freed_buffers()
+        self._release(module)
         return output
+
+    def _release(self, module: nn.Module) -> nn.Module:
+        weights = dict(module.named_parameters(recurse=False))
+        is_large = sum(weight.nbytes for weight in weights.values()) >= LARGE_BYTES
+        while weights:
+            name, weight = weights.popitem()
+            # On the meta device, but of the same dtype, which transformers reads before the layer runs.
+            module._parameters[name] = _parameter(torch.empty_like(weight, device="meta"))
+            del weight
+        if is_large:
+            return_freed_buffers()
+        return module
 
 
 class OffloadedModel:

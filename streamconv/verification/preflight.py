@@ -34,8 +34,8 @@ def check_packages() -> None:
     missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
     if missing:
         raise UsageError(
-            f"Verification runs the models and needs {', '.join(missing)}, which this Python does not have. Run "
-            "pip install streamconv, which installs everything, or use --no-verify to convert only."
+            f"Verification runs the models and needs {', '.join(missing)}, which this Python does not have. Install "
+            f"what is missing with pip install {' '.join(missing)}, or use --no-verify to convert only."
         )
 
 
