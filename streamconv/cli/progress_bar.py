@@ -4,7 +4,6 @@ The bar is click's, which takes 6 ms and 0.8 MB to import and draw. tqdm's takes
 importlib.metadata, and rich's 81 ms and 3.6 MB (best of five on two busy cores).
 """
 
-import shutil
 import sys
 import time
 from datetime import timedelta
@@ -13,6 +12,7 @@ from typing import Any
 
 import click
 
+from streamconv.cli.layout import columns_of
 from streamconv.cli.units import size, speed
 
 DRAW_INTERVAL_SECONDS = 0.1
@@ -92,7 +92,7 @@ def _bar(total: int) -> Any:
 
 
 def _draw(bar: Any, step: str, done: int, amounts: str) -> None:
-    columns = shutil.get_terminal_size().columns - FREE_COLUMNS - len(amounts)
+    columns = columns_of(sys.stderr) - FREE_COLUMNS - len(amounts)
     longest = max(columns - MIN_BAR_COLUMNS, 1)
     bar.label = step if len(step) <= longest else f"{step[: longest - 1]}…"
     bar.width = max(columns - len(bar.label), 0)
