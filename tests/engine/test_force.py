@@ -163,6 +163,9 @@ def test_synth_and_run_replace_with_force(tmp_path: Path) -> None:
     refused = run("synth", "dinov2_vits14", "x.pth", cwd=tmp_path)
     assert (refused.returncode, "--force" in refused.stderr) == (4, True)
     assert run("synth", "dinov2_vits14", "x.pth", "--force", cwd=tmp_path).returncode == 0
+    (tmp_path / "folder.pth").mkdir()
+    refused = run("synth", "dinov2_vits14", "folder.pth", "--force", cwd=tmp_path)
+    assert (refused.returncode, refused.stderr) == (4, "error: folder.pth is a folder. Choose another name.\n")
     words = ("run", "x.pth", "--no-verify", "-o", "out")
     assert run(*words, cwd=tmp_path).returncode == 0
     refused = run(*words, "--dtype", "float16", cwd=tmp_path)
