@@ -224,6 +224,15 @@ def test_interruption_under_json_is_one_document(tmp_path: Path) -> None:
             "error: Invalid value for '--dtype': 'float8' is not one of 'float32', 'float16', 'bfloat16'. "
             "See streamconv plan --help.\n",
         ),
+        (
+            "plan x.pth https://me:word@host/y.pth?signature=word",
+            "error: Got unexpected extra argument (https://host/y.pth. See streamconv plan --help.\n",
+        ),
+        (
+            "run --push-to-hub https://me:word@host/y.pth?signature=word",
+            "error: --push-to-hub took https://host/y.pth as the repository's name, but it is a source. Put the source "
+            "first, `streamconv run https://host/y.pth --push-to-hub`, or name a repository as USER/NAME.\n",
+        ),
     ],
 )
 def test_wrong_usage_is_one_message_with_the_fix(tmp_path: Path, words: str, message: str) -> None:
