@@ -41,12 +41,21 @@ def error_lines(message: str) -> list[Line]:
     return [Line(click.style("error: ", fg="red", bold=True), first), *map(indented, others)]
 
 
+def columns_of(stream: TextIO) -> int:
+    """Return a terminal's width: COLUMNS, or that of stdout or, if stdout is a file, of ``stream``."""
+    try:
+        size = os.get_terminal_size(stream.fileno())
+    except OSError:  # it is no terminal
+        size = os.terminal_size((80, 24))
+    return shutil.get_terminal_size(size).columns
+
+
 def print_wrapped(lines: Iterable[str | Line], stream: TextIO) -> None:
     """Print lines, wrapped if ``stream`` is a terminal.
 
     NO_COLOR switches colours off and FORCE_COLOR on, whatever the stream is (https://no-color.org).
     """
-    columns = max(shutil.get_terminal_size().columns, MIN_COLUMNS) if stream.isatty() else None
+    columns = max(columns_of(stream), MIN_COLUMNS) if stream.isatty() else None
     is_coloured = False if os.environ.get("NO_COLOR") else True if os.environ.get("FORCE_COLOR") else None
     for line in lines:
         click.echo(laid_out(line, columns), stream, color=is_coloured)

@@ -10,6 +10,7 @@ from click.shell_completion import CompletionItem
 from streamconv.cli.command import Argument, Option
 from streamconv.errors import UsageError
 from streamconv.families.registry import all_families, is_model
+from streamconv.files.address import redacted
 from streamconv.hub.repository import Destination
 from streamconv.jobs.options import PushOptions, VerificationOptions
 from streamconv.tensors.info import CastDtype
@@ -171,9 +172,10 @@ def push_options(
             raise UsageError(f"{' and '.join(alone)} {'needs' if len(alone) == 1 else 'need'} --push-to-hub. Add it.")
         return None
     if _is_source(push_to_hub):
+        source = redacted(push_to_hub)
         raise UsageError(
-            f"--push-to-hub took {push_to_hub} as the repository's name, but it is a source. Put the source first, "
-            f"`streamconv run {push_to_hub} --push-to-hub`, or name a repository as USER/NAME."
+            f"--push-to-hub took {source} as the repository's name, but it is a source. Put the source first, "
+            f"`streamconv run {source} --push-to-hub`, or name a repository as USER/NAME."
         )
     return PushOptions(Destination(push_to_hub or None, private, revision, create_pr), push_unverified)
 

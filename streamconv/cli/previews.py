@@ -41,7 +41,7 @@ def preview_lines(done: Preview) -> Iterator[Line | str]:
         compared = "with" if done.verification.parity else "without"
         yield _row("verify", f"on {done.verification.device}, {compared} a comparison of the models' outputs")
     if done.repository is not None:
-        yield _row("push", f"to {done.repository}{'' if done.verification is None else ', if verification passes'}")
+        yield _row("push", f"to {done.repository}{'' if done.unverified else ', if verification passes'}")
     yield from remark_lines(done.plan)
 
 

@@ -4,7 +4,7 @@ The bar is click's, which takes 6 ms and 0.8 MB to import and draw. tqdm's takes
 importlib.metadata, and rich's 81 ms and 3.6 MB (best of five on two busy cores).
 """
 
-import shutil
+import logging
 import sys
 import time
 from datetime import timedelta
@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from streamconv.cli.layout import columns_of
 from streamconv.cli.units import size, speed
 
 DRAW_INTERVAL_SECONDS = 0.1
@@ -20,6 +21,7 @@ LOG_INTERVAL_SECONDS = 10.0  # between two log lines about the same step
 MIN_BAR_COLUMNS = 6
 FREE_COLUMNS = 4 + 3  # between the parts of the line, and for the ^C that a terminal shows at its end
 REMOVE_BAR = "\r\033[K\033[?25h"  # click would keep the bar; this also shows the cursor, which click hides
+_log = logging.getLogger("streamconv")
 
 
 class ProgressReport:
@@ -33,18 +35,26 @@ class ProgressReport:
 
     def __enter__(self) -> "ProgressReport":
         self._is_terminal = sys.stderr.isatty()
+        for handler in _log.handlers:
+            handler.addFilter(self._make_room)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for handler in _log.handlers:
+            handler.removeFilter(self._make_room)
         self.clear()
 
     def clear(self) -> None:
         """Remove the bar from the terminal, so that lines can be printed; the next call shows it again."""
         if self._bar is not None:
             print(REMOVE_BAR, end="", file=sys.stderr, flush=True)
-        self._bar, self._step = None, ""
+
+    def _make_room(self, record: logging.LogRecord) -> bool:
+        """Remove the bar before a log line: handlers call their filters first."""
+        self.clear()
+        return True
 
     def __call__(self, step: str, done: int, total: int, unit: str) -> None:
         if self._is_quiet:
@@ -92,7 +102,7 @@ def _bar(total: int) -> Any:
 
 
 def _draw(bar: Any, step: str, done: int, amounts: str) -> None:
-    columns = shutil.get_terminal_size().columns - FREE_COLUMNS - len(amounts)
+    columns = columns_of(sys.stderr) - FREE_COLUMNS - len(amounts)
     longest = max(columns - MIN_BAR_COLUMNS, 1)
     bar.label = step if len(step) <= longest else f"{step[: longest - 1]}…"
     bar.width = max(columns - len(bar.label), 0)

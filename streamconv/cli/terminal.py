@@ -7,7 +7,6 @@ one must say how to resume it.
 import io
 import json
 import os
-import re
 import shlex
 import signal
 import sys
@@ -18,7 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 from streamconv.cli.layout import Line, error_lines, print_wrapped
 from streamconv.errors import OutputError
-from streamconv.files.address import Address
+from streamconv.files.address import redacted
 
 
 class InterruptedByUser(BaseException):
@@ -82,12 +81,9 @@ def run_with_signals(command: Callable[[], object]) -> None:
 
 def _redacted_command(arguments: list[str]) -> str:
     """Return the command line without the parts of URLs that may be secret: users, passwords, queries."""
-    redacted = [
-        re.sub(r"(?i)(?<![^\s=])[a-z][a-z0-9+.-]+://\S+", lambda match: str(Address(match[0])), argument)
-        for argument in arguments
-    ]
-    note = "" if redacted == arguments else "  (with the full URLs: parts that may be secret are not shown)"
-    return shlex.join(["streamconv", *redacted]) + note
+    shown = [redacted(argument) for argument in arguments]
+    note = "" if shown == arguments else "  (with the full URLs: parts that may be secret are not shown)"
+    return shlex.join(["streamconv", *shown]) + note
 
 
 @dataclass

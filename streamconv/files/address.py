@@ -14,6 +14,7 @@ from streamconv.errors import SourceError, UsageError, printable
 
 # RFC 3986, 3.1; at least two characters, since one is a drive on Windows. "::" chains fsspec's URLs.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::[A-Za-z])")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://\S+")
 _WEB = ("http", "https")
 
 
@@ -53,6 +54,11 @@ def _without_secrets(url: str) -> str:
     scheme, mark, rest = url.partition("://")
     host, slash, path = re.split("[?#]" if scheme.lower() in _WEB else "[?]", rest)[0].partition("/")
     return scheme + mark + host.rpartition("@")[2] + slash + path
+
+
+def redacted(text: str) -> str:
+    """Return a text, such as a library's message, without what may be secret in its URLs."""
+    return _URL.sub(lambda match: str(Address(match[0])), text)
 
 
 Location: TypeAlias = Path | Address

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from streamconv.errors import ChangedError, SourceError, SourceMissingError, StreamconvError, UsageError, printable
-from streamconv.files.address import Address
+from streamconv.files.address import Address, redacted
 from streamconv.files.base import ByteRange
 from streamconv.files.remote import MAX_IN_FLIGHT, RemoteFile
 from streamconv.files.retries import RETRIES_BEFORE_OPEN, RETRY_WAITS_SECONDS
@@ -59,7 +59,7 @@ class FsspecFile(RemoteFile):
             except StreamconvError:
                 raise
             except Exception as error:  # each store's package has its own exceptions
-                failure, reason = error, printable(f"{type(error).__name__}: {error}")
+                failure, reason = error, printable(redacted(f"{type(error).__name__}: {error}"))
             if wait is None or isinstance(failure, PermissionError):
                 break
             _log.warning("%s: %s; trying again in %g s", self.address, reason, wait)
@@ -101,9 +101,10 @@ def _find_file_system(address: Address) -> tuple[Any, str]:
 
         file_system, path = url_to_fs(address.url)
         return file_system, str(path)
-    except ImportError as error:  # the package for the scheme is missing; fsspec's message names it
-        raise UsageError(f"{address}: {printable(str(error))}.") from error
-    except ValueError as error:
-        raise UsageError(f"{address}: {error}. Give a local file, or an http, https, hf, s3 or gs URL.") from error
-    except Exception as error:
-        raise SourceError(f"{address} cannot be read: {type(error).__name__}: {error}.") from error
+    except Exception as error:  # each store's package has its own exceptions
+        reason = printable(redacted(str(error)))
+        if isinstance(error, ImportError):  # the package for the scheme is missing; fsspec's message names it
+            raise UsageError(f"{address}: {reason}.") from error
+        if isinstance(error, ValueError):
+            raise UsageError(f"{address}: {reason}. Give a local file, or an http, https, hf, s3 or gs URL.") from error
+        raise SourceError(f"{address} cannot be read: {type(error).__name__}: {reason}.") from error

@@ -1,13 +1,11 @@
 """Waits before retries, and when to give up."""
 
 import logging
-import re
 import time
 
 from streamconv.errors import NetworkError, printable
-from streamconv.files.address import Address
+from streamconv.files.address import redacted
 
-_URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]+://[^\s'"]+""")
 _log = logging.getLogger(__name__)
 
 # Before each retry, until a byte arrives. The first is for a connection that the server closed while it was idle.
@@ -41,8 +39,7 @@ class Retries:
         """
         if isinstance(error, RetryNow):
             return
-        # A library's message may contain the URL of the request, with its secrets.
-        reason = printable(_URL.sub(lambda match: str(Address(match[0])), str(error)) or type(error).__name__)
+        reason = printable(redacted(str(error)) or type(error).__name__)
         if self.failures == (RETRIES_BEFORE_OPEN if position is None else len(RETRY_WAITS_SECONDS)):
             at, fix = "from the beginning", "Check the URL and the network, and run the same command again."
             if position is not None:

@@ -70,11 +70,7 @@ def convert_to_hub(
     """
     conversion = PreparedConversion.of(prepared, output, force=force)
     plan = conversion.plan
-    if conversion.find_finished() is not None:
-        raise UsageError(
-            f"{conversion.folder} holds the finished model, which would be deleted. Omit --stream to push it from "
-            "there, or choose another folder with -o DIR."
-        )
+    refuse_finished(conversion)
     repository.refuse_others([*plan.filenames, MANIFEST_NAME, CARD_NAME])
     largest = max(shard.size for shard in plan.shards)
     start = time.monotonic()
@@ -92,6 +88,19 @@ def convert_to_hub(
             progress(f"committing to {repository.id}", 0, 1, "steps")
             published = _commit(conversion, manifest, work, repository)
     return HubConversion(conversion.result(written, resumed_bytes, seconds, repository.id), verification, published)
+
+
+def refuse_finished(conversion: PreparedConversion) -> None:
+    """Refuse a staging folder that holds the finished model, which would be deleted.
+
+    Raises:
+        UsageError
+    """
+    if conversion.find_finished() is not None:
+        raise UsageError(
+            f"{conversion.folder} holds the finished model, which would be deleted. Omit --stream to push it from "
+            "there, or choose another folder with -o DIR."
+        )
 
 
 def _upload_shards(

@@ -2,20 +2,22 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamconv.hub.card import CARD_NAME
 from streamconv.jobs.convert import PreparedConversion
+from streamconv.jobs.convert_to_hub import refuse_finished
 from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, VerificationOptions
-from streamconv.jobs.prepare import PreparedSource, prepared_source
+from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.jobs.publish import open_repository
-from streamconv.jobs.verify import check_options
+from streamconv.jobs.run import check_requests
 from streamconv.output.files import require_writable
 from streamconv.output.folder import check_output_folder
 from streamconv.output.journal import JOURNAL_NAME, Journal, locked_journal
-from streamconv.output.manifest import MANIFEST_NAME, Provenance, differences
+from streamconv.output.manifest import MANIFEST_NAME, differences
 from streamconv.output.ownership import owned_names
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
@@ -29,7 +31,8 @@ class Preview:
     ``sources`` are the sizes in bytes of the files that would be read, by location; ``downloads`` those of the files
     that would be fetched into torch.hub's cache, by path. ``files`` are the sizes of the files that would be written,
     by name; none if the conversion is finished. ``resumed_bytes`` of them an interrupted run has written. ``replaced``
-    are the names of files that would be deleted first. ``repository`` is the Hub's, "user/name".
+    are the names of files that would be deleted first. ``repository`` is the Hub's, "user/name"; ``unverified``: it
+    would be pushed to even if verification does not pass.
     """
 
     plan: Plan
@@ -41,6 +44,7 @@ class Preview:
     replaced: tuple[str, ...]
     verification: VerificationOptions | None
     repository: str | None
+    unverified: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -77,27 +81,36 @@ def preview(
     Raises:
         UsageError, SourceError, OutputError, HubError: those by which the job itself would be refused.
     """
-    if verification is not None:
-        check_options(verification)
-    with prepared_source(source, options, progress, is_exact=False) as prepared:
+    check_requests(verification, push)
+    downloads: Mapping[Path, int] = {}
+    with ExitStack() as stack:
+        prepared = stack.enter_context(prepared_source(source, options, progress, is_exact=False))
         plan, opened = prepared.plan, prepared.source
         repository = open_repository(push, plan.model_name) if push is not None else None
         if repository is not None:
             repository.refuse_others([*plan.filenames, MANIFEST_NAME, CARD_NAME])
         conversion = PreparedConversion.of(prepared, output, force=options.force)
-        is_finished = conversion.find_finished() is not None
+        is_finished = opened.has_checksums and conversion.find_finished() is not None
+        if opened.is_remote and not options.stream and (not is_finished or verification is not None):
+            downloads = check_downloads(opened.source, opened.checkpoints)
+            if not downloads:  # the conversion reads the copy, so it records the copy's version
+                prepared = stack.enter_context(local_copy(prepared, progress))
+                conversion = PreparedConversion.of(prepared, output, force=options.force)
+        if options.stream and push is not None:
+            refuse_finished(conversion)
+        is_finished = is_finished or conversion.find_finished() is not None
         files, resumed_bytes, replaced = ({}, 0, ()) if is_finished else _written(conversion, push, options)
-        needs_copy = not options.stream and (not is_finished or verification is not None)
         return Preview(
             plan=plan,
             output=conversion.folder,
             sources=_sources(prepared),
-            downloads=check_downloads(opened.source, opened.checkpoints) if needs_copy else {},
+            downloads=downloads,
             files=files,
             resumed_bytes=resumed_bytes,
             replaced=replaced,
             verification=verification,
             repository=repository.id if repository is not None else None,
+            unverified=push is not None and push.unverified,
         )
 
 
@@ -123,10 +136,6 @@ def _written(
     sizes |= {name: len(data) for name, data in plan.small_files.items()}
     if plan.index is not None:
         sizes |= dict.fromkeys([name for name in plan.filenames if name not in sizes], len(plan.index))
-    if _is_same(journal.provenance, conversion.provenance):
+    if journal.provenance is not None and not differences(journal.provenance, conversion.provenance):
         return sizes, sum(point.size for point in journal.resume_points.values()), ()
     return sizes, 0, tuple(sorted(owned_names(folder, journal))) if options.force else ()
-
-
-def _is_same(previous: Provenance | None, provenance: Provenance) -> bool:
-    return previous is not None and not differences(previous, provenance)

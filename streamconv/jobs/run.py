@@ -78,10 +78,7 @@ def run(
     """
     if synthetic_seed is not None and conversion.head is not None:
         raise UsageError("A synthetic model has its own head. Omit --head.")
-    if push is not None and verification is None and not push.unverified:
-        raise UsageError("Unverified models are not pushed. Omit --no-verify, or push anyway with --push-unverified.")
-    if verification is not None:
-        check_options(verification)
+    check_requests(verification, push)
     with ExitStack() as stack:
         # A synthetic source's name is known now, so a wrong repository is refused before the checkpoint is generated.
         name = fspath(source) if synthetic_seed is not None else None
@@ -110,6 +107,19 @@ def run(
     if push is not None and repository is not None and (push.unverified or (verified is not None and verified.passed)):
         published = publish_folder(converted.output, repository, progress)
     return RunResult(converted, verified, published)
+
+
+def check_requests(verification: VerificationOptions | None, push: PushOptions | None) -> None:
+    """Refuse impossible requests before hours of work.
+
+    Raises:
+        UsageError: what was not verified would be pushed; or see `check_options`.
+        OutputError: see `check_options`.
+    """
+    if push is not None and verification is None and not push.unverified:
+        raise UsageError("Unverified models are not pushed. Omit --no-verify, or push anyway with --push-unverified.")
+    if verification is not None:
+        check_options(verification)
 
 
 def _run_to_hub(

@@ -16,6 +16,8 @@ from streamconv.errors import OutputError, UsageError
 from streamconv.families.base import Model
 from streamconv.families.registry import find_model
 from streamconv.output.files import as_output_error, atomic_file, open_exclusive, require_space
+from streamconv.output.journal import Journal
+from streamconv.output.resumable import require_absent
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.tensors.info import TensorInfo
 
@@ -59,11 +61,9 @@ def _synth(model: str, path: str | PathLike[str], seed: int, force: bool, progre
     family, found = find_model(model)
     backbone = Path(path)
     head = _head_path(backbone, found)
-    for file in (backbone, head):
-        if file is not None and os.path.exists(file) and not force:
-            raise OutputError(f"{file} exists already. Choose another name, or replace it with --force.")
-        if file is not None and not os.path.isdir(file.parent):
-            raise OutputError(f"{file.parent} is not a folder. Create it first.")
+    require_absent([file for file in (backbone, head) if file is not None], Journal(), force=force)
+    if not os.path.isdir(backbone.parent):
+        raise OutputError(f"{backbone.parent} is not a folder. Create it first.")
     backbone_infos, head_infos = family.split_head(family.sources(found.dimensions, found.block_chunks))
     with ExitStack() as named:  # both or none
         named.enter_context(_written(backbone, backbone_infos, seed, progress))

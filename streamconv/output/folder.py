@@ -118,14 +118,14 @@ def open_output_folder(
 
 def _start(folder: Path, journal: OpenJournal, provenance: Provenance, force: bool) -> None:
     previous = journal.contents.provenance
-    if force and (differences(previous, provenance) if previous is not None else Manifest.read(folder) is not None):
-        _log.info("deleting the conversion in %s, to start over", folder)
-        _remove(folder, owned_names(folder, journal.contents))
+    if differences(previous, provenance) if previous is not None else force and Manifest.read(folder) is not None:
+        if force:  # otherwise it had written nothing: see `require_free`
+            _log.info("deleting the conversion in %s, to start over", folder)
+            _remove(folder, owned_names(folder, journal.contents))
         journal.forget()
-    elif previous is not None and differences(previous, provenance):  # `require_free`: it had written nothing
-        journal.forget()
-        for path in folder.glob(temporary_path(Path("*.safetensors")).name):
-            path.unlink()
+        with as_output_error(folder):
+            for path in folder.glob(temporary_path(Path("*.safetensors")).name):  # begun, without a resume point
+                path.unlink()
     manifest = Manifest.read(folder)
     journal.start(provenance, manifest.files if manifest is not None else {})
 

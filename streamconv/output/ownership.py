@@ -60,11 +60,9 @@ def find_finished(folder: Path, provenance: Provenance, names: Sequence[str]) ->
     Raises:
         OutputError: the folder holds something else.
     """
-    if os.path.exists(folder / JOURNAL_NAME):
-        return None
-    require_free(folder, provenance, names, Journal())
+    require_free(folder, provenance, names, Journal.read(folder / JOURNAL_NAME))
     manifest = Manifest.read(folder)
-    if manifest is None or manifest.files.keys() != set(names):
+    if manifest is None or manifest.files.keys() != set(names) or os.path.exists(folder / JOURNAL_NAME):
         return None
     files = ((folder / name, file.size) for name, file in manifest.files.items())
     return manifest if all(path.is_file() and path.stat().st_size == size for path, size in files) else None

@@ -61,10 +61,12 @@ def require_absent(files: Iterable[Path], journal: Journal, *, force: bool = Fal
     """Refuse to replace a file, unless an interrupted process completed it before the others, or with ``force``.
 
     Raises:
-        OutputError: a file exists.
+        OutputError: a file exists, or a folder of its name does.
     """
     for file in files:
-        if force and not os.path.isdir(file):
+        if os.path.isdir(file):
+            raise OutputError(f"{file} is a folder. Choose another name.")
+        if force:
             continue
         point = journal.resume_points.get(name_in(journal_path(files), file))
         if os.path.lexists(file) and (point is None or not point.size or file.stat().st_size != point.size):

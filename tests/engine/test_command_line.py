@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 import streamconv
 from streamconv import SourceMissingError
@@ -18,6 +20,7 @@ from streamconv.errors import HubError
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
+from tests.hub_server import HubServer
 from tests.support import Ran, Save, run, run_process, run_python, tiny
 
 COMMANDS = ["run", "convert", "verify", "plan", "revert", "models", "synth", "completion"]
@@ -161,8 +164,6 @@ def test_errors_under_json_are_one_document(tmp_path: Path, save: Save) -> None:
 
 
 def make_more(folder: Path) -> None:
-    import torch
-
     torch.save({**make_states(tiny())[0], "more": torch.zeros(1)}, folder / "more.pth")
 
 
@@ -222,6 +223,15 @@ def test_interruption_under_json_is_one_document(tmp_path: Path) -> None:
             "plan x.pth --dtype float8",
             "error: Invalid value for '--dtype': 'float8' is not one of 'float32', 'float16', 'bfloat16'. "
             "See streamconv plan --help.\n",
+        ),
+        (
+            "plan x.pth https://me:word@host/y.pth?signature=word",
+            "error: Got unexpected extra argument (https://host/y.pth. See streamconv plan --help.\n",
+        ),
+        (
+            "run --push-to-hub https://me:word@host/y.pth?signature=word",
+            "error: --push-to-hub took https://host/y.pth as the repository's name, but it is a source. Put the source "
+            "first, `streamconv run https://host/y.pth --push-to-hub`, or name a repository as USER/NAME.\n",
         ),
     ],
 )
@@ -339,6 +349,42 @@ def test_dry_run_downloads_nothing(server: FileServer, tmp_path: Path, save: Sav
     assert files_in(tmp_path) == before
     streamed = run("convert", f"{server.url}/x.pth", "-o", "out", "--stream", "--dry-run", "--json", cwd=tmp_path)
     assert document(streamed)["download"] == []
+
+
+def test_dry_run_reads_a_copy_in_the_cache_as_the_job_does(server: FileServer, tmp_path: Path, save: Save) -> None:
+    """Only the copy's times tell one safetensors file from another, so a conversion records those."""
+    source, _ = save(tiny())
+    safetensors.torch.save_file(torch.load(source), server.folder / "x.safetensors")
+    words = ("convert", f"{server.url}/x.safetensors", "-o", "out", "--json")
+    run(*words, cwd=tmp_path)
+    before = files_in(tmp_path)
+    found = document(run(*words, "--dry-run", cwd=tmp_path))
+    assert (found["download"], found["write"]) == ([], [])
+    assert found["read"][0]["file"] == str(tmp_path / "torch" / "hub" / "checkpoints" / "x.safetensors")
+    assert document(run(*words, cwd=tmp_path))["was_finished"]
+    assert files_in(tmp_path) == before
+
+
+def test_dry_run_of_a_push_is_refused_as_the_job_would_be(
+    server: FileServer, hub: HubServer, tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured: list[None] = []
+    monkeypatch.setattr("streamconv.cli.commands.run.configure_process", lambda: configured.append(None))
+    source, _ = save(tiny())
+    source.rename(server.folder / "x.pth")
+    api.convert(server.folder / "x.pth", tmp_path / "taken")
+    words = ("run", f"{server.url}/x.pth", "--stream", "--push-to-hub", "it", "--no-verify", "--dry-run")
+    unverified = run(*words, "-o", "out", cwd=tmp_path)
+    assert (unverified.returncode, "Unverified models are not pushed" in unverified.stderr) == (2, True)
+    finished = run(*words, "-o", "taken", "--push-unverified", cwd=tmp_path)
+    assert (finished.returncode, "holds the finished model" in finished.stderr) == (2, True)
+    done = run(*words, "-o", "out", "--push-unverified", cwd=tmp_path)
+    assert (done.returncode, "push      to ada/it\n" in done.stdout) == (0, True)
+    assert hub.repos == {}
+    assert len(configured) == 3  # requests to the Hub have a timeout, and print nothing
+    words = (*words[:-2], "--dry-run", "-o", "out")
+    assert "push      to ada/it, if verification passes\n" in run(*words, cwd=tmp_path).stdout
+    assert "push      to ada/it\n" in run(*words, "--push-unverified", cwd=tmp_path).stdout
 
 
 def type_into_run(folder: Path, answer: bytes, *words: str) -> tuple[int, str]:

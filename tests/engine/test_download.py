@@ -22,7 +22,7 @@ from streamconv.output.journal import Journal
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
-from tests.support import tiny
+from tests.support import interrupt_after, tiny
 
 MODEL = tiny(layers=3, hidden=512)  # 38 MB
 
@@ -213,6 +213,15 @@ def test_finished_folder_needs_no_download(server: FileServer, source: str, cach
     api.convert(source, tmp_path / "out")
     shutil.rmtree(cache)
     assert api.convert(source, tmp_path / "out").was_finished
+    assert not cache.exists()
+
+
+def test_folder_of_another_unfinished_conversion_is_refused_before_a_download(
+    server: FileServer, source: str, cache: Path, tmp_path: Path
+) -> None:
+    interrupt_after(server.folder / "x.pth", tmp_path / "out", 0.5)
+    with pytest.raises(OutputError, match="holds an unfinished conversion"):
+        api.convert(source, tmp_path / "out", dtype="float16")
     assert not cache.exists()
 
 

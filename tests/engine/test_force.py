@@ -9,11 +9,7 @@ import streamconv
 from streamconv import MappingError, OutputError, UsageError
 from streamconv.output.journal import JOURNAL_NAME
 from tests import api
-from tests.support import Save, interrupt_after, run, tiny
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "streamconv.json"}
+from tests.support import Save, interrupt_after, model_files, run, tiny
 
 
 def test_force_replaces_a_finished_conversion_with_another_one(tmp_path: Path, save: Save) -> None:
@@ -27,7 +23,7 @@ def test_force_replaces_a_finished_conversion_with_another_one(tmp_path: Path, s
         api.convert(second, out)
     api.convert(second, out, force=True)
     api.convert(second, wanted)
-    assert contents(out) == {**contents(wanted), "notes.txt": b"mine"}
+    assert model_files(out) == {**model_files(wanted), "notes.txt": b"mine"}
     assert api.convert(second, out).was_finished
 
 
@@ -40,9 +36,10 @@ def test_force_replaces_an_unfinished_conversion_of_another_source(
     assert len(list((tmp_path / "out").iterdir())) > 2
     with pytest.raises(OutputError, match=r"unfinished conversion.*--force"):
         api.convert(second, tmp_path / "out")
+    (tmp_path / "out" / ".model-00004-of-00004.safetensors.streamconv-incomplete").touch()  # a killed process left it
     api.convert(second, tmp_path / "out", force=True)
     api.convert(second, tmp_path / "wanted")
-    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+    assert model_files(tmp_path / "out") == model_files(tmp_path / "wanted")
 
 
 def test_force_writes_the_same_conversion_again_but_resumes_it_if_unfinished(
@@ -50,16 +47,16 @@ def test_force_writes_the_same_conversion_again_but_resumes_it_if_unfinished(
 ) -> None:
     source, _ = save(tiny(layers=4))
     api.convert(source, tmp_path / "out")
-    before = contents(tmp_path / "out")
+    before = model_files(tmp_path / "out")
     damaged = bytearray(before["model.safetensors"])
     damaged[-1] ^= 1
     (tmp_path / "out" / "model.safetensors").write_bytes(damaged)
     assert not api.convert(source, tmp_path / "out", force=True).was_finished
-    assert contents(tmp_path / "out") == before
+    assert model_files(tmp_path / "out") == before
     interrupt_after(source, tmp_path / "out", 0.6, force=True)
     assert (tmp_path / "out" / JOURNAL_NAME).exists()
     assert api.convert(source, tmp_path / "out", force=True).resumed_bytes > 0
-    assert contents(tmp_path / "out") == before
+    assert model_files(tmp_path / "out") == before
 
 
 def test_force_deletes_nothing_before_the_plan_is_made(tmp_path: Path, save: Save) -> None:
@@ -67,12 +64,12 @@ def test_force_deletes_nothing_before_the_plan_is_made(tmp_path: Path, save: Sav
     state = torch.load(source)
     torch.save({**state, "more": torch.zeros(1)}, tmp_path / "wrong.pth")
     api.convert(source, tmp_path / "out")
-    before = contents(tmp_path / "out")
+    before = model_files(tmp_path / "out")
     with pytest.raises(MappingError):
         api.convert(tmp_path / "wrong.pth", tmp_path / "out", force=True)
     with pytest.raises(UsageError, match="would overwrite it"):  # its old shards are this source
         api.convert(tmp_path / "out", tmp_path / "out", max_shard_size="100KB", force=True)
-    assert contents(tmp_path / "out") == before
+    assert model_files(tmp_path / "out") == before
 
 
 def test_force_refuses_files_that_streamconv_did_not_write(
@@ -85,15 +82,15 @@ def test_force_refuses_files_that_streamconv_did_not_write(
     (foreign / "config.json").write_text("{}")
     with pytest.raises(OutputError, match=r"config\.json, which streamconv did not write"):
         api.convert(second, foreign, force=True)
-    assert contents(foreign) == {"config.json": b"{}"}
+    assert model_files(foreign) == {"config.json": b"{}"}
     api.convert(first, tmp_path / "finished", max_shard_size="300KB")
     interrupt_after(first, tmp_path / "unfinished", 0.6, max_shard_size="300KB")
     for folder in (tmp_path / "finished", tmp_path / "unfinished"):
         (folder / "model.safetensors").write_text("mine")
-        before = contents(folder)
+        before = model_files(folder)
         with pytest.raises(OutputError, match=r"holds model\.safetensors, which streamconv did not write"):
             api.convert(second, folder, force=True)
-        assert contents(folder) == before
+        assert model_files(folder) == before
 
 
 def test_force_follows_no_names_out_of_the_folder(tmp_path: Path, save: Save) -> None:
@@ -130,7 +127,7 @@ def test_killed_replacement_is_continued_by_the_same_command(
         api.convert(second, tmp_path / "out")
     api.convert(second, tmp_path / "out", force=True)
     api.convert(second, tmp_path / "wanted")
-    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+    assert model_files(tmp_path / "out") == model_files(tmp_path / "wanted")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -166,6 +163,9 @@ def test_synth_and_run_replace_with_force(tmp_path: Path) -> None:
     refused = run("synth", "dinov2_vits14", "x.pth", cwd=tmp_path)
     assert (refused.returncode, "--force" in refused.stderr) == (4, True)
     assert run("synth", "dinov2_vits14", "x.pth", "--force", cwd=tmp_path).returncode == 0
+    (tmp_path / "folder.pth").mkdir()
+    refused = run("synth", "dinov2_vits14", "folder.pth", "--force", cwd=tmp_path)
+    assert (refused.returncode, refused.stderr) == (4, "error: folder.pth is a folder. Choose another name.\n")
     words = ("run", "x.pth", "--no-verify", "-o", "out")
     assert run(*words, cwd=tmp_path).returncode == 0
     refused = run(*words, "--dtype", "float16", cwd=tmp_path)

@@ -94,6 +94,22 @@ def test_failures_to_open_are_retried(files: Any, monkeypatch: pytest.MonkeyPatc
     assert "\x1b" not in str(caught.value)
 
 
+def test_errors_of_stores_show_no_secret(
+    files: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no answer from https://me:SECRET@host/x.pth?signature=SECRET")
+
+    monkeypatch.setattr(type(files), "info", fail)
+    with pytest.raises(SourceError, match=r"no answer from https://host/x\.pth\. Check") as caught:
+        open_checkpoint("memory://bucket/x.pth")
+    monkeypatch.setattr("fsspec.core.url_to_fs", fail)
+    with pytest.raises(SourceError, match=r"no answer from https://host/x\.pth\.$") as also_caught:
+        open_checkpoint("memory://bucket/x.pth")
+    assert "no answer" in caplog.text
+    assert "SECRET" not in f"{caplog.text} {caught.value} {also_caught.value}"
+
+
 def test_changed_file_is_refused(files: Any) -> None:
     put(files)
     with open_checkpoint("memory://bucket/x.pth") as checkpoint:

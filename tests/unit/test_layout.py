@@ -1,14 +1,19 @@
 """Text for a terminal is wrapped at words and coloured; in a pipe it is neither."""
 
+import fcntl
 import io
+import os
+import pty
+import struct
 import sys
+import termios
 from collections.abc import Callable
 
 import click
 import pytest
 
 from streamconv.cli import units
-from streamconv.cli.layout import Line, error_lines, indented, laid_out, print_wrapped
+from streamconv.cli.layout import Line, columns_of, error_lines, indented, laid_out, print_wrapped
 from streamconv.errors import MappingError
 
 Printed = Callable[..., str]
@@ -50,6 +55,15 @@ def test_text_is_wrapped_at_words_under_its_own_start(printed: Printed) -> None:
 def test_text_is_not_wrapped_in_a_wide_terminal_or_a_pipe(printed: Printed) -> None:
     assert printed(f"  {LONG}", columns=200) == f"  {LONG}\n"
     assert printed(f"  {LONG} {LONG} {LONG}", stream=io.StringIO) == f"  {LONG} {LONG} {LONG}\n"
+
+
+def test_width_is_that_of_stderr_if_stdout_is_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    main, terminal = pty.openpty()
+    with open(os.devnull, "w") as stdout, open(main, "rb"), open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "__stdout__", stdout)
+        fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 24, 61, 0, 0))
+        assert columns_of(stderr) == 61
 
 
 def test_line_of_the_terminals_width_is_not_wrapped() -> None:

@@ -1,6 +1,7 @@
 """Progress: one bar in a terminal, removed when its step is done; lines in a log."""
 
 import io
+import logging
 import re
 import sys
 import time
@@ -75,6 +76,21 @@ def test_step_without_parts_is_shown_without_a_bar(report: Report) -> None:
 
 def test_bar_does_not_interpret_the_text_of_a_server(report: Report) -> None:
     assert drawn(report(Terminal(), ("503 [/bold] %(bar)s %s", 0, 1, "steps"))) == ["503 [/bold] %(bar)s %s"]
+
+
+def test_log_lines_are_printed_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(progress_bar, "DRAW_INTERVAL_SECONDS", 0)
+    logger, handler = logging.getLogger("streamconv.x"), logging.StreamHandler(sys.stderr)
+    monkeypatch.setattr(logging.getLogger("streamconv"), "handlers", [handler])
+    with ProgressReport() as progress:
+        progress("writing x", 10**9, 4 * 10**9, "bytes")
+        logger.warning("trying again")
+        progress("writing x", 2 * 10**9, 4 * 10**9, "bytes")
+    before, _, after = sys.stderr.getvalue().partition("trying again\n")  # type: ignore[attr-defined]
+    assert before.endswith(REMOVE_BAR)
+    assert re.search(r"2\.0/4\.0 GB  [\d,]+ MB/s", drawn(after)[0])  # the speed since the step began
+    assert handler.filters == []
 
 
 def test_log_has_a_line_per_step_and_one_now_and_then(report: Report) -> None:

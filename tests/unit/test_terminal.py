@@ -8,4 +8,7 @@ def test_interruption_shows_the_command_without_its_secrets() -> None:
     shown = terminal._redacted_command(words)
     assert shown.startswith("streamconv run https://h/x.pth --image=http://h/y.png -o 'a b'  (with the full URLs")
     assert "word" not in shown
+    assert terminal._redacted_command(["run", "cache::https://me:word@h/x"]).startswith(
+        "streamconv run cache::https://h/x"
+    )
     assert terminal._redacted_command(["run", "x.pth"]) == "streamconv run x.pth"

@@ -16,6 +16,7 @@ from streamconv.cli.command import SETTINGS
 from streamconv.cli.commands import completion, convert, models, plan, revert, run, synth, verify
 from streamconv.cli.terminal import InterruptedByUser, Printer, run_with_signals
 from streamconv.errors import StreamconvError, UsageError
+from streamconv.files.address import redacted
 
 EXIT_CODES = """\b
 Exit codes:
@@ -63,7 +64,7 @@ class Program(click.Group):
 
 def _message(error: click.ClickException) -> str:
     """Return a message about the command line that ends in how to fix it."""
-    message = error.format_message()
+    message = redacted(error.format_message())
     if isinstance(error, click.NoSuchOption):
         message = f"No such option {error.option_name}."
         near = [

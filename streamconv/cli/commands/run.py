@@ -61,13 +61,13 @@ def run(
     conversion = ConversionOptions(**values_of(CONVERSION_OPTIONS, given))
     verification = verification_options(**values_of(VERIFICATION_OPTIONS, given))
     push = push_options(**values_of(PUSH_OPTIONS, given))
+    if push is not None:
+        configure_process()
     if dry_run:
         if synthetic:
             raise UsageError("A synthetic checkpoint does not exist before the run. Omit --dry-run.")
         show_preview(printer, name, output, conversion, None if no_verify else verification, push)
         return 0
-    if push is not None:
-        configure_process()
     if synthetic:
         if not printer.is_quiet:
             print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)
