@@ -1,10 +1,10 @@
-"""Converts published checkpoints to Hugging Face's format by streaming, and verifies the result.
+"""Converts published checkpoints to the Hugging Face format by streaming, and verifies the result.
 
-Importing it imports neither torch nor transformers; `verify` does when it is called.
+Importing this package imports neither torch nor transformers; `verify` imports them when it is called.
 
-Every job reports to a `Progress` callback, which can end it by raising `Cancelled`. Options, results and errors can be
-copied, pickled and sent to other processes. What happens on the way (a connection that is retried, a file that is
-resumed, a check that is done) is logged under the logger "streamconv", which has no handler of its own.
+Every job reports to a `Progress` callback, which can end the job by raising `Cancelled`. Options, results and errors
+can be copied, pickled and sent to other processes. Events such as a retried connection, a resumed file or a finished
+check are logged to the logger "streamconv", which has no handler of its own.
 """
 
 import logging

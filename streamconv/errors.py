@@ -1,9 +1,9 @@
 """The errors that streamconv raises, as one tree.
 
-Each message names what is wrong, where, and how to fix it. ``exit_code`` is the exit code of the command line; 1 is
+Each message says what is wrong, where, and how to fix it. ``exit_code`` is the exit code of the command line; 1 is
 reserved for a verification that found a difference, which is a result rather than an error.
 
-All errors can be copied and pickled with their attributes, so that they cross from a worker process to its pool.
+All errors can be copied and pickled with their attributes, so that a worker process can send them to its pool.
 """
 
 import copyreg
@@ -18,7 +18,7 @@ class StreamconvError(Exception):
     exit_code = 2
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An exception's own __reduce__ calls the class with ``args``, the message, which is not every class's argument.
+        # An exception's own __reduce__ calls the class with ``args``, the message, which some classes do not take.
         return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
@@ -29,7 +29,7 @@ class UsageError(StreamconvError):
 class SourceError(StreamconvError):
     """The source cannot be read, or is not a checkpoint that can be converted.
 
-    ``location`` is the `Location` of the file that the error is about, if it is about one.
+    ``location`` is the `Location` of the file that caused the error, if a file did.
     """
 
     exit_code = 3
@@ -38,7 +38,7 @@ class SourceError(StreamconvError):
 
 @contextmanager
 def located(location: object) -> Iterator[None]:
-    """Set the location of a source error that the block raises, unless it has one."""
+    """Set the location of a source error that is raised in the block, unless the error has one already."""
     try:
         yield
     except SourceError as error:
@@ -56,7 +56,7 @@ class NotACheckpointError(SourceError):
 
 
 class TruncatedError(SourceError):
-    """The file is incomplete, like a download that was cut short."""
+    """The file is incomplete, such as a download that was cut short."""
 
 
 class UnsafePickleError(SourceError):
@@ -64,15 +64,15 @@ class UnsafePickleError(SourceError):
 
 
 class CorruptError(SourceError):
-    """The source is damaged: its bytes contradict its index or its checksums."""
+    """The source is damaged: its bytes do not match its index or its checksums."""
 
 
 class ChangedError(CorruptError):
-    """The source was changed after it was opened."""
+    """The source has changed since it was opened."""
 
 
 class NetworkError(SourceError):
-    """The connection to the source broke, and all retries failed."""
+    """The source cannot be reached, or the connection to it broke, and all retries failed."""
 
 
 class NoRangesError(SourceError):
@@ -80,7 +80,7 @@ class NoRangesError(SourceError):
 
 
 class MappingError(SourceError):
-    """Tensors are missing, unexpected or misshaped. ``problems`` lists every one."""
+    """Tensors are missing, unexpected or of the wrong shape. ``problems`` lists all of them."""
 
     def __init__(self, summary: str, problems: Iterable[str]):
         self.problems = tuple(problems)
@@ -88,13 +88,13 @@ class MappingError(SourceError):
 
 
 class OutputError(StreamconvError):
-    """The output cannot be written to the given place."""
+    """The output cannot be written."""
 
     exit_code = 4
 
 
 class HubError(OutputError):
-    """The Hub cannot be reached, or refuses a request. ``server_message`` is its own message, without the token."""
+    """The Hub cannot be reached, or refuses a request. ``server_message`` is the Hub's message, without the token."""
 
     def __init__(self, message: str, server_message: str = ""):
         self.server_message = server_message
@@ -102,7 +102,7 @@ class HubError(OutputError):
 
 
 class MissingUploadError(HubError):
-    """The Hub lacks a file that an earlier process had uploaded, one of ``names``. They must be uploaded again."""
+    """The Hub lacks one of the files ``names``, which an earlier process had uploaded. All must be uploaded again."""
 
     def __init__(self, message: str, server_message: str, names: Iterable[str]):
         self.names = tuple(names)
@@ -112,12 +112,12 @@ class MissingUploadError(HubError):
 class Cancelled(StreamconvError):
     """Raise this in a callback (``progress`` or ``on_result``) to end a job as cancelled.
 
-    It reaches the caller of the job as the very same exception; it is never wrapped, retried or taken for a failed
-    check, and neither is any other exception of a callback. Files are complete or absent afterwards, and the same call
-    resumes.
+    The caller of the job receives this very exception: it is never wrapped, retried or mistaken for a failed check. The
+    same is true of any other exception that a callback raises. Afterwards, files are complete or absent, and the same
+    call resumes.
 
-    To cancel from another thread, or from asyncio, let the callback check an event. Cancelling the task alone would
-    only stop waiting for the thread:
+    To cancel from another thread, or from asyncio, let the callback check an event. Cancelling only the asyncio task
+    ends the waiting, but not the thread:
 
     >>> stop = threading.Event()  # doctest: +SKIP
     >>> def check(step, done, total, unit):

@@ -11,39 +11,40 @@ ProgressUnit = Literal["bytes", "steps"]
 
 
 class Progress(Protocol):
-    """A callback that a job calls with its progress. Any function with these parameters is one:
+    """A callback to which a job reports its progress. Any function with these parameters can be one:
 
     >>> def show(step: str, done: int, total: int, unit: str) -> None:
     ...     print(f"{step}: {done:,} of {total:,} {unit}")
 
-    It is called in the thread that called the job, one call at a time, and the job waits until it returns. There is a
-    call for every few MB that are read or written, hundreds in a second, and before and after each layer of a model
-    that runs; so it should return within microseconds. There is none while torch is imported, a file is uploaded to the
-    Hub, the weights of a layer arrive over a network, or a broken connection is retried, for at most a few minutes.
+    It is called in the thread that called the job, one call at a time, and the job waits until it returns. It is called
+    after every few MB that are read or written, hundreds of times a second, and before and after each layer of a model
+    that runs, so it should return within microseconds. It is not called while torch is imported, a file is uploaded to
+    the Hub, the weights of a layer arrive over a network, or a broken connection is retried; such a gap lasts at most a
+    few minutes.
 
-    An exception that it raises ends the job, and reaches the job's caller as it is: see `streamconv.Cancelled`.
+    An exception that it raises ends the job and reaches the job's caller unchanged: see `streamconv.Cancelled`.
     """
 
     def __call__(self, step: str, done: int, total: int, unit: ProgressUnit, /) -> None:
         """Receive a report.
 
         Args:
-            step: What is being done, in words, such as "writing model.safetensors".
-            done: How much of the step is done. A step without a measure reports 0 of 1, once.
-            total: The amount at which the step is complete.
+            step: The current step in words, such as "writing model.safetensors".
+            done: The part of the step that is done. A step that cannot be measured reports 0 of 1, once.
+            total: The value of ``done`` at which the step is complete.
             unit: The unit of ``done`` and ``total``.
         """
 
 
 def ignore_progress(step: str, done: int, total: int, unit: ProgressUnit, /) -> None:
-    """Ignore a report; the default of functions that report progress."""
+    """Ignore a report. This is the default callback of functions that report progress."""
 
 
 class _Raised(BaseException):
-    """Carries an exception of a callback past the ``except`` clauses between the callback and the job's caller.
+    """Carries a callback's exception past the ``except`` clauses between the callback and the job's caller.
 
-    A check takes an `Exception` for a wrong output, a file takes an `OSError` for a failing disk, and so on. None of
-    them may do so with the exception of a callback.
+    A check treats an `Exception` as a wrong output, a file treats an `OSError` as a failing disk, and so on. None of
+    them must do so with a callback's exception.
     """
 
     def __init__(self, error: Exception):
@@ -51,7 +52,7 @@ class _Raised(BaseException):
 
 
 def job(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function, so that exceptions of ``progress`` and ``on_result`` reach its caller unchanged."""
+    """Decorate a function so that exceptions of ``progress`` and ``on_result`` reach its caller unchanged."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

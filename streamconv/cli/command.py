@@ -32,7 +32,7 @@ class Option(click.Option):
 
 
 class Argument(click.Argument):
-    """An argument with a line in the help, which click has for options only before 8.5."""
+    """An argument with a line in the help; before 8.5, click shows options only."""
 
     def __init__(self, name: str, *, group: str, text: str, **settings: Any):
         self.group, self._text = group, text
@@ -42,16 +42,18 @@ class Argument(click.Argument):
         return self.make_metavar(ctx), self._text
 
 
-QUIET = Option("-q", "--quiet", is_flag=True, group="General", help="Print errors and differences only.")
+QUIET = Option("-q", "--quiet", is_flag=True, group="General", help="Print only errors and differences.")
 VERBOSE = Option(
     "-v", "--verbose", count=True, default=0, show_default=False, group="General",
-    help="Log on stderr what is done; -vv logs details.",
+    help="Log to stderr what is done; -vv logs more details.",
 )  # fmt: skip
-JSON = Option("--json", "as_json", is_flag=True, group="General", help="Print one JSON object on stdout, errors too.")
+JSON = Option(
+    "--json", "as_json", is_flag=True, group="General", help="Print results and errors on stdout as one JSON object."
+)
 
 
 class Command(click.Command):
-    """A command whose function is called with a `Printer`, and returns the exit code, or None for 0."""
+    """A command whose function takes a `Printer` first, and returns the exit code, or None for 0."""
 
     def invoke(self, ctx: click.Context) -> Any:
         printer = ctx.find_object(Printer) or Printer()
@@ -99,7 +101,7 @@ def values_of(options: Sequence[click.Parameter], given: dict[str, Any]) -> dict
 
 
 def _log(ctx: click.Context, verbosity: int) -> None:
-    """Log what the library does on stderr until the command ends: warnings, -v important steps, -vv all."""
+    """Log to stderr until the command ends: warnings; with -v also the important steps, with -vv everything."""
     logger, handler = logging.getLogger("streamconv"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if verbosity else "%(message)s"))
     before = logger.level

@@ -1,4 +1,4 @@
-"""Prints lines for a person: wrapped at words and coloured in a terminal, one line each in a pipe or a log."""
+"""Prints lines for people: wrapped at words and coloured in a terminal, unwrapped in a pipe or a log."""
 
 import os
 import re
@@ -19,9 +19,9 @@ MIN_COLUMNS = 40
 
 @dataclass(frozen=True)
 class Line:
-    """A line of text after a ``head`` that may be styled. Its continuations are indented by ``hang`` columns.
+    """A line of text after a ``head`` that may be styled.
 
-    By default they begin where the text begins.
+    Continuation lines are indented by ``hang`` columns; by default, they are aligned with the beginning of the text.
     """
 
     head: str
@@ -30,7 +30,7 @@ class Line:
 
 
 def indented(text: str) -> Line:
-    """Return a line that keeps its indentation and is continued two columns further to the right."""
+    """Return a line that keeps its indentation. Continuation lines are indented by two more columns."""
     words = text.lstrip(" ")
     indent = len(text) - len(words)
     return Line(" " * indent, words, indent + 2)
@@ -62,7 +62,7 @@ def print_wrapped(lines: Iterable[str | Line], stream: TextIO) -> None:
 
 
 def laid_out(line: str | Line, columns: int | None) -> str:
-    """Return a line, wrapped to ``columns``; words, `_UNBROKEN` parts and what the user typed are never broken."""
+    """Return a line, wrapped to ``columns``. Words, `_UNBROKEN` parts and the user's arguments are never broken."""
     line = line if isinstance(line, Line) else indented(line)
     if columns is None:
         return line.head + line.text

@@ -48,7 +48,7 @@ def reverted_lines(done: Reverted) -> Iterator[Line | str]:
     place = " and ".join(map(str, done.files))
     yield f"{done.title}: reverted into {place}, {_work(done.weights, done.resumed_bytes, done.seconds)}"
     yield from (_file(path.name, file.size, file.sha256) for path, file in done.written.items())
-    yield "  the folder's files were not verified first; `streamconv verify DIR` does that if it has a streamconv.json"
+    yield "  the folder's files were not verified first; `streamconv verify DIR` does that if DIR has a streamconv.json"
 
 
 def synth_lines(written: SyntheticFiles) -> Iterator[str]:
@@ -57,7 +57,7 @@ def synth_lines(written: SyntheticFiles) -> Iterator[str]:
 
 
 def _work(weights: int, resumed_bytes: int, seconds: float) -> str:
-    """Describe what was written, and how fast. Bytes of an interrupted run do not count as speed."""
+    """Describe what was written, and how fast. Bytes of an interrupted run do not count towards the speed."""
     new = weights - resumed_bytes
     if new <= 0:
         return f"{size(weights)}, all of it before an interruption"
@@ -80,7 +80,7 @@ def few(lines: Sequence[str], kind: str, option: str) -> Iterator[str]:
 
 
 def remark_lines(plan: Plan) -> Iterator[str]:
-    """Yield what a plan assumes and what it skips."""
+    """Yield the assumptions of a plan and the parts that it skips."""
     yield from (f"  {note}" for note in plan.notes)
     skipped = [f"  skipped: {_skipped(each)}" for each in plan.skipped]
     yield from few(skipped, "skipped parts", "--json")
@@ -114,7 +114,7 @@ def plan_lines(plan: Plan, with_mapping: bool = False) -> Iterator[Line | str]:
     yield from (Line(f"  {name:10}  ", text) for name, text in rows)
     yield ""
     targets = sum(len(move.targets) for move in plan.mapping)
-    becomes = f"{_count(len(plan.mapping), 'tensor')} of the source become{'s' * (len(plan.mapping) == 1)} {targets:,}"
+    becomes = f"{_count(len(plan.mapping), 'source tensor')} become{'s' * (len(plan.mapping) == 1)} {targets:,}"
     if not with_mapping:
         yield f"{becomes}; --mapping shows how."
         return
@@ -135,7 +135,7 @@ def model_lines() -> Iterator[Line | str]:
 
 
 def models_as_dict() -> dict[str, Any]:
-    """Return all models for JSON, with the addresses of their files."""
+    """Return all models for JSON, with the URLs of their files."""
     return {
         "models": [
             {
@@ -185,7 +185,7 @@ def _verdict(verification: Verification) -> Line:
     if not any(gaps):
         return Line(click.style("Looks ok!", fg=GOOD, bold=True), "")
     if not has_source:
-        gaps = ["only the files' sizes and sha256 were, because no source was named"]
+        gaps = ["only the files' sizes and sha256 were, because no source was given"]
     head = click.style("Looks ok, but not everything was checked:", fg=INCOMPLETE, bold=True)
     return Line(head, f" {'; '.join(filter(None, gaps))}.", hang=2)
 
@@ -200,10 +200,10 @@ def _number_lines(check: Check, device: str | None) -> Iterator[str]:
         grey_level = f"one grey level is {numbers['grey_level']:.3g}"
         yield f"pixels differ by {numbers['pil']:.3g} with Pillow, {default} ({grey_level})"
     if check.name == "preprocessing" and numbers.get("as_published"):
-        yield f"outputs differ by {_join(numbers['same_interpolation'])} with the same interpolation of positions"
+        yield f"outputs differ by {_join(numbers['same_interpolation'])} with the same interpolation of embeddings"
         yield (
-            f"outputs differ by {_join(numbers['as_published'])} as published: from N patches per side to n, Meta "
-            "interpolates positions by the factor (n + 0.1) / N, transformers by n / N"
+            f"outputs differ by {_join(numbers['as_published'])} as published: to resize position "
+            "embeddings from N to n patches per side, Meta scales by (n + 0.1) / N, transformers by n / N"
         )
 
 

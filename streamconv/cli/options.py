@@ -44,7 +44,7 @@ def _references(ctx: click.Context, parameter: click.Parameter, begun: str) -> l
 
 def source_argument(default: str | None = None, *, required: bool = True) -> Argument:
     """Return the argument SOURCE; ``default`` describes what it means to leave it out."""
-    text = "A model's name, a checkpoint file, or its URL."
+    text = "A model's name, or the path or URL of a checkpoint."
     return Argument(
         "source", metavar="SOURCE" if required else "[SOURCE]", required=required, group="Source",
         text=f"{text}  [default: {default}]" if default else text, shell_complete=_models_and_files,
@@ -59,48 +59,49 @@ def output_option(default: str | None = None, *aliases: str) -> Option:
     """Return the option --output; ``default`` describes the folder if none is given."""
     return Option(
         "-o", "--output", *aliases, metavar="DIR", shell_complete=_folders, required=default is None, group="Output",
-        help="The folder to write.", show_default=default or False,
+        help="The folder to write to.", show_default=default or False,
     )  # fmt: skip
 
 
 # Of the source
 HEAD = Option(
     "--head", metavar="FILE", type=FILE_OR_URL, group="Source",
-    help="The linear head's file or URL, for a classifier from files.",
+    help="The path or URL of the linear head, for a classifier in two files.",
 )  # fmt: skip
 SELECT = Option(
     "--select", metavar="PREFIX", group="Source",
-    help="Which backbone to convert if the file holds several, such as teacher.backbone.",
+    help="The backbone to convert if the file holds several, such as teacher.backbone.",
 )  # fmt: skip
 NUM_HEADS = Option(
-    "--num-heads", metavar="N", type=int, group="Source", show_default="the family's rule",
-    help="The number of attention heads, which tensors do not show.",
+    "--num-heads", metavar="N", type=int, group="Source", show_default="the model family's rule",
+    help="The number of attention heads, which the tensors do not show.",
 )  # fmt: skip
 STREAM = Option(
-    "--stream", is_flag=True, group="Source", help="Convert a URL directly, without downloading it to a file first."
+    "--stream", is_flag=True, group="Source", help="Read a URL directly, without downloading it to a file first."
 )
 SEED = Option(
-    "--seed", metavar="N", type=click.IntRange(min=0), default=0, group="Source", help="The seed of random weights."
+    "--seed", metavar="N", type=click.IntRange(min=0), default=0, group="Source", help="The seed for random weights."
 )
 
 # Of the output
 LABELS = Option(
-    "--labels", metavar="FILE", type=FILE, group="Output", show_default="for 1000 classes, ImageNet's",
-    help="The class names, as JSON or one per line.",
+    "--labels", metavar="FILE", type=FILE, group="Output", show_default="ImageNet's, for 1000 classes",
+    help="A file of class names, as JSON or one per line.",
 )  # fmt: skip
 SHARD_SIZE = Option(
     "--max-shard-size", metavar="SIZE", default="5GB", group="Output", help="The maximum size of one weight file."
 )
 DTYPE = Option(
     "--dtype", type=click.Choice(get_args(CastDtype)), group="Output", show_default="no cast",
-    metavar="DTYPE", help=f"Cast the weights: {', '.join(get_args(CastDtype))}.",
+    metavar="DTYPE", help="Cast the weights to {}, {} or {}.".format(*get_args(CastDtype)),
 )  # fmt: skip
 FORCE = Option(
     "--force", is_flag=True, group="Output",
-    help="Replace what streamconv wrote there before. Other files are never replaced.",
+    help="Replace files that streamconv wrote to DIR earlier. Other files are never replaced.",
 )  # fmt: skip
+REPLACE = Option("--force", is_flag=True, group="Output", help="Replace files that exist already.")
 DRY_RUN = Option(
-    "--dry-run", is_flag=True, group="Output", help="Check everything and show what would be done. Write nothing."
+    "--dry-run", is_flag=True, group="Output", help="Check everything and show what would be done; write nothing."
 )
 
 SOURCE_OPTIONS = (HEAD, SELECT, NUM_HEADS, STREAM)
@@ -110,15 +111,15 @@ CONVERSION_OPTIONS = (*SOURCE_OPTIONS, LABELS, SHARD_SIZE, DTYPE, FORCE)
 VERIFICATION_OPTIONS = (
     Option(
         "--device", metavar="DEVICE", default="auto", group="Verification", shell_complete=_devices,
-        help="Verify on cpu, cuda or cuda:N; auto is a GPU if there is one.",
+        help="The device to verify on: cpu, cuda or cuda:N; auto uses a GPU if there is one.",
     ),
     Option(
         "--image", metavar="FILE", type=FILE_OR_URL, group="Verification", show_default="one that streamconv draws",
-        help="The image to verify with, a file or URL.",
+        help="The path or URL of the image to verify with.",
     ),
     Option(
         "--reference", metavar="builtin|hub|DIR", default="builtin", group="Verification", shell_complete=_references,
-        help="The original model: streamconv's own code, or the authors', downloaded by torch.hub or in a folder.",
+        help="The original model's code: streamconv's own, or the authors', from torch.hub or from a folder.",
     ),
     Option(
         "--no-parity", is_flag=True, group="Verification",
@@ -135,7 +136,10 @@ PUSH_OPTIONS = (
         help="Push the verified output to USER/NAME on the Hub, or to NAME in your account.",
         show_default="the published name",
     ),
-    Option("--private", is_flag=True, group="Hub", help="Make the repository private when it is created."),
+    Option(
+        "--private", is_flag=True, group="Hub",
+        help="Create a private repository. An existing public one is refused.",
+    ),
     Option(
         "--revision", metavar="REV", group="Hub", show_default="main",
         help="The branch to push to, created if needed.",
@@ -143,7 +147,7 @@ PUSH_OPTIONS = (
     Option("--create-pr", is_flag=True, group="Hub", help="Open a pull request instead of committing to the branch."),
     Option(
         "--push-unverified", is_flag=True, group="Hub",
-        help="Push even if verification failed or did not run; the card mentions it.",
+        help="Push even if verification failed or did not run; the model card says so.",
     ),
 )  # fmt: skip
 
@@ -160,7 +164,7 @@ def verification_options(no_parity: bool, **given: Any) -> VerificationOptions:
 def push_options(
     push_to_hub: str | None, private: bool, revision: str | None, create_pr: bool, push_unverified: bool
 ) -> PushOptions | None:
-    """Return what to push, and where; None for no push.
+    """Return the options for pushing, or None if nothing is pushed.
 
     Raises:
         UsageError: the options contradict each other, or --push-to-hub took the source as its value.

@@ -32,14 +32,14 @@ def preview_lines(done: Preview) -> Iterator[Line | str]:
     if done.replaced:
         yield _row("delete", f"{', '.join(done.replaced)} in {done.output}")
     if not done.files:
-        yield _row("write", f"nothing: {done.output} holds this conversion already")
+        yield _row("write", f"nothing: {done.output} already holds this conversion")
     else:
         resumed = f", {size(done.resumed_bytes)} of it before an interruption" if done.resumed_bytes else ""
         yield _row("write", f"{size(sum(done.files.values()))} to {done.output}{resumed}")
         yield from few([f"{'':12}{name}" for name in done.files], "files", "--json")
     if done.verification is not None:
-        compared = "with" if done.verification.parity else "without"
-        yield _row("verify", f"on {done.verification.device}, {compared} a comparison of the models' outputs")
+        comparing = "comparing" if done.verification.parity else "without comparing"
+        yield _row("verify", f"on device {done.verification.device}, {comparing} the models' outputs")
     if done.repository is not None:
         yield _row("push", f"to {done.repository}{'' if done.unverified else ', if verification passes'}")
     yield from remark_lines(done.plan)

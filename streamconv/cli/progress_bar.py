@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar in a terminal, a line now and then in a log.
+"""Progress on stderr: a bar in a terminal, an occasional line in a log.
 
 The bar is click's, which takes 6 ms and 0.8 MB to import and draw. tqdm's takes 73 ms and 5.7 MB, because it imports
 importlib.metadata, and rich's 81 ms and 3.6 MB (best of five on two busy cores).
@@ -25,7 +25,7 @@ _log = logging.getLogger("streamconv")
 
 
 class ProgressReport:
-    """A `streamconv.progress.Progress` that prints, unless it is quiet. Use it in a ``with`` statement."""
+    """A `streamconv.progress.Progress` that prints progress unless it is quiet. Use it in a ``with`` statement."""
 
     def __init__(self, is_quiet: bool = False) -> None:
         self._is_quiet = is_quiet
@@ -74,7 +74,7 @@ class ProgressReport:
             print(step if is_new else f"{step}: {', '.join(amounts)}", file=sys.stderr, flush=True)
 
     def _amounts(self, done: int, total: int, unit: str, seconds: float) -> list[str]:
-        """Describe how much is done and, of bytes, their speed and the remaining time, both since the step started."""
+        """Describe how much is done; for bytes, also the speed since the step started and the remaining time."""
         if total <= 1:
             return []
         if unit != "bytes":
@@ -87,7 +87,7 @@ class ProgressReport:
 
 
 def _bar(total: int) -> Any:
-    """Return a bar, of which `_draw` sets the width; a single step is shown without one."""
+    """Return a bar, whose width `_draw` sets. A single step is shown without one."""
     fill, empty = ("━", "─") if "utf" in (sys.stderr.encoding or "").lower() else ("#", "-")
     return click.progressbar(
         length=total,

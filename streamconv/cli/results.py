@@ -22,7 +22,7 @@ class Results:
         self._verification: Verification | None = None
 
     def shown_with(self, progress: ProgressReport) -> Callable[[Conversion | Verification], None]:
-        """Return a function that shows a result between two reports of ``progress``."""
+        """Return a function that clears the bar of ``progress`` and shows a result."""
 
         def show(result: Conversion | Verification) -> None:
             progress.clear()
@@ -41,7 +41,7 @@ class Results:
         return show
 
     def finish(self, published: str | None = None) -> None:
-        """Show how the job ended, whether well or with an error; ``published`` is the address of what was pushed."""
+        """Print the end of a job that succeeded or failed; ``published`` is the URL of the commit or pull request."""
         results = self._printer.results
         if results:
             results["published"] = published

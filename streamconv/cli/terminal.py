@@ -1,7 +1,7 @@
 """The command line's terminal: output streams, signals, error messages and exit codes.
 
-A conversion must not fail because its terminal went away or its output is no longer read; an interrupted
-one must say how to resume it.
+A conversion must not fail because its terminal was closed or its output is no longer read. An interrupted
+conversion must print the command that resumes it.
 """
 
 import io
@@ -82,15 +82,15 @@ def run_with_signals(command: Callable[[], object]) -> None:
 def _redacted_command(arguments: list[str]) -> str:
     """Return the command line without the parts of URLs that may be secret: users, passwords, queries."""
     shown = [redacted(argument) for argument in arguments]
-    note = "" if shown == arguments else "  (with the full URLs: parts that may be secret are not shown)"
+    note = "" if shown == arguments else "  (with the full URLs; parts that may be secret are not shown here)"
     return shlex.join(["streamconv", *shown]) + note
 
 
 @dataclass
 class Printer:
-    """What a command prints on stdout: text or, with --json, one JSON document, which is also where errors go.
+    """Prints a command's output on stdout: text or, with --json, one JSON document, which also holds errors.
 
-    ``results`` are those that are complete before an error; the document holds them beside it.
+    ``results`` holds the results that are complete. If an error follows, the document contains both.
     """
 
     as_json: bool = False
@@ -99,7 +99,7 @@ class Printer:
     _has_printed: bool = False
 
     def show(self, result: Mapping[str, Any], lines: Iterable[str | Line], *, is_failure: bool = False) -> None:
-        """Print a result as JSON, or as text unless --quiet was given; a failure in any case."""
+        """Print a result as JSON, or as text unless --quiet was given. A failure is always printed."""
         if self.as_json:
             self._has_printed = True
             _print(lambda: print(json.dumps(result, indent=2)))
@@ -113,7 +113,7 @@ class Printer:
         sys.exit(exit_code)
 
     def show_error_as_json(self, kind: str, message: str, exit_code: int, problems: Iterable[str] = ()) -> None:
-        """With --json, print the document with the error in it, unless the document was printed already."""
+        """With --json, print the document with the error in it, unless a document was already printed."""
         if not self.as_json or self._has_printed:
             return
         error = {"type": kind, "message": message, "exit_code": exit_code}
@@ -123,7 +123,7 @@ class Printer:
 
 
 def print_lines(lines: Iterable[str | Line]) -> None:
-    """Print a result on stdout. A failed write is an error, but a pipe that its reader closed is not.
+    """Print a result on stdout. A failed write is an error, but a pipe closed by its reader is not.
 
     Raises:
         OutputError: stdout cannot be written.

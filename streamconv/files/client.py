@@ -1,7 +1,7 @@
-"""An HTTP client: urllib3, with the proxies, the certificates and the credentials of the user's environment.
+"""An HTTP client: urllib3, with the proxies, certificates and credentials of the user's environment.
 
-HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY choose the proxy. The system's certificates are trusted, or those in
-SSL_CERT_FILE, SSL_CERT_DIR or REQUESTS_CA_BUNDLE. Credentials are sent only to the host that they are for.
+HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY choose the proxy. The system's certificates are trusted or, if they are
+set, those in SSL_CERT_FILE, SSL_CERT_DIR or REQUESTS_CA_BUNDLE. Credentials are sent only to their own host.
 """
 
 import base64
@@ -38,7 +38,7 @@ class Client:
     def get(self, url: str, headers: dict[str, str]) -> "Future[BaseHTTPResponse]":
         """Send a request in another thread, and return at once. Redirects are not followed.
 
-        The response, whose body has not been read, is given by the future, or one of these errors:
+        The future holds the response, whose body has not been read, or one of these errors:
 
         Raises:
             OSError: the host or its proxy cannot be reached, or the connection broke.
@@ -52,8 +52,8 @@ class Client:
 
         def send() -> None:
             try:
-                # Retries and redirects are the caller's: urllib3 would use one proxy for all hosts of a redirect,
-                # would follow one from https to http, and would forget that a signed URL came from another one.
+                # The caller handles retries and redirects: urllib3 would use one proxy for all hosts of a redirect,
+                # follow a redirect from https to http, and forget that a signed URL came from another one.
                 response = manager.request(
                     "GET",
                     _without_user(parts).geturl(),
@@ -92,9 +92,9 @@ class Client:
             self._managers[key] = self._make_manager(scheme, proxy)
         except (ValueError, ImportError) as error:  # urllib3's errors for a URL are ValueErrors
             shown = printable((proxy or "").rpartition("@")[2])
-            why = " without PySocks: pip install PySocks" if isinstance(error, ImportError) else ""
+            why = " without PySocks (`pip install PySocks`)" if isinstance(error, ImportError) else ""
             raise UsageError(
-                f"streamconv cannot use the proxy {shown}, which the environment sets{why}. "
+                f"streamconv cannot use the proxy {shown} from the environment{why}. "
                 f"Set {scheme.upper()}_PROXY to http://HOST:PORT, or add {host} to NO_PROXY."
             ) from error
         return self._managers[key]
@@ -130,11 +130,13 @@ class Client:
                 return ssl.create_default_context(capath=bundle)
             return ssl.create_default_context(cafile=bundle)
         except OSError as error:
-            raise UsageError(f"REQUESTS_CA_BUNDLE names {bundle}, whose certificates cannot be read.") from error
+            raise UsageError(
+                f"The certificates in {bundle}, which REQUESTS_CA_BUNDLE names, cannot be read. Correct or unset it."
+            ) from error
 
 
 def translate(error: HTTPError, url: str) -> OSError | SourceError:
-    """Convert an error of urllib3, whose texts contain names of classes, by its cause."""
+    """Convert an error of urllib3 to one that names its cause. urllib3's own messages contain class names."""
     cause: BaseException = error
     while inner := cause.__cause__ or next((each for each in cause.args if isinstance(each, BaseException)), None):
         cause = inner
@@ -143,7 +145,7 @@ def translate(error: HTTPError, url: str) -> OSError | SourceError:
     if isinstance(cause, ssl.SSLCertVerificationError):
         return SourceError(
             f"The certificate of {peer.hostname} cannot be trusted: {cause.verify_message}. Check the URL, "
-            "or set SSL_CERT_FILE to the certificates of your own authority."
+            "or set SSL_CERT_FILE to a file with the certificate of your own authority."
         )
     if isinstance(cause, IncompleteRead):
         return ConnectionError("the connection was closed")
@@ -156,7 +158,7 @@ def translate(error: HTTPError, url: str) -> OSError | SourceError:
 
 
 def seconds_to_wait(response: BaseHTTPResponse) -> float | None:
-    """Return the seconds that Retry-After asks for, as a number or as a date (RFC 9110, 10.2.3)."""
+    """Return the seconds to wait, which Retry-After gives as a number or as a date (RFC 9110, 10.2.3)."""
     try:
         return Retry().get_retry_after(response)
     except (HTTPError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Waits before retries, and when to give up."""
+"""Decides how long to wait before a retry, and when to give up."""
 
 import logging
 import time
@@ -14,11 +14,11 @@ RETRIES_BEFORE_OPEN = 3  # while no request has succeeded yet: the URL may be wr
 
 
 class RetryNow(OSError):
-    """Nothing broke: send the request again at once. The code that raises this limits how often it does."""
+    """Raised to send the request again at once, although nothing broke. The code that raises it limits the repeats."""
 
 
 class RetryLater(OSError):
-    """The server asks for a pause: send the request again after ``seconds``, None if it names no time."""
+    """Raised if the server asks to send the request again later: after ``seconds``, or None if it gives no time."""
 
     def __init__(self, reason: str, seconds: float | None):
         super().__init__(reason)
@@ -41,13 +41,11 @@ class Retries:
             return
         reason = printable(redacted(str(error)) or type(error).__name__)
         if self.failures == (RETRIES_BEFORE_OPEN if position is None else len(RETRY_WAITS_SECONDS)):
-            at, fix = "from the beginning", "Check the URL and the network, and run the same command again."
+            problem, fix = "cannot be opened", "Check the URL and the network, and run the same command again."
             if position is not None:
-                at = f"at byte {position:,}"
+                problem = f"cannot be read at byte {position:,}"
                 fix = "Run the same command again when the connection is back; it resumes from there."
-            raise NetworkError(
-                f"{self._where} cannot be read {at}: {reason} (tried {self.failures + 1} times). {fix}"
-            ) from error
+            raise NetworkError(f"{self._where} {problem}: {reason} (tried {self.failures + 1} times). {fix}") from error
         seconds: float = RETRY_WAITS_SECONDS[self.failures]
         if isinstance(error, RetryLater) and error.seconds is not None:
             seconds = max(seconds, min(error.seconds, RETRY_WAITS_SECONDS[-1]))

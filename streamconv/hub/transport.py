@@ -14,10 +14,10 @@ TIMEOUT_SECONDS = 120.0  # without receiving a byte; by default, huggingface_hub
 def configure_process() -> None:
     """Give huggingface_hub a timeout, and silence its progress bars, its log and its warnings.
 
-    These settings hold for the whole process, so only a program may change them: the command line does. The library
-    never does. A service that embeds it may have its own client, with its proxies and certificates.
-    `set_client_factory` would replace that client and close it while other threads use it, and huggingface_hub has no
-    way to read the factory, so that it could be restored.
+    These settings apply to the whole process, so only a program may change them: the command line does, the library
+    never does. A service that embeds the library may have its own client, with its own proxies and certificates.
+    `set_client_factory` would replace that client and close it while other threads use it, and could not be undone,
+    because huggingface_hub has no way to read the current factory.
     """
     from huggingface_hub.utils import disable_progress_bars, logging
 
@@ -38,20 +38,20 @@ def configure_process() -> None:
 
 
 def timeout_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of a server that does not respond in time."""
+    """Return the exceptions that mean that a server did not respond in time."""
     http = _http_library()
     return (TimeoutError, http.Timeout if http.__name__ == "requests" else http.TimeoutException)
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of a connection that failed or broke, which include `timeout_errors`."""
+    """Return the exceptions that mean that a connection failed or broke, including `timeout_errors`."""
     http = _http_library()
     broken = http.RequestException if http.__name__ == "requests" else http.TransportError
     return (*timeout_errors(), ConnectionError, broken)
 
 
 def _http_library() -> Any:
-    """Return the module of huggingface_hub's HTTP library; others may be installed, too."""
+    """Return the module of the HTTP library that huggingface_hub uses; others may be installed, too."""
     from huggingface_hub import __version__
 
     return import_module(("requests", "httpx", "httpx2")[min(int(__version__.partition(".")[0]), 2)])

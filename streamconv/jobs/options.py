@@ -1,4 +1,4 @@
-"""The options of jobs. They are parsed and checked when they are created, before a source is opened."""
+"""The options of jobs. They are parsed and checked when they are created, before any source is opened."""
 
 import re
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class SourceOptions:
     """Options for reading a source.
 
     Args:
-        head: A linear head's file or address, for a classifier that consists of two files.
+        head: The path or URL of a linear head, for a classifier in two files.
         select: The prefix of the backbone's names, for a file that holds several backbones.
         num_heads: The number of attention heads, which tensors do not show; by default, the family's rule gives it.
-        stream: Convert a remote file directly. Otherwise it is first downloaded into torch.hub's cache.
+        stream: Read a remote file directly. Otherwise it is first downloaded into torch.hub's cache.
 
     Raises:
         UsageError: the number of heads is not valid.
@@ -43,11 +43,11 @@ class ConversionOptions(SourceOptions):
     """Options for a conversion, in addition to those for reading its source.
 
     Args:
-        labels: A file with the names of the classes; by default ImageNet's, if there are 1000 classes.
+        labels: A file with the names of the classes; by default, ImageNet's names if there are 1000 classes.
         max_shard_size: The maximum size of one weight file: a number of bytes, or a string like "500MB" or "5GB".
         dtype: The dtype to cast the weights to; None leaves them as they are stored.
         force: Replace the conversion that the output folder holds, finished or not. Only files that its manifest or
-            journal names are deleted, once the plan is made. The same conversion is resumed if it is unfinished.
+            journal lists are deleted, after the plan is made. The same conversion is resumed if it is unfinished.
 
     Raises:
         UsageError: the shard size, the dtype or the number of heads is not valid.
@@ -62,7 +62,8 @@ class ConversionOptions(SourceOptions):
         super().__post_init__()
         parse_size(self.max_shard_size)
         if self.dtype is not None and self.dtype not in get_args(CastDtype):
-            raise UsageError(f"Cannot cast to {self.dtype!r}. Choose {', '.join(get_args(CastDtype))}.")
+            names = "{}, {} or {}".format(*get_args(CastDtype))
+            raise UsageError(f"Cannot cast to {self.dtype!r}. Choose {names}.")
 
     @property
     def max_shard_bytes(self) -> int:
@@ -74,15 +75,15 @@ class VerificationOptions:
     """Options for verifying an output.
 
     Args:
-        device: "cpu", "cuda" or "cuda:1"; "auto" takes a GPU if there is one.
-        image: An image to run both models on, a file or an http address; by default, streamconv draws one.
+        device: "cpu", "cuda" or "cuda:1"; "auto" uses a GPU if there is one.
+        image: The path or http(s) URL of an image to run both models on; by default, streamconv draws one.
         reference: The code of the original model: "builtin" for streamconv's own; "hub" for the authors', which
             torch.hub downloads and runs; or a folder that holds the authors' code.
         parity: Run both models and compare their outputs.
         report: An HTML file to write the result to.
 
     Raises:
-        UsageError: the device's name is not valid. Only torch can tell, later, if the device exists.
+        UsageError: the device's name is not valid. Torch checks later if the device exists.
     """
 
     device: str = "auto"
@@ -102,7 +103,7 @@ class PushOptions:
 
     Args:
         destination: The repository. Its default name is the model's published name, in the user's account.
-        unverified: Push even if the model was not verified or failed verification. The model card mentions it.
+        unverified: Push even if the model was not verified or failed verification. The model card then says so.
 
     Raises:
         UsageError: the revision's name is empty.

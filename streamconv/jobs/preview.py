@@ -26,13 +26,13 @@ from streamconv.source.download import check_downloads
 
 @dataclass(frozen=True)
 class Preview:
-    """What would be done: read, download, write, verify and push, in this order.
+    """The steps that a conversion would take: read, download, write, verify and push, in this order.
 
     ``sources`` are the sizes in bytes of the files that would be read, by location; ``downloads`` those of the files
     that would be fetched into torch.hub's cache, by path. ``files`` are the sizes of the files that would be written,
-    by name; none if the conversion is finished. ``resumed_bytes`` of them an interrupted run has written. ``replaced``
-    are the names of files that would be deleted first. ``repository`` is the Hub's, "user/name"; ``unverified``: it
-    would be pushed to even if verification does not pass.
+    by name, empty if the conversion is finished. An interrupted run has already written ``resumed_bytes`` of them.
+    ``replaced`` are the names of files that would be deleted first. ``repository`` is "user/name" on the Hub;
+    ``unverified``: it would be pushed to even if verification does not pass.
     """
 
     plan: Plan
@@ -47,7 +47,7 @@ class Preview:
     unverified: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the preview for JSON."""
         check = self.verification
         return {
             "dry_run": True,
@@ -79,7 +79,7 @@ def preview(
     """Check a conversion as far as that is possible without reading weights, and return what it would do.
 
     Raises:
-        UsageError, SourceError, OutputError, HubError: those by which the job itself would be refused.
+        UsageError, SourceError, OutputError, HubError: the job itself would be refused with the same error.
     """
     check_requests(verification, push)
     downloads: Mapping[Path, int] = {}
@@ -122,7 +122,7 @@ def _sources(prepared: PreparedSource) -> dict[str, int]:
 def _written(
     conversion: PreparedConversion, push: PushOptions | None, options: ConversionOptions
 ) -> tuple[dict[str, int], int, tuple[str, ...]]:
-    """Check the output folder; return the files to write, how much of them is written, and the files to delete."""
+    """Check the output folder; return the files to write, how many of their bytes exist, and the files to delete."""
     folder, plan = conversion.folder, conversion.plan
     is_staging = options.stream and push is not None  # then each shard is deleted before the next one is written
     size = max(shard.size for shard in plan.shards) if is_staging else plan.size

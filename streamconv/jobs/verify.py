@@ -1,4 +1,4 @@
-"""Verifies an output: runs checks, the cheapest first, each of which states what it proves.
+"""Verifies an output: runs checks, the cheapest first. Each check states what it proves.
 
 Importing this module does not import torch; the checks that run models do when they run.
 """
@@ -54,21 +54,22 @@ def verify(
 
     Args:
         folder: The folder that `streamconv.convert` wrote.
-        source: The source of the folder: a model's name, a checkpoint file, or its address. None reads only the folder:
-            each file must have the size and sha256 that it was written with.
+        source: The source of the folder: a model's name, or the path or URL of a checkpoint. None reads only the
+            folder: each file must have the size and sha256 that its manifest records.
         options: The device, the image, the code of the original model, and the report to write.
-        source_options: How to read the source; the defaults are those that the folder's manifest records.
+        source_options: How to read the source; by default, as the folder's manifest records.
         progress: Called with the bytes or steps of each check. What it raises ends the job: see `Cancelled`.
 
     Raises:
         UsageError: the device, the image or the reference does not exist, the device has too little memory, or torch
             or transformers is not installed.
         SourceError: the source cannot be read.
-        OutputError: there is no such folder, it is unfinished, or it needs a source and has none.
+        OutputError: there is no such folder, it is unfinished, or it can be verified only against a source and none is
+            given.
     """
     path = Path(folder)
     if not os.path.isdir(path):
-        raise OutputError(f"{path} is not a folder. Name the folder that streamconv converted into.")
+        raise OutputError(f"{path} is not a folder. Give a folder that streamconv wrote.")
     if os.path.exists(path / JOURNAL_NAME):
         raise OutputError(
             f"{path} holds an unfinished conversion. Finish it first: run the same convert command again."
@@ -90,14 +91,14 @@ def verify(
 def verify_prepared(
     folder: Path, prepared: PreparedSource, options: VerificationOptions, progress: Progress
 ) -> Verification:
-    """Verify a converted folder against a source that is open, and record the result in the folder's manifest.
+    """Verify a converted folder against an open source, and record the result in the folder's manifest.
 
     A remote source is read again for parity only: its bytes were checked when they were written, as the manifest
     records.
     """
     start, source, plan = time.monotonic(), prepared.source, prepared.plan
     manifest = Manifest.read(folder)
-    # Importing torch takes seconds, so the source is opened, and refused if it is not one, before that.
+    # Importing torch takes seconds, so the source was opened, or refused, before that.
     progress("starting torch and transformers", 0, 1, "steps")
     from streamconv.verification.model_checks import ModelVerifier
 
@@ -126,9 +127,9 @@ def verify_uploaded(
     """Verify an output that was uploaded shard by shard and is not on the disk.
 
     Args:
-        prepared: Its source, which is still open, and its plan.
+        prepared: The output's source, which is still open, and its plan.
         manifest: Its manifest. Each shard had the recorded sha256 when it was written and when it was uploaded.
-        folder: An empty folder for files that have the shards' headers, and holes instead of weights.
+        folder: An empty folder for files with the headers of the shards and holes instead of weights.
     """
     from streamconv.verification.model_checks import ModelVerifier
     from streamconv.verification.sparse_folder import write_sparse_folder
@@ -148,7 +149,7 @@ def verify_uploaded(
 
 
 def check_options(options: VerificationOptions, runs_models: bool = True) -> None:
-    """Refuse impossible options before hours of work.
+    """Refuse invalid options before hours of work.
 
     Raises:
         UsageError: the device, the image or the reference does not exist, or torch or transformers is not installed.
@@ -193,13 +194,13 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
     start, manifest = time.monotonic(), Manifest.read(folder)
     if manifest is None:
         raise OutputError(
-            f"{folder} has no {MANIFEST_NAME} to check it against. Name the source: `streamconv verify DIR SOURCE`."
+            f"{folder} has no {MANIFEST_NAME} to check it against. Give the source: `streamconv verify DIR SOURCE`."
         )
     problems = check_files(folder, manifest, progress)
     files = Check(
         "files", not problems, f"every file is as it was written, according to {MANIFEST_NAME}", tuple(problems)
     )
-    others = [Check(name, None, "no source was named") for name in ("bytes", "load", "parity", "preprocessing")]
+    others = [Check(name, None, "no source was given") for name in ("bytes", "load", "parity", "preprocessing")]
     _log_checks([files])
     return Verification(
         checks=(files.since(start), *others),

@@ -100,7 +100,7 @@ def test_folder_without_manifest_or_with_a_journal_is_refused(folder: Path) -> N
         api.verify(folder)
     (folder / ".streamconv-journal").unlink()
     (folder / "streamconv.json").unlink()
-    with pytest.raises(OutputError, match=r"no streamconv\.json to check it against\. Name the source"):
+    with pytest.raises(OutputError, match=r"no streamconv\.json to check it against\. Give the source"):
         api.verify(folder)
 
 

@@ -76,7 +76,7 @@ def test_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path, save: Save
         (2, "No such option", ("convert", backbone, "--outptu", "out")),
         (3, "dinov2_vitg14_pretrain.pth, put it at", ("run",)),
         (3, "put it at", ("convert", "dinov2_vits14", "-o", "out", "--stream")),
-        (3, "cannot be read from the beginning", ("plan", "http://127.0.0.1:9/x.pth")),
+        (3, "cannot be opened", ("plan", "http://127.0.0.1:9/x.pth")),
         (2, "does not name a file", ("plan", "https://host.invalid/")),
         (2, "is not a valid URL", ("plan", "https://host:port/x.pth")),
         (2, "Give SOURCE, too", ("verify", "out", "--stream")),

@@ -439,7 +439,7 @@ def test_hf_addresses_are_resolved_on_the_hub(server: FileServer, source: str, m
         api.plan("hf://owner/name/x.pth")
 
 
-def test_credentials_in_an_address_are_used_and_never_shown(server: FileServer, source: str, tmp_path: Path) -> None:
+def test_credentials_in_a_url_are_used_and_never_shown(server: FileServer, source: str, tmp_path: Path) -> None:
     server.faults.needs_authorization = "Basic " + base64.b64encode(b"someone:top secret").decode()
     address = source.replace("http://", "http://someone:top%20secret@") + "?signature=xyzzy"
     done = api.convert(address, tmp_path / "out", stream=True)

@@ -129,11 +129,11 @@ def test_plan_begins_with_the_summary_and_shows_the_mapping_on_request(plan: Pla
         "  skipped     head.* (1 tensor, 40 bytes): optimizer state",
         "  assumed     2 attention heads",
         "",
-        "175 tensors of the source become 223; --mapping shows how.",
+        "175 source tensors become 223; --mapping shows how.",
     ]
     mapped = plain(plan_lines(plan, with_mapping=True))
     assert mapped[:-176] == summary[:-1]
-    assert mapped[-176] == "175 tensors of the source become 223:"
+    assert mapped[-176] == "175 source tensors become 223:"
     assert mapped[-175] == "cls_token                   F32 [1, 1, 384]           -> embeddings.cls_token"
 
 
@@ -201,10 +201,10 @@ def test_verdicts_are_green_yellow_or_red(checks: list[Check], colours: list[str
 
 
 def test_verdict_without_a_source_names_what_was_checked() -> None:
-    others = Check("bytes", None, "no source was named")
+    others = Check("bytes", None, "no source was given")
     lines = plain(verification_lines(verification(Check("files", True, "a"), others, device=None)))
     assert lines[-1] == (
-        "Looks ok, but not everything was checked: only the files' sizes and sha256 were, because no source was named."
+        "Looks ok, but not everything was checked: only the files' sizes and sha256 were, because no source was given."
     )
 
 

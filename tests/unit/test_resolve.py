@@ -28,7 +28,7 @@ def test_model_name_means_files_in_the_torch_hub_cache(kept: Path) -> None:
     assert (found.backbone, found.head) == (kept / "dinov2_vitb14_pretrain.pth", kept / "dinov2_vitb14_linear_head.pth")
 
 
-def test_model_name_means_the_authors_address_if_not_cached(kept: Path) -> None:
+def test_model_name_means_the_authors_url_if_not_cached(kept: Path) -> None:
     address = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitg14/dinov2_vitg14_"
     assert resolve_source("dinov2_vitg14").backbone == Address(f"{address}pretrain.pth")
     (kept / "dinov2_vitg14_pretrain.pth").touch()

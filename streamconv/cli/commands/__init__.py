@@ -1,4 +1,4 @@
-"""The program ``streamconv``: one module per command. Each parses what the user typed, calls one job, shows its result.
+"""The program ``streamconv``, one module per command: parse what the user typed, call one job, show its result.
 
 Nothing else prints. Errors of the jobs and of the command line end here, as one message and an exit code.
 """
@@ -29,7 +29,7 @@ Exit codes:
 
 
 class Program(click.Group):
-    """The group of all commands, in the order in which a user needs them."""
+    """The group of all commands, listed in the order in which a user needs them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -44,7 +44,7 @@ class Program(click.Group):
             code = super().main(words, "streamconv", standalone_mode=False, obj=printer)
         except BaseException as error:
             if InterruptedByUser.was_raised:
-                printer.show_error_as_json("Interrupted", "Interrupted. The same command resumes.", 130)
+                printer.show_error_as_json("Interrupted", "Interrupted. Run the same command again to resume.", 130)
                 raise
             if isinstance(error, click.exceptions.NoArgsIsHelpError):
                 print(error.format_message(), file=sys.stderr)
@@ -79,15 +79,15 @@ def _message(error: click.ClickException) -> str:
 
 
 def _missing(error: ModuleNotFoundError) -> UsageError:
-    """Return the error for a package that streamconv was installed without: a conversion needs few of them."""
+    """Return the error for a package that is not installed: a conversion needs only a few packages."""
     package = str(error.name).partition(".")[0]
     return UsageError(f"This needs the Python package {package}, which is not installed. Run `pip install {package}`.")
 
 
 @click.group(cls=Program, context_settings=SETTINGS, epilog=EXIT_CODES)
-@click.version_option(__version__, message="streamconv %(version)s", help="Show the version.")
+@click.version_option(__version__, message="streamconv %(version)s", help="Show the version and exit.")
 def app() -> None:
-    """Convert published checkpoints to Hugging Face's format by streaming, and verify the result."""
+    """Convert published checkpoints to the Hugging Face format by streaming, and verify the result."""
     try:
         os.getcwd()
     except FileNotFoundError:

@@ -8,13 +8,13 @@ from streamconv.cli.terminal import Printer, print_lines
 
 SHELL = Argument(
     "shell", metavar="bash|zsh|fish", type=click.Choice(["bash", "zsh", "fish"]), group="General",
-    text="The shell that reads the script.",
+    text="The shell to print the script for.",
 )  # fmt: skip
 
 
 @command(SHELL)
 def completion(printer: Printer, shell: str) -> None:
-    """Print a script that completes commands, options, models and files in a shell.
+    """Print the script by which a shell completes commands, options, models and files.
 
     \b
     bash: echo 'eval "$(streamconv completion bash)"' >> ~/.bashrc

@@ -9,11 +9,11 @@ from streamconv.cli.messages import plan_lines
 from streamconv.cli.options import DTYPE, HEAD, NUM_HEADS, SELECT, SHARD_SIZE, source_argument
 from streamconv.cli.terminal import Printer
 
-MAPPING = Option("--mapping", is_flag=True, group="General", help="Also show what becomes of each tensor.")
+MAPPING = Option("--mapping", is_flag=True, group="General", help="Also show the mapping of every tensor.")
 
 
 @command(source_argument(), HEAD, SELECT, NUM_HEADS, SHARD_SIZE, DTYPE, MAPPING, JSON)
 def plan(printer: Printer, source: str, mapping: bool, **conversion: Any) -> None:
-    """Show what convert would write: parameters, size, files, what is skipped. No weight is read."""
+    """Show what convert would write: parameters, size, files, and what is skipped. No weights are read."""
     planned = streamconv.plan(source, ConversionOptions(**conversion))
     printer.show(planned.as_dict(), plan_lines(planned, with_mapping=mapping))

@@ -29,7 +29,7 @@ from streamconv.families.registry import find_model
 from streamconv.hub.transport import configure_process
 from streamconv.source.resolve import resolve_source
 
-MODEL_NAME = Option("--model_name", metavar="NAME", group="Source", help="The same as SOURCE.")
+MODEL_NAME = Option("--model_name", metavar="NAME", group="Source", help="Same as SOURCE.")
 SYNTHETIC = Option(
     "--synthetic", is_flag=True, group="Source", help="Generate a random checkpoint of the model and convert it."
 )
@@ -56,7 +56,7 @@ def run(
 ) -> int:
     """Convert a checkpoint and verify the result."""
     if source is not None and model_name is not None:
-        raise UsageError("SOURCE and --model_name mean the same. Give only one of them.")
+        raise UsageError("SOURCE and --model_name mean the same thing. Give only one of them.")
     name = next((word for word in (source, model_name) if word is not None), DEFAULT_MODEL)
     conversion = ConversionOptions(**values_of(CONVERSION_OPTIONS, given))
     verification = verification_options(**values_of(VERIFICATION_OPTIONS, given))
@@ -65,12 +65,14 @@ def run(
         configure_process()
     if dry_run:
         if synthetic:
-            raise UsageError("A synthetic checkpoint does not exist before the run. Omit --dry-run.")
+            raise UsageError(
+                "--dry-run cannot check a synthetic checkpoint, which only a real run generates. Omit --dry-run."
+            )
         show_preview(printer, name, output, conversion, None if no_verify else verification, push)
         return 0
     if synthetic:
         if not printer.is_quiet:
-            print(f"making a random checkpoint of {name}, seed {seed}", file=sys.stderr)
+            print(f"generating a random checkpoint of {name}, seed {seed}", file=sys.stderr)
     elif source is None and model_name is None:
         _announce_download(printer, conversion, is_confirmed=yes)
     results = Results(printer)
@@ -95,12 +97,12 @@ def run(
         return 0
     print_report_path(verification.report, printer)
     if not done.passed and push is not None and done.published is None:
-        print("Not pushed, because verification failed. --push-unverified pushes anyway.", file=sys.stderr)
+        print("Not pushed, because verification failed. To push anyway, add --push-unverified.", file=sys.stderr)
     return 0 if done.passed else 1
 
 
 def _announce_download(printer: Printer, options: ConversionOptions, *, is_confirmed: bool) -> None:
-    """Ask before the default model's file is downloaded, or if nobody can answer, report it.
+    """Ask before the default model's file is downloaded or, if nobody can answer, report the download.
 
     Raises:
         UsageError: the answer is no.

@@ -15,24 +15,24 @@ from streamconv.errors import UsageError
 
 FOLDER = Argument(
     "folder", metavar="DIR", type=FILE, group="Source",
-    text="A folder that streamconv converted into.",
+    text="A folder that streamconv wrote.",
 )  # fmt: skip
 
 
 @command(
-    FOLDER, source_argument("check the files without a source", required=False),
+    FOLDER, source_argument("none; check only the folder's files", required=False),
     *SOURCE_OPTIONS, *VERIFICATION_OPTIONS, JSON,
 )  # fmt: skip
 def verify(printer: Printer, folder: Path, source: str | None, report: Path | None, **given: Any) -> int:
-    """Verify a converted folder against its source: every byte, loading, and the outputs of every layer.
+    """Verify a converted folder against its source: every byte, loading, and the output of every layer.
 
-    Without SOURCE, each file is checked against the size and sha256 in the folder's streamconv.json.
+    Without SOURCE, each file is checked against its size and sha256 in the folder's streamconv.json.
     """
     source_options = SourceOptions(**values_of(SOURCE_OPTIONS, given))
     options = verification_options(**values_of(VERIFICATION_OPTIONS, {**given, "report": report}))
     if source is None and (source_options, options) != (SourceOptions(), VerificationOptions(report=report)):
         raise UsageError(
-            "--head, --select, --num-heads, --device, --image, --reference, --no-parity and --stream only apply to "
+            "--head, --select, --num-heads, --device, --image, --reference, --no-parity and --stream apply only to "
             "a comparison with the source. Give SOURCE, too."
         )
     with ProgressReport(printer.is_quiet) as progress:
