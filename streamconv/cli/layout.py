@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -15,6 +15,8 @@ import click
 _UNBROKEN = r"`[^`]+`|--[\w-]+ \S+|\[[\d, ]+\]|streamconv \w+ --\w+|\d (?:bytes|[kMGT]B(?:/s)?|s|min|h)\b"
 _NO_BREAK = "\0"  # stands for their spaces while text is wrapped; no path can contain it
 MIN_COLUMNS = 40
+_BLOCK_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+FEW_ALIKE = 2  # lines that differ only in a block's number and are still printed one by one
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,21 @@ def indented(text: str) -> Line:
 
 def error_lines(message: str) -> list[Line]:
     first, *others = message.split("\n")
-    return [Line(click.style("error: ", fg="red", bold=True), first), *map(indented, others)]
+    return [Line(click.style("error: ", fg="red", bold=True), first), *map(indented, folded(others))]
+
+
+def folded(lines: Iterable[str]) -> Iterator[str]:
+    """Yield one line for all that differ only in block numbers, which become a *: a model may have many blocks."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(_BLOCK_NUMBER.sub("*", line), []).append(line)
+    many = {pattern: len(group) for pattern, group in groups.items() if len(group) > FEW_ALIKE}
+    for pattern, group in groups.items():
+        yield from [f"{pattern} ({many[pattern]:,} tensors)"] if pattern in many else group
+    if many:
+        first = next(iter(many))
+        indent = " " * (len(first) - len(first.lstrip()))
+        yield f"{indent}(* stands for the blocks' numbers; --json lists each tensor)"
 
 
 def columns_of(stream: TextIO) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from streamconv.cli.layout import Line
+from streamconv.cli.layout import Line, folded
 from streamconv.cli.units import duration, size, speed
 from streamconv.families.base import Family, Model
 from streamconv.families.registry import all_families
@@ -166,7 +166,7 @@ def verification_lines(verification: Verification) -> Iterator[Line | str]:
     for check in verification.checks:
         colour = BAD if check.passed is False else INCOMPLETE if check.passed is None or check.not_checked else GOOD
         yield Line(f"{check.name:14}{click.style(f'{VERDICTS[check.passed]:9}', fg=colour)}", check.proves)
-        details = [*_number_lines(check, verification.device), *check.problems, check.not_checked]
+        details = [*_number_lines(check, verification.device), *folded(check.problems), check.not_checked]
         yield from (Line(" " * INDENT, line) for line in details if line)
     if verification.predictions:
         yield "Predicted classes:"

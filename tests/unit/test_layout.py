@@ -13,7 +13,7 @@ import click
 import pytest
 
 from streamconv.cli import units
-from streamconv.cli.layout import Line, columns_of, error_lines, indented, laid_out, print_wrapped
+from streamconv.cli.layout import Line, columns_of, error_lines, folded, indented, laid_out, print_wrapped
 from streamconv.errors import MappingError
 
 Printed = Callable[..., str]
@@ -86,7 +86,7 @@ def test_paths_and_commands_are_not_broken(printed: Printed, monkeypatch: pytest
 
 
 def test_error_lists_each_problem_with_a_hanging_indent(printed: Printed) -> None:
-    problems = [f"missing: blocks.{i}.attn.qkv.weight, which {LONG}" for i in range(3)]
+    problems = [f"missing: blocks.{i}.attn.qkv.weight, which {LONG}" for i in range(2)]
     error = MappingError(f"x.pth is not dinov2_vits14, and {LONG}:", problems)
     lines = click.unstyle(printed(*error_lines(str(error)))).splitlines()
     assert lines[:5] == [
@@ -125,6 +125,21 @@ def test_indentation_is_kept() -> None:
     assert indented("  a  b") == Line("  ", "a  b", 4)
     assert laid_out(indented(""), 80) == ""
     assert laid_out(indented("   a  b"), 80) == "   a  b"
+
+
+def test_lines_that_differ_only_in_block_numbers_are_printed_once() -> None:
+    chunked = [f"missing: blocks.{i // 2}.{i}.norm1.bias [4]" for i in range(4)]
+    others = ["missing: blocks.1.norm2.bias [4]", "missing: norm.bias [4]", "missing: blocks.2.norm2.bias [4]"]
+    assert [*folded([others[0], *chunked, *others[1:]])] == [
+        others[0], others[2], "missing: blocks.*.*.norm1.bias [4] (4 tensors)", others[1],
+        "(* stands for the blocks' numbers; --json lists each tensor)",
+    ]  # fmt: skip
+    assert [*folded(others)] == [others[0], others[2], others[1]]
+    printed = error_lines("\n  ".join(["It does not fit:", *chunked]))
+    assert [line.text for line in printed][1:] == [
+        "missing: blocks.*.*.norm1.bias [4] (4 tensors)",
+        "(* stands for the blocks' numbers; --json lists each tensor)",
+    ]
 
 
 @pytest.mark.parametrize(
