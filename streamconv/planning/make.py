@@ -78,7 +78,9 @@ def make_plan(
         image_processor=image_processor,
         small_files=_small_files(config, image_processor),
         index=index,
-        notes=_notes(spec, selection, image_processor, is_published=bool(candidates)),
+        notes=_notes(
+            spec, selection, image_processor, is_published=_is_published(candidates, model, selection, filename)
+        ),
         skipped=(*selection.skipped, *_dropped(tensors, expected, selection.prefix)),
         filled={name: value for name, (value, _) in fills.items()},
         block_chunks=block_chunks or 0,
@@ -202,6 +204,15 @@ def _published(candidates: Sequence[Model], filename: str) -> Model | None:
     """Return the published model of these dimensions. If there are several, only the file's name distinguishes them."""
     named = [model for model in candidates if model.backbone.filename == filename]
     return candidates[0] if len(candidates) == 1 else next(iter(named), None)
+
+
+def _is_published(candidates: Sequence[Model], model: Model | None, selection: Selection, filename: str) -> bool:
+    """Return whether the source is a published model, not one that was trained in the same dimensions.
+
+    A config.json has what tensors do not show, so for a converted folder the dimensions are enough.
+    """
+    names = [each.backbone.filename for each in candidates]
+    return bool(candidates) and (model is not None or bool(selection.config) or filename in names)
 
 
 def _image_processor(family: Family, candidates: Sequence[Model]) -> Mapping[str, Any] | None:

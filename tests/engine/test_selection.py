@@ -357,10 +357,15 @@ def test_number_of_attention_heads_comes_from_the_family_or_the_user(tmp_path: P
         with pytest.raises(error, match=message):
             api.plan(source, num_heads=heads)
     # A published model's number is known and not mentioned; with another number, it is not that model any more.
+    # A checkpoint of another name may have been trained with another number in the same shapes.
     small, _ = make_states(tiny(layers=12, hidden=384))
     small["pos_embed"] = torch.zeros(1, 1370, 384)
-    published = saved(small, tmp_path / "small.pth")
+    published = saved(small, tmp_path / "dinov2_vits14_pretrain.pth")
     assert api.plan(published).notes == ()
+    own = saved({"teacher": small}, tmp_path / "teacher_checkpoint.pth")
+    assert any("6 attention heads of 64 channels each" in note for note in api.plan(own).notes)
+    api.convert(own, tmp_path / "converted")
+    assert not any("attention heads" in note for note in api.plan(tmp_path / "converted").notes)
     assert api.plan(published).model is not None
     assert api.plan(published, num_heads=6).model is not None
     assert api.plan(published, num_heads=12).model is None

@@ -32,7 +32,7 @@ DIGEST = "0123456789abcdef" * 4
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    return plan_of_shapes(expanded(GOLDEN["dinov2_vits14"]["source"], 12), tmp_path, "x.pth")
+    return plan_of_shapes(expanded(GOLDEN["dinov2_vits14"]["source"], 12), tmp_path, "dinov2_vits14_pretrain.pth")
 
 
 def styled(lines: Iterable[Line | str], columns: int | None = None) -> list[str]:
