@@ -98,10 +98,23 @@ def _warning(text: str) -> Line:
     return Line(f"  {click.style('warning:', fg=INCOMPLETE)} ", text)
 
 
+# Entries of config.json that describe a model to a person who trained it.
+_SIZES = {
+    "hidden_size": "hidden size {}",
+    "num_hidden_layers": "{} layers",
+    "num_attention_heads": "{} attention heads",
+    "patch_size": "patches of {0} x {0}",
+    "image_size": "positions for {0} x {0} pixels",
+    "num_register_tokens": "{} registers",
+}
+
+
 def plan_lines(plan: Plan, with_mapping: bool = False) -> Iterator[Line | str]:
     """Yield the summary of a plan and, on request, all tensors, files and skipped parts."""
     cast = ", cast from {from}".format_map(plan.cast) if plan.cast else ""
     rows = [("parameters", f"{plan.parameters:,} in {plan.config['dtype']}{cast}"), ("size", size(plan.size))]
+    sizes = [text.format(plan.config[key]) for key, text in _SIZES.items() if plan.config.get(key)]
+    rows += [("model", ", ".join(sizes))] if sizes else []
     shards = [f"{s.filename}  {size(s.size)}, {_count(len(s.tensors), 'tensor')}" for s in plan.shards]
     skipped = [_skipped(each) for each in plan.skipped]
     if not with_mapping:

@@ -124,6 +124,8 @@ def test_plan_begins_with_the_summary_and_shows_the_mapping_on_request(plan: Pla
         "dinov2_vits14, as Dinov2Model",
         "  parameters  22,056,576 in float32",
         "  size        88 MB",
+        "  model       hidden size 384, 12 layers, 6 attention heads, patches of 14 x 14, "
+        "positions for 518 x 518 pixels",
         "  files       model.safetensors  88 MB, 223 tensors",
         "              config.json, preprocessor_config.json",
         "  skipped     head.* (1 tensor, 40 bytes): optimizer state",
@@ -142,7 +144,7 @@ def test_plan_and_conversion_fit_into_80_columns(plan: Plan) -> None:
     plan = replace(
         plan, skipped=(Skipped("model.teacher.decode_head.", 1, 40, reason),), notes=(f"{reason}, {reason}",)
     )
-    assert plain(plan_lines(plan), 80)[5:9] == [
+    assert plain(plan_lines(plan), 80)[7:11] == [
         "  skipped     model.teacher.decode_head.* (1 tensor, 40 bytes): a head for depth",
         "              or segmentation, which no transformers class has",
         "  assumed     a head for depth or segmentation, which no transformers class has,",
