@@ -149,12 +149,16 @@ def _with_head(
         raise UsageError(f"{source.backbone} is a {family.name} model, which takes no head. Omit --head.")
     if any(key.startswith(head.prefix) for key in tensors):
         raise UsageError(f"{source.backbone} is a classifier and already has its head. Omit --head.")
-    if checkpoint.keys() != head.keys:
+    prefixes = {key.rpartition(".")[0] for key in checkpoint}
+    named = {key.rpartition(".")[2]: tensor for key, tensor in checkpoint.items()}
+    if len(prefixes) != 1 or named.keys() != head.keys:
+        keys = sorted(head.keys)
         raise MappingError(
-            f"{source.head} is not a classifier's head, which holds {' and '.join(sorted(head.keys))}. It holds:",
+            f"{source.head} is not a classifier's head, which holds {' and '.join(keys)} and nothing else. Save them "
+            f"with torch.save({{{', '.join(f'{key!r}: …' for key in keys)}}}, FILE). It holds:",
             [f"{key} {list(tensor.info.shape)}" for key, tensor in checkpoint.items()],
         )
-    return family.join_head(tensors, checkpoint)
+    return family.join_head(tensors, named)
 
 
 @contextmanager

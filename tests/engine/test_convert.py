@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -255,10 +257,30 @@ def test_nothing_is_written_for_an_incomplete_source(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("nest", [
+    lambda head: {"model": {f"linear.{key}": tensor for key, tensor in head.items()}, "iteration": 5},
+    lambda head: {f"module.fc.{key}": tensor for key, tensor in head.items()},
+])  # fmt: skip
+def test_head_is_found_under_a_prefix(tmp_path: Path, save: Save, nest: Callable[[Any], Any]) -> None:
+    backbone, _ = save(tiny())
+    head = {"weight": torch.randn(7, 256), "bias": torch.randn(7)}
+    torch.save(head, tmp_path / "plain.pth")
+    torch.save(nest(head), tmp_path / "nested.pth")
+    wanted = api.convert(backbone, tmp_path / "wanted", head=tmp_path / "plain.pth")
+    assert api.convert(backbone, tmp_path / "out", head=tmp_path / "nested.pth").shards == wanted.shards
+
+
 def test_file_that_is_not_a_head_is_refused(tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
     with pytest.raises(MappingError, match="is not a classifier's head"):
         api.convert(backbone, tmp_path / "out", head=backbone)
+    for names in (("a.weight", "b.bias"), ("weight", "b.bias")):
+        torch.save(dict(zip(names, (torch.zeros(7, 256), torch.zeros(7)), strict=True)), tmp_path / "two.pth")
+        with pytest.raises(MappingError, match=r"is not a classifier's head.*torch\.save"):
+            api.convert(backbone, tmp_path / "out", head=tmp_path / "two.pth")
+    torch.save({"weight": torch.zeros(7, 256), "bias": torch.zeros(7)}, tmp_path / "head.pth")
+    with pytest.raises(MappingError, match=r"is a classifier's head. Give it with --head"):
+        api.plan(tmp_path / "head.pth")
     torch.save({"weight": torch.zeros(7, 128), "bias": torch.zeros(7)}, tmp_path / "narrow.pth")
     with pytest.raises(MappingError, match=r"misshaped: linear_head\.weight is \[7, 128\], not \[7, 256\]"):
         api.convert(backbone, tmp_path / "out", head=tmp_path / "narrow.pth")
