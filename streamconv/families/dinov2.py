@@ -174,7 +174,8 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
         for problem, is_wrong in (
             (f"hidden size {sizes.hidden} is not divisible by "
              f"{f'{heads} attention heads' if heads else 'the size of an attention head in published models'}: "
-             "give the number of heads with --num-heads", not heads or sizes.hidden % heads),
+             f"give {'another' if heads else 'the'} number of heads with --num-heads",
+             not heads or sizes.hidden % heads),
             (f"no whole mlp_ratio gives feed-forward width {sizes.ffn} for hidden size {sizes.hidden}", not mlp_ratio),
             (f"pos_embed has {sizes.positions} positions, which are not a square grid and a CLS token",
              not grid or grid * grid + 1 != sizes.positions),

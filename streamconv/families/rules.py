@@ -100,7 +100,7 @@ def map_tensors(
     expected = expand(rules, dims, count)
     kept = {key: each for key, each in expected.items() if not each.rule.drop_reason}
     dropped = {key: each.shape for key, each in expected.items() if each.rule.drop_reason}
-    one_dtype = None if is_cast else "a model has one (--dtype)"
+    one_dtype = None if is_cast else "a model has one: choose it with --dtype"
     shapes = {key: each.shape for key, each in kept.items()}
     _require_fit(tensors, shapes, where, known_problems, display_names or {}, one_dtype, optional=dropped)
     targets: dict[str, SourceTensor] = {}
@@ -179,7 +179,10 @@ def _require_fit(
     if len(dtypes) > 1 and one_dtype is not None:
         problems.append(f"mixed dtypes: {', '.join(sorted(dtypes))}; {one_dtype}")
     if problems:
-        raise MappingError(f"{where} does not fit ({len(problems)} problems):", problems)
+        has_lora = any("lora_" in name for name in shapes)
+        fix = "; merge its LoRA adapters first, as with peft's merge_and_unload()" if has_lora else ""
+        count = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
+        raise MappingError(f"{where} does not fit{fix} ({count}):", problems)
 
 
 def constants(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[str, tuple[float, tuple[int, ...]]]:

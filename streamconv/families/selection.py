@@ -5,7 +5,7 @@ start of whole keys only, never from their middle: `head.norm.bias` is not a bac
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,8 @@ def _complete(prefix: str, found: Iterable[str], where: str) -> str:
     if len(ending) == 1:
         return ending[0]
     near = ending or near_names(prefix.rstrip("."), found) or [*found]
+    if near == [""]:
+        raise UsageError(f"{where} does not have a backbone under {prefix}, but one without a prefix. Omit --select.")
     choices = " or ".join(f"--select {each.rstrip('.') or repr('')}" for each in near[:MAX_CHOICES])
     under = f"one backbone under {prefix}" if prefix else "a backbone without a prefix"
     raise UsageError(f"{where} does not have {under}. Use {choices}." if choices else f"{where} holds no backbone.")
@@ -200,9 +202,11 @@ def _refuse_flat_parameters(names: Iterable[str], where: str) -> None:
         )
 
 
-def _refuse_heads(names: Iterable[str], where: str) -> None:
+def _refuse_heads(names: Collection[str], where: str) -> None:
     for family in all_families():
         for extra in family.extra_prefixes:
             found = [name for name in names if f".{extra.start}" in f".{name}"]
             if found and not extra.is_skipped:
                 raise MappingError(f"{where} is {extra.reason}. It holds:", found)
+        if family.classifier_head is not None and {*names} == family.classifier_head.keys:
+            raise MappingError(f"{where} is a classifier's head. Give it with --head, and its backbone as SOURCE.", ())

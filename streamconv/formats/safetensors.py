@@ -43,7 +43,9 @@ def read_index(file: File) -> tuple[dict[str, SourceTensor], str]:
     if length > _MAX_HEADER_BYTES:
         raise NotACheckpointError(f"{file.where} is neither a torch.save checkpoint nor a safetensors file.")
     if 8 + length > file.size:
-        raise TruncatedError(f"{file.where} ends within its header: the download was cut short. Fetch it again.")
+        raise TruncatedError(
+            f"{file.where} ends within its header: the save, copy or download was cut short. Fetch it again."
+        )
     if length > MAX_JSON_BYTES:
         raise SourceError(
             f"{file.where} has a header of {length:,} bytes, and streamconv reads up to {MAX_JSON_BYTES:,}: "
@@ -98,7 +100,8 @@ def _check_coverage(file: File, data_start: int, tensors: dict[str, SourceTensor
         at = record.range.end
         if at > file.size:
             raise TruncatedError(
-                f"{file.where} ends within {printable(record.name)}: the download was cut short. Fetch it again."
+                f"{file.where} ends within {printable(record.name)}: "
+                "the save, copy or download was cut short. Fetch it again."
             )
     if at != file.size:
         raise CorruptError(f"{file.where} has {file.size - at:,} bytes at its end that belong to no tensor.")

@@ -146,7 +146,7 @@ class _Storages:
             start = data_range.end
         if start > self._file.size:
             raise TruncatedError(
-                f"{self._file.where} ends within its weights: the download was cut short. Fetch it again."
+                f"{self._file.where} ends within its weights: the save, copy or download was cut short. Fetch it again."
             )
         if start < self._file.size:
             raise CorruptError(

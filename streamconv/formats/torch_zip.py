@@ -28,10 +28,12 @@ def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, S
     """
     records = read_records(file, read_local_headers)
     pickles = [name for name in records if name.endswith("/data.pkl")]
-    if len(pickles) != 1 or any("/code/" in name for name in records):
+    if any("/code/" in name for name in records):
+        raise NotACheckpointError(f"{file.where} is a TorchScript program. Save its state_dict() instead.")
+    if len(pickles) != 1:
+        held = f"{len(pickles)} data.pkl records" if pickles else "no data.pkl record"
         raise NotACheckpointError(
-            f"{file.where} is a zip, but not one of torch.save (it has {len(pickles)} data.pkl records). "
-            "A TorchScript archive is a program: save its state_dict() instead."
+            f"{file.where} is a zip, but not one of torch.save: it has {held}. If a checkpoint was zipped, unzip it."
         )
     prefix = pickles[0].removesuffix("data.pkl")
     if next(iter(records)).partition("/")[0] + "/" != prefix:  # torch looks for it there

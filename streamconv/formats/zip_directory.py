@@ -109,7 +109,7 @@ def _find_directory(file: File) -> tuple[int, int, int]:
     if end < 0 or tail[end : end + 4] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
         raise TruncatedError(
             f"{file.where} begins as a zip but does not end as one of torch.save: something was appended, or the "
-            "download was cut short. Fetch it again."
+            "save, copy or download was cut short. Fetch it again, or use another checkpoint."
         )
     _, disk, directory_disk, disk_count, count, size, start = _END.unpack_from(tail, end)
     if end == _END64.size + _LOCATOR64.size and tail[_END64.size :].startswith(b"PK\x06\x07"):

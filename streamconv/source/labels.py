@@ -27,7 +27,7 @@ def read_labels(path: Path) -> list[str]:
     try:
         text = read_small(path).decode("utf-8-sig")
     except (SourceError, ValueError) as error:
-        raise UsageError(f"The labels in {path} cannot be read: {error}.") from error
+        raise UsageError(f"The labels in {path} cannot be read: {str(error).rstrip('.')}.") from error
     if path.suffix.lower() != ".json":
         return text.rstrip().splitlines()
     try:

@@ -518,7 +518,7 @@ ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "half a file": (lambda: BODY[: len(BODY) // 2], "cut short"),
     "a magic number": (lambda: b"PK\3\4", "cut short"),
-    "a magic number and an end": (lambda: b"PK\3\4" + end(b"", 4, 0), "0 data.pkl records"),
+    "a magic number and an end": (lambda: b"PK\3\4" + end(b"", 4, 0), "no data.pkl record"),
     "TorchScript": (lambda: BODY.replace(b"x/byteorder", b"x/code/aaaa") + end(
         ALL.replace(b"x/byteorder", b"x/code/aaaa"), len(BODY), 4), "TorchScript"),
 }  # fmt: skip
