@@ -144,9 +144,10 @@ def output_folder(folder: StrPath | None, prepared: PreparedSource, *, force: bo
     plan = prepared.plan
     if folder is not None and not fspath(folder):
         raise UsageError("The output folder's name is empty. Give -o DIR.")
-    if folder is None and plan.model is None:
-        backbone = prepared.source.source.backbone
-        raise UsageError(f"{backbone} is not a published model, so the output needs a name. Give -o DIR.")
+    origin = prepared.source.source
+    is_published = plan.model is not None and (origin.model is not None or plan.model.names_file(origin.backbone.name))
+    if folder is None and not is_published:
+        raise UsageError(f"{origin.backbone} is not a published model, so the output needs a name. Give -o DIR.")
     path = Path(folder) if folder is not None else Path(plan.model.published_name)  # type: ignore[union-attr]
     replaced = owned_names(path, Journal.read(path / JOURNAL_NAME)) if force else ()
     _refuse_own_output(prepared.source, path, [*plan.filenames, *replaced])

@@ -211,8 +211,8 @@ def _is_published(candidates: Sequence[Model], model: Model | None, selection: S
 
     A config.json has what tensors do not show, so for a converted folder the dimensions are enough.
     """
-    names = [each.backbone.filename for each in candidates]
-    return bool(candidates) and (model is not None or bool(selection.config) or filename in names)
+    is_named = any(each.names_file(filename) for each in candidates)
+    return bool(candidates) and (model is not None or bool(selection.config) or is_named)
 
 
 def _image_processor(family: Family, candidates: Sequence[Model]) -> Mapping[str, Any] | None:

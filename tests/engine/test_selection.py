@@ -367,6 +367,8 @@ def test_number_of_attention_heads_comes_from_the_family_or_the_user(tmp_path: P
     assert api.plan(published).notes == ()
     own = saved({"teacher": small}, tmp_path / "teacher_checkpoint.pth")
     assert any("6 attention heads of 64 channels each" in note for note in api.plan(own).notes)
+    with pytest.raises(UsageError, match=r"is not a published model.* Give -o DIR"):
+        streamconv.run(own, verification=None)
     api.convert(own, tmp_path / "converted")
     assert not any("attention heads" in note for note in api.plan(tmp_path / "converted").notes)
     assert api.plan(published).model is not None
