@@ -127,6 +127,18 @@ def test_float32_rounding_differences_are_settled_in_float64(tmp_path: Path, sav
         assert not api.verify(tmp_path / "out", backbone, device="cpu").checks[2].passed
 
 
+def test_a_wrong_result_is_not_called_rounding(tmp_path: Path, save: Save) -> None:
+    """A small difference is a reason to run in float64; only float64 shows what causes it."""
+    backbone, _ = save(tiny())
+    api.convert(backbone, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 2e-6}))
+    found = api.verify(tmp_path / "out", backbone, device="cpu").checks[2]
+    assert found.passed is False
+    assert "in float64, because they differ by" in found.proves
+    assert "rounding" not in found.proves
+
+
 def test_alignment_of_the_weights_makes_no_difference(tmp_path: Path, save: Save) -> None:
     """If the weights were used at their places in the two files, the logits would differ by 8e-8 with AVX-512."""
     backbone, head = save(tiny(classes=1000))
