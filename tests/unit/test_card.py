@@ -94,7 +94,8 @@ def test_card_starts_with_warnings() -> None:
     assert "- the first difference is in layer 3" in first(verification=found)
     assert "| preprocessing | not run | it was left out |" in first(verification=found)
     assert first(source=source("x.pth", synthetic=True)).startswith("> **Random weights.**")
-    assert "has no CRC-32s" in first(is_crc_checked=False)
+    assert "the fingerprint does not cover its weights" in first(is_crc_checked=False)
+    assert "the fingerprint does not cover" not in first()
     assert "> **" not in first()
 
 
