@@ -167,6 +167,9 @@ def _verification(verification: Mapping[str, Any]) -> Iterator[str]:
     if verification.get("device"):
         versions = ", ".join(f"{name} {version}" for name, version in (verification.get("versions") or {}).items())
         yield f"\nRun on {_cell(verification['device'])} with {_cell(versions)}."
+    if reference := verification.get("reference"):
+        code = "streamconv's own" if reference == "builtin" else _cell(reference)
+        yield f"Original model's code: {code}."
 
 
 def _code(text: object) -> str:
