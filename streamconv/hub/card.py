@@ -137,11 +137,14 @@ def _provenance(manifest: Manifest) -> Iterator[str]:
         overflow_count = sum(written.overflow_count for written in manifest.files.values())
         if overflow_count:
             yield f"{overflow_count:,} finite values were outside its range and are now infinite."
+    yield "A fingerprint is the sha256 of a source's index: names, sizes and, if the file has them, CRC-32s."
     if manifest.is_crc_checked:
-        yield "A fingerprint is the sha256 of the names, sizes and CRC-32s of a file's records."
         yield "Every byte that was read matched its CRC-32."
     else:
-        yield "The source has no CRC-32s, so its bytes could not be checked for damage."
+        yield (
+            "The source has no CRC-32s, so its bytes could not be checked for damage, and the fingerprint does not "
+            "cover its weights."
+        )
 
 
 def _verification(verification: Mapping[str, Any]) -> Iterator[str]:
@@ -164,6 +167,9 @@ def _verification(verification: Mapping[str, Any]) -> Iterator[str]:
     if verification.get("device"):
         versions = ", ".join(f"{name} {version}" for name, version in (verification.get("versions") or {}).items())
         yield f"\nRun on {_cell(verification['device'])} with {_cell(versions)}."
+    if reference := verification.get("reference"):
+        code = "streamconv's own" if reference == "builtin" else _cell(reference)
+        yield f"Original model's code: {code}."
 
 
 def _code(text: object) -> str:

@@ -165,7 +165,7 @@ def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Ve
     largest = max(found.relative().values(), default=math.inf)
     if pair.device.type == "cpu" and not found.problems and 0 < largest <= GPU_TOLERANCE:
         numbers["float32"] = {"largest": largest, "differences": found.relative()}
-        note = f"; in float64, because float32 rounding differs on this machine by {largest:.2g}"
+        note = f"; in float64, because they differ by {largest:.2g} in float32"
         judged, tolerance = _run(pair, pixels, torch.float64, kinds[:1], what)[0], FLOAT64_TOLERANCE
     if judged.not_finite_from is not None:
         note += f"; from {judged.not_finite_from} on, values that are not finite prove nothing"

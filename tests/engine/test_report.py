@@ -87,16 +87,28 @@ def test_report_of_a_passed_verification_shows_every_number() -> None:
     assert "<title>dinov2_vits14: verified · streamconv</title>" in page
     text = words(page)
     for expected in (
-        "✓ Verified All 4 checks passed.", "Device cpu", "Original model's code builtin", "Bytes compared 88,226,304",
-        "Parameters loaded 22,056,576", "518 × 518 pixels", "0.0 in all 15 layer outputs",
+        "✓ Verified All 4 checks passed.", "Device cpu", "Original model's code streamconv's own (builtin)",
+        "Bytes compared 88,226,304", "Parameters loaded 22,056,576", "518 × 518 pixels", "0.0 in all 15 layer outputs",
         "Tolerance 0.0 (bit for bit)",
         "BitImageProcessor, the difference is 0.0175; one grey level is 0.0171", "cls 0.012 0.0", "patches 0.071 0.0",
-        "(n + 0.1) / 37", "Peak memory 900 MB", "Time 1 min 1 s", "torch 2.15.0", "8be1" * 16,
-        "backbone: vits14.pth 88.3 MB sha256:" + "c0de" * 16,
+        "scales them by (n + 0.1) / N, ", "Peak memory 900 MB", "Time 1 min 1 s", "torch 2.15.0", "8be1" * 16,
+        "backbone: vits14.pth 88.3 MB sha256:" + "c0de" * 16, "It is not the sha256 of the file.",
     ):  # fmt: skip
         assert expected in text
     assert "failed" not in text
     assert "None" not in text
+
+
+def test_report_of_models_that_interpolate_alike_announces_no_difference() -> None:
+    """Meta's models with registers scale positions as transformers does."""
+    found = passing()
+    found["checks"][3]["numbers"]["as_published"] = {}
+    text = words(report.render(found))
+    assert (
+        "The models, at 224 × 224 Largest difference between the two models Output Same interpolation cls 0.0" in text
+    )
+    assert "differ by design" not in text
+    assert "Own interpolation" not in text
 
 
 def test_report_of_a_failed_verification_names_checks_problems_and_first_difference() -> None:

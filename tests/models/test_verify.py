@@ -127,6 +127,18 @@ def test_float32_rounding_differences_are_settled_in_float64(tmp_path: Path, sav
         assert not api.verify(tmp_path / "out", backbone, device="cpu").checks[2].passed
 
 
+def test_a_wrong_result_is_not_called_rounding(tmp_path: Path, save: Save) -> None:
+    """A small difference is a reason to run in float64; only float64 shows what causes it."""
+    backbone, _ = save(tiny())
+    api.convert(backbone, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 2e-6}))
+    found = api.verify(tmp_path / "out", backbone, device="cpu").checks[2]
+    assert found.passed is False
+    assert "in float64, because they differ by" in found.proves
+    assert "rounding" not in found.proves
+
+
 def test_alignment_of_the_weights_makes_no_difference(tmp_path: Path, save: Save) -> None:
     """If the weights were used at their places in the two files, the logits would differ by 8e-8 with AVX-512."""
     backbone, head = save(tiny(classes=1000))
@@ -567,11 +579,14 @@ def test_images_are_rotated_by_exif_and_unsuitable_ones_are_refused(tmp_path: Pa
             open_image(tmp_path / name)
 
 
-def test_verification_reports_an_unverified_number_of_heads(tmp_path: Path) -> None:
+def test_verification_reports_what_it_assumes_about_a_model_that_was_not_published(tmp_path: Path) -> None:
     source = saved(make_states(tiny())[0], tmp_path / "x.pth")
     api.convert(source, tmp_path / "out", num_heads=4)
     found = api.verify(tmp_path / "out", source, device="cpu")
     assert "assuming 4 attention heads in both, which tensors do not show" in found.checks[2].proves
+    assert "assuming the preprocessing of the published models" in found.checks[3].proves
+    alone = api.verify(tmp_path / "out", source, device="cpu", parity=False).checks[3]
+    assert "assuming the preprocessing of the published models" in alone.proves
 
 
 def test_manifest_with_a_field_of_another_type_is_refused(tmp_path: Path) -> None:

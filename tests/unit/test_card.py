@@ -34,6 +34,7 @@ def manifest(**changed: Any) -> Manifest:
         "verification": {
             "passed": True,
             "device": "cpu",
+            "reference": "builtin",
             "versions": {"torch": "2.9", "transformers": "5.0"},
             "checks": [
                 check("bytes", True, "every byte is right"),
@@ -59,6 +60,7 @@ def test_card_of_a_published_model_names_origin_license_and_checks() -> None:
         "`dinov2_vits14_pretrain.pth`, `https://example.org/dinov2_vits14_pretrain.pth`", "88,283,115", "`f00d`",
         "streamconv 0.1.0", "`abcd`", "| parity | passed | both compute the same |",
         "Largest difference in any layer: 2.5e-07; allowed: 0.001.", "Run on cpu with torch 2.9, transformers 5.0.",
+        "Original model's code: streamconv's own.",
         "Every byte that was read matched its CRC-32",
     ):  # fmt: skip
         assert expected in text
@@ -94,7 +96,8 @@ def test_card_starts_with_warnings() -> None:
     assert "- the first difference is in layer 3" in first(verification=found)
     assert "| preprocessing | not run | it was left out |" in first(verification=found)
     assert first(source=source("x.pth", synthetic=True)).startswith("> **Random weights.**")
-    assert "has no CRC-32s" in first(is_crc_checked=False)
+    assert "the fingerprint does not cover its weights" in first(is_crc_checked=False)
+    assert "the fingerprint does not cover" not in first()
     assert "> **" not in first()
 
 
