@@ -150,18 +150,23 @@ def _require_intact(path: Path, where: str, name: str, progress: Progress) -> No
 
 
 def _require_same(address: Address, path: Path, cached: Checkpoint, remote: Checkpoint | None) -> None:
-    """Require that the cached file of this name came from ``address``, by its CRC-32s or its modification time."""
-    with ExitStack() as stack:
-        if remote is None:
-            remote = stack.enter_context(open_checkpoint(address, read_local_headers=False))
+    """Require that the cached file of this name came from ``address``, by its CRC-32s or its modification time.
+
+    ``remote`` is None if the server sends only whole files: then the size and the modification time must suffice.
+    """
+    if remote is None:
+        with closing(open_file(address)) as file:
+            is_same = cached.size == file.size and os.path.getmtime(path) == _modified(file)
+    else:
         has_checksums = all(tensor.record.crc32 is not None for tensor in cached.values())
-        modified = _modified(remote.files[0])
-        if cached.fingerprint == remote.fingerprint and (has_checksums or os.path.getmtime(path) == modified):
-            return
-    raise OutputError(
-        f"{path} exists already and may not be a copy of {address}. If it is one, give it as the source; otherwise "
-        "delete it."
-    )
+        is_same = cached.fingerprint == remote.fingerprint and (
+            has_checksums or os.path.getmtime(path) == _modified(remote.files[0])
+        )
+    if not is_same:
+        raise OutputError(
+            f"{path} exists already and may not be a copy of {address}. If it is one, give it as the source; otherwise "
+            "delete it."
+        )
 
 
 def _modified(file: File) -> float | None:

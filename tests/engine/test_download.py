@@ -201,6 +201,18 @@ def test_server_without_ranges_is_downloaded_whole(
     assert not (cache / "x.pth").exists()
 
 
+def test_download_from_a_server_without_ranges_is_used_again(
+    server: FileServer, source: str, cache: Path, tmp_path: Path
+) -> None:
+    server.faults.ranges = False
+    api.convert(source, tmp_path / "out")
+    assert api.convert(source, tmp_path / "out").was_finished
+    assert not api.convert(source, tmp_path / "other").was_finished
+    os.utime(server.folder / "x.pth", (2_000_000, 2_000_000))
+    with pytest.raises(OutputError, match="exists already and may not be a copy of http"):
+        api.convert(source, tmp_path / "out")
+
+
 def test_unknown_model_is_refused_before_it_is_downloaded(server: FileServer, cache: Path, tmp_path: Path) -> None:
     torch.save({"a": torch.randn(5_000_000)}, server.folder / "x.pth")
     with pytest.raises(SourceError, match="not a checkpoint of a model"):
