@@ -23,6 +23,7 @@ from streamconv.planning.shards import Shard
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.labels import labels_in
 from streamconv.source.open import read_config
+from streamconv.tensors.casts import check_packages
 from streamconv.tensors.checksums import RecordChecks
 
 
@@ -165,8 +166,10 @@ class PreparedConversion:
         """Prepare the conversion of an open source.
 
         Raises:
-            UsageError: see `output_folder`.
+            UsageError: see `output_folder`; or a package that casts need is not installed.
         """
+        if prepared.plan.cast is not None:
+            check_packages()
         folder, plan, source = output_folder(output, prepared, force=force), prepared.plan, prepared.source
         labels = Labels(prepared.labels_from, prepared.are_labels_default, plan.labels_digest)
         provenance = Provenance(
