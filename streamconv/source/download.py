@@ -68,8 +68,13 @@ def downloaded(
     return local_source, local_checkpoints
 
 
-def check_downloads(source: Source, opened: Mapping[str, Checkpoint]) -> dict[Path, int]:
+def check_downloads(
+    source: Source, opened: Mapping[str, Checkpoint], output: tuple[Path, int] | None
+) -> dict[Path, int]:
     """Return the files that `downloaded` would fetch, with their sizes in bytes. Nothing is written.
+
+    Args:
+        output: The folder that will be written while the download is kept, and the bytes that it will grow by.
 
     Raises:
         SourceError: a file in the cache cannot be read.
@@ -89,7 +94,8 @@ def check_downloads(source: Source, opened: Mapping[str, Checkpoint]) -> dict[Pa
         for path, size in missing.items():
             begun = temporary_path(path)
             require_writable(path.parent)
-            require_space(path.parent, size - (begun.stat().st_blocks * 512 if os.path.exists(begun) else 0))
+            size_left = size - (begun.stat().st_blocks * 512 if os.path.exists(begun) else 0)
+            require_space(path.parent, size_left, besides=output)
     return missing
 
 

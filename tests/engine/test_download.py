@@ -14,10 +14,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from streamconv import CorruptError, NetworkError, OutputError, SourceError
+from streamconv import ConversionOptions, CorruptError, NetworkError, OutputError, SourceError
 from streamconv.families import dinov2
 from streamconv.families.base import RemoteFile
 from streamconv.files import remote
+from streamconv.jobs.preview import preview
 from streamconv.output.journal import Journal
 from tests import api
 from tests.checkpoints import make_states
@@ -237,12 +238,27 @@ def test_folder_of_another_unfinished_conversion_is_refused_before_a_download(
     assert not cache.exists()
 
 
-def test_full_disk_is_refused_before_a_download_and_suggests_streaming(
+def test_disk_that_holds_the_download_or_the_output_but_not_both_is_refused_before_the_download(
     server: FileServer, source: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-    with pytest.raises(OutputError, match=r"(?s)needs .* bytes.*--stream"):
+    size = (server.folder / "x.pth").stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size * 3 // 2))
+    message = r"(?s)checkpoints and .*out together need .* bytes.*--stream"
+    with pytest.raises(OutputError, match=message):
         api.convert(source, tmp_path / "out")
+    with pytest.raises(OutputError, match=message):
+        preview(source, tmp_path / "out", ConversionOptions(), None, None)
+    assert not cache.exists()
+    api.convert(source, tmp_path / "out", stream=True)
+
+
+def test_output_that_cannot_be_written_is_refused_before_the_download(
+    server: FileServer, source: str, cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="Not a directory"):
+        api.convert(source, tmp_path / "file" / "out")
+    assert not cache.exists()
 
 
 def test_damaged_cached_file_is_reported_with_the_advice_to_delete_it(
