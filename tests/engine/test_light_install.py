@@ -102,6 +102,12 @@ def test_cast_without_its_packages_is_refused_before_the_download(
         ]
 
 
+def test_store_without_fsspec_is_refused_with_the_packages_to_install(tmp_path: Path, light: Light) -> None:
+    done = light.run("convert", "s3://bucket/x.pth", "-o", "out", "--stream", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: s3://bucket/x.pth needs the Python package fsspec")
+
+
 @pytest.mark.parametrize(
     ("words", "package"),
     [
