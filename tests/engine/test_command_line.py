@@ -217,6 +217,11 @@ def test_interruption_under_json_is_one_document(tmp_path: Path) -> None:
         ("run x.pth --push-to-hb", "error: No such option --push-to-hb. Did you mean --push-to-hub?\n"),
         ("plan x.pth --xyzzy", "error: No such option --xyzzy. See streamconv plan --help.\n"),
         ("plan", "error: Missing argument 'SOURCE'. See streamconv plan --help.\n"),
+        (
+            "completion",
+            "error: Missing argument 'bash|zsh|fish'. Choose from: bash, zsh, fish. "
+            "See streamconv completion --help.\n",
+        ),
         ("convert x.pth", "error: Missing option '-o' / '--output'. See streamconv convert --help.\n"),
         ("plan x.pth y.pth", "error: Got unexpected extra argument (y.pth). See streamconv plan --help.\n"),
         (
