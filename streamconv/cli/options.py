@@ -26,7 +26,8 @@ def _models(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[
 
 
 def _models_and_files(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    return [*_models(ctx, parameter, begun), CompletionItem(begun, type="file")]
+    # The file is first, because click's script for bash drops all items before it. bash offers files if no model fits.
+    return [CompletionItem(begun, type="file"), *_models(ctx, parameter, begun)]
 
 
 def _devices(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:

@@ -98,7 +98,12 @@ class _FsspecResponse:
 def _find_file_system(address: Address) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
-
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{address} needs the Python package fsspec, which is not installed. "
+            "Run `pip install` with the package for the store, such as s3fs or gcsfs, which also installs fsspec."
+        ) from error
+    try:
         file_system, path = url_to_fs(address.url)
         return file_system, str(path)
     except Exception as error:  # each store's package has its own exceptions

@@ -116,7 +116,7 @@ class HttpFile(RemoteFile):
     def _no_ranges(self, why: str) -> NoRangesError:
         return NoRangesError(
             f"{self.where} cannot be read in parts: its server sends only whole files, and {why}. "
-            "Use convert or run without --stream, which download it first."
+            "Use convert or run without --stream and --dry-run, which download it first."
         )
 
     def _open(self) -> None:

@@ -14,15 +14,18 @@ from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.jobs.prepare import PreparedSource, local_copy, output_folder, prepared_source
-from streamconv.output.folder import OutputFolder, open_output_folder
+from streamconv.output.files import require_space, require_writable
+from streamconv.output.folder import OutputFolder, growth, open_output_folder
 from streamconv.output.manifest import MANIFEST_NAME, Labels, Manifest, Provenance, WrittenFile
 from streamconv.output.ownership import find_finished
 from streamconv.output.writer import write_shard
 from streamconv.planning.plan import Plan
 from streamconv.planning.shards import Shard
 from streamconv.progress import Progress, ignore_progress, job
+from streamconv.source.download import check_downloads
 from streamconv.source.labels import labels_in
-from streamconv.source.open import read_config
+from streamconv.source.open import OpenSource, read_config
+from streamconv.tensors.casts import check_packages
 from streamconv.tensors.checksums import RecordChecks
 
 
@@ -140,6 +143,7 @@ def convert_prepared(
     conversion = PreparedConversion.of(prepared, output, force=options.force)
     finished = conversion.find_finished() if prepared.source.has_checksums else None
     if finished is None and prepared.source.is_remote and not options.stream:
+        conversion.find_downloads(prepared.source)
         prepared = stack.enter_context(local_copy(prepared, progress))
         conversion = PreparedConversion.of(prepared, output, force=options.force)
     if finished is None:
@@ -165,8 +169,10 @@ class PreparedConversion:
         """Prepare the conversion of an open source.
 
         Raises:
-            UsageError: see `output_folder`.
+            UsageError: see `output_folder`; or a package that casts need is not installed.
         """
+        if prepared.plan.cast is not None:
+            check_packages()
         folder, plan, source = output_folder(output, prepared, force=force), prepared.plan, prepared.source
         labels = Labels(prepared.labels_from, prepared.are_labels_default, plan.labels_digest)
         provenance = Provenance(
@@ -182,6 +188,22 @@ class PreparedConversion:
             labels=labels if "id2label" in plan.config else None,
         )
         return cls(folder, plan, provenance, prepared.labels_from, source.has_checksums, force)
+
+    def find_downloads(self, source: OpenSource, *, is_finished: bool = False) -> dict[Path, int]:
+        """Return the files that must be downloaded first, with their sizes in bytes; see `check_downloads`.
+
+        Args:
+            is_finished: The output is written already.
+
+        Raises:
+            OutputError: the cache or the folder cannot be written, or their disks are too full.
+        """
+        output = None
+        if not is_finished:
+            require_writable(self.folder)
+            output = self.folder, growth(self.folder, self.plan.filenames, self.plan.size, force=self.force)
+            require_space(*output)
+        return check_downloads(source.source, source.checkpoints, output)
 
     def find_finished(self) -> Conversion | None:
         """Return the result of the same conversion, if the folder holds it already and it is not to be replaced.

@@ -21,7 +21,6 @@ from streamconv.output.manifest import MANIFEST_NAME, differences
 from streamconv.output.ownership import owned_names
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
-from streamconv.source.download import check_downloads
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def preview(
         conversion = PreparedConversion.of(prepared, output, force=options.force)
         is_finished = opened.has_checksums and conversion.find_finished() is not None
         if opened.is_remote and not options.stream and (not is_finished or verification is not None):
-            downloads = check_downloads(opened.source, opened.checkpoints)
+            downloads = conversion.find_downloads(opened, is_finished=is_finished)
             if not downloads:  # the conversion reads the copy, so it records the copy's version
                 prepared = stack.enter_context(local_copy(prepared, progress))
                 conversion = PreparedConversion.of(prepared, output, force=options.force)

@@ -275,16 +275,27 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def require_space(folder: Path, size: int) -> None:
+def require_space(folder: Path, size: int, *, besides: tuple[Path, int] | None = None) -> None:
     """Refuse output that would not fit.
 
+    Args:
+        folder: It need not exist yet.
+        size: The bytes that it will get.
+        besides: Another folder and the bytes that it will get, too. They count if it is on the same disk.
+
     Raises:
-        OutputError: the disk of ``folder``, which need not exist yet, has fewer than ``size`` bytes free.
+        OutputError: the disk has too few bytes free.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    existing = _nearest(folder)
+    what = f"{folder} needs {size:,} bytes and its disk has"
+    if besides is not None and os.stat(_nearest(besides[0])).st_dev == os.stat(existing).st_dev:
+        size += besides[1]
+        what = f"{folder} and {besides[0]} together need {size:,} bytes and their disk has"
     free = shutil.disk_usage(existing).free
     if free < size:
-        raise OutputError(
-            f"{folder} needs {size:,} bytes and its disk has {free:,} free. "
-            "Make room, or choose a folder on another disk."
-        )
+        raise OutputError(f"{what} {free:,} free. Make room, or choose a folder on another disk.")
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder, or the nearest of its parents that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))

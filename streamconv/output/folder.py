@@ -74,9 +74,14 @@ def check_output_folder(
     """
     journal = Journal.read(folder / JOURNAL_NAME)
     require_free(folder, provenance, names, journal, force=force)
-    replaced = {*names, *(owned_names(folder, journal) if force else ())}
+    require_space(folder, growth(folder, names, size, force=force))
+
+
+def growth(folder: Path, names: Sequence[str], size: int, *, force: bool = False) -> int:
+    """Return the bytes that a folder will grow by; arguments as for `open_output_folder`."""
+    replaced = {*names, *(owned_names(folder, Journal.read(folder / JOURNAL_NAME)) if force else ())}
     present = [path for name in replaced for path in _both(folder / name) if os.path.exists(path)]
-    require_space(folder, size - sum(path.stat().st_blocks * 512 for path in present))
+    return max(0, size - sum(path.stat().st_blocks * 512 for path in present))
 
 
 def _both(path: Path) -> tuple[Path, Path]:

@@ -68,8 +68,13 @@ def downloaded(
     return local_source, local_checkpoints
 
 
-def check_downloads(source: Source, opened: Mapping[str, Checkpoint]) -> dict[Path, int]:
+def check_downloads(
+    source: Source, opened: Mapping[str, Checkpoint], output: tuple[Path, int] | None
+) -> dict[Path, int]:
     """Return the files that `downloaded` would fetch, with their sizes in bytes. Nothing is written.
+
+    Args:
+        output: The folder that will be written while the download is kept, and the bytes that it will grow by.
 
     Raises:
         SourceError: a file in the cache cannot be read.
@@ -89,7 +94,8 @@ def check_downloads(source: Source, opened: Mapping[str, Checkpoint]) -> dict[Pa
         for path, size in missing.items():
             begun = temporary_path(path)
             require_writable(path.parent)
-            require_space(path.parent, size - (begun.stat().st_blocks * 512 if os.path.exists(begun) else 0))
+            size_left = size - (begun.stat().st_blocks * 512 if os.path.exists(begun) else 0)
+            require_space(path.parent, size_left, besides=output)
     return missing
 
 
@@ -150,18 +156,23 @@ def _require_intact(path: Path, where: str, name: str, progress: Progress) -> No
 
 
 def _require_same(address: Address, path: Path, cached: Checkpoint, remote: Checkpoint | None) -> None:
-    """Require that the cached file of this name came from ``address``, by its CRC-32s or its modification time."""
-    with ExitStack() as stack:
-        if remote is None:
-            remote = stack.enter_context(open_checkpoint(address, read_local_headers=False))
+    """Require that the cached file of this name came from ``address``, by its CRC-32s or its modification time.
+
+    ``remote`` is None if the server sends only whole files: then the size and the modification time must suffice.
+    """
+    if remote is None:
+        with closing(open_file(address)) as file:
+            is_same = cached.size == file.size and os.path.getmtime(path) == _modified(file)
+    else:
         has_checksums = all(tensor.record.crc32 is not None for tensor in cached.values())
-        modified = _modified(remote.files[0])
-        if cached.fingerprint == remote.fingerprint and (has_checksums or os.path.getmtime(path) == modified):
-            return
-    raise OutputError(
-        f"{path} exists already and may not be a copy of {address}. If it is one, give it as the source; otherwise "
-        "delete it."
-    )
+        is_same = cached.fingerprint == remote.fingerprint and (
+            has_checksums or os.path.getmtime(path) == _modified(remote.files[0])
+        )
+    if not is_same:
+        raise OutputError(
+            f"{path} exists already and may not be a copy of {address}. If it is one, give it as the source; otherwise "
+            "delete it."
+        )
 
 
 def _modified(file: File) -> float | None:

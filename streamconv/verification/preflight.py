@@ -8,7 +8,7 @@ from pathlib import Path
 from streamconv.errors import OutputError, UsageError
 
 # What verification runs models with, by the names of the modules.
-PACKAGES = {name: name for name in ("torch", "torchvision", "transformers", "accelerate")} | {"PIL": "Pillow"}
+PACKAGES = {name: name for name in ("torch", "torchvision", "transformers")} | {"PIL": "Pillow"}
 
 
 def check_report(path: Path) -> None:
@@ -34,8 +34,9 @@ def check_packages() -> None:
     missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
     if missing:
         raise UsageError(
-            f"Verification runs the models and needs {', '.join(missing)}, which this Python does not have. Install "
-            f"what is missing with pip install {' '.join(missing)}, or use --no-verify to convert only."
+            f"Verification runs the models and needs {', '.join(missing)}, which this Python does not have. "
+            f"Run `pip install {' '.join(missing)}`. Without them, `streamconv convert` converts, and `streamconv "
+            "verify DIR` checks the files."
         )
 
 

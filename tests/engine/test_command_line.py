@@ -5,6 +5,7 @@ import logging
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
 from tests.hub_server import HubServer
-from tests.support import Ran, Save, run, run_process, run_python, tiny
+from tests.support import ROOT, Ran, Save, run, run_process, run_python, tiny
 
 COMMANDS = ["run", "convert", "verify", "plan", "revert", "models", "synth", "completion"]
 
@@ -217,6 +218,11 @@ def test_interruption_under_json_is_one_document(tmp_path: Path) -> None:
         ("run x.pth --push-to-hb", "error: No such option --push-to-hb. Did you mean --push-to-hub?\n"),
         ("plan x.pth --xyzzy", "error: No such option --xyzzy. See streamconv plan --help.\n"),
         ("plan", "error: Missing argument 'SOURCE'. See streamconv plan --help.\n"),
+        (
+            "completion",
+            "error: Missing argument 'bash|zsh|fish'. Choose from: bash, zsh, fish. "
+            "See streamconv completion --help.\n",
+        ),
         ("convert x.pth", "error: Missing option '-o' / '--output'. See streamconv convert --help.\n"),
         ("plan x.pth y.pth", "error: Got unexpected extra argument (y.pth). See streamconv plan --help.\n"),
         (
@@ -251,7 +257,7 @@ def complete(folder: Path, *words: str) -> list[str]:
 def test_shells_complete_commands_options_models_and_files(tmp_path: Path) -> None:
     assert complete(tmp_path, "co") == ["plain,convert", "plain,completion"]
     assert complete(tmp_path, "plan", "dinov2_vitb14_r") == [
-        "plain,dinov2_vitb14_reg", "plain,dinov2_vitb14_reg_1layer", "file,dinov2_vitb14_r",
+        "file,dinov2_vitb14_r", "plain,dinov2_vitb14_reg", "plain,dinov2_vitb14_reg_1layer",
     ]  # fmt: skip
     assert complete(tmp_path, "synth", "dinov2_vitg14_reg_") == ["plain,dinov2_vitg14_reg_1layer"]
     assert complete(tmp_path, "plan", "x.pth", "--dtype", "f") == ["plain,float32", "plain,float16"]
@@ -261,6 +267,27 @@ def test_shells_complete_commands_options_models_and_files(tmp_path: Path) -> No
     assert complete(tmp_path, "run", "x.pth", "--pus") == [
         "plain,--push-to-hub", "plain,--push_to_hub", "plain,--push-unverified",
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_offers_models_for_a_source(tmp_path: Path) -> None:
+    program = tmp_path / "streamconv"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m streamconv "$@"\n')
+    program.chmod(0o755)
+    script = run("completion", "bash", cwd=tmp_path).stdout + (
+        "COMP_WORDS=(streamconv plan dinov2_vitb14_r) COMP_CWORD=2\n"
+        "_streamconv_completion ./streamconv 2>&-\n"  # outside a completion, compopt complains
+        'echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(
+        ["bash"],
+        input=script,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.split() == ["dinov2_vitb14_reg", "dinov2_vitb14_reg_1layer"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

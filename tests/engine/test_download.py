@@ -14,10 +14,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from streamconv import CorruptError, NetworkError, OutputError, SourceError
+from streamconv import ConversionOptions, CorruptError, NetworkError, OutputError, SourceError
 from streamconv.families import dinov2
 from streamconv.families.base import RemoteFile
 from streamconv.files import remote
+from streamconv.jobs.preview import preview
 from streamconv.output.journal import Journal
 from tests import api
 from tests.checkpoints import make_states
@@ -201,6 +202,18 @@ def test_server_without_ranges_is_downloaded_whole(
     assert not (cache / "x.pth").exists()
 
 
+def test_download_from_a_server_without_ranges_is_used_again(
+    server: FileServer, source: str, cache: Path, tmp_path: Path
+) -> None:
+    server.faults.ranges = False
+    api.convert(source, tmp_path / "out")
+    assert api.convert(source, tmp_path / "out").was_finished
+    assert not api.convert(source, tmp_path / "other").was_finished
+    os.utime(server.folder / "x.pth", (2_000_000, 2_000_000))
+    with pytest.raises(OutputError, match="exists already and may not be a copy of http"):
+        api.convert(source, tmp_path / "out")
+
+
 def test_unknown_model_is_refused_before_it_is_downloaded(server: FileServer, cache: Path, tmp_path: Path) -> None:
     torch.save({"a": torch.randn(5_000_000)}, server.folder / "x.pth")
     with pytest.raises(SourceError, match="not a checkpoint of a model"):
@@ -225,12 +238,27 @@ def test_folder_of_another_unfinished_conversion_is_refused_before_a_download(
     assert not cache.exists()
 
 
-def test_full_disk_is_refused_before_a_download_and_suggests_streaming(
+def test_disk_that_holds_the_download_or_the_output_but_not_both_is_refused_before_the_download(
     server: FileServer, source: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-    with pytest.raises(OutputError, match=r"(?s)needs .* bytes.*--stream"):
+    size = (server.folder / "x.pth").stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size * 3 // 2))
+    message = r"(?s)checkpoints and .*out together need .* bytes.*--stream"
+    with pytest.raises(OutputError, match=message):
         api.convert(source, tmp_path / "out")
+    with pytest.raises(OutputError, match=message):
+        preview(source, tmp_path / "out", ConversionOptions(), None, None)
+    assert not cache.exists()
+    api.convert(source, tmp_path / "out", stream=True)
+
+
+def test_output_that_cannot_be_written_is_refused_before_the_download(
+    server: FileServer, source: str, cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="Not a directory"):
+        api.convert(source, tmp_path / "file" / "out")
+    assert not cache.exists()
 
 
 def test_damaged_cached_file_is_reported_with_the_advice_to_delete_it(

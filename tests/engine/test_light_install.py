@@ -81,16 +81,36 @@ def test_verification_without_torch_is_refused_before_the_conversion(tmp_path: P
     done = light.run("run", backbone, "-o", "out", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Verification runs the models and needs torch, " in done.stderr
-    assert "--no-verify" in done.stderr
+    assert "Run `pip install torch torchvision transformers Pillow`." in done.stderr
     assert not (tmp_path / "out").exists()
     light.run("convert", backbone, "-o", "out", cwd=tmp_path)
     assert light.run("verify", "out", backbone, cwd=tmp_path).returncode == 2
 
 
+def test_cast_without_its_packages_is_refused_before_the_download(
+    tmp_path: Path, save: Save, light: Light, server: FileServer
+) -> None:
+    backbone, _ = save(tiny())
+    (server.folder / "x.pth").write_bytes(backbone.read_bytes())
+    words = ["convert", f"{server.url}/x.pth", "-o", "out", "--dtype", "float16"]
+    for more in ([], ["--dry-run"]):
+        done = light.run(*words, *more, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.splitlines() == [
+            "error: Casting needs numpy and ml_dtypes, which this Python does not have. "
+            "Run `pip install numpy ml_dtypes`."
+        ]
+
+
+def test_store_without_fsspec_is_refused_with_the_packages_to_install(tmp_path: Path, light: Light) -> None:
+    done = light.run("convert", "s3://bucket/x.pth", "-o", "out", "--stream", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: s3://bucket/x.pth needs the Python package fsspec")
+
+
 @pytest.mark.parametrize(
     ("words", "package"),
     [
-        (["convert", "source.pth", "-o", "out", "--dtype", "float16"], "numpy"),
         (["convert", "source.pth", "-o", "out", "--max-shard-size", "300KB"], "huggingface_hub"),
         (["convert", "hf://a/b/c.pth", "-o", "out"], "huggingface_hub"),
         (["run", "source.pth", "--no-verify", "--push-to-hub", "a/b", "--push-unverified"], "huggingface_hub"),

@@ -64,7 +64,7 @@ class Program(click.Group):
 
 def _message(error: click.ClickException) -> str:
     """Return a message about the command line that ends in how to fix it."""
-    message = redacted(error.format_message())
+    message = " ".join(redacted(error.format_message()).split())  # click lists missing choices on lines of their own
     if isinstance(error, click.NoSuchOption):
         message = f"No such option {error.option_name}."
         near = [
