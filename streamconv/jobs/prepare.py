@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from os import fspath
 from pathlib import Path
 
-from streamconv.errors import ChangedError, NoRangesError, UsageError
+from streamconv.errors import ChangedError, NoRangesError, OutputError, UsageError
 from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.output.files import temporary_path
 from streamconv.output.journal import JOURNAL_NAME, Journal
@@ -140,6 +140,7 @@ def output_folder(folder: StrPath | None, prepared: PreparedSource, *, force: bo
 
     Raises:
         UsageError: the name is empty, the model has no published name, or the output would overwrite the source.
+        OutputError: a file has this name.
     """
     plan = prepared.plan
     if folder is not None and not fspath(folder):
@@ -149,6 +150,8 @@ def output_folder(folder: StrPath | None, prepared: PreparedSource, *, force: bo
     if folder is None and not is_published:
         raise UsageError(f"{origin.backbone} is not a published model, so the output needs a name. Give -o DIR.")
     path = Path(folder) if folder is not None else Path(plan.model.published_name)  # type: ignore[union-attr]
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise OutputError(f"{path} is a file. Name a folder for the output.")
     replaced = owned_names(path, Journal.read(path / JOURNAL_NAME)) if force else ()
     _refuse_own_output(prepared.source, path, [*plan.filenames, *replaced])
     return path

@@ -22,8 +22,6 @@ def require_free(
     Raises:
         OutputError
     """
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise OutputError(f"{folder} is a file. Name a folder for the output.")
     manifest = Manifest.read(folder)
     existing = journal.provenance or manifest
     present = [name for name in names if os.path.lexists(folder / name)]

@@ -86,6 +86,7 @@ def test_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path, save: Save
         (3, "cut short", ("convert", "cut.pth", "-o", "out")),
         (3, "unexpected: more [1]", ("convert", "more.pth", "-o", "out")),
         (4, "is a file", ("convert", backbone, "-o", "file")),
+        (4, "is a file", ("convert", backbone, "-o", "file", "--force")),
         (4, "is not a folder", ("verify", "none", backbone)),
     ):
         done = run(*words, cwd=tmp_path, TORCH_HOME=str(tmp_path / "none"), **nowhere)
