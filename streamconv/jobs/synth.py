@@ -15,6 +15,7 @@ from pathlib import Path
 from streamconv.errors import OutputError, UsageError
 from streamconv.families.base import Model
 from streamconv.families.registry import find_model
+from streamconv.files.address import local_path
 from streamconv.output.files import as_output_error, atomic_file, open_exclusive, require_space
 from streamconv.output.journal import Journal
 from streamconv.output.resumable import require_absent
@@ -59,7 +60,7 @@ def synth(
 
 def _synth(model: str, path: str | PathLike[str], seed: int, force: bool, progress: Progress) -> SyntheticFiles:
     family, found = find_model(model)
-    backbone = Path(path)
+    backbone = local_path(path, "checkpoint")
     head = _head_path(backbone, found)
     require_absent([file for file in (backbone, head) if file is not None], Journal(), force=force)
     if not os.path.isdir(backbone.parent):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from streamconv.errors import SourceMissingError, UsageError
+from streamconv.errors import SourceMissingError, UsageError, located
 from streamconv.families.base import Model, RemoteFile
 from streamconv.families.near_names import did_you_mean, near_names
 from streamconv.families.registry import find_model, is_model, near_models
@@ -94,7 +94,8 @@ def _require_exists(location: Location | None) -> None:
     files = {Path(name).stem: name for name in _names_in(location.parent)}
     near = [f"`{location.with_name(files[stem])}`" for stem in near_names(location.stem, files)]
     models = [f"the model {name}" for name in near_models(location.stem)[:1]]
-    raise SourceMissingError(f"{location}: there is no such file. {did_you_mean(near or models)}".rstrip())
+    with located(location):
+        raise SourceMissingError(f"{location}: there is no such file. {did_you_mean(near or models)}".rstrip())
 
 
 def _names_in(folder: Path) -> list[str]:
