@@ -52,7 +52,7 @@ def synth(
         progress: Called with the bytes of tensors that are generated.
 
     Raises:
-        UsageError: there is no such model.
+        UsageError: there is no such model, the seed is negative, or the file's suffix is .safetensors.
         OutputError: a file exists already, or cannot be written.
     """
     return _synth(model, path, seed, force, progress)
@@ -62,6 +62,10 @@ def _synth(model: str, path: str | PathLike[str], seed: int, force: bool, progre
     family, found = find_model(model)
     backbone = local_path(path, "checkpoint")
     head = _head_path(backbone, found)
+    if seed < 0:
+        raise UsageError(f"The seed {seed} is negative. Choose 0 or a greater number.")
+    if backbone.suffix == ".safetensors":
+        raise UsageError(f"{backbone} would be a .pth, as the authors publish it. End its name in .pth.")
     require_absent([file for file in (backbone, head) if file is not None], Journal(), force=force)
     if not os.path.isdir(backbone.parent):
         raise OutputError(f"{backbone.parent} is not a folder. Create it first.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from streamconv.errors import SourceMissingError, UsageError, located
 from streamconv.families.base import Model, RemoteFile
 from streamconv.families.near_names import did_you_mean, near_names
-from streamconv.families.registry import find_model, is_model, near_models
+from streamconv.families.registry import find_model, is_model, near_models, suggest_models
 from streamconv.files.address import Address, Location, parse_location
 
 MAX_COMPARED = 1000  # names in a folder that a missing file's name is compared with
@@ -76,7 +76,7 @@ def resolve_source(
             isinstance(source, str) and isinstance(location, Path) and len(location.parts) == 1 and not location.suffix
         )
         if is_word and not os.path.exists(name):
-            find_model(name)  # refuses it, with the names that are near
+            raise UsageError(f"{name} is neither a file nor a model that streamconv knows. {suggest_models(name)}")
         _require_exists(location)
         return Source(location, given_head, select=select, num_heads=num_heads)
     family, model = find_model(name)
