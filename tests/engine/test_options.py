@@ -34,6 +34,12 @@ from tests.support import Save, run, tiny
         (lambda: VerificationOptions(device="gpu"), "'gpu' is not a device"),
         (lambda: VerificationOptions(device="cuda:x"), "'cuda:x' is not a device"),
         (lambda: PushOptions(Destination(revision="")), "revision's name is empty"),
+        # As read from a configuration:
+        (lambda: SourceOptions(num_heads="6"), "'6' attention heads"),  # type: ignore[arg-type]
+        (lambda: SourceOptions(num_heads=2.0), r"2\.0 attention heads"),  # type: ignore[arg-type]
+        (lambda: SourceOptions(select=3), "3 is not a prefix"),  # type: ignore[arg-type]
+        (lambda: VerificationOptions(device=None), "None is not a device"),  # type: ignore[arg-type]
+        (lambda: PushOptions("ada/x"), r"Give Destination\(repo='ada/x'\)"),  # type: ignore[arg-type]
     ],
 )
 def test_option_typos_are_refused_when_the_options_are_made(make: Callable[[], object], message: str) -> None:
