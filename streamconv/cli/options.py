@@ -1,7 +1,6 @@
 """Command-line options that several commands share, in the groups that the help shows them in."""
 
 import os
-from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -16,8 +15,7 @@ from streamconv.jobs.options import PushOptions, VerificationOptions
 from streamconv.tensors.info import CastDtype
 
 DEFAULT_MODEL = "dinov2_vitg14"
-FILE = click.Path(readable=False, path_type=Path)  # these types complete names, and leave all checks to the jobs
-FILE_OR_URL = click.Path(readable=False)
+FILE = click.Path(readable=False)  # these types complete names, and leave all checks to the jobs
 
 
 def _models(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -66,7 +64,7 @@ def output_option(default: str | None = None, *aliases: str) -> Option:
 
 # Of the source
 HEAD = Option(
-    "--head", metavar="FILE", type=FILE_OR_URL, group="Source",
+    "--head", metavar="FILE", type=FILE, group="Source",
     help="The path or URL of the linear head, for a classifier in two files.",
 )  # fmt: skip
 SELECT = Option(
@@ -115,7 +113,7 @@ VERIFICATION_OPTIONS = (
         help="The device to verify on: cpu, cuda or cuda:N; auto uses a GPU if there is one.",
     ),
     Option(
-        "--image", metavar="FILE", type=FILE_OR_URL, group="Verification", show_default="one that streamconv draws",
+        "--image", metavar="FILE", type=FILE, group="Verification", show_default="one that streamconv draws",
         help="The path or URL of the image to verify with.",
     ),
     Option(

@@ -41,8 +41,12 @@ def find_model(name: str) -> tuple[Family, Model]:
     models = {model.name: (family, model) for family in all_families() for model in family.models}
     if name in models:
         return models[name]
-    offer = did_you_mean(near_models(name)) or "`streamconv models` lists them."
-    raise UsageError(f"{name} is neither a file nor a model that streamconv knows. {offer}")
+    raise UsageError(f"{name!r} is not a model that streamconv knows. {suggest_models(name)}")
+
+
+def suggest_models(name: str) -> str:
+    """Return a sentence with the models that ``name`` may stand for, or else how to list all."""
+    return did_you_mean(near_models(name)) or "`streamconv models` lists them."
 
 
 def near_models(name: str) -> list[str]:

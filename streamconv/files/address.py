@@ -68,11 +68,13 @@ def parse_location(location: str | PathLike[str] | Address) -> Location:
     """Return an `Address` if the string begins with a scheme (``https://``), else a path.
 
     Raises:
-        UsageError: it is a URL that is not valid or does not name a file.
+        UsageError: it is empty, or a URL that is not valid or does not name a file.
     """
     if isinstance(location, Address):
         return location
     text = fspath(location)
+    if not text:
+        raise UsageError("A file's name is empty. Give a path or a URL.")
     if not isinstance(location, str) or not _ADDRESS.match(text):
         return Path(text)
     if text.lower().startswith("file://"):
@@ -87,6 +89,21 @@ def parse_location(location: str | PathLike[str] | Address) -> Location:
     if address.name in ("", ".", ".."):
         raise UsageError(f"{address} does not name a file. Give the URL of a .pth or .safetensors file.")
     return address
+
+
+def local_path(path: str | PathLike[str], role: str) -> Path:
+    """Return the path of a file or folder that must be on this machine; ``role`` is what messages call it.
+
+    Raises:
+        UsageError: it is empty, or a URL.
+    """
+    text = fspath(path)
+    if not text:
+        raise UsageError(f"The {role}'s name is empty. Give a path.")
+    if isinstance(path, str) and _ADDRESS.match(text):
+        shown = printable(str(Address(text)))
+        raise UsageError(f"{shown} is a URL, and the {role} must be on this machine. Give a path.")
+    return Path(path)
 
 
 def is_valid_url(url: str) -> bool:

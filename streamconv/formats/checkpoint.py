@@ -3,6 +3,7 @@
 The first bytes of a file show its format; the module of that format then reads the index.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
@@ -121,7 +122,7 @@ def open_checkpoint(
     location = parse_location(place)
     with ExitStack() as opened:
         names_by_location: Mapping[Location, set[str] | None] = {location: None}
-        if isinstance(location, Path) and location.is_dir():
+        if isinstance(location, Path) and os.path.isdir(location):
             names_by_location = safetensors.list_files(location)
         files: list[File] = []
         tensors: dict[str, SourceTensor] = {}

@@ -221,7 +221,7 @@ class PreparedConversion:
         if labels is not None and labels.sha256 != plan.labels_digest:  # default labels, from another origin than now
             own = labels_in(read_config(self.folder))
             plan = plan.with_labels(own) if len(own) == len(plan.config["id2label"]) else plan
-        result = self.result(written, plan.weights)
+        result = self.result(written, 0)
         return replace(result, plan=plan, was_finished=True, labels_from=labels.origin if labels is not None else None)
 
     def result(

@@ -25,7 +25,7 @@ class SourceOptions:
         stream: Read a remote file directly. Otherwise it is first downloaded into torch.hub's cache.
 
     Raises:
-        UsageError: the number of heads is not valid.
+        UsageError: the number of heads or the prefix is not valid.
     """
 
     head: StrPath | None = None
@@ -34,8 +34,10 @@ class SourceOptions:
     stream: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_heads is not None and self.num_heads < 1:
-            raise UsageError(f"A model cannot have {self.num_heads} attention heads. Give a positive number.")
+        if self.num_heads is not None and (type(self.num_heads) is not int or self.num_heads < 1):
+            raise UsageError(f"A model cannot have {self.num_heads!r} attention heads. Give a positive number.")
+        if self.select is not None and not isinstance(self.select, str):
+            raise UsageError(f"{self.select!r} is not a prefix of names. Give a string.")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class VerificationOptions:
     report: StrPath | None = None
 
     def __post_init__(self) -> None:
-        if not _DEVICE.fullmatch(self.device):
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise UsageError(f"{self.device!r} is not a device to verify on. Use auto, cpu, cuda or cuda:N.")
 
 
@@ -106,12 +108,14 @@ class PushOptions:
         unverified: Push even if the model was not verified or failed verification. The model card then says so.
 
     Raises:
-        UsageError: the revision's name is empty.
+        UsageError: the destination is not a `Destination`, or the revision's name is empty.
     """
 
     destination: Destination = Destination()
     unverified: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.destination, Destination):
+            raise UsageError(f"{self.destination!r} is not a Destination. Give Destination(repo={self.destination!r}).")
         if self.destination.revision == "":
             raise UsageError("The revision's name is empty. Give the name of a branch.")

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from os import fspath
 from pathlib import Path
 
 from streamconv.errors import ChangedError, NoRangesError, OutputError, UsageError
+from streamconv.files.address import local_path
 from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.output.files import temporary_path
 from streamconv.output.journal import JOURNAL_NAME, Journal
@@ -139,17 +139,17 @@ def output_folder(folder: StrPath | None, prepared: PreparedSource, *, force: bo
         force: The files of a conversion in it will be deleted.
 
     Raises:
-        UsageError: the name is empty, the model has no published name, or the output would overwrite the source.
+        UsageError: the name is empty or a URL, the model has no published name, or the output would overwrite the
+            source.
         OutputError: a file has this name.
     """
     plan = prepared.plan
-    if folder is not None and not fspath(folder):
-        raise UsageError("The output folder's name is empty. Give -o DIR.")
     origin = prepared.source.source
     is_published = plan.model is not None and (origin.model is not None or plan.model.names_file(origin.backbone.name))
     if folder is None and not is_published:
         raise UsageError(f"{origin.backbone} is not a published model, so the output needs a name. Give -o DIR.")
-    path = Path(folder) if folder is not None else Path(plan.model.published_name)  # type: ignore[union-attr]
+    published = plan.model.published_name if plan.model is not None else ""
+    path = local_path(published if folder is None else folder, "output folder")
     if os.path.exists(path) and not os.path.isdir(path):
         raise OutputError(f"{path} is a file. Name a folder for the output.")
     replaced = owned_names(path, Journal.read(path / JOURNAL_NAME)) if force else ()

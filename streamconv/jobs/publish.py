@@ -8,6 +8,7 @@ from pathlib import Path
 
 from streamconv.errors import OutputError, SourceError, UsageError
 from streamconv.families.registry import find_model
+from streamconv.files.address import local_path
 from streamconv.files.local import read_small
 from streamconv.hub.card import CARD_NAME, is_ours, make_card
 from streamconv.hub.checks import require_digest
@@ -47,11 +48,14 @@ def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Pro
         OutputError: the folder is not finished, or its files do not match its manifest.
         HubError: there is no token, or the Hub does not accept the model.
     """
-    manifest = _read_manifest(Path(folder))
+    path = local_path(folder, "folder")
+    if not os.path.isdir(path):
+        raise OutputError(f"{path} is not a folder. Name the folder that streamconv converted into.")
+    manifest = _read_manifest(path)
     if not push.unverified and not (manifest.verification or {}).get("passed"):
         raise UsageError(f"{folder} has not passed verification. Verify it first: `streamconv verify DIR SOURCE`.")
     repository = open_repository(push, manifest.model)
-    return publish_folder(Path(folder), repository, progress)
+    return publish_folder(path, repository, progress)
 
 
 def open_repository(push: PushOptions, model_name: str | None) -> Repository:

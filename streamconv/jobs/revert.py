@@ -19,6 +19,7 @@ from streamconv.families.base import Family, Model
 from streamconv.families.detection import find_converted
 from streamconv.families.registry import all_families, family_named
 from streamconv.families.rules import invert
+from streamconv.files.address import local_path
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.safetensors import make_header
 from streamconv.formats.segments import Segment
@@ -103,8 +104,8 @@ def revert(
         OutputError: a file exists already, or cannot be written. The same call resumes; the files are renamed into
             place when both are complete.
     """
-    source = Path(folder)
-    paths = tuple(Path(path) for path in (output, head) if path is not None)
+    source = local_path(folder, "folder")
+    paths = (local_path(output, "output"), *([local_path(head, "head")] if head is not None else []))
     _require_writable(paths, source, force)
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise UsageError(f"{paths[0]} cannot be backbone and head at once. Give --head another name.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import UsageError
+from streamconv.files.address import local_path
 from streamconv.hub.repository import Repository
 from streamconv.jobs.convert import Conversion, convert_prepared
 from streamconv.jobs.convert_to_hub import Verify, convert_to_hub
@@ -159,5 +160,6 @@ def _verify_with(options: VerificationOptions, progress: Progress) -> Verify:
 def _synthetic(
     model: str, output: StrPath | None, conversion: ConversionOptions, seed: int, progress: Progress
 ) -> Iterator[tuple[StrPath, ConversionOptions]]:
-    with temporary_checkpoint(model, None if output is None else Path(output), seed, progress) as made:
+    folder = local_path(output, "output folder") if output is not None else None
+    with temporary_checkpoint(model, folder, seed, progress) as made:
         yield made.backbone, replace(conversion, head=made.head)

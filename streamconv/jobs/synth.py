@@ -15,6 +15,7 @@ from pathlib import Path
 from streamconv.errors import OutputError, UsageError
 from streamconv.families.base import Model
 from streamconv.families.registry import find_model
+from streamconv.files.address import local_path
 from streamconv.output.files import as_output_error, atomic_file, open_exclusive, require_space
 from streamconv.output.journal import Journal
 from streamconv.output.resumable import require_absent
@@ -51,7 +52,7 @@ def synth(
         progress: Called with the bytes of tensors that are generated.
 
     Raises:
-        UsageError: there is no such model.
+        UsageError: there is no such model, the seed is negative, or the file's suffix is .safetensors.
         OutputError: a file exists already, or cannot be written.
     """
     return _synth(model, path, seed, force, progress)
@@ -59,8 +60,12 @@ def synth(
 
 def _synth(model: str, path: str | PathLike[str], seed: int, force: bool, progress: Progress) -> SyntheticFiles:
     family, found = find_model(model)
-    backbone = Path(path)
+    backbone = local_path(path, "checkpoint")
     head = _head_path(backbone, found)
+    if seed < 0:
+        raise UsageError(f"The seed {seed} is negative. Choose 0 or a greater number.")
+    if backbone.suffix == ".safetensors":
+        raise UsageError(f"{backbone} would be a .pth, as the authors publish it. End its name in .pth.")
     require_absent([file for file in (backbone, head) if file is not None], Journal(), force=force)
     if not os.path.isdir(backbone.parent):
         raise OutputError(f"{backbone.parent} is not a folder. Create it first.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 
 from streamconv._version import __version__
 from streamconv.errors import OutputError
+from streamconv.files.address import local_path
 from streamconv.jobs.options import ConversionOptions, SourceOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.output.files import write_file
@@ -67,7 +68,7 @@ def verify(
         OutputError: there is no such folder, it is unfinished, or it can be verified only against a source and none is
             given.
     """
-    path = Path(folder)
+    path = local_path(folder, "folder")
     if not os.path.isdir(path):
         raise OutputError(f"{path} is not a folder. Give a folder that streamconv wrote.")
     if os.path.exists(path / JOURNAL_NAME):

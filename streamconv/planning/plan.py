@@ -45,18 +45,20 @@ class Plan:
     assumptions that the tensors do not confirm, and ``skipped`` is the part of the source that is not converted.
     ``filled`` maps targets that the source does not have to their constant values, and ``block_chunks`` is the number
     of lists that the source's blocks are in, 0 for one plain list.
+
+    What takes kilobytes to print is left out of the plan's ``repr``.
     """
 
     family_name: str
     model_name: str | None
     dimensions: Any
     architecture: str
-    mapping: tuple[MappedTensor, ...]
-    shards: tuple[Shard, ...]
-    config: Mapping[str, Any]
-    image_processor: Mapping[str, Any] | None
-    small_files: Mapping[str, bytes]
-    index: bytes | None
+    mapping: tuple[MappedTensor, ...] = field(repr=False)
+    shards: tuple[Shard, ...] = field(repr=False)
+    config: Mapping[str, Any] = field(repr=False)
+    image_processor: Mapping[str, Any] | None = field(repr=False)
+    small_files: Mapping[str, bytes] = field(repr=False)
+    index: bytes | None = field(repr=False)
     notes: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     filled: Mapping[str, float] = field(default_factory=dict)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from streamconv.errors import SourceMissingError, UsageError
+from streamconv.errors import SourceMissingError, UsageError, located
 from streamconv.families.base import Model, RemoteFile
 from streamconv.families.near_names import did_you_mean, near_names
-from streamconv.families.registry import find_model, is_model, near_models
+from streamconv.families.registry import find_model, is_model, near_models, suggest_models
 from streamconv.files.address import Address, Location, parse_location
 
 MAX_COMPARED = 1000  # names in a folder that a missing file's name is compared with
@@ -76,7 +76,7 @@ def resolve_source(
             isinstance(source, str) and isinstance(location, Path) and len(location.parts) == 1 and not location.suffix
         )
         if is_word and not os.path.exists(name):
-            find_model(name)  # refuses it, with the names that are near
+            raise UsageError(f"{name} is neither a file nor a model that streamconv knows. {suggest_models(name)}")
         _require_exists(location)
         return Source(location, given_head, select=select, num_heads=num_heads)
     family, model = find_model(name)
@@ -94,7 +94,8 @@ def _require_exists(location: Location | None) -> None:
     files = {Path(name).stem: name for name in _names_in(location.parent)}
     near = [f"`{location.with_name(files[stem])}`" for stem in near_names(location.stem, files)]
     models = [f"the model {name}" for name in near_models(location.stem)[:1]]
-    raise SourceMissingError(f"{location}: there is no such file. {did_you_mean(near or models)}".rstrip())
+    with located(location):
+        raise SourceMissingError(f"{location}: there is no such file. {did_you_mean(near or models)}".rstrip())
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -1,8 +1,7 @@
 """The device that a verification runs on, its peak memory, and the versions of the libraries.
 
-As a program, ``python -m streamconv.verification.devices DEVICE REFERENCE [IMAGE]`` checks that all of
-them exist. The command line runs it before a conversion, as a separate process, so that torch is not
-imported into the converting one.
+`main` is a program with the arguments DEVICE REFERENCE [IMAGE], which checks that all of them exist. It runs before a
+conversion in a separate process, so that torch is not imported into the converting one.
 """
 
 import re
@@ -122,7 +121,8 @@ def check_arguments_here(device: str, reference: str, image: str | None) -> None
     open_image(image)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Check the arguments of the program, and print the error for a wrong one."""
     try:
         check_arguments_here(sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)
     except UsageError as error:

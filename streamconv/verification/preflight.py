@@ -57,7 +57,9 @@ def check_arguments(device: str, image: str | None, reference: str) -> None:
     import subprocess  # takes memory, which a conversion without these options should not pay
 
     arguments = [device, reference, *([image] if image is not None else [])]
-    command = [sys.executable, "-m", "streamconv.verification.devices", *arguments]
+    # With this process's path: `python -m` would search the current folder first, and run a torch.py that is there.
+    path = f"import sys; sys.path = {list(map(str, sys.path))}"
+    command = [sys.executable, "-c", f"{path}\nfrom streamconv.verification.devices import main; main()", *arguments]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if result.returncode == UsageError.exit_code and result.stdout:
         raise UsageError(result.stdout.strip())

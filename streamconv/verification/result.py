@@ -49,7 +49,7 @@ class Verification:
     memory: Mapping[str, int | None]
     seconds: float
     predictions: tuple[tuple[str, float], ...] = ()
-    pictures: Mapping[str, str] = field(default_factory=dict)
+    pictures: Mapping[str, str] = field(default_factory=dict, repr=False)
     not_recorded: str = ""
 
     @property

@@ -169,8 +169,15 @@ def test_torchscript_archive_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_file_is_reported_as_missing(tmp_path: Path) -> None:
-    with pytest.raises(SourceMissingError, match="no such file"):
-        streamconv.open_checkpoint(tmp_path / "x.pth")
+    for job in (streamconv.open_checkpoint, streamconv.plan):
+        with pytest.raises(SourceMissingError, match="no such file") as caught:
+            job(tmp_path / "x.pth")  # type: ignore[operator]
+        assert caught.value.location == tmp_path / "x.pth"
+
+
+def test_name_that_no_file_can_have_is_a_source_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="File name too long"):
+        streamconv.open_checkpoint(tmp_path / ("x" * 300))
 
 
 def test_checkpoint_that_is_not_a_dict_is_described(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def test_finished_folder_is_left_as_it_is(tmp_path: Path, save: Save) -> None:
     second = api.convert(renamed, tmp_path / "out")
     assert (first.was_finished, second.was_finished) == (False, True)
     assert first.shards == second.shards
+    assert second.resumed_bytes == 0
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 import streamconv
-from streamconv import ConversionOptions, Destination, PushOptions, SourceOptions, UsageError, VerificationOptions
+from streamconv import (
+    ConversionOptions,
+    Destination,
+    OutputError,
+    PushOptions,
+    SourceOptions,
+    UsageError,
+    VerificationOptions,
+)
 from streamconv.families.dinov2 import FAMILY
 from streamconv.formats.safetensors import make_header
 from streamconv.jobs.options import StrPath
@@ -26,6 +34,12 @@ from tests.support import Save, run, tiny
         (lambda: VerificationOptions(device="gpu"), "'gpu' is not a device"),
         (lambda: VerificationOptions(device="cuda:x"), "'cuda:x' is not a device"),
         (lambda: PushOptions(Destination(revision="")), "revision's name is empty"),
+        # As read from a configuration:
+        (lambda: SourceOptions(num_heads="6"), "'6' attention heads"),  # type: ignore[arg-type]
+        (lambda: SourceOptions(num_heads=2.0), r"2\.0 attention heads"),  # type: ignore[arg-type]
+        (lambda: SourceOptions(select=3), "3 is not a prefix"),  # type: ignore[arg-type]
+        (lambda: VerificationOptions(device=None), "None is not a device"),  # type: ignore[arg-type]
+        (lambda: PushOptions("ada/x"), r"Give Destination\(repo='ada/x'\)"),  # type: ignore[arg-type]
     ],
 )
 def test_option_typos_are_refused_when_the_options_are_made(make: Callable[[], object], message: str) -> None:
@@ -64,6 +78,58 @@ def test_every_path_may_be_a_string_or_a_path(save: Save, tmp_path: Path, kind: 
     assert streamconv.revert(out, back, head=other).files == (tmp_path / "back.pth", tmp_path / "other.pth")
     with streamconv.open_checkpoint(kind(source)) as one, streamconv.open_checkpoint(back) as two:
         assert one.keys() == two.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("", "name is empty. Give a path"), ("hf://ada/x.pth?token=1", "hf://ada/x.pth is a URL, and the .* Give a path")],
+)
+def test_a_name_that_is_no_place_on_this_machine_is_refused(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    source, _ = save(tiny())
+    folder = streamconv.convert(source, tmp_path / "current").output
+    monkeypatch.chdir(folder)  # an empty name would mean this folder
+    before = sorted(tmp_path.rglob("*"))
+    jobs: list[Callable[[], object]] = [
+        lambda: streamconv.convert(source, name),
+        lambda: streamconv.run(source, name, verification=None),
+        lambda: streamconv.run("dinov2_vits14", name, verification=None, synthetic_seed=0),
+        lambda: streamconv.verify(name),
+        lambda: streamconv.publish(name),
+        lambda: streamconv.revert(name, tmp_path / "back.pth"),
+        lambda: streamconv.revert(folder, name),
+        lambda: streamconv.revert(folder, tmp_path / "back.pth", head=name),
+        lambda: streamconv.synth("dinov2_vits14", name),
+    ]
+    for job in jobs:
+        with pytest.raises(UsageError, match=message):
+            job()
+    for words in (("verify", name), ("revert", name, "-o", "x.pth"), ("revert", folder, "-o", name)):
+        assert run(*words, cwd=folder).returncode == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_name_is_no_source(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = save(tiny())
+    monkeypatch.chdir(streamconv.convert(source, tmp_path / "current").output)
+    with pytest.raises(UsageError, match="name is empty"):
+        streamconv.open_checkpoint("")
+    with pytest.raises(UsageError, match="name is empty"):
+        streamconv.plan(source, ConversionOptions(head=""))
+
+
+def test_publishing_what_is_no_folder_is_refused_as_such(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name in ("file", "none"):
+        with pytest.raises(OutputError, match=f"{name} is not a folder. Name the folder that streamconv"):
+            streamconv.publish(tmp_path / name)
+
+
+def test_none_as_a_name_is_a_type_error(tmp_path: Path) -> None:
+    """And not, for example, a StopIteration, after which asyncio.to_thread would never return."""
+    with pytest.raises(TypeError, match="NoneType"):
+        streamconv.revert(tmp_path, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("folder", ["models with care", "webssl_dino2b_light2b_224.pth with a head"])

@@ -1,6 +1,7 @@
 """A plan is data: it can be sent to another process, and each command makes it once."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def test_plan_survives_pickle_and_json(tmp_path: Path, options: dict[str, Any]) 
     assert list(again.config["id2label"]) == [0, 1, 2, 3, 4]  # numbers are sorted differently from words
     assert again.small_files == plan.small_files
     assert (again.index is None) == (plan.index is None) == (not options)
+
+
+def test_plans_and_results_are_short_when_printed(tmp_path: Path) -> None:
+    """Services log them and put them in error reports."""
+    plan = plan_of(tmp_path)
+    assert "Dinov2WithRegistersForImageClassification" in repr(plan)
+    assert len(repr(plan)) < 2000
+    done = streamconv.convert(tmp_path / "x.pth", tmp_path / "out", ConversionOptions(head=tmp_path / "head.pth"))
+    assert len(repr(done)) < 2000
+    verified = streamconv.verify(tmp_path / "out")
+    assert repr(replace(verified, pictures={"image": "x" * 10_000})) == repr(verified)
 
 
 def test_plan_sent_elsewhere_reads_the_files_there(tmp_path: Path) -> None:

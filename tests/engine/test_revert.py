@@ -161,7 +161,7 @@ def test_revert_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path) -> 
     (tmp_path / "there.pth").touch()
     for code, message, words in (
         (2, "Missing option", ("folder",)),
-        (2, "End its name in", ("folder", "-o", "")),
+        (2, "name is empty", ("folder", "-o", "")),
         (2, "Omit --head", ("folder", "-o", "x.pth", "--head", "y.pth")),
         (3, "is not a folder", ("none", "-o", "x.pth")),
         (4, "exists already", ("folder", "-o", "there.pth")),

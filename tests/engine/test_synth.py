@@ -63,13 +63,19 @@ def test_seed_determines_every_byte(tmp_path: Path) -> None:
     assert one == two != other
 
 
-def test_existing_files_and_unknown_models_are_refused(tmp_path: Path) -> None:
+def test_existing_files_unknown_models_and_other_mistakes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(b"mine")
     with pytest.raises(OutputError, match="exists already"):
         streamconv.synth("dinov2_vits14", tmp_path / "x.pth")
     assert (tmp_path / "x.pth").read_bytes() == b"mine"
     with pytest.raises(UsageError, match="dinov2_vits14"):
         streamconv.synth("dinov2_vits", tmp_path / "y.pth")
+    with pytest.raises(UsageError, match=r"^'x\.pth' is not a model that streamconv knows"):
+        streamconv.synth("x.pth", tmp_path / "y.pth")  # which is a file
+    with pytest.raises(UsageError, match="seed -1 is negative"):
+        streamconv.synth("dinov2_vits14", tmp_path / "y.pth", seed=-1)
+    with pytest.raises(UsageError, match=r"End its name in \.pth"):
+        streamconv.synth("dinov2_vits14", tmp_path / "y.safetensors")
     with pytest.raises(OutputError, match="not a folder"):
         streamconv.synth("dinov2_vits14", tmp_path / "none" / "y.pth")
 

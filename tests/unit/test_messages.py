@@ -58,7 +58,7 @@ def test_conversion_ends_with_size_time_speed_and_short_hashes(plan: Plan) -> No
         "dinov2_vits14: converted into out, 88 MB in 0.5 s, 176 MB/s",
         "  model.safetensors  88 MB  sha256 0123456789ab",
     ]
-    finished = plain(conversion_lines(conversion(plan, plan.weights, was_finished=True, seconds=0)))
+    finished = plain(conversion_lines(conversion(plan, was_finished=True, seconds=0)))
     assert finished == [
         "dinov2_vits14: was already converted into out; nothing was changed",
         "  model.safetensors  88 MB  sha256 0123456789ab as recorded",

@@ -1,7 +1,5 @@
 """``streamconv revert``."""
 
-from pathlib import Path
-
 import streamconv
 from streamconv.cli.command import JSON, Argument, Option, command
 from streamconv.cli.messages import reverted_lines
@@ -26,9 +24,7 @@ BLOCK_CHUNKS = Option(
 
 
 @command(FOLDER, OUTPUT, HEAD, BLOCK_CHUNKS, REPLACE, JSON)
-def revert(
-    printer: Printer, folder: Path, output: Path, head: Path | None, block_chunks: int | None, force: bool
-) -> None:
+def revert(printer: Printer, folder: str, output: str, head: str | None, block_chunks: int | None, force: bool) -> None:
     """Convert a folder back to the authors' original format."""
     with ProgressReport(printer.is_quiet) as progress:
         reverted = streamconv.revert(

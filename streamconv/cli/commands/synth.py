@@ -1,7 +1,5 @@
 """``streamconv synth``."""
 
-from pathlib import Path
-
 import streamconv
 from streamconv.cli.command import Argument, command
 from streamconv.cli.messages import synth_lines
@@ -15,7 +13,7 @@ CHECKPOINT = Argument(
 
 
 @command(model_argument(), CHECKPOINT, SEED, REPLACE)
-def synth(printer: Printer, model: str, file: Path, seed: int, force: bool) -> None:
+def synth(printer: Printer, model: str, file: str, seed: int, force: bool) -> None:
     """Write a checkpoint of random weights, with the names and shapes of the original model."""
     written = streamconv.synth(model, file, seed=seed, force=force)
     printer.show({}, synth_lines(written))

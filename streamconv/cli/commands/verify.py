@@ -1,6 +1,5 @@
 """``streamconv verify``."""
 
-from pathlib import Path
 from typing import Any
 
 import streamconv
@@ -23,7 +22,7 @@ FOLDER = Argument(
     FOLDER, source_argument("none; check only the folder's files", required=False),
     *SOURCE_OPTIONS, *VERIFICATION_OPTIONS, JSON,
 )  # fmt: skip
-def verify(printer: Printer, folder: Path, source: str | None, report: Path | None, **given: Any) -> int:
+def verify(printer: Printer, folder: str, source: str | None, report: str | None, **given: Any) -> int:
     """Verify a converted folder against its source: every byte, loading, and the output of every layer.
 
     Without SOURCE, each file is checked against its size and sha256 in the folder's streamconv.json.
