@@ -179,7 +179,7 @@ def _require_fit(
     if len(dtypes) > 1 and one_dtype is not None:
         problems.append(f"mixed dtypes: {', '.join(sorted(dtypes))}; {one_dtype}")
     if problems:
-        raise MappingError(f"{where} does not fit ({len(problems)} problems):", problems)
+        raise MappingError(f"{where} does not fit ({len(problems)} problem{'s' * (len(problems) > 1)}):", problems)
 
 
 def constants(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[str, tuple[float, tuple[int, ...]]]:

@@ -350,7 +350,7 @@ def test_number_of_attention_heads_comes_from_the_family_or_the_user(tmp_path: P
     assert "4 attention heads, as given by --num-heads or config.json" in output
     assert api.plan(source, num_heads=2).fingerprint == api.plan(source).fingerprint
     for heads, error, message in (
-        (3, MappingError, "not divisible by 3 attention heads: .* --num-heads"),
+        (3, MappingError, r"\(1 problem\):\s.*not divisible by 3 attention heads: .* --num-heads"),
         (0, UsageError, "cannot have 0 attention heads"),
         (-1, UsageError, "cannot have -1 attention heads"),
     ):
