@@ -158,8 +158,9 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress) -> list[st
             except SourceError as error:
                 problems.append(str(error))
                 continue
-            if digest.hexdigest() != each.sha256:
-                problems.append(f"{name} has changed since it was written: its sha256 is different")
+            if (found := digest.hexdigest()) != each.sha256:
+                hashes = f"its sha256 is {found[:12]}…, not {each.sha256[:12]}…"
+                problems.append(f"{name} has changed since it was written: {hashes}")
     return sorted(problems)
 
 

@@ -1,5 +1,6 @@
 """A folder without its source: every file is compared with what the manifest records."""
 
+import hashlib
 import json
 import os
 import re
@@ -45,8 +46,10 @@ def test_flipped_bit_in_any_file_is_found(folder: Path, pattern: str) -> None:
     name = next(folder.glob(pattern)).name
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
+    recorded, found = (hashlib.sha256(content).hexdigest()[:12] for content in ((folder / name).read_bytes(), data))
     (folder / name).write_bytes(data)
-    assert problems(folder) == (f"{name} has changed since it was written: its sha256 is different",)
+    changed = f"{name} has changed since it was written"
+    assert problems(folder) == (f"{changed}: its sha256 is {found}…, not {recorded}…",)
 
 
 @pytest.mark.parametrize("pattern", NAMES)
