@@ -214,6 +214,6 @@ def _join(differences: Mapping[str, Any]) -> str:
 def _cost(memory: Mapping[str, int | None], seconds: float) -> Iterator[str]:
     yield duration(seconds)
     if (peak := memory.get("host_anonymous_peak")) and (start := memory.get("host_anonymous_start")):
-        yield f"{size(peak)} peak memory, {size(start)} of it from importing torch and transformers"
+        yield f"{size(peak)} peak memory without mapped files, {size(start)} of it from importing torch and transformers"
     if (gpu_peak := memory.get("gpu_peak")) is not None:
         yield f"{size(gpu_peak)} peak GPU memory"

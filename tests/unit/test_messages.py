@@ -200,6 +200,14 @@ def test_verdicts_are_green_yellow_or_red(checks: list[Check], colours: list[str
     assert lines[-1].startswith(click.style("", fg=colour, bold=True, reset=False))
 
 
+def test_peak_memory_is_reported_without_mapped_files() -> None:
+    """The system can reclaim their pages, which other tools and the report count as well."""
+    memory = {"host_peak": 9 * 10**8, "host_anonymous_start": 4 * 10**8, "host_anonymous_peak": 5 * 10**8}
+    lines = plain(verification_lines(replace(verification(Check("bytes", True, "a")), memory=memory)))
+    peak = "500 MB peak memory without mapped files, 400 MB of it from importing torch and transformers"
+    assert lines[-2].partition(", ")[2] == peak
+
+
 def test_verdict_without_a_source_names_what_was_checked() -> None:
     others = Check("bytes", None, "no source was named")
     lines = plain(verification_lines(verification(Check("files", True, "a"), others, device=None)))
