@@ -121,8 +121,12 @@ class ModelVerifier:
         if pixel_steps is None:
             return Check("preprocessing", None, f"{self.plan.family_name} models have no image processor")
         if pair is None:
-            return check_pixels(folder, pixel_steps, self.image)
-        return check_preprocessing(pair, folder, pixel_steps, self.image)
+            check = check_pixels(folder, pixel_steps, self.image)
+        else:
+            check = check_preprocessing(pair, folder, pixel_steps, self.image)
+        if self.plan.model is None:
+            check = replace(check, proves=f"{check.proves}, assuming the preprocessing of the published models")
+        return check
 
 
 def top_predictions(logits: Tensor, labels: Mapping[int, str]) -> tuple[tuple[str, float], ...]:

@@ -579,11 +579,14 @@ def test_images_are_rotated_by_exif_and_unsuitable_ones_are_refused(tmp_path: Pa
             open_image(tmp_path / name)
 
 
-def test_verification_reports_an_unverified_number_of_heads(tmp_path: Path) -> None:
+def test_verification_reports_what_it_assumes_about_a_model_that_was_not_published(tmp_path: Path) -> None:
     source = saved(make_states(tiny())[0], tmp_path / "x.pth")
     api.convert(source, tmp_path / "out", num_heads=4)
     found = api.verify(tmp_path / "out", source, device="cpu")
     assert "assuming 4 attention heads in both, which tensors do not show" in found.checks[2].proves
+    assert "assuming the preprocessing of the published models" in found.checks[3].proves
+    alone = api.verify(tmp_path / "out", source, device="cpu", parity=False).checks[3]
+    assert "assuming the preprocessing of the published models" in alone.proves
 
 
 def test_manifest_with_a_field_of_another_type_is_refused(tmp_path: Path) -> None:
