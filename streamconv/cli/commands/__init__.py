@@ -24,7 +24,7 @@ Exit codes:
     1  verification found a difference
     2  wrong usage
     3  the source cannot be converted
-    4  the output cannot be written
+    4  the output is missing or cannot be written
   130  interrupted"""
 
 
