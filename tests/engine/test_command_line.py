@@ -96,8 +96,8 @@ def test_options_reach_the_job_under_all_their_names(tmp_path: Path, monkeypatch
     assert seen.pop() == (
         "x.pth",
         "out",
-        streamconv.ConversionOptions("h.pth", "a.", 3, True, Path("l.txt"), "1MB", "float16", True),
-        streamconv.VerificationOptions("cpu", "i.png", "hub", False, Path("r.html")),
+        streamconv.ConversionOptions("h.pth", "a.", 3, True, "l.txt", "1MB", "float16", True),
+        streamconv.VerificationOptions("cpu", "i.png", "hub", False, "r.html"),
         streamconv.PushOptions(streamconv.Destination("me/it", True, "dev", True), True),
     )
     run("run", "x.pth", "--no-verify", cwd=tmp_path)

@@ -28,7 +28,7 @@ from tests.support import Save, run, tiny
     [
         (lambda: ConversionOptions(max_shard_size="5 apples"), "5 apples"),
         (lambda: ConversionOptions(max_shard_size=0), "0"),
-        (lambda: ConversionOptions(dtype="float8"), "Cannot cast to 'float8'. Choose float32, float16, bfloat16"),  # type: ignore[arg-type]
+        (lambda: ConversionOptions(dtype="float8"), "Cannot cast to 'float8'. Choose float32, float16 or bfloat16"),  # type: ignore[arg-type]
         (lambda: ConversionOptions(num_heads=0), "0 attention heads"),
         (lambda: SourceOptions(num_heads=-1), "-1 attention heads"),
         (lambda: VerificationOptions(device="gpu"), "'gpu' is not a device"),
