@@ -33,14 +33,14 @@ from streamconv.tensors.checksums import RecordChecks
 class Conversion:
     """The result of a conversion.
 
-    ``output`` is the folder, and ``shards`` are the sha256 digests of its weight files by name, in hexadecimal.
-    ``was_finished``: the folder held the same conversion already, and nothing was written. ``resumed_bytes`` counts
+    ``output`` is the folder, and ``shards`` maps the names of its weight files to their sha256 in hexadecimal.
+    ``was_finished``: the folder already held the same conversion, and nothing was written. ``resumed_bytes`` counts
     the bytes that an interrupted run had written and that were kept after a check. ``is_crc_checked``: every byte
     was compared with a CRC-32 of the source. ``labels_from`` describes where a classifier's labels came from.
     ``sent_to`` is the repository on the Hub that received the files, if ``output`` keeps none. ``overflow_count``
     counts values that are finite in the source and infinite in the output, because they are outside the range of
-    the dtype that they were cast to. ``seconds`` is the time that it took to write the files, 0 if the folder was
-    finished; a download before it does not count.
+    the dtype that they were cast to. ``seconds`` is the time spent writing the files, not counting a download; it is
+    0 if the folder was finished.
     """
 
     output: Path
@@ -77,14 +77,14 @@ class Conversion:
 
 
 def plan(source: StrPath, options: ConversionOptions = ConversionOptions()) -> Plan:
-    """Plan what `convert` would write. No weight is read and nothing is written.
+    """Plan what `convert` would write. No weights are read and nothing is written.
 
-    For a remote .pth, the offsets of weights are computed from torch's usual layout, to save requests: such a plan is
-    to be looked at, not to be carried out elsewhere.
+    For a remote .pth, the offsets of weights are computed from torch's usual layout, to save requests. Such a plan is
+    for inspection, not for execution elsewhere.
 
     Args:
-        source: A model's name, a checkpoint file, or its address (https://, hf://, s3://, …).
-        options: Those that `convert` will be called with.
+        source: A model's name, or the path or URL of a checkpoint (https://, hf://, s3://, …).
+        options: The options that `convert` will be called with.
 
     Raises:
         UsageError, SourceError: as for `convert`.
@@ -104,20 +104,21 @@ def convert(
     """Convert a checkpoint into a folder that transformers loads.
 
     Args:
-        source: A model's name, a checkpoint file, or its address (https://, hf://, s3://, …). A model's name means its
-            file in torch.hub's cache, or else its published address.
-        output: The folder to write; by default the name that the model was published under.
+        source: A model's name, or the path or URL of a checkpoint (https://, hf://, s3://, …). A model's name means its
+            file in torch.hub's cache or, if it is not there, its published URL.
+        output: The folder to write to; by default, the name that the model was published under.
         options: How to read the source and what to write, such as another dtype or smaller files.
-        progress: Called with the bytes written, of all weight files. What it raises ends the job: see `Cancelled`.
+        progress: Called with the number of bytes written to all weight files. An exception that it raises ends the job:
+            see `Cancelled`.
 
     Raises:
         UsageError: the options contradict each other or the source, or something that they name does not exist.
         SourceError: the source cannot be read, is damaged, or is not a checkpoint of a known model.
         OutputError: the folder holds something else, or cannot be written.
 
-    Errors are raised before anything is written, except for failing disks and a damaged source. Even then no incomplete
-    file has its final name, and the same call resumes. A folder in which the same conversion is finished is returned as
-    it is.
+    Errors are raised before anything is written, except those of failing disks and damaged sources. Even then, no
+    incomplete file has its final name, and the same call resumes. If the folder already holds the same finished
+    conversion, it is not changed.
 
     >>> done = streamconv.convert("dinov2_vits14_pretrain.pth", "dinov2-small")  # doctest: +SKIP
     >>> model = transformers.AutoModel.from_pretrained(done.output)  # doctest: +SKIP
@@ -134,11 +135,11 @@ def convert_prepared(
     progress: Progress,
     stack: ExitStack,
 ) -> tuple[Conversion, PreparedSource]:
-    """Convert a source that is open.
+    """Convert an open source.
 
     Returns:
-        The result, and the source that verification should use: a source that had to be downloaded is the local copy
-        then, which stays open in ``stack``, and the plan has the labels that a finished folder was written with.
+        The result, and the source that verification should use. If the source had to be downloaded, this is the local
+        copy, which stays open in ``stack``. Its plan has the labels that a finished folder was written with.
     """
     conversion = PreparedConversion.of(prepared, output, force=options.force)
     finished = conversion.find_finished() if prepared.source.has_checksums else None
@@ -206,7 +207,7 @@ class PreparedConversion:
         return check_downloads(source.source, source.checkpoints, output)
 
     def find_finished(self) -> Conversion | None:
-        """Return the result of the same conversion, if the folder holds it already and it is not to be replaced.
+        """Return the result of the same conversion, if the folder already holds it and it must not be replaced.
 
         Raises:
             OutputError: the folder holds something else.

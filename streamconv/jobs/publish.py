@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Published:
-    """A published model: its repository, "user/name", and the address of the commit or pull request."""
+    """A published model: its repository, "user/name", and the URL of the commit or pull request."""
 
     repository: str
     url: str
@@ -34,13 +34,13 @@ def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Pro
 
     Args:
         folder: The folder that `convert` wrote.
-        push: The repository, by default one in the user's account with the name that the model was published under.
-        progress: Called with the name of each file before it is uploaded, as a step. What it raises ends the job, and
-            the same call uploads only what the Hub lacks: see `Cancelled`.
+        push: The repository; by default, one in the user's account with the name that the model was published under.
+        progress: Called before each file is uploaded, with its name as the step. An exception that it raises ends the
+            job, and the same call uploads only what the Hub lacks: see `Cancelled`.
 
-    huggingface_hub's settings in this process apply and are left as they are: its client, log level and progress bars
-    (HF_HUB_DISABLE_PROGRESS_BARS=1). Its default client waits forever for a response;
-    `huggingface_hub.set_client_factory` sets one with a timeout.
+    huggingface_hub's settings in this process are used and not changed: its client, log level and progress bars
+    (HF_HUB_DISABLE_PROGRESS_BARS=1 disables them). Its default client waits forever for a response;
+    `huggingface_hub.set_client_factory` can set one with a timeout.
 
     Raises:
         UsageError: the model was not verified, or failed verification, and ``push.unverified`` is not set; or the
@@ -59,7 +59,7 @@ def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Pro
 
 
 def open_repository(push: PushOptions, model_name: str | None) -> Repository:
-    """Open the repository to push to; its default name is the one that the model was published under.
+    """Open the repository to push to. Its default name is the one that the model was published under.
 
     Raises:
         UsageError, HubError: see `Repository`. Nothing was changed on the Hub.

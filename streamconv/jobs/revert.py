@@ -1,6 +1,6 @@
-"""Writes a converted folder back in the layout of the model's authors, by the inverse of the rules, as a stream.
+"""Converts a folder back to the layout of the model's authors, with the inverse rules, as a stream.
 
-The dimensions come from the tensors' names and shapes; a config.json beside them must agree.
+The dimensions come from the names and shapes of the tensors; a config.json in the folder must agree.
 """
 
 import os
@@ -41,11 +41,11 @@ SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
 
 @dataclass(frozen=True)
 class Reverted:
-    """The result of `revert`: the file of a backbone, and that of a classifier's head, with their sizes and sha256.
+    """The result of `revert`: the files of the backbone and of a classifier's head, with their sizes and sha256.
 
-    ``model_name`` is None if no published model has these dimensions. ``weights`` counts bytes of tensors.
+    ``model_name`` is None if no published model has these dimensions. ``weights`` is the size of all tensors in bytes.
     ``resumed_bytes`` counts the bytes that an interrupted run had written and that were kept after a check.
-    ``seconds`` is the time that it took to write the files.
+    ``seconds`` is the time spent writing the files.
     """
 
     family_name: str
@@ -90,17 +90,18 @@ def revert(
     """Write the checkpoint that a folder was, or could have been, converted from.
 
     Args:
-        folder: A folder of transformers 4 or 5, with one safetensors file, or several and their index.
-        output: The file to write: .pth, .pt and .bin as torch.save writes them, .safetensors as save_file.
-        head: The file for a classifier's linear head, which its authors publish apart from the backbone.
-        block_chunks: The number of lists that the blocks are in, 0 for one plain list; by default that of the source
+        folder: A folder in the format of transformers 4 or 5, with one safetensors file, or several and their index.
+        output: The file to write: .pth, .pt or .bin, like torch.save, or .safetensors, like save_file.
+        head: The file to write a classifier's linear head to. The authors publish it separately from the backbone.
+        block_chunks: The number of lists to put the blocks in, 0 for one plain list; by default, that of the source
             in the folder's manifest, or of the published model's file.
-        force: Replace files of these names, once the new ones are complete.
-        progress: Called with the bytes written, of both files. What it raises ends the job: see `Cancelled`.
+        force: Replace existing files of these names, once the new ones are complete.
+        progress: Called with the number of bytes written to both files. An exception that it raises ends the job: see
+            `Cancelled`.
 
     Raises:
         UsageError: a file has another suffix, or ``head`` is missing for a classifier or given for another model.
-        SourceError: the folder does not hold a model of a known family; lists all differences.
+        SourceError: the folder does not hold a model of a known family. The message lists all differences.
         OutputError: a file exists already, or cannot be written. The same call resumes; the files are renamed into
             place when both are complete.
     """
@@ -110,7 +111,7 @@ def revert(
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise UsageError(f"{paths[0]} cannot be backbone and head at once. Give --head another name.")
     if not os.path.isdir(source):
-        raise SourceMissingError(f"{source} is not a folder. Name the folder of the safetensors files.")
+        raise SourceMissingError(f"{source} is not a folder. Give the folder of the safetensors files.")
     manifest = Manifest.read(source)
     with open_checkpoint(source) as checkpoint:
         family, model, count, tensors = _originals(
@@ -142,7 +143,7 @@ def revert(
 def _require_writable(paths: Sequence[Path], source: Path, force: bool) -> None:
     for path in paths:
         if path.suffix not in SUFFIXES:
-            raise UsageError(f"{path} does not have the suffix of a checkpoint. End its name in {', '.join(SUFFIXES)}.")
+            raise UsageError(f"{path} does not have the suffix of a checkpoint. Use one of {', '.join(SUFFIXES)}.")
         if not os.path.isdir(path.parent):
             raise OutputError(f"{path.parent} is not a folder. Create it first.")
     require_absent(paths, Journal.read(journal_path(paths)), force=force)
@@ -152,7 +153,7 @@ def _require_writable(paths: Sequence[Path], source: Path, force: bool) -> None:
 
 
 def _without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) -> Mapping[str, SourceTensor]:
-    """Omit the tensors that a conversion filled in, if all of them still have their constant values."""
+    """Omit the tensors that the conversion filled in, if all of them still have their constant values."""
     if not constants.keys() <= checkpoint.keys():
         return checkpoint
     for name, value in constants.items():
@@ -196,7 +197,7 @@ def _originals(
 def _write(
     files: Mapping[Path, Mapping[str, AnyTensor]], checkpoint: Checkpoint, source: Path, force: bool, progress: Progress
 ) -> tuple[dict[Path, WrittenFile], int]:
-    """Write all of the files, or none. Also returns how many of their bytes an interrupted process had written."""
+    """Write all of the files, or none. Also return how many of their bytes an interrupted process had written."""
     contents = {path: _segments(path, tensors) for path, tensors in files.items()}
     sizes = {path: sum(map(size_of, segments)) for path, segments in contents.items()}
     provenance = Provenance(

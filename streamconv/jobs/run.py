@@ -61,21 +61,22 @@ def run(
     Nothing is pushed unless verification passed or ``push.unverified`` is set.
 
     Args:
-        source: A model's name, a checkpoint file, or its address (https://, hf://, s3://, …).
-        output: The folder to write; by default the name that the model was published under.
-        conversion: As the options of `convert`.
-        verification: As the options of `verify`; None to convert only.
+        source: A model's name, or the path or URL of a checkpoint (https://, hf://, s3://, …).
+        output: The folder to write to; by default, the name that the model was published under.
+        conversion: The options of `convert`.
+        verification: The options of `verify`; None to convert only.
         push: None to publish nothing. With ``conversion.stream``, each shard is uploaded and deleted before the next.
         synthetic_seed: Generate a random checkpoint of the model ``source`` with this seed, and convert that.
-        progress: Called with the bytes or steps of each stage. What it raises ends the job: see `Cancelled`.
-        on_result: Called with each result as soon as it is available, in the thread of the call; it may raise, too.
+        progress: Called with the bytes or steps of each stage. An exception that it raises ends the job: see
+            `Cancelled`.
+        on_result: Called with each result as soon as it is available, in the caller's thread; it may raise, too.
 
     Raises:
         UsageError: the options contradict each other, or something that they name does not exist.
         SourceError, OutputError: as for `convert`; the same call resumes.
         HubError: as for `publish`.
 
-    A difference that verification finds is not an error, but a result: see `RunResult.passed`.
+    A difference that verification finds is a result, not an error: see `RunResult.passed`.
     """
     if synthetic_seed is not None and conversion.head is not None:
         raise UsageError("A synthetic model has its own head. Omit --head.")

@@ -1,6 +1,6 @@
-"""Random checkpoints in a model's original layout, exact in names and shapes, in bounded memory.
+"""Writes random checkpoints in a model's original layout, with its exact names and shapes, in bounded memory.
 
-They demonstrate and test the whole job when no weights are available. The same seed gives the same file.
+They demonstrate and test a whole job when no weights are available. The same seed gives the same file.
 """
 
 import math
@@ -27,7 +27,7 @@ CHUNK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True)
 class SyntheticFiles:
-    """The file of a backbone, and that of a classifier's head."""
+    """The paths of the backbone's file and, for a classifier, of the head's file."""
 
     backbone: Path
     head: Path | None
@@ -47,9 +47,9 @@ def synth(
     Args:
         model: The model's name, such as "dinov2_vits14".
         path: The .pth file to write.
-        seed: The same seed gives the same file.
-        force: Replace files of these names.
-        progress: Called with the bytes of tensors that are generated.
+        seed: The seed of the random weights. The same seed gives the same file.
+        force: Replace existing files of these names.
+        progress: Called with the number of bytes of tensors generated so far.
 
     Raises:
         UsageError: there is no such model, the seed is negative, or the file's suffix is .safetensors.
@@ -79,9 +79,9 @@ def _synth(model: str, path: str | PathLike[str], seed: int, force: bool, progre
 
 @contextmanager
 def temporary_checkpoint(model: str, output: Path | None, seed: int, progress: Progress) -> Iterator[SyntheticFiles]:
-    """Yield a random checkpoint in a hidden folder next to ``output``, which is deleted when the block ends.
+    """Yield a random checkpoint in a hidden folder next to ``output``. The folder is deleted when the block ends.
 
-    The files of a killed process are reused.
+    Complete files that a killed process left are reused.
 
     Raises:
         UsageError, OutputError: see `synth`; or another process uses the folder.

@@ -46,8 +46,8 @@ def verify(
 ) -> Verification:
     """Verify a converted folder against its source or, without one, against its own manifest.
 
-    The result is recorded in the folder's manifest if the folder was made from this source. A difference is not an
-    error, but a result: see `Verification.passed`.
+    The result is recorded in the folder's manifest if the folder was made from this source. A difference is a result,
+    not an error: see `Verification.passed`.
 
     Threads may verify at the same time. Nothing is changed for the rest of the process, so transformers' messages and
     progress bars are shown as the caller has set them. An authors' code (``reference``) is imported by torch.hub, which
@@ -59,7 +59,8 @@ def verify(
             folder: each file must have the size and sha256 that its manifest records.
         options: The device, the image, the code of the original model, and the report to write.
         source_options: How to read the source; by default, as the folder's manifest records.
-        progress: Called with the bytes or steps of each check. What it raises ends the job: see `Cancelled`.
+        progress: Called with the bytes or steps of each check. An exception that it raises ends the job: see
+            `Cancelled`.
 
     Raises:
         UsageError: the device, the image or the reference does not exist, the device has too little memory, or torch

@@ -125,8 +125,8 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
     (tmp_path / "there.pth").write_bytes(b"mine")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for error, message, name, output, head in (
-        (SourceMissingError, "none is not a folder. Name the folder", "none", "x.pth", None),
-        (SourceMissingError, "is not a folder. Name the folder", "folder/model.safetensors", "x.pth", None),
+        (SourceMissingError, "none is not a folder. Give the folder", "none", "x.pth", None),
+        (SourceMissingError, "is not a folder. Give the folder", "folder/model.safetensors", "x.pth", None),
         (SourceMissingError, "holds neither model.safetensors nor", "empty", "x.pth", None),
         (streamconv.TruncatedError, "Fetch it again", "cut", "x.pth", None),
         (CorruptError, "has no dtype, shape or data_offsets for", "damaged", "x.pth", None),
@@ -144,9 +144,9 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
         (OutputError, "exists already", "folder", "folder/model.safetensors", None),
         (OutputError, "none is not a folder. Create it first", "folder", "none/x.pth", None),
         (UsageError, "taken for one of .* Choose another folder", "folder", "folder/x.pth", None),
-        (UsageError, "End its name in .pth, .pt, .bin, .safetensors", "folder", "x.onnx", None),
-        (UsageError, "End its name in .pth", "folder", "x", None),
-        (UsageError, "End its name in .pth", "classifier/folder", "x.pth", "head"),
+        (UsageError, "Use one of .pth, .pt, .bin, .safetensors", "folder", "x.onnx", None),
+        (UsageError, "Use one of .pth", "folder", "x", None),
+        (UsageError, "Use one of .pth", "classifier/folder", "x.pth", "head"),
         (UsageError, "is a classifier, .* --head FILE", "classifier/folder", "x.pth", None),
         (UsageError, "is not a classifier .* Omit --head", "folder", "x.pth", "y.pth"),
         (UsageError, "Give --head another name", "classifier/folder", "x.pth", "./x.pth"),
