@@ -1,6 +1,6 @@
 """A checkpoint as a mapping from names to tensors that are not read yet.
 
-The first bytes of a file show its format; the module of that format then reads the index.
+The first bytes of a file tell its format; the module of that format then reads the index.
 """
 
 import os
@@ -25,7 +25,7 @@ from streamconv.tensors.expressions import SourceTensor
 class Checkpoint(Mapping[str, SourceTensor]):
     """The tensors of a checkpoint by name. Close it, or use it in a ``with`` statement.
 
-    ``non_tensors`` maps the names of other objects to their classes; nothing of these objects is read.
+    ``non_tensors`` maps the names of other objects to their classes; the objects themselves are not read.
     ``fingerprint`` is the sha256 of the index, in hexadecimal.
     """
 
@@ -47,7 +47,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
 
     @property
     def paths(self) -> list[Path]:
-        """Paths of the files that are on this machine."""
+        """Paths of the files that are on this machine, without those at URLs."""
         return [file.path for file in self._files if isinstance(file, LocalFile)]
 
     @property
@@ -78,7 +78,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
 
     @cached_property
     def reader(self) -> Reader:
-        """A reader for the tensors, usable until the checkpoint is closed."""
+        """A reader for the tensors. It can be used until the checkpoint is closed."""
         return Reader(self._files)
 
     def close(self) -> None:
@@ -106,18 +106,19 @@ def open_checkpoint(
     "teacher.backbone.cls_token". Anything else in a .pth, such as optimizer settings or a configuration, is not read.
 
     Args:
-        place: A path, or the address of a file: https://, hf://, or a scheme that fsspec has a package for.
-        read_local_headers: False skips the header before each weight of a .pth; at an address, these take a request
-            for every few weights. Enough for names, dtypes and shapes; the offsets of weights are then computed.
-        where: What messages call a file on this machine, instead of its path.
+        place: The path or URL of a file: https://, hf://, or a scheme that fsspec has a package for.
+        read_local_headers: False skips the header before each weight of a .pth. At a URL, reading these headers takes a
+            request for every few weights. Names, dtypes and shapes do not need them; the offsets of weights are then
+            computed.
+        where: The name of a local file in messages, instead of its path.
 
     >>> with open_checkpoint("dinov2_vitg14_pretrain.pth") as checkpoint:  # doctest: +SKIP
     ...     checkpoint["pos_embed"].info
     TensorInfo(dtype='F32', shape=(1, 1370, 1536))
 
     Raises:
-        UsageError: streamconv cannot read from addresses of this kind.
-        SourceError: a file cannot be read, is damaged, or is not a checkpoint; each has a subclass.
+        UsageError: streamconv cannot read URLs of this kind.
+        SourceError: a file cannot be read, is damaged, or is not a checkpoint; there is a subclass for each case.
     """
     location = parse_location(place)
     with ExitStack() as opened:

@@ -32,8 +32,8 @@ class Destination:
     """The repository and revision that the user asked for.
 
     ``repo`` is "user/name", just a name in the user's own namespace, or None for the model's published name.
-    ``private``: a repository that does not exist is created as a private one, and a public one is refused. ``revision``
-    is the branch, created if needed; None for the main one. ``create_pr`` opens a pull request instead of committing.
+    ``private``: a new repository is created as a private one, and an existing public one is refused. ``revision`` is
+    the branch, created if needed; None for the main branch. ``create_pr`` opens a pull request instead of committing.
     """
 
     repo: str | None = None
@@ -46,8 +46,8 @@ class Repository:
     """A repository on the Hub that this user can write to. ``id`` is its "user/name".
 
     Args:
-        destination: What the user asked for.
-        default_name: The name under which the model was published, if it was.
+        destination: The repository and revision that the user asked for.
+        default_name: The name that the model was published under, if it was published.
 
     Raises:
         UsageError: there is no name, or the Hub does not accept it.
@@ -77,7 +77,7 @@ class Repository:
         self.refuse_others(None)
 
     @property
-    def address(self) -> str:
+    def url(self) -> str:
         return f"{self._hub.endpoint}/{self.id}"
 
     def refuse_others(self, names: Collection[str] | None) -> None:
@@ -95,7 +95,7 @@ class Repository:
             return
         if self._destination.private and info.private is False:
             raise HubError(
-                f"{self.id} exists and is public. Make it private at {self.address}/settings, omit --private, "
+                f"{self.id} exists and is public. Make it private at {self.url}/settings, omit --private, "
                 "or choose another name."
             )
         self._refuse_other_weights(info, names)
@@ -179,7 +179,7 @@ class Repository:
         If the revision already holds these very files, no commit is made.
 
         Returns:
-            The address of the commit or pull request.
+            The URL of the commit or pull request.
 
         Raises:
             MissingUploadError: the Hub does not have a file that was declared by `restore`.
@@ -200,7 +200,7 @@ class Repository:
             )
             self._refuse_other_weights(info, names)
             if not destination.create_pr and all(holds(info, operation) for operation in operations):
-                return f"{self.address}/commit/{info.sha}"
+                return f"{self.url}/commit/{info.sha}"
             commit = self._api.create_commit(
                 self.id,
                 operations,
@@ -227,7 +227,7 @@ class Repository:
             raise
 
     def _find_revision(self) -> Any:
-        """The revision's `ModelInfo`, or that of the main branch, from which it would be created; None for neither."""
+        """Return the `ModelInfo` of the revision, or of the main branch from which it would be created, or None."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         for revision in dict.fromkeys((self._destination.revision, None)):

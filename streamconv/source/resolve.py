@@ -1,6 +1,6 @@
-"""Resolves what the user typed (a model's name, a checkpoint file, or its address) to locations.
+"""Resolves what the user typed (a model's name, or the path or URL of a checkpoint) to locations.
 
-A model's files are those in torch.hub's cache or, if they are not there, those at their published addresses.
+A model's files are those in torch.hub's cache or, if they are not there, those at their published URLs.
 """
 
 import os
@@ -20,9 +20,9 @@ MAX_COMPARED = 1000  # names in a folder that a missing file's name is compared 
 
 @dataclass(frozen=True)
 class Source:
-    """The location of a backbone's file, perhaps of a head's, and the model that the user named.
+    """The locations of a backbone's file and perhaps a head's file, and the model that the user named.
 
-    ``origins`` are the addresses that local files were downloaded from, by role. ``select`` is the prefix of the
+    ``origins`` are the URLs that local files were downloaded from, by role. ``select`` is the prefix of the
     backbone's names and ``num_heads`` the number of attention heads, if the user gave them. ``is_synthetic``: the
     weights are random and were generated for this run.
     """
@@ -42,7 +42,7 @@ class Source:
 
     @property
     def is_remote(self) -> bool:
-        """True if any of the files is at an address."""
+        """True if any of the files is at a URL."""
         return any(isinstance(location, Address) for location in self.locations.values())
 
 
@@ -63,11 +63,11 @@ def resolve_source(
 
     Raises:
         SourceMissingError: the file does not exist.
-        UsageError: ``source`` is not a file, an address or a known model, or a head is given to a model without one.
+        UsageError: ``source`` is not a file, a URL or a known model, or a head is given for a model without one.
     """
     name = os.fspath(source)
     if not name:
-        raise UsageError("SOURCE is empty. Give a model's name, a checkpoint file or its address.")
+        raise UsageError("SOURCE is empty. Give a model's name, or the path or URL of a checkpoint.")
     given_head = None if head is None else parse_location(head)
     _require_exists(given_head)
     if not is_model(name):
