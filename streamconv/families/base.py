@@ -1,8 +1,8 @@
-"""The types in which a family describes its architecture: what every family has, and aspects that only some have.
+"""The types that describe a family's architecture: fields that every family has, and aspects that only some have.
 
-A family's rules say which tensors there are and what becomes of them. The rest is the model's configuration, derived
-from the tensors' shapes, and the names under which models were published. Code outside the family's own module asks for
-an aspect (`Family.classifier_head` and so on), never for a family.
+A family's rules define the tensors and their conversion. The rest is the model's configuration, derived from the
+tensors' shapes, and the names under which models were published. Code outside the family's own module checks for an
+aspect (`Family.classifier_head` and so on), never for a particular family.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ T = TypeVar("T")
 class ConversionSpec:
     """The conversion of a model of certain dimensions.
 
-    ``dims`` maps the rules' symbols to numbers, and ``count`` is how many values ``{i}`` takes; ``config`` is
+    ``dims`` maps the rules' symbols to numbers, and ``count`` is the number of values that ``{i}`` takes; ``config`` is
     config.json without dtype and labels. ``problems``: dimensions that the transformers config cannot express.
     ``notes``: assumptions that the tensors do not confirm.
     """
@@ -35,7 +35,7 @@ class ConversionSpec:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as its authors published it: its name in torch.hub's cache, and its address."""
+    """A file as its authors published it: its name in torch.hub's cache, and its URL."""
 
     filename: str
     url: str
@@ -43,7 +43,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Model:
-    """A published model. ``dimensions``, a frozen dataclass of the family's, are compared with those read from a file.
+    """A published model. ``dimensions`` is a frozen dataclass of the family, compared with those read from a file.
 
     ``licence`` is the Hub's name for the licence that the authors chose. ``image_processor`` is None if the family has
     none. ``block_chunks`` is the number of lists that the blocks of its file are in, 0 for one plain list.
@@ -77,7 +77,7 @@ class ExtraPrefix:
 
 @dataclass(frozen=True)
 class ClassifierHead:
-    """A classifier's head, which the authors publish in a file of its own.
+    """A classifier's head, which the authors publish in a separate file.
 
     Its tensors are ``keys`` in that file, and ``prefix`` + key among a family's source keys. ``classes`` is the symbol
     in `ConversionSpec.dims` for the number of classes, 0 without a head. A head of ``imagenet_classes`` classes gets
@@ -123,10 +123,10 @@ class ImageProcessor:
 
 @dataclass(frozen=True)
 class BlockChunks:
-    """The keys of sources that keep their blocks in several lists, whose keys contain the number of the list, too.
+    """The keys of sources that keep their blocks in several lists, and so contain the number of the list, too.
 
-    ``unchunked_key`` returns a key as the rules spell it; ``chunked_key`` returns a key as such a file spells it, from
-    (key, number of blocks, number of lists).
+    ``unchunked_key`` converts such a key to the key in the rules; ``chunked_key`` converts (key in the rules, number of
+    blocks, number of lists) to the key in such a file.
     """
 
     unchunked_key: Callable[[str], str]
@@ -160,16 +160,16 @@ class Family:
     """An architecture, and the models of it that were published.
 
     ``signature``: keys by which a checkpoint is recognised. ``read_dimensions`` reads dimensions from the shapes of a
-    checkpoint's tensors, even if some are missing or misshaped, and ``conversion_spec`` turns them into rules and
-    configuration.
+    checkpoint's tensors, even if some are missing or have wrong shapes, and ``conversion_spec`` turns them into rules
+    and configuration.
 
     ``free_config_keys``: keys of config.json that do not change what the model computes at inference.
-    ``loaded_key`` returns the name that transformers gives to a target once it is loaded: save_pretrained sorts
-    tensors by those names, and so cuts shards in that order. ``extra_prefixes``: names that training leaves beside or
+    ``loaded_key`` returns the name that transformers gives to a target after loading: save_pretrained sorts tensors by
+    these names, and so divides them into shards in that order. ``extra_prefixes``: names that training leaves beside or
     in a backbone.
 
-    For model cards: ``organisation`` is the authors' on the Hub, and ``pipeline_tags`` are the Hub's names of the
-    tasks, by architecture.
+    For model cards: ``organisation`` is the authors' organisation on the Hub, and ``pipeline_tags`` maps architectures
+    to the Hub's names of their tasks.
 
     The remaining fields are aspects, each None if the family does not have it.
     """
@@ -191,11 +191,11 @@ class Family:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The rules of all published models, which between them have every rule of the family."""
+        """The rules of all published models, which together include every rule of the family."""
         return tuple(rule for model in self.models for rule in self.conversion_spec(model.dimensions).rules)
 
     def title_of(self, model: Model | None) -> str:
-        """Return what to call a checkpoint of ``model``, or of no published model."""
+        """Return a title for a checkpoint of ``model``, or of no published model."""
         return model.name if model else f"a {self.name} model of custom size"
 
     def unchunked_key(self, key: str) -> str:
@@ -215,7 +215,7 @@ class Family:
         return {self.block_chunks.chunked_key(key, spec.count, block_chunks): info for key, info in infos.items()}
 
     def config_problems(self, spec: ConversionSpec, config: Mapping[str, Any]) -> list[str]:
-        """List the entries of a model's config.json that describe another computation than ``spec``."""
+        """List the entries of a model's config.json that describe a computation other than ``spec``."""
         return [
             f"its config.json sets {key} to {config[key]!r}, but {self.name} models have {value!r}"
             for key, value in spec.config.items()

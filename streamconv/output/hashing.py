@@ -10,7 +10,7 @@ from typing import Any
 from streamconv.output.files import PAGE_BYTES
 
 BUFFER_BYTES, RING_BUFFERS = 1 << 20, 8
-"""How far hashing may lag behind reading: a smaller ring stalls the reader, a larger one takes more memory."""
+"""The distance by which hashing may lag behind reading: less stalls the reader, more takes more memory."""
 
 
 class BackgroundHash:

@@ -39,14 +39,14 @@ class MappedTensor:
 class Plan:
     """The output of a conversion.
 
-    ``model_name`` is None if no published model has these dimensions, or if several have. ``dimensions`` is the
-    family's own description of them. ``image_processor`` is None if the family has none. ``small_files`` are the bytes
-    of config.json and the like by name; ``index`` those of the shards' index, None for a single file. ``notes`` are
-    assumptions that the tensors do not confirm, and ``skipped`` is the part of the source that is not converted.
-    ``filled`` maps targets that the source does not have to their constant values, and ``block_chunks`` is the number
-    of lists that the source's blocks are in, 0 for one plain list.
+    ``model_name`` is None if no published model has these dimensions, or if several have and the file's name does not
+    tell which it is. ``dimensions`` is a dataclass of the family. ``image_processor`` is None if the family has none.
+    ``small_files`` maps the names of config.json and other small files to their bytes; ``index`` holds the bytes of the
+    shards' index, None for a single file. ``notes`` are assumptions that the tensors do not confirm, and ``skipped`` is
+    the part of the source that is not converted. ``filled`` maps targets that the source does not have to their
+    constant values, and ``block_chunks`` is the number of lists that the source's blocks are in, 0 for one plain list.
 
-    What takes kilobytes to print is left out of the plan's ``repr``.
+    Large fields are left out of the plan's ``repr``.
     """
 
     family_name: str
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def pixel_steps(self) -> PixelSteps | None:
-        """The steps by which the original turns an image into pixels; None without an image processor."""
+        """The steps by which the original model's code turns an image into pixels; None without an image processor."""
         if self.family.image_processor is None or self.image_processor is None:
             return None
         return self.family.image_processor.pixel_steps(self.image_processor)
@@ -94,7 +94,7 @@ class Plan:
 
     @property
     def weights(self) -> int:
-        """Bytes of tensors as they are written, without headers."""
+        """Total size in bytes of all tensors as they are written, without headers."""
         return sum(tensor.target.nbytes for shard in self.shards for _, tensor in shard.tensors)
 
     @property
@@ -129,7 +129,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the origin of every output byte except labels: headers, places of tensors, small files."""
+        """sha256 over everything that decides the output except labels: headers, positions of tensors, small files."""
         config = {key: value for key, value in self.config.items() if key not in ("id2label", "label2id")}
         digest = sha256(to_json(config))
         for name, data in self.small_files.items():
@@ -171,7 +171,7 @@ class Plan:
         return list(dict.fromkeys(tensor.record.file for shard in self.shards for _, tensor in shard.tensors))
 
     def as_dict(self) -> dict[str, Any]:
-        """Summarise the plan as JSON for people and scripts; for a complete one, see `plan_json`."""
+        """Summarise the plan for JSON; `plan_json` stores a complete plan."""
         return {
             "model": self.model_name,
             "architecture": self.architecture,

@@ -1,7 +1,7 @@
-"""Converts plans to JSON and back. The plan that comes back is equal, except for secrets in addresses.
+"""Converts plans to JSON and back. The restored plan is equal, except for secrets in URLs.
 
 Files and records are listed once and referred to by number. Headers, the index and the small files are not stored: they
-follow from the rest. Users, passwords and queries of addresses are not stored either, so that no secret is written.
+follow from the rest. Users, passwords and queries of URLs are not stored either, so that no secret is written.
 """
 
 import json
@@ -68,9 +68,7 @@ def from_json(text: str) -> Plan:
             )
         return _plan(value)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"This is not a plan of streamconv ({type(error).__name__}: {error}). Make it again."
-        ) from error
+        raise UsageError(f"This is not a streamconv plan ({type(error).__name__}: {error}). Make it again.") from error
 
 
 def _plan(value: dict[str, Any]) -> Plan:

@@ -11,7 +11,7 @@ from streamconv.output.manifest import SourceFile
 
 @dataclass(frozen=True)
 class Check:
-    """The verdict of one check. ``passed`` is None if it did not run; then ``proves`` gives the reason.
+    """The result of one check. ``passed`` is None if it did not run; then ``proves`` gives the reason.
 
     ``not_checked`` describes what the check usually covers but did not cover this time.
     """
@@ -32,8 +32,8 @@ class Check:
 class Verification:
     """The result of verifying an output against ``source``.
 
-    Without a source, ``source`` is the one that the output's manifest names, and no model ran: ``device`` and
-    ``reference`` are None, and ``memory`` is empty. ``reference`` names the code that computed the original. ``output``
+    If no source was given, ``source`` is the one that the output's manifest names, and no model ran: ``device`` and
+    ``reference`` are None, and ``memory`` is empty. ``reference`` names the code of the original model. ``output``
     names the model and its files with their sizes and sha256. ``predictions`` are a classifier's best labels for the
     image, with their probabilities. ``memory`` is from `devices.MemoryWatch`, in bytes. ``pictures`` are PNGs as data
     URLs: the "image" that both models saw, and the patch features of the "original" and the "converted" model.
@@ -68,7 +68,7 @@ class Verification:
 
 
 def _finite(value: Any) -> Any:
-    """Replace infinities and NaNs, which JSON does not have, by words."""
+    """Replace infinities and NaNs, which JSON does not have, with strings."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What the library logs, under the logger "streamconv": what a service's operator would look for, and no secrets."""
+"""The library logs to "streamconv" the events that the operator of a service looks for, and no secrets."""
 
 import logging
 import os

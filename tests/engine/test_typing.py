@@ -1,4 +1,4 @@
-"""What mypy in strict mode says about a program that uses the library as an installed package."""
+"""The library passes mypy in strict mode, in a program that uses it as an installed package, and mistakes are found."""
 
 import subprocess
 import sys
