@@ -72,7 +72,7 @@ def ffn_size(hidden: int, mlp_ratio: int, swiglu: bool) -> int:
 
 
 def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
-    """Read sizes from shapes. For a missing or misshaped tensor, assume what the others make likely."""
+    """Read sizes from shapes. For a tensor that is missing or has the wrong shape, assume a likely size."""
 
     def size(key: str, axis: int, ndim: int, default: int) -> int:
         shape = infos[key].shape if key in infos else ()

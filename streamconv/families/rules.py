@@ -171,7 +171,7 @@ def _require_fit(
         if name not in allowed
     ]
     problems += [
-        f"misshaped: {display_names.get(name, name)} is {list(shapes[name])}, not {list(shape)}"
+        f"wrong shape: {display_names.get(name, name)} is {list(shapes[name])}, not {list(shape)}"
         for name, shape in allowed.items()
         if shape is not None and shapes.get(name, shape) != shape
     ]

@@ -12,7 +12,7 @@ from streamconv.planning.plan import Plan
 from streamconv.verification.empty_weights import empty_weights
 from streamconv.verification.result import Check
 
-PROVES = "transformers loads every tensor; none is missing, unexpected or misshaped"
+PROVES = "transformers loads every tensor; none is missing, unexpected or of the wrong shape"
 # Lists in transformers' loading report that must be empty. Some versions have no "error_msgs".
 PROBLEM_LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 

@@ -91,7 +91,7 @@ def test_example_family_lists_every_tensor_that_does_not_fit(tmp_path: Path, toy
         api.plan(tmp_path / "x.pth")
     assert caught.value.problems == (
         "missing: blocks.1.mlp.weight [8, 8]",
-        "misshaped: norm.weight is [5], not [8]",
+        "wrong shape: norm.weight is [5], not [8]",
     )
 
 

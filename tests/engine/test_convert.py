@@ -283,7 +283,7 @@ def test_file_that_is_not_a_head_is_refused(tmp_path: Path, save: Save) -> None:
     with pytest.raises(MappingError, match=r"is a classifier's head. Give it with --head"):
         api.plan(tmp_path / "head.pth")
     torch.save({"weight": torch.zeros(7, 128), "bias": torch.zeros(7)}, tmp_path / "narrow.pth")
-    with pytest.raises(MappingError, match=r"misshaped: linear_head\.weight is \[7, 128\], not \[7, 256\]"):
+    with pytest.raises(MappingError, match=r"wrong shape: linear_head\.weight is \[7, 128\], not \[7, 256\]"):
         api.convert(backbone, tmp_path / "out", head=tmp_path / "narrow.pth")
 
 

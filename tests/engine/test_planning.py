@@ -143,7 +143,7 @@ def test_unpublished_sizes_are_read_from_the_shapes(save: Callable[..., tuple[Pa
     assert [plan.config[key] for key in sizes] == [128, 4, 2, 56, 4, True]
 
 
-def test_missing_unexpected_and_misshaped_keys_are_all_listed(tmp_path: Path) -> None:
+def test_missing_unexpected_and_mismatched_keys_are_all_listed(tmp_path: Path) -> None:
     backbone, _ = make_states(tiny())
     del backbone["blocks.1.ls1.gamma"], backbone["norm.bias"]
     backbone["register_token"] = torch.zeros(1, 4, 128)
@@ -152,10 +152,10 @@ def test_missing_unexpected_and_misshaped_keys_are_all_listed(tmp_path: Path) ->
     with pytest.raises(MappingError) as caught:
         api.plan(tmp_path / "x.pth")
     assert sorted(caught.value.problems) == [
-        "misshaped: blocks.2.mlp.fc1.bias is [3], not [512]",
         "missing: blocks.1.ls1.gamma [128]",
         "missing: norm.bias [128]",
         "unexpected: register_token [1, 4, 128]",
+        "wrong shape: blocks.2.mlp.fc1.bias is [3], not [512]",
     ]
 
 

@@ -212,7 +212,7 @@ def test_a_dropped_tensor_must_have_the_shape_that_its_rule_states(use: Use) -> 
     use(with_rules(ALPHA, drop("periods", "computed", "3"), drop("any", "unused")))
     with pytest.raises(MappingError) as caught:
         plan(checkpoint((*SHARED, "pos", "mask", "periods", "any")))
-    assert caught.value.problems == ("misshaped: periods is [2], not [3]",)
+    assert caught.value.problems == ("wrong shape: periods is [2], not [3]",)
 
 
 def test_pattern_matches_whole_keys_only(use: Use) -> None:

@@ -44,12 +44,12 @@ def test_mapping_lists_all_problems_at_once(make) -> None:  # type: ignore[no-un
     with pytest.raises(MappingError) as caught:
         map_tensors(RULES, source, DIMS, 2, "x.pth")
     assert sorted(caught.value.problems) == [
-        "misshaped: blocks.0.qkv is [6, 3], not [6, 2]",
         "missing: blocks.1.qkv [6, 2]",
         "missing: cls [1, 2]",
         "unexpected: blocks.00.qkv [6, 2]",
         "unexpected: blocks.1.qkv.x [6, 2]",
         "unexpected: extra [1]",
+        "wrong shape: blocks.0.qkv is [6, 3], not [6, 2]",
     ]
     assert all(problem in str(caught.value) for problem in caught.value.problems)
 
@@ -96,11 +96,11 @@ def test_inverting_lists_all_problems_at_once(make) -> None:  # type: ignore[no-
         invert(RULES, targets | {"embeddings.cls": make(1, 2, dtype="F16")}, DIMS, 1, "x", ["known"])
     assert sorted(caught.value.problems) == [
         "known",
-        "misshaped: layer.0.k is [3, 2], not [2, 2]",
         "missing: layer.0.v [2, 2]",
         "mixed dtypes: F16, F32; a model has one",
         "unexpected: cls [1, 2]",
         "unexpected: layer.00.v [2, 2]",
+        "wrong shape: layer.0.k is [3, 2], not [2, 2]",
     ]
 
 
