@@ -103,7 +103,7 @@ class ModelVerifier:
         heads = self.plan.family.attention_heads
         if self.plan.model is None and heads is not None:
             number = heads.number(self.plan.dimensions)
-            assumed = f"assuming {number} attention heads in both, which tensors do not show"
+            assumed = f"assuming {number} attention heads in both models, which tensors do not show"
             parity = replace(parity, proves=f"{parity.proves}, {assumed}")
         if why:
             parity = replace(parity, not_checked="; ".join(filter(None, [parity.not_checked, why])))

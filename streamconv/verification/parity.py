@@ -25,7 +25,7 @@ from streamconv.verification.offload import OffloadedModel, allows_tf32, exact_l
 from streamconv.verification.originals import OriginalArchitecture
 from streamconv.verification.result import Check
 
-PROVES = "the original model and transformers compute the same from the same image, in every layer"
+PROVES = "the original model and transformers compute the same outputs from the same image, in every layer"
 GPU_TOLERANCE = 1e-3  # as in the original conversion script
 # Relative to a layer output's largest value. Rounding causes 1e-15; the last bit of one float32 weight, 1e-12.
 FLOAT64_TOLERANCE = 1e-13
@@ -52,7 +52,7 @@ class Pair:
 
 
 class Comparison:
-    """Compares the states (layer outputs) of the original with the converted model's, one by one.
+    """Compares the states (layer outputs) of the original model with those of the converted model, one by one.
 
     ``differences`` has the largest absolute difference of each state, in the order of computation, and
     ``magnitudes`` the original's largest finite value. ``kept`` has both models' "patches" and "logits".
@@ -120,7 +120,7 @@ def check_parity(pair: Pair, plan: Plan, image: Image.Image) -> tuple[Check, Com
     size = plan.config["image_size"]
     proves = f"{PROVES}, at {size}x{size}" + (" (TF32 off)" if pair.device.type == "cuda" else "")
     try:
-        verdict = compare(pair, native_pixels(image, plan), "comparing what both models compute")
+        verdict = compare(pair, native_pixels(image, plan), "comparing the outputs of both models")
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise out_of_memory(pair.device, error) from error
     except Exception as error:  # torch or transformers rejects the output or the source
@@ -168,7 +168,7 @@ def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Ve
         note = f"; in float64, because they differ by {largest:.2g} in float32"
         judged, tolerance = _run(pair, pixels, torch.float64, kinds[:1], what)[0], FLOAT64_TOLERANCE
     if judged.not_finite_from is not None:
-        note += f"; from {judged.not_finite_from} on, values that are not finite prove nothing"
+        note += f"; values that are not finite, from {judged.not_finite_from} on, prove nothing"
     differences = judged.relative()
     failed = [name for name, d in differences.items() if not d <= tolerance]
     problems = list(found.problems)

@@ -1,8 +1,8 @@
 """The preprocessing check: the saved image processor, and both models at its size, as in the original script.
 
 The original conversion script compares the models at 224 pixels, where they differ by design: Meta's code
-scales position embeddings by (n + 0.1) / 37, and transformers to the size n itself. So the difference
-is measured with both interpolations, and must vanish if both models use the same one.
+scales position embeddings by (n + 0.1) / 37, and transformers by n / 37. So the difference is measured with
+both interpolations, and must vanish if both models use the same one.
 """
 
 from pathlib import Path
@@ -18,8 +18,8 @@ from streamconv.families.base import PixelSteps
 from streamconv.verification.parity import Pair, compare, out_of_memory
 from streamconv.verification.result import Check
 
-PROVES_PIXELS = "the saved image processor makes the original's pixels"
-PROVES = f"{PROVES_PIXELS}, and both models compute the same from them"
+PROVES_PIXELS = "the saved image processor produces the original's pixels"
+PROVES = f"{PROVES_PIXELS}, and both models compute the same outputs from them"
 
 
 def check_preprocessing(pair: Pair, folder: Path, pixel_steps: PixelSteps, image: Image.Image) -> Check:
@@ -39,7 +39,7 @@ def check_preprocessing(pair: Pair, folder: Path, pixel_steps: PixelSteps, image
         ("as_published", verdict.as_published.differences if verdict.as_published else {}),
     ):
         numbers[name] = {state: differences[state] for state in ("cls", "patches", "logits") if state in differences}
-    proves = f"{PROVES} at {size}x{size} with the same interpolation of positions{verdict.note}"
+    proves = f"{PROVES} at {size}x{size}, with the same interpolation of position embeddings{verdict.note}"
     return Check(
         "preprocessing", not problems and not verdict.problems, proves, (*problems, *verdict.problems), numbers
     )
@@ -83,7 +83,7 @@ def _compare_pixels(
         pixels = processor(image, return_tensors="pt")["pixel_values"]
         if pixels.shape != wanted.shape:
             shapes = f"{list(pixels.shape)}, but the original {list(wanted.shape)}"
-            problems.append(f"{type(processor).__name__} makes pixels of shape {shapes}")
+            problems.append(f"{type(processor).__name__} produces pixels of shape {shapes}")
             differences.append(None)
         else:
             differences.append(float((pixels - wanted).abs().max()))

@@ -53,7 +53,7 @@ def test_verify(save: Save, tmp_path: Path) -> None:
     steps = require_every_step_cancellable(job, after=nothing_is_recorded)
     assert steps == [
         "starting torch and transformers", "comparing bytes", "loading with transformers",
-        "comparing what both models compute", "comparing at the image processor's size",
+        "comparing the outputs of both models", "comparing at the image processor's size",
     ]  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_verification_of_uploaded_files(hub: HubServer, server: FileServer, save
     error = Cancelled()
 
     def cancel(step: str, done: int, total: int, unit: str) -> None:
-        if step == "comparing what both models compute" and done == total // 2:
+        if step == "comparing the outputs of both models" and done == total // 2:
             raise error
 
     def job(progress: Progress) -> bool:

@@ -583,7 +583,7 @@ def test_verification_reports_what_it_assumes_about_a_model_that_was_not_publish
     source = saved(make_states(tiny())[0], tmp_path / "x.pth")
     api.convert(source, tmp_path / "out", num_heads=4)
     found = api.verify(tmp_path / "out", source, device="cpu")
-    assert "assuming 4 attention heads in both, which tensors do not show" in found.checks[2].proves
+    assert "assuming 4 attention heads in both models, which tensors do not show" in found.checks[2].proves
     assert "assuming the preprocessing of the published models" in found.checks[3].proves
     alone = api.verify(tmp_path / "out", source, device="cpu", parity=False).checks[3]
     assert "assuming the preprocessing of the published models" in alone.proves
