@@ -1,6 +1,6 @@
-"""The report's chart of the difference in every layer output, as positions and labels that a template draws as SVG.
+"""Computes the report's chart of the differences in all layer outputs: positions and labels for an SVG template.
 
-x is a percentage of the plot's width and y is in pixels. So one drawing fits every width, and its text keeps its size.
+x is a percentage of the plot's width and y is in pixels, so one drawing fits every width, and its text keeps its size.
 """
 
 import math
@@ -12,13 +12,13 @@ from typing import Any
 
 TOP, HEIGHT = 24, 190  # of the plot, in pixels
 NARROW = 280  # the plot's width in pixels on a phone of 390 pixels; labels do not overlap at this width or above
-NAME_WIDTH, TICK_WIDTH, CHARACTER = 28, 24, 7  # in pixels: a rotated name's column, between two ticks, of one letter
-NAME_LENGTH = 12  # characters of a name that are shown
+NAME_WIDTH, TICK_WIDTH, CHARACTER = 28, 24, 7  # in pixels: a rotated name's column, between ticks, one character
+NAME_LENGTH = 12  # the number of characters of a name that are shown
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One difference. ``kind`` is "float32", "good" or, if it is outside the tolerance, "bad"."""
+    """The mark of one difference. ``kind`` is "float32", "good" or, outside the tolerance, "bad"."""
 
     state: str
     difference: float
@@ -29,10 +29,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """``zeros`` is the y of the row of exact zeros, ``row_height`` its height. ``bottom`` is the plot's lower edge.
+    """The positions and labels of a chart. ``top`` and ``bottom`` are the edges of the plot.
 
-    ``ticks`` are the numbers of layers, ``names`` the states that are not layers, ``first`` the first difference. If
-    all differences are 0, ``note`` is the y for a text that says so.
+    ``rows`` are the labels of the y axis. ``zeros`` is the y of the row of exact zeros, ``row_height`` the height of
+    that row. ``ticks`` are the numbers of layers, ``names`` the states that are not layers, ``first`` the first
+    difference. If all differences are 0, ``note`` is the y of a text that says so.
     """
 
     height: int
@@ -50,7 +51,7 @@ class Chart:
 
 
 def make_chart(parity: Mapping[str, Any]) -> Chart:
-    """Make the chart of a parity check's numbers."""
+    """Make the chart for the numbers of a parity check."""
     differences = {name: float(d) for name, d in parity["differences"].items()}
     float32 = {name: float(d) for name, d in parity.get("float32", {}).get("differences", {}).items()}
     tolerance = float(parity.get("tolerance", 0))
@@ -95,9 +96,9 @@ def make_chart(parity: Mapping[str, Any]) -> Chart:
 
 
 def _rows(values: Sequence[float]) -> tuple[dict[str, float], int]:
-    """The y axis: each label's position, and the distance between two.
+    """Return the rows of the y axis: the position of each label, and the distance between two labels.
 
-    Decades are at their exponents; 0 and infinity, which have none, outside.
+    A decade is at its exponent; 0 and infinity, which have no exponent, are below and above all decades.
     """
     positive = [value for value in values if 0 < value < math.inf]
     low = math.floor(math.log10(min(positive, default=1e-8)))

@@ -37,7 +37,7 @@ def render(verification: Mapping[str, Any]) -> str:
 
 
 def _without_none(value: Any) -> Any:
-    """Remove every None: for the page, not measured is the same as absent."""
+    """Remove every None: the page treats what was not measured as absent."""
     if isinstance(value, Mapping):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -75,7 +75,7 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
-FACTS = (  # the key in a check's numbers, the page's term for it, its format
+FACTS = (  # the key in a check's numbers, its label on the page, its format
     ("tensors", "Tensors compared", "{:,}".format),
     ("bytes", "Bytes compared", "{:,}".format),
     ("parameters", "Parameters loaded", "{:,}".format),
