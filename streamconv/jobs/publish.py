@@ -50,7 +50,7 @@ def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Pro
     """
     path = local_path(folder, "folder")
     if not os.path.isdir(path):
-        raise OutputError(f"{path} is not a folder. Name the folder that streamconv converted into.")
+        raise OutputError(f"{path} is not a folder. Give a folder that streamconv wrote.")
     manifest = _read_manifest(path)
     if not push.unverified and not (manifest.verification or {}).get("passed"):
         raise UsageError(f"{folder} has not passed verification. Verify it first: `streamconv verify DIR SOURCE`.")

@@ -33,7 +33,7 @@ def downloaded(
 
     Args:
         stack: Closes the checkpoints that are returned.
-        opened: The source's checkpoints by role; None if their indexes cannot be read at their addresses.
+        opened: The source's checkpoints by role; None if their indexes cannot be read remotely.
 
     Returns:
         The source with local files only, and those of its checkpoints that are already open, by role.

@@ -122,7 +122,7 @@ def test_an_empty_name_is_no_source(save: Save, tmp_path: Path, monkeypatch: pyt
 def test_publishing_what_is_no_folder_is_refused_as_such(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name in ("file", "none"):
-        with pytest.raises(OutputError, match=f"{name} is not a folder. Name the folder that streamconv"):
+        with pytest.raises(OutputError, match=f"{name} is not a folder. Give a folder that streamconv"):
             streamconv.publish(tmp_path / name)
 
 
