@@ -168,7 +168,7 @@ def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Ve
         note = f"; in float64, because they differ by {largest:.2g} in float32"
         judged, tolerance = _run(pair, pixels, torch.float64, kinds[:1], what)[0], FLOAT64_TOLERANCE
     if judged.not_finite_from is not None:
-        note += f"; values that are not finite, from {judged.not_finite_from} on, prove nothing"
+        note += f"; from {judged.not_finite_from} on, values that are not finite prove nothing"
     differences = judged.relative()
     failed = [name for name, d in differences.items() if not d <= tolerance]
     problems = list(found.problems)

@@ -89,10 +89,10 @@ def test_reverting_lists_all_problems_at_once(tmp_path: Path) -> None:
     with pytest.raises(MappingError, match=r"folder does not fit \(4 problems\)") as caught:
         streamconv.revert(folder, tmp_path / "back.pth")
     assert sorted(caught.value.problems) == [
-        "wrong shape: encoder.layer.2.attention.attention.value.bias is [127], not [128]",
         "missing: encoder.layer.1.attention.attention.key.weight [128, 128]",
         "mixed dtypes: F16, F32; a model has one",
         "unexpected: pooler.weight [1]",
+        "wrong shape: encoder.layer.2.attention.attention.value.bias is [127], not [128]",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
