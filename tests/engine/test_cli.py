@@ -32,7 +32,9 @@ def test_plan_reads_no_weights_and_writes_nothing(tmp_path: Path, save: Save) ->
 
 
 def test_models_lists_every_published_model(tmp_path: Path) -> None:
-    lines = run("models", cwd=tmp_path).stdout.splitlines()
+    shown = run("models", cwd=tmp_path).stdout.splitlines()
+    start = shown.index("dinov2, licence apache-2.0")
+    lines = shown[start : start + 2 + 16 + 12]
     names = [
         f"dinov2_vit{letter}14{registers}{head}"
         for registers in ("", "_reg")
@@ -42,10 +44,12 @@ def test_models_lists_every_published_model(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines[1:17]] == names
     assert "dinov2-giant-imagenet1k-1-layer" in lines[8]
     assert "dinov2-with-registers-small " in lines[9]
-    assert len(lines) == 2 + 16 + 12
+    assert lines[17] == "dinov2, licence cc-by-nc-4.0"
     assert lines[-1].split() == ["webssl_dino7b_full8b_518", "webssl-dino7b-full8b-518", "26", "GB"]
-    models = json.loads(run("models", "--json", cwd=tmp_path).stdout)["models"]
-    assert [each["name"] for each in models[:16]] == names
+    every = json.loads(run("models", "--json", cwd=tmp_path).stdout)["models"]
+    assert [each["name"] for each in every] == [line.split()[0] for line in shown if ", licence " not in line]
+    models = [each for each in every if each["name"] in names]
+    assert [each["name"] for each in models] == names
     assert models[3]["bytes"] == 4 * 1_136_480_768
 
 

@@ -224,6 +224,7 @@ def test_closed_terminal_interrupts(tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
     child, terminal = pty.fork()
     if not child:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if the tests run under nohup
         os.execv(sys.executable, [sys.executable, "-c", SLOW.format(source=str(backbone), out=str(tmp_path / "out"))])
     seen = b""
     while b"ready" not in seen:

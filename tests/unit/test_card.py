@@ -127,4 +127,4 @@ def test_generated_card_is_recognized_by_its_marker_only() -> None:
 def test_every_architecture_has_a_pipeline_tag() -> None:
     for family in all_families():
         made = {family.conversion_spec(model.dimensions).architecture for model in family.models}
-        assert made == family.pipeline_tags.keys()
+        assert made <= family.pipeline_tags.keys(), family.name

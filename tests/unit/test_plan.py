@@ -13,6 +13,7 @@ from tests.support import GOLDEN, WEB_DINO, expanded, plan_of_shapes
 
 @pytest.mark.parametrize("name", [model.name for family in all_families() for model in family.models])
 def test_every_published_model_maps_the_authors_keys_to_transformers_keys(name: str, tmp_path: Path) -> None:
+    assert name in GOLDEN, "add its keys to tests/golden, as streamconv/families/README.md describes"
     golden = GOLDEN[name]
     chunks = golden.get("chunks", ())
     source, target = (expanded(golden[side], golden["layers"], chunks) for side in ("source", "target"))
