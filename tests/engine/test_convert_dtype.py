@@ -70,7 +70,7 @@ def test_choosing_the_stored_dtype_is_not_a_cast(tmp_path: Path, save: Save) -> 
 @pytest.mark.parametrize("dtype", ["float64", "int8", ""])
 def test_unsupported_target_dtype_is_refused(tmp_path: Path, save: Save, dtype: str) -> None:
     source, _ = save(tiny())
-    with pytest.raises(UsageError, match="Choose float32, float16, bfloat16"):
+    with pytest.raises(UsageError, match="Choose float32, float16 or bfloat16"):
         api.convert(source, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
 
