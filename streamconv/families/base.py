@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from streamconv.errors import printable
 from streamconv.families.rules import Rule, expand
 from streamconv.tensors.info import TensorInfo
 
@@ -217,7 +218,8 @@ class Family:
     def config_problems(self, spec: ConversionSpec, config: Mapping[str, Any]) -> list[str]:
         """List the entries of a model's config.json that describe a computation other than ``spec``."""
         return [
-            f"its config.json sets {key} to {config[key]!r}, but {self.name} models have {value!r}"
+            f"its config.json sets {key} to {printable(repr(config[key]))}, but {self.name} models have "
+            f"{printable(repr(value))}"
             for key, value in spec.config.items()
             if key not in self.free_config_keys and config.get(key, value) != value
         ]

@@ -531,3 +531,13 @@ def test_config_that_contradicts_the_tensors_is_refused(tmp_path: Path, changed:
         for problem in caught.value.problems
     )
     assert not (tmp_path / "back.pth").exists()
+
+
+def test_long_value_in_a_config_is_shortened_in_the_message(tmp_path: Path) -> None:
+    torch.save(original_states(tiny())[0], tmp_path / "x.pth")
+    folder = api.convert(tmp_path / "x.pth", tmp_path / "folder").output
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu " * 1000}))
+    with pytest.raises(MappingError, match=r"its config.json sets hidden_act to 'gelu gelu .*…, but") as caught:
+        streamconv.revert(folder, tmp_path / "back.pth")
+    assert len(str(caught.value)) < 400

@@ -187,6 +187,15 @@ def test_missing_tensor_fails_the_load_check(converted: Converted) -> None:
     assert "missing_keys" in problems(found)
 
 
+@pytest.mark.transformers
+def test_misshaped_tensor_is_named_by_the_load_check(converted: Converted) -> None:
+    alter(converted.folder, lambda state: state.update({"layernorm.weight": torch.ones(7)}))
+    found = converted.verify()
+    assert verdicts(found) == {"bytes": False, "load": False, "parity": None, "preprocessing": None}
+    (problem,) = found.checks[1].problems
+    assert problem in ("mismatched_keys: layernorm.weight is [7], not [128]", "mismatched_keys: layernorm.weight")
+
+
 def test_changed_bit_of_a_cast_weight_fails_parity(converted: Converted, tmp_path: Path) -> None:
     cast = Converted(
         api.convert(converted.backbone, tmp_path / "cast", dtype="bfloat16").output, converted.backbone, None
