@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streamconv.errors import ChangedError, NoRangesError, OutputError, UsageError
+from streamconv.families.base import Model
 from streamconv.files.address import local_path
 from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.output.files import temporary_path
@@ -33,6 +34,13 @@ class PreparedSource:
     plan: Plan
     labels_from: str | None = None
     are_labels_default: bool = True
+
+    @property
+    def published_model(self) -> Model | None:
+        """The published model that the user or the file's name refers to; equal shapes alone do not make it one."""
+        origin, model = self.source.source, self.plan.model
+        is_named = model is not None and (origin.model is not None or model.names_file(origin.backbone.name))
+        return model if is_named else None
 
 
 @contextmanager
@@ -143,17 +151,16 @@ def output_folder(folder: StrPath | None, prepared: PreparedSource, *, force: bo
             source.
         OutputError: a file has this name.
     """
-    plan = prepared.plan
-    origin = prepared.source.source
-    is_published = plan.model is not None and (origin.model is not None or plan.model.names_file(origin.backbone.name))
-    if folder is None and not is_published:
-        raise UsageError(f"{origin.backbone} is not a published model, so the output needs a name. Give -o DIR.")
-    published = plan.model.published_name if plan.model is not None else ""
-    path = local_path(published if folder is None else folder, "output folder")
+    if folder is None:
+        if prepared.published_model is None:
+            file = prepared.source.source.backbone
+            raise UsageError(f"{file} is not a published model, so the output needs a name. Give -o DIR.")
+        folder = prepared.published_model.published_name
+    path = local_path(folder, "output folder")
     if os.path.exists(path) and not os.path.isdir(path):
         raise OutputError(f"{path} is a file. Name a folder for the output.")
     replaced = owned_names(path, Journal.read(path / JOURNAL_NAME)) if force else ()
-    _refuse_own_output(prepared.source, path, [*plan.filenames, *replaced])
+    _refuse_own_output(prepared.source, path, [*prepared.plan.filenames, *replaced])
     return path
 
 

@@ -85,7 +85,7 @@ def preview(
     with ExitStack() as stack:
         prepared = stack.enter_context(prepared_source(source, options, progress, is_exact=False))
         plan, opened = prepared.plan, prepared.source
-        repository = open_repository(push, plan.model_name) if push is not None else None
+        repository = open_repository(push, prepared.published_model) if push is not None else None
         if repository is not None:
             repository.refuse_others([*plan.filenames, MANIFEST_NAME, CARD_NAME])
         conversion = PreparedConversion.of(prepared, output, force=options.force)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import OutputError, SourceError, UsageError
-from streamconv.families.registry import find_model
+from streamconv.families.base import Model
+from streamconv.families.registry import all_families
 from streamconv.files.address import local_path
 from streamconv.files.local import read_small
 from streamconv.hub.card import CARD_NAME, is_ours, make_card
@@ -54,21 +55,23 @@ def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Pro
     manifest = _read_manifest(path)
     if not push.unverified and not (manifest.verification or {}).get("passed"):
         raise UsageError(f"{folder} has not passed verification. Verify it first: `streamconv verify DIR SOURCE`.")
-    repository = open_repository(push, manifest.model)
+    repository = open_repository(push, _published_model(manifest))
     return publish_folder(path, repository, progress)
 
 
-def open_repository(push: PushOptions, model_name: str | None) -> Repository:
+def open_repository(push: PushOptions, published: Model | None) -> Repository:
     """Open the repository to push to. Its default name is the one that the model was published under.
 
     Raises:
         UsageError, HubError: see `Repository`. Nothing was changed on the Hub.
     """
-    try:
-        default = find_model(model_name)[1].published_name if model_name is not None else None
-    except UsageError:
-        default = None
-    return Repository(push.destination, default)
+    return Repository(push.destination, published.published_name if published is not None else None)
+
+
+def _published_model(manifest: Manifest) -> Model | None:
+    """Return the published model that a folder was converted from, unless it only has the same shapes."""
+    models = [model for family in all_families() for model in family.models if model.name == manifest.model]
+    return next((model for model in models if model.names_file(manifest.source["backbone"].file)), None)
 
 
 def publish_folder(folder: Path, repository: Repository, progress: Progress = ignore_progress) -> Published:

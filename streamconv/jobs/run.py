@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import UsageError
+from streamconv.families.registry import find_model
 from streamconv.files.address import local_path
 from streamconv.hub.repository import Repository
 from streamconv.jobs.convert import Conversion, convert_prepared
@@ -84,7 +85,7 @@ def run(
     with ExitStack() as stack:
         # A synthetic source's name is known now, so a wrong repository is refused before the checkpoint is generated.
         name = fspath(source) if synthetic_seed is not None else None
-        repository = open_repository(push, name) if push is not None and name is not None else None
+        repository = open_repository(push, find_model(name)[1]) if push is not None and name is not None else None
         if synthetic_seed is not None:
             source, conversion = stack.enter_context(
                 _synthetic(fspath(source), output, conversion, synthetic_seed, progress)
@@ -93,7 +94,7 @@ def run(
             prepared_source(source, conversion, progress, is_synthetic=synthetic_seed is not None)
         )
         if push is not None and repository is None:
-            repository = open_repository(push, prepared.plan.model_name)
+            repository = open_repository(push, prepared.published_model)
         if push is not None and repository is not None and conversion.stream:
             return _run_to_hub(prepared, output, repository, push, verification, conversion.force, progress, on_result)
         converted, prepared = convert_prepared(prepared, output, conversion, progress, stack)

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.utils import _http, are_progress_bars_disabled, enable_progress_bars, get_session
 from huggingface_hub.utils import logging as hub_logging
 
+import streamconv
+from streamconv import PushOptions
 from streamconv.errors import HubError, MissingUploadError, OutputError, StreamconvError, UsageError
 from streamconv.hub import client, transport
 from streamconv.hub.repository import Destination, Repository
@@ -474,6 +477,17 @@ def test_repository_is_named_like_the_published_model(tmp_path: Path) -> None:
         done = run_with_hub(hub, tmp_path, *words)
         assert done.returncode == 0, done.stderr
         assert "/ada/dinov2-small/commit/" in done.stdout.splitlines()[-1]
+
+
+def test_folder_of_an_own_model_is_not_published_under_a_published_name(hub: HubServer, folder: Path) -> None:
+    path = folder / "streamconv.json"
+    manifest = {**json.loads(path.read_text()), "model": "dinov2_vits14"}
+    for file, repositories in (("teacher.pth", []), ("dinov2_vits14_pretrain.pth", ["ada/dinov2-small"])):
+        manifest["source"]["backbone"]["file"] = file
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(UsageError, match="needs a name") if not repositories else nullcontext():
+            streamconv.publish(folder, PushOptions(unverified=True))
+        assert list(hub.repos) == repositories
 
 
 def test_publishing_mistakes_end_in_one_message_before_anything_is_converted(

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 import streamconv
-from streamconv import MappingError, OutputError, UsageError
+from streamconv import MappingError, OutputError, PushOptions, UsageError
 from tests import api
 from tests.checkpoints import (
     BESIDE,
@@ -369,6 +369,8 @@ def test_number_of_attention_heads_comes_from_the_family_or_the_user(tmp_path: P
     assert any("6 attention heads of 64 channels each" in note for note in api.plan(own).notes)
     with pytest.raises(UsageError, match=r"is not a published model.* Give -o DIR"):
         streamconv.run(own, verification=None)
+    with pytest.raises(UsageError, match="its repository needs a name"):
+        streamconv.run(own, tmp_path / "pushed", verification=None, push=PushOptions(unverified=True))
     api.convert(own, tmp_path / "converted")
     assert not any("attention heads" in note for note in api.plan(tmp_path / "converted").notes)
     assert api.plan(published).model is not None
