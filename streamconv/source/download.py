@@ -77,19 +77,13 @@ def check_downloads(
         output: The folder that will be written while the download is kept, and the bytes that it will grow by.
 
     Raises:
-        SourceError: a file in the cache cannot be read.
-        OutputError: the cache cannot be written, is too full, or holds another file under that name.
+        OutputError: the cache cannot be written or is too full.
     """
     missing = {}
     with _cache_advice():
         for role, location in source.locations.items():
             path = torch_hub_cache() / location.name
-            if not isinstance(location, Address):
-                continue
-            if os.path.exists(path):
-                with open_checkpoint(path) as kept:
-                    _require_same(location, path, kept, opened[role])
-            else:
+            if isinstance(location, Address) and not os.path.exists(path):  # `downloaded` checks a file that exists
                 missing[path] = opened[role].size
         for path, size in missing.items():
             begun = temporary_path(path)
