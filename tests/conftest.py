@@ -82,8 +82,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServ
     """Run a file server on the loopback, with short waits before retries and a separate torch.hub cache."""
     monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", (0, 0.01, 0.01, 0.01, 0.01, 0.01))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for name in ("HF_ENDPOINT", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
     (tmp_path / "served").mkdir()
     with serving(tmp_path / "served") as running_server:
         yield running_server
