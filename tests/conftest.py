@@ -15,6 +15,13 @@ from tests.hub_server import TOKEN, HubServer, running
 from tests.support import HUB_MODEL, Opener, Refusal, Save
 
 
+@pytest.fixture(autouse=True)
+def _default_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test as if the user had said nothing about colours; pytest itself still follows them."""
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
     """Save a random checkpoint of given dimensions with torch.save; returns the paths of its files."""
