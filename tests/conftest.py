@@ -15,6 +15,13 @@ from tests.hub_server import TOKEN, HubServer, running
 from tests.support import HUB_MODEL, Opener, Refusal, Save
 
 
+@pytest.fixture(autouse=True)
+def _default_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test as if the user had said nothing about colours; pytest itself still follows them."""
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
     """Save a random checkpoint of given dimensions with torch.save; returns the paths of its files."""
@@ -82,8 +89,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServ
     """Run a file server on the loopback, with short waits before retries and a separate torch.hub cache."""
     monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", (0, 0.01, 0.01, 0.01, 0.01, 0.01))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for name in ("HF_ENDPOINT", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
     (tmp_path / "served").mkdir()
     with serving(tmp_path / "served") as running_server:
         yield running_server

@@ -105,9 +105,8 @@ def test_progress_bar_appears_only_on_a_terminal(tmp_path: Path, save: Save) -> 
     backbone, _ = save(tiny(layers=24, hidden=512))
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "streamconv", "convert", str(backbone), "-o", "out"]
-    process = subprocess.Popen(
-        command, stderr=terminal, stdout=subprocess.PIPE, cwd=tmp_path, env={**os.environ, "COLUMNS": "120"}
-    )
+    environment = {**os.environ, "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
+    process = subprocess.Popen(command, stderr=terminal, stdout=subprocess.PIPE, cwd=tmp_path, env=environment)
     os.close(terminal)
     seen = b""
     try:

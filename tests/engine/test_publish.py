@@ -524,7 +524,10 @@ def test_publishing_mistakes_end_in_one_message_before_anything_is_converted(
 
 
 @pytest.mark.hub
-@pytest.mark.skipif(not os.environ.get("HF_TOKEN"), reason="needs the real Hub and a token that may write")
+@pytest.mark.skipif(
+    os.environ["HF_HUB_OFFLINE"] != "0" or not get_token(),
+    reason="needs the real Hub, HF_HUB_OFFLINE=0, and a token that may write",
+)
 def test_real_hub_accepts_resumes_and_returns_the_folder(folder: Path) -> None:
     hub_api = HfApi(token=get_token())
     repository = Repository(Destination(f"streamconv-test-{os.getpid()}-{time.time_ns()}", private=True), None)

@@ -28,8 +28,6 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch) -> Printed:
     """Return a function that prints lines on a stream and returns the text."""
-    for name in ("NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
 
     def printed(*lines: str | Line, stream: type[io.StringIO] = Terminal, columns: int = 80) -> str:
         monkeypatch.setenv("COLUMNS", str(columns))
