@@ -14,7 +14,7 @@ from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.jobs.prepare import PreparedSource, local_copy, output_folder, prepared_source
-from streamconv.output.files import require_space, require_writable
+from streamconv.output.disk import require_space, require_writable
 from streamconv.output.folder import OutputFolder, growth, open_output_folder
 from streamconv.output.manifest import MANIFEST_NAME, Labels, Manifest, Provenance, WrittenFile
 from streamconv.output.ownership import find_finished

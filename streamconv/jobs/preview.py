@@ -14,7 +14,7 @@ from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, Ver
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.jobs.publish import open_repository
 from streamconv.jobs.run import check_requests
-from streamconv.output.files import require_writable
+from streamconv.output.disk import require_writable
 from streamconv.output.folder import check_output_folder
 from streamconv.output.journal import JOURNAL_NAME, Journal, locked_journal
 from streamconv.output.manifest import MANIFEST_NAME, differences

@@ -16,7 +16,8 @@ from streamconv.errors import OutputError, UsageError
 from streamconv.families.base import Model
 from streamconv.families.registry import find_model
 from streamconv.files.address import local_path
-from streamconv.output.files import as_output_error, atomic_file, open_exclusive, require_space
+from streamconv.output.disk import require_space
+from streamconv.output.files import as_output_error, atomic_file, open_exclusive
 from streamconv.output.journal import Journal
 from streamconv.output.resumable import require_absent
 from streamconv.progress import Progress, ignore_progress, job

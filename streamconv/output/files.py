@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -251,51 +250,3 @@ def as_output_error(path: Path) -> Iterator[None]:
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "Choose another place for the output.")
         raise OutputError(f"{path} cannot be written: {error.strerror}. {advice}") from error
-
-
-def require_writable(folder: Path) -> None:
-    """Refuse a folder in which no file can be created, or that cannot be created itself. Nothing is written.
-
-    Raises:
-        OutputError
-    """
-    with as_output_error(folder):
-        existing = next(path for path in (folder, *folder.absolute().parents) if _is_there(path))
-        if not os.path.isdir(existing):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        path.stat()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def require_space(folder: Path, size: int, *, besides: tuple[Path, int] | None = None) -> None:
-    """Refuse output that would not fit.
-
-    Args:
-        folder: It need not exist yet.
-        size: The bytes that it will get.
-        besides: Another folder and the bytes that it will get, too. They count if it is on the same disk.
-
-    Raises:
-        OutputError: the disk has too few bytes free.
-    """
-    existing = _nearest(folder)
-    what = f"{folder} needs {size:,} bytes and its disk has"
-    if besides is not None and os.stat(_nearest(besides[0])).st_dev == os.stat(existing).st_dev:
-        size += besides[1]
-        what = f"{folder} and {besides[0]} together need {size:,} bytes and their disk has"
-    free = shutil.disk_usage(existing).free
-    if free < size:
-        raise OutputError(f"{what} {free:,} free. Make room, or choose a folder on another disk.")
-
-
-def _nearest(folder: Path) -> Path:
-    """Return the folder, or the nearest of its parents that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))

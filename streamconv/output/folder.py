@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamconv.formats.safetensors import INDEX_NAME
-from streamconv.output.files import as_output_error, make_folder, require_space, sync_folder, temporary_path, write_file
+from streamconv.output.disk import require_space
+from streamconv.output.files import as_output_error, make_folder, sync_folder, temporary_path, write_file
 from streamconv.output.journal import JOURNAL_NAME, Journal, OpenJournal, locked_journal
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, differences
 from streamconv.output.ownership import owned_names, require_free

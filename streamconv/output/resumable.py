@@ -7,7 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from streamconv.errors import OutputError
-from streamconv.output.files import require_space, temporary_path
+from streamconv.output.disk import require_space
+from streamconv.output.files import temporary_path
 from streamconv.output.journal import Journal, OpenJournal, locked_journal, name_in
 from streamconv.output.manifest import Provenance, differences
 

@@ -13,7 +13,8 @@ from streamconv.files.base import ByteRange, File
 from streamconv.files.open import open_file
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
-from streamconv.output.files import as_output_error, make_folder, require_space, require_writable, temporary_path
+from streamconv.output.disk import require_space, require_writable
+from streamconv.output.files import as_output_error, make_folder, temporary_path
 from streamconv.output.manifest import Provenance, SourceFile
 from streamconv.output.resumable import resumable_files
 from streamconv.output.writer import written_file
