@@ -420,3 +420,15 @@ def require_cancellable(
         job(place, ignore_progress)
         assert outputs(place) == whole
     return steps
+
+
+def read_terminal(main: int) -> str:
+    """Return what processes write to a pseudo-terminal until the last of them ends, and close its ``main`` side."""
+    seen = b""
+    try:
+        while chunk := os.read(main, 4096):
+            seen += chunk
+    except OSError:  # as a closed terminal ends it
+        pass
+    os.close(main)
+    return seen.decode()

@@ -12,7 +12,7 @@ import torch
 
 from tests import api
 from tests.checkpoints import make_states
-from tests.support import ROOT, Save, run, tiny
+from tests.support import ROOT, Save, read_terminal, run, tiny
 
 
 def test_plan_reads_no_weights_and_writes_nothing(tmp_path: Path, save: Save) -> None:
@@ -108,18 +108,12 @@ def test_progress_bar_appears_only_on_a_terminal(tmp_path: Path, save: Save) -> 
     environment = {**os.environ, "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
     process = subprocess.Popen(command, stderr=terminal, stdout=subprocess.PIPE, cwd=tmp_path, env=environment)
     os.close(terminal)
-    seen = b""
-    try:
-        while chunk := os.read(main, 4096):
-            seen += chunk
-    except OSError:  # as a closed terminal ends it
-        pass
-    os.close(main)
+    seen = read_terminal(main)
     process.communicate()
     assert process.returncode == 0
-    assert "━" in seen.decode()
-    assert "writing model.safetensors" in seen.decode()
-    assert re.search(rf"[0-9]/{backbone.stat().st_size / 1e6:.0f} MB", seen.decode())
+    assert "━" in seen
+    assert "writing model.safetensors" in seen
+    assert re.search(rf"[0-9]/{backbone.stat().st_size / 1e6:.0f} MB", seen)
     quiet = run("convert", backbone, "-o", "out2", cwd=tmp_path)
     assert quiet.stderr == "writing model.safetensors\n"
 

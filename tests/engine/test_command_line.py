@@ -22,7 +22,7 @@ from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
 from tests.hub_server import HubServer
-from tests.support import ROOT, Ran, Save, run, run_process, run_python, tiny
+from tests.support import ROOT, Ran, Save, read_terminal, run, run_process, run_python, tiny
 
 COMMANDS = ["run", "convert", "verify", "plan", "revert", "models", "synth", "completion"]
 
@@ -425,14 +425,8 @@ def type_into_run(folder: Path, answer: bytes, *words: str) -> tuple[int, str]:
     )  # fmt: skip
     os.close(terminal)
     os.write(main, answer)
-    seen = b""
-    try:
-        while chunk := os.read(main, 4096):
-            seen += chunk
-    except OSError:  # as a closed terminal ends it
-        pass
-    os.close(main)
-    return process.wait(), seen.decode()
+    seen = read_terminal(main)
+    return process.wait(), seen
 
 
 def test_bare_run_asks_before_it_downloads(tmp_path: Path) -> None:
