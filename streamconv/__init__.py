@@ -29,7 +29,8 @@ from streamconv.errors import (
 )
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.hub.repository import Destination
-from streamconv.jobs.convert import Conversion, convert, plan
+from streamconv.jobs.conversion import Conversion
+from streamconv.jobs.convert import convert, plan
 from streamconv.jobs.options import ConversionOptions, PushOptions, SourceOptions, VerificationOptions
 from streamconv.jobs.publish import Published, publish
 from streamconv.jobs.revert import Reverted, revert

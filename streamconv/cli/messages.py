@@ -10,7 +10,7 @@ from streamconv.cli.units import duration, size, speed
 from streamconv.families.base import Family, Model
 from streamconv.families.registry import all_families
 from streamconv.families.selection import Skipped
-from streamconv.jobs.convert import Conversion
+from streamconv.jobs.conversion import Conversion
 from streamconv.jobs.revert import Reverted
 from streamconv.jobs.synth import SyntheticFiles
 from streamconv.planning.plan import Plan

@@ -9,7 +9,7 @@ from streamconv.cli.layout import Line, print_wrapped
 from streamconv.cli.messages import conversion_lines, verification_lines
 from streamconv.cli.progress_bar import ProgressReport
 from streamconv.cli.terminal import Printer, print_lines
-from streamconv.jobs.convert import Conversion
+from streamconv.jobs.conversion import Conversion
 from streamconv.jobs.options import StrPath
 from streamconv.verification.result import Verification
 

@@ -17,7 +17,8 @@ from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.hub.card import CARD_NAME
 from streamconv.hub.repository import Repository
-from streamconv.jobs.convert import Conversion, PreparedConversion, shard_progress
+from streamconv.jobs.conversion import Conversion, PreparedConversion
+from streamconv.jobs.convert import shard_progress
 from streamconv.jobs.options import StrPath
 from streamconv.jobs.prepare import PreparedSource
 from streamconv.jobs.publish import Published, card_files, commit_message

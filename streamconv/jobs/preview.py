@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.hub.card import CARD_NAME
-from streamconv.jobs.convert import PreparedConversion
+from streamconv.jobs.conversion import PreparedConversion
 from streamconv.jobs.convert_to_hub import refuse_finished
 from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source

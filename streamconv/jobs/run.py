@@ -11,7 +11,8 @@ from streamconv.errors import UsageError
 from streamconv.families.registry import find_model
 from streamconv.files.address import local_path
 from streamconv.hub.repository import Repository
-from streamconv.jobs.convert import Conversion, convert_prepared
+from streamconv.jobs.conversion import Conversion
+from streamconv.jobs.convert import convert_prepared
 from streamconv.jobs.convert_to_hub import Verify, convert_to_hub
 from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source

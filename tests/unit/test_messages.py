@@ -19,7 +19,7 @@ from streamconv.cli.messages import (
     verification_lines,
 )
 from streamconv.families.selection import Skipped
-from streamconv.jobs.convert import Conversion
+from streamconv.jobs.conversion import Conversion
 from streamconv.jobs.revert import Reverted
 from streamconv.jobs.synth import SyntheticFiles
 from streamconv.output.manifest import WrittenFile
