@@ -8,7 +8,7 @@ from pathlib import Path
 from streamconv.errors import OutputError, UsageError
 
 # What verification runs models with, by the names of the modules.
-PACKAGES = {name: name for name in ("torch", "torchvision", "transformers")} | {"PIL": "Pillow"}
+PACKAGES = {name: name for name in ("torch", "torchvision", "transformers", "accelerate")} | {"PIL": "Pillow"}
 
 
 def check_report(path: Path) -> None:

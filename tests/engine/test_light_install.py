@@ -81,7 +81,7 @@ def test_verification_without_torch_is_refused_before_the_conversion(tmp_path: P
     done = light.run("run", backbone, "-o", "out", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Verification runs the models and needs torch, " in done.stderr
-    assert "Run `pip install torch torchvision transformers Pillow`." in done.stderr
+    assert "Run `pip install torch torchvision transformers accelerate Pillow`." in done.stderr
     assert not (tmp_path / "out").exists()
     light.run("convert", backbone, "-o", "out", cwd=tmp_path)
     assert light.run("verify", "out", backbone, cwd=tmp_path).returncode == 2

@@ -1,11 +1,14 @@
 """The layers of the package, and what importing it costs."""
 
+import ast
 import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import streamconv
+from streamconv import verification
+from streamconv.verification.preflight import PACKAGES
 from tests.support import run_python
 
 
@@ -28,6 +31,15 @@ def test_only_verification_imports_torch_and_other_large_packages() -> None:
         "print(sorted(large & set(sys.modules)))"
     )
     assert run_python(code) == "[]\n"
+
+
+def test_every_package_that_verification_imports_is_checked_for_before_the_work() -> None:
+    trees = [ast.parse(file.read_text("utf-8")) for file in Path(verification.__path__[0]).rglob("*.py")]
+    nodes = [node for tree in trees for node in tree.body]  # those inside functions are needed for a part only
+    modules = [each.name for node in nodes if isinstance(node, ast.Import) for each in node.names]
+    modules += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    imported = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"streamconv"}
+    assert imported - {"safetensors"} == PACKAGES.keys()  # transformers requires safetensors
 
 
 def test_unit_tests_import_no_torch() -> None:
