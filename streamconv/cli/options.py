@@ -125,6 +125,10 @@ VERIFICATION_OPTIONS = (
         help="Do not run the models; the output lists what was not checked.",
     ),
     Option(
+        "--thorough", is_flag=True, group="Verification",
+        help="Run the models at the original's native size, too, which takes several times as long.",
+    ),
+    Option(
         "--report", metavar="FILE.html", type=FILE, group="Verification",
         help="Write the verification result as an HTML page.",
     ),

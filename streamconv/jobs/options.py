@@ -83,6 +83,7 @@ class VerificationOptions:
             torch.hub downloads and runs; or a folder that holds the authors' code.
         parity: Run both models and compare their outputs.
         report: An HTML file to write the result to.
+        thorough: Run both models at the original's native size, too.
 
     Raises:
         UsageError: the device's name is not valid. Torch checks later if the device exists.
@@ -93,6 +94,7 @@ class VerificationOptions:
     reference: StrPath = "builtin"
     parity: bool = True
     report: StrPath | None = None
+    thorough: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):

@@ -29,6 +29,23 @@ class Check:
 
 
 @dataclass(frozen=True)
+class CastCost:
+    """How far a cast output is from the original with its weights as stored, in the outputs of the last layer.
+
+    Attributes:
+        dtype: torch's name of the dtype that ``from_pretrained`` computes in by default.
+        largest: The largest absolute difference in that dtype.
+        largest_in_float32: The same if the converted model computes in float32.
+        magnitude: The original's largest absolute value.
+    """
+
+    dtype: str
+    largest: float
+    largest_in_float32: float
+    magnitude: float
+
+
+@dataclass(frozen=True)
 class Verification:
     """The result of verifying an output against ``source``.
 
@@ -37,7 +54,8 @@ class Verification:
     names the model and its files with their sizes and sha256. ``predictions`` are a classifier's best labels for the
     image, with their probabilities. ``memory`` is from `devices.MemoryWatch`, in bytes. ``pictures`` are PNGs as data
     URLs: the "image" that both models saw, and the patch features of the "original" and the "converted" model.
-    ``not_recorded`` is the reason if the result could not be recorded in the output's manifest.
+    ``not_recorded`` is the reason if the result could not be recorded in the output's manifest. ``cast_cost`` is None
+    if nothing was cast or no model ran.
     """
 
     checks: tuple[Check, ...]
@@ -51,6 +69,15 @@ class Verification:
     predictions: tuple[tuple[str, float], ...] = ()
     pictures: Mapping[str, str] = field(default_factory=dict, repr=False)
     not_recorded: str = ""
+    cast_cost: CastCost | None = None
+
+    def check(self, name: str) -> Check:
+        """Return the check called ``name``, such as "parity".
+
+        Raises:
+            KeyError: there is none.
+        """
+        return {check.name: check for check in self.checks}[name]
 
     @property
     def passed(self) -> bool:

@@ -89,15 +89,15 @@ def test_options_reach_the_job_under_all_their_names(tmp_path: Path, monkeypatch
         assert output == ("out" if "pytorch" in words else None)
     words = (
         "x.pth -o out --head h.pth --select a. --num-heads 3 --stream --labels l.txt --max-shard-size 1MB --force "
-        "--dtype float16 --device cpu --image i.png --reference hub --no-parity --report r.html --push-to-hub me/it "
-        "--private --revision dev --create-pr --push-unverified"
+        "--dtype float16 --device cpu --image i.png --reference hub --no-parity --report r.html --thorough "
+        "--push-to-hub me/it --private --revision dev --create-pr --push-unverified"
     )
     run("run", *words.split(), cwd=tmp_path)
     assert seen.pop() == (
         "x.pth",
         "out",
         streamconv.ConversionOptions("h.pth", "a.", 3, True, "l.txt", "1MB", "float16", True),
-        streamconv.VerificationOptions("cpu", "i.png", "hub", False, "r.html"),
+        streamconv.VerificationOptions("cpu", "i.png", "hub", False, "r.html", True),
         streamconv.PushOptions(streamconv.Destination("me/it", True, "dev", True), True),
     )
     run("run", "x.pth", "--no-verify", cwd=tmp_path)

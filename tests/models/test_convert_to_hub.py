@@ -29,11 +29,11 @@ def test_all_checks_run_although_nothing_is_kept_on_disk(hub: HubServer, remote_
     assert done.verification is not None
     found = {check.name: check.passed for check in done.verification.checks}
     assert found == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
-    parity = done.verification.checks[2].numbers
+    parity = done.verification.check("parity").numbers
     assert parity["largest"] <= parity["tolerance"]
     assert "layer 3" in parity["differences"]
-    assert done.verification.checks[0].not_checked == "the uploaded files were not read back"
-    assert "with the source's weights" in done.verification.checks[2].proves
+    assert done.verification.check("bytes").not_checked == "the uploaded files were not read back"
+    assert "with the source's weights" in done.verification.check("parity").proves
     arrived = hub.files("ada/it")
     assert json.loads(arrived["streamconv.json"])["verification"]["passed"] is True
     assert "parity" in arrived["README.md"].decode()
@@ -74,7 +74,7 @@ def test_wrong_mapping_is_found_and_not_published(
     )
     assert done.published is None
     assert done.verification is not None
-    assert "the first difference is in layer 1" in "".join(done.verification.checks[2].problems)
+    assert "the first difference is in layer 1" in "".join(done.verification.check("parity").problems)
     assert len(hub.repos["ada/it"].branches["main"]) == 1
     sent = sum(hub.uploads.values())
     done = to_hub(f"{server.url}/x.pth", tmp_path / "stage", head=place, max_shard_size="5GB", verify=verify_on_cpu)
@@ -89,7 +89,7 @@ def test_weights_are_cast_on_the_way_to_the_hub(
     done = to_hub(remote_hub_model, tmp_path / "stage", dtype="bfloat16", verify=verify_on_cpu, unverified=False)
     assert done.verification is not None
     assert [check.passed for check in done.verification.checks] == [True] * 4
-    assert done.verification.checks[2].numbers["largest"] <= 1e-13
+    assert done.verification.check("parity").numbers["largest"] <= 1e-13
     assert "cast from `float32` to `bfloat16`" in hub.files("ada/it")["README.md"].decode()
     require_uploaded_folder(hub, server, tmp_path, dtype="bfloat16")
 
@@ -105,7 +105,7 @@ def test_only_the_backbone_of_a_training_checkpoint_is_uploaded(
     done = to_hub(f"{server.url}/x.pth", tmp_path / "stage", verify=verify_on_cpu, unverified=False)
     assert done.verification is not None
     assert [check.passed for check in done.verification.checks] == [True] * 4, done.verification.checks
-    assert done.verification.checks[2].numbers["largest"] == 0.0
+    assert done.verification.check("parity").numbers["largest"] == 0.0
     card = hub.files("ada/it")["README.md"].decode()
     assert "the source has no LayerScale: ones are written, which have no effect." in card
     assert "Skipped: `teacher.dino_head.* (1 tensor, 12 bytes): a head for training only" in card

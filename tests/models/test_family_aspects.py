@@ -41,7 +41,7 @@ def test_without_an_image_processor_none_is_written_or_checked(
         found = api.verify(done.output, backbone, device="cpu", parity=parity)
         assert found.passed
         assert [check.passed for check in found.checks] == [True, True, parity or None, None]
-        assert found.checks[3].proves == "dinov2 models have no image processor"
+        assert found.check("preprocessing").proves == "dinov2 models have no image processor"
 
 
 def test_without_attention_heads_nothing_is_assumed_about_them(
@@ -52,7 +52,7 @@ def test_without_attention_heads_nothing_is_assumed_about_them(
     with pytest.raises(UsageError, match=r"no number of heads to choose\. Omit --num-heads"):
         api.plan(backbone, num_heads=2)
     api.convert(backbone, tmp_path / "out")
-    parity = api.verify(tmp_path / "out", backbone, device="cpu").checks[2]
+    parity = api.verify(tmp_path / "out", backbone, device="cpu").check("parity")
     assert parity.passed
     assert "heads" not in parity.proves
     streamconv.revert(tmp_path / "out", tmp_path / "back.pth")

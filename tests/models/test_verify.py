@@ -79,7 +79,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Converted:
 def test_correct_conversion_passes_every_check_exactly(verified: tuple[Dimensions, Verification]) -> None:
     dimensions, found = verified
     assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
-    parity = found.checks[2].numbers
+    parity = found.check("parity").numbers
     states = ["embeddings", "layer 0", "layer 1", "layer 2", "cls", *(["registers"] if dimensions.registers else [])]
     states += ["patches", *(["logits"] if dimensions.classes else [])]
     assert list(parity["differences"]) == states
@@ -95,7 +95,7 @@ def test_image_processor_is_exact_and_interpolation_explains_the_difference_at_2
     verified: tuple[Dimensions, Verification],
 ) -> None:
     dimensions, found = verified
-    numbers = found.checks[3].numbers
+    numbers = found.check("preprocessing").numbers
     assert numbers["pil"] == 0.0
     assert 0 <= numbers["default"] < 1.01 * numbers["grey_level"]
     assert numbers["size"] == 224
@@ -113,7 +113,7 @@ def test_float32_rounding_differences_are_settled_in_float64(tmp_path: Path, sav
     """transformers 5 splits SwiGLU's first layer, and some CPUs round 344 columns differently from 688."""
     backbone, _ = save(tiny(swiglu=True))
     api.convert(backbone, tmp_path / "out")
-    found = api.verify(tmp_path / "out", backbone, device="cpu").checks[2]
+    found = api.verify(tmp_path / "out", backbone, device="cpu").check("parity")
     assert found.passed
     if "float32" in found.numbers:
         assert 0 < found.numbers["float32"]["largest"] < 1e-5
@@ -124,7 +124,7 @@ def test_float32_rounding_differences_are_settled_in_float64(tmp_path: Path, sav
 
     alter(tmp_path / "out", nudge)
     if "float32" in found.numbers:  # in float32 alone, such a bit can be lost: the bytes check finds it
-        assert not api.verify(tmp_path / "out", backbone, device="cpu").checks[2].passed
+        assert not api.verify(tmp_path / "out", backbone, device="cpu").check("parity").passed
 
 
 def test_a_wrong_result_is_not_called_rounding(tmp_path: Path, save: Save) -> None:
@@ -133,7 +133,7 @@ def test_a_wrong_result_is_not_called_rounding(tmp_path: Path, save: Save) -> No
     api.convert(backbone, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 2e-6}))
-    found = api.verify(tmp_path / "out", backbone, device="cpu").checks[2]
+    found = api.verify(tmp_path / "out", backbone, device="cpu").check("parity")
     assert found.passed is False
     assert "in float64, because they differ by" in found.proves
     assert "rounding" not in found.proves
@@ -144,7 +144,7 @@ def test_alignment_of_the_weights_makes_no_difference(tmp_path: Path, save: Save
     backbone, head = save(tiny(classes=1000))
     (tmp_path / "labels.txt").write_text("\n".join(map(str, range(1000))))
     api.convert(backbone, tmp_path / "out", head=head, labels=tmp_path / "labels.txt")
-    found = api.verify(tmp_path / "out", backbone, head=head, device="cpu").checks[2]
+    found = api.verify(tmp_path / "out", backbone, head=head, device="cpu").check("parity")
     assert found.numbers["tolerance"] == 0.0
     assert found.numbers["differences"]["logits"] == 0.0
 
@@ -164,9 +164,9 @@ def test_swapped_query_and_key_fail_bytes_and_parity(tmp_path: Path) -> None:
     alter(made.folder, lambda state: state.update({query: state[key], key: state[query]}))
     found = made.verify()
     assert verdicts(found) == {"bytes": False, "load": True, "parity": False, "preprocessing": False}
-    differences = found.checks[2].numbers["differences"]
+    differences = found.check("parity").numbers["differences"]
     assert max(differences["embeddings"], differences["layer 0"]) < 1e-13 < differences["layer 1"]
-    assert found.checks[2].numbers["first"] == "layer 1"
+    assert found.check("parity").numbers["first"] == "layer 1"
     assert "the first difference is in layer 1: " in problems(found)
     states = len(differences) - 1  # except the embeddings and the first layer
     assert f"; {states - 2} of the {states} other layer outputs differ too" in problems(found)
@@ -192,7 +192,7 @@ def test_misshaped_tensor_is_named_by_the_load_check(converted: Converted) -> No
     alter(converted.folder, lambda state: state.update({"layernorm.weight": torch.ones(7)}))
     found = converted.verify()
     assert verdicts(found) == {"bytes": False, "load": False, "parity": None, "preprocessing": None}
-    (problem,) = found.checks[1].problems
+    (problem,) = found.check("load").problems
     assert problem in ("mismatched_keys: layernorm.weight is [7], not [128]", "mismatched_keys: layernorm.weight")
 
 
@@ -203,7 +203,7 @@ def test_changed_bit_of_a_cast_weight_fails_parity(converted: Converted, tmp_pat
     flip(cast.folder / "model.safetensors", "encoder.layer.1.mlp.fc2.weight", 100)
     found = cast.verify()
     assert verdicts(found) == {"bytes": False, "load": True, "parity": False, "preprocessing": False}
-    assert "the first difference is in layer 1" in found.checks[2].problems[0]
+    assert "the first difference is in layer 1" in found.check("parity").problems[0]
 
 
 def test_swapped_classifier_rows_fail_in_the_logits(tmp_path: Path, save: Save) -> None:
@@ -216,7 +216,7 @@ def test_swapped_classifier_rows_fail_in_the_logits(tmp_path: Path, save: Save) 
     alter(tmp_path / "out", swap)
     found = api.verify(tmp_path / "out", backbone, head=head, device="cpu")
     assert verdicts(found) == {"bytes": False, "load": True, "parity": False, "preprocessing": False}
-    assert found.checks[2].problems[0].startswith("the first difference is in logits: ")
+    assert found.check("parity").problems[0].startswith("the first difference is in logits: ")
 
 
 def test_predictions_use_the_labels_of_the_folder(tmp_path: Path, save: Save) -> None:
@@ -269,7 +269,7 @@ def test_gpu_agrees_within_the_original_scripts_tolerance(tmp_path: Path, archit
     folder, backbone, head = convert(tmp_path, ARCHITECTURES[architecture])
     found = api.verify(folder, backbone, head=head, device="cuda")
     assert found.passed
-    assert found.checks[2].numbers["tolerance"] == 1e-3
+    assert found.check("parity").numbers["tolerance"] == 1e-3
 
 
 def test_invalid_image_file_is_refused(tmp_path: Path) -> None:
@@ -350,7 +350,9 @@ def test_reported_difference_at_224_is_that_of_the_original_script(tmp_path: Pat
     """The same difference results from Meta's interpolation, implemented from its formula, and transformers' own."""
     backbone, _ = save(tiny())
     api.convert(backbone, tmp_path / "out")
-    shown = api.verify(tmp_path / "out", backbone, device="cpu").checks[3].numbers["as_published"]["patches"]
+    shown = (
+        api.verify(tmp_path / "out", backbone, device="cpu").check("preprocessing").numbers["as_published"]["patches"]
+    )
     model = transformers.AutoModel.from_pretrained(tmp_path / "out", local_files_only=True).eval()
     pixel_steps = api.plan(backbone).pixel_steps
     assert pixel_steps is not None
@@ -392,7 +394,7 @@ def test_wrong_image_processor_is_named_and_gives_other_pixels(
     assert f"preprocessor_config.json: {field}" in problems(found)
     assert any(
         "pixels differ" in problem or "pixels of shape [1, 3, 196, 196]" in problem
-        for problem in found.checks[3].problems
+        for problem in found.check("preprocessing").problems
     )
 
 
@@ -483,7 +485,7 @@ def test_folder_with_the_authors_code_is_used_as_reference(tmp_path: Path, publi
         found = published.verify(reference=tmp_path / folder)
         assert verdicts(found) == {"bytes": True, "load": True, "parity": passed, "preprocessing": passed}
         assert found.reference == f"folder {folder}"
-        assert passed or found.checks[2].numbers["first"] == "layer 3"
+        assert passed or found.check("parity").numbers["first"] == "layer 3"
 
 
 @pytest.mark.skipif("DINOV2_REPOSITORY" not in os.environ, reason="DINOV2_REPOSITORY names no checkout of Meta's code")
@@ -495,7 +497,7 @@ def test_authors_own_code_computes_the_same(tmp_path: Path, model: str) -> None:
         tmp_path / "out", made.backbone, head=made.head, device="cpu", reference=os.environ["DINOV2_REPOSITORY"]
     )
     assert found.passed
-    assert found.checks[2].numbers["largest"] == 0.0
+    assert found.check("parity").numbers["largest"] == 0.0
 
 
 def test_unavailable_reference_is_refused(
@@ -522,7 +524,7 @@ def test_safetensors_source_is_verified(tmp_path: Path) -> None:
     api.convert(tmp_path / "x.safetensors", tmp_path / "out")
     found = api.verify(tmp_path / "out", tmp_path / "x.safetensors", device="cpu")
     assert found.passed
-    assert "has no CRC-32s" in found.checks[0].proves
+    assert "has no CRC-32s" in found.check("bytes").proves
 
 
 def test_differences_of_large_states_are_relative(tmp_path: Path) -> None:
@@ -533,7 +535,7 @@ def test_differences_of_large_states_are_relative(tmp_path: Path) -> None:
     api.convert(tmp_path / "x.pth", tmp_path / "out")
     alter(tmp_path / "out", lambda state: state["encoder.layer.1.layer_scale1.lambda1"].mul_(1.5))
     found = api.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
-    numbers = found.checks[2].numbers
+    numbers = found.check("parity").numbers
     assert numbers["first"] == "layer 1"
     assert numbers["largest"] == max(numbers["differences"].values())
     assert numbers["absolute"]["layer 1"] > 10 * numbers["differences"]["layer 1"] > 1e-2
@@ -549,7 +551,7 @@ def test_source_that_is_not_finite_is_verified_and_reported(tmp_path: Path, valu
     api.convert(tmp_path / "x.pth", tmp_path / "out")
     found = api.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
     assert found.passed
-    assert ("from cls on, values that are not finite" in found.checks[2].proves) == (value == float("inf"))
+    assert ("from cls on, values that are not finite" in found.check("parity").proves) == (value == float("inf"))
     assert ("converted" in found.pictures) == (value == 1e37)
 
 
@@ -592,9 +594,9 @@ def test_verification_reports_what_it_assumes_about_a_model_that_was_not_publish
     source = saved(make_states(tiny())[0], tmp_path / "x.pth")
     api.convert(source, tmp_path / "out", num_heads=4)
     found = api.verify(tmp_path / "out", source, device="cpu")
-    assert "assuming 4 attention heads in both models, which tensors do not show" in found.checks[2].proves
-    assert "assuming the preprocessing of the published models" in found.checks[3].proves
-    alone = api.verify(tmp_path / "out", source, device="cpu", parity=False).checks[3]
+    assert "assuming 4 attention heads in both models, which tensors do not show" in found.check("parity").proves
+    assert "assuming the preprocessing of the published models" in found.check("preprocessing").proves
+    alone = api.verify(tmp_path / "out", source, device="cpu", parity=False).check("preprocessing")
     assert "assuming the preprocessing of the published models" in alone.proves
 
 

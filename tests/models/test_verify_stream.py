@@ -31,12 +31,14 @@ def test_parity_reads_the_weights_once_more(server: FileServer, source: str, tmp
     server.sent = 0
     found = api.verify(tmp_path / "out", source, device="cpu", stream=True)
     assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
-    assert found.checks[2].numbers["largest"] <= found.checks[2].numbers["tolerance"]
-    passes = 2 if "float32" in found.checks[2].numbers else 1  # once more in float64, if float32 rounds differently
+    assert found.check("parity").numbers["largest"] <= found.check("parity").numbers["tolerance"]
+    passes = (
+        2 if "float32" in found.check("parity").numbers else 1
+    )  # once more in float64, if float32 rounds differently
     size = (server.folder / "x.pth").stat().st_size
     assert server.sent < (passes + 0.5) * size + 2 * remote.WINDOW_BYTES
-    assert found.checks[0].not_checked == "the source's bytes were not read again"
-    assert found.checks[3].not_checked == "no model ran at 224x224"
+    assert found.check("bytes").not_checked == "the source's bytes were not read again"
+    assert found.check("preprocessing").not_checked == "no model ran at 224x224"
     assert not (tmp_path / "torch").exists()
 
 
@@ -99,7 +101,7 @@ def test_output_that_contradicts_the_plan_is_found(source: str, tmp_path: Path, 
     (folder / "streamconv.json").write_text(json.dumps(manifest))
     found = api.verify(folder, source, device="cpu", stream=True, parity=False)
     expected = {"missing": "mask_token is missing", "dtype": "mask_token is F64", "config": "layer_norm_eps"}
-    assert expected[change] in "\n".join(found.checks[0].problems)
+    assert expected[change] in "\n".join(found.check("bytes").problems)
 
 
 def test_folder_without_a_manifest_is_compared_with_the_remote_bytes(
@@ -107,7 +109,7 @@ def test_folder_without_a_manifest_is_compared_with_the_remote_bytes(
 ) -> None:
     (tmp_path / "out" / "streamconv.json").unlink()
     found = api.verify(tmp_path / "out", source, device="cpu", stream=True, parity=False)
-    assert found.checks[0].proves.startswith("every byte of every tensor equals its source's")
+    assert found.check("bytes").proves.startswith("every byte of every tensor equals its source's")
     assert found.passed
     server.sent = 0
     alter(tmp_path / "out", lambda state: state["layernorm.bias"].mul_(2))
@@ -129,7 +131,7 @@ def test_damaged_transfer_is_not_a_verdict(server: FileServer, source: str, tmp_
 def test_address_without_stream_is_downloaded_and_compared(server: FileServer, source: str, tmp_path: Path) -> None:
     found = api.verify(tmp_path / "out", source, device="cpu")
     assert found.passed
-    assert found.checks[0].proves.startswith("every byte of every tensor equals its source's")
+    assert found.check("bytes").proves.startswith("every byte of every tensor equals its source's")
     assert (tmp_path / "torch" / "hub" / "checkpoints" / "x.pth").exists()
 
 
@@ -143,7 +145,7 @@ def test_classifier_is_streamed_from_two_addresses(server: FileServer, tmp_path:
     found = api.verify(tmp_path / "out", backbone, head=head, device="cpu", stream=True)
     assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
     # A source that could not be checked while it was copied is compared now.
-    assert ("equals its source's" in found.checks[0].proves) == (kind == "safetensors")
+    assert ("equals its source's" in found.check("bytes").proves) == (kind == "safetensors")
     assert len(found.predictions) == 5
 
 
