@@ -110,7 +110,7 @@ def verify_prepared(
         check, files = compare_with_manifest(folder, plan, manifest, progress)
     else:
         check, files = compare_with_source(folder, plan, source.reader, source.has_checksums, progress)
-    results = models.check(folder, source, progress, options.parity)
+    results = models.check(folder, source, progress, options.parity, thorough=options.thorough)
     verification = _verification(plan, source, (check, *results.checks), results, models, files, start)
     try:
         record_verification(folder, verification.as_record(), dict(verification.source))
@@ -140,7 +140,7 @@ def verify_uploaded(
     progress("starting torch and transformers", 0, 1, "steps")
     write_sparse_folder(plan, folder)
     models = ModelVerifier(plan, options.device, options.image, options.reference)
-    results = models.check(folder, source, progress, options.parity, is_sparse=True)
+    results = models.check(folder, source, progress, options.parity, is_sparse=True, thorough=options.thorough)
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     if source.has_checksums:
         proves = f"every file was uploaded as it was copied{cast_note(plan)}, from records that matched their CRC-32"
@@ -241,4 +241,5 @@ def _verification(
         seconds=time.monotonic() - start,
         predictions=found.predictions,
         pictures=found.pictures,
+        cast_cost=found.cast_cost,
     )

@@ -47,6 +47,12 @@ def _load_model(folder: Path, plan: Plan) -> tuple[Any, dict[str, Any]]:
     return load_pretrained(classes[type(config)], folder, config.dtype or torch.float32)
 
 
+def default_dtype_of(config: Any) -> torch.dtype:
+    """Return the dtype that ``from_pretrained`` gives a model if its user names none."""
+    is_file_decisive = int(transformers.__version__.partition(".")[0]) >= 5  # transformers 4 gives float32
+    return (config.dtype or torch.float32) if is_file_decisive else torch.float32
+
+
 def load_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """Call ``model_class.from_pretrained``, but without what transformers changes in the whole process meanwhile.
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from streamconv.errors import UsageError
@@ -14,14 +16,15 @@ from streamconv.progress import Progress
 from streamconv.source.open import OpenSource
 from streamconv.verification.devices import MemoryWatch, choose_device, versions
 from streamconv.verification.image import open_image
-from streamconv.verification.load import check_load
-from streamconv.verification.offload import OffloadedModel, StreamedWeights, torch_dtype
+from streamconv.verification.load import check_load, default_dtype_of
+from streamconv.verification.offload import OffloadedModel, WeightBuffer
 from streamconv.verification.parity import PROVES, Pair, check_parity
 from streamconv.verification.patch_pca import draw_pictures
-from streamconv.verification.preprocessing import check_pixels, check_preprocessing
+from streamconv.verification.preprocessing import check_preprocessing, crop, resize, to_pixels
 from streamconv.verification.reference import BUILTIN, HUB, build_original, load_weights
-from streamconv.verification.result import Check
+from streamconv.verification.result import CastCost, Check
 from streamconv.verification.sparse_folder import source_tensors_of
+from streamconv.verification.weights import MappedWeights, StreamedWeights, torch_dtype
 
 PREDICTION_COUNT = 5
 
@@ -34,6 +37,7 @@ class ModelResults:
     memory: Mapping[str, int | None] = field(default_factory=dict)
     predictions: tuple[tuple[str, float], ...] = ()
     pictures: Mapping[str, str] = field(default_factory=dict)
+    cast_cost: CastCost | None = None
 
 
 class ModelVerifier:
@@ -47,23 +51,28 @@ class ModelVerifier:
         self.versions = versions()
 
     def check(
-        self, folder: Path, source: OpenSource, progress: Progress, parity: bool = True, is_sparse: bool = False
+        self,
+        folder: Path,
+        source: OpenSource,
+        progress: Progress,
+        parity: bool = True,
+        is_sparse: bool = False,
+        thorough: bool = False,
     ) -> ModelResults:
-        """Run the load check and, if it passes, the parity and preprocessing checks.
+        """Run the load check and, if it passes, the checks of the outputs and of the image processor.
 
         Args:
-            parity: Run the models. Otherwise preprocessing compares only pixels.
+            parity: Run the models.
             is_sparse: ``folder`` was written by `write_sparse_folder`; the converted model's weights come
                 from the source, too.
-
-        A remote source is read only once: for parity, not for preprocessing.
+            thorough: Run the models at the native size, too. A remote source is then read twice.
         """
         with MemoryWatch(self.device) as memory:
-            found = self._check(folder, source, progress, parity, is_sparse)
+            found = self._check(folder, source, progress, parity, is_sparse, thorough)
             return replace(found, memory=memory.as_dict())
 
     def _check(
-        self, folder: Path, source: OpenSource, progress: Progress, with_parity: bool, is_sparse: bool
+        self, folder: Path, source: OpenSource, progress: Progress, with_parity: bool, is_sparse: bool, thorough: bool
     ) -> ModelResults:
         start = time.monotonic()
         progress("loading with transformers", 0, 1, "steps")
@@ -74,56 +83,88 @@ class ModelVerifier:
         if not loaded.passed:
             why = "transformers did not load the model"
             return ModelResults((loaded, Check("parity", None, why), Check("preprocessing", None, why)))
+        if not with_parity:
+            found = ModelResults((Check("parity", None, "--no-parity"),))
+        else:
+            found = self._compare(folder, source, progress, converted, is_sparse, thorough)
+        start = time.monotonic()
+        progress("checking the image processor", 0, 1, "steps")
+        preprocessing = self._check_preprocessing(folder).since(start)
+        return replace(found, checks=(loaded, *found.checks, preprocessing))
+
+    def _compare(
+        self, folder: Path, source: OpenSource, progress: Progress, converted: Any, is_sparse: bool, thorough: bool
+    ) -> ModelResults:
+        """Run both models and compare their outputs."""
         start = time.monotonic()
         targets = source_tensors_of(converted, self.plan, folder) if is_sparse else {}
-        if not with_parity or targets is None:
-            why = "this system does not report where weights are loaded from" if with_parity else "--no-parity"
-            pixels = self._check_preprocessing(folder, None).since(start)
-            return ModelResults((loaded, Check("parity", None, why), pixels))
+        if targets is None:
+            why = "this system does not report where weights are loaded from"
+            return ModelResults((Check("parity", None, why),))
         try:
-            weights, why = load_weights(self.original, source, self.device, self.plan.cast_to)
+            weights, why_streamed = load_weights(self.original, source)
         except Exception as error:  # torch rejects the file, or the model its tensors
             problem = f"{type(error).__name__}: {error}"
             if self.reference != BUILTIN:
                 message = f"The reference {self.reference} does not accept the source's tensors: {problem}"
                 raise UsageError(f"{message}. Use --reference builtin.") from error
-            parity = Check("parity", False, PROVES, (problem,))
-            why = "torch did not load the original"
-            return ModelResults((loaded, parity, Check("preprocessing", None, why)))
+            return ModelResults((Check("parity", False, PROVES, (problem,)),))
         cast_to = torch_dtype(self.plan.cast_to) if self.plan.cast_to else None
-        original = OffloadedModel(self.original, self.device, weights, cast_to)
-        model = OffloadedModel(
-            converted, self.device, StreamedWeights(targets, source.reader, self.device) if targets else None
+        buffer = WeightBuffer(self.device)
+        original = OffloadedModel(self.original, self.device, buffer, weights, cast_to)
+        own = StreamedWeights(targets, source.reader) if targets else MappedWeights(converted.state_dict())
+        model = OffloadedModel(converted, self.device, buffer, own)
+        is_read_once = source.is_remote or is_sparse
+        pair = Pair(
+            original, model, self.architecture, self.plan.dimensions, self.device, progress, cast_to, is_read_once
         )
-        pair = Pair(original, model, self.architecture, self.plan.dimensions, self.device, progress)
-        parity, comparison = check_parity(pair, self.plan, self.image)
+        default_dtype = default_dtype_of(converted.config)
+        image, parity_pixels = self._parity_input()
+        check, verdict = check_parity(pair, "parity", parity_pixels, default_dtype)
+        checks = [self._described(check, is_sparse, why_streamed).since(start)]
+        native_size = self.plan.config["image_size"]
+        if thorough and check.passed and parity_pixels.shape[-1] != native_size:
+            start = time.monotonic()
+            pixels = to_pixels(resize(self.image, native_size), self.plan.pixel_steps)
+            native, _ = check_parity(replace(pair, is_read_once=True), "native", pixels, default_dtype)
+            checks.append(self._described(native, is_sparse, why_streamed).since(start))
+        outputs = verdict.outputs if verdict is not None else {}
+        return ModelResults(
+            tuple(checks),
+            predictions=top_predictions(outputs["logits"][1], pair.config.id2label) if "logits" in outputs else (),
+            pictures=draw_pictures(image, *outputs["patches"]) if "patches" in outputs else {},
+            cast_cost=verdict.cast_cost if verdict is not None else None,
+        )
+
+    def _parity_input(self) -> tuple[Image.Image, Tensor]:
+        """The image as both models see it, and its pixels: at the image processor's size if that is a square.
+
+        Without an image processor, it is the native size.
+        """
+        steps, patch = self.plan.pixel_steps, self.plan.config["patch_size"]
+        height, width = steps.size or (0, 1) if steps is not None else (0, 1)
+        if steps is not None and height == width and height % patch == 0:
+            image = crop(self.image, steps)
+        else:
+            image = resize(self.image, self.plan.config["image_size"])
+        return image, to_pixels(image, steps)
+
+    def _described(self, check: Check, is_sparse: bool, why_streamed: str) -> Check:
+        """Add to what a comparison of outputs proves how the weights were read, and what was assumed."""
+        proves = check.proves
         if is_sparse:
-            proves = f"{parity.proves}; transformers with the source's weights, located by the uploaded files' headers"
-            parity = replace(parity, proves=proves)
+            proves += "; transformers with the source's weights, located by the uploaded files' headers"
         heads = self.plan.family.attention_heads
         if self.plan.model is None and heads is not None:
             number = heads.number(self.plan.dimensions)
-            assumed = f"assuming {number} attention heads in both models, which tensors do not show"
-            parity = replace(parity, proves=f"{parity.proves}, {assumed}")
-        if why:
-            parity = replace(parity, not_checked="; ".join(filter(None, [parity.not_checked, why])))
-        parity, start_next = parity.since(start), time.monotonic()
-        is_read_again = not source.is_remote and not is_sparse
-        preprocessing = self._check_preprocessing(folder, pair if is_read_again else None).since(start_next)
-        kept = comparison.kept if comparison is not None else {}
-        predictions = top_predictions(kept["logits"][1], pair.config.id2label) if "logits" in kept else ()
-        pictures = draw_pictures(self.image, *kept["patches"]) if "patches" in kept else {}
-        return ModelResults((loaded, parity, preprocessing), {}, predictions, pictures)
+            proves += f", assuming {number} attention heads in both models, which tensors do not show"
+        return replace(check, proves=proves, not_checked="; ".join(filter(None, [check.not_checked, why_streamed])))
 
-    def _check_preprocessing(self, folder: Path, pair: Pair | None) -> Check:
-        """Check the pixels, and what both models compute from them if there is a pair."""
+    def _check_preprocessing(self, folder: Path) -> Check:
         pixel_steps = self.plan.pixel_steps
         if pixel_steps is None:
             return Check("preprocessing", None, f"{self.plan.family_name} models have no image processor")
-        if pair is None:
-            check = check_pixels(folder, pixel_steps, self.image)
-        else:
-            check = check_preprocessing(pair, folder, pixel_steps, self.image)
+        check = check_preprocessing(folder, pixel_steps, self.image)
         if self.plan.model is None:
             check = replace(check, proves=f"{check.proves}, assuming the preprocessing of the published models")
         return check

@@ -1,8 +1,8 @@
 """The parity check: the original model with the original file, and transformers with the output, on the same input.
 
 Both run layer by layer, and each layer's output is compared as soon as both have it, so memory holds one
-layer of each model and two outputs. On a CPU at the native size, the two agree bit for bit in most cases.
-transformers splits some layers that are one matrix product in the original, and a CPU may round the parts
+layer of each model and two outputs. On a CPU, the two agree bit for bit in most cases.
+transformers splits some layers that are one matrix product in the original, and a processor may round the parts
 differently than the whole. Then float32 differs in the last bits, and both models run again in float64:
 its rounding errors are far smaller than the effect of any wrong weight, so the two can be told apart.
 """
@@ -14,26 +14,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torchvision import transforms
 
 from streamconv.errors import UsageError
-from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
-from streamconv.verification.offload import OffloadedModel, allows_tf32, exact_layers
+from streamconv.verification.offload import OffloadedModel
 from streamconv.verification.originals import OriginalArchitecture
-from streamconv.verification.result import Check
+from streamconv.verification.precision import exact_float32
+from streamconv.verification.result import CastCost, Check
 
 PROVES = "the original model and transformers compute the same outputs from the same image, in every layer"
-GPU_TOLERANCE = 1e-3  # as in the original conversion script
+FLOAT32_TOLERANCE = 1e-3  # as in the original conversion script
 # Relative to a layer output's largest value. Rounding causes 1e-15; the last bit of one float32 weight, 1e-12.
 FLOAT64_TOLERANCE = 1e-13
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two models to compare; ``architecture`` is the original's, and ``dimensions`` are both models'."""
+    """The two models to compare; ``architecture`` is the original's, and ``dimensions`` are both models'.
+
+    ``cast_to`` is the dtype that the conversion cast the weights to, if it did. ``is_read_once``: weights arrive over
+    a network, so only what decides is computed.
+    """
 
     original: OffloadedModel
     converted: OffloadedModel
@@ -41,6 +43,8 @@ class Pair:
     dimensions: Any
     device: torch.device
     progress: Progress
+    cast_to: torch.dtype | None = None
+    is_read_once: bool = False
 
     @property
     def prefix_tokens(self) -> Mapping[str, int]:
@@ -51,11 +55,19 @@ class Pair:
         return self.converted.model.config
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A way to run the original model: how it interpolates positions, and whether its weights are cast first."""
+
+    as_transformers: bool = True
+    is_cast: bool = True
+
+
 class Comparison:
     """Compares the states (layer outputs) of the original model with those of the converted model, one by one.
 
     ``differences`` has the largest absolute difference of each state, in the order of computation, and
-    ``magnitudes`` the original's largest finite value. ``kept`` has both models' "patches" and "logits".
+    ``magnitudes`` the original's largest finite value. ``outputs`` has both models' states after the last layer.
     """
 
     def __init__(self, original: Iterator[tuple[str, Tensor]]):
@@ -64,7 +76,7 @@ class Comparison:
         self.differences: dict[str, float] = {}
         self.magnitudes: dict[str, float] = {}
         self.problems: list[str] = []
-        self.kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self.outputs: dict[str, tuple[Tensor, Tensor]] = {}
         self.not_finite_from: str | None = None
 
     def compare(self, name: str, state: Tensor) -> None:
@@ -84,8 +96,8 @@ class Comparison:
                 self.not_finite_from = name
             self.differences[name] = _largest_difference(state, other)
             self.magnitudes[name] = float(other.nan_to_num(0.0, 0.0, 0.0).abs().max())
-            if name in ("patches", "logits"):
-                self.kept[name] = (other, state)
+            if name != "embeddings" and not name.startswith("layer "):
+                self.outputs[name] = (other, state)
         self._next = next(self._original, None)
 
     def finish(self) -> None:
@@ -103,32 +115,34 @@ class Comparison:
 class Verdict:
     """The result of `compare`. ``problems`` and ``numbers`` are those of the check.
 
-    ``comparison`` is in float32. ``judged`` decides: it is the same one, or one in float64.
-    ``as_published`` is a comparison with the original's own interpolation, if that differs from transformers'.
+    ``outputs`` are both models' last states in float32, the original's first.
     """
 
     problems: tuple[str, ...]
     numbers: Mapping[str, Any]
     note: str
-    comparison: Comparison
-    judged: Comparison
-    as_published: Comparison | None = None
+    not_checked: str
+    outputs: Mapping[str, tuple[Tensor, Tensor]]
+    cast_cost: CastCost | None
 
 
-def check_parity(pair: Pair, plan: Plan, image: Image.Image) -> tuple[Check, Comparison | None]:
-    """Run both models on ``image`` at the native size and compare every state."""
-    size = plan.config["image_size"]
-    proves = f"{PROVES}, at {size}x{size}" + (" (TF32 off)" if pair.device.type == "cuda" else "")
+def check_parity(pair: Pair, name: str, pixels: Tensor, default_dtype: torch.dtype) -> tuple[Check, Verdict | None]:
+    """Run both models on ``pixels``, (1, C, S, S), and compare every state.
+
+    Args:
+        default_dtype: The dtype that ``from_pretrained`` gives the output by default.
+    """
+    size = pixels.shape[-1]
+    proves = f"{PROVES}, at {size}x{size}"
     try:
-        verdict = compare(pair, native_pixels(image, plan), "comparing the outputs of both models")
+        verdict = compare(pair, pixels, f"comparing both models at {size}x{size}", default_dtype)
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise out_of_memory(pair.device, error) from error
     except Exception as error:  # torch or transformers rejects the output or the source
-        return Check("parity", False, proves, (f"{type(error).__name__}: {error}",)), None
-    numbers, start = {"size": size, **verdict.numbers}, verdict.judged.not_finite_from
-    not_checked = f"values that are not finite, in {start} and later, were not compared" if start is not None else ""
-    check = Check("parity", not verdict.problems, proves + verdict.note, verdict.problems, numbers, not_checked)
-    return check, verdict.comparison
+        return Check(name, False, proves, (f"{type(error).__name__}: {error}",)), None
+    numbers = {"size": size, **verdict.numbers}
+    proves += verdict.note
+    return Check(name, not verdict.problems, proves, verdict.problems, numbers, verdict.not_checked), verdict
 
 
 def out_of_memory(device: torch.device, error: BaseException) -> UsageError:
@@ -137,41 +151,43 @@ def out_of_memory(device: torch.device, error: BaseException) -> UsageError:
     return UsageError(f"{device} has too little memory to run the models: {error}.{elsewhere}")
 
 
-def native_pixels(image: Image.Image, plan: Plan) -> Tensor:
-    """Preprocess to (1, 3, S, S), with the model's native size S, at which positions need no interpolation."""
-    size, pixel_steps = plan.config["image_size"], plan.pixel_steps
-    steps = [
-        transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.ToTensor(),
-        *([transforms.Normalize(pixel_steps.mean, pixel_steps.std)] if pixel_steps else []),
-    ]
-    return transforms.Compose(steps)(image).unsqueeze(0)  # type: ignore[no-any-return]
-
-
-def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Verdict:
+def compare(pair: Pair, pixels: Tensor, what: str, default_dtype: torch.dtype) -> Verdict:
     """Run both models on ``pixels``, (1, C, H, W), and compare every state within the device's rounding errors.
 
     If the pixels do not have the native size, the original interpolates positions as transformers does. If
     its own way is different, it also runs that way; the result is reported, but does not decide.
     """
-    is_different = not is_native and pair.architecture.interpolates_differently(pair.dimensions)
-    kinds = [True, False] if is_different else [True]
-    # TF32 has 10 bits of mantissa: its rounding would hide the differences to be found. It has no float64.
-    dtype = torch.float64 if allows_tf32(pair.device) else torch.float32
-    found, *published = _run(pair, pixels, dtype, kinds, what)
-    tolerance = GPU_TOLERANCE if pair.device.type == "cuda" else 0.0
-    judged, note = found, ""
+    is_native = pixels.shape[-2:] == (pair.config.image_size,) * 2
+    published, uncast = Variant(as_transformers=False), Variant(is_cast=False)
+    variants = [Variant()]
+    if not pair.is_read_once:
+        is_different = not is_native and pair.architecture.interpolates_differently(pair.dimensions)
+        variants += [published] * is_different + [uncast] * (pair.cast_to is not None)
+    found = _run(pair, pixels, torch.float32, variants, what)
+    judged, tolerance, note, not_checked = found[variants[0]], 0.0, "", ""
     numbers: dict[str, Any] = {}
-    largest = max(found.relative().values(), default=math.inf)
-    if pair.device.type == "cpu" and not found.problems and 0 < largest <= GPU_TOLERANCE:
-        numbers["float32"] = {"largest": largest, "differences": found.relative()}
-        note = f"; in float64, because they differ by {largest:.2g} in float32"
-        judged, tolerance = _run(pair, pixels, torch.float64, kinds[:1], what)[0], FLOAT64_TOLERANCE
+    largest = max(judged.relative().values(), default=math.inf)
+    if not judged.problems and 0 < largest <= FLOAT32_TOLERANCE:
+        try:
+            decisive = _run(pair, pixels, torch.float64, variants[:1], f"{what} again, in float64")[variants[0]]
+        except (torch.cuda.OutOfMemoryError, MemoryError):
+            tolerance = FLOAT32_TOLERANCE
+            numbers["float32_only"] = f"{pair.device} has too little memory for float64"
+            not_checked = (
+                f"only float32 was compared, because {numbers['float32_only']}: errors below {tolerance:g} of a "
+                "layer's largest value cannot be excluded"
+            )
+        else:
+            numbers["float32"] = {"largest": largest, "differences": judged.relative()}
+            note = f"; decided by a second pass in float64, because they differ by {largest:.2g} in float32"
+            judged, tolerance = decisive, FLOAT64_TOLERANCE
     if judged.not_finite_from is not None:
         note += f"; from {judged.not_finite_from} on, values that are not finite prove nothing"
+        values = f"values that are not finite, in {judged.not_finite_from} and later, were not compared"
+        not_checked = "; ".join(filter(None, [not_checked, values]))
     differences = judged.relative()
     failed = [name for name, d in differences.items() if not d <= tolerance]
-    problems = list(found.problems)
+    problems = list(judged.problems)
     if failed:
         size = f"{differences[failed[0]]:.3g} (absolute: {judged.differences[failed[0]]:.3g})"
         rest = f"; {len(failed) - 1} of the {len(differences) - 1} other layer outputs differ too" if failed[1:] else ""
@@ -180,35 +196,83 @@ def compare(pair: Pair, pixels: Tensor, what: str, is_native: bool = True) -> Ve
         "tolerance": tolerance, "largest": max(differences.values(), default=math.inf), "differences": differences,
         "absolute": judged.differences, "first": failed[0] if failed else None,
     }  # fmt: skip
-    return Verdict(tuple(problems), numbers, note, found, judged, *published)
+    if published in found:
+        as_published = found[published].differences
+        numbers["as_published"] = {name: as_published[name] for name in found[published].outputs}
+    cast_cost = None
+    if uncast in found and not problems:
+        cast_cost = _cast_cost(pair, pixels, found[uncast], default_dtype)
+    outputs = found[variants[0]].outputs
+    return Verdict(tuple(problems), numbers, note, not_checked, outputs, cast_cost)
 
 
 @torch.no_grad()
-def _run(pair: Pair, pixels: Tensor, dtype: torch.dtype, as_transformers: list[bool], what: str) -> list[Comparison]:
-    """Run the converted model once, and the original once per way to interpolate, all of them layer by layer."""
+def _run(
+    pair: Pair, pixels: Tensor, dtype: torch.dtype, variants: list[Variant], what: str
+) -> dict[Variant, Comparison]:
+    """Run the converted model once and, together with it layer by layer, every variant of the original."""
     pair.original.compute_in(dtype)
-    pair.converted.compute_in(dtype)
     pixels = pixels.to(pair.device, dtype)
-    comparisons = [Comparison(pair.architecture.states(pair.original.model, pixels, kind)) for kind in as_transformers]
+    comparisons = {variant: Comparison(_original_states(pair, variant, pixels)) for variant in variants}
     total = pair.config.num_hidden_layers + len(pair.prefix_tokens) + 2  # embeddings, patches
     steps = 0
 
     def compare_state(name: str, state: Tensor) -> None:
         nonlocal steps
-        for comparison in comparisons:
+        for comparison in comparisons.values():
             # Between any two layers: each call may cancel the verification, and a layer can take a second.
             pair.progress(what, min(steps, total), total, "steps")
             comparison.compare(name, state)
         steps += 1
         pair.progress(what, min(steps, total), total, "steps")
 
-    with exact_layers(), _state_hooks(pair.converted.model, pair.prefix_tokens, compare_state):
-        outputs = pair.converted.model(pixels)
-        if "logits" in outputs:
-            compare_state("logits", outputs.logits)
-        for comparison in comparisons:
-            comparison.finish()
+    _run_converted(pair, pixels, dtype, compare_state)
+    for comparison in comparisons.values():
+        comparison.finish()
     return comparisons
+
+
+def _original_states(pair: Pair, variant: Variant, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
+    states = pair.architecture.states(pair.original.model, pixels, variant.as_transformers)
+    while True:
+        pair.original.cast_to(pair.cast_to if variant.is_cast else None)  # another variant may have run since
+        state = next(states, None)
+        if state is None:
+            return
+        yield state
+
+
+@torch.no_grad()
+def _run_converted(pair: Pair, pixels: Tensor, dtype: torch.dtype, receive: Callable[[str, Tensor], None]) -> None:
+    """Run the converted model, and call ``receive`` with each of its states."""
+    pair.converted.compute_in(dtype)
+    with exact_float32(), _state_hooks(pair.converted.model, pair.prefix_tokens, receive):
+        outputs = pair.converted.model(pixels.to(pair.device, dtype))
+        if "logits" in outputs:
+            receive("logits", outputs.logits)
+
+
+def _cast_cost(pair: Pair, pixels: Tensor, uncast: Comparison, default_dtype: torch.dtype) -> CastCost | None:
+    """Compare the output as its users run it with the original as it was stored."""
+    found: dict[str, Tensor] = {}
+    total = pair.config.num_hidden_layers + len(pair.prefix_tokens) + 2
+
+    def keep(name: str, state: Tensor) -> None:
+        pair.progress("measuring the cost of the cast", min(len(found), total), total, "steps")
+        found[name] = state if name in uncast.outputs else state[:0]
+
+    if default_dtype == torch.float32:
+        found = {name: converted for name, (_, converted) in uncast.outputs.items()}
+    else:
+        _run_converted(pair, pixels, default_dtype, keep)
+    if not uncast.outputs.keys() <= found.keys():
+        return None
+    return CastCost(
+        dtype=str(default_dtype).removeprefix("torch."),
+        largest=max(_largest_difference(found[name].float(), stored) for name, (stored, _) in uncast.outputs.items()),
+        largest_in_float32=max(uncast.differences[name] for name in uncast.outputs),
+        magnitude=max(uncast.magnitudes[name] for name in uncast.outputs),
+    )
 
 
 @contextmanager

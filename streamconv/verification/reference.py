@@ -10,14 +10,13 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError
 from threading import Lock
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -27,11 +26,9 @@ from streamconv.errors import UsageError
 from streamconv.formats import torch_legacy
 from streamconv.planning.plan import Plan
 from streamconv.source.open import OpenSource
-from streamconv.tensors.expressions import AnyTensor, joined, parts_of
-from streamconv.tensors.info import DtypeCode
 from streamconv.verification.empty_weights import empty_weights
-from streamconv.verification.offload import StreamedWeights
 from streamconv.verification.originals import OriginalArchitecture, original_of
+from streamconv.verification.weights import MappedWeights, StreamedWeights
 
 BUILTIN, HUB = "builtin", "hub"
 _hub_lock = Lock()  # torch.hub imports from the front of sys.path, and two folders' modules have the same names
@@ -85,16 +82,14 @@ def _forgotten_modules(repository: str) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def load_weights(
-    original: Any, source: OpenSource, device: torch.device, cast_to: DtypeCode | Literal[""]
-) -> tuple[StreamedWeights | None, str]:
+def load_weights(original: Any, source: OpenSource) -> tuple[MappedWeights | StreamedWeights, str]:
     """Load the source's tensors into a model on the meta device; missing and unexpected tensors are errors.
 
     torch maps local files, and nothing is copied. The tensors of a remote source, or of a file that torch does
-    not load safely, are not loaded, but returned as `StreamedWeights`, which read and cast them on demand.
+    not load safely, are not loaded, but returned as `StreamedWeights`, which read them on demand.
 
     Returns:
-        The streamed weights or None, and why a local file had to be streamed ("" if it was not).
+        The weights, and why those of a local file had to be streamed ("" if they were not).
     """
     files, why = {}, ""
     if not source.is_remote:
@@ -109,19 +104,15 @@ def load_weights(
     if source.is_remote or why:
         shapes = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
         original.load_state_dict(shapes, strict=True, assign=True)
-        tensors = {name: _cast(source.tensors[name], cast_to) for name in original.state_dict()}
-        return StreamedWeights(tensors, source.reader, device), why
+        tensors = {name: source.tensors[name] for name in original.state_dict()}
+        return StreamedWeights(tensors, source.reader), why
     state: dict[str, Any] = {}
     for key, names in source.selection.names.items():
         parts = [files["backbone"][name] for name in names]
         state[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
     state = source.selection.family.join_head(state, files.get("head", {}))
     original.load_state_dict(state, strict=True, assign=True)
-    return None, ""
-
-
-def _cast(tensor: AnyTensor, dtype: DtypeCode | Literal[""]) -> AnyTensor:
-    return joined([replace(part, cast_to=dtype) for part in parts_of(tensor)])
+    return MappedWeights(original.state_dict()), ""
 
 
 def _map_file(path: Path) -> Any:
