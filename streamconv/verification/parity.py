@@ -135,7 +135,8 @@ def check_parity(pair: Pair, name: str, pixels: Tensor, default_dtype: torch.dty
     size = pixels.shape[-1]
     proves = f"{PROVES}, at {size}x{size}"
     try:
-        verdict = compare(pair, pixels, f"comparing both models at {size}x{size}", default_dtype)
+        with exact_float32(pair.device):
+            verdict = compare(pair, pixels, f"comparing both models at {size}x{size}", default_dtype)
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise out_of_memory(pair.device, error) from error
     except Exception as error:  # torch or transformers rejects the output or the source
@@ -246,7 +247,7 @@ def _original_states(pair: Pair, variant: Variant, pixels: Tensor) -> Iterator[t
 def _run_converted(pair: Pair, pixels: Tensor, dtype: torch.dtype, receive: Callable[[str, Tensor], None]) -> None:
     """Run the converted model, and call ``receive`` with each of its states."""
     pair.converted.compute_in(dtype)
-    with exact_float32(), _state_hooks(pair.converted.model, pair.prefix_tokens, receive):
+    with _state_hooks(pair.converted.model, pair.prefix_tokens, receive):
         outputs = pair.converted.model(pixels.to(pair.device, dtype))
         if "logits" in outputs:
             receive("logits", outputs.logits)
