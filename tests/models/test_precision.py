@@ -70,7 +70,7 @@ def is_exact(device: torch.device) -> bool:
 def describe(setting: str, is_used: bool) -> list[Any]:
     """Make a setting in this process, perhaps compute exactly, and return torch's settings.
 
-    They are returned three times: after two changes of settings that others inherit, too.
+    They are returned again after each change of a setting that others inherit.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its older flags
@@ -82,8 +82,8 @@ def describe(setting: str, is_used: bool) -> list[Any]:
     if not HAS_PRECISIONS:
         return [older_flags()]
     seen = [precisions()]
-    for backend in ("cuda", "generic"):
-        torch._C._set_fp32_precision_setter(backend, "all", "none" if backend == "cuda" else "ieee")
+    for backend in ("cuda", "mkldnn", "generic"):
+        torch._C._set_fp32_precision_setter(backend, "all", "ieee" if backend == "generic" else "none")
         seen.append(precisions())
     return seen
 
