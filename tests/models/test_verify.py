@@ -560,6 +560,39 @@ def test_folder_with_the_authors_code_is_used_as_reference(tmp_path: Path, publi
         assert passed or found.check("parity").numbers["first"] == "layer 3"
 
 
+WITH_XFORMERS = """
+from torch.nn import functional
+from streamconv.families.registry import find_model
+from streamconv.verification.originals import dinov2
+
+XFORMERS_AVAILABLE = True
+
+class MemEffAttention(dinov2.Attention):
+    def forward(self, x):
+        assert not XFORMERS_AVAILABLE, "no operator for the CPU, nor for float64"
+        return super().forward(x)
+
+class FusedMlp(dinov2.Mlp):
+    def forward(self, x):
+        hidden = functional.gelu(functional.linear(x, self.fc1.weight, self.fc1.bias))
+        return functional.linear(hidden, self.fc2.weight, self.fc2.bias)
+
+def dinov2_vits14(**arguments):
+    model = dinov2.build(find_model("dinov2_vits14")[1].dimensions)
+    for block in model.blocks:
+        block.attn.__class__, block.mlp.__class__ = MemEffAttention, FusedMlp
+    return model
+"""
+
+
+def test_authors_code_with_xformers_is_used_as_reference(tmp_path: Path, published: Converted) -> None:
+    """xFormers' attention needs a GPU, and its feed-forward module reads weights of modules that it does not call."""
+    (tmp_path / "hubconf.py").write_text(WITH_XFORMERS)
+    found = published.verify(reference=tmp_path)
+    assert found.passed, problems(found)
+    assert found.check("parity").numbers["largest"] <= found.check("parity").numbers["tolerance"]
+
+
 @pytest.mark.skipif("DINOV2_REPOSITORY" not in os.environ, reason="DINOV2_REPOSITORY names no checkout of Meta's code")
 @pytest.mark.parametrize("model", ["dinov2_vits14", "dinov2_vits14_1layer"])
 def test_authors_own_code_computes_the_same(tmp_path: Path, model: str) -> None:

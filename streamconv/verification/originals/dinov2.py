@@ -159,7 +159,19 @@ def load(repository: str, source: str, model: Model) -> Any:
         original.linear_head = classifier.linear_head
     if not isinstance(original, nn.Module) or not hasattr(original, "prepare_tokens_with_masks"):
         raise TypeError(f"it returns a {type(original).__name__}, which is not the authors' model")
+    _use_torch_attention(original)
     return original
+
+
+def _use_torch_attention(original: nn.Module) -> None:
+    """Make Meta's code use torch's attention if xFormers is installed, whose attention needs a GPU and has no float64.
+
+    Meta's attention asks a global of its module. The modules are this model's own: see `reference`.
+    """
+    for module in original.modules():
+        namespace = getattr(type(module).forward, "__globals__", {})
+        if "XFORMERS_AVAILABLE" in namespace:
+            namespace["XFORMERS_AVAILABLE"] = False
 
 
 def states(model: Any, pixels: Tensor, as_transformers: bool = False) -> Iterator[tuple[str, Tensor]]:
