@@ -8,6 +8,11 @@ import safetensors.torch
 import torch
 
 from streamconv.formats.safetensors import INDEX_NAME
+from streamconv.jobs.options import ConversionOptions
+from streamconv.jobs.prepare import prepared_source
+from streamconv.planning.plan import Plan
+from streamconv.progress import ignore_progress
+from streamconv.verification.bytes import compare_with_source
 from tests import api
 from tests.checkpoints import State, alter, make_states
 from tests.support import Save, byte_problems, flip, tiny
@@ -211,3 +216,16 @@ def test_dtype_in_config_that_contradicts_the_tensors_is_found(tmp_path: Path, s
     for dtype in ("float16", "float32", "float64", ["bfloat16"], None):
         path.write_text(json.dumps({**good, "dtype": dtype}))
         assert byte_problems(tmp_path / "out", source), dtype
+
+
+def test_size_of_all_tensors_is_computed_once(converted: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summing it for each progress report of ViT-g took almost as long as comparing its bytes."""
+    folder, source = converted
+    with prepared_source(source, ConversionOptions(), ignore_progress) as prepared:
+        plan = prepared.plan
+        calls, weights = [], plan.weights
+        monkeypatch.setattr(Plan, "weights", property(lambda _: calls.append("sum") or weights))
+        reports: list[tuple[str, int, int, str]] = []
+        compare_with_source(folder, plan, prepared.source.reader, True, lambda *report: reports.append(report))
+    assert reports[-1] == ("comparing bytes", weights, weights, "bytes")
+    assert len(reports) > len(calls) == 1
