@@ -12,11 +12,13 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
+from streamconv.verification.page_cache import return_freed_buffers
 from streamconv.verification.weights import Weights
 
 # Modules up to this size are loaded as a whole. Some of xFormers' modules read their children's weights and never call
 # the children; the largest, the feed-forward part of ViT-g, has 75 MB.
 MODULE_BYTES = 80 << 20
+LARGE_BYTES = 1 << 20  # of weights; what such a module computes needs buffers that are worth returning
 ALIGNMENT = 64  # bytes, as torch aligns what it allocates
 
 
@@ -138,7 +140,10 @@ class _LayerWeights(ModelHook):  # type: ignore[misc]
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         for (each, name, _), empty in zip(self._places, self._empty, strict=True):
             each._parameters[name] = empty
+        is_large = self._model.buffer.used - self._used_before >= LARGE_BYTES
         self._model.buffer.used = self._used_before
+        if is_large:
+            return_freed_buffers()
         return output
 
 
