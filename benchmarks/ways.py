@@ -102,9 +102,16 @@ def mergekit(source: Path, out: Path, options: Options) -> None:
 
 
 def original(source: Path, out: Path, options: Options) -> None:
-    """Do what the original script does: both models in memory, their forward passes at 224 pixels, save_pretrained."""
+    """Do what the original script does, with local files instead of its downloads.
+
+    It initialises both models at random before it loads their weights, which takes long and is not repeated here. Its
+    assertions are computed, but nothing depends on them: some fail with random weights or with transformers 5.
+    """
     import torch
     import transformers
+    from PIL import Image
+    from torchvision import transforms
+    from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     import streamconv
     from streamconv.verification.originals import dinov2
@@ -118,12 +125,27 @@ def original(source: Path, out: Path, options: Options) -> None:
     state_dict = dict(pair for name, targets in names_of(source) for pair in chunked(targets, loaded[name], None))
     # The original script's load_state_dict does not work with transformers 5's names; this works with 4 and 5.
     converted: Any = transformers.Dinov2Model.from_pretrained(None, config=config, state_dict=state_dict)
-    pixels = torch.randn(1, 3, 224, 224)
+    image = Image.effect_noise((640, 480), 64).convert("RGB")
+    steps = [
+        transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(224),
+        transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    ]
+    processor: Any = transformers.BitImageProcessor(
+        size={"shortest_edge": 256},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+    )
+    pixels = processor(image, return_tensors="pt").pixel_values
+    torch.allclose(transforms.Compose(steps)(image).unsqueeze(0), pixels)
     with torch.no_grad():
-        for _ in dinov2.states(model, pixels):
-            pass
-        converted(pixels, output_hidden_states=True)
+        cls = next(output for name, output in dinov2.states(model, pixels) if name == "cls")
+        outputs = converted(pixels, output_hidden_states=True)
+    torch.allclose(outputs.last_hidden_state[:, :1], cls, atol=1e-3)
     converted.save_pretrained(out, max_shard_size=options.max_shard_size)
+    processor.save_pretrained(out)
 
 
 def consolidate(source: Path, out: Path, options: Options) -> None:

@@ -163,3 +163,17 @@ def test_benchmarks_run_on_the_smallest_model(tmp_path: Path) -> None:
     for name in ("side_by_side_ways.png", "side_by_side_where.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []  # its own inputs are deleted
+
+
+def test_run_is_compared_with_the_original_script(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "benchmarks.verify", "dinov2_vits14", "--runs", "1", "--dir", tmp_path]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "exit code" not in done.stdout
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    found = {cells[0]: cells[1:] for cells in rows if len(cells) > 1}
+    assert found[ORIGINAL][1] == "1.00"
+    wall = float(found[RUN][0].split()[0])
+    taken = {name: float(found[name][0]) for name in ("convert", "bytes", "load", "parity", "preprocessing")}
+    assert 0 < sum(taken.values()) < wall
+    assert list(tmp_path.iterdir()) == []
