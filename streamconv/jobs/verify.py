@@ -210,7 +210,12 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
         reference=None,
         versions={"streamconv": __version__, "python": platform.python_version()},
         source=manifest.source,
-        output={"model": manifest.model, "architecture": manifest.architecture, "files": manifest.files},
+        output={
+            "model": manifest.model,
+            "shaped_like": manifest.shaped_like,
+            "architecture": manifest.architecture,
+            "files": manifest.files,
+        },
         memory={},
         seconds=time.monotonic() - start,
     )
@@ -233,7 +238,7 @@ def _verification(
         versions=models.versions,
         source=source.describe(),
         output={
-            "model": plan.model.name if plan.model else None,
+            **plan.names,
             "architecture": plan.architecture,
             "files": {name: file for name, file in files.items() if name.endswith(".safetensors")},
         },

@@ -79,7 +79,7 @@ def test_bytes_of_an_interrupted_run_do_not_count_as_speed(plan: Plan) -> None:
         "dinov2", "dinov2_vits14", {Path("x.pth"): WrittenFile(90_000_000, DIGEST)}, 88_000_000, 44_000_000, 2
     )
     assert plain(reverted_lines(reverted))[:2] == [
-        "dinov2_vits14: reverted into x.pth, 88 MB, 44 MB of it before an interruption; "
+        "a model shaped like dinov2_vits14: reverted into x.pth, 88 MB, 44 MB of it before an interruption; "
         "the other 44 MB in 2.0 s, 22 MB/s",
         "  x.pth  90 MB  sha256 0123456789ab",
     ]
