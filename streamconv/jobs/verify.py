@@ -26,8 +26,10 @@ from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
+from streamconv.verification.config import check_config, small_files
 from streamconv.verification.preflight import check_arguments, check_packages, check_report
 from streamconv.verification.result import Check, Verification
+from streamconv.verification.structure import unexpected_weights
 
 if TYPE_CHECKING:
     from streamconv.verification.model_checks import ModelResults, ModelVerifier
@@ -110,8 +112,10 @@ def verify_prepared(
         check, files = compare_with_manifest(folder, plan, manifest, progress)
     else:
         check, files = compare_with_source(folder, plan, source.reader, source.has_checksums, progress)
+    config = check_config(folder, plan)
+    files = {**files, **small_files(folder, plan)}
     results = models.check(folder, source, progress, options.parity, thorough=options.thorough)
-    verification = _verification(plan, source, (check, *results.checks), results, models, files, start)
+    verification = _verification(plan, source, (check, config, *results.checks), results, models, files, start)
     try:
         record_verification(folder, verification.as_record(), dict(verification.source))
     except OutputError as error:
@@ -147,7 +151,8 @@ def verify_uploaded(
         check = Check("bytes", True, proves, (), numbers, "the uploaded files were not read back")
     else:
         check = Check("bytes", None, "the source has no CRC-32s, and no output file was kept to be compared with it")
-    return _verification(plan, source, (check, *results.checks), results, models, manifest.files, start)
+    config = check_config(folder, plan)
+    return _verification(plan, source, (check, config, *results.checks), results, models, manifest.files, start)
 
 
 def check_options(options: VerificationOptions, runs_models: bool = True) -> None:
@@ -198,11 +203,14 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
         raise OutputError(
             f"{folder} has no {MANIFEST_NAME} to check it against. Give the source: `streamconv verify DIR SOURCE`."
         )
-    problems = check_files(folder, manifest, progress)
+    problems = check_files(folder, manifest.files, progress)
+    problems = sorted([*problems, *unexpected_weights(folder, {*manifest.files})])
     files = Check(
         "files", not problems, f"every file is as it was written, according to {MANIFEST_NAME}", tuple(problems)
     )
-    others = [Check(name, None, "no source was given") for name in ("bytes", "load", "parity", "preprocessing")]
+    others = [
+        Check(name, None, "no source was given") for name in ("bytes", "config", "load", "parity", "preprocessing")
+    ]
     _log_checks([files])
     return Verification(
         checks=(files.since(start), *others),
@@ -240,7 +248,7 @@ def _verification(
         output={
             **plan.names,
             "architecture": plan.architecture,
-            "files": {name: file for name, file in files.items() if name.endswith(".safetensors")},
+            "files": files,
         },
         memory=found.memory,
         seconds=time.monotonic() - start,

@@ -24,7 +24,7 @@ def folder(tmp_path: Path, save: Save) -> Path:
 def problems(folder: Path) -> tuple[str, ...]:
     found = api.verify(folder)
     files, *others = found.checks
-    assert [check.passed for check in others] == [None] * 4
+    assert [check.passed for check in others] == [None] * 5
     assert found.passed == files.passed == (not files.problems)
     return files.problems
 
@@ -34,7 +34,7 @@ def test_unchanged_folder_passes_and_names_the_checks_that_did_not_run(folder: P
     found = api.verify(folder).as_dict()
     assert json.loads(json.dumps(found))["source"]["backbone"]["file"] == "source.pth"
     assert {check["name"] for check in found["checks"] if check["passed"] is None} == {
-        "bytes", "load", "parity", "preprocessing"
+        "bytes", "config", "load", "parity", "preprocessing"
     }  # fmt: skip
 
 

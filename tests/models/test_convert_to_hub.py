@@ -28,7 +28,7 @@ def test_all_checks_run_although_nothing_is_kept_on_disk(hub: HubServer, remote_
     done = to_hub(remote_hub_model, tmp_path / "stage", verify=verify_on_cpu, unverified=False)
     assert done.verification is not None
     found = {check.name: check.passed for check in done.verification.checks}
-    assert found == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
+    assert found == {"bytes": True, "config": True, "load": True, "parity": True, "preprocessing": True}
     parity = done.verification.check("parity").numbers
     assert parity["largest"] <= parity["tolerance"]
     assert "layer 3" in parity["differences"]
