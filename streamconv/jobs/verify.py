@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -20,7 +21,7 @@ from streamconv.jobs.options import ConversionOptions, SourceOptions, StrPath, V
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.output.files import write_file
 from streamconv.output.journal import JOURNAL_NAME
-from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile, record_verification
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile, in_order, record_verification
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.open import OpenSource, read_config
@@ -80,7 +81,7 @@ def verify(
         )
     check_options(options, runs_models=source is not None)
     if source is None:
-        verification = _verify_alone(path, progress)
+        verification = _verify_alone(path, progress, options.command)
     else:
         with ExitStack() as stack:
             conversion = _options_of(path, source_options)
@@ -115,7 +116,8 @@ def verify_prepared(
     config = check_config(folder, plan)
     files = {**files, **small_files(folder, plan)}
     results = models.check(folder, source, progress, options.parity, thorough=options.thorough)
-    verification = _verification(plan, source, (check, config, *results.checks), results, models, files, start)
+    checks = (check, config, *results.checks)
+    verification = _verification(plan, source, checks, results, models, files, start, options.command)
     try:
         record_verification(folder, verification.as_record(), dict(verification.source))
     except OutputError as error:
@@ -152,7 +154,8 @@ def verify_uploaded(
     else:
         check = Check("bytes", None, "the source has no CRC-32s, and no output file was kept to be compared with it")
     config = check_config(folder, plan)
-    return _verification(plan, source, (check, config, *results.checks), results, models, manifest.files, start)
+    checks = (check, config, *results.checks)
+    return _verification(plan, source, checks, results, models, manifest.files, start, options.command)
 
 
 def check_options(options: VerificationOptions, runs_models: bool = True) -> None:
@@ -197,7 +200,11 @@ def _log_checks(checks: Iterable[Check]) -> None:
         _log.info("%s: %s: %s", check.name, verdict, "; ".join(check.problems) or check.proves)
 
 
-def _verify_alone(folder: Path, progress: Progress) -> Verification:
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _verify_alone(folder: Path, progress: Progress, command: str) -> Verification:
     start, manifest = time.monotonic(), Manifest.read(folder)
     if manifest is None:
         raise OutputError(
@@ -222,10 +229,13 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
             "model": manifest.model,
             "shaped_like": manifest.shaped_like,
             "architecture": manifest.architecture,
-            "files": manifest.files,
+            "cast": manifest.cast,
+            "files": in_order(manifest.files),
         },
         memory={},
         seconds=time.monotonic() - start,
+        date=_now(),
+        command=command,
     )
 
 
@@ -237,6 +247,7 @@ def _verification(
     models: "ModelVerifier",
     files: Mapping[str, WrittenFile],
     start: float,
+    command: str,
 ) -> Verification:
     _log_checks(checks)
     return Verification(
@@ -248,11 +259,15 @@ def _verification(
         output={
             **plan.names,
             "architecture": plan.architecture,
-            "files": files,
+            "dtype": plan.config["dtype"],
+            "cast": plan.cast,
+            "files": in_order(files),
         },
         memory=found.memory,
         seconds=time.monotonic() - start,
         predictions=found.predictions,
         pictures=found.pictures,
         cast_cost=found.cast_cost,
+        date=_now(),
+        command=command,
     )

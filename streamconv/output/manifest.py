@@ -1,6 +1,7 @@
 """``streamconv.json``, the manifest of a finished folder: its source, and each file's size and sha256."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -60,6 +61,16 @@ class WrittenFile:
     size: int
     sha256: str
     overflow_count: int = 0
+
+
+def in_order(files: Mapping[str, WrittenFile]) -> dict[str, WrittenFile]:
+    """Return the weight files, then the others, each with numbers in names in the order of numbers."""
+
+    def key(name: str) -> tuple[bool, list[tuple[str, int]]]:
+        parts = re.findall(r"(\D*)(\d*)", name)
+        return not name.endswith(".safetensors"), [(text, int(number or 0)) for text, number in parts]
+
+    return {name: files[name] for name in sorted(files, key=key)}
 
 
 @dataclass(frozen=True, kw_only=True)

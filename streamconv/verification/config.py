@@ -4,6 +4,7 @@ These are config.json, the image processor's file and the index of the shards. T
 around the weights, which the bytes check covers.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 from streamconv.errors import OutputError, SourceError
 from streamconv.files.local import read_small
 from streamconv.formats.checkpoint import open_checkpoint
+from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
 from streamconv.planning.plan import Plan
 from streamconv.verification.result import Check
@@ -25,7 +27,7 @@ def check_config(folder: Path, plan: Plan) -> Check:
     problems = small_file_problems(folder, plan) + _label_problems(folder, plan)
     with suppress(SourceError), open_checkpoint(folder) as written:  # the bytes check reports an unreadable output
         problems += index_problems(folder, written)
-    names = _small_names(plan)
+    names = _small_names(folder, plan)
     proves = f"every value in {_listed(names)} is as planned"
     return Check("config", not problems, proves, tuple(sorted(problems)), {"files": len(names)}).since(start)
 
@@ -33,15 +35,16 @@ def check_config(folder: Path, plan: Plan) -> Check:
 def small_files(folder: Path, plan: Plan) -> dict[str, WrittenFile]:
     """Return the sizes and sha256 of the small files that the folder has."""
     found = {}
-    for name in _small_names(plan):
+    for name in _small_names(folder, plan):
         with suppress(SourceError):  # the check reports it
             data = read_small(folder / name)
             found[name] = WrittenFile(len(data), sha256(data).hexdigest())
     return found
 
 
-def _small_names(plan: Plan) -> list[str]:
-    return plan.filenames[len(plan.shards) :]
+def _small_names(folder: Path, plan: Plan) -> list[str]:
+    """Return the names of the planned files, and of the index if the folder is divided into shards."""
+    return [*plan.small_files, *([INDEX_NAME] if os.path.exists(folder / INDEX_NAME) else [])]
 
 
 def _listed(names: Sequence[str]) -> str:
