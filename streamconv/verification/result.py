@@ -125,8 +125,9 @@ class Verification:
         if not self.passed and not failed:
             return Conclusion("incomplete", "Nothing was checked.")
         if failed:
-            differs = "The output differs from its source" if has_source else "The files differ from what was written"
-            return Conclusion("failed", f"{differs}. Do not use it.", f"Failed: {', '.join(failed)}.")
+            source, written = "The output differs from its source.", "The files differ from what was written."
+            title = f"{source} Do not use it." if has_source else f"{written} Do not use them."
+            return Conclusion("failed", title, f"Failed: {', '.join(failed)}.")
         if not has_source:
             return Conclusion("incomplete", "Files unchanged since they were written; not compared with a source.")
         costs = cost.sentence((self.output.get("cast") or {}).get("from", "uncast")) if cost is not None else ""
