@@ -132,6 +132,8 @@ class Verification:
             return Conclusion("incomplete", "Files unchanged since they were written; not compared with a source.")
         costs = cost.sentence((self.output.get("cast") or {}).get("from", "uncast")) if cost is not None else ""
         gaps = [f"{check.name} did not run" if check.passed is None else check.not_checked for check in self.checks]
+        if self.output.get("cast") and cost is None:
+            gaps.append("the cost of the cast was not measured")
         if not any(gaps):
             return Conclusion("passed", "Looks ok!", cast_cost=costs)
         is_float32_only = any("float32_only" in check.numbers for check in self.checks)

@@ -260,6 +260,8 @@ def test_verdict_states_the_cost_of_a_cast() -> None:
         "Looks ok! Cost of the cast: in bfloat16, which from_pretrained uses by default, outputs differ from the "
         "float32 original's by up to 0.057, where its largest value is 4.1; with float32 arithmetic, by up to 0.024."
     )
+    gap = "Looks ok, but not everything was checked: the cost of the cast was not measured."
+    assert plain(verification_lines(replace(found, cast_cost=None)))[-1] == gap
     overflown = replace(found, cast_cost=CastCost("float32", math.inf, math.inf, 4.1))
     assert plain(verification_lines(overflown))[-1].endswith(
         "in float32, which from_pretrained uses by default, outputs differ from the float32 original's by infinity or "
