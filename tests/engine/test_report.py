@@ -184,6 +184,7 @@ def test_report_of_a_failed_verification_names_checks_problems_and_first_differe
     assert "Not run: preprocessing." in text
     assert "7 of 15 layer outputs differ." in text
     assert "both compute the same" not in text.lower()
+    assert "A difference by design" not in text  # of a wrong model, it means nothing
     assert text.count("layer 7 differs by 0.0123") == 5
     assert "5 more problems" in text
     assert "First difference in layer 7" in text

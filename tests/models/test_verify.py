@@ -513,6 +513,9 @@ def test_result_names_the_output_files_and_their_digests(tmp_path: Path, save: S
     assert found.output["architecture"] == "Dinov2Model"
     paths = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(paths) > 1
+    small = ("config.json", "model.safetensors.index.json", "preprocessor_config.json")
+    paths += [tmp_path / "out" / name for name in small]
+    assert [*found.output["files"]] == [path.name for path in paths]
     assert {name: (file.size, file.sha256) for name, file in found.output["files"].items()} == {
         path.name: (path.stat().st_size, sha256_of(path)) for path in paths
     }

@@ -285,3 +285,13 @@ def test_parity_row_states_its_size_and_the_difference_by_design() -> None:
     ]
     native = Check("native", True, "both compute the same, at 518x518", (), {**numbers, "size": 518})
     assert "--thorough" not in "".join(plain(verification_lines(verification(parity, native))))
+
+
+def test_record_for_the_manifest_names_no_command_and_has_no_pictures() -> None:
+    """The manifest may be published, and a command names folders of the user's machine."""
+    found = replace(
+        verification(Check("bytes", True, "a")), command="streamconv verify /home/ada/x", pictures={"image": "data:x"}
+    )
+    assert found.as_dict()["command"] == "streamconv verify /home/ada/x"
+    assert "ada" not in str(found.as_record())
+    assert found.as_record()["pictures"] == {}
