@@ -236,6 +236,6 @@ def _cost(memory: Mapping[str, int | None], seconds: float) -> Iterator[str]:
         imports = f"{size(start)} of it from importing torch and transformers"
         yield f"{size(peak)} peak memory without mapped files, {imports}"
     if (gpu_peak := memory.get("gpu_peak")) is not None:
-        others = {"reserved": memory.get("gpu_reserved_peak"), "with torch's context": memory.get("gpu_used_peak")}
+        others = {"reserved": memory.get("gpu_reserved_peak"), "used by all processes": memory.get("gpu_used_peak")}
         more = ", ".join(f"{size(count)} {what}" for what, count in others.items() if count is not None)
         yield f"{size(gpu_peak)} peak GPU memory" + (f" ({more})" if more else "")

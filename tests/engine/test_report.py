@@ -148,12 +148,15 @@ def test_report_of_a_model_with_published_shapes_is_titled_so() -> None:
 
 
 def test_report_names_the_gpu_and_its_memory() -> None:
-    found = passing() | {"device": "cuda:0", "gpu": {"name": "NVIDIA H100", "driver": "550.54"}}
+    gpu = {"name": "NVIDIA H100", "memory": 80_000_000_000, "driver": "550.54", "runtime": "CUDA 12.8"}
+    found = passing() | {"device": "cuda:0", "gpu": gpu}
     found["memory"] = {"gpu_peak": 1_300_000_000, "gpu_reserved_peak": 1_500_000_000, "gpu_used_peak": 2_000_000_000}
     text = words(report.render(found))
-    assert "Device cuda:0, NVIDIA H100, driver 550.54" in text
-    assert "Peak GPU memory, allocated 1.3 GB Peak GPU memory, reserved 1.5 GB" in text
-    assert "Peak GPU memory, with torch's context 2 GB" in text
+    assert "Device cuda:0, NVIDIA H100, 80 GB, driver 550.54, CUDA 12.8" in text
+    assert "Peak GPU memory, tensors 1.3 GB Peak GPU memory, reserved by torch 1.5 GB" in text
+    assert "Peak GPU memory, with CUDA and other processes 2 GB" in text
+    unused = words(report.render(passing() | {"gpu": {}, "device_note": "the GPU is too old"}))
+    assert "Device cpu GPU not used The GPU is too old." in unused
 
 
 def test_report_of_files_alone_is_not_called_verified() -> None:

@@ -212,6 +212,9 @@ def test_peak_memory_is_reported_without_mapped_files() -> None:
     lines = plain(verification_lines(replace(verification(Check("bytes", True, "a")), memory=memory)))
     peak = "500 MB peak memory without mapped files, 400 MB of it from importing torch and transformers"
     assert lines[-2].partition(", ")[2] == peak
+    memory = {"gpu_peak": 10**9, "gpu_reserved_peak": 2 * 10**9, "gpu_used_peak": 3 * 10**9}
+    lines = plain(verification_lines(replace(verification(Check("bytes", True, "a")), memory=memory)))
+    assert lines[-2].endswith("1.0 GB peak GPU memory (2.0 GB reserved, 3.0 GB used by all processes)")
 
 
 def test_verdict_without_a_source_names_what_was_checked() -> None:
