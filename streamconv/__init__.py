@@ -41,16 +41,18 @@ from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ProgressUnit
 from streamconv.tensors.expressions import SourceTensor
 from streamconv.tensors.info import CastDtype, DtypeCode, TensorInfo
-from streamconv.verification.result import Check, Verification
+from streamconv.verification.result import CastCost, Check, Conclusion, Verification
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "Cancelled",
+    "CastCost",
     "CastDtype",
     "ChangedError",
     "Check",
     "Checkpoint",
+    "Conclusion",
     "Conversion",
     "ConversionOptions",
     "CorruptError",

@@ -35,6 +35,7 @@ from streamconv.progress import Progress, ignore_progress
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import TensorInfo, contiguous_strides
 from streamconv.verification.bytes import check_bytes
+from streamconv.verification.config import check_config
 from tests import api
 from tests.file_server import FileServer
 from tests.hub_server import TOKEN, HubServer
@@ -357,10 +358,11 @@ def verdicts(found: Verification) -> dict[str, bool | None]:
 
 
 def byte_problems(folder: Path, source: Path, head: Path | None = None) -> str:
-    """Return the problems that the bytes check finds. No model is built and no forward pass runs."""
+    """Return the problems that the bytes and config checks find. No model is built and no forward pass runs."""
     options = options_of(folder, SourceOptions(head=head))
     with prepared_source(source, options, ignore_progress, labels_of=folder) as prepared:
-        return "\n".join(check_bytes(folder, prepared.plan, prepared.source.reader, lambda count: None).problems)
+        found = check_bytes(folder, prepared.plan, prepared.source.reader, lambda count: None)
+        return "\n".join([*found.problems, *check_config(folder, prepared.plan).problems])
 
 
 def problems(found: Verification) -> str:

@@ -18,6 +18,7 @@ from streamconv.verification.result import Check, Verification
 
 VERDICTS = {True: "ok", False: "FAILED", None: "not run:"}
 GOOD, INCOMPLETE, BAD = "green", "yellow", "red"
+COLOURS = {"passed": GOOD, "incomplete": INCOMPLETE, "failed": BAD}
 INDENT = 23  # the column where the text of a check begins
 FEW = 5  # lines of one kind that are shown if there may be thousands
 
@@ -178,8 +179,9 @@ def _weights(family: Family, model: Model) -> int:
 def verification_lines(verification: Verification) -> Iterator[Line | str]:
     for check in verification.checks:
         colour = BAD if check.passed is False else INCOMPLETE if check.passed is None or check.not_checked else GOOD
-        yield Line(f"{check.name:14}{click.style(f'{VERDICTS[check.passed]:9}', fg=colour)}", check.proves)
-        details = [*_number_lines(check, verification.device), *folded(check.problems), check.not_checked]
+        yield Line(f"{check.name:14}{click.style(f'{VERDICTS[check.passed]:9}', fg=colour)}", check.finding)
+        numbers = [*_number_lines(check, verification.device), *_size_lines(check, verification)]
+        details = [*folded(check.problems), *numbers, check.not_checked]
         yield from (Line(" " * INDENT, line) for line in details if line)
     if verification.predictions:
         yield "Predicted classes:"
@@ -190,34 +192,38 @@ def verification_lines(verification: Verification) -> Iterator[Line | str]:
 
 
 def _verdict(verification: Verification) -> Line:
-    has_source, checks = verification.device is not None, verification.checks
-    gaps = [f"{check.name} did not run" if check.passed is None else check.not_checked for check in checks]
-    if not verification.passed:
-        text = f"The output differs from {'its source' if has_source else 'what was written'}. Do not use it."
-        return Line(click.style(text, fg=BAD, bold=True), "")
-    if not any(gaps):
-        return Line(click.style("Looks ok!", fg=GOOD, bold=True), "")
-    if not has_source:
-        gaps = ["only the files' sizes and sha256 were, because no source was given"]
-    head = click.style("Looks ok, but not everything was checked:", fg=INCOMPLETE, bold=True)
-    return Line(head, f" {'; '.join(filter(None, gaps))}.", hang=2)
+    conclusion = verification.conclusion
+    head = click.style(conclusion.title, fg=COLOURS[conclusion.kind], bold=True)
+    return Line(head, "".join(f" {text}" for text in (conclusion.details, conclusion.cast_cost) if text), hang=2)
 
 
 def _number_lines(check: Check, device: str | None) -> Iterator[str]:
     numbers = check.numbers
-    if check.name == "parity" and "largest" in numbers:
+    if check.name in ("parity", "native") and "largest" in numbers:
         largest = f"largest difference {numbers['largest']:.3g}, allowed {numbers['tolerance']:g}"
-        yield f"{len(numbers['differences'])} layer outputs on {device}: {largest}"
+        where = f"on {device}{', in a second pass in float64' if 'float32' in numbers else ''}"
+        yield f"{len(numbers['differences'])} layer outputs {where}: {largest}"
     if check.name == "preprocessing" and numbers.get("pil") is not None and numbers.get("default") is not None:
         default = f"by {numbers['default']:.3g} with transformers' default, {numbers['default_backend']}"
         grey_level = f"one grey level is {numbers['grey_level']:.3g}"
         yield f"pixels differ by {numbers['pil']:.3g} with Pillow, {default} ({grey_level})"
-    if check.name == "preprocessing" and numbers.get("as_published"):
-        yield f"outputs differ by {_join(numbers['same_interpolation'])} with the same interpolation of embeddings"
+
+
+def _size_lines(check: Check, verification: Verification) -> Iterator[str]:
+    """Explain the size at which the models ran, and the difference by design that it brings."""
+    size, native = check.numbers.get("size"), check.numbers.get("native_size")
+    if check.name == "parity" and check.passed and (cast := verification.output.get("cast")):
+        yield f"the original ran with weights that torch cast to {cast['to']}; both models computed in float32"
+    if check.name != "parity" or check.passed is not True or size is None or native is None or size == native:
+        return
+    if published := check.numbers.get("as_published"):
         yield (
-            f"outputs differ by {_join(numbers['as_published'])} as published: to resize position "
-            "embeddings from N to n patches per side, Meta scales by (n + 0.1) / N, transformers by n / N"
+            f"by design, not an error: the authors' code interpolates position embeddings slightly differently at "
+            f"{size}x{size}, which changes outputs by {_join(published)}; here, both models do it like transformers"
         )
+    is_thorough = any(each.name == "native" for each in verification.checks)
+    more = "" if is_thorough else f"; --thorough adds the native size, {native}x{native}"
+    yield f"{size}x{size} is the image processor's size; the bytes check covers every position embedding{more}"
 
 
 def _join(differences: Mapping[str, Any]) -> str:
@@ -230,4 +236,6 @@ def _cost(memory: Mapping[str, int | None], seconds: float) -> Iterator[str]:
         imports = f"{size(start)} of it from importing torch and transformers"
         yield f"{size(peak)} peak memory without mapped files, {imports}"
     if (gpu_peak := memory.get("gpu_peak")) is not None:
-        yield f"{size(gpu_peak)} peak GPU memory"
+        others = {"reserved": memory.get("gpu_reserved_peak"), "used by all processes": memory.get("gpu_used_peak")}
+        more = ", ".join(f"{size(count)} {what}" for what, count in others.items() if count is not None)
+        yield f"{size(gpu_peak)} peak GPU memory" + (f" ({more})" if more else "")

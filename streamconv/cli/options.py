@@ -1,12 +1,14 @@
 """Command-line options that several commands share, in the groups that the help shows them in."""
 
 import os
+import sys
 from typing import Any, get_args
 
 import click
 from click.shell_completion import CompletionItem
 
 from streamconv.cli.command import Argument, Option
+from streamconv.cli.terminal import shown_command
 from streamconv.errors import UsageError
 from streamconv.families.registry import all_families, is_model
 from streamconv.files.address import redacted
@@ -161,7 +163,7 @@ def verification_options(no_parity: bool, **given: Any) -> VerificationOptions:
     Raises:
         UsageError: the device's name is not valid.
     """
-    return VerificationOptions(parity=not no_parity, **given)
+    return VerificationOptions(parity=not no_parity, command=shown_command(sys.argv[1:]), **given)
 
 
 def push_options(

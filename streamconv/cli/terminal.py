@@ -72,18 +72,22 @@ def run_with_signals(command: Callable[[], object]) -> None:
         # A library may catch the interruption, for instance while it imports torch, and raise an error of its own.
         if not InterruptedByUser.was_raised or (isinstance(error, SystemExit) and not error.code):
             raise
-        print(f"Interrupted. To resume, run\n  {_redacted_command(sys.argv[1:])}", file=sys.stderr)
+        print(f"Interrupted. To resume, run\n  {_command_to_resume(sys.argv[1:])}", file=sys.stderr)
         sys.exit(130)
     finally:
         for number in signals:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _redacted_command(arguments: list[str]) -> str:
+def shown_command(arguments: list[str]) -> str:
     """Return the command line without the parts of URLs that may be secret: users, passwords, queries."""
-    shown = [redacted(argument) for argument in arguments]
-    note = "" if shown == arguments else "  (with the full URLs; parts that may be secret are not shown here)"
-    return shlex.join(["streamconv", *shown]) + note
+    return shlex.join(["streamconv", *map(redacted, arguments)])
+
+
+def _command_to_resume(arguments: list[str]) -> str:
+    shown = shown_command(arguments)
+    is_whole = shown == shlex.join(["streamconv", *arguments])
+    return shown if is_whole else f"{shown}  (with the full URLs; parts that may be secret are not shown here)"
 
 
 @dataclass

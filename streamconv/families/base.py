@@ -195,9 +195,11 @@ class Family:
         """The rules of all published models, which together include every rule of the family."""
         return tuple(rule for model in self.models for rule in self.conversion_spec(model.dimensions).rules)
 
-    def title_of(self, model: Model | None) -> str:
-        """Return a title for a checkpoint of ``model``, or of no published model."""
-        return model.name if model else f"a {self.name} model of custom size"
+    def title_of(self, model: str | None, shaped_like: str | None) -> str:
+        """Return a title for a checkpoint of a published ``model``, or of another one, which may have its shapes."""
+        if model is not None:
+            return model
+        return f"a model shaped like {shaped_like}" if shaped_like else f"a {self.name} model of custom size"
 
     def unchunked_key(self, key: str) -> str:
         """Return the rules' spelling of a key in a file."""

@@ -74,8 +74,7 @@ def _is_synthetic(manifest: Manifest) -> bool:
 def _published(manifest: Manifest) -> tuple[Family, Model] | None:
     """The published model, if all source files have its authors' file names.
 
-    For other files, the card claims neither a licence nor an origin: a fine-tuned checkpoint has the same
-    shapes, so the manifest's "model" alone proves nothing.
+    For other files, the card claims neither a licence nor an origin: a name that a user gave proves nothing.
     """
     try:
         family, model = find_model(str(manifest.model))
@@ -102,6 +101,8 @@ def _origin(manifest: Manifest) -> str:
     names = " and ".join(_code(file.file) for file in manifest.source.values())
     published = _published(manifest)
     model = f"{published[1].name}, as its authors published it" if published else "a model in its authors' format"
+    if not published and manifest.shaped_like:
+        model += f", shaped like {manifest.shaped_like}"
     licence = "" if published else " streamconv does not know its licence: please add it before publishing."
     return f"Converted to the Hugging Face format by streamconv {version} from {names}, {model}.{licence}"
 
@@ -156,17 +157,32 @@ def _verification(verification: Mapping[str, Any]) -> Iterator[str]:
     for check in verification.get("checks") or ():
         passed = check.get("passed")
         not_checked = check.get("not_checked")
-        text = f"{check.get('proves')}. But {not_checked}." if not_checked else check.get("proves")
+        found = check.get("finding") or check.get("proves")
+        text = f"{found}. But {not_checked}." if not_checked else found
         yield f"| {_cell(check.get('name'))} | {VERDICTS[passed]} | {_cell(text)} |"
     for check in verification.get("checks") or ():
         numbers = check.get("numbers") or {}
         if "largest" in numbers:
-            yield f"\nLargest difference in any layer: {numbers['largest']}; allowed: {numbers.get('tolerance')}."
+            pixels = f" at {numbers['size']}x{numbers['size']}" if "size" in numbers else ""
+            arithmetic = ", in a second pass in float64" if "float32" in numbers else ""
+            yield (
+                f"\nLargest difference in any layer{pixels}: {numbers['largest']}; allowed: {numbers.get('tolerance')}"
+                f"{arithmetic}."
+            )
+        if check.get("passed") and (published := numbers.get("as_published")):
+            found = ", ".join(f"{difference:.3g} ({name})" for name, difference in published.items())
+            yield (
+                "\nBy design, the authors' code interpolates position embeddings slightly differently at this size, "
+                f"which changes outputs by {found}. This is not an error of the conversion."
+            )
+    if cast_cost := (verification.get("conclusion") or {}).get("cast_cost"):
+        yield f"\n{_cell(cast_cost)}"
     for problem in (problem for check in verification.get("checks") or () for problem in check.get("problems") or ()):
         yield f"\n- {_cell(problem)}"
     if verification.get("device"):
         versions = ", ".join(f"{name} {version}" for name, version in (verification.get("versions") or {}).items())
-        yield f"\nRun on {_cell(verification['device'])} with {_cell(versions)}."
+        when = f", on {_cell(verification['date'])}" if verification.get("date") else ""
+        yield f"\nRun on {_cell(verification['device'])} with {_cell(versions)}{when}."
     if reference := verification.get("reference"):
         code = "streamconv's own" if reference == "builtin" else _cell(reference)
         yield f"Original model's code: {code}."

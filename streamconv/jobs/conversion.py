@@ -51,7 +51,7 @@ class Conversion:
         """Return the result for JSON."""
         return {
             "output": str(self.output) if self.sent_to is None else None,
-            "model": self.plan.model_name,
+            **self.plan.names,
             "architecture": self.plan.architecture,
             "bytes": self.plan.size,
             "shards": [
@@ -94,7 +94,7 @@ class PreparedConversion:
         provenance = Provenance(
             source=source.describe(),
             plan=plan.fingerprint,
-            model=plan.model_name,
+            **plan.names,
             select=source.source.select,
             num_heads=source.source.num_heads,
             filled=plan.filled,

@@ -1,7 +1,7 @@
 """The options of jobs. They are parsed and checked when they are created, before any source is opened."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import get_args
 
@@ -84,6 +84,7 @@ class VerificationOptions:
         parity: Run both models and compare their outputs.
         report: An HTML file to write the result to.
         thorough: Run both models at the original's native size, too.
+        command: The command line to name in the result; empty if there is none.
 
     Raises:
         UsageError: the device's name is not valid. Torch checks later if the device exists.
@@ -95,6 +96,7 @@ class VerificationOptions:
     parity: bool = True
     report: StrPath | None = None
     thorough: bool = False
+    command: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):

@@ -38,9 +38,7 @@ class PreparedSource:
     @property
     def published_model(self) -> Model | None:
         """The published model that the user or the file's name refers to; equal shapes alone do not make it one."""
-        origin, model = self.source.source, self.plan.model
-        is_named = model is not None and (origin.model is not None or model.names_file(origin.backbone.name))
-        return model if is_named else None
+        return self.plan.model if self.plan.is_published else None
 
 
 @contextmanager

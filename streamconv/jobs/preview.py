@@ -50,7 +50,7 @@ class Preview:
         check = self.verification
         return {
             "dry_run": True,
-            "model": self.plan.model_name,
+            **self.plan.names,
             "architecture": self.plan.architecture,
             "read": [{"file": where, "bytes": size} for where, size in self.sources.items()],
             "download": [{"file": str(path), "bytes": size} for path, size in self.downloads.items()],

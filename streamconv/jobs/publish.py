@@ -69,9 +69,9 @@ def open_repository(push: PushOptions, published: Model | None) -> Repository:
 
 
 def _published_model(manifest: Manifest) -> Model | None:
-    """Return the published model that a folder was converted from, unless it only has the same shapes."""
-    models = [model for family in all_families() for model in family.models if model.name == manifest.model]
-    return next((model for model in models if model.names_file(manifest.source["backbone"].file)), None)
+    """Return the published model that a folder was converted from."""
+    models = (model for family in all_families() for model in family.models)
+    return next((model for model in models if model.name == manifest.model), None)
 
 
 def publish_folder(folder: Path, repository: Repository, progress: Progress = ignore_progress) -> Published:

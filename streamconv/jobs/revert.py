@@ -43,13 +43,13 @@ SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
 class Reverted:
     """The result of `revert`: the files of the backbone and of a classifier's head, with their sizes and sha256.
 
-    ``model_name`` is None if no published model has these dimensions. ``weights`` is the size of all tensors in bytes.
-    ``resumed_bytes`` counts the bytes that an interrupted run had written and that were kept after a check.
-    ``seconds`` is the time spent writing the files.
+    ``shaped_like`` is the published model with these dimensions; None if there is none. ``weights`` is the size of all
+    tensors in bytes. ``resumed_bytes`` counts the bytes that an interrupted run had written and that were kept after a
+    check. ``seconds`` is the time spent writing the files.
     """
 
     family_name: str
-    model_name: str | None
+    shaped_like: str | None
     written: Mapping[Path, WrittenFile]
     weights: int
     resumed_bytes: int = 0
@@ -62,12 +62,12 @@ class Reverted:
     @property
     def title(self) -> str:
         """A name for the checkpoint in messages."""
-        return self.model_name or family_named(self.family_name).title_of(None)
+        return family_named(self.family_name).title_of(None, self.shaped_like)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
         return {
-            "model": self.model_name,
+            "shaped_like": self.shaped_like,
             "files": [
                 {"file": str(path), "bytes": file.size, "sha256": file.sha256} for path, file in self.written.items()
             ],

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -20,14 +21,16 @@ from streamconv.jobs.options import ConversionOptions, SourceOptions, StrPath, V
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.output.files import write_file
 from streamconv.output.journal import JOURNAL_NAME
-from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile, record_verification
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile, in_order, record_verification
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
+from streamconv.verification.config import check_config, small_files
 from streamconv.verification.preflight import check_arguments, check_packages, check_report
 from streamconv.verification.result import Check, Verification
+from streamconv.verification.structure import unexpected_weights
 
 if TYPE_CHECKING:
     from streamconv.verification.model_checks import ModelResults, ModelVerifier
@@ -78,7 +81,7 @@ def verify(
         )
     check_options(options, runs_models=source is not None)
     if source is None:
-        verification = _verify_alone(path, progress)
+        verification = _verify_alone(path, progress, options.command)
     else:
         with ExitStack() as stack:
             conversion = _options_of(path, source_options)
@@ -110,8 +113,11 @@ def verify_prepared(
         check, files = compare_with_manifest(folder, plan, manifest, progress)
     else:
         check, files = compare_with_source(folder, plan, source.reader, source.has_checksums, progress)
+    config = check_config(folder, plan)
+    files = {**files, **small_files(folder, plan)}
     results = models.check(folder, source, progress, options.parity, thorough=options.thorough)
-    verification = _verification(plan, source, (check, *results.checks), results, models, files, start)
+    checks = (check, config, *results.checks)
+    verification = _verification(plan, source, checks, results, models, files, start, options.command)
     try:
         record_verification(folder, verification.as_record(), dict(verification.source))
     except OutputError as error:
@@ -147,7 +153,9 @@ def verify_uploaded(
         check = Check("bytes", True, proves, (), numbers, "the uploaded files were not read back")
     else:
         check = Check("bytes", None, "the source has no CRC-32s, and no output file was kept to be compared with it")
-    return _verification(plan, source, (check, *results.checks), results, models, manifest.files, start)
+    config = check_config(folder, plan)
+    checks = (check, config, *results.checks)
+    return _verification(plan, source, checks, results, models, manifest.files, start, options.command)
 
 
 def check_options(options: VerificationOptions, runs_models: bool = True) -> None:
@@ -192,17 +200,24 @@ def _log_checks(checks: Iterable[Check]) -> None:
         _log.info("%s: %s: %s", check.name, verdict, "; ".join(check.problems) or check.proves)
 
 
-def _verify_alone(folder: Path, progress: Progress) -> Verification:
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _verify_alone(folder: Path, progress: Progress, command: str) -> Verification:
     start, manifest = time.monotonic(), Manifest.read(folder)
     if manifest is None:
         raise OutputError(
             f"{folder} has no {MANIFEST_NAME} to check it against. Give the source: `streamconv verify DIR SOURCE`."
         )
-    problems = check_files(folder, manifest, progress)
+    problems = check_files(folder, manifest.files, progress)
+    problems = sorted([*problems, *unexpected_weights(folder, {*manifest.files})])
     files = Check(
         "files", not problems, f"every file is as it was written, according to {MANIFEST_NAME}", tuple(problems)
     )
-    others = [Check(name, None, "no source was given") for name in ("bytes", "load", "parity", "preprocessing")]
+    others = [
+        Check(name, None, "no source was given") for name in ("bytes", "config", "load", "parity", "preprocessing")
+    ]
     _log_checks([files])
     return Verification(
         checks=(files.since(start), *others),
@@ -210,9 +225,17 @@ def _verify_alone(folder: Path, progress: Progress) -> Verification:
         reference=None,
         versions={"streamconv": __version__, "python": platform.python_version()},
         source=manifest.source,
-        output={"model": manifest.model, "architecture": manifest.architecture, "files": manifest.files},
+        output={
+            "model": manifest.model,
+            "shaped_like": manifest.shaped_like,
+            "architecture": manifest.architecture,
+            "cast": manifest.cast,
+            "files": in_order(manifest.files),
+        },
         memory={},
         seconds=time.monotonic() - start,
+        date=_now(),
+        command=command,
     )
 
 
@@ -224,6 +247,7 @@ def _verification(
     models: "ModelVerifier",
     files: Mapping[str, WrittenFile],
     start: float,
+    command: str,
 ) -> Verification:
     _log_checks(checks)
     return Verification(
@@ -233,13 +257,17 @@ def _verification(
         versions=models.versions,
         source=source.describe(),
         output={
-            "model": plan.model.name if plan.model else None,
+            **plan.names,
             "architecture": plan.architecture,
-            "files": {name: file for name, file in files.items() if name.endswith(".safetensors")},
+            "dtype": plan.config["dtype"],
+            "cast": plan.cast,
+            "files": in_order(files),
         },
         memory=found.memory,
         seconds=time.monotonic() - start,
         predictions=found.predictions,
         pictures=found.pictures,
         cast_cost=found.cast_cost,
+        date=_now(),
+        command=command,
     )

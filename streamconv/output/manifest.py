@@ -1,6 +1,7 @@
 """``streamconv.json``, the manifest of a finished folder: its source, and each file's size and sha256."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -62,17 +63,29 @@ class WrittenFile:
     overflow_count: int = 0
 
 
+def in_order(files: Mapping[str, WrittenFile]) -> dict[str, WrittenFile]:
+    """Return the weight files, then the others, each with numbers in names in the order of numbers."""
+
+    def key(name: str) -> tuple[bool, list[tuple[str, int]]]:
+        parts = re.findall(r"(\D*)(\d*)", name)
+        return not name.endswith(".safetensors"), [(text, int(number or 0)) for text, number in parts]
+
+    return {name: files[name] for name in sorted(files, key=key)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
     """The sources of an output by role, and the decisions that were made before anything is written.
 
-    ``select`` and ``num_heads`` are the user's; ``plan`` is the plan's fingerprint, and the others are what the plan
-    says under the same names.
+    ``model`` is the published model that the user or the file's name refers to, ``shaped_like`` one that it only has
+    the shapes of. ``select`` and ``num_heads`` are the user's; ``plan`` is the plan's fingerprint, and the others are
+    what the plan says under the same names.
     """
 
     source: Mapping[str, SourceFile]
     plan: str
     model: str | None = None
+    shaped_like: str | None = None
     select: str | None = None
     num_heads: int | None = None
     filled: Mapping[str, float] = field(default_factory=dict)
@@ -80,6 +93,11 @@ class Provenance:
     notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     labels: Labels | None = None
+
+    @property
+    def title(self) -> str:
+        """A name for the checkpoint in messages."""
+        return self.model or (f"a model shaped like {self.shaped_like}" if self.shaped_like else "an unnamed model")
 
     def is_from(self, source: Mapping[str, SourceFile]) -> bool:
         """Return whether these are the files that it is made from, by their fingerprints."""

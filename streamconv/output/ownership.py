@@ -39,7 +39,7 @@ def require_free(
     if (other := differences(existing, provenance)) and (present or manifest or journal.is_resumable):
         state = "an unfinished" if manifest is None else "another"
         raise OutputError(
-            f"{folder} holds {state} conversion, of {existing.model or 'an unnamed model'}: its "
+            f"{folder} holds {state} conversion, of {existing.title}: its "
             f"{' and '.join(other)} differ{'s' if len(other) == 1 else ''}. Choose another folder, or replace it with "
             "--force."
         )

@@ -61,11 +61,15 @@ def make_plan(
     fills = constants(spec.rules, spec.dims, spec.count)
     config = _config(spec, family, written_dtype, labels)
     shards, index = lay_out(_as_written(targets, fills, written_dtype, family), max_shard_bytes)
-    published = model or _published(candidates, filename)
+    known = model or _with_dimensions(candidates, filename)
+    # Any file can have a published model's shapes, so only a name makes it that model.
+    is_published = known is not None and (model is not None or known.names_file(filename))
     image_processor = _image_processor(family, candidates)
     return Plan(
         family_name=family.name,
-        model_name=published.name if published is not None else None,
+        model_name=known.name if known is not None else None,
+        is_published=is_published,
+        assumed_heads=None if is_published else _assumed_heads(selection, dimensions),
         dimensions=dimensions,
         architecture=spec.architecture,
         mapping=tuple(
@@ -78,9 +82,7 @@ def make_plan(
         image_processor=image_processor,
         small_files=_small_files(config, image_processor),
         index=index,
-        notes=_notes(
-            spec, selection, image_processor, is_published=_is_published(candidates, model, selection, filename)
-        ),
+        notes=_notes(spec, selection, image_processor, is_published=is_published, is_known=bool(candidates)),
         skipped=(*selection.skipped, *_dropped(tensors, expected, selection.prefix)),
         filled={name: value for name, (value, _) in fills.items()},
         block_chunks=block_chunks or 0,
@@ -200,19 +202,16 @@ def _config(spec: ConversionSpec, family: Family, dtype: str, labels: Sequence[s
     return config | label_config(names)
 
 
-def _published(candidates: Sequence[Model], filename: str) -> Model | None:
+def _with_dimensions(candidates: Sequence[Model], filename: str) -> Model | None:
     """Return the published model of these dimensions. If there are several, only the file's name distinguishes them."""
     named = [model for model in candidates if model.backbone.filename == filename]
     return candidates[0] if len(candidates) == 1 else next(iter(named), None)
 
 
-def _is_published(candidates: Sequence[Model], model: Model | None, selection: Selection, filename: str) -> bool:
-    """Return whether the source is a published model, not one that was trained in the same dimensions.
-
-    A config.json has what tensors do not show, so for a converted folder the dimensions are enough.
-    """
-    is_named = any(each.names_file(filename) for each in candidates)
-    return bool(candidates) and (model is not None or bool(selection.config) or is_named)
+def _assumed_heads(selection: Selection, dimensions: Any) -> int | None:
+    """Return the number of attention heads if the source does not confirm it."""
+    heads = selection.family.attention_heads
+    return heads.number(dimensions) if heads is not None and heads.number_in(selection.config) is None else None
 
 
 def _image_processor(family: Family, candidates: Sequence[Model]) -> Mapping[str, Any] | None:
@@ -229,18 +228,24 @@ def _small_files(config: Mapping[str, Any], image_processor: Mapping[str, Any] |
 
 
 def _notes(
-    spec: ConversionSpec, selection: Selection, image_processor: Mapping[str, Any] | None, *, is_published: bool
+    spec: ConversionSpec,
+    selection: Selection,
+    image_processor: Mapping[str, Any] | None,
+    *,
+    is_published: bool,
+    is_known: bool,
 ) -> tuple[str, ...]:
     """List the assumptions that the tensors do not confirm, and the files that are generated instead of copied."""
-    notes = [] if is_published else [*spec.notes]
+    notes = [] if is_published or (selection.config and is_known) else [*spec.notes]
     family = selection.family
     if family.image_processor is not None and image_processor is not None and not is_published:
         size, trained = family.image_processor.pixel_steps(image_processor).size, spec.config["image_size"]
-        if size is not None and size != (trained, trained):
-            notes.append(
-                f"the image processor makes {size[1]} x {size[0]} pixels, as for published {family.name} models; "
-                f"the model's own size is {trained}"
-            )
+        makes = f", which makes {size[1]} x {size[0]} pixels" if size is not None else ""
+        own = f"; the model's own size is {trained}" if size is not None and size != (trained, trained) else ""
+        notes.append(
+            f"the image processor of the published {family.name} models{makes}: tensors do not show how images were "
+            f"prepared{own}"
+        )
     if selection.is_converted:
         files = [CONFIG_NAME] if image_processor is None else [CONFIG_NAME, IMAGE_PROCESSOR_NAME]
         notes.append(f"generated, not copied from the source: {', '.join(files)}")

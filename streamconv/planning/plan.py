@@ -26,6 +26,13 @@ Cast = TypedDict("Cast", {"from": str, "to": CastDtype})
 CONFIG_NAME = "config.json"
 
 
+class Names(TypedDict):
+    """The published model that a checkpoint is, and the one that it only has the shapes of. At most one is given."""
+
+    model: str | None
+    shaped_like: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class MappedTensor:
     """One source tensor and the targets that it becomes: one under a new name, or several along dim 0."""
@@ -40,7 +47,10 @@ class Plan:
     """The output of a conversion.
 
     ``model_name`` is None if no published model has these dimensions, or if several have and the file's name does not
-    tell which it is. ``dimensions`` is a dataclass of the family. ``image_processor`` is None if the family has none.
+    tell which it is. ``is_published``: the user or the file's name says that it is this model; otherwise it only has
+    the same shapes. ``assumed_heads`` is a number of attention heads that neither a published model nor a config.json
+    confirms, None if there is nothing to assume. ``dimensions`` is a dataclass of the family. ``image_processor`` is
+    None if the family has none.
     ``small_files`` maps the names of config.json and other small files to their bytes; ``index`` holds the bytes of the
     shards' index, None for a single file. ``notes`` are assumptions that the tensors do not confirm, and ``skipped`` is
     the part of the source that is not converted. ``filled`` maps targets that the source does not have to their
@@ -51,6 +61,8 @@ class Plan:
 
     family_name: str
     model_name: str | None
+    is_published: bool
+    assumed_heads: int | None
     dimensions: Any
     architecture: str
     mapping: tuple[MappedTensor, ...] = field(repr=False)
@@ -70,7 +82,7 @@ class Plan:
 
     @property
     def model(self) -> Model | None:
-        """The published model."""
+        """The published model that it is, or only has the shapes of: see ``is_published``."""
         return next((model for model in self.family.models if model.name == self.model_name), None)
 
     @property
@@ -120,7 +132,13 @@ class Plan:
     @property
     def title(self) -> str:
         """A name for the checkpoint in messages."""
-        return self.family.title_of(self.model)
+        return self.family.title_of(**self.names)
+
+    @property
+    def names(self) -> "Names":
+        """The published model that it is, and the one that it only has the shapes of, for JSON."""
+        name = self.model_name
+        return {"model": name, "shaped_like": None} if self.is_published else {"model": None, "shaped_like": name}
 
     @property
     def labels_digest(self) -> str:
@@ -173,7 +191,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Summarise the plan for JSON; `plan_json` stores a complete plan."""
         return {
-            "model": self.model_name,
+            **self.names,
             "architecture": self.architecture,
             "parameters": self.parameters,
             "bytes": self.size,

@@ -33,6 +33,8 @@ def to_json(plan: Plan) -> str:
         "format_version": FORMAT_VERSION,
         "family": plan.family_name,
         "model": plan.model_name,
+        "is_published": plan.is_published,
+        "assumed_heads": plan.assumed_heads,
         "dimensions": asdict(plan.dimensions),
         "architecture": plan.architecture,
         "files": [_file_to_json(file) for file in files],
@@ -88,6 +90,8 @@ def _plan(value: dict[str, Any]) -> Plan:
     return Plan(
         family_name=value["family"],
         model_name=value["model"],
+        is_published=value["is_published"],
+        assumed_heads=value["assumed_heads"],
         dimensions=dimensions(**value["dimensions"]),
         architecture=value["architecture"],
         mapping=tuple(

@@ -23,22 +23,21 @@ from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.expressions import SourceTensor, prefetch
 from streamconv.verification.result import Check
 from streamconv.verification.structure import (
-    check_structure,
+    header_problems,
     manifest_problems,
     planned_tensors,
-    small_file_problems,
     tensor_problems,
-    unexpected_weights,
     weight_file_problems,
 )
 
+SAFETENSORS = ".safetensors"
 REPORT_BYTES = 32 << 20  # read between two progress reports
 
 
 def compare_with_source(
     folder: Path, plan: Plan, reader: Reader, has_checksums: bool, progress: Progress
 ) -> tuple[Check, Mapping[str, WrittenFile]]:
-    """Compare every byte with the source.
+    """Compare every byte of every tensor with the source.
 
     Returns:
         The check, and the output's weight files as they are now.
@@ -53,29 +52,30 @@ def compare_with_source(
     found = check_bytes(folder, plan, reader, advance)
     crc = "every source record matches its CRC-32" if has_checksums else "the source has no CRC-32s to check"
     proves = f"every byte of every tensor equals its source's{cast_note(plan)}; {crc}"
-    numbers = {"tensors": found.tensors, "bytes": found.compared}
+    numbers = {"tensors": found.tensors, "bytes": found.compared, "wrong": found.wrong}
     return Check("bytes", not found.problems, proves, found.problems, numbers).since(start), found.files
 
 
 def compare_with_manifest(
     folder: Path, plan: Plan, manifest: Manifest, progress: Progress
 ) -> tuple[Check, Mapping[str, WrittenFile]]:
-    """Compare the files with the manifest. It stands for a source whose CRC-32s were checked while it was copied.
+    """Compare the weight files with the manifest, for a source whose CRC-32s were checked while it was copied.
 
     Returns:
         The same as `compare_with_source`, but no files if something is wrong.
     """
     start = time.monotonic()
-    problems = check_files(folder, manifest, progress) + check_structure(folder, plan)
+    weights = {name: file for name, file in manifest.files.items() if name.endswith(SAFETENSORS)}
+    problems = sorted({*check_files(folder, weights, progress), *header_problems(folder, plan)})
     if not manifest.is_crc_checked:
         problems.append(f"{MANIFEST_NAME} does not record that the source's CRC-32s were checked")
     proves = (
-        f"every file is as it was copied{cast_note(plan)}, according to {MANIFEST_NAME}, from records that matched "
-        "their CRC-32"
+        f"every weight file is as it was copied{cast_note(plan)}, according to {MANIFEST_NAME}, from records that "
+        "matched their CRC-32"
     )
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     check = Check("bytes", not problems, proves, tuple(problems), numbers, "the source's bytes were not read again")
-    return check.since(start), {} if problems else manifest.files
+    return check.since(start), {} if problems else weights
 
 
 def cast_note(plan: Plan) -> str:
@@ -87,17 +87,19 @@ def cast_note(plan: Plan) -> str:
 class ByteCheck:
     """The result of `check_bytes`. ``problems`` is empty if every byte is correct.
 
-    ``compared`` counts bytes of weights; ``files`` are the output's weight files.
+    ``compared`` counts bytes of weights; ``wrong`` counts the tensors that do not match their source; ``files`` are the
+    output's weight files.
     """
 
     compared: int
     tensors: int
+    wrong: int
     problems: tuple[str, ...]
     files: Mapping[str, WrittenFile]
 
 
 def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int], None]) -> ByteCheck:
-    """Compare every tensor and small file of ``folder`` with what the plan takes from the source.
+    """Compare every tensor of ``folder`` with what the plan takes from the source.
 
     Each source record that has a CRC-32 is checked on the way, and so are the digests in the folder's own manifest.
 
@@ -105,15 +107,17 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
         SourceError: the source cannot be read. An unreadable output is one of the problems.
     """
     wanted = planned_tensors(plan)
-    checks, compared = RecordChecks(reader), 0
-    problems = small_file_problems(folder, plan)
+    checks, compared, wrong = RecordChecks(reader), 0, 0
+    problems: list[str] = []
     files: dict[str, WrittenFile] = {}
     try:
         written = open_checkpoint(folder)
     except SourceError as error:
-        return ByteCheck(0, len(wanted), (*problems, f"the output cannot be read: {error}"), files)
+        return ByteCheck(0, len(wanted), len(wanted), (f"the output cannot be read: {error}",), files)
     with written, BackgroundHash() as digest:
-        problems += tensor_problems(wanted, written) + weight_file_problems(folder, written)
+        shapes = tensor_problems(wanted, written)
+        wrong += len(shapes)
+        problems += shapes + weight_file_problems(folder, written)
         for ref, names in _in_file_order(written).items():
             file = written.reader.open(ref)
             prefetch([wanted[name] for name in names if name in wanted], reader)
@@ -121,7 +125,9 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
             for name in names:
                 source, output = wanted.get(name), written[name]
                 if source is not None and source.target == output.info:
-                    problems += _differences(name, source, output, file, reader, checks, digest, advance)
+                    found = _differences(name, source, output, file, reader, checks, digest, advance)
+                    problems += found
+                    wrong += bool(found)
                     compared += source.target.nbytes
                 else:
                     _hash(file, output.record.range.start, output.record.range.end, digest)
@@ -130,14 +136,13 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
         checks.verify_pending()
     except CorruptError as error:
         problems.append(str(error))
-    problems += manifest_problems(folder, plan, files)
-    return ByteCheck(compared, len(wanted), tuple(sorted(set(problems))), files)
+    problems += manifest_problems(folder, files)
+    return ByteCheck(compared, len(wanted), wrong, tuple(sorted(set(problems))), files)
 
 
-def check_files(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:
-    """List files whose size or sha256 is not the one in the folder's manifest, and weights that it does not name."""
-    written = manifest.files
-    problems = unexpected_weights(folder, {*written})
+def check_files(folder: Path, written: Mapping[str, WrittenFile], progress: Progress) -> list[str]:
+    """List the ``written`` files whose size or sha256 is another now."""
+    problems = []
     total, done = sum(each.size for each in written.values()), 0
     for name, each in written.items():
         try:

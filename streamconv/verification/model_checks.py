@@ -153,10 +153,8 @@ class ModelVerifier:
         proves = check.proves
         if is_sparse:
             proves += "; transformers with the source's weights, located by the uploaded files' headers"
-        heads = self.plan.family.attention_heads
-        if self.plan.model is None and heads is not None:
-            number = heads.number(self.plan.dimensions)
-            proves += f", assuming {number} attention heads in both models, which tensors do not show"
+        if self.plan.assumed_heads is not None:
+            proves += f", assuming {self.plan.assumed_heads} attention heads in both models, which tensors do not show"
         return replace(check, proves=proves, not_checked="; ".join(filter(None, [check.not_checked, why_streamed])))
 
     def _check_preprocessing(self, folder: Path) -> Check:
@@ -164,7 +162,7 @@ class ModelVerifier:
         if pixel_steps is None:
             return Check("preprocessing", None, f"{self.plan.family_name} models have no image processor")
         check = check_preprocessing(folder, pixel_steps, self.image)
-        if self.plan.model is None:
+        if not self.plan.is_published:
             check = replace(check, proves=f"{check.proves}, assuming the preprocessing of the published models")
         return check
 

@@ -143,7 +143,7 @@ def check_parity(pair: Pair, name: str, pixels: Tensor, default_dtype: torch.dty
         raise
     except Exception as error:  # torch or transformers rejects the output or the source
         return Check(name, False, proves, (f"{type(error).__name__}: {error}",)), None
-    numbers = {"size": size, **verdict.numbers}
+    numbers = {"size": size, "native_size": pair.config.image_size, **verdict.numbers}
     proves += verdict.note
     return Check(name, not verdict.problems, proves, verdict.problems, numbers, verdict.not_checked), verdict
 

@@ -58,7 +58,7 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Ori
         with empty_weights():
             return architecture.build(plan.dimensions), architecture
     check_reference(reference)
-    if plan.model is None:
+    if plan.model is None:  # a model with the same shapes is computed alike
         raise UsageError("torch.hub has published models only, and this is not one of them. Use --reference builtin.")
     location = (architecture.repository, "github") if reference == HUB else (fspath(reference), "local")
     try:

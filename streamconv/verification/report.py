@@ -24,14 +24,18 @@ def render(verification: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": _size, "difference": _difference, "seconds": _seconds, "sentence": _sentence}
+    environment.filters |= {
+        "size": _size, "difference": _difference, "seconds": _seconds, "sentence": _sentence, "date": _date
+    }  # fmt: skip
     known = _without_none(verification)
     pictures = {key: picture for key, picture in known.get("pictures", {}).items() if DATA_URL.fullmatch(picture)}
     parity: dict[str, Any] = next(
         (check.get("numbers", {}) for check in known.get("checks", ()) if check["name"] == "parity"), {}
     )
     drawn = {"chart": make_chart(parity), "summary": _summary(parity)} if parity.get("differences") else {}
-    page = environment.get_template("report.html.jinja").render(known, facts=FACTS, pictures=pictures, **drawn)
+    page = environment.get_template("report.html.jinja").render(
+        known, facts=FACTS, glossary=GLOSSARY, pictures=pictures, **drawn
+    )
     # Bytes of a file name that are not UTF-8 become surrogates in Python, which cannot be encoded.
     return page.encode("utf-8", "replace").decode("utf-8")
 
@@ -71,6 +75,11 @@ def _seconds(value: Any) -> str:
     return f"{minutes:.0f} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
 
 
+def _date(text: str) -> str:
+    """Return "2026-11-26 02:20:03 UTC" for a date in ISO 8601."""
+    return text.replace("T", " ").replace("+00:00", " UTC")
+
+
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
@@ -78,10 +87,44 @@ def _sentence(text: str) -> str:
 FACTS = (  # the key in a check's numbers, its label on the page, its format
     ("tensors", "Tensors compared", "{:,}".format),
     ("bytes", "Bytes compared", "{:,}".format),
+    ("files", "Files compared", "{:,}".format),
     ("parameters", "Parameters loaded", "{:,}".format),
     ("size", "Image", "{0} × {0} pixels".format),
     ("largest", "Largest difference", _difference),
     ("tolerance", "Tolerance", lambda value: _difference(value) if float(value) else "0.0 (bit for bit)"),
     ("first", "First difference in", str),
     ("seconds", "Time", _seconds),
+)
+
+GLOSSARY = (
+    (
+        "Layer output",
+        "The numbers that a layer of the model passes on to the next one: first the embeddings, last the class token "
+        "(cls), the patches and, for a classifier, the logits.",
+    ),
+    (
+        "Difference",
+        "The largest difference between a value in one model and the same value in the other. For a layer output whose "
+        "largest value is above 1, it is divided by that value (a relative difference).",
+    ),
+    ("Tolerance", "The largest difference that passes. 0.0 means bit for bit: all values are equal."),
+    (
+        "Second pass in float64",
+        "If float32 arithmetic rounds differently in the two models, both run again with numbers of 64 bits. There, "
+        "rounding causes about 1e-15, and one wrong bit in a weight about 1e-12, so 1e-13 tells them apart.",
+    ),
+    ("float32, float16, bfloat16", "The dtype: how many bits a number has. A cast to fewer bits rounds the weights."),
+    (
+        "By design",
+        "transformers deliberately computes something else than the authors' code. No conversion of weights can change "
+        "that.",
+    ),
+    ("Position embeddings", "Weights that tell the model where a patch is in the image, made for one native size."),
+    ("Grey level", "The smallest step between two shades in an image file, after normalization."),
+    ("safetensors", "The file format of the output's weights."),
+    (
+        "CRC-32",
+        "A checksum that torch stores with each tensor in a .pth file. It detects accidental damage to the source.",
+    ),
+    ("sha256", "A checksum of a whole file. Equal ones mean equal files."),
 )

@@ -1,4 +1,4 @@
-"""The result of a verification: plain data, free of torch."""
+"""The result of a verification: plain data, free of torch, and what it means in a few words."""
 
 import math
 import time
@@ -13,7 +13,8 @@ from streamconv.output.manifest import SourceFile
 class Check:
     """The result of one check. ``passed`` is None if it did not run; then ``proves`` gives the reason.
 
-    ``not_checked`` describes what the check usually covers but did not cover this time.
+    What it ``proves``, it proves only if it passed: see `finding`. ``not_checked`` describes what the check usually
+    covers but did not cover this time.
     """
 
     name: str
@@ -22,6 +23,11 @@ class Check:
     problems: tuple[str, ...] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
     not_checked: str = ""
+
+    @property
+    def finding(self) -> str:
+        """What was proved, what failed, or why the check did not run."""
+        return _failure(self) if self.passed is False else self.proves
 
     def since(self, start: float) -> "Check":
         """Return the check with the seconds that it took since ``start``, a time of `time.monotonic`."""
@@ -44,6 +50,29 @@ class CastCost:
     largest_in_float32: float
     magnitude: float
 
+    def sentence(self, stored: str) -> str:
+        """Describe the cost; ``stored`` is the name of the original's dtype."""
+        start = f"Cost of the cast: in {self.dtype}, which from_pretrained uses by default, outputs differ from the"
+        size = f"{start} {stored} original's by {_by(self.largest)}, where its largest value is {self.magnitude:.2g}"
+        if self.dtype == "float32":
+            return f"{size}."
+        return f"{size}; with float32 arithmetic, by {_by(self.largest_in_float32)}."
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a verification means.
+
+    ``kind`` is "passed", "incomplete" (what ran passed, but not everything ran) or "failed". ``title`` is the verdict,
+    followed by ``details``: which checks failed, or what was not checked. ``cast_cost`` is a sentence. The last two may
+    be empty.
+    """
+
+    kind: str
+    title: str
+    details: str = ""
+    cast_cost: str = ""
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -51,11 +80,12 @@ class Verification:
 
     If no source was given, ``source`` is the one that the output's manifest names, and no model ran: ``device`` and
     ``reference`` are None, and ``memory`` is empty. ``reference`` names the code of the original model. ``output``
-    names the model and its files with their sizes and sha256. ``predictions`` are a classifier's best labels for the
-    image, with their probabilities. ``memory`` is from `devices.MemoryWatch`, in bytes. ``pictures`` are PNGs as data
-    URLs: the "image" that both models saw, and the patch features of the "original" and the "converted" model.
-    ``not_recorded`` is the reason if the result could not be recorded in the output's manifest. ``cast_cost`` is None
-    if nothing was cast or no model ran.
+    names the model, its dtype, and its files with their sizes and sha256. ``predictions`` are a classifier's best
+    labels for the image, with their probabilities. ``memory`` is from `devices.MemoryWatch`, in bytes. ``pictures`` are
+    PNGs as data URLs: the "image" that both models saw, and the patch features of the "original" and the "converted"
+    model. ``not_recorded`` is the reason if the result could not be recorded in the output's manifest. ``cast_cost`` is
+    None if nothing was cast or no model ran. ``date`` is the end in UTC, in ISO 8601. ``command`` is the command line,
+    without secrets in URLs; empty if a program called the library.
     """
 
     checks: tuple[Check, ...]
@@ -70,6 +100,8 @@ class Verification:
     pictures: Mapping[str, str] = field(default_factory=dict, repr=False)
     not_recorded: str = ""
     cast_cost: CastCost | None = None
+    date: str = ""
+    command: str = ""
 
     def check(self, name: str) -> Check:
         """Return the check called ``name``, such as "parity".
@@ -85,13 +117,73 @@ class Verification:
         ran = [check.passed for check in self.checks if check.passed is not None]
         return bool(ran) and all(ran)
 
+    @property
+    def conclusion(self) -> Conclusion:
+        """The verdict, in words."""
+        has_source, cost = self.device is not None, self.cast_cost
+        failed = [check.name for check in self.checks if check.passed is False]
+        if not self.passed and not failed:
+            return Conclusion("incomplete", "Nothing was checked.")
+        if failed:
+            source, written = "The output differs from its source.", "The files differ from what was written."
+            title = f"{source} Do not use it." if has_source else f"{written} Do not use them."
+            return Conclusion("failed", title, f"Failed: {', '.join(failed)}.")
+        if not has_source:
+            return Conclusion("incomplete", "Files unchanged since they were written; not compared with a source.")
+        costs = cost.sentence((self.output.get("cast") or {}).get("from", "uncast")) if cost is not None else ""
+        gaps = [f"{check.name} did not run" if check.passed is None else check.not_checked for check in self.checks]
+        if self.output.get("cast") and cost is None:
+            gaps.append("the cost of the cast was not measured")
+        if not any(gaps):
+            return Conclusion("passed", "Looks ok!", cast_cost=costs)
+        is_float32_only = any("float32_only" in check.numbers for check in self.checks)
+        title = f"Looks ok{', float32 only' if is_float32_only else ''}, but not everything was checked:"
+        return Conclusion("incomplete", title, f"{'; '.join(filter(None, gaps))}.", costs)
+
     def as_record(self) -> dict[str, Any]:
-        """Return `as_dict` without the pictures, for the manifest, which people read as text."""
-        return {**self.as_dict(), "pictures": {}}
+        """Return `as_dict` for the manifest: without pictures, since people read it as text, and without the command.
+
+        The manifest may be published, and a command names folders of the user's machine.
+        """
+        return {**self.as_dict(), "pictures": {}, "command": ""}
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields and ``passed`` for JSON."""
-        return {"passed": self.passed, **_finite(asdict(self))}
+        """Return the fields for JSON, with ``passed``, the ``conclusion`` and each check's ``finding``."""
+        fields = asdict(self)
+        for check, found in zip(self.checks, fields["checks"], strict=True):
+            found["finding"] = check.finding
+        found = _finite({"passed": self.passed, "conclusion": asdict(self.conclusion), **fields})
+        return dict(found)
+
+
+def _by(difference: float) -> str:
+    return f"up to {difference:.2g}" if math.isfinite(difference) else "infinity or NaN"
+
+
+def _failure(check: Check) -> str:
+    """Describe what failed. What the check would have proved would read like a claim."""
+    numbers = check.numbers
+    if check.name == "bytes" and (wrong := numbers.get("wrong")):
+        verb = "does not match its" if wrong == 1 else "do not match their"
+        return f"{wrong:,} of {numbers['tensors']:,} tensors {verb} source"
+    if check.name in ("parity", "native") and (differences := numbers.get("differences")):
+        differing = sum(not difference <= numbers["tolerance"] for difference in differences.values())
+        if not differing:
+            return "the two models do not have the same layers"
+        at = f" at {numbers['size']}x{numbers['size']}" if "size" in numbers else ""
+        return f"{differing} of {len(differences)} layer outputs differ{at}"
+    return FAILURES.get(check.name, "the check failed")
+
+
+FAILURES = {
+    "files": "files are missing, or differ from what was written",
+    "bytes": "the weight files are not as planned",
+    "config": "values in the small files are not as planned",
+    "load": "transformers does not load the model as it should",
+    "parity": "the models could not be compared",
+    "native": "the models could not be compared",
+    "preprocessing": "the saved image processor does not produce the original's pixels",
+}
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Checks the structure of an output folder: everything but the bytes of weights.
 
-That is names, dtypes, shapes, the small files, and the absence of other files that transformers would load.
+That is names, dtypes, shapes, the values of the small files, and the absence of other files that transformers would
+load.
 """
 
 import json
@@ -20,15 +21,13 @@ MAX_LISTED = 5  # differences within one mapping, such as an index's weight map
 _ABSENT = object()
 
 
-def check_structure(folder: Path, plan: Plan) -> list[str]:
-    """List everything in which ``folder`` differs from the plan, apart from the bytes of weights."""
-    problems = small_file_problems(folder, plan)
+def header_problems(folder: Path, plan: Plan) -> list[str]:
+    """List everything in which the headers of the weight files differ from the plan."""
     try:
         with open_checkpoint(folder) as written:
-            problems += tensor_problems(planned_tensors(plan), written) + weight_file_problems(folder, written)
+            return tensor_problems(planned_tensors(plan), written) + weight_file_problems(folder, written)
     except SourceError as error:
-        problems.append(f"the output cannot be read: {error}")
-    return sorted(problems)
+        return [f"the output cannot be read: {error}"]
 
 
 def planned_tensors(plan: Plan) -> dict[str, SourceTensor]:
@@ -50,17 +49,22 @@ def tensor_problems(planned: Mapping[str, SourceTensor], written: Checkpoint) ->
 
 
 def weight_file_problems(folder: Path, written: Checkpoint) -> list[str]:
-    """List problems in the index and in the files' metadata, and weight files that the index does not name."""
+    """List problems in the files' metadata, and weight files that the index does not name."""
     shards = {path.name for path in written.paths}
     used = shards if shards == {SINGLE_NAME} else {*shards, INDEX_NAME}
     problems = unexpected_weights(folder, used)
     for path in written.paths:
         if (metadata := _metadata(path)) != {"format": "pt"}:
             problems.append(f'{path.name} has the metadata {_as_text(metadata)}, not {{"format": "pt"}}')
-    if shards == {SINGLE_NAME}:
-        return problems
+    return problems
+
+
+def index_problems(folder: Path, written: Checkpoint) -> list[str]:
+    """List the values in which the index of the shards differs from what they contain."""
     filenames = {name: tensor.record.file.name for name, tensor in written.items()}
-    return problems + _json_differences(folder, INDEX_NAME, make_index(written, filenames))
+    if set(filenames.values()) == {SINGLE_NAME}:
+        return []
+    return _json_differences(folder, INDEX_NAME, make_index(written, filenames))
 
 
 def unexpected_weights(folder: Path, expected: set[str]) -> list[str]:
@@ -69,8 +73,8 @@ def unexpected_weights(folder: Path, expected: set[str]) -> list[str]:
     return [f"{name} is not part of the model" for name in found - expected]
 
 
-def manifest_problems(folder: Path, plan: Plan, files: Mapping[str, WrittenFile]) -> list[str]:
-    """List differences from the folder's own manifest: in digests, and in labels, which no source has."""
+def manifest_problems(folder: Path, files: Mapping[str, WrittenFile]) -> list[str]:
+    """List the weight files whose sha256 is not the one in the folder's own manifest."""
     try:
         manifest = Manifest.read(folder)
     except OutputError as error:
@@ -83,8 +87,6 @@ def manifest_problems(folder: Path, plan: Plan, files: Mapping[str, WrittenFile]
             problems.append(f"{name} is missing, but {MANIFEST_NAME} lists it")
         elif name in files and file.sha256 != files[name].sha256:
             problems.append(f"the sha256 of {name} is not the one in {MANIFEST_NAME}")
-    if manifest.labels is not None and manifest.labels.sha256 != plan.labels_digest:
-        problems.append(f"the labels in config.json are not those in {MANIFEST_NAME}")
     return problems
 
 

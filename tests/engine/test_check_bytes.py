@@ -7,12 +7,15 @@ import pytest
 import safetensors.torch
 import torch
 
+from streamconv import SourceOptions
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.options import ConversionOptions
 from streamconv.jobs.prepare import prepared_source
+from streamconv.jobs.verify import _options_of as options_of
 from streamconv.planning.plan import Plan
 from streamconv.progress import ignore_progress
 from streamconv.verification.bytes import compare_with_source
+from streamconv.verification.config import check_config
 from tests import api
 from tests.checkpoints import State, alter, make_states
 from tests.support import Save, byte_problems, flip, tiny
@@ -229,3 +232,26 @@ def test_size_of_all_tensors_is_computed_once(converted: Converted, monkeypatch:
         compare_with_source(folder, plan, prepared.source.reader, True, lambda *report: reports.append(report))
     assert reports[-1] == ("comparing bytes", weights, weights, "bytes")
     assert len(reports) > len(calls) == 1
+
+
+def test_bytes_check_covers_tensors_and_config_check_the_small_files(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    folder = api.convert(backbone, tmp_path / "out", max_shard_size="300KB").output
+    options = options_of(folder, SourceOptions())
+
+    def found() -> tuple[bool | None, bool | None, int]:
+        with prepared_source(backbone, options, ignore_progress) as prepared:
+            plan, reader = prepared.plan, prepared.source.reader
+            check, _ = compare_with_source(folder, plan, reader, True, ignore_progress)
+            return check.passed, check_config(folder, plan).passed, check.numbers["wrong"]
+
+    assert found() == (True, True, 0)
+    for name in ("config.json", "preprocessor_config.json", INDEX_NAME):
+        text = (folder / name).read_text()
+        (folder / name).write_text(json.dumps({**json.loads(text), "extra": 1}))
+        assert found() == (True, False, 0)
+        (folder / name).write_text(text)
+    (folder / "streamconv.json").unlink()  # which has the sha256 of the weights
+    (shard,) = (path for path in folder.glob("*.safetensors") if "layernorm.bias" in safetensors.torch.load_file(path))
+    flip(shard, "layernorm.bias", 1)
+    assert found() == (False, True, 1)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def folder(tmp_path: Path, save: Save) -> Path:
 def problems(folder: Path) -> tuple[str, ...]:
     found = api.verify(folder)
     files, *others = found.checks
-    assert [check.passed for check in others] == [None] * 4
+    assert [check.passed for check in others] == [None] * 5
     assert found.passed == files.passed == (not files.problems)
     return files.problems
 
@@ -34,7 +35,7 @@ def test_unchanged_folder_passes_and_names_the_checks_that_did_not_run(folder: P
     found = api.verify(folder).as_dict()
     assert json.loads(json.dumps(found))["source"]["backbone"]["file"] == "source.pth"
     assert {check["name"] for check in found["checks"] if check["passed"] is None} == {
-        "bytes", "load", "parity", "preprocessing"
+        "bytes", "config", "load", "parity", "preprocessing"
     }  # fmt: skip
 
 
@@ -114,13 +115,36 @@ def test_verifying_a_folder_alone_imports_no_torch_and_exits_with_1_on_differenc
         "print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     )
     verdict, modules = run_python(code).splitlines()[-2:]
-    assert verdict.startswith("Looks ok, but not everything was checked: only the files' sizes and sha256 were")
+    assert verdict == "Files unchanged since they were written; not compared with a source."
     assert modules == "[]"
     (folder / "config.json").unlink()
     verify = [sys.executable, "-m", "streamconv", "verify", folder]
     done = subprocess.run([*verify, "--report", folder.parent / "x.html"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "The output differs from what was written" in done.stdout
-    assert "Verification failed" in (folder.parent / "x.html").read_text("utf-8")
+    assert done.stdout.splitlines()[-2] == ("The files differ from what was written. Do not use them. Failed: files.")
+    assert "FAILED   files are missing, or differ from what was written" in done.stdout
+    page = (folder.parent / "x.html").read_text("utf-8")
+    assert "Verification failed" in page
+    assert f"streamconv verify {folder} --report {folder.parent / 'x.html'}" in page
     done = subprocess.run([*verify, "--device", "cpu"], capture_output=True, text=True)
     assert (done.returncode, "Give SOURCE, too" in done.stderr) == (2, True)
+
+
+def test_result_names_its_date_its_command_and_every_file_in_order(tmp_path: Path, save: Save) -> None:
+    backbone, _ = save(tiny())
+    folder = api.convert(backbone, tmp_path / "out", max_shard_size="150KB").output
+    done = subprocess.run(
+        [sys.executable, "-m", "streamconv", "verify", folder, "--json"], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    files = list(found["output"]["files"])
+    shards = [name for name in files if name.endswith(".safetensors")]
+    assert len(shards) >= 12
+    assert shards == [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    assert files[len(shards) :] == ["config.json", "model.safetensors.index.json", "preprocessor_config.json"]
+    digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    assert found["output"]["files"]["config.json"]["sha256"] == digest
+    assert found["command"] == f"streamconv verify {folder} --json"
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(found["date"])
+    assert timedelta(0) <= age < timedelta(minutes=10)
+    assert api.verify(folder).command == ""

@@ -86,6 +86,8 @@ def test_every_exported_dataclass_can_be_copied_and_pickled(source: Path, tmp_pa
         conversion.plan,
         verification,
         *verification.checks,
+        verification.conclusion,
+        verification.cast_cost,
         streamconv.RunResult(conversion, verification, streamconv.Published("ada/it", "https://host/ada/it")),
         streamconv.Published("ada/it", "https://host/ada/it"),
         streamconv.revert(tmp_path / "out", tmp_path / "back.pth"),

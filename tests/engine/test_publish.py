@@ -481,10 +481,12 @@ def test_repository_is_named_like_the_published_model(tmp_path: Path) -> None:
 
 def test_folder_of_an_own_model_is_not_published_under_a_published_name(hub: HubServer, folder: Path) -> None:
     path = folder / "streamconv.json"
-    manifest = {**json.loads(path.read_text()), "model": "dinov2_vits14"}
-    for file, repositories in (("teacher.pth", []), ("dinov2_vits14_pretrain.pth", ["ada/dinov2-small"])):
-        manifest["source"]["backbone"]["file"] = file
-        path.write_text(json.dumps(manifest))
+    manifest = json.loads(path.read_text())
+    for model, shaped_like, repositories in (
+        (None, "dinov2_vits14", []),
+        ("dinov2_vits14", None, ["ada/dinov2-small"]),
+    ):
+        path.write_text(json.dumps({**manifest, "model": model, "shaped_like": shaped_like}))
         with pytest.raises(UsageError, match="needs a name") if not repositories else nullcontext():
             streamconv.publish(folder, PushOptions(unverified=True))
         assert list(hub.repos) == repositories

@@ -36,9 +36,13 @@ def passing() -> dict[str, Any]:
 
     return {
         "passed": True,
+        "conclusion": {"kind": "passed", "title": "Looks ok!", "details": "", "cast_cost": ""},
+        "date": "2026-11-26T02:20:03+00:00",
+        "command": "streamconv run dinov2_vits14 --report report.html",
         "output": {
             "model": "dinov2_vits14",
             "architecture": "Dinov2Model",
+            "dtype": "float32",
             "files": {"model.safetensors": {"size": 88_248_016, "sha256": "8be1" * 16}},
         },
         "source": {"backbone": {"file": "vits14.pth", "size": 88_283_115, "fingerprint": "sha256:" + "c0de" * 16}},
@@ -48,13 +52,13 @@ def passing() -> dict[str, Any]:
             check("bytes", "every byte equals its source's", tensors=223, bytes=88_226_304, seconds=0.1),
             check("load", "transformers loads every tensor", parameters=22_056_576, seconds=1.2),
             check(
-                "parity", "both compute the same", size=518, tolerance=0.0, largest=0.0, first=None,
-                differences=dict.fromkeys(STATES, 0.0), seconds=4.0,
+                "parity", "both compute the same", size=224, native_size=518, tolerance=0.0, largest=0.0, first=None,
+                differences=dict.fromkeys(STATES, 0.0), absolute=dict.fromkeys(STATES, 0.0), seconds=4.0,
+                as_published={"cls": 0.012, "patches": 0.071},
             ),
             check(
-                "preprocessing", "the saved processor is the original's", size=224, tolerance=0.0, pil=0.0,
+                "preprocessing", "the saved processor is the original's", pil=0.0,
                 default=0.0175, default_backend="BitImageProcessor", grey_level=0.0171,
-                as_published={"cls": 0.012, "patches": 0.071}, same_interpolation={"cls": 0.0, "patches": 0.0},
             ),
         ],
         "predictions": [],
@@ -68,9 +72,15 @@ def passing() -> dict[str, Any]:
 def failing() -> dict[str, Any]:
     found = passing()
     found["passed"] = False
+    title = "The output differs from its source. Do not use it."
+    found["conclusion"] = {"kind": "failed", "title": title, "details": "Failed: parity.", "cast_cost": ""}
     loaded, parity, preprocessing = found["checks"][1:]
     loaded["problems"] = []
-    parity |= {"passed": False, "problems": [f"layer {i} differs by 0.0123" for i in range(7, 12)] * 5}
+    parity |= {
+        "passed": False,
+        "finding": "7 of 15 layer outputs differ",
+        "problems": [f"layer {i} differs by 0.0123" for i in range(7, 12)] * 5,
+    }
     parity["numbers"]["differences"] |= {f"layer {i}": 0.0123 for i in range(7, 12)} | {"cls": "inf", "patches": "nan"}
     parity["numbers"] |= {"largest": "inf", "first": "layer 7"}
     preprocessing |= {"passed": None, "proves": "not run: parity failed", "numbers": {}}
@@ -88,8 +98,14 @@ def test_report_of_a_passed_verification_shows_every_number() -> None:
     text = words(page)
     for expected in (
         "✓ Verified All 4 checks passed.", "Device cpu", "Original model's code streamconv's own (builtin)",
-        "Bytes compared 88,226,304", "Parameters loaded 22,056,576", "518 × 518 pixels", "0.0 in all 15 layer outputs",
-        "Tolerance 0.0 (bit for bit)",
+        "Bytes compared 88,226,304", "Parameters loaded 22,056,576", "Image 224 × 224 pixels",
+        "0.0 in all 15 layer outputs",
+        "Tolerance 0.0 (bit for bit)", "dtype float32, as in the source", "Date 2026-11-26 02:20:03 UTC",
+        "Command streamconv run dinov2_vits14 --report report.html",
+        "224 × 224 pixels is the image processor's size, so it is what most users run.",
+        "The bytes check covers every value of the position embeddings; --thorough also runs the models at the native",
+        "A difference by design, at 224 × 224 This is not an error of the conversion.",
+        "Words in this report Layer output The numbers that a layer",
         "BitImageProcessor, the difference is 0.0175; one grey level is 0.0171", "cls 0.012 0.0", "patches 0.071 0.0",
         "scales them by (n + 0.1) / N, ", "Peak memory 900 MB", "Time 1 min 1 s", "torch 2.15.0", "8be1" * 16,
         "backbone: vits14.pth 88.3 MB sha256:" + "c0de" * 16, "It is not the sha256 of the file.",
@@ -102,19 +118,76 @@ def test_report_of_a_passed_verification_shows_every_number() -> None:
 def test_report_of_models_that_interpolate_alike_announces_no_difference() -> None:
     """Meta's models with registers scale positions as transformers does."""
     found = passing()
-    found["checks"][3]["numbers"]["as_published"] = {}
+    found["checks"][2]["numbers"]["as_published"] = {}
     text = words(report.render(found))
-    assert (
-        "The models, at 224 × 224 Largest difference between the two models Output Same interpolation cls 0.0" in text
-    )
-    assert "differ by design" not in text
-    assert "Own interpolation" not in text
+    assert "A difference by design" not in text
+    assert "own interpolation" not in text
+
+
+def test_report_shows_the_cost_of_a_cast_in_its_header() -> None:
+    found = passing()
+    found["output"] |= {"dtype": "bfloat16", "cast": {"from": "float32", "to": "bfloat16"}}
+    found["cast_cost"] = {"dtype": "bfloat16", "largest": 0.057, "largest_in_float32": 0.024, "magnitude": 4.1}
+    found["conclusion"]["cast_cost"] = "Cost of the cast: 0.057."
+    page = report.render(found)
+    assert "Cost of the cast: 0.057." in words(page[: page.index("</header>")])
+    text = words(page)
+    assert "dtype bfloat16, cast from float32" in text
+    assert "Largest difference in bfloat16, from_pretrained's default 0.057" in text
+    assert "dtype=torch.float32) 0.024 Largest value of the original 4.1" in text
+    assert "weights that torch cast to bfloat16, and both models computed in float32" in text
+    assert "cost of the cast" not in words(report.render(passing()))
+
+
+def test_report_of_a_model_with_published_shapes_is_titled_so() -> None:
+    found = passing()
+    found["output"] |= {"model": None, "shaped_like": "dinov2_vits14"}
+    page = report.render(found)
+    assert "<h1>A model shaped like dinov2_vits14</h1>" in page
+    assert "Shapes those of dinov2_vits14, whose file has another name" in words(page)
+
+
+def test_report_names_the_gpu_and_its_memory() -> None:
+    gpu = {"name": "NVIDIA H100", "memory": 80_000_000_000, "driver": "550.54", "runtime": "CUDA 12.8"}
+    found = passing() | {"device": "cuda:0", "gpu": gpu}
+    found["memory"] = {"gpu_peak": 1_300_000_000, "gpu_reserved_peak": 1_500_000_000, "gpu_used_peak": 2_000_000_000}
+    text = words(report.render(found))
+    assert "Device cuda:0, NVIDIA H100, 80 GB, driver 550.54, CUDA 12.8" in text
+    assert "Peak GPU memory, tensors 1.3 GB Peak GPU memory, reserved by torch 1.5 GB" in text
+    assert "Peak GPU memory, with CUDA and other processes 2 GB" in text
+    unused = words(report.render(passing() | {"gpu": {}, "device_note": "the GPU is too old"}))
+    assert "Device cpu GPU not used The GPU is too old." in unused
+
+
+def test_report_of_files_alone_is_not_called_verified() -> None:
+    title = "Files unchanged since they were written; not compared with a source."
+    found = passing() | {"device": None, "conclusion": {"kind": "incomplete", "title": title, "details": ""}}
+    page = report.render(found)
+    assert "– Not compared with a source " + title in words(page)
+    assert "✓ Verified" not in words(page)
+
+
+def test_report_of_a_run_at_the_native_size_shows_both_sizes() -> None:
+    found = passing()
+    numbers = found["checks"][2]["numbers"]
+    native = {"name": "native", "passed": True, "proves": "the same", "numbers": {**numbers, "size": 518}}
+    del native["numbers"]["as_published"]
+    found["checks"].insert(3, native)
+    page = report.render(found)
+    assert "518 × 518 pixels is the original's native size" in words(page)
+    assert "--thorough" not in page
+    assert page.count("<summary>The difference in every layer output") == 2
 
 
 def test_report_of_a_failed_verification_names_checks_problems_and_first_difference() -> None:
     text = words(report.render(failing()))
-    assert "✗ Verification failed 1 of 4 checks failed: parity. Not run: preprocessing." in text
-    assert "FAILED: both compute the same." in text
+    assert (
+        "✗ Verification failed The output differs from its source. Do not use it. 1 of 4 checks failed: parity." in text
+    )
+    assert "Not run: preprocessing." in text
+    assert "7 of 15 layer outputs differ." in text
+    assert "both compute the same" not in text.lower()
+    assert "A difference by design" not in text  # of a wrong model, it means nothing
     assert text.count("layer 7 differs by 0.0123") == 5
     assert "5 more problems" in text
     assert "First difference in layer 7" in text
@@ -159,12 +232,12 @@ def test_marks_are_drawn_at_their_differences() -> None:
     assert list(rows) == ["1e-3", "1e-4", "1e-5", "1e-6", "exactly 0", "not finite"]
     assert rows["not finite"] < rows["1e-3"] < rows["1e-4"] < rows["1e-5"] < rows["1e-6"] < rows["exactly 0"]
     assert [mark.split()[1:] for mark in drawn["good"]] == [
-        [str(rows["exactly 0"]), "embeddings:", "0.0"],
-        [str(rows["1e-6"]), "layer", "0:", "1e-06"],
+        [str(rows["exactly 0"]), "embeddings", "in", "float64:", "0.0"],
+        [str(rows["1e-6"]), "layer", "0", "in", "float64:", "1e-06"],
     ]
     assert [mark.split()[1:] for mark in drawn["bad"]] == [
-        [str(rows["1e-4"]), "layer", "1:", "0.0001"],
-        [str(rows["not finite"]), "cls:", "not", "a", "number"],
+        [str(rows["1e-4"]), "layer", "1", "in", "float64:", "0.0001"],
+        [str(rows["not finite"]), "cls", "in", "float64:", "not", "a", "number"],
     ]
     assert drawn["float32"] == [f"{drawn['good'][1].split()[0]} {rows['1e-4']} layer 0 in float32: 0.0001"]
     assert f'class="tolerance" x2="100%" y1="{rows["1e-5"]}"' in page
@@ -195,7 +268,9 @@ def test_report_lists_checks_without_numbers() -> None:
 def test_report_names_checks_that_did_not_run() -> None:
     found = passing()
     found["checks"][3] |= {"passed": None, "numbers": {}}
-    assert "The 3 checks that ran passed. Not run: preprocessing." in words(report.render(found))
+    title, details = "Looks ok, but not everything was checked:", "preprocessing did not run."
+    found["conclusion"] = {"kind": "incomplete", "title": title, "details": details}
+    assert f"– Verified in part {title} {details}" in words(report.render(found))
 
 
 def test_report_of_a_classifier_shows_its_best_labels() -> None:
@@ -211,9 +286,11 @@ def test_report_shows_float64_and_float32_side_by_side() -> None:
         "float32": {"largest": 3e-6, "differences": dict.fromkeys(STATES, 3e-6)},
     }  # fmt: skip
     text = words(report.render(found))
-    assert "Layer output float64 float32 embeddings 2e-15 3e-06" in text
+    assert "Layer output float64, second pass float32 embeddings 2e-15 3e-06" in text
+    assert "then in a second pass in float64 ( ● ), which decides." in text
+    assert "layer 0 in float64: 2e-15" in text
     assert "Largest difference 2e-15; exactly 0 in none of 15 layer outputs." in text
-    assert text.count("tolerance 1e-13") == 1
+    assert text.count("tolerance in float64 1e-13") == 1
     assert "in all 15 layer outputs" not in text
     assert {kind: len(drawn) for kind, drawn in marks(found).items()} == {"good": 15, "float32": 15}
 

@@ -46,7 +46,7 @@ def test_reverting_restores_the_original_bytes(
         assert_same(head, head_path)
     assert {path.name for path in tmp_path.iterdir()} == {"folder", *(path.name for path in done.files)}
     assert done.weights == sum(value.nbytes for value in (*backbone.values(), *head.values()))
-    assert done.model_name is None
+    assert done.shaped_like is None
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
@@ -73,7 +73,7 @@ def test_published_model_is_identified_and_restored(tmp_path: Path) -> None:
     done = run("revert", "folder", "-o", "back/source.pth", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     size, digest = (tmp_path / "source.pth").stat().st_size, sha256_of(tmp_path / "source.pth")
-    assert json.loads(done.stdout)["model"] == "dinov2_vits14_reg"
+    assert json.loads(done.stdout)["shaped_like"] == "dinov2_vits14_reg"
     assert json.loads(done.stdout)["files"] == [{"file": "back/source.pth", "bytes": size, "sha256": digest}]
     assert (tmp_path / "back" / "source.pth").read_bytes() == (tmp_path / "source.pth").read_bytes()
 
@@ -475,7 +475,7 @@ def test_published_model_without_a_manifest_is_reverted_with_its_block_chunks(tm
     api.convert(tmp_path / "x.pth", tmp_path / "folder", dtype="bfloat16")
     (tmp_path / "folder" / "streamconv.json").unlink()
     done = streamconv.revert(tmp_path / "folder", tmp_path / "back.pth")
-    assert done.model_name == "webssl_dino300m_full2b_224"
+    assert done.shaped_like == "webssl_dino300m_full2b_224"
     with streamconv.open_checkpoint(tmp_path / "x.pth") as source, streamconv.open_checkpoint(done.files[0]) as back:
         assert list(back) == list(source)
         assert "blocks.3.23.ls2.gamma" in back

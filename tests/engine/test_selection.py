@@ -378,6 +378,24 @@ def test_number_of_attention_heads_comes_from_the_family_or_the_user(tmp_path: P
     assert api.plan(published, num_heads=12).model is None
 
 
+def test_equal_shapes_do_not_make_a_published_model(tmp_path: Path) -> None:
+    small, _ = make_states(tiny(layers=12, hidden=384))
+    small["pos_embed"] = torch.zeros(1, 1370, 384)
+    own = saved(small, tmp_path / "mine.pth")
+    plan = api.plan(own)
+    assert (plan.title, plan.is_published, plan.assumed_heads) == ("a model shaped like dinov2_vits14", False, 6)
+    assert any("which makes 224 x 224 pixels: tensors do not show how images were prepared" in n for n in plan.notes)
+    for words in (("plan",), ("convert", "-o", "out")):
+        shown = json.loads(run(words[0], "mine.pth", *words[1:], "--json", cwd=tmp_path).stdout)
+        assert (shown["model"], shown["shaped_like"]) == (None, "dinov2_vits14")
+    done = run("convert", "mine.pth", "-o", "again", cwd=tmp_path)
+    assert done.stdout.startswith("a model shaped like dinov2_vits14: converted into again")
+    manifest = json.loads((tmp_path / "out" / "streamconv.json").read_text("utf-8"))
+    assert (manifest["model"], manifest["shaped_like"]) == (None, "dinov2_vits14")
+    named = api.plan(own.rename(tmp_path / "dinov2_vits14_pretrain.pth"))
+    assert (named.title, named.is_published, named.assumed_heads) == ("dinov2_vits14", True, None)
+
+
 def test_incomplete_converted_model_is_refused(tmp_path: Path) -> None:
     source = saved(make_states(tiny())[0], tmp_path / "x.pth")
     folder = api.convert(source, tmp_path / "out").output

@@ -28,7 +28,7 @@ def test_all_checks_run_although_nothing_is_kept_on_disk(hub: HubServer, remote_
     done = to_hub(remote_hub_model, tmp_path / "stage", verify=verify_on_cpu, unverified=False)
     assert done.verification is not None
     found = {check.name: check.passed for check in done.verification.checks}
-    assert found == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
+    assert found == {"bytes": True, "config": True, "load": True, "parity": True, "preprocessing": True}
     parity = done.verification.check("parity").numbers
     assert parity["largest"] <= parity["tolerance"]
     assert "layer 3" in parity["differences"]
@@ -88,7 +88,7 @@ def test_weights_are_cast_on_the_way_to_the_hub(
 ) -> None:
     done = to_hub(remote_hub_model, tmp_path / "stage", dtype="bfloat16", verify=verify_on_cpu, unverified=False)
     assert done.verification is not None
-    assert [check.passed for check in done.verification.checks] == [True] * 4
+    assert [check.passed for check in done.verification.checks] == [True] * 5
     assert done.verification.check("parity").numbers["largest"] <= 1e-13
     assert "cast from `float32` to `bfloat16`" in hub.files("ada/it")["README.md"].decode()
     require_uploaded_folder(hub, server, tmp_path, dtype="bfloat16")
@@ -104,7 +104,7 @@ def test_only_the_backbone_of_a_training_checkpoint_is_uploaded(
     torch.save({**named, "teacher.dino_head.norm.bias": torch.ones(3)}, server.folder / "x.pth")
     done = to_hub(f"{server.url}/x.pth", tmp_path / "stage", verify=verify_on_cpu, unverified=False)
     assert done.verification is not None
-    assert [check.passed for check in done.verification.checks] == [True] * 4, done.verification.checks
+    assert [check.passed for check in done.verification.checks] == [True] * 5, done.verification.checks
     assert done.verification.check("parity").numbers["largest"] == 0.0
     card = hub.files("ada/it")["README.md"].decode()
     assert "the source has no LayerScale: ones are written, which have no effect." in card
@@ -138,7 +138,7 @@ def test_source_without_checksums_leaves_the_bytes_check_open(
     safetensors.torch.save_file(make_states(HUB_MODEL)[0], server.folder / "x.safetensors")
     done = to_hub(f"{server.url}/x.safetensors", tmp_path / "stage", verify=verify_on_cpu)
     assert done.verification is not None
-    assert [check.passed for check in done.verification.checks] == [None, True, True, True]
+    assert [check.passed for check in done.verification.checks] == [None, True, True, True, True]
     assert "| bytes | not run |" in hub.files("ada/it")["README.md"].decode()
 
 

@@ -40,7 +40,7 @@ def test_without_an_image_processor_none_is_written_or_checked(
     for parity in (True, False):
         found = api.verify(done.output, backbone, device="cpu", parity=parity)
         assert found.passed
-        assert [check.passed for check in found.checks] == [True, True, parity or None, None]
+        assert [check.passed for check in found.checks] == [True, True, True, parity or None, None]
         assert found.check("preprocessing").proves == "dinov2 models have no image processor"
 
 

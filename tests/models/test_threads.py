@@ -117,7 +117,8 @@ def test_verifications_in_threads_disturb_neither_each_other_nor_the_caller(
 ) -> None:
     expected = [results(job()) for job in jobs]
     assert [list(result[0].values()) for result in expected] == [
-        [True, True, True, True], [True, True, True, True], [False, False, None, True], [False, True, False, True]
+        [True, True, True, True, True], [True, True, True, True, True], [False, True, False, None, True],
+        [False, True, True, False, True],
     ]  # fmt: skip
     with watched() as caller, ThreadPoolExecutor(len(jobs)) as pool:
         for _ in range(3):

@@ -78,7 +78,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Converted:
 @pytest.mark.transformers
 def test_correct_conversion_passes_every_check_exactly(verified: tuple[Dimensions, Verification]) -> None:
     dimensions, found = verified
-    assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
+    assert verdicts(found) == {"bytes": True, "config": True, "load": True, "parity": True, "preprocessing": True}
     parity = found.check("parity").numbers
     states = ["embeddings", "layer 0", "layer 1", "layer 2", "cls", *(["registers"] if dimensions.registers else [])]
     states += ["patches", *(["logits"] if dimensions.classes else [])]
@@ -152,7 +152,7 @@ def test_half_precision_models_are_computed_in_float32(tmp_path: Path, dtype: to
     torch.save({name: value.to(dtype) for name, value in make_states(tiny())[0].items()}, tmp_path / "x.pth")
     api.convert(tmp_path / "x.pth", tmp_path / "out")
     found = api.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu")
-    assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
+    assert verdicts(found) == {"bytes": True, "config": True, "load": True, "parity": True, "preprocessing": True}
 
 
 def test_swapped_query_and_key_fail_bytes_and_parity(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_swapped_query_and_key_fail_bytes_and_parity(tmp_path: Path) -> None:
     query, key = f"{start}.query.weight", f"{start}.key.weight"
     alter(made.folder, lambda state: state.update({query: state[key], key: state[query]}))
     found = made.verify()
-    assert verdicts(found) == {"bytes": False, "load": True, "parity": False, "preprocessing": True}
+    assert verdicts(found) == {"bytes": False, "config": True, "load": True, "parity": False, "preprocessing": True}
     differences = found.check("parity").numbers["differences"]
     assert max(differences["embeddings"], differences["layer 0"]) < 1e-13 < differences["layer 1"]
     assert found.check("parity").numbers["first"] == "layer 1"
@@ -173,7 +173,7 @@ def test_swapped_query_and_key_fail_bytes_and_parity(tmp_path: Path) -> None:
 def test_only_the_bytes_check_sees_the_mask_token(converted: Converted) -> None:
     alter(converted.folder, lambda state: state["embeddings.mask_token"].add_(1))
     found = converted.verify()
-    assert verdicts(found) == {"bytes": False, "load": True, "parity": True, "preprocessing": True}
+    assert verdicts(found) == {"bytes": False, "config": True, "load": True, "parity": True, "preprocessing": True}
     assert "embeddings.mask_token differs from its source" in problems(found)
 
 
@@ -181,7 +181,7 @@ def test_only_the_bytes_check_sees_the_mask_token(converted: Converted) -> None:
 def test_missing_tensor_fails_the_load_check(converted: Converted) -> None:
     alter(converted.folder, lambda state: state.update(extra=state.pop("encoder.layer.2.norm1.bias")))
     found = converted.verify()
-    assert verdicts(found) == {"bytes": False, "load": False, "parity": None, "preprocessing": True}
+    assert verdicts(found) == {"bytes": False, "config": True, "load": False, "parity": None, "preprocessing": True}
     assert "missing_keys" in problems(found)
 
 
@@ -189,7 +189,7 @@ def test_missing_tensor_fails_the_load_check(converted: Converted) -> None:
 def test_misshaped_tensor_is_named_by_the_load_check(converted: Converted) -> None:
     alter(converted.folder, lambda state: state.update({"layernorm.weight": torch.ones(7)}))
     found = converted.verify()
-    assert verdicts(found) == {"bytes": False, "load": False, "parity": None, "preprocessing": True}
+    assert verdicts(found) == {"bytes": False, "config": True, "load": False, "parity": None, "preprocessing": True}
     (problem,) = found.check("load").problems
     assert problem in ("mismatched_keys: layernorm.weight is [7], not [128]", "mismatched_keys: layernorm.weight")
 
@@ -200,7 +200,7 @@ def test_changed_bit_of_a_cast_weight_fails_parity(converted: Converted, tmp_pat
     )
     flip(cast.folder / "model.safetensors", "encoder.layer.1.mlp.fc2.weight", 100)
     found = cast.verify()
-    assert verdicts(found) == {"bytes": False, "load": True, "parity": False, "preprocessing": True}
+    assert verdicts(found) == {"bytes": False, "config": True, "load": True, "parity": False, "preprocessing": True}
     assert "the first difference is in layer 1" in found.check("parity").problems[0]
 
 
@@ -213,7 +213,7 @@ def test_swapped_classifier_rows_fail_in_the_logits(tmp_path: Path, save: Save) 
 
     alter(tmp_path / "out", swap)
     found = api.verify(tmp_path / "out", backbone, head=head, device="cpu")
-    assert verdicts(found) == {"bytes": False, "load": True, "parity": False, "preprocessing": True}
+    assert verdicts(found) == {"bytes": False, "config": True, "load": True, "parity": False, "preprocessing": True}
     assert found.check("parity").problems[0].startswith("the first difference is in logits: ")
 
 
@@ -283,7 +283,7 @@ def test_missing_or_empty_output_folder_is_reported(tmp_path: Path, save: Save) 
         api.verify(tmp_path / "none", backbone)
     (tmp_path / "empty").mkdir()
     found = api.verify(tmp_path / "empty", backbone, device="cpu")
-    assert verdicts(found) == {"bytes": False, "load": False, "parity": None, "preprocessing": False}
+    assert verdicts(found) == {"bytes": False, "config": False, "load": False, "parity": None, "preprocessing": False}
     assert "holds neither model.safetensors nor model.safetensors.index.json" in problems(found)
 
 
@@ -293,7 +293,7 @@ def test_source_of_another_model_fails(tmp_path: Path, save: Save) -> None:
     state, _ = make_states(tiny(), seed=1)
     torch.save(state, tmp_path / "other.pth")
     found = api.verify(tmp_path / "out", tmp_path / "other.pth", device="cpu")
-    assert verdicts(found) == {"bytes": False, "load": True, "parity": False, "preprocessing": True}
+    assert verdicts(found) == {"bytes": False, "config": True, "load": True, "parity": False, "preprocessing": True}
 
 
 def test_sharded_folder_is_verified_and_a_missing_shard_is_found(tmp_path: Path, save: Save) -> None:
@@ -305,7 +305,7 @@ def test_sharded_folder_is_verified_and_a_missing_shard_is_found(tmp_path: Path,
     data = gone.read_bytes()
     gone.unlink()
     found = api.verify(tmp_path / "out", backbone, device="cpu")
-    assert verdicts(found) == {"bytes": False, "load": False, "parity": None, "preprocessing": True}
+    assert verdicts(found) == {"bytes": False, "config": True, "load": False, "parity": None, "preprocessing": True}
     assert "the output cannot be read" in problems(found)
     gone.write_bytes(data[:-1])
     assert "cut short" in byte_problems(tmp_path / "out", backbone)
@@ -316,7 +316,7 @@ def test_source_of_another_depth_fails(tmp_path: Path, save: Save) -> None:
     shallow, _ = save(tiny(layers=2), "shallow")
     api.convert(backbone, tmp_path / "out")
     found = api.verify(tmp_path / "out", shallow, device="cpu")
-    assert verdicts(found) == {"bytes": False, "load": True, "parity": False, "preprocessing": True}
+    assert verdicts(found) == {"bytes": False, "config": False, "load": True, "parity": False, "preprocessing": True}
     assert "layer 2 is not in the original" in problems(found)
 
 
@@ -341,7 +341,7 @@ def test_source_that_torch_cannot_load_fails_parity(tmp_path: Path, save: Save) 
             new.writestr(name, data)
     api.convert(backbone, tmp_path / "out")
     found = api.verify(tmp_path / "out", backbone, device="cpu")
-    assert verdicts(found) == {"bytes": True, "load": True, "parity": False, "preprocessing": True}
+    assert verdicts(found) == {"bytes": True, "config": True, "load": True, "parity": False, "preprocessing": True}
 
 
 def test_reported_difference_at_224_is_that_of_the_original_script(tmp_path: Path, save: Save) -> None:
@@ -386,7 +386,7 @@ def test_wrong_image_processor_is_named_and_gives_other_pixels(
     path = tmp_path / "out" / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     found = api.verify(tmp_path / "out", backbone, device="cpu", parity=False)
-    assert verdicts(found) == {"bytes": False, "load": True, "parity": None, "preprocessing": False}
+    assert verdicts(found) == {"bytes": True, "config": False, "load": True, "parity": None, "preprocessing": False}
     assert f"preprocessor_config.json: {field}" in problems(found)
     assert any(
         "pixels differ" in problem or "pixels of shape [1, 3, 196, 196]" in problem
@@ -513,6 +513,9 @@ def test_result_names_the_output_files_and_their_digests(tmp_path: Path, save: S
     assert found.output["architecture"] == "Dinov2Model"
     paths = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(paths) > 1
+    small = ("config.json", "model.safetensors.index.json", "preprocessor_config.json")
+    paths += [tmp_path / "out" / name for name in small]
+    assert [*found.output["files"]] == [path.name for path in paths]
     assert {name: (file.size, file.sha256) for name, file in found.output["files"].items()} == {
         path.name: (path.stat().st_size, sha256_of(path)) for path in paths
     }
@@ -555,7 +558,7 @@ def test_folder_with_the_authors_code_is_used_as_reference(tmp_path: Path, publi
         (tmp_path / folder / "hubconf.py").write_text("from authors_package import dinov2_vits14")
     for folder, passed in (("one", True), ("two", False)):
         found = published.verify(reference=tmp_path / folder)
-        assert verdicts(found) == {"bytes": True, "load": True, "parity": passed, "preprocessing": True}
+        assert verdicts(found) == {"bytes": True, "config": True, "load": True, "parity": passed, "preprocessing": True}
         assert found.reference == f"folder {folder}"
         assert passed or found.check("parity").numbers["first"] == "layer 3"
 

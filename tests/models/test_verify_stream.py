@@ -30,7 +30,7 @@ def source(server: FileServer, tmp_path: Path) -> str:
 def test_parity_reads_the_weights_once_more(server: FileServer, source: str, tmp_path: Path) -> None:
     server.sent = 0
     found = api.verify(tmp_path / "out", source, device="cpu", stream=True)
-    assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
+    assert verdicts(found) == {"bytes": True, "config": True, "load": True, "parity": True, "preprocessing": True}
     assert found.check("parity").numbers["largest"] <= found.check("parity").numbers["tolerance"]
     passes = (
         2 if "float32" in found.check("parity").numbers else 1
@@ -56,7 +56,7 @@ def test_without_parity_no_weights_are_read_and_that_is_reported(
 
 def test_without_parity_a_local_file_is_still_compared(source: str, server: FileServer, tmp_path: Path) -> None:
     found = api.verify(tmp_path / "out", server.folder / "x.pth", device="cpu", parity=False)
-    assert verdicts(found) == {"bytes": True, "load": True, "parity": None, "preprocessing": True}
+    assert verdicts(found) == {"bytes": True, "config": True, "load": True, "parity": None, "preprocessing": True}
     alter(tmp_path / "out", lambda state: state["layernorm.bias"].mul_(2))
     found = api.verify(tmp_path / "out", server.folder / "x.pth", device="cpu", parity=False)
     assert "layernorm.bias differs from its source" in problems(found)
@@ -101,7 +101,8 @@ def test_output_that_contradicts_the_plan_is_found(source: str, tmp_path: Path, 
     (folder / "streamconv.json").write_text(json.dumps(manifest))
     found = api.verify(folder, source, device="cpu", stream=True, parity=False)
     expected = {"missing": "mask_token is missing", "dtype": "mask_token is F64", "config": "layer_norm_eps"}
-    assert expected[change] in "\n".join(found.check("bytes").problems)
+    check = found.check("config" if change == "config" else "bytes")
+    assert expected[change] in "\n".join(check.problems)
 
 
 def test_folder_without_a_manifest_is_compared_with_the_remote_bytes(
@@ -143,7 +144,7 @@ def test_classifier_is_streamed_from_two_addresses(server: FileServer, tmp_path:
     backbone, head = f"{server.url}/b.{kind}", f"{server.url}/h.{kind}"
     api.convert(backbone, tmp_path / "out", head=head, stream=True)
     found = api.verify(tmp_path / "out", backbone, head=head, device="cpu", stream=True)
-    assert verdicts(found) == {"bytes": True, "load": True, "parity": True, "preprocessing": True}
+    assert verdicts(found) == {"bytes": True, "config": True, "load": True, "parity": True, "preprocessing": True}
     # A source that could not be checked while it was copied is compared now.
     assert ("equals its source's" in found.check("bytes").proves) == (kind == "safetensors")
     assert len(found.predictions) == 5

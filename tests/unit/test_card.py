@@ -101,6 +101,30 @@ def test_card_starts_with_warnings() -> None:
     assert "> **" not in first()
 
 
+def test_card_states_the_cost_of_a_cast_and_the_difference_by_design() -> None:
+    numbers = {
+        "size": 224, "largest": 2e-15, "tolerance": 1e-13, "float32": {"largest": 1e-6},
+        "as_published": {"cls": 0.0125},
+    }  # fmt: skip
+    found = {
+        "passed": True,
+        "conclusion": {"cast_cost": "Cost of the cast: 0.06."},
+        "date": "2026-11-26T02:20:03+00:00",
+        "device": "cpu",
+        "checks": [check("parity", True, "both compute the same", numbers=numbers)],
+    }
+    text = make_card(manifest(verification=found), "ada/it")
+    for expected in (
+        "\nCost of the cast: 0.06.\n", "which changes outputs by 0.0125 (cls). This is not an error of the conversion.",
+        "in any layer at 224x224: 2e-15; allowed: 1e-13, in a second pass in float64.", "on 2026-11-26T02:20:03+00:00.",
+    ):  # fmt: skip
+        assert expected in text
+    mine = make_card(manifest(model=None, shaped_like="dinov2_vits14", source=source("mine.pth")), "ada/it")
+    assert "a model in its authors' format, shaped like dinov2_vits14." in mine
+    failed = {"passed": False, "checks": [check("bytes", False, "all bytes are equal", finding="1 of 2 differs")]}
+    assert "| bytes | **FAILED** | 1 of 2 differs |" in make_card(manifest(verification=failed), "ada/it")
+
+
 def test_card_escapes_names_and_problems() -> None:
     file = "a`b|c\n## mine\ud800<script>.pth"
     problem = "x | y\n# z <img> [a](b)"

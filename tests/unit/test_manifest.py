@@ -18,6 +18,7 @@ from streamconv.output.manifest import (
     SourceFile,
     WrittenFile,
     differences,
+    in_order,
 )
 from streamconv.output.typed_json import parse
 
@@ -150,3 +151,9 @@ def test_a_journal_keeps_only_entries_that_are_complete(tmp_path: Path) -> None:
     assert str(journal.process) == "process 5 on here, since now"
     assert journal.resume_points == {"x": ResumePoint(5, "abcd")}
     assert journal.length == sum(len(json.dumps(line)) + 1 for line in lines[:3])
+
+
+def test_files_are_listed_weights_first_and_by_their_numbers() -> None:
+    shards = [f"model-{i}-of-12.safetensors" for i in (10, 2, 1, 12, 3, 4, 5, 6, 7, 8, 9, 11)]
+    files = dict.fromkeys(["config.json", *shards], WrittenFile(1, "00"))
+    assert list(in_order(files)) == [*(f"model-{i}-of-12.safetensors" for i in range(1, 13)), "config.json"]

@@ -1,5 +1,6 @@
 """The results of commands as a person reads them: the summary first, short hashes, coloured verdicts."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from streamconv.jobs.revert import Reverted
 from streamconv.jobs.synth import SyntheticFiles
 from streamconv.output.manifest import WrittenFile
 from streamconv.planning.plan import Plan
-from streamconv.verification.result import Check, Verification
+from streamconv.verification.result import CastCost, Check, Verification
 from tests.support import GOLDEN, expanded, plan_of_shapes
 
 DIGEST = "0123456789abcdef" * 4
@@ -79,7 +80,7 @@ def test_bytes_of_an_interrupted_run_do_not_count_as_speed(plan: Plan) -> None:
         "dinov2", "dinov2_vits14", {Path("x.pth"): WrittenFile(90_000_000, DIGEST)}, 88_000_000, 44_000_000, 2
     )
     assert plain(reverted_lines(reverted))[:2] == [
-        "dinov2_vits14: reverted into x.pth, 88 MB, 44 MB of it before an interruption; "
+        "a model shaped like dinov2_vits14: reverted into x.pth, 88 MB, 44 MB of it before an interruption; "
         "the other 44 MB in 2.0 s, 22 MB/s",
         "  x.pth  90 MB  sha256 0123456789ab",
     ]
@@ -184,11 +185,14 @@ def verification(*checks: Check, device: str | None = "cpu") -> Verification:
     [
         ([Check("bytes", True, "a")], ["green"], "Looks ok!", "green"),
         ([Check("bytes", True, "a"), Check("load", False, "b", ("c",))], ["green", "red"],
-         "The output differs from its source. Do not use it.", "red"),
+         "The output differs from its source. Do not use it. Failed: load.", "red"),
         ([Check("bytes", True, "a"), Check("parity", None, "--no-parity")], ["green", "yellow"],
          "Looks ok, but not everything was checked: parity did not run.", "yellow"),
         ([Check("bytes", True, "a", not_checked="the source was not read")], ["yellow"],
          "Looks ok, but not everything was checked: the source was not read.", "yellow"),
+        ([Check("parity", True, "a", (), {"float32_only": "cuda:0 is full"}, "only float32 was compared")], ["yellow"],
+         "Looks ok, float32 only, but not everything was checked: only float32 was compared.", "yellow"),
+        ([Check("parity", None, "no")], ["yellow"], "Nothing was checked.", "yellow"),
     ],
 )  # fmt: skip
 def test_verdicts_are_green_yellow_or_red(checks: list[Check], colours: list[str], verdict: str, colour: str) -> None:
@@ -197,7 +201,7 @@ def test_verdicts_are_green_yellow_or_red(checks: list[Check], colours: list[str
     heads = [line for line in lines if line.startswith(("bytes", "load", "parity"))]
     for check, head, expected in zip(checks, heads, colours, strict=True):
         word = "not run: " if check.passed is None else words[expected]
-        assert head == f"{check.name:14}{click.style(word, fg=expected)}{check.proves}"
+        assert head == f"{check.name:14}{click.style(word, fg=expected)}{check.finding}"
     assert click.unstyle(lines[-1]) == verdict
     assert lines[-1].startswith(click.style("", fg=colour, bold=True, reset=False))
 
@@ -208,14 +212,15 @@ def test_peak_memory_is_reported_without_mapped_files() -> None:
     lines = plain(verification_lines(replace(verification(Check("bytes", True, "a")), memory=memory)))
     peak = "500 MB peak memory without mapped files, 400 MB of it from importing torch and transformers"
     assert lines[-2].partition(", ")[2] == peak
+    memory = {"gpu_peak": 10**9, "gpu_reserved_peak": 2 * 10**9, "gpu_used_peak": 3 * 10**9}
+    lines = plain(verification_lines(replace(verification(Check("bytes", True, "a")), memory=memory)))
+    assert lines[-2].endswith("1.0 GB peak GPU memory (2.0 GB reserved, 3.0 GB used by all processes)")
 
 
 def test_verdict_without_a_source_names_what_was_checked() -> None:
     others = Check("bytes", None, "no source was given")
     lines = plain(verification_lines(verification(Check("files", True, "a"), others, device=None)))
-    assert lines[-1] == (
-        "Looks ok, but not everything was checked: only the files' sizes and sha256 were, because no source was given."
-    )
+    assert lines[-1] == "Files unchanged since they were written; not compared with a source."
 
 
 def test_details_of_a_check_are_wrapped_under_its_text() -> None:
@@ -223,7 +228,73 @@ def test_details_of_a_check_are_wrapped_under_its_text() -> None:
         "every byte of every tensor equals its source's " * 2,
         "norm.weight differs from element 0 on " * 3,
     )
-    lines = plain(verification_lines(verification(Check("bytes", False, proves.strip(), (problem.strip(),)))), 80)
-    assert lines[0].startswith("bytes         FAILED   every byte")
+    lines = plain(verification_lines(verification(Check("bytes", None, proves.strip(), (problem.strip(),)))), 80)
+    assert lines[0].startswith("bytes         not run: every byte")
     assert all(len(line) <= 80 and line.startswith(" " * 23 + line.strip()[0]) for line in lines[1:-2])
     assert len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("check", "finding"),
+    [
+        (Check("bytes", False, "", (), {"tensors": 175, "wrong": 2}), "2 of 175 tensors do not match their source"),
+        (Check("bytes", False, "", (), {"tensors": 175, "wrong": 1}), "1 of 175 tensors does not match its source"),
+        (Check("bytes", False, "", (), {"tensors": 175, "wrong": 0}), "the weight files are not as planned"),
+        (Check("config", False, ""), "values in the small files are not as planned"),
+        (Check("parity", False, "", (), {"differences": {"cls": 2.0, "patches": 0.0, "logits": math.nan},
+                                         "tolerance": 0.0, "size": 224}), "2 of 3 layer outputs differ at 224x224"),
+        (Check("parity", False, "", (), {"differences": {"cls": 0.0}, "tolerance": 0.0}),
+         "the two models do not have the same layers"),
+        (Check("parity", False, ""), "the models could not be compared"),
+    ],
+)  # fmt: skip
+def test_failed_check_says_what_failed_not_what_it_would_have_proved(check: Check, finding: str) -> None:
+    found = replace(check, proves="every tensor equals its source's")
+    assert plain(verification_lines(verification(found)))[0] == f"{check.name:14}FAILED   {finding}"
+    assert verification(found).as_dict()["checks"][0]["finding"] == finding
+
+
+def test_verdict_states_the_cost_of_a_cast() -> None:
+    found = replace(
+        verification(Check("bytes", True, "a")), cast_cost=CastCost("bfloat16", 0.0571, 0.0242, 4.1),
+        output={"cast": {"from": "float32", "to": "bfloat16"}},
+    )  # fmt: skip
+    assert plain(verification_lines(found))[-1] == (
+        "Looks ok! Cost of the cast: in bfloat16, which from_pretrained uses by default, outputs differ from the "
+        "float32 original's by up to 0.057, where its largest value is 4.1; with float32 arithmetic, by up to 0.024."
+    )
+    gap = "Looks ok, but not everything was checked: the cost of the cast was not measured."
+    assert plain(verification_lines(replace(found, cast_cost=None)))[-1] == gap
+    overflown = replace(found, cast_cost=CastCost("float32", math.inf, math.inf, 4.1))
+    assert plain(verification_lines(overflown))[-1].endswith(
+        "in float32, which from_pretrained uses by default, outputs differ from the float32 original's by infinity or "
+        "NaN, where its largest value is 4.1."
+    )
+
+
+def test_parity_row_states_its_size_and_the_difference_by_design() -> None:
+    numbers = {
+        "size": 224, "native_size": 518, "tolerance": 1e-13, "largest": 2e-15, "differences": {"cls": 2e-15},
+        "float32": {"largest": 1e-6}, "as_published": {"cls": 0.0125, "patches": 0.071},
+    }  # fmt: skip
+    parity = Check("parity", True, "both compute the same, at 224x224", (), numbers)
+    lines = [line.strip() for line in plain(verification_lines(verification(parity)))[1:-2]]
+    assert lines == [
+        "1 layer outputs on cpu, in a second pass in float64: largest difference 2e-15, allowed 1e-13",
+        "by design, not an error: the authors' code interpolates position embeddings slightly differently at 224x224, "
+        "which changes outputs by 0.0125 (cls), 0.071 (patches); here, both models do it like transformers",
+        "224x224 is the image processor's size; the bytes check covers every position embedding; --thorough adds the "
+        "native size, 518x518",
+    ]
+    native = Check("native", True, "both compute the same, at 518x518", (), {**numbers, "size": 518})
+    assert "--thorough" not in "".join(plain(verification_lines(verification(parity, native))))
+
+
+def test_record_for_the_manifest_names_no_command_and_has_no_pictures() -> None:
+    """The manifest may be published, and a command names folders of the user's machine."""
+    found = replace(
+        verification(Check("bytes", True, "a")), command="streamconv verify /home/ada/x", pictures={"image": "data:x"}
+    )
+    assert found.as_dict()["command"] == "streamconv verify /home/ada/x"
+    assert "ada" not in str(found.as_record())
+    assert found.as_record()["pictures"] == {}

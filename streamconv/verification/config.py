@@ -1,0 +1,60 @@
+"""The config check: the small files of an output, value by value.
+
+These are config.json, the image processor's file and the index of the shards. They decide what transformers builds
+around the weights, which the bytes check covers.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+from streamconv.errors import OutputError, SourceError
+from streamconv.files.local import read_small
+from streamconv.formats.checkpoint import open_checkpoint
+from streamconv.formats.safetensors import INDEX_NAME
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
+from streamconv.planning.plan import Plan
+from streamconv.verification.result import Check
+from streamconv.verification.structure import index_problems, small_file_problems
+
+
+def check_config(folder: Path, plan: Plan) -> Check:
+    """Compare every value of the folder's small files with the planned one."""
+    start = time.monotonic()
+    problems = small_file_problems(folder, plan) + _label_problems(folder, plan)
+    with suppress(SourceError), open_checkpoint(folder) as written:  # the bytes check reports an unreadable output
+        problems += index_problems(folder, written)
+    names = _small_names(folder, plan)
+    proves = f"every value in {_listed(names)} is as planned"
+    return Check("config", not problems, proves, tuple(sorted(problems)), {"files": len(names)}).since(start)
+
+
+def small_files(folder: Path, plan: Plan) -> dict[str, WrittenFile]:
+    """Return the sizes and sha256 of the small files that the folder has."""
+    found = {}
+    for name in _small_names(folder, plan):
+        with suppress(SourceError):  # the check reports it
+            data = read_small(folder / name)
+            found[name] = WrittenFile(len(data), sha256(data).hexdigest())
+    return found
+
+
+def _small_names(folder: Path, plan: Plan) -> list[str]:
+    """Return the names of the planned files, and of the index if the folder is divided into shards."""
+    return [*plan.small_files, *([INDEX_NAME] if os.path.exists(folder / INDEX_NAME) else [])]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _label_problems(folder: Path, plan: Plan) -> list[str]:
+    """Compare a classifier's labels, which no source has, with those that the folder's manifest records."""
+    with suppress(OutputError):  # the bytes check reports an unreadable manifest
+        manifest = Manifest.read(folder)
+        if manifest is not None and manifest.labels is not None and manifest.labels.sha256 != plan.labels_digest:
+            return [f"the labels in config.json are not those in {MANIFEST_NAME}"]
+    return []
