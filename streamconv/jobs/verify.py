@@ -7,11 +7,11 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from streamconv._version import __version__
 from streamconv.errors import OutputError
@@ -26,11 +26,10 @@ from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
-from streamconv.verification.preflight import check_arguments, check_packages, check_report
-from streamconv.verification.result import Check, Verification
-
-if TYPE_CHECKING:
-    from streamconv.verification.model_checks import ModelResults, ModelVerifier
+from streamconv.verification.preflight import check_packages, check_report
+from streamconv.verification.process import ModelJob, ModelOptions, ModelRunner, start_models
+from streamconv.verification.result import Check, ModelResults, Verification
+from streamconv.verification.sparse_folder import write_sparse_folder
 
 _log = logging.getLogger(__name__)
 
@@ -49,9 +48,10 @@ def verify(
     The result is recorded in the folder's manifest if the folder was made from this source. A difference is a result,
     not an error: see `Verification.passed`.
 
-    Threads may verify at the same time. Nothing is changed for the rest of the process, so transformers' messages and
-    progress bars are shown as the caller has set them. An authors' code (``reference``) is imported by torch.hub, which
-    changes sys.path meanwhile.
+    The models run in a process that this one starts, and that ends with the job. If this process has imported
+    transformers, they run here. Threads may verify at the same time. Nothing is changed for the rest of the process, so
+    transformers' messages and progress bars are shown as the caller has set them. An authors' code (``reference``) is
+    imported by torch.hub, which changes sys.path meanwhile.
 
     Args:
         folder: The folder that `streamconv.convert` wrote.
@@ -78,40 +78,35 @@ def verify(
         )
     check_options(options, runs_models=source is not None)
     if source is None:
+        check_names(options, progress)
         verification = _verify_alone(path, progress)
     else:
         with ExitStack() as stack:
+            models = stack.enter_context(started_models(options, progress))
             conversion = _options_of(path, source_options)
             prepared = stack.enter_context(prepared_source(source, conversion, progress, labels_of=path))
             if not conversion.stream:
                 prepared = stack.enter_context(local_copy(prepared, progress))
-            verification = verify_prepared(path, prepared, options, progress)
+            verification = verify_prepared(path, prepared, models, progress)
     write_report(verification, options)
     return verification
 
 
-def verify_prepared(
-    folder: Path, prepared: PreparedSource, options: VerificationOptions, progress: Progress
-) -> Verification:
+def verify_prepared(folder: Path, prepared: PreparedSource, models: ModelRunner, progress: Progress) -> Verification:
     """Verify a converted folder against an open source, and record the result in the folder's manifest.
 
-    A remote source is read again for parity only: its bytes were checked when they were written, as the manifest
-    records.
+    The bytes are compared while ``models`` may still import torch, in another process. A remote source is read again
+    for parity only: its bytes were checked when they were written, as the manifest records.
     """
     start, source, plan = time.monotonic(), prepared.source, prepared.plan
     manifest = Manifest.read(folder)
-    # Importing torch takes seconds, so the source was opened, or refused, before that.
-    progress("starting torch and transformers", 0, 1, "steps")
-    from streamconv.verification.model_checks import ModelVerifier
-
-    models = ModelVerifier(plan, options.device, options.image, options.reference)
     is_ours = manifest is not None and manifest.is_from(source.describe())
     if manifest is not None and is_ours and source.is_remote and source.has_checksums:
         check, files = compare_with_manifest(folder, plan, manifest, progress)
     else:
         check, files = compare_with_source(folder, plan, source.reader, source.has_checksums, progress)
-    results = models.check(folder, source, progress, options.parity, thorough=options.thorough)
-    verification = _verification(plan, source, (check, *results.checks), results, models, files, start)
+    results = models.check(ModelJob(plan, folder, source), progress)
+    verification = _verification(plan, source, (check, *results.checks), results, files, start)
     try:
         record_verification(folder, verification.as_record(), dict(verification.source))
     except OutputError as error:
@@ -123,7 +118,7 @@ def verify_uploaded(
     prepared: PreparedSource,
     manifest: Manifest,
     folder: Path,
-    options: VerificationOptions,
+    models: ModelRunner,
     progress: Progress = ignore_progress,
 ) -> Verification:
     """Verify an output that was uploaded shard by shard and is not on the disk.
@@ -133,36 +128,64 @@ def verify_uploaded(
         manifest: Its manifest. Each shard had the recorded sha256 when it was written and when it was uploaded.
         folder: An empty folder for files with the headers of the shards and holes instead of weights.
     """
-    from streamconv.verification.model_checks import ModelVerifier
-    from streamconv.verification.sparse_folder import write_sparse_folder
-
     start, source, plan = time.monotonic(), prepared.source, prepared.plan
-    progress("starting torch and transformers", 0, 1, "steps")
     write_sparse_folder(plan, folder)
-    models = ModelVerifier(plan, options.device, options.image, options.reference)
-    results = models.check(folder, source, progress, options.parity, is_sparse=True, thorough=options.thorough)
+    results = models.check(ModelJob(plan, folder, source, is_sparse=True), progress)
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     if source.has_checksums:
         proves = f"every file was uploaded as it was copied{cast_note(plan)}, from records that matched their CRC-32"
         check = Check("bytes", True, proves, (), numbers, "the uploaded files were not read back")
     else:
         check = Check("bytes", None, "the source has no CRC-32s, and no output file was kept to be compared with it")
-    return _verification(plan, source, (check, *results.checks), results, models, manifest.files, start)
+    return _verification(plan, source, (check, *results.checks), results, manifest.files, start)
 
 
 def check_options(options: VerificationOptions, runs_models: bool = True) -> None:
     """Refuse invalid options before hours of work.
 
     Raises:
-        UsageError: the device, the image or the reference does not exist, or torch or transformers is not installed.
+        UsageError: torch or another package that models need is not installed.
         OutputError: the report cannot be written.
     """
-    if runs_models:
+    if runs_models or _can_be_wrong(options):
         check_packages()
     if options.report is not None:
         check_report(Path(options.report))
+
+
+def _can_be_wrong(options: VerificationOptions) -> bool:
+    """Return whether the options name something that may not exist, which only torch and Pillow can find out."""
+    return options.device not in ("auto", "cpu") or options.image is not None or options.reference != "builtin"
+
+
+@contextmanager
+def started_models(options: VerificationOptions, progress: Progress) -> Iterator[ModelRunner]:
+    """Start what runs the models, which takes seconds, and end it with the ``with`` statement.
+
+    If the options name something that may not exist, wait until it is known to exist.
+
+    Raises:
+        UsageError: it does not, or torch cannot be started.
+    """
     image = None if options.image is None else os.fspath(options.image)
-    check_arguments(options.device, image, os.fspath(options.reference))
+    # A string may stand for the code of the original model; a path never does.
+    reference = options.reference if isinstance(options.reference, str) else os.path.abspath(options.reference)
+    given = ModelOptions(options.device, image, reference, options.parity, options.thorough)
+    with closing(start_models(given)) as models:
+        if _can_be_wrong(options):
+            models.wait_until_ready(progress)
+        yield models
+
+
+def check_names(options: VerificationOptions, progress: Progress) -> None:
+    """Check that the device, the image and the reference exist, for a job that runs no models.
+
+    Raises:
+        UsageError: one of them does not.
+    """
+    if _can_be_wrong(options):
+        with started_models(options, progress):
+            pass
 
 
 def write_report(verification: Verification, options: VerificationOptions) -> None:
@@ -220,17 +243,16 @@ def _verification(
     plan: Plan,
     source: OpenSource,
     checks: tuple[Check, ...],
-    found: "ModelResults",
-    models: "ModelVerifier",
+    found: ModelResults,
     files: Mapping[str, WrittenFile],
     start: float,
 ) -> Verification:
     _log_checks(checks)
     return Verification(
         checks=checks,
-        device=str(models.device),
-        reference=models.reference,
-        versions=models.versions,
+        device=found.device,
+        reference=found.reference,
+        versions=found.versions,
         source=source.describe(),
         output={
             "model": plan.model.name if plan.model else None,
