@@ -244,8 +244,9 @@ HUB_SHARD_SIZE = "3MB"
 
 
 def verify_on_cpu(prepared: PreparedSource, manifest: Mapping[str, Any], folder: Path) -> Verification:
-    with started_models(VerificationOptions(device="cpu"), ignore_progress) as models:
-        return verify_uploaded(prepared, manifest, folder, models)
+    options = VerificationOptions(device="cpu")
+    with started_models(options, ignore_progress) as models:
+        return verify_uploaded(prepared, manifest, folder, options, models)
 
 
 def to_hub(

@@ -10,6 +10,7 @@ from typing import Any
 from streamconv.errors import UsageError
 from streamconv.families.registry import find_model
 from streamconv.files.address import local_path
+from streamconv.hub.repository import Repository
 from streamconv.jobs.conversion import Conversion
 from streamconv.jobs.convert import convert_prepared
 from streamconv.jobs.convert_to_hub import Verify, convert_to_hub
@@ -101,28 +102,16 @@ def run(
         if push is not None and repository is None:
             repository = open_repository(push, prepared.published_model)
         if push is not None and repository is not None and conversion.stream:
-            verify = _verify_with(models, progress) if models is not None else None
-            done = convert_to_hub(
-                prepared,
-                output,
-                repository,
-                verify,
-                unverified=push.unverified,
-                force=conversion.force,
-                progress=progress,
+            return _run_to_hub(
+                prepared, output, repository, push, verification, models, conversion.force, progress, on_result
             )
-            on_result(done.conversion)
-            if verification is not None and done.verification is not None:
-                on_result(done.verification)
-                write_report(done.verification, verification)
-            return RunResult(done.conversion, done.verification, done.published)
         converted, prepared = convert_prepared(prepared, output, conversion, progress, stack)
         on_result(converted)
         verified = None
         if verification is not None and models is not None:
             if not conversion.stream:
                 prepared = stack.enter_context(local_copy(prepared, progress))
-            verified = verify_prepared(converted.output, prepared, models, progress)
+            verified = verify_prepared(converted.output, prepared, verification, models, progress)
             on_result(verified)
             write_report(verified, verification)
     published = None
@@ -144,9 +133,31 @@ def check_requests(verification: VerificationOptions | None, push: PushOptions |
         check_options(verification)
 
 
-def _verify_with(models: ModelRunner, progress: Progress) -> Verify:
+def _run_to_hub(
+    prepared: PreparedSource,
+    output: StrPath | None,
+    repository: Repository,
+    push: PushOptions,
+    verification: VerificationOptions | None,
+    models: ModelRunner | None,
+    force: bool,
+    progress: Progress,
+    on_result: Callable[[Conversion | Verification], None],
+) -> RunResult:
+    verify = _verify_with(verification, models, progress) if verification is not None and models is not None else None
+    done = convert_to_hub(
+        prepared, output, repository, verify, unverified=push.unverified, force=force, progress=progress
+    )
+    on_result(done.conversion)
+    if verification is not None and done.verification is not None:
+        on_result(done.verification)
+        write_report(done.verification, verification)
+    return RunResult(done.conversion, done.verification, done.published)
+
+
+def _verify_with(options: VerificationOptions, models: ModelRunner, progress: Progress) -> Verify:
     def verify(prepared: PreparedSource, manifest: Manifest, folder: Path) -> Verification:
-        return verify_uploaded(prepared, manifest, folder, models, progress)
+        return verify_uploaded(prepared, manifest, folder, options, models, progress)
 
     return verify
 

@@ -87,12 +87,14 @@ def verify(
             prepared = stack.enter_context(prepared_source(source, conversion, progress, labels_of=path))
             if not conversion.stream:
                 prepared = stack.enter_context(local_copy(prepared, progress))
-            verification = verify_prepared(path, prepared, models, progress)
+            verification = verify_prepared(path, prepared, options, models, progress)
     write_report(verification, options)
     return verification
 
 
-def verify_prepared(folder: Path, prepared: PreparedSource, models: ModelRunner, progress: Progress) -> Verification:
+def verify_prepared(
+    folder: Path, prepared: PreparedSource, options: VerificationOptions, models: ModelRunner, progress: Progress
+) -> Verification:
     """Verify a converted folder against an open source, and record the result in the folder's manifest.
 
     The bytes are compared while ``models`` may still import torch, in another process. A remote source is read again
@@ -105,7 +107,7 @@ def verify_prepared(folder: Path, prepared: PreparedSource, models: ModelRunner,
         check, files = compare_with_manifest(folder, plan, manifest, progress)
     else:
         check, files = compare_with_source(folder, plan, source.reader, source.has_checksums, progress)
-    results = models.check(ModelJob(plan, folder, source), progress)
+    results = models.check(ModelJob(plan, folder, source, options.parity, options.thorough), progress)
     verification = _verification(plan, source, (check, *results.checks), results, files, start)
     try:
         record_verification(folder, verification.as_record(), dict(verification.source))
@@ -118,6 +120,7 @@ def verify_uploaded(
     prepared: PreparedSource,
     manifest: Manifest,
     folder: Path,
+    options: VerificationOptions,
     models: ModelRunner,
     progress: Progress = ignore_progress,
 ) -> Verification:
@@ -130,7 +133,7 @@ def verify_uploaded(
     """
     start, source, plan = time.monotonic(), prepared.source, prepared.plan
     write_sparse_folder(plan, folder)
-    results = models.check(ModelJob(plan, folder, source, is_sparse=True), progress)
+    results = models.check(ModelJob(plan, folder, source, options.parity, options.thorough, is_sparse=True), progress)
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     if source.has_checksums:
         proves = f"every file was uploaded as it was copied{cast_note(plan)}, from records that matched their CRC-32"
@@ -170,8 +173,7 @@ def started_models(options: VerificationOptions, progress: Progress) -> Iterator
     image = None if options.image is None else os.fspath(options.image)
     # A string may stand for the code of the original model; a path never does.
     reference = options.reference if isinstance(options.reference, str) else os.path.abspath(options.reference)
-    given = ModelOptions(options.device, image, reference, options.parity, options.thorough)
-    with closing(start_models(given)) as models:
+    with closing(start_models(ModelOptions(options.device, image, reference))) as models:
         if _can_be_wrong(options):
             models.wait_until_ready(progress)
         yield models

@@ -22,19 +22,18 @@ from streamconv.progress import Progress, ignore_progress
 from streamconv.source.open import OpenSource
 from streamconv.verification.result import ModelResults
 
+WORKER = "streamconv.verification.worker"
 AGAIN = "Then run the same command again; a finished conversion is not repeated."
 OUT_OF_MEMORY = f"Close other programs, or use a machine with more memory. {AGAIN}"
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The options of `VerificationOptions` for the checks that run models."""
+    """What models run on: see `VerificationOptions`."""
 
     device: str
     image: str | None
     reference: str
-    parity: bool
-    thorough: bool
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class ModelJob:
     plan: Plan
     folder: Path
     source: OpenSource
+    parity: bool
+    thorough: bool
     is_sparse: bool = False
 
 
@@ -92,7 +93,7 @@ class ModelsHere:
 
         options = self._options
         models = ModelVerifier(job.plan, options.device, options.image, options.reference)
-        return models.check(job.folder, job.source, progress, options.parity, job.is_sparse, options.thorough)
+        return models.check(job.folder, job.source, progress, job.parity, job.is_sparse, job.thorough)
 
     def close(self) -> None: ...
 
@@ -111,7 +112,7 @@ class _ModelsInChild:
 
         # With this process's path: `python -m` would search the current folder first, and run a torch.py that is there.
         path = f"import sys; sys.path = {list(map(str, sys.path))!a}"
-        code = f"{path}; from streamconv.verification.worker import main; main()"
+        code = f"{path}; from {WORKER} import main; main()"
         self._is_ready = False
         try:
             self._process = subprocess.Popen(

@@ -151,8 +151,9 @@ def test_run_interrupted_during_verification_uploads_no_shard_twice(
             raise KeyboardInterrupt
 
     def verify(prepared: PreparedSource, manifest: Mapping[str, Any], folder: Path) -> Verification:
-        with started_models(VerificationOptions(device="cpu"), ignore_progress) as models:
-            return verify_uploaded(prepared, manifest, folder, models, interrupt)
+        options = VerificationOptions(device="cpu")
+        with started_models(options, ignore_progress) as models:
+            return verify_uploaded(prepared, manifest, folder, options, models, interrupt)
 
     with pytest.raises(KeyboardInterrupt):
         to_hub(remote_hub_model, tmp_path / "stage", verify=verify)
