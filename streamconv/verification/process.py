@@ -181,8 +181,8 @@ def _end_message(code: int) -> str:
     """Describe why the child ended without a result; ``code`` is `Popen.returncode`."""
     if code == -signal.SIGKILL:
         return f"The process that runs the models was killed, as the system does when memory is full. {OUT_OF_MEMORY}"
-    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    how = f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with exit code {code}"
     return (
-        f"The process that runs the models ended {how}. Check that `python -c 'import torch, transformers'` works, "
+        f"The process that runs the models {how}. Check that `python -c 'import torch, transformers'` works, "
         f"and reinstall them if it does not. {AGAIN}"
     )

@@ -6,6 +6,7 @@ Most tests let it run a script instead of models (tests/scripted_worker.py), so 
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -130,7 +131,7 @@ def test_source_without_its_open_files_can_be_read_in_the_process(
         ("has_a_bug", RuntimeError, "_LibraryError: this and <function"),
         ("exits", RuntimeError, "SystemExit: 3"),
         ("is_killed", UsageError, "was killed, as the system does when memory is full"),
-        ("aborts", UsageError, "ended by SIGABRT"),
+        ("aborts", UsageError, r"ended by signal 6 \(Aborted\)"),
         ("ends", UsageError, "ended with exit code 3"),
     ],
 )
@@ -167,28 +168,36 @@ def test_exception_of_a_callback_ends_the_process(
         require_ended(started)
 
 
-@pytest.mark.parametrize("script", ["waits", "computes"])
-def test_process_ends_when_its_parent_is_killed(
-    source: Path, tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch, script: str
+@pytest.mark.parametrize(
+    ("script", "number", "code"),
+    [
+        ("waits", signal.SIGKILL, -signal.SIGKILL),
+        ("computes", signal.SIGKILL, -signal.SIGKILL),
+        ("waits", signal.SIGINT, 130),
+        ("computes", signal.SIGTERM, 130),
+    ],
+)
+def test_process_ends_when_the_command_is_killed_or_interrupted(
+    source: Path, tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch, script: str, number: int, code: int
 ) -> None:
     monkeypatch.setenv("SCRIPT", script)
-    code = (
-        "import os, streamconv\nfrom streamconv.verification import process\n"
-        "process.WORKER = 'tests.scripted_worker'\n"
-        f"def progress(step, *rest):\n    if step in ('waiting', 'computing'): print('ready', flush=True)\n"
-        f"streamconv.run({str(source)!r}, {str(tmp_path / 'out')!r}, progress=progress,\n"
-        "              verification=streamconv.VerificationOptions(device='cpu'))"
+    words = ["streamconv", "run", str(source), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    program = (
+        "import sys\nfrom streamconv.cli.commands import main\nfrom streamconv.verification import process\n"
+        f"process.WORKER = 'tests.scripted_worker'\nsys.argv = {words}\nmain()"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    try:
-        assert parent.stdout is not None
-        assert parent.stdout.readline() == b"ready\n"
-        assert is_running(int(started.read_text()))
-        parent.kill()
-        require_ended(started)
-    finally:
-        parent.kill()
-        parent.communicate()
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as command:
+        try:
+            assert command.stderr is not None
+            while command.stderr.readline() not in ("waiting\n", "computing\n"):
+                assert command.poll() is None
+            assert is_running(int(started.read_text()))
+            command.send_signal(number)
+            assert command.wait(SECONDS) == code
+            require_ended(started)
+            assert ("To resume, run" in command.stderr.read()) == (code == 130)
+        finally:
+            command.kill()
 
 
 def test_what_libraries_print_goes_to_stderr(
