@@ -181,21 +181,26 @@ def test_process_ends_when_the_command_is_killed_or_interrupted(
     source: Path, tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch, script: str, number: int, code: int
 ) -> None:
     monkeypatch.setenv("SCRIPT", script)
-    words = ["streamconv", "run", str(source), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    arguments = ["streamconv", "run", str(source), "-o", str(tmp_path / "out"), "--device", "cpu"]
     program = (
         "import sys\nfrom streamconv.cli.commands import main\nfrom streamconv.verification import process\n"
-        f"process.WORKER = 'tests.scripted_worker'\nsys.argv = {words}\nmain()"
+        f"process.WORKER = 'tests.scripted_worker'\nsys.argv = {arguments}\nmain()"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as command:
+    words = [sys.executable, "-c", program]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as command:
         try:
             assert command.stderr is not None
             while command.stderr.readline() not in ("waiting\n", "computing\n"):
                 assert command.poll() is None
-            assert is_running(int(started.read_text()))
-            command.send_signal(number)
+            child = int(started.read_text())
+            assert is_running(child)
+            assert os.getsid(child) == child  # a terminal's Ctrl-C does not reach it
+            (os.kill if number == signal.SIGKILL else os.killpg)(command.pid, number)
             assert command.wait(SECONDS) == code
             require_ended(started)
-            assert ("To resume, run" in command.stderr.read()) == (code == 130)
+            printed = command.stderr.read()
+            assert ("To resume, run" in printed) == (code == 130)
+            assert "Traceback" not in printed
         finally:
             command.kill()
 
