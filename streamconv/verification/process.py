@@ -4,11 +4,10 @@ Importing torch and transformers takes seconds. The child process imports them w
 bytes, which need neither of them. `worker` is the child's program.
 
 If this process has imported transformers already, as a notebook has, the models run here: a second import would cost
-time and memory. Importing this module imports neither torch nor subprocess.
+time and memory. A conversion alone imports this module, too, so the modules for processes are imported when one starts.
 """
 
 import logging
-import pickle
 import signal
 import sys
 from contextlib import suppress
@@ -108,7 +107,7 @@ class _ModelsInChild:
     """
 
     def __init__(self, options: ModelOptions):
-        import subprocess  # takes memory, which a conversion alone should not pay for
+        import subprocess
 
         # With this process's path: `python -m` would search the current folder first, and run a torch.py that is there.
         path = f"import sys; sys.path = {list(map(str, sys.path))!a}"
@@ -150,6 +149,8 @@ class _ModelsInChild:
         self._process.wait()
 
     def _send(self, message: object) -> None:
+        import pickle
+
         assert self._process.stdin is not None
         data = pickle.dumps(message)
         with suppress(OSError):  # the child has ended; `_receive` finds out why
@@ -158,6 +159,8 @@ class _ModelsInChild:
 
     def _receive(self, progress: Progress) -> Any:
         """Return the value of the child's next message that is not about progress and not to be logged."""
+        import pickle
+
         assert self._process.stdout is not None
         while True:
             try:
