@@ -49,7 +49,8 @@ def verify(
     not an error: see `Verification.passed`.
 
     The models run in a process that this one starts, and that ends with the job. If this process has imported
-    transformers, they run here. Threads may verify at the same time. Nothing is changed for the rest of the process, so
+    transformers, they run here; only then can they read a streamed source from a file system that was registered with
+    fsspec in this process. Threads may verify at the same time. Nothing is changed for the rest of the process, so
     transformers' messages and progress bars are shown as the caller has set them. An authors' code (``reference``) is
     imported by torch.hub, which changes sys.path meanwhile.
 
