@@ -1,6 +1,7 @@
 """Converts published checkpoints to the Hugging Face format by streaming, and verifies the result.
 
-Importing this package imports neither torch nor transformers; `verify` imports them when it is called.
+Importing this package imports neither torch nor transformers. `run` and `verify` start a process that does; if the
+calling process has imported transformers already, they use that.
 
 Every job reports to a `Progress` callback, which can end the job by raising `Cancelled`. Options, results and errors
 can be copied, pickled and sent to other processes. Events such as a retried connection, a resumed file or a finished

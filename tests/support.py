@@ -28,7 +28,7 @@ from streamconv.jobs.convert_to_hub import HubConversion, Verify, convert_to_hub
 from streamconv.jobs.options import ConversionOptions, SourceOptions, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, prepared_source
 from streamconv.jobs.verify import _options_of as options_of
-from streamconv.jobs.verify import verify_uploaded
+from streamconv.jobs.verify import started_models, verify_uploaded
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
@@ -245,7 +245,9 @@ HUB_SHARD_SIZE = "3MB"
 
 
 def verify_on_cpu(prepared: PreparedSource, manifest: Mapping[str, Any], folder: Path) -> Verification:
-    return verify_uploaded(prepared, manifest, folder, VerificationOptions(device="cpu"))
+    options = VerificationOptions(device="cpu")
+    with started_models(options, ignore_progress) as models:
+        return verify_uploaded(prepared, manifest, folder, options, models)
 
 
 def to_hub(

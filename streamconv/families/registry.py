@@ -1,8 +1,9 @@
 """The known families and their published models. Every module of this package with a ``FAMILY`` adds one."""
 
+import copyreg
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from streamconv import families
@@ -25,6 +26,13 @@ def family_named(name: str) -> Family:
         KeyError: there is no such family.
     """
     return {family.name: family for family in all_families()}[name]
+
+
+def _reduced(family: Family) -> tuple[Callable[[str], Family], tuple[str]]:
+    return family_named, (family.name,)
+
+
+copyreg.pickle(Family, _reduced)  # by its name: a family's functions cannot be pickled
 
 
 def is_model(name: str) -> bool:

@@ -14,6 +14,7 @@ from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, Ver
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.jobs.publish import open_repository
 from streamconv.jobs.run import check_requests
+from streamconv.jobs.verify import check_names
 from streamconv.output.disk import require_writable
 from streamconv.output.folder import check_output_folder
 from streamconv.output.journal import JOURNAL_NAME, Journal, locked_journal
@@ -81,6 +82,8 @@ def preview(
         UsageError, SourceError, OutputError, HubError: the job itself would be refused with the same error.
     """
     check_requests(verification, push)
+    if verification is not None:
+        check_names(verification, progress)
     downloads: Mapping[Path, int] = {}
     with ExitStack() as stack:
         prepared = stack.enter_context(prepared_source(source, options, progress, is_exact=False))

@@ -18,9 +18,10 @@ from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, Ver
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.jobs.publish import Published, open_repository, publish_folder
 from streamconv.jobs.synth import temporary_checkpoint
-from streamconv.jobs.verify import check_options, verify_prepared, verify_uploaded, write_report
+from streamconv.jobs.verify import check_options, started_models, verify_prepared, verify_uploaded, write_report
 from streamconv.output.manifest import Manifest
 from streamconv.progress import Progress, ignore_progress, job
+from streamconv.verification.process import ModelRunner
 from streamconv.verification.result import Verification
 
 
@@ -84,6 +85,10 @@ def run(
         raise UsageError("A synthetic model has its own head. Omit --head.")
     check_requests(verification, push)
     with ExitStack() as stack:
+        models = None
+        if verification is not None:
+            # Torch is imported while this process converts. What the user named is known to exist before that.
+            models = stack.enter_context(started_models(verification, progress))
         # A synthetic source's name is known now, so a wrong repository is refused before the checkpoint is generated.
         name = fspath(source) if synthetic_seed is not None else None
         repository = open_repository(push, find_model(name)[1]) if push is not None and name is not None else None
@@ -97,14 +102,16 @@ def run(
         if push is not None and repository is None:
             repository = open_repository(push, prepared.published_model)
         if push is not None and repository is not None and conversion.stream:
-            return _run_to_hub(prepared, output, repository, push, verification, conversion.force, progress, on_result)
+            return _run_to_hub(
+                prepared, output, repository, push, verification, models, conversion.force, progress, on_result
+            )
         converted, prepared = convert_prepared(prepared, output, conversion, progress, stack)
         on_result(converted)
         verified = None
-        if verification is not None:
+        if verification is not None and models is not None:
             if not conversion.stream:
                 prepared = stack.enter_context(local_copy(prepared, progress))
-            verified = verify_prepared(converted.output, prepared, verification, progress)
+            verified = verify_prepared(converted.output, prepared, verification, models, progress)
             on_result(verified)
             write_report(verified, verification)
     published = None
@@ -132,18 +139,14 @@ def _run_to_hub(
     repository: Repository,
     push: PushOptions,
     verification: VerificationOptions | None,
+    models: ModelRunner | None,
     force: bool,
     progress: Progress,
     on_result: Callable[[Conversion | Verification], None],
 ) -> RunResult:
+    verify = _verify_with(verification, models, progress) if verification is not None and models is not None else None
     done = convert_to_hub(
-        prepared,
-        output,
-        repository,
-        _verify_with(verification, progress) if verification is not None else None,
-        unverified=push.unverified,
-        force=force,
-        progress=progress,
+        prepared, output, repository, verify, unverified=push.unverified, force=force, progress=progress
     )
     on_result(done.conversion)
     if verification is not None and done.verification is not None:
@@ -152,9 +155,9 @@ def _run_to_hub(
     return RunResult(done.conversion, done.verification, done.published)
 
 
-def _verify_with(options: VerificationOptions, progress: Progress) -> Verify:
+def _verify_with(options: VerificationOptions, models: ModelRunner, progress: Progress) -> Verify:
     def verify(prepared: PreparedSource, manifest: Manifest, folder: Path) -> Verification:
-        return verify_uploaded(prepared, manifest, folder, options, progress)
+        return verify_uploaded(prepared, manifest, folder, options, models, progress)
 
     return verify
 

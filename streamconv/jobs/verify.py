@@ -7,12 +7,12 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from streamconv._version import __version__
 from streamconv.errors import OutputError
@@ -28,12 +28,11 @@ from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
 from streamconv.verification.config import check_config, small_files
-from streamconv.verification.preflight import check_arguments, check_packages, check_report
-from streamconv.verification.result import Check, Verification
+from streamconv.verification.preflight import check_packages, check_report
+from streamconv.verification.process import ModelJob, ModelOptions, ModelRunner, start_models
+from streamconv.verification.result import Check, ModelResults, Verification
+from streamconv.verification.sparse_folder import write_sparse_folder
 from streamconv.verification.structure import unexpected_weights
-
-if TYPE_CHECKING:
-    from streamconv.verification.model_checks import ModelResults, ModelVerifier
 
 _log = logging.getLogger(__name__)
 
@@ -52,9 +51,11 @@ def verify(
     The result is recorded in the folder's manifest if the folder was made from this source. A difference is a result,
     not an error: see `Verification.passed`.
 
-    Threads may verify at the same time. Nothing is changed for the rest of the process, so transformers' messages and
-    progress bars are shown as the caller has set them. An authors' code (``reference``) is imported by torch.hub, which
-    changes sys.path meanwhile.
+    The models run in a process that this one starts, and that ends with the job. If this process has imported
+    transformers, they run here; only then can they read a streamed source from a file system that was registered with
+    fsspec in this process. Threads may verify at the same time. Nothing is changed for the rest of the process, so
+    transformers' messages and progress bars are shown as the caller has set them. An authors' code (``reference``) is
+    imported by torch.hub, which changes sys.path meanwhile.
 
     Args:
         folder: The folder that `streamconv.convert` wrote.
@@ -81,33 +82,30 @@ def verify(
         )
     check_options(options, runs_models=source is not None)
     if source is None:
+        check_names(options, progress)
         verification = _verify_alone(path, progress, options.command)
     else:
         with ExitStack() as stack:
+            models = stack.enter_context(started_models(options, progress))
             conversion = _options_of(path, source_options)
             prepared = stack.enter_context(prepared_source(source, conversion, progress, labels_of=path))
             if not conversion.stream:
                 prepared = stack.enter_context(local_copy(prepared, progress))
-            verification = verify_prepared(path, prepared, options, progress)
+            verification = verify_prepared(path, prepared, options, models, progress)
     write_report(verification, options)
     return verification
 
 
 def verify_prepared(
-    folder: Path, prepared: PreparedSource, options: VerificationOptions, progress: Progress
+    folder: Path, prepared: PreparedSource, options: VerificationOptions, models: ModelRunner, progress: Progress
 ) -> Verification:
     """Verify a converted folder against an open source, and record the result in the folder's manifest.
 
-    A remote source is read again for parity only: its bytes were checked when they were written, as the manifest
-    records.
+    The bytes are compared while ``models`` may still import torch, in another process. A remote source is read again
+    for parity only: its bytes were checked when they were written, as the manifest records.
     """
     start, source, plan = time.monotonic(), prepared.source, prepared.plan
     manifest = Manifest.read(folder)
-    # Importing torch takes seconds, so the source was opened, or refused, before that.
-    progress("starting torch and transformers", 0, 1, "steps")
-    from streamconv.verification.model_checks import ModelVerifier
-
-    models = ModelVerifier(plan, options.device, options.image, options.reference)
     is_ours = manifest is not None and manifest.is_from(source.describe())
     if manifest is not None and is_ours and source.is_remote and source.has_checksums:
         check, files = compare_with_manifest(folder, plan, manifest, progress)
@@ -115,9 +113,9 @@ def verify_prepared(
         check, files = compare_with_source(folder, plan, source.reader, source.has_checksums, progress)
     config = check_config(folder, plan)
     files = {**files, **small_files(folder, plan)}
-    results = models.check(folder, source, progress, options.parity, thorough=options.thorough)
+    results = models.check(ModelJob(plan, folder, source, options.parity, options.thorough), progress)
     checks = (check, config, *results.checks)
-    verification = _verification(plan, source, checks, results, models, files, start, options.command)
+    verification = _verification(plan, source, checks, results, files, start, options.command)
     try:
         record_verification(folder, verification.as_record(), dict(verification.source))
     except OutputError as error:
@@ -130,6 +128,7 @@ def verify_uploaded(
     manifest: Manifest,
     folder: Path,
     options: VerificationOptions,
+    models: ModelRunner,
     progress: Progress = ignore_progress,
 ) -> Verification:
     """Verify an output that was uploaded shard by shard and is not on the disk.
@@ -139,14 +138,9 @@ def verify_uploaded(
         manifest: Its manifest. Each shard had the recorded sha256 when it was written and when it was uploaded.
         folder: An empty folder for files with the headers of the shards and holes instead of weights.
     """
-    from streamconv.verification.model_checks import ModelVerifier
-    from streamconv.verification.sparse_folder import write_sparse_folder
-
     start, source, plan = time.monotonic(), prepared.source, prepared.plan
-    progress("starting torch and transformers", 0, 1, "steps")
     write_sparse_folder(plan, folder)
-    models = ModelVerifier(plan, options.device, options.image, options.reference)
-    results = models.check(folder, source, progress, options.parity, is_sparse=True, thorough=options.thorough)
+    results = models.check(ModelJob(plan, folder, source, options.parity, options.thorough, is_sparse=True), progress)
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     if source.has_checksums:
         proves = f"every file was uploaded as it was copied{cast_note(plan)}, from records that matched their CRC-32"
@@ -155,22 +149,54 @@ def verify_uploaded(
         check = Check("bytes", None, "the source has no CRC-32s, and no output file was kept to be compared with it")
     config = check_config(folder, plan)
     checks = (check, config, *results.checks)
-    return _verification(plan, source, checks, results, models, manifest.files, start, options.command)
+    return _verification(plan, source, checks, results, manifest.files, start, options.command)
 
 
 def check_options(options: VerificationOptions, runs_models: bool = True) -> None:
     """Refuse invalid options before hours of work.
 
     Raises:
-        UsageError: the device, the image or the reference does not exist, or torch or transformers is not installed.
+        UsageError: torch or another package that models need is not installed.
         OutputError: the report cannot be written.
     """
-    if runs_models:
+    if runs_models or _can_be_wrong(options):
         check_packages()
     if options.report is not None:
         check_report(Path(options.report))
+
+
+def _can_be_wrong(options: VerificationOptions) -> bool:
+    """Return whether the options name something that may not exist, which only torch and Pillow can find out."""
+    return options.device not in ("auto", "cpu") or options.image is not None or options.reference != "builtin"
+
+
+@contextmanager
+def started_models(options: VerificationOptions, progress: Progress) -> Iterator[ModelRunner]:
+    """Start what runs the models, which takes seconds, and end it with the ``with`` statement.
+
+    If the options name something that may not exist, wait until it is known to exist.
+
+    Raises:
+        UsageError: it does not, or torch cannot be started.
+    """
     image = None if options.image is None else os.fspath(options.image)
-    check_arguments(options.device, image, os.fspath(options.reference))
+    # A string may stand for the code of the original model; a path never does.
+    reference = options.reference if isinstance(options.reference, str) else os.path.abspath(options.reference)
+    with closing(start_models(ModelOptions(options.device, image, reference))) as models:
+        if _can_be_wrong(options):
+            models.wait_until_ready(progress)
+        yield models
+
+
+def check_names(options: VerificationOptions, progress: Progress) -> None:
+    """Check that the device, the image and the reference exist, for a job that runs no models.
+
+    Raises:
+        UsageError: one of them does not.
+    """
+    if _can_be_wrong(options):
+        with started_models(options, progress):
+            pass
 
 
 def write_report(verification: Verification, options: VerificationOptions) -> None:
@@ -243,8 +269,7 @@ def _verification(
     plan: Plan,
     source: OpenSource,
     checks: tuple[Check, ...],
-    found: "ModelResults",
-    models: "ModelVerifier",
+    found: ModelResults,
     files: Mapping[str, WrittenFile],
     start: float,
     command: str,
@@ -252,9 +277,9 @@ def _verification(
     _log_checks(checks)
     return Verification(
         checks=checks,
-        device=str(models.device),
-        reference=models.reference,
-        versions=models.versions,
+        device=found.device,
+        reference=found.reference,
+        versions=found.versions,
         source=source.describe(),
         output={
             **plan.names,

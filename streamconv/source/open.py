@@ -22,6 +22,7 @@ from streamconv.errors import (
 from streamconv.families.base import Family
 from streamconv.families.selection import Selection, find_backbone
 from streamconv.files.address import Address
+from streamconv.files.base import FileRef
 from streamconv.files.local import read_small
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
@@ -39,7 +40,8 @@ class OpenSource:
     """A source's tensors, including a head's (`Family.join_head`), and the checkpoints that they come from, by role.
 
     ``tensors`` are the selected ones, by their names in the family's rules; ``selection`` maps these to the names in
-    the files.
+    the files. Without its ``checkpoints``, which are open files, a source can be sent to another process: there,
+    ``reader`` opens the files again.
     """
 
     source: Source
@@ -53,7 +55,16 @@ class OpenSource:
 
     @property
     def is_remote(self) -> bool:
-        return any(checkpoint.is_remote for checkpoint in self.checkpoints.values())
+        return any(isinstance(ref.location, Address) for ref in self._files())
+
+    @property
+    def local_paths(self) -> dict[str, list[Path]]:
+        """The paths of the files on this machine that tensors come from, by role."""
+        paths: dict[str, list[Path]] = {}
+        for ref, role in self._files().items():
+            if isinstance(ref.location, Path):
+                paths.setdefault(role, []).append(ref.location)
+        return paths
 
     @property
     def classes(self) -> int | None:
@@ -65,6 +76,14 @@ class OpenSource:
     def reader(self) -> Reader:
         """A reader for the tensors, usable as long as the source is open."""
         return Reader(file for checkpoint in self.checkpoints.values() for file in checkpoint.files)
+
+    def _files(self) -> dict[FileRef, str]:
+        """Return the files that tensors come from, with the role of each."""
+        return {
+            part.record.file: "backbone" if key in self.selection.names else "head"
+            for key, tensor in self.tensors.items()
+            for part in parts_of(tensor)
+        }
 
     @property
     def has_checksums(self) -> bool:

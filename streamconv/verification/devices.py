@@ -1,11 +1,6 @@
-"""The device that a verification runs on, its peak memory, and the versions of the libraries.
-
-`main` is a program with the arguments DEVICE REFERENCE [IMAGE], which checks that all of them exist. It runs before a
-conversion in a separate process, so that torch is not imported into the converting one.
-"""
+"""The device that a verification runs on, its peak memory, and the versions of the libraries."""
 
 import re
-import sys
 import threading
 from pathlib import Path
 
@@ -119,12 +114,3 @@ def check_arguments_here(device: str, reference: str, image: str | None) -> None
     choose_device(device)
     check_reference(reference)
     open_image(image)
-
-
-def main() -> None:
-    """Check the arguments of the program, and print the error for a wrong one."""
-    try:
-        check_arguments_here(sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)
-    except UsageError as error:
-        print(error)  # on stdout, because libraries print warnings on stderr
-        sys.exit(error.exit_code)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,11 @@ from streamconv.verification.parity import PROVES, Pair, check_parity
 from streamconv.verification.patch_pca import draw_pictures
 from streamconv.verification.preprocessing import check_preprocessing, crop, resize, to_pixels
 from streamconv.verification.reference import BUILTIN, HUB, build_original, load_weights
-from streamconv.verification.result import CastCost, Check
+from streamconv.verification.result import Check, ModelResults
 from streamconv.verification.sparse_folder import source_tensors_of
 from streamconv.verification.weights import MappedWeights, StreamedWeights, torch_dtype
 
 PREDICTION_COUNT = 5
-
-
-@dataclass(frozen=True)
-class ModelResults:
-    """The models' part of a `Verification`."""
-
-    checks: tuple[Check, ...]
-    memory: Mapping[str, int | None] = field(default_factory=dict)
-    predictions: tuple[tuple[str, float], ...] = ()
-    pictures: Mapping[str, str] = field(default_factory=dict)
-    cast_cost: CastCost | None = None
 
 
 class ModelVerifier:
@@ -69,7 +58,13 @@ class ModelVerifier:
         """
         with MemoryWatch(self.device) as memory:
             found = self._check(folder, source, progress, parity, is_sparse, thorough)
-            return replace(found, memory=memory.as_dict())
+            return replace(
+                found,
+                memory=memory.as_dict(),
+                device=str(self.device),
+                reference=self.reference,
+                versions=self.versions,
+            )
 
     def _check(
         self, folder: Path, source: OpenSource, progress: Progress, with_parity: bool, is_sparse: bool, thorough: bool

@@ -1,7 +1,6 @@
 """Checks of the verification's options before hours of conversion, without importing torch into this process."""
 
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,29 +37,3 @@ def check_packages() -> None:
             f"Run `pip install {' '.join(missing)}`. Without them, `streamconv convert` converts, and `streamconv "
             "verify DIR` checks the files."
         )
-
-
-def check_arguments(device: str, image: str | None, reference: str) -> None:
-    """Check that the device, the image and the reference exist.
-
-    Raises:
-        UsageError: one of them does not.
-    """
-    if device in ("auto", "cpu") and image is None and reference == "builtin":
-        return
-    check_packages()
-    if "torch" in sys.modules:
-        from streamconv.verification.devices import check_arguments_here
-
-        check_arguments_here(device, reference, image)
-        return
-    import subprocess  # takes memory, which a conversion without these options should not pay
-
-    arguments = [device, reference, *([image] if image is not None else [])]
-    # With this process's path: `python -m` would search the current folder first, and run a torch.py that is there.
-    path = f"import sys; sys.path = {list(map(str, sys.path))}"
-    command = [sys.executable, "-c", f"{path}\nfrom streamconv.verification.devices import main; main()", *arguments]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if result.returncode == UsageError.exit_code and result.stdout:
-        raise UsageError(result.stdout.strip())
-    result.check_returncode()  # any other exit is a bug: show its traceback

@@ -95,8 +95,8 @@ def load_weights(original: Any, source: OpenSource) -> tuple[MappedWeights | Str
     if not source.is_remote:
         try:
             files = {
-                role: {name: value for path in checkpoint.paths for name, value in _flatten(_map_file(path))}
-                for role, checkpoint in source.checkpoints.items()
+                role: {name: value for path in paths for name, value in _flatten(_map_file(path))}
+                for role, paths in source.local_paths.items()
             }
         except (UnpicklingError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).partition("\n")[0]

@@ -75,17 +75,33 @@ class Conclusion:
 
 
 @dataclass(frozen=True)
+class ModelResults:
+    """The models' part of a `Verification`, whose fields have the same names."""
+
+    checks: tuple[Check, ...]
+    memory: Mapping[str, int | None] = field(default_factory=dict)
+    predictions: tuple[tuple[str, float], ...] = ()
+    pictures: Mapping[str, str] = field(default_factory=dict)
+    cast_cost: CastCost | None = None
+    device: str = ""
+    reference: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Verification:
     """The result of verifying an output against ``source``.
 
     If no source was given, ``source`` is the one that the output's manifest names, and no model ran: ``device`` and
     ``reference`` are None, and ``memory`` is empty. ``reference`` names the code of the original model. ``output``
     names the model, its dtype, and its files with their sizes and sha256. ``predictions`` are a classifier's best
-    labels for the image, with their probabilities. ``memory`` is from `devices.MemoryWatch`, in bytes. ``pictures`` are
-    PNGs as data URLs: the "image" that both models saw, and the patch features of the "original" and the "converted"
-    model. ``not_recorded`` is the reason if the result could not be recorded in the output's manifest. ``cast_cost`` is
-    None if nothing was cast or no model ran. ``date`` is the end in UTC, in ISO 8601. ``command`` is the command line,
-    without secrets in URLs; empty if a program called the library.
+    labels for the image, with their probabilities. ``memory`` is from `devices.MemoryWatch`, in bytes. It is that of
+    the process in which the models ran and torch is imported. If the job started that process, the calling process's
+    own memory, about 50 MB whatever the size of the model, comes on top. ``pictures`` are PNGs as data URLs: the
+    "image" that both models saw, and the patch features of the "original" and the "converted" model. ``not_recorded``
+    is the reason if the result could not be recorded in the output's manifest. ``cast_cost`` is None if nothing was
+    cast or no model ran. ``date`` is the end in UTC, in ISO 8601. ``command`` is the command line, without secrets in
+    URLs; empty if a program called the library.
     """
 
     checks: tuple[Check, ...]

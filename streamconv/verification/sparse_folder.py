@@ -15,7 +15,6 @@ from streamconv.planning.plan import Plan
 from streamconv.planning.shards import Shard
 from streamconv.tensors.expressions import SourceTensor
 from streamconv.tensors.info import TensorInfo, contiguous_strides
-from streamconv.verification.page_cache import FileMappings
 
 
 def write_sparse_folder(plan: Plan, folder: Path) -> None:
@@ -33,6 +32,8 @@ def source_tensors_of(model: Any, plan: Plan, folder: Path) -> Mapping[str, Sour
 
     None if the system does not report file mappings, or if transformers copied a tensor.
     """
+    from streamconv.verification.page_cache import FileMappings  # imports torch, which writing the folder does not need
+
     mappings, found = FileMappings(), {}
     shards = {(folder / shard.filename).resolve(): _offsets(shard) for shard in plan.shards}
     for name, parameter in model.state_dict().items():

@@ -14,8 +14,9 @@ import torch
 from streamconv import Verification, VerificationOptions
 from streamconv.jobs import prepare
 from streamconv.jobs.prepare import PreparedSource
-from streamconv.jobs.verify import verify_uploaded
+from streamconv.jobs.verify import started_models, verify_uploaded
 from streamconv.planning.plan import Plan
+from streamconv.progress import ignore_progress
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
 from tests.hub_server import HubServer
@@ -150,7 +151,9 @@ def test_run_interrupted_during_verification_uploads_no_shard_twice(
             raise KeyboardInterrupt
 
     def verify(prepared: PreparedSource, manifest: Mapping[str, Any], folder: Path) -> Verification:
-        return verify_uploaded(prepared, manifest, folder, VerificationOptions(device="cpu"), interrupt)
+        options = VerificationOptions(device="cpu")
+        with started_models(options, ignore_progress) as models:
+            return verify_uploaded(prepared, manifest, folder, options, models, interrupt)
 
     with pytest.raises(KeyboardInterrupt):
         to_hub(remote_hub_model, tmp_path / "stage", verify=verify)

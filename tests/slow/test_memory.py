@@ -31,6 +31,10 @@ JOBS = {
         "streamconv.convert({address!r}, {output!r}, streamconv.ConversionOptions(stream=True))", "F32",
         40 << 10, 4 << 10,  # urllib3 and its threads are 3 MB of it
     ),
+    "run": (  # torch is imported into another process
+        "streamconv.run({source!r}, {output!r}, verification=streamconv.VerificationOptions('cpu', parity=False))",
+        "F32", 48 << 10, 8 << 10,
+    ),
     "revert to .pth": ("streamconv.revert({folder!r}, {output!r} + '.pth')", "F32", 32 << 10, 4 << 10),
     "revert to .safetensors": ("streamconv.revert({folder!r}, {output!r} + '.safetensors')", "F32", 32 << 10, 4 << 10),
 }  # fmt: skip

@@ -1,0 +1,191 @@
+"""Runs the models of a verification in a process of their own, started before the conversion.
+
+Importing torch and transformers takes seconds. The child process imports them while this one converts and compares
+bytes, which need neither of them. `worker` is the child's program.
+
+If this process has imported transformers already, as a notebook has, the models run here: a second import would cost
+time and memory. A conversion alone imports this module, too, so the modules for processes are imported when one starts.
+"""
+
+import logging
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from streamconv.errors import UsageError
+from streamconv.planning.plan import Plan
+from streamconv.progress import Progress, ignore_progress
+from streamconv.source.open import OpenSource
+from streamconv.verification.result import ModelResults
+
+WORKER = "streamconv.verification.worker"
+AGAIN = "Then run the same command again; a finished conversion is not repeated."
+OUT_OF_MEMORY = f"Close other programs, or use a machine with more memory. {AGAIN}"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What models run on: see `VerificationOptions`."""
+
+    device: str
+    image: str | None
+    reference: str
+
+
+@dataclass(frozen=True)
+class ModelJob:
+    """What the models are to verify: see `ModelVerifier.check`."""
+
+    plan: Plan
+    folder: Path
+    source: OpenSource
+    parity: bool
+    thorough: bool
+    is_sparse: bool = False
+
+
+class ModelRunner(Protocol):
+    """Runs the checks that need models, once. Close it in any case."""
+
+    def wait_until_ready(self, progress: Progress) -> None:
+        """Wait until torch is imported, and the device, the image and the reference exist.
+
+        Raises:
+            UsageError: one of them does not, or torch cannot be imported.
+        """
+
+    def check(self, job: ModelJob, progress: Progress) -> ModelResults:
+        """Run the checks.
+
+        Raises:
+            UsageError: see `wait_until_ready`; or the models could not run, which says nothing about the output.
+        """
+
+    def close(self) -> None: ...
+
+
+def start_models(options: ModelOptions) -> ModelRunner:
+    """Start importing torch in a process of its own, unless this one has done so.
+
+    Raises:
+        UsageError: the process cannot be started.
+    """
+    return ModelsHere(options) if "transformers" in sys.modules else _ModelsInChild(options)
+
+
+class ModelsHere:
+    """Runs the models in this process."""
+
+    def __init__(self, options: ModelOptions):
+        self._options = options
+
+    def wait_until_ready(self, progress: Progress = ignore_progress) -> None:
+        from streamconv.verification.devices import check_arguments_here
+
+        check_arguments_here(self._options.device, self._options.reference, self._options.image)
+
+    def check(self, job: ModelJob, progress: Progress) -> ModelResults:
+        from streamconv.verification.model_checks import ModelVerifier
+
+        options = self._options
+        models = ModelVerifier(job.plan, options.device, options.image, options.reference)
+        return models.check(job.folder, job.source, progress, job.parity, job.is_sparse, job.thorough)
+
+    def close(self) -> None: ...
+
+
+class _ModelsInChild:
+    """Runs the models in a child process.
+
+    Sends pickled messages through the child's stdin, and receives (kind, value) pairs from its stdout.
+
+    Nothing is sent in the arguments, which every user can read: URLs may contain passwords. The child ends when its
+    stdin is closed, so none is left behind if this process is killed.
+    """
+
+    def __init__(self, options: ModelOptions):
+        import subprocess
+
+        # With this process's path: `python -m` would search the current folder first, and run a torch.py that is there.
+        path = f"import sys; sys.path = {list(map(str, sys.path))!a}"
+        code = f"{path}; from {WORKER} import main; main()"
+        self._is_ready = False
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C in a terminal interrupts this process, which then ends the child
+            )
+        except OSError as error:
+            raise UsageError(
+                f"Another Python process, which would run the models, cannot be started: {error}. To run them in "
+                "this process, import transformers before streamconv runs."
+            ) from error
+        self._send((options, logging.getLogger("streamconv").getEffectiveLevel()))
+
+    def wait_until_ready(self, progress: Progress) -> None:
+        if not self._is_ready:
+            progress("starting torch and transformers", 0, 1, "steps")
+            self._receive(progress)
+            self._is_ready = True
+
+    def check(self, job: ModelJob, progress: Progress) -> ModelResults:
+        self.wait_until_ready(progress)
+        self._send(replace(job, source=replace(job.source, checkpoints={})))
+        results: ModelResults = self._receive(progress)
+        return results
+
+    def close(self) -> None:
+        """End the child at once, whatever it is doing."""
+        self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(OSError):  # the child did not read everything
+                pipe.close()
+        self._process.wait()
+
+    def _send(self, message: object) -> None:
+        import pickle
+
+        assert self._process.stdin is not None
+        data = pickle.dumps(message)
+        with suppress(OSError):  # the child has ended; `_receive` finds out why
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+
+    def _receive(self, progress: Progress) -> Any:
+        """Return the value of the child's next message that is not about progress and not to be logged."""
+        import pickle
+
+        assert self._process.stdout is not None
+        while True:
+            try:
+                kind, value = pickle.load(self._process.stdout)
+            except (EOFError, pickle.UnpicklingError):  # it ended between two messages, or within one
+                raise UsageError(_end_message(self._process.wait())) from None
+            if kind == "progress":
+                progress(*value)
+                self._send("continue")
+            elif kind == "log":
+                if logging.getLogger(value.name).isEnabledFor(value.levelno):
+                    logging.getLogger(value.name).handle(value)
+            elif kind == "error":
+                error, trace = value
+                raise error from (RuntimeError(trace) if trace else None)
+            else:
+                return value
+
+
+def _end_message(code: int) -> str:
+    """Describe why the child ended without a result; ``code`` is `Popen.returncode`."""
+    if code == -signal.SIGKILL:
+        return f"The process that runs the models was killed, as the system does when memory is full. {OUT_OF_MEMORY}"
+    how = f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with exit code {code}"
+    return (
+        f"The process that runs the models {how}. Check that `python -c 'import torch, transformers'` works, "
+        f"and reinstall them if it does not. {AGAIN}"
+    )

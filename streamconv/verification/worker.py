@@ -1,0 +1,122 @@
+"""The program of the process that runs models: see `process`, whose messages it receives on stdin.
+
+Importing this module does not import torch; `main` does.
+"""
+
+import gc
+import logging
+import os
+import pickle
+import sys
+import traceback
+import warnings
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Any, NoReturn
+
+from streamconv.errors import StreamconvError, UsageError
+from streamconv.progress import ProgressUnit
+from streamconv.verification.process import OUT_OF_MEMORY, ModelsHere
+
+
+class _Parent:
+    """The process that started this one."""
+
+    def __init__(self) -> None:
+        # stdin and stdout carry messages: nothing else may read the one, and what libraries print goes to stderr.
+        self._input, self._output = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(2, 1)
+        self._messages: SimpleQueue[Any] = SimpleQueue()
+        self._lock = Lock()
+        Thread(target=self._read, name="parent", daemon=True).start()
+
+    def _read(self) -> None:
+        """Queue messages until the parent closes the pipe or ends, which ends this process as well."""
+        try:
+            while True:
+                self._messages.put(pickle.load(self._input))
+        except (EOFError, pickle.UnpicklingError):  # between two messages, or within one
+            pass
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+
+    def receive(self) -> Any:
+        return self._messages.get()
+
+    def send(self, kind: str, value: object) -> None:
+        data = pickle.dumps((kind, value))  # before anything is written, because it may fail
+        try:
+            with self._lock:  # any thread may log
+                self._output.write(data)
+                self._output.flush()
+        except OSError:  # the parent has ended
+            os._exit(1)
+
+    def progress(self, step: str, done: int, total: int, unit: ProgressUnit, /) -> None:
+        """Report progress, and wait until the caller's function has returned: it may end the job."""
+        self.send("progress", (step, done, total, unit))
+        self.receive()
+
+
+class _SentLog(logging.Handler):
+    """Sends log records, as text: their arguments may be anything."""
+
+    def __init__(self, parent: _Parent):
+        super().__init__()
+        self._parent = parent
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.msg = self.format(record)
+        record.args = record.exc_info = record.exc_text = None
+        self._parent.send("log", record)
+
+
+def main() -> NoReturn:
+    """Run one job, and end the process."""
+    parent = _Parent()
+    warnings.filterwarnings("ignore", "xFormers is")  # from the code of DINOv2's authors
+    try:
+        _import_models()
+        options, level = parent.receive()
+        logger = logging.getLogger("streamconv")
+        logger.setLevel(level)
+        logger.addHandler(_SentLog(parent))
+        models = ModelsHere(options)
+        models.wait_until_ready()
+        parent.send("ready", None)
+        parent.send("result", models.check(parent.receive(), parent.progress))
+    except BaseException as error:
+        parent.send("error", _portable(error))
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # at once: tearing down torch's modules would take as long as a second
+
+
+def _import_models() -> None:
+    """Import everything that running models needs.
+
+    Raises:
+        UsageError: something is missing or broken.
+    """
+    gc.disable()  # collecting among the many new objects takes a fifth of the time
+    try:
+        import streamconv.verification.model_checks  # noqa: F401
+    except Exception as error:
+        trace = "".join(traceback.format_exception_only(error)).strip().splitlines()[-3:]
+        raise UsageError(
+            "torch, torchvision, transformers or accelerate cannot be imported. Reinstall the one that this names:\n  "
+            + "\n  ".join(trace)
+        ) from error
+    gc.freeze()
+    gc.enable()
+
+
+def _portable(error: BaseException) -> tuple[BaseException, str]:
+    """Return the error to raise in the parent, which may lack the error's class, and its traceback if it is a bug."""
+    if isinstance(error, StreamconvError):
+        return error, ""
+    if isinstance(error, MemoryError):
+        return UsageError(f"Memory is too small to run the models. {OUT_OF_MEMORY}"), ""
+    return RuntimeError(f"{type(error).__name__}: {error}"), traceback.format_exc()
