@@ -54,9 +54,10 @@ class Results:
 
 
 def print_notes(verification: Verification) -> None:
+    notes = [verification.device_note]
     if verification.not_recorded:
-        note = Line(click.style("note: ", fg="yellow"), f"the result was not recorded: {verification.not_recorded}")
-        print_wrapped([note], sys.stderr)
+        notes.append(f"the result was not recorded: {verification.not_recorded}")
+    print_wrapped([Line(click.style("note: ", fg="yellow"), note) for note in notes if note], sys.stderr)
 
 
 def print_report_path(path: StrPath | None, printer: Printer) -> None:

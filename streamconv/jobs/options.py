@@ -11,6 +11,8 @@ from streamconv.planning.shards import parse_size
 from streamconv.tensors.info import CastDtype
 
 StrPath = str | PathLike[str]
+# Both would leave open if a difference in float32 is rounding or a wrong weight, which float64 decides.
+UNSUITABLE = {"mps": "Apple's GPUs have no float64.", "xpu": "Many of Intel's GPUs have no float64."}
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
 
 
@@ -100,7 +102,9 @@ class VerificationOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
-            raise UsageError(f"{self.device!r} is not a device to verify on. Use auto, cpu, cuda or cuda:N.")
+            kind = str(self.device).partition(":")[0]
+            why = f" {UNSUITABLE[kind]}" if kind in UNSUITABLE else ""
+            raise UsageError(f"{self.device!r} is not a device to verify on.{why} Use auto, cpu, cuda or cuda:N.")
 
 
 @dataclass(frozen=True)

@@ -292,6 +292,8 @@ def _verification(
         seconds=time.monotonic() - start,
         predictions=found.predictions,
         pictures=found.pictures,
+        gpu=found.gpu,
+        device_note=found.device_note,
         cast_cost=found.cast_cost,
         date=_now(),
         command=command,

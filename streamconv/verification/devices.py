@@ -1,43 +1,197 @@
-"""The device that a verification runs on, its peak memory, and the versions of the libraries."""
+"""The device that a verification runs on, and the versions of the libraries.
 
-import re
-import threading
+A GPU is used only if it has computed something small correctly. One that fails says nothing about an output, then or
+later: "auto" falls back to the CPU and reports why, and a GPU that the user has named is an error with its cause.
+"""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import torch
 import torchvision
 import transformers
+from torch.nn import functional
 
 from streamconv._version import __version__
 from streamconv.errors import UsageError
 from streamconv.verification.image import open_image
 from streamconv.verification.reference import check_reference
 
-SAMPLE_SECONDS = 0.02  # sampled, because the kernel records no peak of anonymous memory
+CPU = torch.device("cpu")
+# Variables that choose the GPUs which a process sees: of CUDA, and of ROCm, which has CUDA's, too.
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+# What CUDA raises: since torch 2.8, a class of its own. cuBLAS and cuDNN raise RuntimeError.
+GPU_ERRORS = (torch.cuda.OutOfMemoryError, *([torch.AcceleratorError] if hasattr(torch, "AcceleratorError") else []))
 
 
-def choose_device(name: str) -> torch.device:
-    """Choose the torch device called ``name``; "auto" is a GPU if there is one.
+@dataclass(frozen=True)
+class Choice:
+    """A device. ``note`` is why "auto" chose the CPU although there is a GPU; "" if it did not."""
+
+    device: torch.device
+    note: str = ""
+
+
+class GpuFailure(Exception):
+    """A GPU does not work, for the reason ``cause``; ``remedy`` is what the user can do, as an imperative."""
+
+    def __init__(self, cause: str, remedy: str = "Check the GPU and its driver"):
+        self.cause, self.remedy = cause, remedy
+        super().__init__(cause)
+
+    def as_usage_error(self, name: str) -> UsageError:
+        return UsageError(f"{name} cannot be used: {self.cause}. {self.remedy}, or use --device cpu.")
+
+    def as_note(self) -> str:
+        return f"verified on the CPU, because the GPU cannot be used: {self.cause}"
+
+
+def choose_device(name: str) -> Choice:
+    """Choose the device called ``name``; "auto" is the GPU that torch uses by default, if it works.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: there is no such device, or it does not work.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return Choice(CPU)
+    try:
+        return Choice(_working_gpu("cuda" if name == "auto" else name))
+    except GpuFailure as failure:
+        if name != "auto":
+            raise failure.as_usage_error(name) from failure
+        return Choice(CPU, failure.as_note() if _has_gpu() else "")
+
+
+def _working_gpu(name: str) -> torch.device:
+    """Start CUDA, or ROCm under the same name in torch, and let the GPU compute something.
+
+    Raises:
+        UsageError: it is not a GPU's name.
+        GpuFailure: torch or the driver does not work with GPUs, or there is no such GPU, or it does not compute.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"{name!r} is not a device. Use auto, cpu, cuda or cuda:N.") from None
-    if device.type not in ("cpu", "cuda") or name.startswith("cpu:"):
+    if device.type != "cuda":
         raise UsageError(f"streamconv cannot verify on the device {name!r}. Use auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"torch finds no CUDA GPU, so {name} cannot be used. Use --device cpu.")
-        if (device.index or 0) >= torch.cuda.device_count():
-            last = torch.cuda.device_count() - 1
-            raise UsageError(f"There is no {name}: the devices are cuda:0 to cuda:{last}.")
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise GpuFailure(f"torch {torch.__version__} was built without CUDA", "Install a torch with CUDA")
+    try:
+        current = torch.cuda.current_device()  # starts CUDA; before, some functions of torch refuse a device
+        count = torch.cuda.device_count()
+    except Exception as error:  # RuntimeError, AssertionError, or a warning that the caller has made an error
+        hidden = [f"{variable}={os.environ[variable]!r}" for variable in VISIBLE if variable in os.environ]
+        remedy = f"Unset {' and '.join(hidden)}, which may hide GPUs" if hidden else "Check the GPU and its driver"
+        raise GpuFailure(f"torch does not start {_runtime()} ({_first_line(error)})", remedy) from error
+    index = current if device.index is None else device.index
+    if index >= count:
+        raise GpuFailure(f"torch finds {count} GPU{'s' * (count > 1)}, numbered from cuda:0", "Choose one of them")
+    device = torch.device("cuda", index)
+    prove(device)
     return device
+
+
+def prove(device: torch.device) -> None:
+    """Let a GPU compute products and a convolution of small integers, which are exact in every order.
+
+    Raises:
+        GpuFailure: it cannot, or the result is wrong.
+    """
+    try:
+        for dtype in (torch.float32, torch.float64):
+            numbers = torch.arange(64, dtype=dtype, device="cpu").reshape(8, 8)
+            on_gpu = numbers.to(device)
+            convolved = functional.conv2d(on_gpu[None, None], on_gpu[None, None, :2, :2]).cpu()
+            is_right = torch.equal((on_gpu @ on_gpu).cpu(), numbers @ numbers) and torch.equal(
+                convolved, functional.conv2d(numbers[None, None], numbers[None, None, :2, :2])
+            )
+            if not is_right:
+                raise GpuFailure(f"{_model_of(device)} computes wrong results")
+    except torch.cuda.OutOfMemoryError as error:
+        raise out_of_memory(error) from error
+    except RuntimeError as error:
+        raise GpuFailure(f"{_model_of(device)} does not compute ({_first_line(error)})") from error
+
+
+def out_of_memory(error: BaseException) -> GpuFailure:
+    return GpuFailure(f"it has too little free memory ({_first_line(error)})", "Free the GPU's memory")
+
+
+def failure_behind(error: Exception, device: torch.device) -> GpuFailure | None:
+    """The failure of a GPU that has caused ``error``, by the error's class; or because it does not compute any more.
+
+    An error of CUDA is usually one of all later calls, too. None means that the GPU works, or that it recovered: then
+    only running the same on a CPU can show whether the models caused the error.
+    """
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return out_of_memory(error)
+    if isinstance(error, GPU_ERRORS):
+        return GpuFailure(f"it failed while the models ran ({_first_line(error)})")
+    try:
+        prove(device)
+    except GpuFailure as failure:
+        return failure
+    return None
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """The GPU for JSON, with its memory in bytes; empty for a CPU."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory": properties.total_memory,
+        "driver": _driver_version(),
+        "runtime": _runtime(),
+    }
+
+
+def _runtime() -> str:
+    return f"ROCm {torch.version.hip}" if torch.version.hip is not None else f"CUDA {torch.version.cuda}"
+
+
+def _driver_version() -> str | None:
+    """The version of the GPU's driver, if the system shows it."""
+    module = "nvidia" if torch.version.hip is None else "amdgpu"
+    try:
+        return Path(f"/sys/module/{module}/version").read_text().strip()
+    except OSError:
+        pass  # a sandbox, or a driver that is part of the Linux kernel
+    program = shutil.which("nvidia-smi") if module == "nvidia" else None
+    if program is None:
+        return None
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split()[0]
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return None
+
+
+def _model_of(device: torch.device) -> str:
+    """The GPU's name and compute capability, and the architectures that torch has kernels for."""
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+        kernels = ", ".join(torch.cuda.get_arch_list())
+        return f"{torch.cuda.get_device_name(device)} of capability {major}.{minor} (torch has kernels for {kernels})"
+    except Exception:  # a lost GPU has no properties, either
+        return str(device)
+
+
+def _has_gpu() -> bool:
+    """Whether the system shows a GPU that a torch of some build could use."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or os.path.exists("/dev/kfd")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
 
 
 def versions() -> dict[str, str]:
@@ -46,70 +200,11 @@ def versions() -> dict[str, str]:
     return {"streamconv": __version__, **{package.__name__: str(package.__version__) for package in packages}}
 
 
-class MemoryWatch:
-    """Peak memory of this process, with all its threads, and of a GPU during a ``with`` statement, in bytes.
-
-    Resident memory includes pages of mapped files, which the system takes back when it needs them. A small
-    machine must have enough for the anonymous memory only. Linux reports both; other systems, neither.
-    torch's own record of a GPU's peak belongs to the caller, too, and is not reset.
-    """
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._start = _status()
-        self._anonymous_peak = self._start.get("RssAnon")
-        self._gpu_peak_before = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        self._gpu_peak = 0
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._sample_until_stopped, name="memory", daemon=True)
-
-    def __enter__(self) -> "MemoryWatch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _sample_until_stopped(self) -> None:
-        while not self._stopped.wait(SAMPLE_SECONDS):
-            self._sample()
-
-    def _sample(self) -> None:
-        anonymous = _status().get("RssAnon")
-        if anonymous is not None and self._anonymous_peak is not None:
-            self._anonymous_peak = max(self._anonymous_peak, anonymous)
-        if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._device)  # exact, if it is a new one
-            now = peak if peak > self._gpu_peak_before else torch.cuda.memory_allocated(self._device)
-            self._gpu_peak = max(self._gpu_peak, now)
-
-    def as_dict(self) -> dict[str, int | None]:
-        """Bytes for JSON: memory when the watch began (with torch imported), and the peaks."""
-        self._sample()
-        return {
-            "host_start": self._start.get("VmRSS"),
-            "host_anonymous_start": self._start.get("RssAnon"),
-            "host_peak": _status().get("VmHWM"),
-            "host_anonymous_peak": self._anonymous_peak,
-            "gpu_peak": self._gpu_peak if self._device.type == "cuda" else None,
-        }
-
-
-def _status() -> dict[str, int]:
-    """This process's memory in bytes, with the names of proc_pid_status(5); empty on systems without that file."""
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        return {}
-    return {name: int(value) << 10 for name, value in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
-
-
 def check_arguments_here(device: str, reference: str, image: str | None) -> None:
-    """Check in this process that the device, the reference and the image exist.
+    """Check in this process that the device works, and that the reference and the image exist.
 
     Raises:
-        UsageError: one of them does not.
+        UsageError: that is not so.
     """
     choose_device(device)
     check_reference(reference)

@@ -10,13 +10,21 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from streamconv.errors import UsageError
+from streamconv.errors import StreamconvError, UsageError
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
 from streamconv.source.open import OpenSource
-from streamconv.verification.devices import MemoryWatch, choose_device, versions
+from streamconv.verification.devices import (
+    CPU,
+    GpuFailure,
+    choose_device,
+    describe_gpu,
+    failure_behind,
+    versions,
+)
 from streamconv.verification.image import open_image
 from streamconv.verification.load import check_load, default_dtype_of
+from streamconv.verification.memory import MemoryWatch
 from streamconv.verification.offload import OffloadedModel, WeightBuffer
 from streamconv.verification.parity import PROVES, Pair, check_parity
 from streamconv.verification.patch_pca import draw_pictures
@@ -34,7 +42,11 @@ class ModelVerifier:
 
     def __init__(self, plan: Plan, device: str, image: str | PathLike[str] | None, reference: str | PathLike[str]):
         self.plan = plan
-        self.device, self.image = choose_device(device), open_image(image)
+        choice = choose_device(device)
+        self.device, self.device_note = choice.device, choice.note
+        self._is_automatic = device == "auto"
+        self.image = open_image(image)
+        self._reference = reference
         self.original, self.architecture = build_original(plan, reference)
         self.reference = reference if reference in (BUILTIN, HUB) else f"folder {Path(reference).resolve().name}"
         self.versions = versions()
@@ -55,16 +67,45 @@ class ModelVerifier:
             is_sparse: ``folder`` was written by `write_sparse_folder`; the converted model's weights come
                 from the source, too.
             thorough: Run the models at the native size, too. A remote source is then read twice.
+
+        Raises:
+            UsageError: the device has too little memory; or it is a GPU that fails, and was not chosen automatically.
         """
-        with MemoryWatch(self.device) as memory:
-            found = self._check(folder, source, progress, parity, is_sparse, thorough)
-            return replace(
-                found,
-                memory=memory.as_dict(),
-                device=str(self.device),
-                reference=self.reference,
-                versions=self.versions,
-            )
+
+        def checked() -> ModelResults:
+            with MemoryWatch(self.device) as memory:
+                found = self._check(folder, source, progress, parity, is_sparse, thorough)
+                return replace(
+                    found,
+                    memory=memory.as_dict(),
+                    device=str(self.device),
+                    device_note=self.device_note,
+                    gpu=describe_gpu(self.device),
+                    reference=self.reference,
+                    versions=self.versions,
+                )
+
+        try:
+            return checked()
+        except StreamconvError:
+            raise
+        except Exception as error:
+            if self.device == CPU:
+                raise
+            name, problem = str(self.device), f"{type(error).__name__}: {error}"
+            failure = failure_behind(error, self.device)
+        if failure is not None and not self._is_automatic:
+            raise failure.as_usage_error(name)
+        # A CPU computes the same. If the models fail there, too, they are wrong; otherwise the GPU is.
+        self.device = CPU
+        self.original, self.architecture = build_original(self.plan, self._reference)  # without what is on the GPU
+        found = checked()
+        if failure is None and any("error" in check.numbers for check in found.checks):
+            return found
+        failure = failure or GpuFailure(f"it fails where a CPU does not ({problem})")
+        if not self._is_automatic:
+            raise failure.as_usage_error(name)
+        return replace(found, device_note=failure.as_note())
 
     def _check(
         self, folder: Path, source: OpenSource, progress: Progress, with_parity: bool, is_sparse: bool, thorough: bool

@@ -137,21 +137,18 @@ def check_parity(pair: Pair, name: str, pixels: Tensor, default_dtype: torch.dty
     try:
         with exact_float32(pair.device):
             verdict = compare(pair, pixels, f"comparing both models at {size}x{size}", default_dtype)
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        raise out_of_memory(pair.device, error) from error
     except StreamconvError:  # a source that is read while the model runs
         raise
-    except Exception as error:  # torch or transformers rejects the output or the source
-        return Check(name, False, proves, (f"{type(error).__name__}: {error}",)), None
+    except Exception as error:  # torch or transformers rejects the output or the source, or a GPU fails
+        if pair.device.type != "cpu":
+            raise  # the caller finds out which
+        if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):  # which says nothing about the output
+            raise UsageError(f"{pair.device} has too little memory to run the models: {error}.") from error
+        problem = f"{type(error).__name__}: {error}"
+        return Check(name, False, proves, (problem,), {"error": problem}), None
     numbers = {"size": size, "native_size": pair.config.image_size, **verdict.numbers}
     proves += verdict.note
     return Check(name, not verdict.problems, proves, verdict.problems, numbers, verdict.not_checked), verdict
-
-
-def out_of_memory(device: torch.device, error: BaseException) -> UsageError:
-    """The error to raise instead of a failed check, because lack of memory says nothing about the output."""
-    elsewhere = " Use --device cpu, or free the GPU's memory." if device.type == "cuda" else ""
-    return UsageError(f"{device} has too little memory to run the models: {error}.{elsewhere}")
 
 
 def compare(pair: Pair, pixels: Tensor, what: str, default_dtype: torch.dtype) -> Verdict:

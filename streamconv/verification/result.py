@@ -86,6 +86,8 @@ class ModelResults:
     device: str = ""
     reference: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    gpu: Mapping[str, Any] = field(default_factory=dict)
+    device_note: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,15 @@ class Verification:
     If no source was given, ``source`` is the one that the output's manifest names, and no model ran: ``device`` and
     ``reference`` are None, and ``memory`` is empty. ``reference`` names the code of the original model. ``output``
     names the model, its dtype, and its files with their sizes and sha256. ``predictions`` are a classifier's best
-    labels for the image, with their probabilities. ``memory`` is from `devices.MemoryWatch`, in bytes. It is that of
+    labels for the image, with their probabilities. ``memory`` is from `memory.MemoryWatch`, in bytes. It is that of
     the process in which the models ran and torch is imported. If the job started that process, the calling process's
     own memory, about 50 MB whatever the size of the model, comes on top. ``pictures`` are PNGs as data URLs: the
     "image" that both models saw, and the patch features of the "original" and the "converted" model. ``not_recorded``
     is the reason if the result could not be recorded in the output's manifest. ``cast_cost`` is None if nothing was
-    cast or no model ran. ``date`` is the end in UTC, in ISO 8601. ``command`` is the command line, without secrets in
-    URLs; empty if a program called the library.
+    cast or no model ran. ``gpu`` has the name, compute capability, memory in bytes, driver and runtime of the GPU that
+    the models ran on, if they did. ``device_note`` is why a GPU was not used, if "auto" found one that does not work.
+    ``date`` is the end in UTC, in ISO 8601. ``command`` is the command line, without secrets in URLs; empty if a
+    program called the library.
     """
 
     checks: tuple[Check, ...]
@@ -116,6 +120,8 @@ class Verification:
     pictures: Mapping[str, str] = field(default_factory=dict, repr=False)
     not_recorded: str = ""
     cast_cost: CastCost | None = None
+    gpu: Mapping[str, Any] = field(default_factory=dict)
+    device_note: str = ""
     date: str = ""
     command: str = ""
 
