@@ -58,7 +58,8 @@ class FakeCuda(TorchDispatchMode):
     Attributes:
         moved: Bytes moved from the CPU to a GPU, by the dtype in which they are moved.
         read_back: The number of times that the CPU waits for a GPU's values.
-        peak: The largest number of bytes that tensors occupied on all GPUs.
+        allocated: The bytes that tensors occupy on all GPUs now.
+        peak: The largest number of bytes that they have occupied.
         used: The GPUs that computed something.
         caches_emptied: The number of calls of ``torch.cuda.empty_cache``.
     """
@@ -68,14 +69,10 @@ class FakeCuda(TorchDispatchMode):
         self.count, self.memory, self.fail = count, memory, fail
         self.moved: Counter[torch.dtype] = Counter()
         self.used: set[str] = set()
-        self.read_back = self.peak = self.caches_emptied = 0
+        self.read_back = self.allocated = self.peak = self.caches_emptied = 0
         self.is_started = False
         self._live: Counter[int] = Counter()  # tensors of each storage, by address
-        self._allocated: dict[int, int] = {}
-
-    @property
-    def allocated(self) -> int:
-        return sum(self._allocated.values())
+        self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -107,7 +104,7 @@ class FakeCuda(TorchDispatchMode):
         wrapper_of = {id(x.values): x for x in inputs if isinstance(x, CudaTensor)}
         plain_args, plain_kwargs = tree_map_only(CudaTensor, lambda x: x.values, (args, kwargs))
         result = function(*plain_args, **plain_kwargs)
-        self._count(function, target, args, on_gpus, others, result)
+        self._count(function, target, on_gpus, others, result)
         if target.type != "cuda":
             return result
         return tree_map_only(
@@ -120,24 +117,23 @@ class FakeCuda(TorchDispatchMode):
             raise RuntimeError("CUDA error: invalid device ordinal")
         return torch.device("cuda", index)
 
-    def _count(
-        self, function: Any, target: torch.device, args: Any, on_gpus: set[Any], others: set[Any], result: Any
-    ) -> None:
+    def _count(self, function: Any, target: torch.device, on_gpus: set[Any], others: set[Any], result: Any) -> None:
         if function in (aten._local_scalar_dense.default, aten.equal.default) or target.type == "cpu":
             self.read_back += bool(on_gpus)
         if target.type == "cuda" and CPU in others:
             # torch converts before it moves, so what is moved has the dtype of the result.
             self.moved[result.dtype] += result.nbytes
-        del args
 
     def _wrapped(self, values: Tensor, device: torch.device) -> CudaTensor:
         storage = values.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
-        if self.memory is not None and address not in self._allocated and self.allocated + size > self.memory:
-            raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes")
+        if address not in self._sizes:
+            if self.memory is not None and self.allocated + size > self.memory:
+                raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes")
+            self._sizes[address] = size
+            self.allocated += size
         tensor = CudaTensor(values, device)
         self._live[address] += 1
-        self._allocated[address] = size
         weakref.finalize(tensor, self._free, address)
         self.peak = max(self.peak, self.allocated)
         return tensor
@@ -145,7 +141,8 @@ class FakeCuda(TorchDispatchMode):
     def _free(self, address: int) -> None:
         self._live[address] -= 1
         if not self._live[address]:
-            del self._live[address], self._allocated[address]
+            del self._live[address]
+            self.allocated -= self._sizes.pop(address)
 
     def __enter__(self) -> "FakeCuda":
         torch._C._ensureCUDADeviceGuardSet()  # allows to name a device that does not exist

@@ -1,0 +1,187 @@
+"""Verification on a GPU, with a fake one: placement, memory, errors of the GPU, and wrong outputs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from streamconv import UsageError, Verification
+from streamconv.families.dinov2 import Dimensions
+from streamconv.verification import devices
+from streamconv.verification.offload import OffloadedModel, WeightBuffer
+from streamconv.verification.originals import dinov2
+from streamconv.verification.weights import MappedWeights
+from tests import api
+from tests.checkpoints import State, alter, make_states, saved
+from tests.fake_cuda import FakeCuda
+from tests.support import tiny, verdicts
+
+pytestmark = pytest.mark.transformers
+
+ARCHITECTURES = {
+    "mlp": tiny(),
+    "swiglu": tiny(swiglu=True),
+    "registers": tiny(registers=4),
+    "classifier": tiny(classes=5),
+    "swiglu-registers-classifier": tiny(swiglu=True, classes=5, registers=4),
+}
+GPU = torch.device("cuda", 0)
+CudaError: type[RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)
+SMALL = 200 << 10  # bytes: other than weights, what is moved is the image and the numbers of a small computation
+
+
+class Converted:
+    """A converted folder, which is verified on a fake GPU."""
+
+    def __init__(self, folder: Path, dimensions: Dimensions, **options: Any):
+        backbone, head = make_states(dimensions)
+        self.folder, self.source = folder / "out", saved(backbone, folder / "source.pth")
+        self.head = saved(head, folder / "head.pth") if head else None
+        self.nbytes = sum(value.nbytes for value in [*backbone.values(), *head.values()])
+        api.convert(self.source, self.folder, head=self.head, **options)
+
+    def verify(self, device: str = "cuda", **options: Any) -> tuple[Verification, FakeCuda]:
+        with FakeCuda(**options) as gpu, mock.patch.object(devices, "_has_gpu", return_value=True):
+            return api.verify(self.folder, self.source, head=self.head, device=device), gpu
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> Converted:
+    return Converted(tmp_path, tiny(swiglu=True))  # in which float32 is rounded differently, so float64 decides
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_models_run_on_the_gpu_that_was_named(tmp_path: Path, architecture: str) -> None:
+    found, gpu = Converted(tmp_path, ARCHITECTURES[architecture]).verify("cuda:1", count=2)
+    assert found.passed, found.checks
+    assert gpu.used == {"cuda:1"}
+    assert gpu.caches_emptied == 0
+    assert found.device == "cuda:1"
+    assert found.gpu["name"] == "Fake GPU"
+    assert found.memory["gpu_peak"] == gpu.peak
+    assert found.memory["gpu_used_peak"] is not None
+    assert found.memory["gpu_used_peak"] > gpu.peak
+    numbers = found.check("parity").numbers
+    assert numbers["tolerance"] == (1e-13 if "float32" in numbers else 0)
+
+
+def test_peak_does_not_grow_with_depth(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (4, 12):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        converted = Converted(folder, tiny(layers=layers))
+        found, gpu = converted.verify()
+        assert found.passed
+        peaks.append(gpu.peak)
+    assert peaks[1] < 1.01 * peaks[0]
+
+
+def test_weights_are_moved_in_the_dtype_that_they_are_stored_in(tmp_path: Path) -> None:
+    backbone, _ = make_states(tiny())
+    source = saved({name: value.bfloat16() for name, value in backbone.items()}, tmp_path / "source.pth")
+    api.convert(source, tmp_path / "out")
+    with FakeCuda() as gpu:
+        assert api.verify(tmp_path / "out", source, device="cuda").passed
+    assert gpu.moved[torch.bfloat16] > 2 * 0.9 * sum(value.nbytes // 2 for value in backbone.values())
+    pixels = 3 * 224 * 224 * 4
+    assert gpu.moved[torch.float32] < pixels + SMALL
+    assert gpu.moved[torch.float64] < 2 * pixels + SMALL
+
+
+def test_cast_weights_are_moved_in_the_small_dtype_and_converted_on_the_gpu() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    weights = MappedWeights(model.state_dict())
+    x = torch.randn(1, 8)
+    with FakeCuda() as gpu, torch.no_grad():
+        offloaded = OffloadedModel(model, GPU, WeightBuffer(GPU), weights, cast_to=torch.bfloat16)
+        offloaded.compute_in(torch.float64)
+        found = offloaded.model(x.to(GPU).double())
+        assert found.dtype == torch.float64
+    assert gpu.moved == {torch.bfloat16: 2 * 2 * (64 + 8), torch.float32: x.nbytes}
+
+
+def float16(state: State) -> None:
+    for value in state.values():
+        value.copy_(value.half())
+
+
+def one_bfloat16(state: State) -> None:
+    value = state["encoder.layer.1.attention.output.dense.weight"]
+    value.copy_(value.bfloat16())
+
+
+def layer_scale(state: State) -> None:
+    state["encoder.layer.1.layer_scale1.lambda1"][3] *= 1.01
+
+
+def query_and_key(state: State) -> None:
+    names = [f"encoder.layer.1.attention.attention.{name}.weight" for name in ("query", "key")]
+    state[names[0]], state[names[1]] = state[names[1]], state[names[0]]
+
+
+@pytest.mark.parametrize("change", [float16, one_bfloat16, layer_scale, query_and_key])
+def test_wrong_output_fails_although_the_difference_is_small(tmp_path: Path, change: Callable[[State], None]) -> None:
+    converted = Converted(tmp_path, tiny(hidden=64))
+    alter(converted.folder, change)
+    found, _ = converted.verify()
+    check = found.check("parity")
+    assert check.passed is False
+    assert check.numbers["tolerance"] == 1e-13
+    assert "the first difference is in " in check.problems[0]
+
+
+def test_too_little_memory_for_float64_is_in_the_verdict(converted: Converted) -> None:
+    whole, gpu = converted.verify()
+    assert "float32" in whole.check("parity").numbers
+    found, _ = converted.verify(memory=gpu.peak * 9 // 10)
+    check = found.check("parity")
+    assert found.device == "cuda:0"
+    assert check.passed
+    assert check.numbers["float32_only"] == "cuda:0 has too little memory for float64"
+    assert "errors below 0.001 of a layer's largest value cannot be excluded" in check.not_checked
+
+
+def failing_from(first: int, error: Exception, times: int | None = None) -> Callable[[str], None]:
+    """Let the operation number ``first`` fail, and ``times`` in all, or all that follow."""
+    numbers = iter(range(1, 1_000_000))
+
+    def fail(operation: str) -> None:
+        number = next(numbers)
+        if number >= first and (times is None or number < first + times):
+            raise error
+
+    return fail
+
+
+FAILURES: dict[str, Callable[[], dict[str, Any]]] = {
+    "too little memory": lambda: {"memory": 1 << 20},
+    "an error of CUDA": lambda: {"fail": failing_from(300, CudaError("CUDA error: uncorrectable ECC error"), times=1)},
+    "a lost context": lambda: {"fail": failing_from(300, RuntimeError("CUDA error: unspecified launch failure"))},
+    "an error of cuBLAS": lambda: {"fail": failing_from(300, RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"), times=1)},
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_gpu_that_fails_meanwhile_never_condemns_an_output(converted: Converted, failure: str) -> None:
+    with pytest.raises(UsageError, match=r"cuda:0 cannot be used: .*, or use --device cpu"):
+        converted.verify("cuda", **FAILURES[failure]())
+    found, _ = converted.verify("auto", **FAILURES[failure]())
+    assert found.passed
+    assert found.device == "cpu"
+    assert found.gpu == {}
+    assert found.memory["gpu_peak"] is None
+    assert found.device_note.startswith("verified on the CPU, because the GPU cannot be used: ")
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_models_that_fail_on_a_cpu_too_are_wrong(converted: Converted, device: str) -> None:
+    with mock.patch.object(dinov2.VisionTransformer, "prepare_tokens_with_masks", side_effect=ValueError("wrong")):
+        found, _ = converted.verify(device)
+    assert verdicts(found)["parity"] is False
+    assert found.check("parity").problems == ("ValueError: wrong",)
+    assert found.device == "cpu"
