@@ -1,4 +1,7 @@
-"""Verification on a GPU, with a fake one: placement, memory, errors of the GPU, and wrong outputs."""
+"""Verification on a GPU: placement, memory, errors of the GPU, and wrong outputs.
+
+Most tests use a fake GPU. Those marked `gpu` need a real one.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +21,7 @@ from streamconv.verification.weights import MappedWeights
 from tests import api
 from tests.checkpoints import State, alter, make_states, saved
 from tests.fake_cuda import FakeCuda
-from tests.support import tiny, verdicts
+from tests.support import run_process, tiny, verdicts
 
 pytestmark = pytest.mark.transformers
 
@@ -31,11 +34,13 @@ ARCHITECTURES = {
 }
 GPU = torch.device("cuda", 0)
 CudaError: type[RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)
+NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))
+ON_BOTH = pytest.mark.parametrize("is_real", [False, pytest.param(True, marks=NEEDS_GPU)], ids=["fake", "real"])
 SMALL = 200 << 10  # bytes: other than weights, what is moved is the image and the numbers of a small computation
 
 
 class Converted:
-    """A converted folder, which is verified on a fake GPU."""
+    """A converted folder."""
 
     def __init__(self, folder: Path, dimensions: Dimensions, **options: Any):
         backbone, head = make_states(dimensions)
@@ -44,9 +49,16 @@ class Converted:
         self.nbytes = sum(value.nbytes for value in [*backbone.values(), *head.values()])
         api.convert(self.source, self.folder, head=self.head, **options)
 
+    def verify_on(self, device: str, is_real: bool = True) -> Verification:
+        return self._verify(device) if is_real else self.verify(device)[0]
+
+    def _verify(self, device: str) -> Verification:
+        return api.verify(self.folder, self.source, head=self.head, device=device)
+
     def verify(self, device: str = "cuda", **options: Any) -> tuple[Verification, FakeCuda]:
+        """Verify it on a fake GPU with these options."""
         with FakeCuda(**options) as gpu, mock.patch.object(devices, "_has_gpu", return_value=True):
-            return api.verify(self.folder, self.source, head=self.head, device=device), gpu
+            return self._verify(device), gpu
 
 
 @pytest.fixture
@@ -54,19 +66,27 @@ def converted(tmp_path: Path) -> Converted:
     return Converted(tmp_path, tiny(swiglu=True))  # in which float32 is rounded differently, so float64 decides
 
 
+@ON_BOTH
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_models_run_on_the_gpu_that_was_named(tmp_path: Path, architecture: str) -> None:
-    found, gpu = Converted(tmp_path, ARCHITECTURES[architecture]).verify("cuda:1", count=2)
+def test_correct_conversion_passes_in_float64(tmp_path: Path, architecture: str, is_real: bool) -> None:
+    found = Converted(tmp_path, ARCHITECTURES[architecture]).verify_on("cuda", is_real)
     assert found.passed, found.checks
-    assert gpu.used == {"cuda:1"}
-    assert gpu.caches_emptied == 0
-    assert found.device == "cuda:1"
-    assert found.gpu["name"] == "Fake GPU"
-    assert found.memory["gpu_peak"] == gpu.peak
-    assert found.memory["gpu_used_peak"] is not None
-    assert found.memory["gpu_used_peak"] > gpu.peak
     numbers = found.check("parity").numbers
     assert numbers["tolerance"] == (1e-13 if "float32" in numbers else 0)
+    assert found.device == "cuda:0"
+    assert found.gpu["name"]
+    assert found.memory["gpu_peak"] is not None
+    assert found.memory["gpu_used_peak"] is not None
+    assert 0 < found.memory["gpu_peak"] < found.memory["gpu_used_peak"]
+
+
+def test_models_run_on_the_gpu_that_was_named(tmp_path: Path) -> None:
+    found, gpu = Converted(tmp_path, tiny(swiglu=True, classes=5, registers=4)).verify("cuda:1", count=2)
+    assert found.passed
+    assert found.device == "cuda:1"
+    assert gpu.used == {"cuda:1"}
+    assert gpu.caches_emptied == 0
+    assert found.memory["gpu_peak"] == gpu.peak
 
 
 def test_peak_does_not_grow_with_depth(tmp_path: Path) -> None:
@@ -124,11 +144,14 @@ def query_and_key(state: State) -> None:
     state[names[0]], state[names[1]] = state[names[1]], state[names[0]]
 
 
+@ON_BOTH
 @pytest.mark.parametrize("change", [float16, one_bfloat16, layer_scale, query_and_key])
-def test_wrong_output_fails_although_the_difference_is_small(tmp_path: Path, change: Callable[[State], None]) -> None:
+def test_wrong_output_fails_although_the_difference_is_small(
+    tmp_path: Path, change: Callable[[State], None], is_real: bool
+) -> None:
     converted = Converted(tmp_path, tiny(hidden=64))
     alter(converted.folder, change)
-    found, _ = converted.verify()
+    found = converted.verify_on("cuda", is_real)
     check = found.check("parity")
     assert check.passed is False
     assert check.numbers["tolerance"] == 1e-13
@@ -185,3 +208,28 @@ def test_models_that_fail_on_a_cpu_too_are_wrong(converted: Converted, device: s
     assert verdicts(found)["parity"] is False
     assert found.check("parity").problems == ("ValueError: wrong",)
     assert found.device == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_callers_tf32_does_not_change_the_result(converted: Converted) -> None:
+    before = torch.get_float32_matmul_precision()
+    exact = converted.verify_on("cuda")
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = converted.verify_on("cuda")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found.check("parity").numbers["float32"] == exact.check("parity").numbers["float32"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_index_chooses_a_gpu_in_a_process_that_has_not_started_cuda(converted: Converted, tmp_path: Path) -> None:
+    words = ("verify", converted.folder, converted.source, "--device")
+    assert run_process(*words, "cuda:0", cwd=tmp_path).returncode == 0
+    missing = run_process(*words, "cuda:99", cwd=tmp_path)
+    assert (missing.returncode, "numbered from cuda:0" in missing.stderr) == (2, True)
+    hidden = run_process(*words, "cuda", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert (hidden.returncode, "Unset CUDA_VISIBLE_DEVICES" in hidden.stderr) == (2, True)

@@ -99,7 +99,8 @@ def test_run_on_a_gpu(tmp_path: Path) -> None:
     done = run_process("run", "dinov2_vits14", "--synthetic", "--device", "cuda", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["verification"]
-    assert found["device"] == "cuda"
+    assert found["device"] == "cuda:0"
+    assert found["gpu"]["driver"]
     assert 0 < found["memory"]["gpu_peak"] < 1 << 30
     assert found["memory"]["host_anonymous_peak"] is not None
 

@@ -255,19 +255,9 @@ def test_unknown_device_is_refused(device: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_refused_and_auto_uses_the_cpu() -> None:
-    with pytest.raises(UsageError, match="no CUDA GPU"):
+    with pytest.raises(UsageError, match="cuda cannot be used: torch .*, or use --device cpu"):
         choose_device("cuda")
-    assert choose_device("auto").type == "cpu"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gpu_computes_the_same_as_the_original(tmp_path: Path, architecture: str) -> None:
-    folder, backbone, head = convert(tmp_path, ARCHITECTURES[architecture])
-    found = api.verify(folder, backbone, head=head, device="cuda")
-    assert found.passed
-    assert found.check("parity").numbers["tolerance"] <= 1e-13
+    assert choose_device("auto").device.type == "cpu"
 
 
 def test_invalid_image_file_is_refused(tmp_path: Path) -> None:
