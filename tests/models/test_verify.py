@@ -255,7 +255,7 @@ def test_unknown_device_is_refused(device: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_refused_and_auto_uses_the_cpu() -> None:
-    with pytest.raises(UsageError, match="cuda cannot be used: torch .*, or use --device cpu"):
+    with pytest.raises(UsageError, match=r"cuda cannot be used: torch .*, or use --device cpu"):
         choose_device("cuda")
     assert choose_device("auto").device.type == "cpu"
 
