@@ -21,7 +21,7 @@ from streamconv.verification.weights import MappedWeights
 from tests import api
 from tests.checkpoints import State, alter, make_states, saved
 from tests.fake_cuda import FakeCuda
-from tests.support import run_process, tiny, verdicts
+from tests.support import run, run_process, tiny, verdicts
 
 pytestmark = pytest.mark.transformers
 
@@ -208,6 +208,23 @@ def test_models_that_fail_on_a_cpu_too_are_wrong(converted: Converted, device: s
     assert verdicts(found)["parity"] is False
     assert found.check("parity").problems == ("ValueError: wrong",)
     assert found.device == "cpu"
+    assert found.device_note == ""
+
+
+def test_command_prints_why_it_used_the_cpu(converted: Converted, tmp_path: Path) -> None:
+    with FakeCuda(memory=1 << 20), mock.patch.object(devices, "_has_gpu", return_value=True):
+        done = run("verify", converted.folder, converted.source, cwd=tmp_path)
+    assert done.returncode == 0
+    note = " ".join(done.stderr.partition("note: ")[2].split())
+    assert note.startswith("verified on the CPU, because the GPU cannot be used: it has too little free memory (CUDA")
+
+
+def test_broken_gpu_that_was_named_is_refused_before_the_conversion(converted: Converted, tmp_path: Path) -> None:
+    with FakeCuda(fail=failing_from(1, CudaError("no kernel image"))):
+        done = run("run", converted.source, "-o", tmp_path / "new", "--device", "cuda", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "cuda cannot be used: " in done.stderr
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.gpu
