@@ -79,7 +79,7 @@ class VerificationOptions:
     """Options for verifying an output.
 
     Args:
-        device: "cpu", "cuda" or "cuda:1"; "auto" uses a GPU if there is one.
+        device: "cpu", "cuda" or "cuda:1"; "auto" uses a GPU if there is one that works.
         image: The path or http(s) URL of an image to run both models on; by default, streamconv draws one.
         reference: The code of the original model: "builtin" for streamconv's own; "hub" for the authors', which
             torch.hub downloads and runs; or a folder that holds the authors' code.
