@@ -21,6 +21,7 @@ from streamconv.verification.weights import MappedWeights
 from tests import api
 from tests.checkpoints import State, alter, make_states, saved
 from tests.fake_cuda import FakeCuda
+from tests.models.test_precision import is_exact
 from tests.support import run, run_process, tiny, verdicts
 
 pytestmark = pytest.mark.transformers
@@ -209,6 +210,25 @@ def test_models_that_fail_on_a_cpu_too_are_wrong(converted: Converted, device: s
     assert found.check("parity").problems == ("ValueError: wrong",)
     assert found.device == "cpu"
     assert found.device_note == ""
+
+
+def test_tf32_is_off_while_models_run_although_the_caller_allows_it(converted: Converted) -> None:
+    seen = set()
+
+    def look(operation: str) -> None:
+        if operation == "aten.native_layer_norm":
+            seen.add(is_exact(GPU))
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert not is_exact(GPU)
+        found, _ = converted.verify(fail=look)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found.passed
+    assert seen == {True}
 
 
 def test_command_prints_why_it_used_the_cpu(converted: Converted, tmp_path: Path) -> None:
