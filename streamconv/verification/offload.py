@@ -6,6 +6,7 @@ the same alignment wherever they lie in their file: a CPU may round differently 
 for this changes an environment variable, which other threads see, and empties the GPU's cache for every weight.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,22 +17,36 @@ from streamconv.verification.page_cache import return_freed_buffers
 from streamconv.verification.weights import Weights
 
 # Modules up to this size are loaded as a whole. Some of xFormers' modules read their children's weights and never call
-# the children; the largest, the feed-forward part of ViT-g, has 75 MB.
-MODULE_BYTES = 80 << 20
+# the children; the largest, the feed-forward part of ViT-g, has 75 MB. A GPU has room for a whole layer, 113 MB for
+# ViT-g, so that the layer's weights are moved once for all inputs that it runs on.
+MODULE_BYTES = {"cpu": 80 << 20, "cuda": 512 << 20}
 LARGE_BYTES = 1 << 20  # of weights; what such a module computes needs buffers that are worth returning
 ALIGNMENT = 64  # bytes, as torch aligns what it allocates
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The weights of a module at the start of a buffer, and where they end. ``key`` decides their values."""
+
+    key: object
+    weights: list[nn.Parameter]
+    end: int
+
+
 class WeightBuffer:
-    """A buffer on a device for the weights of the modules that run now. It is used as a stack: modules are nested."""
+    """A buffer on a device for the weights of the modules that run now. It is used as a stack: modules are nested.
+
+    The weights at its start are ``kept`` after their module has run, until others are loaded: another input may come.
+    """
 
     def __init__(self, device: torch.device):
         self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
         self.used = 0
+        self.kept: _Kept | None = None
 
     def reserve(self, size: int) -> None:
         """Empty the buffer, and make room for ``size`` bytes."""
-        self.used = 0
+        self.used, self.kept = 0, None
         if size > len(self._bytes):
             device = self._bytes.device
             self._bytes = torch.empty(0, dtype=torch.uint8, device=device)  # free the old one first
@@ -85,6 +100,11 @@ class OffloadedModel:
             self._cast_to = dtype
             self._load_own()
 
+    @property
+    def loads_as(self) -> tuple[torch.dtype | None, torch.dtype]:
+        """The dtypes that decide the values of loaded weights."""
+        return self._cast_to, self._dtype
+
     def load(self, name: str, target: Tensor) -> nn.Parameter:
         """Fill ``target``, on the device, with a weight, and return it as a parameter."""
         stored = self._weights.read(name)
@@ -103,7 +123,7 @@ class OffloadedModel:
     def _offload(self, module: nn.Module, prefix: str) -> int:
         """Add hooks to a module or to those in it. Returns how many elements their weights have at most at once."""
         is_whole = not any(isinstance(each, nn.ModuleList) for each in module.modules()) and (
-            sum(parameter.nbytes for parameter in module.parameters()) <= MODULE_BYTES
+            sum(parameter.nbytes for parameter in module.parameters()) <= MODULE_BYTES[self._device.type]
         )
         places = [
             (each, name, f"{prefix}{path}{'.' if path else ''}{name}")
@@ -133,18 +153,29 @@ class _LayerWeights(ModelHook):  # type: ignore[misc]
         self._used_before = buffer.used
         # On the meta device, but of the same dtype, which transformers reads before the layer runs.
         self._empty = [_parameter_of(each, name) for each, name, _ in self._places]
-        for (each, name, full_name), empty in zip(self._places, self._empty, strict=True):
-            each._parameters[name] = self._model.load(full_name, buffer.push(empty.shape, empty.dtype))
+        key = self, self._model.loads_as
+        if self._used_before == 0 and buffer.kept is not None and buffer.kept.key == key:
+            buffer.used = buffer.kept.end
+            self._put(buffer.kept.weights)
+            return args, kwargs
+        shapes = zip(self._places, self._empty, strict=True)
+        weights = [self._model.load(name, buffer.push(empty.shape, empty.dtype)) for (_, _, name), empty in shapes]
+        if self._used_before == 0:
+            buffer.kept = _Kept(key, weights, buffer.used)
+        self._put(weights)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        for (each, name, _), empty in zip(self._places, self._empty, strict=True):
-            each._parameters[name] = empty
+        self._put(self._empty)
         is_large = self._model.buffer.used - self._used_before >= LARGE_BYTES
         self._model.buffer.used = self._used_before
         if is_large:
             return_freed_buffers()
         return output
+
+    def _put(self, parameters: list[nn.Parameter]) -> None:
+        for (each, name, _), parameter in zip(self._places, parameters, strict=True):
+            each._parameters[name] = parameter
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

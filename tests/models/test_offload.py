@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional
 from streamconv.verification import offload
 from streamconv.verification.offload import ALIGNMENT, OffloadedModel, WeightBuffer
 from streamconv.verification.page_cache import FileMappings
+from tests.checkpoints import State
 from tests.support import linux
 
 CPU = torch.device("cpu")
@@ -46,18 +48,25 @@ def test_memory_without_a_file_is_never_released() -> None:
     assert torch.equal(later, copies[1])
 
 
-class Resident(dict[str, torch.Tensor]):
-    """Weights in memory, as `Weights`."""
+class Resident:
+    """Weights in memory, as `Weights`, which record the names that are read."""
 
-    read = dict.__getitem__
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self.names: list[str] = []
+
+    def read(self, name: str) -> torch.Tensor:
+        self.names.append(name)
+        return self._state[name]
 
     def release(self, name: str) -> None:
-        assert name in self
+        assert name == self.names[-1]
 
 
-def offloaded(model: nn.Module, cast_to: torch.dtype | None = None) -> OffloadedModel:
-    weights = Resident(model.state_dict())
-    return OffloadedModel(model, CPU, WeightBuffer(CPU), weights, cast_to)
+def offloaded(
+    model: nn.Module, cast_to: torch.dtype | None = None, buffer: WeightBuffer | None = None
+) -> OffloadedModel:
+    return OffloadedModel(model, CPU, buffer or WeightBuffer(CPU), Resident(model.state_dict()), cast_to)
 
 
 class Block(nn.Module):
@@ -84,12 +93,12 @@ class Deep(nn.Module):
         return x + self.shift
 
 
-@pytest.mark.parametrize("limit", [offload.MODULE_BYTES, 0])
+@pytest.mark.parametrize("limit", [80 << 20, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_offloaded_model_computes_the_same_and_holds_no_weights(
     limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offload, "MODULE_BYTES", limit)
+    monkeypatch.setitem(offload.MODULE_BYTES, "cpu", limit)
     model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.LayerNorm(96), nn.Sequential(nn.Linear(96, 32)))
     x = torch.randn(5, 64, dtype=dtype)
     lazy = offloaded(copy.deepcopy(model))
@@ -142,3 +151,46 @@ def test_weights_are_cast_before_they_are_converted() -> None:
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16().float())
         assert torch.equal(cast, model(x))
+
+
+def test_a_layer_that_runs_again_is_not_loaded_again_unless_the_buffer_was_used() -> None:
+    model, x, buffer = Deep(24, 2), torch.randn(2, 24), WeightBuffer(CPU)
+    lazy, other = (offloaded(copy.deepcopy(model), buffer=buffer) for _ in range(2))
+    weights: Any = lazy._weights
+    lazy.compute_in(torch.float32)
+    other.compute_in(torch.float32)
+    weights.names.clear()
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(lazy.model.blocks[1](x), model.blocks[1](x))
+        assert weights.names == ["blocks.1.scale", "blocks.1.inside.weight", "blocks.1.inside.bias"]
+        other.model.blocks[0](x)
+        assert torch.equal(lazy.model.blocks[1](x), model.blocks[1](x))
+        assert len(weights.names) == 6
+        lazy.cast_to(torch.bfloat16)
+        assert not torch.equal(lazy.model.blocks[1](x), model.blocks[1](x))
+        lazy.cast_to(None)
+        lazy.compute_in(torch.float64)
+        assert torch.equal(lazy.model.blocks[1](x.double()), model.double().blocks[1](x.double()))
+
+
+@pytest.mark.parametrize("limit", [80 << 20, 0])
+def test_kept_weights_of_a_module_are_not_overwritten_by_those_inside_it(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(offload.MODULE_BYTES, "cpu", limit)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.layers = nn.Parameter(torch.rand(24)), nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * self.layers(self.scale * x)
+
+    model, x = nn.Sequential(Outer()), torch.randn(2, 24)
+    lazy = offloaded(copy.deepcopy(model))
+    lazy.compute_in(torch.float32)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(lazy.model(x), model(x))
