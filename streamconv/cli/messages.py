@@ -201,29 +201,32 @@ def _number_lines(check: Check, device: str | None) -> Iterator[str]:
     numbers = check.numbers
     if check.name in ("parity", "native") and "largest" in numbers:
         largest = f"largest difference {numbers['largest']:.3g}, allowed {numbers['tolerance']:g}"
-        where = f"on {device}{', in a second pass in float64' if 'float32' in numbers else ''}"
-        yield f"{len(numbers['differences'])} layer outputs {where}: {largest}"
+        second, first = "", ""
+        if "float32" in numbers:
+            second, first = ", second pass in float64", f"; first pass in float32: {numbers['float32']['largest']:.3g}"
+        yield f"{len(numbers['differences'])} layer outputs on {device}{second}: {largest}{first}"
     if check.name == "preprocessing" and numbers.get("pil") is not None and numbers.get("default") is not None:
-        default = f"by {numbers['default']:.3g} with transformers' default, {numbers['default_backend']}"
+        default = f"{numbers['default']:.3g} with transformers' default, {numbers['default_backend']}"
         grey_level = f"one grey level is {numbers['grey_level']:.3g}"
-        yield f"pixels differ by {numbers['pil']:.3g} with Pillow, {default} ({grey_level})"
+        yield f"largest difference {numbers['pil']:.3g} with Pillow, {default} ({grey_level})"
 
 
 def _size_lines(check: Check, verification: Verification) -> Iterator[str]:
     """Explain the size at which the models ran, and the difference by design that it brings."""
     size, native = check.numbers.get("size"), check.numbers.get("native_size")
     if check.name == "parity" and check.passed and (cast := verification.output.get("cast")):
-        yield f"the original ran with weights that torch cast to {cast['to']}; both models computed in float32"
+        yield f"torch cast the original's weights to {cast['to']}; both models computed in float32"
     if check.name != "parity" or check.passed is not True or size is None or native is None or size == native:
         return
     if published := check.numbers.get("as_published"):
         yield (
-            f"by design, not an error: the authors' code interpolates position embeddings slightly differently at "
-            f"{size}x{size}, which changes outputs by {_join(published)}; here, both models do it like transformers"
+            "by design, not an error: transformers resizes position embeddings slightly differently from the "
+            f"authors' code, which changes outputs by up to {_join(published)}; here, both models resize them like "
+            "transformers"
         )
     is_thorough = any(each.name == "native" for each in verification.checks)
     more = "" if is_thorough else f"; --thorough adds the native size, {native}x{native}"
-    yield f"{size}x{size} is the image processor's size; the bytes check covers every position embedding{more}"
+    yield f"{size}x{size} is the image processor's size{more}; the bytes check covers every position embedding"
 
 
 def _join(differences: Mapping[str, Any]) -> str:

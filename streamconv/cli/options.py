@@ -124,11 +124,11 @@ VERIFICATION_OPTIONS = (
     ),
     Option(
         "--no-parity", is_flag=True, group="Verification",
-        help="Do not run the models; the output lists what was not checked.",
+        help="Do not run the models. The verdict names what was not checked.",
     ),
     Option(
         "--thorough", is_flag=True, group="Verification",
-        help="Run the models at the original's native size, too, which takes several times as long.",
+        help="Also run the models at the original's native size. Takes several times as long.",
     ),
     Option(
         "--report", metavar="FILE.html", type=FILE, group="Verification",

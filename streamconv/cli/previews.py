@@ -39,7 +39,7 @@ def preview_lines(done: Preview) -> Iterator[Line | str]:
         yield from few([f"{'':12}{name}" for name in done.files], "files", "--json")
     if done.verification is not None:
         comparing = "comparing" if done.verification.parity else "without comparing"
-        native = ", at the native size, too" if done.verification.parity and done.verification.thorough else ""
+        native = ", also at the native size" if done.verification.parity and done.verification.thorough else ""
         yield _row("verify", f"on device {done.verification.device}, {comparing} the models' outputs{native}")
     if done.repository is not None:
         yield _row("push", f"to {done.repository}{'' if done.unverified else ', if verification passes'}")

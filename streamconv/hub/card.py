@@ -152,7 +152,7 @@ def _verification(verification: Mapping[str, Any]) -> Iterator[str]:
     if not verification:
         yield "No check was run."
         return
-    yield "| check | result | claim |"
+    yield "| check | result | finding |"
     yield "|---|---|---|"
     for check in verification.get("checks") or ():
         passed = check.get("passed")
@@ -165,15 +165,13 @@ def _verification(verification: Mapping[str, Any]) -> Iterator[str]:
         if "largest" in numbers:
             pixels = f" at {numbers['size']}x{numbers['size']}" if "size" in numbers else ""
             arithmetic = ", in a second pass in float64" if "float32" in numbers else ""
-            yield (
-                f"\nLargest difference in any layer{pixels}: {numbers['largest']}; allowed: {numbers.get('tolerance')}"
-                f"{arithmetic}."
-            )
+            largest, allowed = (float(numbers.get(key, "nan")) for key in ("largest", "tolerance"))
+            yield f"\nLargest difference in any layer{pixels}{arithmetic}: {largest:.3g} (allowed: {allowed:g})."
         if check.get("passed") and (published := numbers.get("as_published")):
-            found = ", ".join(f"{difference:.3g} ({name})" for name, difference in published.items())
+            found = ", ".join(f"{float(difference):.3g} ({name})" for name, difference in published.items())
             yield (
-                "\nBy design, the authors' code interpolates position embeddings slightly differently at this size, "
-                f"which changes outputs by {found}. This is not an error of the conversion."
+                "\nBy design, not an error: transformers resizes position embeddings slightly differently from the "
+                f"authors' code, which changes outputs by up to {found}."
             )
     if cast_cost := (verification.get("conclusion") or {}).get("cast_cost"):
         yield f"\n{_cell(cast_cost)}"
@@ -181,8 +179,8 @@ def _verification(verification: Mapping[str, Any]) -> Iterator[str]:
         yield f"\n- {_cell(problem)}"
     if verification.get("device"):
         versions = ", ".join(f"{name} {version}" for name, version in (verification.get("versions") or {}).items())
-        when = f", on {_cell(verification['date'])}" if verification.get("date") else ""
-        yield f"\nRun on {_cell(verification['device'])} with {_cell(versions)}{when}."
+        date = str(verification.get("date") or "").replace("T", " ").replace("+00:00", " UTC")
+        yield f"\nRun on {_cell(verification['device'])} with {_cell(versions)}{f', {_cell(date)}' if date else ''}."
     if reference := verification.get("reference"):
         code = "streamconv's own" if reference == "builtin" else _cell(reference)
         yield f"Original model's code: {code}."

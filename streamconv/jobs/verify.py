@@ -53,9 +53,9 @@ def verify(
 
     The models run in a process that this one starts, and that ends with the job. If this process has imported
     transformers, they run here; only then can they read a streamed source from a file system that was registered with
-    fsspec in this process. Threads may verify at the same time. Nothing is changed for the rest of the process, so
-    transformers' messages and progress bars are shown as the caller has set them. An authors' code (``reference``) is
-    imported by torch.hub, which changes sys.path meanwhile.
+    fsspec in this process. Threads may verify at the same time. The settings of the process stay as they are, so
+    transformers' messages and progress bars are shown as the caller has set them. One exception: while torch.hub
+    imports the authors' code (``reference``), it changes sys.path.
 
     Args:
         folder: The folder that `streamconv.convert` wrote.
@@ -143,7 +143,7 @@ def verify_uploaded(
     results = models.check(ModelJob(plan, folder, source, options.parity, options.thorough, is_sparse=True), progress)
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     if source.has_checksums:
-        proves = f"every file was uploaded as it was copied{cast_note(plan)}, from records that matched their CRC-32"
+        proves = f"every file was uploaded as it was written{cast_note(plan)}; every source record matched its CRC-32"
         check = Check("bytes", True, proves, (), numbers, "the uploaded files were not read back")
     else:
         check = Check("bytes", None, "the source has no CRC-32s, and no output file was kept to be compared with it")

@@ -77,8 +77,8 @@ def in_order(files: Mapping[str, WrittenFile]) -> dict[str, WrittenFile]:
 class Provenance:
     """The sources of an output by role, and the decisions that were made before anything is written.
 
-    ``model`` is the published model that the user or the file's name refers to, ``shaped_like`` one that it only has
-    the shapes of. ``select`` and ``num_heads`` are the user's; ``plan`` is the plan's fingerprint, and the others are
+    ``model`` is the published model that the user or the file's name refers to, ``shaped_like`` one that only has the
+    same shapes. ``select`` and ``num_heads`` are the user's; ``plan`` is the plan's fingerprint, and the others are
     what the plan says under the same names.
     """
 

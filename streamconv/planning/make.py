@@ -240,11 +240,11 @@ def _notes(
     family = selection.family
     if family.image_processor is not None and image_processor is not None and not is_published:
         size, trained = family.image_processor.pixel_steps(image_processor).size, spec.config["image_size"]
-        makes = f", which makes {size[1]} x {size[0]} pixels" if size is not None else ""
-        own = f"; the model's own size is {trained}" if size is not None and size != (trained, trained) else ""
+        makes = f" ({size[1]} x {size[0]} pixels)" if size is not None else ""
+        native = f"; the model's native size is {trained}" if size is not None and size != (trained, trained) else ""
         notes.append(
-            f"the image processor of the published {family.name} models{makes}: tensors do not show how images were "
-            f"prepared{own}"
+            f"the image processor of published {family.name} models{makes}: tensors do not show how images were "
+            f"prepared{native}"
         )
     if selection.is_converted:
         files = [CONFIG_NAME] if image_processor is None else [CONFIG_NAME, IMAGE_PROCESSOR_NAME]

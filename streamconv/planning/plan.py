@@ -27,7 +27,7 @@ CONFIG_NAME = "config.json"
 
 
 class Names(TypedDict):
-    """The published model that a checkpoint is, and the one that it only has the shapes of. At most one is given."""
+    """The published model that a checkpoint is, or the one whose shapes it has. At most one is given."""
 
     model: str | None
     shaped_like: str | None
@@ -47,10 +47,10 @@ class Plan:
     """The output of a conversion.
 
     ``model_name`` is None if no published model has these dimensions, or if several have and the file's name does not
-    tell which it is. ``is_published``: the user or the file's name says that it is this model; otherwise it only has
-    the same shapes. ``assumed_heads`` is a number of attention heads that neither a published model nor a config.json
-    confirms, None if there is nothing to assume. ``dimensions`` is a dataclass of the family. ``image_processor`` is
-    None if the family has none.
+    tell which it is. ``is_published``: the user or the file's name says that it is this model; otherwise, only the
+    shapes are the same. ``assumed_heads`` is a number of attention heads that neither a published model nor a
+    config.json confirms, None if nothing is assumed. ``dimensions`` is a dataclass of the family.
+    ``image_processor`` is None if the family has none.
     ``small_files`` maps the names of config.json and other small files to their bytes; ``index`` holds the bytes of the
     shards' index, None for a single file. ``notes`` are assumptions that the tensors do not confirm, and ``skipped`` is
     the part of the source that is not converted. ``filled`` maps targets that the source does not have to their
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def model(self) -> Model | None:
-        """The published model that it is, or only has the shapes of: see ``is_published``."""
+        """The published model that it is or whose shapes it has: see ``is_published``."""
         return next((model for model in self.family.models if model.name == self.model_name), None)
 
     @property
@@ -136,7 +136,7 @@ class Plan:
 
     @property
     def names(self) -> "Names":
-        """The published model that it is, and the one that it only has the shapes of, for JSON."""
+        """The published model that it is, or the one whose shapes it has, for JSON."""
         name = self.model_name
         return {"model": name, "shaped_like": None} if self.is_published else {"model": None, "shaped_like": name}
 

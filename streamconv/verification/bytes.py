@@ -70,8 +70,8 @@ def compare_with_manifest(
     if not manifest.is_crc_checked:
         problems.append(f"{MANIFEST_NAME} does not record that the source's CRC-32s were checked")
     proves = (
-        f"every weight file is as it was copied{cast_note(plan)}, according to {MANIFEST_NAME}, from records that "
-        "matched their CRC-32"
+        f"every weight file is as it was written{cast_note(plan)}, according to {MANIFEST_NAME}; every source record "
+        "matched its CRC-32 then"
     )
     numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
     check = Check("bytes", not problems, proves, tuple(problems), numbers, "the source's bytes were not read again")
@@ -79,8 +79,8 @@ def compare_with_manifest(
 
 
 def cast_note(plan: Plan) -> str:
-    """Return ", cast from … to …" for a plan that casts, and nothing for others."""
-    return ", cast from {from} to {to}".format_map(plan.cast) if plan.cast else ""
+    """Return " after the cast from … to …" for a plan that casts, and nothing for others."""
+    return " after the cast from {from} to {to}".format_map(plan.cast) if plan.cast else ""
 
 
 @dataclass(frozen=True)

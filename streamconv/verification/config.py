@@ -1,7 +1,7 @@
 """The config check: the small files of an output, value by value.
 
-These are config.json, the image processor's file and the index of the shards. They decide what transformers builds
-around the weights, which the bytes check covers.
+These are config.json, the image processor's file and the shards' index. They decide which model transformers builds.
+The bytes check covers the weights.
 """
 
 import os

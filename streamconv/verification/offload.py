@@ -1,8 +1,8 @@
 """Runs a model whose weights stay in their file: a layer's weights are on the device only while the layer runs.
 
-A hook for accelerate copies them into a buffer, on a CPU as on a GPU, and the next layer uses the same buffer. So the
-device needs memory for one layer, not for the model, nothing is allocated or freed for each weight, and weights have
-the same alignment wherever they lie in their file: a CPU may round differently otherwise. accelerate's own hook
+A hook for accelerate copies them into a buffer on the device, a CPU or a GPU, and the next layer reuses it. So the
+device needs memory for one layer, not for the model, and nothing is allocated or freed for each weight. Weights also
+have the same alignment wherever they lie in their file; otherwise, a CPU may round differently. accelerate's own hook
 for this changes an environment variable, which other threads see, and empties the GPU's cache for every weight.
 """
 
@@ -20,7 +20,7 @@ from streamconv.verification.weights import Weights
 # the children; the largest, the feed-forward part of ViT-g, has 75 MB. A GPU has room for a whole layer, 113 MB for
 # ViT-g, so that the layer's weights are moved once for all inputs that it runs on.
 MODULE_BYTES = {"cpu": 80 << 20, "cuda": 512 << 20}
-LARGE_BYTES = 1 << 20  # of weights; what such a module computes needs buffers that are worth returning
+LARGE_BYTES = 1 << 20  # of weights: the buffers that a module of this size computes with are worth returning
 ALIGNMENT = 64  # bytes, as torch aligns what it allocates
 
 
@@ -34,7 +34,7 @@ class _Kept:
 
 
 class WeightBuffer:
-    """A buffer on a device for the weights of the modules that run now. It is used as a stack: modules are nested.
+    """A buffer on a device for the weights of the running modules. It is a stack, because modules are nested.
 
     The weights at its start are ``kept`` after their module has run, until others are loaded: another input may come.
     """
@@ -56,7 +56,9 @@ class WeightBuffer:
         """Return a tensor with arbitrary values. To remove it, set ``used`` to what it was."""
         size = shape.numel() * dtype.itemsize
         start = -(-self.used // ALIGNMENT) * ALIGNMENT
-        if start + size > len(self._bytes):  # both models' modules run at the same time, which was not reserved for
+        if start + size > len(
+            self._bytes
+        ):  # modules of both models run at the same time, for which the reserved space is too small
             return torch.empty(shape, dtype=dtype, device=self._bytes.device)
         self.used = start + size
         return self._bytes[start : start + size].view(dtype).view(shape)
@@ -121,7 +123,7 @@ class OffloadedModel:
             self.model._parameters[name] = self.load(name, target)
 
     def _offload(self, module: nn.Module, prefix: str) -> int:
-        """Add hooks to a module or to those in it. Returns how many elements their weights have at most at once."""
+        """Add hooks to a module or to those in it. Returns the largest number of weights' elements held at once."""
         is_whole = not any(isinstance(each, nn.ModuleList) for each in module.modules()) and (
             sum(parameter.nbytes for parameter in module.parameters()) <= MODULE_BYTES[self._device.type]
         )

@@ -3,8 +3,8 @@
 Both run layer by layer, and each layer's output is compared as soon as both have it, so memory holds one
 layer of each model and two outputs. On a CPU, the two agree bit for bit in most cases.
 transformers splits some layers that are one matrix product in the original, and a processor may round the parts
-differently than the whole. Then float32 differs in the last bits, and both models run again in float64:
-its rounding errors are far smaller than the effect of any wrong weight, so the two can be told apart.
+differently from the whole. Then the last bits differ in float32, and both models run again in float64, where rounding
+errors are far smaller than the effect of any wrong weight.
 """
 
 import math
@@ -33,8 +33,8 @@ FLOAT64_TOLERANCE = 1e-13
 class Pair:
     """The two models to compare; ``architecture`` is the original's, and ``dimensions`` are both models'.
 
-    ``cast_to`` is the dtype that the conversion cast the weights to, if it did. ``is_read_once``: weights arrive over
-    a network, so only what decides is computed.
+    ``cast_to`` is the dtype that the conversion cast the weights to, if it did. ``is_read_once``: only what decides is
+    computed, for instance because weights arrive over a network.
     """
 
     original: OffloadedModel
@@ -57,7 +57,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the original model: how it interpolates positions, and whether its weights are cast first."""
+    """A way to run the original model: with transformers' interpolation of positions or its own, cast or uncast."""
 
     as_transformers: bool = True
     is_cast: bool = True
@@ -154,8 +154,8 @@ def check_parity(pair: Pair, name: str, pixels: Tensor, default_dtype: torch.dty
 def compare(pair: Pair, pixels: Tensor, what: str, default_dtype: torch.dtype) -> Verdict:
     """Run both models on ``pixels``, (1, C, H, W), and compare every state within the device's rounding errors.
 
-    If the pixels do not have the native size, the original interpolates positions as transformers does. If
-    its own way is different, it also runs that way; the result is reported, but does not decide.
+    If the pixels do not have the native size, the original interpolates positions as transformers does. If its own way
+    is different, it also runs in that way, which is reported but decides nothing.
     """
     is_native = pixels.shape[-2:] == (pair.config.image_size,) * 2
     published, uncast = Variant(as_transformers=False), Variant(is_cast=False)
@@ -169,21 +169,18 @@ def compare(pair: Pair, pixels: Tensor, what: str, default_dtype: torch.dtype) -
     largest = max(judged.relative().values(), default=math.inf)
     if not judged.problems and largest > 0:
         try:
-            decisive = _run(pair, pixels, torch.float64, variants[:1], f"{what} again, in float64")[variants[0]]
+            decisive = _run(pair, pixels, torch.float64, variants[:1], f"{what}, in float64")[variants[0]]
         except (torch.cuda.OutOfMemoryError, MemoryError):
             tolerance = FLOAT32_TOLERANCE
             numbers["float32_only"] = f"{pair.device} has too little memory for float64"
-            not_checked = (
-                f"only float32 was compared, because {numbers['float32_only']}: errors below {tolerance:g} of a "
-                "layer's largest value cannot be excluded"
-            )
+            limit = f"errors below {tolerance:g} of a layer's largest value"
+            not_checked = f"{numbers['float32_only']}, so {limit} cannot be excluded"
         else:
             numbers["float32"] = {"largest": largest, "differences": judged.relative()}
-            note = f"; decided by a second pass in float64, because they differ by {largest:.2g} in float32"
+            note = " (decided by a second pass in float64)"
             judged, tolerance = decisive, FLOAT64_TOLERANCE
     if judged.not_finite_from is not None:
-        note += f"; from {judged.not_finite_from} on, values that are not finite prove nothing"
-        values = f"values that are not finite, in {judged.not_finite_from} and later, were not compared"
+        values = f"infinite and NaN outputs, from {judged.not_finite_from} on, prove nothing"
         not_checked = "; ".join(filter(None, [not_checked, values]))
     differences = judged.relative()
     failed = [name for name, d in differences.items() if not d <= tolerance]
@@ -254,7 +251,7 @@ def _run_converted(pair: Pair, pixels: Tensor, dtype: torch.dtype, receive: Call
 
 
 def _cast_cost(pair: Pair, pixels: Tensor, uncast: Comparison, default_dtype: torch.dtype) -> CastCost | None:
-    """Compare the output as its users run it with the original as it was stored."""
+    """Compare the output, as ``from_pretrained`` loads it by default, with the uncast original."""
     found: dict[str, Tensor] = {}
     total = pair.config.num_hidden_layers + len(pair.prefix_tokens) + 2
 

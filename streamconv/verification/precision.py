@@ -1,9 +1,9 @@
-"""Exact float32: no matrix product or convolution rounds its factors to TF32 or bfloat16 meanwhile.
+"""Exact float32: a context in which no matrix product or convolution rounds its inputs to TF32 or bfloat16.
 
-TF32 has 10 bits of mantissa, so its rounding would hide the differences that a verification looks for. torch has
-one setting for the whole process, in two interfaces: ``fp32_precision`` of several backends since 2.9, older flags
-before. Once a caller has used the new one, torch's getters of the older flags may raise, and using them warns. So
-only the interface that torch recommends is used here, whichever the caller has used.
+TF32 has 10 bits of mantissa, so its rounding would hide the differences that a verification looks for. The setting
+belongs to the whole process, and torch has two interfaces to it: since 2.9, ``fp32_precision`` of several backends;
+before, older flags. Once a caller has used the new interface, torch's getters of the older flags may raise, and using
+them warns. So only the interface that torch recommends is used here, whichever the caller has used.
 """
 
 import threading
@@ -31,12 +31,12 @@ class _Setting:
 
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """Compute products and convolutions in float32 exactly as IEEE 754 rounds them, on ``device``.
+    """Compute float32 products and convolutions on ``device`` without rounding their inputs.
 
-    The settings are those of the process, so they are changed only if they have to be, which on a CPU is rare: other
-    threads see the change, and torch's getter ``torch.backends.cudnn.allow_tf32`` may raise in them meanwhile. The
-    caller's settings are restored as they were, including which are inherited from others. Threads may use this at
-    the same time.
+    The settings belong to the process: other threads see a change, and in them, the getter
+    ``torch.backends.cudnn.allow_tf32`` may raise meanwhile. So they are changed only if necessary, which is rare on a
+    CPU. The caller's settings are restored, including which of them are inherited. Threads may use this at the same
+    time.
     """
     is_user = _begin(device)
     try:
@@ -50,7 +50,8 @@ def _begin(device: torch.device) -> bool:
     global _users
     with _lock:
         settings = _settings()
-        # What another thread has made exact will not stay so, unless this thread is counted, too.
+        # If another thread has made the settings exact, count this one as well: otherwise, that thread restores them
+        # while this one computes.
         if not _users and not any(s.is_for == device.type and s.read() not in ("none", s.exact) for s in settings):
             return False
         if not _users:
@@ -75,8 +76,8 @@ def _end() -> None:
 def _settings() -> list[_Setting]:
     """The settings in order of inheritance.
 
-    A setting that is "none" has the value that it inherits, and reading it returns that value. So whichever still
-    differs after those before it were made exact has a value of its own, which can be restored as it was read.
+    Reading a setting that is "none" returns the value that it inherits. So a setting that still differs after those
+    before it were made exact has a value of its own, which can be restored.
     """
     backends: Any = torch.backends
     if not hasattr(backends, "fp32_precision"):

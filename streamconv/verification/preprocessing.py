@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor
 from streamconv.families.base import PixelSteps
 from streamconv.verification.result import Check
 
-PROVES = "the saved image processor produces the original's pixels"
+PROVES = "with Pillow, the saved image processor produces exactly the original's pixels"
 
 
 def check_preprocessing(folder: Path, pixel_steps: PixelSteps, image: Image.Image) -> Check:
@@ -52,7 +52,7 @@ def _compare_pixels(
 ) -> tuple[dict[str, Any], list[str]]:
     """Compare the saved processor's pixels with ``wanted``; returns the numbers and the problems.
 
-    With Pillow they must be equal. transformers' default may resize tensors instead, and is only reported.
+    With Pillow, they must be equal. transformers' default may resize tensors instead; its difference is only reported.
     """
     load: Any = AutoImageProcessor.from_pretrained
     exact, default = (load(folder, local_files_only=True, **backend) for backend in ({"backend": "pil"}, {}))

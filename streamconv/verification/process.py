@@ -3,8 +3,8 @@
 Importing torch and transformers takes seconds. The child process imports them while this one converts and compares
 bytes, which need neither of them. `worker` is the child's program.
 
-If this process has imported transformers already, as a notebook has, the models run here: a second import would cost
-time and memory. A conversion alone imports this module, too, so the modules for processes are imported when one starts.
+If this process has imported transformers already, as a notebook may have, the models run here: a second import would
+cost time and memory. A conversion alone imports this module, too, so subprocess and pickle are imported only on use.
 """
 
 import logging
@@ -28,7 +28,7 @@ OUT_OF_MEMORY = f"Close other programs, or use a machine with more memory. {AGAI
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What models run on: see `VerificationOptions`."""
+    """The device, image and reference: see `VerificationOptions`."""
 
     device: str
     image: str | None
@@ -37,7 +37,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ModelJob:
-    """What the models are to verify: see `ModelVerifier.check`."""
+    """The folder to verify, and its source: see `ModelVerifier.check`."""
 
     plan: Plan
     folder: Path
@@ -48,7 +48,7 @@ class ModelJob:
 
 
 class ModelRunner(Protocol):
-    """Runs the checks that need models, once. Close it in any case."""
+    """Runs the checks that need models, once. It must be closed, even after an error."""
 
     def wait_until_ready(self, progress: Progress) -> None:
         """Wait until torch is imported, and the device, the image and the reference exist.
@@ -100,10 +100,9 @@ class ModelsHere:
 class _ModelsInChild:
     """Runs the models in a child process.
 
-    Sends pickled messages through the child's stdin, and receives (kind, value) pairs from its stdout.
-
-    Nothing is sent in the arguments, which every user can read: URLs may contain passwords. The child ends when its
-    stdin is closed, so none is left behind if this process is killed.
+    Pickled messages go to the child's stdin, and (kind, value) pairs come from its stdout. Nothing is passed in the
+    arguments, which every user of the system can read: URLs may contain passwords. The child ends when its stdin is
+    closed, so it does not outlive this process, even if that is killed.
     """
 
     def __init__(self, options: ModelOptions):
@@ -122,8 +121,8 @@ class _ModelsInChild:
             )
         except OSError as error:
             raise UsageError(
-                f"Another Python process, which would run the models, cannot be started: {error}. To run them in "
-                "this process, import transformers before streamconv runs."
+                f"The Python process that runs the models cannot be started: {error}. In a program, import "
+                "transformers first: then the models run in the program's own process."
             ) from error
         self._send((options, logging.getLogger("streamconv").getEffectiveLevel()))
 
@@ -183,7 +182,7 @@ class _ModelsInChild:
 def _end_message(code: int) -> str:
     """Describe why the child ended without a result; ``code`` is `Popen.returncode`."""
     if code == -signal.SIGKILL:
-        return f"The process that runs the models was killed, as the system does when memory is full. {OUT_OF_MEMORY}"
+        return f"The process that runs the models was killed, probably because memory ran out. {OUT_OF_MEMORY}"
     how = f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with exit code {code}"
     return (
         f"The process that runs the models {how}. Check that `python -c 'import torch, transformers'` works, "

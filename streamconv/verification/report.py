@@ -111,20 +111,27 @@ GLOSSARY = (
     (
         "Second pass in float64",
         "If float32 arithmetic rounds differently in the two models, both run again with numbers of 64 bits. There, "
-        "rounding causes about 1e-15, and one wrong bit in a weight about 1e-12, so 1e-13 tells them apart.",
+        "rounding causes differences of about 1e-15, and the last bit of one float32 weight about 1e-12. The "
+        "tolerance, 1e-13, tells them apart.",
     ),
-    ("float32, float16, bfloat16", "The dtype: how many bits a number has. A cast to fewer bits rounds the weights."),
+    (
+        "float32, float16, bfloat16",
+        "Number formats (dtypes) of 32, 16 and 16 bits. A cast to fewer bits rounds the weights.",
+    ),
     (
         "By design",
-        "transformers deliberately computes something else than the authors' code. No conversion of weights can change "
-        "that.",
+        "transformers deliberately computes something slightly different from the authors' code. No conversion of the "
+        "weights can change that.",
     ),
-    ("Position embeddings", "Weights that tell the model where a patch is in the image, made for one native size."),
+    (
+        "Position embeddings",
+        "Weights that tell the model where a patch is in the image, stored for one image size, the native one.",
+    ),
     ("Grey level", "The smallest step between two shades in an image file, after normalization."),
     ("safetensors", "The file format of the output's weights."),
     (
         "CRC-32",
         "A checksum that torch stores with each tensor in a .pth file. It detects accidental damage to the source.",
     ),
-    ("sha256", "A checksum of a whole file. Equal ones mean equal files."),
+    ("sha256", "A checksum of a whole file. Equal checksums mean equal files."),
 )

@@ -1,4 +1,4 @@
-"""The result of a verification: plain data, free of torch, and what it means in a few words."""
+"""The result of a verification as plain data, without torch, and the sentences that state it."""
 
 import math
 import time
@@ -13,7 +13,7 @@ from streamconv.output.manifest import SourceFile
 class Check:
     """The result of one check. ``passed`` is None if it did not run; then ``proves`` gives the reason.
 
-    What it ``proves``, it proves only if it passed: see `finding`. ``not_checked`` describes what the check usually
+    It proves what ``proves`` says only if it passed: see `finding`. ``not_checked`` describes what the check usually
     covers but did not cover this time.
     """
 
@@ -26,7 +26,7 @@ class Check:
 
     @property
     def finding(self) -> str:
-        """What was proved, what failed, or why the check did not run."""
+        """The claim that was proved, the failure, or the reason why the check did not run."""
         return _failure(self) if self.passed is False else self.proves
 
     def since(self, start: float) -> "Check":
@@ -36,7 +36,7 @@ class Check:
 
 @dataclass(frozen=True)
 class CastCost:
-    """How far a cast output is from the original with its weights as stored, in the outputs of the last layer.
+    """The differences between a cast output and the uncast original, in the outputs of the last layer.
 
     Attributes:
         dtype: torch's name of the dtype that ``from_pretrained`` computes in by default.
@@ -52,20 +52,20 @@ class CastCost:
 
     def sentence(self, stored: str) -> str:
         """Describe the cost; ``stored`` is the name of the original's dtype."""
-        start = f"Cost of the cast: in {self.dtype}, which from_pretrained uses by default, outputs differ from the"
-        size = f"{start} {stored} original's by {_by(self.largest)}, where its largest value is {self.magnitude:.2g}"
-        if self.dtype == "float32":
-            return f"{size}."
-        return f"{size}; with float32 arithmetic, by {_by(self.largest_in_float32)}."
+        differ = f"outputs differ from the {stored} original's by {_by(self.largest)}"
+        in_float32 = "" if self.dtype == "float32" else f" (in float32, by {_by(self.largest_in_float32)})"
+        return (
+            f"Cost of the cast: in {self.dtype}, from_pretrained's default, {differ}{in_float32}. "
+            f"The original's largest output value is {self.magnitude:.2g}."
+        )
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What a verification means.
+    """The verdict of a verification.
 
-    ``kind`` is "passed", "incomplete" (what ran passed, but not everything ran) or "failed". ``title`` is the verdict,
-    followed by ``details``: which checks failed, or what was not checked. ``cast_cost`` is a sentence. The last two may
-    be empty.
+    ``kind`` is "passed", "incomplete" (what ran passed, but not everything ran) or "failed". ``title`` is the verdict;
+    ``details`` name the failed checks, or what was not checked; ``cast_cost`` is a sentence. The last two may be empty.
     """
 
     kind: str
@@ -147,8 +147,7 @@ class Verification:
         if not self.passed and not failed:
             return Conclusion("incomplete", "Nothing was checked.")
         if failed:
-            source, written = "The output differs from its source.", "The files differ from what was written."
-            title = f"{source} Do not use it." if has_source else f"{written} Do not use them."
+            title = "Do not use this output." if has_source else "Do not use these files."
             return Conclusion("failed", title, f"Failed: {', '.join(failed)}.")
         if not has_source:
             return Conclusion("incomplete", "Files unchanged since they were written; not compared with a source.")
@@ -159,7 +158,7 @@ class Verification:
         if not any(gaps):
             return Conclusion("passed", "Looks ok!", cast_cost=costs)
         is_float32_only = any("float32_only" in check.numbers for check in self.checks)
-        title = f"Looks ok{', float32 only' if is_float32_only else ''}, but not everything was checked:"
+        title = f"Looks ok{' (float32 only)' if is_float32_only else ''}, but not everything was checked:"
         return Conclusion("incomplete", title, f"{'; '.join(filter(None, gaps))}.", costs)
 
     def as_record(self) -> dict[str, Any]:
@@ -183,7 +182,7 @@ def _by(difference: float) -> str:
 
 
 def _failure(check: Check) -> str:
-    """Describe what failed. What the check would have proved would read like a claim."""
+    """Describe what failed: ``proves`` would read like a claim."""
     numbers = check.numbers
     if check.name == "bytes" and (wrong := numbers.get("wrong")):
         verb = "does not match its" if wrong == 1 else "do not match their"
@@ -199,9 +198,9 @@ def _failure(check: Check) -> str:
 
 FAILURES = {
     "files": "files are missing, or differ from what was written",
-    "bytes": "the weight files are not as planned",
-    "config": "values in the small files are not as planned",
-    "load": "transformers does not load the model as it should",
+    "bytes": "weight files or checksums are not as expected",
+    "config": "values in config.json or another small file are not as planned",
+    "load": "transformers does not load the model correctly",
     "parity": "the models could not be compared",
     "native": "the models could not be compared",
     "preprocessing": "the saved image processor does not produce the original's pixels",

@@ -1,4 +1,4 @@
-"""Where a model's weights come from while it runs: mapped files, or a checkpoint that is read as it is used."""
+"""Sources of a model's weights while it runs: mapped files, or a checkpoint that is read on demand."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -29,7 +29,7 @@ class Weights(Protocol):
         """Return a weight; it must not be changed."""
 
     def release(self, name: str) -> None:
-        """Allow the memory of a weight to be used for something else. It can be read again."""
+        """Allow a weight's memory to be reused. The weight can be read again."""
 
 
 class MappedWeights:
@@ -50,7 +50,7 @@ class MappedWeights:
 class StreamedWeights:
     """A checkpoint's tensors, local or remote, which are read when they are used, and cast if the plan casts them.
 
-    Models use their weights in about the order of ``tensors``. So the next ones are read at the same time and kept
+    Models use their weights roughly in the order of ``tensors``, so each read also fetches the next ones and keeps them
     for a while. Records that are read completely are checked against their CRC-32.
     """
 

@@ -1,4 +1,4 @@
-"""The program of the process that runs models: see `process`, whose messages it receives on stdin.
+"""The program of the child process that runs models. It receives the messages of `process` on stdin.
 
 Importing this module does not import torch; `main` does.
 """
@@ -23,7 +23,7 @@ class _Parent:
     """The process that started this one."""
 
     def __init__(self) -> None:
-        # stdin and stdout carry messages: nothing else may read the one, and what libraries print goes to stderr.
+        # stdin and stdout carry messages, so nothing else may read stdin, and what libraries print goes to stderr.
         self._input, self._output = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(2, 1)
@@ -91,7 +91,7 @@ def main() -> NoReturn:
         parent.send("error", _portable(error))
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(0)  # at once: tearing down torch's modules would take as long as a second
+    os._exit(0)  # at once: tearing down torch's modules can take a second
 
 
 def _import_models() -> None:
@@ -100,13 +100,13 @@ def _import_models() -> None:
     Raises:
         UsageError: something is missing or broken.
     """
-    gc.disable()  # collecting among the many new objects takes a fifth of the time
+    gc.disable()  # collecting garbage among the many new objects takes a fifth of the time
     try:
         import streamconv.verification.model_checks  # noqa: F401
     except Exception as error:
         trace = "".join(traceback.format_exception_only(error)).strip().splitlines()[-3:]
         raise UsageError(
-            "torch, torchvision, transformers or accelerate cannot be imported. Reinstall the one that this names:\n  "
+            "torch, torchvision, transformers or accelerate cannot be imported. Reinstall the one in the error:\n  "
             + "\n  ".join(trace)
         ) from error
     gc.freeze()
@@ -118,5 +118,5 @@ def _portable(error: BaseException) -> tuple[BaseException, str]:
     if isinstance(error, StreamconvError):
         return error, ""
     if isinstance(error, MemoryError):
-        return UsageError(f"Memory is too small to run the models. {OUT_OF_MEMORY}"), ""
+        return UsageError(f"There is too little memory to run the models. {OUT_OF_MEMORY}"), ""
     return RuntimeError(f"{type(error).__name__}: {error}"), traceback.format_exc()

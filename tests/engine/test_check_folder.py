@@ -121,7 +121,7 @@ def test_verifying_a_folder_alone_imports_no_torch_and_exits_with_1_on_differenc
     verify = [sys.executable, "-m", "streamconv", "verify", folder]
     done = subprocess.run([*verify, "--report", folder.parent / "x.html"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stdout.splitlines()[-2] == ("The files differ from what was written. Do not use them. Failed: files.")
+    assert done.stdout.splitlines()[-2] == ("Do not use these files. Failed: files.")
     assert "FAILED   files are missing, or differ from what was written" in done.stdout
     page = (folder.parent / "x.html").read_text("utf-8")
     assert "Verification failed" in page

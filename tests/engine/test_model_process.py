@@ -1,4 +1,4 @@
-"""The process that runs the models: started before the conversion, heard in the caller's thread, and never left behind.
+"""The process that runs the models starts before the conversion, reports to the caller's thread, and ends with the job.
 
 Most tests let it run a script instead of models (tests/scripted_worker.py), so that it starts in a moment.
 """
@@ -36,7 +36,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let jobs run scripts in a process; returns the file in which that process leaves its id when it starts."""
+    """Let jobs run scripts in a process; returns the file to which that process writes its id when it starts."""
     monkeypatch.delitem(sys.modules, "transformers", raising=False)
     monkeypatch.setattr(process, "WORKER", "tests.scripted_worker")
     monkeypatch.setenv("SCRIPT", "passes")
@@ -127,15 +127,15 @@ def test_source_without_its_open_files_can_be_read_in_the_process(
         ("refuses", UsageError, "cuda:0 has too little memory"),
         ("loses_the_connection", NetworkError, "The connection broke"),
         ("has_problems", MappingError, "Several problems:\n  one\n  two"),
-        ("has_no_memory", UsageError, "Memory is too small to run the models"),
+        ("has_no_memory", UsageError, "There is too little memory to run the models"),
         ("has_a_bug", RuntimeError, "_LibraryError: this and <function"),
         ("exits", RuntimeError, "SystemExit: 3"),
-        ("is_killed", UsageError, "was killed, as the system does when memory is full"),
+        ("is_killed", UsageError, "was killed, probably because memory ran out"),
         ("aborts", UsageError, r"ended by signal 6 \(Aborted\)"),
         ("ends", UsageError, "ended with exit code 3"),
     ],
 )
-def test_errors_cross_and_the_conversion_is_kept(
+def test_errors_reach_the_caller_and_the_conversion_is_kept(
     source: Path, tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch,
     script: str, kind: type[Exception], message: str,
 ) -> None:  # fmt: skip

@@ -72,7 +72,7 @@ def passing() -> dict[str, Any]:
 def failing() -> dict[str, Any]:
     found = passing()
     found["passed"] = False
-    title = "The output differs from its source. Do not use it."
+    title = "Do not use this output."
     found["conclusion"] = {"kind": "failed", "title": title, "details": "Failed: parity.", "cast_cost": ""}
     loaded, parity, preprocessing = found["checks"][1:]
     loaded["problems"] = []
@@ -102,7 +102,7 @@ def test_report_of_a_passed_verification_shows_every_number() -> None:
         "0.0 in all 15 layer outputs",
         "Tolerance 0.0 (bit for bit)", "dtype float32, as in the source", "Date 2026-11-26 02:20:03 UTC",
         "Command streamconv run dinov2_vits14 --report report.html",
-        "224 × 224 pixels is the image processor's size, so it is what most users run.",
+        "224 × 224 pixels is the size that the saved image processor produces.",
         "The bytes check covers every value of the position embeddings; --thorough also runs the models at the native",
         "A difference by design, at 224 × 224 This is not an error of the conversion.",
         "Words in this report Layer output The numbers that a layer",
@@ -134,17 +134,17 @@ def test_report_shows_the_cost_of_a_cast_in_its_header() -> None:
     text = words(page)
     assert "dtype bfloat16, cast from float32" in text
     assert "Largest difference in bfloat16, from_pretrained's default 0.057" in text
-    assert "dtype=torch.float32) 0.024 Largest value of the original 4.1" in text
-    assert "weights that torch cast to bfloat16, and both models computed in float32" in text
+    assert "dtype=torch.float32) 0.024 Largest output value of the original 4.1" in text
+    assert "torch cast the original's weights to bfloat16, and both models computed in float32" in text
     assert "cost of the cast" not in words(report.render(passing()))
 
 
-def test_report_of_a_model_with_published_shapes_is_titled_so() -> None:
+def test_report_title_of_an_unpublished_model_names_the_one_with_equal_shapes() -> None:
     found = passing()
     found["output"] |= {"model": None, "shaped_like": "dinov2_vits14"}
     page = report.render(found)
     assert "<h1>A model shaped like dinov2_vits14</h1>" in page
-    assert "Shapes those of dinov2_vits14, whose file has another name" in words(page)
+    assert "Shapes equal to those of dinov2_vits14, but the file has another name" in words(page)
 
 
 def test_report_names_the_gpu_and_its_memory() -> None:
@@ -181,9 +181,7 @@ def test_report_of_a_run_at_the_native_size_shows_both_sizes() -> None:
 
 def test_report_of_a_failed_verification_names_checks_problems_and_first_difference() -> None:
     text = words(report.render(failing()))
-    assert (
-        "✗ Verification failed The output differs from its source. Do not use it. 1 of 4 checks failed: parity." in text
-    )
+    assert "✗ Verification failed Do not use this output. 1 of 4 checks failed: parity." in text
     assert "Not run: preprocessing." in text
     assert "7 of 15 layer outputs differ." in text
     assert "both compute the same" not in text.lower()
@@ -270,7 +268,7 @@ def test_report_names_checks_that_did_not_run() -> None:
     found["checks"][3] |= {"passed": None, "numbers": {}}
     title, details = "Looks ok, but not everything was checked:", "preprocessing did not run."
     found["conclusion"] = {"kind": "incomplete", "title": title, "details": details}
-    assert f"– Verified in part {title} {details}" in words(report.render(found))
+    assert f"– Partly verified {title} {details}" in words(report.render(found))
 
 
 def test_report_of_a_classifier_shows_its_best_labels() -> None:
@@ -287,7 +285,7 @@ def test_report_shows_float64_and_float32_side_by_side() -> None:
     }  # fmt: skip
     text = words(report.render(found))
     assert "Layer output float64, second pass float32 embeddings 2e-15 3e-06" in text
-    assert "then in a second pass in float64 ( ● ), which decides." in text
+    assert "where they differ; then in a second pass in float64 ( ● ), which decides." in text
     assert "layer 0 in float64: 2e-15" in text
     assert "Largest difference 2e-15; exactly 0 in none of 15 layer outputs." in text
     assert text.count("tolerance in float64 1e-13") == 1

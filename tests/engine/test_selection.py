@@ -254,7 +254,7 @@ def test_image_processor_of_another_size_is_noted(tmp_path: Path) -> None:
     state, _ = make_states(tiny())
     (note,) = (note for note in api.plan(saved(state, tmp_path / "x.pth")).notes if "processor" in note)
     assert "224 x 224" in note
-    assert "the model's own size is 56" in note
+    assert "the model's native size is 56" in note
 
 
 def test_two_names_for_one_block_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""TF32 is off while models are compared, however the caller had allowed it, and the caller's settings come back."""
+"""TF32 is off while models are compared, however the caller has allowed it. Then the settings are restored."""
 
 import subprocess
 import sys

@@ -168,7 +168,7 @@ def test_correct_cast_passes_every_check_exactly(tmp_path: Path, save: Save, dty
     found = api.verify(tmp_path / "out", source, head=head, device="cpu")
     assert found.passed
     assert [check.passed for check in found.checks] == [True] * 5
-    assert f"equals its source's, cast from float32 to {dtype};" in found.check("bytes").proves
+    assert f"equals its source's after the cast from float32 to {dtype};" in found.check("bytes").proves
     assert found.check("parity").numbers["largest"] <= found.check("parity").numbers["tolerance"] < 1e-12
     assert api.verify(tmp_path / "out").passed
 

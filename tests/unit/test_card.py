@@ -59,7 +59,7 @@ def test_card_of_a_published_model_names_origin_license_and_checks() -> None:
     for expected in (
         "`dinov2_vits14_pretrain.pth`, `https://example.org/dinov2_vits14_pretrain.pth`", "88,283,115", "`f00d`",
         "streamconv 0.1.0", "`abcd`", "| parity | passed | both compute the same |",
-        "Largest difference in any layer: 2.5e-07; allowed: 0.001.", "Run on cpu with torch 2.9, transformers 5.0.",
+        "Largest difference in any layer: 2.5e-07 (allowed: 0.001).", "Run on cpu with torch 2.9, transformers 5.0.",
         "Original model's code: streamconv's own.",
         "Every byte that was read matched its CRC-32",
     ):  # fmt: skip
@@ -115,8 +115,8 @@ def test_card_states_the_cost_of_a_cast_and_the_difference_by_design() -> None:
     }
     text = make_card(manifest(verification=found), "ada/it")
     for expected in (
-        "\nCost of the cast: 0.06.\n", "which changes outputs by 0.0125 (cls). This is not an error of the conversion.",
-        "in any layer at 224x224: 2e-15; allowed: 1e-13, in a second pass in float64.", "on 2026-11-26T02:20:03+00:00.",
+        "\nCost of the cast: 0.06.\n", "\nBy design, not an error: ", "which changes outputs by up to 0.0125 (cls).",
+        "in any layer at 224x224, in a second pass in float64: 2e-15 (allowed: 1e-13).", ", 2026-11-26 02:20:03 UTC.",
     ):  # fmt: skip
         assert expected in text
     mine = make_card(manifest(model=None, shaped_like="dinov2_vits14", source=source("mine.pth")), "ada/it")

@@ -185,13 +185,13 @@ def verification(*checks: Check, device: str | None = "cpu") -> Verification:
     [
         ([Check("bytes", True, "a")], ["green"], "Looks ok!", "green"),
         ([Check("bytes", True, "a"), Check("load", False, "b", ("c",))], ["green", "red"],
-         "The output differs from its source. Do not use it. Failed: load.", "red"),
+         "Do not use this output. Failed: load.", "red"),
         ([Check("bytes", True, "a"), Check("parity", None, "--no-parity")], ["green", "yellow"],
          "Looks ok, but not everything was checked: parity did not run.", "yellow"),
         ([Check("bytes", True, "a", not_checked="the source was not read")], ["yellow"],
          "Looks ok, but not everything was checked: the source was not read.", "yellow"),
         ([Check("parity", True, "a", (), {"float32_only": "cuda:0 is full"}, "only float32 was compared")], ["yellow"],
-         "Looks ok, float32 only, but not everything was checked: only float32 was compared.", "yellow"),
+         "Looks ok (float32 only), but not everything was checked: only float32 was compared.", "yellow"),
         ([Check("parity", None, "no")], ["yellow"], "Nothing was checked.", "yellow"),
     ],
 )  # fmt: skip
@@ -239,8 +239,8 @@ def test_details_of_a_check_are_wrapped_under_its_text() -> None:
     [
         (Check("bytes", False, "", (), {"tensors": 175, "wrong": 2}), "2 of 175 tensors do not match their source"),
         (Check("bytes", False, "", (), {"tensors": 175, "wrong": 1}), "1 of 175 tensors does not match its source"),
-        (Check("bytes", False, "", (), {"tensors": 175, "wrong": 0}), "the weight files are not as planned"),
-        (Check("config", False, ""), "values in the small files are not as planned"),
+        (Check("bytes", False, "", (), {"tensors": 175, "wrong": 0}), "weight files or checksums are not as expected"),
+        (Check("config", False, ""), "values in config.json or another small file are not as planned"),
         (Check("parity", False, "", (), {"differences": {"cls": 2.0, "patches": 0.0, "logits": math.nan},
                                          "tolerance": 0.0, "size": 224}), "2 of 3 layer outputs differ at 224x224"),
         (Check("parity", False, "", (), {"differences": {"cls": 0.0}, "tolerance": 0.0}),
@@ -260,15 +260,15 @@ def test_verdict_states_the_cost_of_a_cast() -> None:
         output={"cast": {"from": "float32", "to": "bfloat16"}},
     )  # fmt: skip
     assert plain(verification_lines(found))[-1] == (
-        "Looks ok! Cost of the cast: in bfloat16, which from_pretrained uses by default, outputs differ from the "
-        "float32 original's by up to 0.057, where its largest value is 4.1; with float32 arithmetic, by up to 0.024."
+        "Looks ok! Cost of the cast: in bfloat16, from_pretrained's default, outputs differ from the float32 "
+        "original's by up to 0.057 (in float32, by up to 0.024). The original's largest output value is 4.1."
     )
     gap = "Looks ok, but not everything was checked: the cost of the cast was not measured."
     assert plain(verification_lines(replace(found, cast_cost=None)))[-1] == gap
     overflown = replace(found, cast_cost=CastCost("float32", math.inf, math.inf, 4.1))
     assert plain(verification_lines(overflown))[-1].endswith(
-        "in float32, which from_pretrained uses by default, outputs differ from the float32 original's by infinity or "
-        "NaN, where its largest value is 4.1."
+        "in float32, from_pretrained's default, outputs differ from the float32 original's by infinity or NaN. The "
+        "original's largest output value is 4.1."
     )
 
 
@@ -280,11 +280,13 @@ def test_parity_row_states_its_size_and_the_difference_by_design() -> None:
     parity = Check("parity", True, "both compute the same, at 224x224", (), numbers)
     lines = [line.strip() for line in plain(verification_lines(verification(parity)))[1:-2]]
     assert lines == [
-        "1 layer outputs on cpu, in a second pass in float64: largest difference 2e-15, allowed 1e-13",
-        "by design, not an error: the authors' code interpolates position embeddings slightly differently at 224x224, "
-        "which changes outputs by 0.0125 (cls), 0.071 (patches); here, both models do it like transformers",
-        "224x224 is the image processor's size; the bytes check covers every position embedding; --thorough adds the "
-        "native size, 518x518",
+        "1 layer outputs on cpu, second pass in float64: largest difference 2e-15, allowed 1e-13; first pass in "
+        "float32: 1e-06",
+        "by design, not an error: transformers resizes position embeddings slightly differently from the authors' "
+        "code, which changes outputs by up to 0.0125 (cls), 0.071 (patches); here, both models resize them like "
+        "transformers",
+        "224x224 is the image processor's size; --thorough adds the native size, 518x518; the bytes check covers every "
+        "position embedding",
     ]
     native = Check("native", True, "both compute the same, at 518x518", (), {**numbers, "size": 518})
     assert "--thorough" not in "".join(plain(verification_lines(verification(parity, native))))
