@@ -24,9 +24,10 @@ from streamconv.verification.devices import (
 )
 from streamconv.verification.image import open_image
 from streamconv.verification.load import check_load, default_dtype_of
+from streamconv.verification.lockstep import Pair
 from streamconv.verification.memory import MemoryWatch
 from streamconv.verification.offload import OffloadedModel, WeightBuffer
-from streamconv.verification.parity import PROVES, Pair, check_parity
+from streamconv.verification.parity import PROVES, check_parity
 from streamconv.verification.patch_pca import draw_pictures
 from streamconv.verification.preprocessing import check_preprocessing, crop, resize, to_pixels
 from streamconv.verification.reference import BUILTIN, HUB, build_original, load_weights

@@ -8,18 +8,16 @@ errors are far smaller than the effect of any wrong weight.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamconv.errors import StreamconvError, UsageError
-from streamconv.progress import Progress
-from streamconv.verification.offload import OffloadedModel
-from streamconv.verification.originals import OriginalArchitecture
+from streamconv.verification.comparison import Comparison, largest_difference
+from streamconv.verification.lockstep import Pair, Variant, run_converted, run_pair
 from streamconv.verification.precision import exact_float32
 from streamconv.verification.result import CastCost, Check
 
@@ -27,88 +25,6 @@ PROVES = "the original model and transformers compute the same outputs from the 
 FLOAT32_TOLERANCE = 1e-3  # as in the original conversion script
 # Relative to a layer output's largest value. Rounding causes 1e-15; the last bit of one float32 weight, 1e-12.
 FLOAT64_TOLERANCE = 1e-13
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The two models to compare; ``architecture`` is the original's, and ``dimensions`` are both models'.
-
-    ``cast_to`` is the dtype that the conversion cast the weights to, if it did. ``is_read_once``: only what decides is
-    computed, for instance because weights arrive over a network.
-    """
-
-    original: OffloadedModel
-    converted: OffloadedModel
-    architecture: OriginalArchitecture
-    dimensions: Any
-    device: torch.device
-    progress: Progress
-    cast_to: torch.dtype | None = None
-    is_read_once: bool = False
-
-    @property
-    def prefix_tokens(self) -> Mapping[str, int]:
-        return self.architecture.prefix_tokens(self.dimensions)
-
-    @property
-    def config(self) -> Any:
-        return self.converted.model.config
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A way to run the original model: with transformers' interpolation of positions or its own, cast or uncast."""
-
-    as_transformers: bool = True
-    is_cast: bool = True
-
-
-class Comparison:
-    """Compares the states (layer outputs) of the original model with those of the converted model, one by one.
-
-    ``differences`` has the largest absolute difference of each state, in the order of computation, and
-    ``magnitudes`` the original's largest finite value. ``outputs`` has both models' states after the last layer.
-    """
-
-    def __init__(self, original: Iterator[tuple[str, Tensor]]):
-        self._original = original
-        self._next: tuple[str, Tensor] | None = next(original, None)
-        self.differences: dict[str, float] = {}
-        self.magnitudes: dict[str, float] = {}
-        self.problems: list[str] = []
-        self.outputs: dict[str, tuple[Tensor, Tensor]] = {}
-        self.not_finite_from: str | None = None
-
-    def compare(self, name: str, state: Tensor) -> None:
-        """Compare the converted model's next state with the original's of the same name."""
-        while self._next is not None and _order(self._next[0]) < _order(name):
-            self.problems.append(f"{self._next[0]} is missing")
-            self._next = next(self._original, None)
-        if self._next is None or self._next[0] != name:
-            self.problems.append(f"{name} is not in the original")
-            return
-        other = self._next[1]
-        if state.shape != other.shape:
-            shapes = f"{list(state.shape)}, but {list(other.shape)} in the original"
-            self.problems.append(f"{name} has the shape {shapes}")
-        else:
-            if self.not_finite_from is None and not other.isfinite().all():
-                self.not_finite_from = name
-            self.differences[name] = _largest_difference(state, other)
-            self.magnitudes[name] = float(other.nan_to_num(0.0, 0.0, 0.0).abs().max())
-            if name != "embeddings" and not name.startswith("layer "):
-                self.outputs[name] = (other, state)
-        self._next = next(self._original, None)
-
-    def finish(self) -> None:
-        """Report the original's remaining states as missing."""
-        while self._next is not None:
-            self.problems.append(f"{self._next[0]} is missing")
-            self._next = next(self._original, None)
-
-    def relative(self) -> dict[str, float]:
-        """The differences that the tolerance applies to: divided by the state's largest value if that is above 1."""
-        return {name: d / max(1.0, self.magnitudes[name]) for name, d in self.differences.items()}
 
 
 @dataclass(frozen=True)
@@ -158,96 +74,55 @@ def compare(pair: Pair, pixels: Tensor, what: str, default_dtype: torch.dtype) -
     is different, it also runs in that way, which is reported but decides nothing.
     """
     is_native = pixels.shape[-2:] == (pair.config.image_size,) * 2
-    published, uncast = Variant(as_transformers=False), Variant(is_cast=False)
-    variants = [Variant()]
+    decisive, published, uncast = Variant(), Variant(as_transformers=False), Variant(is_cast=False)
+    variants = [decisive]
     if not pair.is_read_once:
         is_different = not is_native and pair.architecture.interpolates_differently(pair.dimensions)
         variants += [published] * is_different + [uncast] * (pair.cast_to is not None)
-    found = _run(pair, pixels, torch.float32, variants, what)
-    judged, tolerance, note, not_checked = found[variants[0]], 0.0, "", ""
+    found = run_pair(pair, pixels, torch.float32, variants, what)
+    in_float32, in_float64 = found[decisive], None
     numbers: dict[str, Any] = {}
-    largest = max(judged.relative().values(), default=math.inf)
-    if not judged.problems and largest > 0:
+    not_checked = []
+    if not in_float32.problems and max(in_float32.relative().values(), default=0.0) > 0:
         try:
-            decisive = _run(pair, pixels, torch.float64, variants[:1], f"{what}, in float64")[variants[0]]
+            in_float64 = run_pair(pair, pixels, torch.float64, [decisive], f"{what}, in float64")[decisive]
         except (torch.cuda.OutOfMemoryError, MemoryError):
-            tolerance = FLOAT32_TOLERANCE
             numbers["float32_only"] = f"{pair.device} has too little memory for float64"
-            limit = f"errors below {tolerance:g} of a layer's largest value"
-            not_checked = f"{numbers['float32_only']}, so {limit} cannot be excluded"
-        else:
-            numbers["float32"] = {"largest": largest, "differences": judged.relative()}
-            note = " (decided by a second pass in float64)"
-            judged, tolerance = decisive, FLOAT64_TOLERANCE
-    if judged.not_finite_from is not None:
-        values = f"infinite and NaN outputs, from {judged.not_finite_from} on, prove nothing"
-        not_checked = "; ".join(filter(None, [not_checked, values]))
-    differences = judged.relative()
-    failed = [name for name, d in differences.items() if not d <= tolerance]
-    problems = list(judged.problems)
+            limit = f"errors below {FLOAT32_TOLERANCE:g} of a layer's largest value"
+            not_checked.append(f"{numbers['float32_only']}, so {limit} cannot be excluded")
+    if in_float64 is not None:
+        problems, judged = _judge(in_float64, FLOAT64_TOLERANCE)
+        differences = in_float32.relative()
+        numbers["float32"] = {"largest": max(differences.values()), "differences": differences}
+    else:
+        problems, judged = _judge(in_float32, FLOAT32_TOLERANCE if "float32_only" in numbers else 0.0)
+    if (start := (in_float64 or in_float32).not_finite_from) is not None:
+        not_checked.append(f"infinite and NaN outputs, from {start} on, prove nothing")
+    if published in found:
+        numbers["as_published"] = {name: found[published].differences[name] for name in found[published].outputs}
+    return Verdict(
+        problems,
+        {**numbers, **judged},
+        " (decided by a second pass in float64)" if in_float64 is not None else "",
+        "; ".join(not_checked),
+        in_float32.outputs,
+        _cast_cost(pair, pixels, found[uncast], default_dtype) if uncast in found and not problems else None,
+    )
+
+
+def _judge(found: Comparison, tolerance: float) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return the problems of a comparison and its numbers."""
+    differences = found.relative()
+    failed = [name for name, difference in differences.items() if not difference <= tolerance]
+    problems = list(found.problems)
     if failed:
-        size = f"{differences[failed[0]]:.3g} (absolute: {judged.differences[failed[0]]:.3g})"
+        size = f"{differences[failed[0]]:.3g} (absolute: {found.differences[failed[0]]:.3g})"
         rest = f"; {len(failed) - 1} of the {len(differences) - 1} other layer outputs differ too" if failed[1:] else ""
         problems.append(f"the first difference is in {failed[0]}: {size}{rest}")
-    numbers |= {
+    return tuple(problems), {
         "tolerance": tolerance, "largest": max(differences.values(), default=math.inf), "differences": differences,
-        "absolute": judged.differences, "first": failed[0] if failed else None,
+        "absolute": found.differences, "first": failed[0] if failed else None,
     }  # fmt: skip
-    if published in found:
-        as_published = found[published].differences
-        numbers["as_published"] = {name: as_published[name] for name in found[published].outputs}
-    cast_cost = None
-    if uncast in found and not problems:
-        cast_cost = _cast_cost(pair, pixels, found[uncast], default_dtype)
-    outputs = found[variants[0]].outputs
-    return Verdict(tuple(problems), numbers, note, not_checked, outputs, cast_cost)
-
-
-@torch.no_grad()
-def _run(
-    pair: Pair, pixels: Tensor, dtype: torch.dtype, variants: list[Variant], what: str
-) -> dict[Variant, Comparison]:
-    """Run the converted model once and, together with it layer by layer, every variant of the original."""
-    total = pair.config.num_hidden_layers + len(pair.prefix_tokens) + 2  # embeddings, patches
-    steps = 0
-
-    def compare_state(name: str, state: Tensor) -> None:
-        nonlocal steps
-        for comparison in comparisons.values():
-            # Between any two layers: each call may cancel the verification, and a layer can take a second.
-            pair.progress(what, min(steps, total), total, "steps")
-            comparison.compare(name, state)
-        steps += 1
-        pair.progress(what, min(steps, total), total, "steps")
-
-    with exact_float32(pair.device):
-        pair.original.compute_in(dtype)
-        pixels = pixels.to(pair.device, dtype)
-        comparisons = {variant: Comparison(_original_states(pair, variant, pixels)) for variant in variants}
-        _run_converted(pair, pixels, dtype, compare_state)
-        for comparison in comparisons.values():
-            comparison.finish()
-    return comparisons
-
-
-def _original_states(pair: Pair, variant: Variant, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
-    states = pair.architecture.states(pair.original.model, pixels, variant.as_transformers)
-    while True:
-        pair.original.cast_to(pair.cast_to if variant.is_cast else None)  # another variant may have run since
-        state = next(states, None)
-        if state is None:
-            return
-        yield state
-
-
-@torch.no_grad()
-def _run_converted(pair: Pair, pixels: Tensor, dtype: torch.dtype, receive: Callable[[str, Tensor], None]) -> None:
-    """Run the converted model, and call ``receive`` with each of its states."""
-    pair.converted.compute_in(dtype)
-    with _state_hooks(pair.converted.model, pair.prefix_tokens, receive):
-        outputs = pair.converted.model(pixels.to(pair.device, dtype))
-        if "logits" in outputs:
-            receive("logits", outputs.logits)
 
 
 def _cast_cost(pair: Pair, pixels: Tensor, uncast: Comparison, default_dtype: torch.dtype) -> CastCost | None:
@@ -262,53 +137,12 @@ def _cast_cost(pair: Pair, pixels: Tensor, uncast: Comparison, default_dtype: to
     if default_dtype == torch.float32:
         found = {name: converted for name, (_, converted) in uncast.outputs.items()}
     else:
-        _run_converted(pair, pixels, default_dtype, keep)
+        run_converted(pair, pixels, default_dtype, keep)
     if not uncast.outputs.keys() <= found.keys():
         return None
     return CastCost(
         dtype=str(default_dtype).removeprefix("torch."),
-        largest=max(_largest_difference(found[name].float(), stored) for name, (stored, _) in uncast.outputs.items()),
+        largest=max(largest_difference(found[name].float(), stored) for name, (stored, _) in uncast.outputs.items()),
         largest_in_float32=max(uncast.differences[name] for name in uncast.outputs),
         magnitude=max(uncast.magnitudes[name] for name in uncast.outputs),
     )
-
-
-@contextmanager
-def _state_hooks(
-    model: Any, prefix_tokens: Mapping[str, int], receive: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Call ``receive`` with every state of a transformers model's forward pass, named as in `originals`."""
-    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-
-    def first(module: nn.Module, args: Any, kwargs: Any) -> None:
-        receive("embeddings", args[0] if args else kwargs["hidden_states"])
-
-    def layer(i: int) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: receive(f"layer {i}", output[0] if isinstance(output, tuple) else output)
-
-    def last(module: nn.Module, args: Any, output: Any) -> None:
-        tokens = output.last_hidden_state
-        for name, count in prefix_tokens.items():
-            receive(name, tokens[:, :count])
-            tokens = tokens[:, count:]
-        receive("patches", tokens)
-
-    with ExitStack() as stack:
-        stack.callback(layers[0].register_forward_pre_hook(first, with_kwargs=True).remove)
-        for i, module in enumerate(layers):
-            stack.callback(module.register_forward_hook(layer(i)).remove)
-        stack.callback(model.base_model.register_forward_hook(last).remove)
-        yield
-
-
-def _order(name: str) -> float:
-    """A sort key: layers by number, everything after them last. Embeddings come first and are never missing."""
-    return int(name.removeprefix("layer ")) if name.startswith("layer ") else math.inf
-
-
-def _largest_difference(state: Tensor, other: Tensor) -> float:
-    """The largest absolute difference. Equal infinities and two NaNs do not differ; a single NaN differs infinitely."""
-    if torch.equal(state, other):  # the usual case, in a single pass
-        return 0.0
-    same = (state == other) | (state.isnan() & other.isnan())
-    return float((state - other).abs().masked_fill(same, 0.0).nan_to_num(math.inf, math.inf).max())
