@@ -220,9 +220,8 @@ def _size_lines(check: Check, verification: Verification) -> Iterator[str]:
         return
     if published := check.numbers.get("as_published"):
         yield (
-            "by design, not an error: transformers resizes position embeddings slightly differently from the "
-            f"authors' code, which changes outputs by up to {_join(published)}; here, both models resize them like "
-            "transformers"
+            "by design, not an error: the original's own way to resize position embeddings changes outputs by up to "
+            f"{_join(published)}; for this check, it resized them like transformers"
         )
     is_thorough = any(each.name == "native" for each in verification.checks)
     more = "" if is_thorough else f"; --thorough adds the native size, {native}x{native}"

@@ -112,7 +112,7 @@ CONVERSION_OPTIONS = (*SOURCE_OPTIONS, LABELS, SHARD_SIZE, DTYPE, FORCE)
 VERIFICATION_OPTIONS = (
     Option(
         "--device", metavar="DEVICE", default="auto", group="Verification", shell_complete=_devices,
-        help="The device to verify on: cpu, cuda or cuda:N; auto uses a GPU if there is one.",
+        help="The device to verify on: cpu, cuda or cuda:N; auto uses a GPU if one works.",
     ),
     Option(
         "--image", metavar="FILE", type=FILE, group="Verification", show_default="one that streamconv draws",

@@ -11,7 +11,7 @@ from streamconv.planning.shards import parse_size
 from streamconv.tensors.info import CastDtype
 
 StrPath = str | PathLike[str]
-# Both would leave open if a difference in float32 is rounding or a wrong weight, which float64 decides.
+# Without float64, a difference in float32 may be rounding or a wrong weight.
 UNSUITABLE = {"mps": "Apple's GPUs have no float64.", "xpu": "Many of Intel's GPUs have no float64."}
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
 
@@ -79,13 +79,13 @@ class VerificationOptions:
     """Options for verifying an output.
 
     Args:
-        device: "cpu", "cuda" or "cuda:1"; "auto" uses a GPU if there is one that works.
+        device: "cpu", "cuda" or "cuda:1"; "auto" uses a GPU if one works.
         image: The path or http(s) URL of an image to run both models on; by default, streamconv draws one.
         reference: The code of the original model: "builtin" for streamconv's own; "hub" for the authors', which
             torch.hub downloads and runs; or a folder that holds the authors' code.
         parity: Run both models and compare their outputs.
         report: An HTML file to write the result to.
-        thorough: Run both models at the original's native size, too.
+        thorough: Also run both models at the original's native size.
         command: The command line to name in the result; empty if there is none.
 
     Raises:

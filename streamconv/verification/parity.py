@@ -21,7 +21,7 @@ from streamconv.verification.lockstep import Pair, Variant, run_converted, run_p
 from streamconv.verification.precision import exact_float32
 from streamconv.verification.result import CastCost, Check
 
-PROVES = "the original model and transformers compute the same outputs from the same image, in every layer"
+PROVES = "the original model and transformers compute the same output in every layer, from one image"
 FLOAT32_TOLERANCE = 1e-3  # as in the original conversion script
 # Relative to a layer output's largest value. Rounding causes 1e-15; the last bit of one float32 weight, 1e-12.
 FLOAT64_TOLERANCE = 1e-13
@@ -49,7 +49,7 @@ def check_parity(pair: Pair, name: str, pixels: Tensor, default_dtype: torch.dty
         default_dtype: The dtype that ``from_pretrained`` gives the output by default.
     """
     size = pixels.shape[-1]
-    proves = f"{PROVES}, at {size}x{size}"
+    proves = f"{PROVES} at {size}x{size}"
     try:
         with exact_float32(pair.device):
             verdict = compare(pair, pixels, f"comparing both models at {size}x{size}", default_dtype)

@@ -115,7 +115,7 @@ def test_verify_exits_with_1_on_a_wrong_output(tmp_path: Path, save: Save) -> No
     done = run("verify", "out", backbone, cwd=tmp_path)
     assert done.returncode == 1
     assert "bytes         FAILED" in done.stdout
-    assert "Do not use it" in done.stdout
+    assert done.stdout.endswith("Do not use this output. Failed: bytes, parity.\n")
     assert json.loads((tmp_path / "out" / "streamconv.json").read_text())["verification"]["passed"] is False
 
 

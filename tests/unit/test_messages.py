@@ -282,9 +282,8 @@ def test_parity_row_states_its_size_and_the_difference_by_design() -> None:
     assert lines == [
         "1 layer outputs on cpu, second pass in float64: largest difference 2e-15, allowed 1e-13; first pass in "
         "float32: 1e-06",
-        "by design, not an error: transformers resizes position embeddings slightly differently from the authors' "
-        "code, which changes outputs by up to 0.0125 (cls), 0.071 (patches); here, both models resize them like "
-        "transformers",
+        "by design, not an error: the original's own way to resize position embeddings changes outputs by up to "
+        "0.0125 (cls), 0.071 (patches); for this check, it resized them like transformers",
         "224x224 is the image processor's size; --thorough adds the native size, 518x518; the bytes check covers every "
         "position embedding",
     ]
