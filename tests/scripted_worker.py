@@ -30,6 +30,10 @@ def prints(progress: Progress, source: OpenSource) -> None:
     assert sys.stdin.read() == ""
 
 
+def shows_how_threads_wait(progress: Progress, source: OpenSource) -> None:
+    progress(os.environ["OMP_WAIT_POLICY"], 0, 1, "steps")
+
+
 def logs(progress: Progress, source: OpenSource) -> None:
     logging.getLogger("streamconv.files").info("not shown")
     logging.getLogger("streamconv.files").warning("%s is %d", "one", 1)

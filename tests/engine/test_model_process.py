@@ -215,6 +215,21 @@ def test_what_libraries_print_goes_to_stderr(
     assert sorted(err.splitlines()) == ["printed by a library", "written by a C library"]
 
 
+def test_threads_of_the_process_wait_without_using_a_cpu_unless_the_user_wants_that(
+    source: Path, tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("SCRIPT", "shows_how_threads_wait")
+    steps = Raising()
+    streamconv.run(source, tmp_path / "out", verification=ON_CPU, progress=steps)
+    assert "PASSIVE" in steps.steps
+    assert "OMP_WAIT_POLICY" not in os.environ
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    steps = Raising()
+    streamconv.verify(tmp_path / "out", source, ON_CPU, progress=steps)
+    assert "ACTIVE" in steps.steps
+
+
 def test_log_records_reach_the_callers_handlers(
     source: Path, tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
