@@ -1,4 +1,4 @@
-"""The process that runs models, with models that do what the environment variable SCRIPT names. It imports no torch."""
+"""A stand-in for the process that runs models. It does what the environment variable SCRIPT names, without torch."""
 
 import logging
 import os

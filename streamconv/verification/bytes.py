@@ -21,6 +21,7 @@ from streamconv.progress import Progress
 from streamconv.tensors.casts import cast_into
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.expressions import SourceTensor, prefetch
+from streamconv.tensors.info import DTYPES
 from streamconv.verification.result import Check
 from streamconv.verification.structure import (
     header_problems,
@@ -216,7 +217,7 @@ def _differences(
         if not differs and wanted != part:
             differs = True
             first = next(i for i, (a, b) in enumerate(zip(wanted, part, strict=True)) if a != b)
-            cast_to = f", cast to {source.cast_to}," if source.cast_to else ""
+            cast_to = f", cast to {DTYPES[source.cast_to].torch}," if source.cast_to else ""
             element = (at - output.record.range.start + first) // output.info.itemsize
             problems.append(f"{name} differs from its source{cast_to} from element {element:,} on")
         at += size

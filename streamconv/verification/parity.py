@@ -117,7 +117,8 @@ def _judge(found: Comparison, tolerance: float) -> tuple[tuple[str, ...], dict[s
     problems = list(found.problems)
     if failed:
         size = f"{differences[failed[0]]:.3g} (absolute: {found.differences[failed[0]]:.3g})"
-        rest = f"; {len(failed) - 1} of the {len(differences) - 1} other layer outputs differ too" if failed[1:] else ""
+        others = f"{len(failed) - 1} of the {len(differences) - 1} other layer outputs"
+        rest = f"; {others} differ{'s' if len(failed) == 2 else ''} too" if failed[1:] else ""
         problems.append(f"the first difference is in {failed[0]}: {size}{rest}")
     return tuple(problems), {
         "tolerance": tolerance, "largest": max(differences.values(), default=math.inf), "differences": differences,

@@ -58,7 +58,7 @@ def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, Ori
         with empty_weights():
             return architecture.build(plan.dimensions), architecture
     check_reference(reference)
-    if plan.model is None:  # a model with the same shapes is computed alike
+    if plan.model is None:  # for a model with the same shapes, its code is the same
         raise UsageError("torch.hub has published models only, and this is not one of them. Use --reference builtin.")
     location = (architecture.repository, "github") if reference == HUB else (fspath(reference), "local")
     try:
@@ -85,8 +85,8 @@ def _forgotten_modules(repository: str) -> Iterator[None]:
 def load_weights(original: Any, source: OpenSource) -> tuple[MappedWeights | StreamedWeights, str]:
     """Load the source's tensors into a model on the meta device; missing and unexpected tensors are errors.
 
-    torch maps local files, and nothing is copied. The tensors of a remote source, or of a file that torch does
-    not load safely, are not loaded, but returned as `StreamedWeights`, which read them on demand.
+    torch maps local files, and nothing is copied. A remote source, or a file that torch does not load safely, is not
+    loaded; `StreamedWeights` read its tensors on demand.
 
     Returns:
         The weights, and why those of a local file had to be streamed ("" if they were not).

@@ -1,6 +1,6 @@
 """Checks the structure of an output folder: everything but the bytes of weights.
 
-That is names, dtypes, shapes, the values of the small files, and the absence of other files that transformers would
+These are names, dtypes, shapes, the values of the small files, and the absence of other files that transformers would
 load.
 """
 

@@ -208,7 +208,7 @@ def test_flipped_bit_in_a_cast_output_is_found(tmp_path: Path, save: Save, tenso
     api.convert(source, tmp_path / "out", dtype="bfloat16")
     flip(tmp_path / "out" / "model.safetensors", tensor, 100)
     found = byte_problems(tmp_path / "out", source)
-    assert found.splitlines()[0] == f"{tensor} differs from its source, cast to BF16, from element 50 on"
+    assert found.splitlines()[0] == f"{tensor} differs from its source, cast to bfloat16, from element 50 on"
 
 
 def test_dtype_in_config_that_contradicts_the_tensors_is_found(tmp_path: Path, save: Save) -> None:

@@ -65,7 +65,7 @@ def test_process_starts_before_the_conversion_and_ends_with_the_job(
     steps: list[str] = []
 
     def progress(step: str, done: int, total: int, unit: str) -> None:
-        if step.startswith("writing"):  # the conversion waits for the process, which therefore runs beside it
+        if step.startswith("writing"):  # the process has started if this wait ends
             end = time.monotonic() + SECONDS
             while not started.exists():
                 assert time.monotonic() < end, "the process was not started"
@@ -300,7 +300,7 @@ print(len(Counted.started), [name for name in ("torch", "transformers", "numpy")
 
 
 @linux
-def test_jobs_import_torch_once_each_beside_the_conversion_and_not_into_the_caller(tmp_path: Path) -> None:
+def test_each_job_imports_torch_once_during_the_conversion_and_not_into_the_caller(tmp_path: Path) -> None:
     source = save_zeros(tmp_path / "x.pth", tiny())
     Image.new("RGB", (300, 300), (90, 120, 30)).save(tmp_path / "x.png")
     places = {"source": str(source), "out": str(tmp_path / "out"), "image": str(tmp_path / "x.png")}

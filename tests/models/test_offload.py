@@ -130,7 +130,7 @@ def test_buffer_does_not_grow_with_the_number_of_layers() -> None:
     assert sizes[0] == sizes[1] >= 4 * (24 * 24 + 2 * 24)
 
 
-def test_buffer_aligns_what_it_returns_and_never_returns_the_same_bytes_twice() -> None:
+def test_buffer_returns_aligned_tensors_that_never_overlap() -> None:
     buffer = WeightBuffer(CPU)
     buffer.reserve(1000)
     tensors = [buffer.push(torch.Size([n]), torch.float32) for n in (3, 100, 20, 40, 100)]

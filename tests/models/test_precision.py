@@ -49,7 +49,7 @@ for setting in sys.argv[1:]:
 
 
 def precisions() -> dict[tuple[str, str], str]:
-    """torch's settings by backend and operation; one that is "none" as it inherits."""
+    """torch's settings by backend and operation; "none" for one that is inherited."""
     operations = {"generic": ["all"], "cuda": ["all", "matmul", "conv"], "mkldnn": ["all", "matmul", "conv"]}
     pairs = [(backend, operation) for backend, names in operations.items() for operation in names]
     return {pair: torch._C._get_fp32_precision_getter(*pair) for pair in pairs}

@@ -164,9 +164,9 @@ def load(repository: str, source: str, model: Model) -> Any:
 
 
 def _use_torch_attention(original: nn.Module) -> None:
-    """Make Meta's code use torch's attention if xFormers is installed, whose attention needs a GPU and has no float64.
+    """Make Meta's code use torch's attention: that of xFormers, if installed, needs a GPU and has no float64.
 
-    Meta's attention asks a global of its module. The modules are this model's own: see `reference`.
+    Meta's attention reads a global of its module. The modules are this model's own: see `reference`.
     """
     for module in original.modules():
         namespace = getattr(type(module).forward, "__globals__", {})
