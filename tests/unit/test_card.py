@@ -104,7 +104,7 @@ def test_card_starts_with_warnings() -> None:
 def test_card_states_the_cost_of_a_cast_and_the_difference_by_design() -> None:
     numbers = {
         "size": 224, "largest": 2e-15, "tolerance": 1e-13, "float32": {"largest": 1e-6},
-        "as_published": {"cls": 0.0125},
+        "as_published": {"cls": 0.0125, "patches": "inf"},
     }  # fmt: skip
     found = {
         "passed": True,
@@ -115,7 +115,8 @@ def test_card_states_the_cost_of_a_cast_and_the_difference_by_design() -> None:
     }
     text = make_card(manifest(verification=found), "ada/it")
     for expected in (
-        "\nCost of the cast: 0.06.\n", "\nBy design, not an error: ", "which changes outputs by up to 0.0125 (cls).",
+        "\nCost of the cast: 0.06.\n", "\nBy design, not an error: ",
+        "which changes outputs by up to 0.0125 (cls), inf (patches).",
         "in any layer at 224x224, in a second pass in float64: 2e-15 (allowed: 1e-13).", ", 2026-11-26 02:20:03 UTC.",
     ):  # fmt: skip
         assert expected in text
