@@ -4,7 +4,8 @@ Importing torch and transformers takes seconds. The child process imports them w
 bytes, which need neither of them. `worker` is the child's program.
 
 If this process has imported transformers already, as a notebook may have, the models run here: a second import would
-cost time and memory. A conversion alone imports this module, too, so subprocess and pickle are imported only on use.
+cost time and memory. So they do if no other Python can be started. A conversion alone imports this module, too, so
+subprocess and pickle are imported only on use.
 """
 
 import logging
@@ -72,12 +73,14 @@ class ModelRunner(Protocol):
 
 
 def start_models(options: ModelOptions) -> ModelRunner:
-    """Start importing torch in a process of its own, unless this one has done so.
+    """Start importing torch in a process of its own, unless this one has done so or cannot start another.
 
     Raises:
         UsageError: the process cannot be started.
     """
-    return ModelsHere(options) if "transformers" in sys.modules else _ModelsInChild(options)
+    # Where Python is embedded in another program, sys.executable is empty.
+    is_here = "transformers" in sys.modules or not sys.executable
+    return ModelsHere(options) if is_here else _ModelsInChild(options)
 
 
 class ModelsHere:

@@ -76,6 +76,7 @@ class _SentLog(logging.Handler):
 def main() -> NoReturn:
     """Run one job, and end the process."""
     parent = _Parent()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the caller shows the progress
     warnings.filterwarnings("ignore", "xFormers is")  # from the code of DINOv2's authors
     try:
         _import_models()

@@ -272,10 +272,19 @@ def test_models_run_here_if_transformers_is_imported(monkeypatch: pytest.MonkeyP
         assert isinstance(models, process.ModelsHere)
 
 
+@pytest.mark.parametrize("executable", ["", None])
+def test_models_run_here_if_python_is_embedded(monkeypatch: pytest.MonkeyPatch, executable: str | None) -> None:
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    monkeypatch.setattr(sys, "executable", executable)
+    assert isinstance(process.start_models(process.ModelOptions("cpu", None, "builtin")), process.ModelsHere)
+
+
 REAL = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 from pathlib import Path
 import streamconv
+
+os.dup2(1, 2)  # the caller looks at both
 
 class Counted(subprocess.Popen):
     started = []
@@ -304,4 +313,6 @@ def test_each_job_imports_torch_once_during_the_conversion_and_not_into_the_call
     source = save_zeros(tmp_path / "x.pth", tiny())
     Image.new("RGB", (300, 300), (90, 120, 30)).save(tmp_path / "x.png")
     places = {"source": str(source), "out": str(tmp_path / "out"), "image": str(tmp_path / "x.png")}
-    assert run_python(REAL.format(**places)).splitlines()[-1] == "3 []"
+    printed = run_python(REAL.format(**places))
+    assert printed.splitlines()[-1] == "3 []"
+    assert "Loading weights" not in printed  # transformers' progress bar
