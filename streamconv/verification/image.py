@@ -71,5 +71,7 @@ def make_image() -> Image.Image:
     for x in range(40, 280, 48):
         draw.rectangle([x + 8, 300, x + 14, 345], (84, 60, 40))
         draw.ellipse([x - 8, 240, x + 30, 312], (34, 90 + x // 6, 44))
-    noise = torch.randn(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 0.03
-    return functional.to_pil_image((functional.to_tensor(image) + noise).clamp(0, 1))  # type: ignore[no-any-return]
+    # Not in the caller's default dtype, in which torch would draw other numbers.
+    noise = torch.randn(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 0.03
+    values = functional.convert_image_dtype(functional.pil_to_tensor(image), torch.float32)
+    return functional.to_pil_image((values + noise).clamp(0, 1))  # type: ignore[no-any-return]

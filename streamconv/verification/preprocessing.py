@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
@@ -41,7 +42,8 @@ def resize(image: Image.Image, size: int) -> Image.Image:
 def to_pixels(image: Image.Image, pixel_steps: PixelSteps | None) -> Tensor:
     """Convert to (1, 3, H, W), normalized if the model has an image processor."""
     steps = [
-        transforms.ToTensor(),
+        transforms.PILToTensor(),
+        transforms.ConvertImageDtype(torch.float32),  # ToTensor would compute in the caller's default dtype
         *([transforms.Normalize(pixel_steps.mean, pixel_steps.std)] if pixel_steps else []),
     ]
     return transforms.Compose(steps)(image).unsqueeze(0)  # type: ignore[no-any-return]

@@ -90,16 +90,22 @@ class ModelsHere:
         self._options = options
 
     def wait_until_ready(self, progress: Progress = ignore_progress) -> None:
+        import torch
+
         from streamconv.verification.devices import check_arguments_here
 
-        check_arguments_here(self._options.device, self._options.reference, self._options.image)
+        with torch.device("cpu"):  # not the caller's default device
+            check_arguments_here(self._options.device, self._options.reference, self._options.image)
 
     def check(self, job: ModelJob, progress: Progress) -> ModelResults:
+        import torch
+
         from streamconv.verification.model_checks import ModelVerifier
 
         options = self._options
-        models = ModelVerifier(job.plan, options.device, options.image, options.reference)
-        return models.check(job.folder, job.source, progress, job.parity, job.is_sparse, job.thorough)
+        with torch.device("cpu"):  # not the caller's default device
+            models = ModelVerifier(job.plan, options.device, options.image, options.reference)
+            return models.check(job.folder, job.source, progress, job.parity, job.is_sparse, job.thorough)
 
     def close(self) -> None: ...
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,6 +136,34 @@ def test_verification_leaves_random_numbers_alone(jobs: list[Callable[[], Verifi
     for job in jobs:
         job()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: torch.set_default_dtype(torch.float64),
+        lambda: torch.set_default_dtype(torch.float16),
+        lambda: torch.set_default_device("meta"),
+    ],
+    ids=["float64", "float16", "meta"],
+)
+def test_verification_does_not_depend_on_the_callers_default_dtype_and_device(
+    jobs: list[Callable[[], Verification]], change: Callable[[], None]
+) -> None:
+    def exact_results(found: Verification) -> tuple[Any, ...]:
+        # transformers' default image processor, which is only reported, computes in the default dtype.
+        checks = [replace(c, numbers={k: v for k, v in c.numbers.items() if k != "default"}) for c in found.checks]
+        return results(replace(found, checks=tuple(checks)))
+
+    expected = [exact_results(job()) for job in jobs]
+    try:
+        change()
+        before = process_state()
+        assert [exact_results(job()) for job in jobs] == expected
+        assert changes(before) == set()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 def test_loading_survives_a_default_dtype_that_another_thread_sets_for_a_moment(tmp_path: Path) -> None:
