@@ -120,8 +120,8 @@ class ModelVerifier:
 
 
 def check_arguments_here(device: str, reference: str, image: str | None) -> None:
-    if image == "missing.png":
-        raise UsageError("The image missing.png cannot be read.")
+    if image is not None and Path(image).name == "broken.png":
+        raise UsageError(f"The image {image} cannot be read.")
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
 from streamconv.verification.config import check_config, small_files
-from streamconv.verification.preflight import check_packages, check_report
+from streamconv.verification.preflight import check_image, check_packages, check_reference, check_report
 from streamconv.verification.process import ModelJob, ModelOptions, ModelRunner, start_models
 from streamconv.verification.result import Check, ModelResults, Verification
 from streamconv.verification.sparse_folder import write_sparse_folder
@@ -156,9 +156,12 @@ def check_options(options: VerificationOptions, runs_models: bool = True) -> Non
     """Refuse invalid options before hours of work.
 
     Raises:
-        UsageError: torch or another package that models need is not installed.
+        UsageError: torch or another package that models need is not installed, or there is no such image or folder.
         OutputError: the report cannot be written.
     """
+    if options.image is not None:
+        check_image(options.image)
+    check_reference(options.reference)
     if runs_models or _can_be_wrong(options):
         check_packages()
     if options.report is not None:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from streamconv._version import __version__
 from streamconv.errors import UsageError
 from streamconv.verification.image import open_image
-from streamconv.verification.reference import check_reference
+from streamconv.verification.preflight import check_reference
 
 CPU = torch.device("cpu")
 # Variables that choose the GPUs which a process sees: of CUDA, and of ROCm, which has CUDA's, too.

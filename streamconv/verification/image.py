@@ -11,6 +11,7 @@ from torchvision.transforms import functional
 from streamconv.errors import StreamconvError, UsageError, printable
 from streamconv.files.address import Address, is_valid_url
 from streamconv.files.base import ByteRange
+from streamconv.verification.preflight import URL_SCHEMES, check_image
 
 WIDTH, HEIGHT = 640, 480
 MAX_DOWNLOAD_BYTES = 64 << 20
@@ -25,8 +26,9 @@ def open_image(path: str | PathLike[str] | None) -> Image.Image:
     """
     if path is None:
         return make_image()
-    is_url = fspath(path).lower().startswith(("http://", "https://"))
+    is_url = fspath(path).lower().startswith(URL_SCHEMES)
     where = Address(fspath(path)) if is_url else path
+    check_image(path)
     try:
         with Image.open(_download(where) if isinstance(where, Address) else where) as opened:
             image = ImageOps.exif_transpose(opened)

@@ -2,12 +2,16 @@
 
 import os
 from importlib.util import find_spec
+from os import PathLike, fspath
 from pathlib import Path
 
 from streamconv.errors import OutputError, UsageError
 
 # What verification runs models with, by the names of the modules.
 PACKAGES = {name: name for name in ("torch", "torchvision", "transformers", "accelerate")} | {"PIL": "Pillow"}
+
+BUILTIN, HUB = "builtin", "hub"
+URL_SCHEMES = ("http://", "https://")  # of images
 
 
 def check_report(path: Path) -> None:
@@ -37,3 +41,23 @@ def check_packages() -> None:
             f"Run `pip install {' '.join(missing)}`. Without them, `streamconv convert` converts, and `streamconv "
             "verify DIR` checks the files."
         )
+
+
+def check_image(image: str | PathLike[str]) -> None:
+    """Check that an image exists, unless it is a URL.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if not fspath(image).lower().startswith(URL_SCHEMES) and not os.path.exists(image):
+        raise UsageError(f"The image {image} does not exist.")
+
+
+def check_reference(reference: str | PathLike[str]) -> None:
+    """Check that a reference is "builtin", "hub" or a folder that torch.hub can load from.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    if reference not in (BUILTIN, HUB) and not os.path.exists(os.path.join(reference, "hubconf.py")):
+        raise UsageError(f"The reference {reference} is not builtin, hub or a folder with a hubconf.py.")

@@ -28,20 +28,10 @@ from streamconv.planning.plan import Plan
 from streamconv.source.open import OpenSource
 from streamconv.verification.empty_weights import empty_weights
 from streamconv.verification.originals import OriginalArchitecture, original_of
+from streamconv.verification.preflight import BUILTIN, HUB, check_reference
 from streamconv.verification.weights import MappedWeights, StreamedWeights
 
-BUILTIN, HUB = "builtin", "hub"
 _hub_lock = Lock()  # torch.hub imports from the front of sys.path, and two folders' modules have the same names
-
-
-def check_reference(reference: str | PathLike[str]) -> None:
-    """Check that a reference is "builtin", "hub" or a folder that torch.hub can load from.
-
-    Raises:
-        UsageError: it is none of them.
-    """
-    if reference not in (BUILTIN, HUB) and not os.path.exists(os.path.join(reference, "hubconf.py")):
-        raise UsageError(f"The reference {reference} is not builtin, hub or a folder with a hubconf.py.")
 
 
 def build_original(plan: Plan, reference: str | PathLike[str]) -> tuple[Any, OriginalArchitecture]:

@@ -104,11 +104,11 @@ def _import_models() -> None:
     gc.disable()  # collecting garbage among the many new objects takes a fifth of the time
     try:
         import streamconv.verification.model_checks  # noqa: F401
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         trace = "".join(traceback.format_exception_only(error)).strip().splitlines()[-3:]
         raise UsageError(
-            "torch, torchvision, transformers or accelerate cannot be imported. Reinstall the one in the error:\n  "
-            + "\n  ".join(trace)
+            "torch, torchvision, transformers or accelerate cannot be imported. Reinstall the one in the error or, if "
+            "it could not map a file, allow more memory:\n  " + "\n  ".join(trace)
         ) from error
     gc.freeze()
     gc.enable()

@@ -71,7 +71,7 @@ def test_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path, save: Save
         (2, "give only one of them", ("run", "dinov2_vits14", "--model_name", "dinov2_vits14")),
         (2, "Give -o DIR", ("run", backbone, "--no-verify")),
         (2, "is not a device", ("run", backbone, "-o", "out", "--device", "gpu")),
-        (2, "cannot be read", ("run", backbone, "-o", "out", "--image", "none.png")),
+        (2, "The image none.png does not exist", ("run", backbone, "-o", "out", "--image", "none.png")),
         (2, "cannot be read", ("run", backbone, "-o", "out", "--image", "http://127.0.0.1:1/x.png")),
         (2, "not builtin, hub or a folder", ("run", backbone, "-o", "out", "--reference", "facebook")),
         (4, "folder that exists and is writable", ("run", backbone, "-o", "out", "--report", "none/x.html")),

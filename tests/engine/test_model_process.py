@@ -86,16 +86,29 @@ def test_process_starts_before_the_conversion_and_ends_with_the_job(
 
 
 def test_what_the_user_named_is_checked_before_anything_is_written(source: Path, tmp_path: Path, started: Path) -> None:
-    options = VerificationOptions(device="cpu", image="missing.png")
-    with pytest.raises(UsageError, match=r"The image missing\.png cannot be read"):
+    """An image's content only by the process that imports Pillow."""
+    (tmp_path / "broken.png").write_bytes(b"")
+    options = VerificationOptions(device="cpu", image=tmp_path / "broken.png")
+    with pytest.raises(UsageError, match=r"The image .*broken\.png cannot be read"):
         streamconv.run(source, tmp_path / "out", verification=options)
     assert not (tmp_path / "out").exists()
     require_ended(started)
     steps = Raising()
-    options = VerificationOptions(device="cpu", image="here.png")
+    (tmp_path / "here.png").write_bytes(b"")
+    options = VerificationOptions(device="cpu", image=tmp_path / "here.png")
     assert streamconv.run(source, tmp_path / "out", verification=options, progress=steps).passed
     assert steps.steps[0] == "starting torch and transformers"
     assert steps.steps.count("starting torch and transformers") == 1
+
+
+@pytest.mark.parametrize("named", [{"image": "missing.png"}, {"reference": "missing"}])
+def test_missing_files_are_refused_before_the_process_starts(
+    source: Path, tmp_path: Path, started: Path, named: dict[str, str]
+) -> None:
+    with pytest.raises(UsageError, match=r"image missing\.png does not exist|reference missing is not builtin"):
+        streamconv.run(source, tmp_path / "out", verification=VerificationOptions(**named))
+    assert not started.exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_source_without_its_open_files_can_be_read_in_the_process(
