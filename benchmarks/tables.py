@@ -48,6 +48,7 @@ by sha256 after each converter's first run.
 `cp; sync` allocates a page of memory for every page that it writes. On a virtual machine, the host may have to do so,
 too: that is most of its time here. `dd` bypasses the cache; it reads and writes in turn, and leaves one core idle.
 streamconv checks every byte's CRC-32 and computes the output's sha256; the others do neither.
+`streamconv run` and the original script, with the share of each step and newer numbers: [verify.md](verify.md).
 """
 
 
