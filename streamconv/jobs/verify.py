@@ -17,6 +17,7 @@ from typing import get_args
 from streamconv._version import __version__
 from streamconv.errors import OutputError
 from streamconv.files.address import local_path
+from streamconv.jobs.beside import beside
 from streamconv.jobs.options import ConversionOptions, SourceOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.output.files import write_file
@@ -101,19 +102,29 @@ def verify_prepared(
 ) -> Verification:
     """Verify a converted folder against an open source, and record the result in the folder's manifest.
 
-    The bytes are compared while ``models`` may still import torch, in another process. A remote source is read again
-    for parity only: its bytes were checked when they were written, as the manifest records.
+    The bytes are compared while another process runs ``models``, if one does: the one mostly waits for the disk, the
+    other computes. A remote source is read again for parity only: its bytes were checked when they were written, as the
+    manifest records.
     """
     start, source, plan = time.monotonic(), prepared.source, prepared.plan
     manifest = Manifest.read(folder)
     is_ours = manifest is not None and manifest.is_from(source.describe())
-    if manifest is not None and is_ours and source.is_remote and source.has_checksums:
-        check, files = compare_with_manifest(folder, plan, manifest, progress)
+
+    def compare(progress: Progress) -> tuple[Check, Mapping[str, WrittenFile]]:
+        if manifest is not None and is_ours and source.is_remote and source.has_checksums:
+            return compare_with_manifest(folder, plan, manifest, progress)
+        return compare_with_source(folder, plan, source.reader, source.has_checksums, progress)
+
+    def run_models(progress: Progress) -> ModelResults:
+        return models.check(ModelJob(plan, folder, source, options.parity, options.thorough), progress)
+
+    if models.is_elsewhere:
+        progress("comparing bytes", 0, plan.weights, "bytes")
+        (check, files), results = beside(compare, run_models, progress)
     else:
-        check, files = compare_with_source(folder, plan, source.reader, source.has_checksums, progress)
+        (check, files), results = compare(progress), run_models(progress)
     config = check_config(folder, plan)
     files = {**files, **small_files(folder, plan)}
-    results = models.check(ModelJob(plan, folder, source, options.parity, options.thorough), progress)
     checks = (check, config, *results.checks)
     verification = _verification(plan, source, checks, results, files, start, options.command)
     try:

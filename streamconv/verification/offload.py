@@ -20,7 +20,9 @@ from streamconv.verification.weights import Weights
 # the children; the largest, the feed-forward part of ViT-g, has 75 MB. A GPU has room for a whole layer, 113 MB for
 # ViT-g, so that the layer's weights are moved once for all inputs that it runs on.
 MODULE_BYTES = {"cpu": 80 << 20, "cuda": 512 << 20}
-LARGE_BYTES = 1 << 20  # of weights: the buffers that a module of this size computes with are worth returning
+# Of weights. The buffers that such a module computes with are worth returning, although that takes time: it is the
+# feed-forward part of ViT-g in float64, or that of a larger model.
+TRIM_BYTES = 100 << 20
 ALIGNMENT = 64  # bytes, as torch aligns what it allocates
 
 
@@ -169,9 +171,9 @@ class _LayerWeights(ModelHook):  # type: ignore[misc]
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         self._put(self._empty)
-        is_large = self._model.buffer.used - self._used_before >= LARGE_BYTES
+        size = self._model.buffer.used - self._used_before
         self._model.buffer.used = self._used_before
-        if is_large:
+        if size >= TRIM_BYTES:
             return_freed_buffers()
         return output
 

@@ -20,8 +20,8 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 def return_freed_buffers() -> None:
     """Make the C library return all freed buffers to the system.
 
-    Otherwise glibc adapts and keeps freed buffers of up to 32 MB: 30 to 50 MB while ViT-g runs. mallopt(3) would stop
-    that for good, but in the whole process, and could not be undone.
+    Otherwise glibc adapts and keeps freed buffers of up to 32 MB: 50 MB while ViT-g runs in float64. mallopt(3) would
+    stop that for good, but in the whole process, and could not be undone.
     """
     if _libc is not None and hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)

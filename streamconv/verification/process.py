@@ -53,7 +53,12 @@ class ModelJob:
 
 
 class ModelRunner(Protocol):
-    """Runs the checks that need models, once. It must be closed, even after an error."""
+    """Runs the checks that need models, once. It must be closed, even after an error.
+
+    ``is_elsewhere``: they run in another process, so this one can do something else meanwhile.
+    """
+
+    is_elsewhere: bool
 
     def wait_until_ready(self, progress: Progress) -> None:
         """Wait until torch is imported, and the device, the image and the reference exist.
@@ -86,6 +91,8 @@ def start_models(options: ModelOptions) -> ModelRunner:
 class ModelsHere:
     """Runs the models in this process."""
 
+    is_elsewhere = False
+
     def __init__(self, options: ModelOptions):
         self._options = options
 
@@ -117,6 +124,8 @@ class _ModelsInChild:
     arguments, which every user of the system can read: URLs may contain passwords. The child ends when its stdin is
     closed, so it does not outlive this process, even if that is killed.
     """
+
+    is_elsewhere = True
 
     def __init__(self, options: ModelOptions):
         import subprocess

@@ -159,9 +159,7 @@ def test_wrong_output_fails_although_the_difference_is_small(
     assert "the first difference is in " in check.problems[0]
 
 
-def test_too_little_memory_for_float64_is_in_the_verdict(
-    converted: Converted, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_memory_for_float64_is_in_the_verdict(converted: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
     real = dinov2.VisionTransformer.prepare_tokens_with_masks
 
     def rounded(self: dinov2.VisionTransformer, pixels: torch.Tensor) -> torch.Tensor:
