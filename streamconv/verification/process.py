@@ -1,7 +1,7 @@
 """Runs the models of a verification in a process of their own, started before the conversion.
 
-Importing torch and transformers takes seconds. The child process imports them while this one converts and compares
-bytes, which need neither of them. `worker` is the child's program.
+Importing torch and transformers takes seconds. The child process imports them while this one converts, and runs the
+models while this one compares bytes, which needs neither of them. `worker` is the child's program.
 
 If this process has imported transformers already, as a notebook may have, the models run here: a second import would
 cost time and memory. So they do if no other Python can be started. A conversion alone imports this module, too, so
