@@ -25,10 +25,11 @@ from streamconv.files.base import ByteRange, FileRef
 from streamconv.formats.torch_writer import write_pth
 from streamconv.hub.repository import Destination, Repository
 from streamconv.jobs.convert_to_hub import HubConversion, Verify, convert_to_hub
+from streamconv.jobs.model_options import started_models
 from streamconv.jobs.options import ConversionOptions, SourceOptions, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, prepared_source
 from streamconv.jobs.verify import _options_of as options_of
-from streamconv.jobs.verify import started_models, verify_uploaded
+from streamconv.jobs.verify import verify_uploaded
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
@@ -52,6 +53,15 @@ def tiny(
     """Return the dimensions of a model that runs in milliseconds: a 4 x 4 grid of patches, two heads."""
     ffn = ffn_size(hidden, 4, swiglu)
     return Dimensions(hidden, layers, ffn, swiglu, positions=17, registers=registers, classes=classes)
+
+
+ARCHITECTURES = {
+    "mlp": tiny(),
+    "swiglu": tiny(swiglu=True),
+    "classifier": tiny(classes=5),
+    "registers": tiny(registers=4),
+    "swiglu-registers-classifier": tiny(swiglu=True, classes=5, registers=4),
+}
 
 
 # Commands and processes

@@ -19,12 +19,14 @@ def beside(here: Callable[[Progress], A], elsewhere: Callable[[Progress], B], pr
     ``progress`` is called in the caller's thread only: with the reports of ``elsewhere`` and, once that has ended, with
     those of ``here``. An exception of one of the three ends both parts.
     """
-    is_stopped, reports = Event(), [("", 0, 0, "steps")]
+    is_stopped = Event()
+    last: tuple[str, int, int, ProgressUnit] | None = None
 
     def note(step: str, done: int, total: int, unit: ProgressUnit, /) -> None:
+        nonlocal last
         if is_stopped.is_set():
             raise Cancelled
-        reports[0] = (step, done, total, unit)
+        last = step, done, total, unit
 
     def watch(step: str, done: int, total: int, unit: ProgressUnit, /) -> None:
         if running.done():
@@ -36,7 +38,8 @@ def beside(here: Callable[[Progress], A], elsewhere: Callable[[Progress], B], pr
         try:
             other = elsewhere(watch)
             while not wait([running], REPORT_SECONDS).done:
-                progress(*reports[0])  # type: ignore[arg-type]
+                if last is not None:
+                    progress(*last)
             return running.result(), other
         finally:
             is_stopped.set()

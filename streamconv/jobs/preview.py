@@ -10,11 +10,11 @@ from typing import Any
 from streamconv.hub.card import CARD_NAME
 from streamconv.jobs.conversion import PreparedConversion
 from streamconv.jobs.convert_to_hub import refuse_finished
+from streamconv.jobs.model_options import check_names
 from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.jobs.publish import open_repository
 from streamconv.jobs.run import check_requests
-from streamconv.jobs.verify import check_names
 from streamconv.output.disk import require_writable
 from streamconv.output.folder import check_output_folder
 from streamconv.output.journal import JOURNAL_NAME, Journal, locked_journal

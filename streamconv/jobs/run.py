@@ -14,11 +14,12 @@ from streamconv.hub.repository import Repository
 from streamconv.jobs.conversion import Conversion
 from streamconv.jobs.convert import convert_prepared
 from streamconv.jobs.convert_to_hub import Verify, convert_to_hub
+from streamconv.jobs.model_options import check_options, started_models
 from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.jobs.publish import Published, open_repository, publish_folder
 from streamconv.jobs.synth import temporary_checkpoint
-from streamconv.jobs.verify import check_options, started_models, verify_prepared, verify_uploaded, write_report
+from streamconv.jobs.verify import verify_prepared, verify_uploaded, write_report
 from streamconv.output.manifest import Manifest
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.verification.process import ModelRunner

@@ -7,8 +7,8 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +18,7 @@ from streamconv._version import __version__
 from streamconv.errors import OutputError
 from streamconv.files.address import local_path
 from streamconv.jobs.beside import beside
+from streamconv.jobs.model_options import check_names, check_options, started_models
 from streamconv.jobs.options import ConversionOptions, SourceOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.output.files import write_file
@@ -29,8 +30,7 @@ from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
 from streamconv.verification.config import check_config, small_files
-from streamconv.verification.preflight import check_image, check_packages, check_reference, check_report
-from streamconv.verification.process import ModelJob, ModelOptions, ModelRunner, start_models
+from streamconv.verification.process import ModelJob, ModelRunner
 from streamconv.verification.result import Check, ModelResults, Verification
 from streamconv.verification.sparse_folder import write_sparse_folder
 from streamconv.verification.structure import unexpected_weights
@@ -161,56 +161,6 @@ def verify_uploaded(
     config = check_config(folder, plan)
     checks = (check, config, *results.checks)
     return _verification(plan, source, checks, results, manifest.files, start, options.command)
-
-
-def check_options(options: VerificationOptions, runs_models: bool = True) -> None:
-    """Refuse invalid options before hours of work.
-
-    Raises:
-        UsageError: torch or another package that models need is not installed, or there is no such image or folder.
-        OutputError: the report cannot be written.
-    """
-    if options.image is not None:
-        check_image(options.image)
-    check_reference(options.reference)
-    if runs_models or _can_be_wrong(options):
-        check_packages()
-    if options.report is not None:
-        check_report(Path(options.report))
-
-
-def _can_be_wrong(options: VerificationOptions) -> bool:
-    """Return whether the options name something that may not exist, which only torch and Pillow can find out."""
-    return options.device not in ("auto", "cpu") or options.image is not None or options.reference != "builtin"
-
-
-@contextmanager
-def started_models(options: VerificationOptions, progress: Progress) -> Iterator[ModelRunner]:
-    """Start what runs the models, which takes seconds, and end it with the ``with`` statement.
-
-    If the options name something that may not exist, wait until it is known to exist.
-
-    Raises:
-        UsageError: it does not, or torch cannot be started.
-    """
-    image = None if options.image is None else os.fspath(options.image)
-    # A string may stand for the code of the original model; a path never does.
-    reference = options.reference if isinstance(options.reference, str) else os.path.abspath(options.reference)
-    with closing(start_models(ModelOptions(options.device, image, reference))) as models:
-        if _can_be_wrong(options):
-            models.wait_until_ready(progress)
-        yield models
-
-
-def check_names(options: VerificationOptions, progress: Progress) -> None:
-    """Check that the device, the image and the reference exist, for a job that runs no models.
-
-    Raises:
-        UsageError: one of them does not.
-    """
-    if _can_be_wrong(options):
-        with started_models(options, progress):
-            pass
 
 
 def write_report(verification: Verification, options: VerificationOptions) -> None:

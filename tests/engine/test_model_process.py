@@ -19,7 +19,7 @@ from PIL import Image
 
 import streamconv
 from streamconv import Cancelled, ConversionOptions, MappingError, NetworkError, UsageError, VerificationOptions
-from streamconv.jobs.verify import started_models
+from streamconv.jobs.model_options import started_models
 from streamconv.progress import ignore_progress
 from streamconv.verification import process
 from tests.file_server import FileServer

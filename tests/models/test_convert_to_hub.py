@@ -13,8 +13,9 @@ import torch
 
 from streamconv import Verification, VerificationOptions
 from streamconv.jobs import prepare
+from streamconv.jobs.model_options import started_models
 from streamconv.jobs.prepare import PreparedSource
-from streamconv.jobs.verify import started_models, verify_uploaded
+from streamconv.jobs.verify import verify_uploaded
 from streamconv.planning.plan import Plan
 from streamconv.progress import ignore_progress
 from tests.checkpoints import make_states

@@ -22,17 +22,10 @@ from tests import api
 from tests.checkpoints import State, alter, make_states, saved
 from tests.fake_cuda import FakeCuda
 from tests.models.test_precision import is_exact
-from tests.support import run, run_process, tiny, verdicts
+from tests.support import ARCHITECTURES, run, run_process, tiny, verdicts
 
 pytestmark = pytest.mark.transformers
 
-ARCHITECTURES = {
-    "mlp": tiny(),
-    "swiglu": tiny(swiglu=True),
-    "registers": tiny(registers=4),
-    "classifier": tiny(classes=5),
-    "swiglu-registers-classifier": tiny(swiglu=True, classes=5, registers=4),
-}
 GPU = torch.device("cuda", 0)
 CudaError: type[RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)
 NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))

@@ -24,15 +24,7 @@ from streamconv.verification.preprocessing import crop, to_pixels
 from tests import api
 from tests.checkpoints import State, alter, make_states, saved
 from tests.file_server import FileServer
-from tests.support import Save, byte_problems, flip, problems, sha256_of, tiny, verdicts
-
-ARCHITECTURES = {
-    "mlp": tiny(),
-    "swiglu": tiny(swiglu=True),
-    "classifier": tiny(classes=5),
-    "registers": tiny(registers=4),
-    "swiglu-registers-classifier": tiny(swiglu=True, classes=5, registers=4),
-}
+from tests.support import ARCHITECTURES, Save, byte_problems, flip, problems, sha256_of, tiny, verdicts
 
 
 class Converted(NamedTuple):
