@@ -46,7 +46,8 @@ class Selection:
 
     ``names`` maps each key of the backbone, as its family's rules spell it, to the file's name for it; in a model that
     was converted before, to all names that make up the key's tensor. ``unread`` maps the keys of values that are not
-    tensors to their classes. ``config`` is the config.json of a model that was converted before.
+    tensors to their classes. ``config`` is the config.json of a model that was converted before, and
+    ``image_processor`` its preprocessor_config.json, None if it has none.
     """
 
     family: Family
@@ -56,6 +57,7 @@ class Selection:
     unread: Mapping[str, str] = field(default_factory=dict)
     is_converted: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
+    image_processor: Mapping[str, Any] | None = None
 
     @property
     def display_names(self) -> dict[str, str]:

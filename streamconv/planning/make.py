@@ -8,12 +8,11 @@ from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families.base import ConversionSpec, Family, Model
 from streamconv.families.rules import ExpectedTensor, constants, expand, map_tensors
 from streamconv.families.selection import Selection, Skipped
-from streamconv.planning.plan import CONFIG_NAME, MappedTensor, Plan, label_config
-from streamconv.planning.shards import DEFAULT_SHARD_BYTES, PIECE_BYTES, lay_out, to_json
+from streamconv.planning.plan import MappedTensor, Plan
+from streamconv.planning.shards import DEFAULT_SHARD_BYTES, PIECE_BYTES, lay_out
+from streamconv.planning.small_files import choose_image_processor, list_notes, make_config, to_small_files
 from streamconv.tensors.expressions import AnyTensor, SourceTensor, filled
 from streamconv.tensors.info import BY_TORCH_NAME, DTYPES, CastDtype, DtypeCode, TensorInfo
-
-IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
 
 
 def make_plan(
@@ -59,12 +58,12 @@ def make_plan(
     stored_dtype = _dtype_of(targets, where)
     written_dtype = stored_dtype if dtype is None else BY_TORCH_NAME[dtype].code
     fills = constants(spec.rules, spec.dims, spec.count)
-    config = _config(spec, family, written_dtype, labels)
+    config = make_config(spec, family, written_dtype, labels)
     shards, index = lay_out(_as_written(targets, fills, written_dtype, family), max_shard_bytes)
     known = model or _with_dimensions(candidates, filename)
     # Any file can have a published model's shapes, so only a name makes it that model.
     is_published = known is not None and (model is not None or known.names_file(filename))
-    image_processor = _image_processor(family, candidates)
+    image_processor = choose_image_processor(family, candidates)
     return Plan(
         family_name=family.name,
         model_name=known.name if known is not None else None,
@@ -80,9 +79,9 @@ def make_plan(
         shards=shards,
         config=config,
         image_processor=image_processor,
-        small_files=_small_files(config, image_processor),
+        small_files=to_small_files(config, image_processor),
         index=index,
-        notes=_notes(spec, selection, image_processor, is_published=is_published, is_known=bool(candidates)),
+        notes=list_notes(spec, selection, image_processor, is_published=is_published, is_known=bool(candidates)),
         skipped=(*selection.skipped, *_dropped(tensors, expected, selection.prefix)),
         filled={name: value for name, (value, _) in fills.items()},
         block_chunks=block_chunks or 0,
@@ -190,18 +189,6 @@ def _natural_key(name: str) -> list[tuple[int, int | str, int]]:
     return key
 
 
-def _config(spec: ConversionSpec, family: Family, dtype: str, labels: Sequence[str] | None) -> dict[str, Any]:
-    """Return config.json."""
-    config = {"architectures": [spec.architecture], "dtype": DTYPES[dtype].torch, **spec.config}
-    classes = spec.dims[family.classifier_head.classes] if family.classifier_head else 0
-    if not classes:
-        return config
-    names = list(labels) if labels is not None else [f"LABEL_{i}" for i in range(classes)]
-    if len(names) != classes:
-        raise UsageError(f"There are {len(names)} labels for {classes} classes. Give one label per class, in order.")
-    return config | label_config(names)
-
-
 def _with_dimensions(candidates: Sequence[Model], filename: str) -> Model | None:
     """Return the published model of these dimensions. If there are several, only the file's name distinguishes them."""
     named = [model for model in candidates if model.backbone.filename == filename]
@@ -212,44 +199,6 @@ def _assumed_heads(selection: Selection, dimensions: Any) -> int | None:
     """Return the number of attention heads if the source does not confirm it."""
     heads = selection.family.attention_heads
     return heads.number(dimensions) if heads is not None and heads.number_in(selection.config) is None else None
-
-
-def _image_processor(family: Family, candidates: Sequence[Model]) -> Mapping[str, Any] | None:
-    if candidates:
-        return candidates[0].image_processor
-    return family.image_processor.default if family.image_processor else None
-
-
-def _small_files(config: Mapping[str, Any], image_processor: Mapping[str, Any] | None) -> dict[str, bytes]:
-    files = {CONFIG_NAME: to_json(config)}
-    if image_processor is not None:
-        files[IMAGE_PROCESSOR_NAME] = to_json(image_processor)
-    return files
-
-
-def _notes(
-    spec: ConversionSpec,
-    selection: Selection,
-    image_processor: Mapping[str, Any] | None,
-    *,
-    is_published: bool,
-    is_known: bool,
-) -> tuple[str, ...]:
-    """List the assumptions that the tensors do not confirm, and the files that are generated instead of copied."""
-    notes = [] if is_published or (selection.config and is_known) else [*spec.notes]
-    family = selection.family
-    if family.image_processor is not None and image_processor is not None and not is_published:
-        size, trained = family.image_processor.pixel_steps(image_processor).size, spec.config["image_size"]
-        makes = f" ({size[1]} x {size[0]} pixels)" if size is not None else ""
-        native = f"; the model's native size is {trained}" if size is not None and size != (trained, trained) else ""
-        notes.append(
-            f"the image processor of published {family.name} models{makes}: tensors do not show how images were "
-            f"prepared{native}"
-        )
-    if selection.is_converted:
-        files = [CONFIG_NAME] if image_processor is None else [CONFIG_NAME, IMAGE_PROCESSOR_NAME]
-        notes.append(f"generated, not copied from the source: {', '.join(files)}")
-    return tuple(notes)
 
 
 def _dropped(
