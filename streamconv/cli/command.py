@@ -11,8 +11,12 @@ from streamconv.cli.terminal import Printer
 
 GROUPS = ("Source", "Output", "Verification", "Hub", "General")
 FIRST_COLUMN = 26  # of the help: options with longer names have their text on the next line
-SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 160}
-_ALIAS = re.compile(r", --[a-z]+_[a-z_]+")  # a spelling of the original conversion script
+SETTINGS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 160,
+    "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_shard_size is --max-shard-size
+}
+_ALIAS = re.compile(r", --[a-z]+_[a-z_]+")  # a name in the original conversion script
 
 
 class Option(click.Option):

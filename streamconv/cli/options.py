@@ -34,6 +34,10 @@ def _devices(ctx: click.Context, parameter: click.Parameter, begun: str) -> list
     return [CompletionItem(name) for name in ("auto", "cpu", "cuda", "cuda:0") if name.startswith(begun)]
 
 
+def _dtypes(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in get_args(CastDtype) if name.startswith(begun)]
+
+
 def _folders(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
     return [CompletionItem(begun, type="dir")]
 
@@ -93,8 +97,8 @@ SHARD_SIZE = Option(
     "--max-shard-size", metavar="SIZE", default="5GB", group="Output", help="The maximum size of one weight file."
 )
 DTYPE = Option(
-    "--dtype", type=click.Choice(get_args(CastDtype)), group="Output", show_default="no cast",
-    metavar="DTYPE", help="Cast the weights to {}, {} or {}.".format(*get_args(CastDtype)),
+    "--dtype", metavar="DTYPE", group="Output", show_default="no cast", shell_complete=_dtypes,
+    help="Cast the weights to {}, {} or {}.".format(*get_args(CastDtype)),
 )  # fmt: skip
 FORCE = Option(
     "--force", is_flag=True, group="Output",
@@ -137,7 +141,7 @@ VERIFICATION_OPTIONS = (
 )  # fmt: skip
 PUSH_OPTIONS = (
     Option(
-        "--push-to-hub", "--push_to_hub", metavar="[REPO]", is_flag=False, flag_value="", group="Hub",
+        "--push-to-hub", metavar="[REPO]", is_flag=False, flag_value="", group="Hub",
         help="Push the verified output to USER/NAME on the Hub, or to NAME in your account.",
         show_default="the published name",
     ),

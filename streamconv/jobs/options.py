@@ -3,12 +3,11 @@
 import re
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import get_args
 
 from streamconv.errors import UsageError
 from streamconv.hub.repository import Destination
 from streamconv.planning.shards import parse_size
-from streamconv.tensors.info import CastDtype
+from streamconv.tensors.info import CastDtype, parse_cast_dtype
 
 StrPath = str | PathLike[str]
 # Without float64, a difference in float32 may be rounding or a wrong weight.
@@ -48,8 +47,10 @@ class ConversionOptions(SourceOptions):
 
     Args:
         labels: A file with the names of the classes; by default, ImageNet's names if there are 1000 classes.
-        max_shard_size: The maximum size of one weight file: a number of bytes, or a string like "500MB" or "5GB".
-        dtype: The dtype to cast the weights to; None leaves them as they are stored.
+        max_shard_size: The maximum size of one weight file: a number of bytes, or a string like "500MB", "5GB" or
+            "500MiB". KB, MB, GB and TB are powers of 1000; KiB, MiB, GiB and TiB are powers of 1024.
+        dtype: The dtype to cast the weights to; None leaves them as they are stored. Other tools' names are accepted,
+            too ("bf16", "fp16", "half", "torch.bfloat16"), and become torch's.
         force: Replace the conversion that the output folder holds, finished or not. Only files that its manifest or
             journal lists are deleted, after the plan is made. The same conversion is resumed if it is unfinished.
 
@@ -65,9 +66,8 @@ class ConversionOptions(SourceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_size(self.max_shard_size)
-        if self.dtype is not None and self.dtype not in get_args(CastDtype):
-            names = "{}, {} or {}".format(*get_args(CastDtype))
-            raise UsageError(f"Cannot cast to {self.dtype!r}. Choose {names}.")
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", parse_cast_dtype(self.dtype))
 
     @property
     def max_shard_bytes(self) -> int:

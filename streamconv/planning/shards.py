@@ -16,6 +16,7 @@ from streamconv.tensors.expressions import SourceTensor
 
 PIECE_BYTES = 512 << 10  # read and written at once; small enough to stay in a CPU's cache
 DEFAULT_SHARD_BYTES = 5 * 10**9
+MIN_BARE_BYTES = 10**6  # a smaller number without a unit is one whose unit was forgotten
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,22 @@ class Shard:
 
 
 def parse_size(size: int | str) -> int:
-    """Parse a number of bytes, or a size as huggingface_hub accepts it: "500MB" is 500,000,000.
+    """Parse a number of bytes, or a size with a unit in any case: "500MB" and "500m" are 500,000,000 bytes.
+
+    "500MiB" is 500 * 1024 * 1024 bytes, as in transformers. A "b" always stands for bytes, as in huggingface_hub.
 
     Raises:
-        UsageError: it is not a size, or is not above 0.
+        UsageError: it is not a size, is not above 0, or is a number without a unit that cannot be meant in bytes.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])B)?", str(size).strip().upper())
-    count = int(float(match[1]) * {None: 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2]]) if match else 0
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(B|([KMGT])(I?)B?)?", str(size).strip().upper())
+    number, unit, prefix, is_binary = match.groups() if match is not None else ("0", "", "", "")
+    count = int(float(number) * (1024 if is_binary else 1000) ** " KMGT".index(prefix or " "))
     if not count:
         raise UsageError(f"{size!r} is not a shard size. Write it as 500MB or 5GB.")
+    if unit is None and count < MIN_BARE_BYTES:
+        raise UsageError(
+            f"{size} is a shard size in bytes, which is too small. Add its unit: {number}GB or {number}MB."
+        )
     return count
 
 

@@ -5,10 +5,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from streamconv.errors import UsageError
 
 CastDtype = Literal["float32", "float16", "bfloat16"]
 """The dtypes that weights can be cast to, by torch's names."""
+
+CAST_SPELLINGS: dict[str, CastDtype] = {
+    **dict.fromkeys(("float32", "fp32", "f32", "float"), "float32"),
+    **dict.fromkeys(("float16", "fp16", "f16", "half"), "float16"),
+    **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
+}
+"""What other tools call these dtypes, in lower case."""
 
 
 DtypeCode = Literal[
@@ -82,6 +91,18 @@ class TensorInfo:
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
+
+
+def parse_cast_dtype(name: object) -> CastDtype:
+    """Return torch's name of a dtype to cast to, from any spelling: "BF16", "half", "torch.float32", `torch.float32`.
+
+    Raises:
+        UsageError: it is not one of the dtypes that weights can be cast to.
+    """
+    dtype = CAST_SPELLINGS.get(str(name).strip().lower().removeprefix("torch."))
+    if dtype is None:
+        raise UsageError("Cannot cast to {!r}. Choose {}, {} or {}.".format(name, *get_args(CastDtype)))
+    return dtype
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

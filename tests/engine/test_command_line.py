@@ -216,6 +216,11 @@ def test_interruption_under_json_is_one_document(tmp_path: Path) -> None:
     [
         ("convert x.pth --outptu out", "error: No such option --outptu. Did you mean --output?\n"),
         ("run x.pth --push-to-hb", "error: No such option --push-to-hb. Did you mean --push-to-hub?\n"),
+        ("convert x.pth --output out --overwrite", "error: No such option --overwrite. Did you mean --force?\n"),
+        ("convert x.pth --output_dir out", "error: No such option --output-dir. Did you mean --output?\n"),
+        ("convert x.pth --out out", "error: No such option --out. Did you mean --output?\n"),
+        ("plan x.pth --torch_dtype=bf16", "error: No such option --torch-dtype. Did you mean --dtype?\n"),
+        ("plan x.pth --overwrite", "error: No such option --overwrite. See streamconv plan --help.\n"),
         ("plan x.pth --xyzzy", "error: No such option --xyzzy. See streamconv plan --help.\n"),
         ("plan", "error: Missing argument 'SOURCE'. See streamconv plan --help.\n"),
         (
@@ -227,8 +232,7 @@ def test_interruption_under_json_is_one_document(tmp_path: Path) -> None:
         ("plan x.pth y.pth", "error: Got unexpected extra argument (y.pth). See streamconv plan --help.\n"),
         (
             "plan x.pth --dtype float8",
-            "error: Invalid value for '--dtype': 'float8' is not one of 'float32', 'float16', 'bfloat16'. "
-            "See streamconv plan --help.\n",
+            "error: Cannot cast to 'float8'. Choose float32, float16 or bfloat16.\n",
         ),
         (
             "plan x.pth https://me:word@host/y.pth?signature=word",
@@ -265,7 +269,7 @@ def test_shells_complete_commands_options_models_and_files(tmp_path: Path) -> No
     assert complete(tmp_path, "convert", "x.pth", "-o", "o") == ["dir,o"]
     assert complete(tmp_path, "run", "x.pth", "--head", "o") == ["file,o"]
     assert complete(tmp_path, "run", "x.pth", "--pus") == [
-        "plain,--push-to-hub", "plain,--push_to_hub", "plain,--push-unverified",
+        "plain,--push-to-hub", "plain,--push-unverified",
     ]  # fmt: skip
 
 

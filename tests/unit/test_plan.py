@@ -7,7 +7,6 @@ import pytest
 from streamconv import MappingError
 from streamconv.families.dinov2 import FAMILY
 from streamconv.families.registry import all_families, family_named, find_model
-from streamconv.planning.shards import parse_size
 from tests.support import GOLDEN, WEB_DINO, expanded, plan_of_shapes
 
 
@@ -45,10 +44,3 @@ def test_file_of_another_model_than_named_is_refused(tmp_path: Path) -> None:
     shapes = expanded(GOLDEN["dinov2_vitb14"]["source"], 12)
     with pytest.raises(MappingError, match="its shapes are those of dinov2_vitb14"):
         plan_of_shapes(shapes, tmp_path, model=find_model("dinov2_vits14")[1])
-
-
-@pytest.mark.parametrize(
-    ("size", "count"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("20KB", 20_000), ("2TB", 2 * 10**12), (300, 300)]
-)
-def test_shard_sizes_are_parsed_as_huggingface_hub_parses_them(size: int | str, count: int) -> None:
-    assert parse_size(size) == count

@@ -14,8 +14,10 @@ import click
 from streamconv._version import __version__
 from streamconv.cli.command import SETTINGS
 from streamconv.cli.commands import completion, convert, models, plan, revert, run, synth, verify
+from streamconv.cli.near_options import near_options
 from streamconv.cli.terminal import InterruptedByUser, Printer, run_with_signals
 from streamconv.errors import StreamconvError, UsageError
+from streamconv.families.near_names import did_you_mean
 from streamconv.files.address import redacted
 
 EXIT_CODES = """\b
@@ -66,12 +68,10 @@ def _message(error: click.ClickException) -> str:
     """Return a message about the command line that ends in how to fix it."""
     message = " ".join(redacted(error.format_message()).split())  # click lists missing choices on lines of their own
     if isinstance(error, click.NoSuchOption):
-        message = f"No such option {error.option_name}."
-        near = [
-            name for name in error.possibilities or () if "_" not in name
-        ]  # without the original script's spellings
+        near = near_options(error.option_name, error.ctx.command) if error.ctx is not None else []
         if near:
-            return f"{message} Did you mean {' or '.join(near)}?"
+            return f"No such option {error.option_name}. {did_you_mean(near)}"
+        message = f"No such option {error.option_name}."
     if message.endswith("?"):  # a near command
         return message
     ctx = error.ctx if isinstance(error, click.UsageError) else None
