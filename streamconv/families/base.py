@@ -139,15 +139,23 @@ class AttentionHeads:
     """The number of attention heads, which tensors do not show.
 
     ``number`` returns it for dimensions, 0 if it is not known; ``with_number`` returns the dimensions with another
-    number, or equal ones if they have this number already. ``config_key`` is its name in config.json.
+    number, or equal ones if published models of their size have this number. ``is_published``: whether there are
+    published models of this size, whose number is taken; otherwise, the number is a guess. ``reason`` says why it is
+    taken. ``config_key`` is its name in config.json.
+
+    ``number_beside`` returns the number in a config.json that was found beside a file in its authors' names, None
+    unless the config plainly describes the model of these dimensions.
     """
 
     number: Callable[[Any], int]
     with_number: Callable[[Any, int], Any]
+    is_published: Callable[[Any], bool]
+    reason: Callable[[Any], str]
+    number_beside: Callable[[Mapping[str, Any], Any], int | None] = lambda config, dimensions: None
     config_key: str = "num_attention_heads"
 
     def number_in(self, config: Mapping[str, Any]) -> int | None:
-        """Return the number that a config.json states; None if it states none."""
+        """Return the number that a model's config.json states; None if it states none."""
         number = config.get(self.config_key)
         return number if type(number) is int and number > 0 else None
 

@@ -28,8 +28,17 @@ from streamconv.families.base import (
 from streamconv.families.rules import Rule, chunk, count_of, fill, rename
 from streamconv.tensors.info import TensorInfo
 
-HEAD_SIZE, LARGE_HEAD_SIZE = 64, 128  # channels of an attention head, up to a hidden size of 1536 and above
-MAX_HIDDEN = 1536
+# Attention heads by hidden size: of the published models (DINOv2's and Web-DINO's), and of other vision transformers,
+# which do not agree on a number at these sizes.
+PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1536: 24, 2688: 21, 3072: 24, 3584: 28, 4096: 32}
+OTHER_HEADS = {
+    1152: "SigLIP so400m has 16",
+    1280: "ViT-H has 16, DINOv3's ViT-H+ 20",
+    1408: "ViT-g has 16",
+    1664: "ViT-bigG has 16, UNI2-g 26",
+}
+# Channels of a head in the usual vision transformers up to ViT-L: 192 / 3, 384 / 6, 768 / 12, 1024 / 16.
+HEAD_SIZE, MAX_USUAL_HIDDEN = 64, 1024
 BLOCK = "blocks.{i}."
 LAYER = "encoder.layer.{i}."
 HEAD_PREFIX = "linear_head."  # of the head's keys; in its file they are "weight" and "bias"
@@ -61,9 +70,9 @@ class Dimensions:
 
     @property
     def num_heads(self) -> int:
-        """The number of attention heads; 0 if it was not given and the hidden size is not a multiple of a head's."""
-        size = HEAD_SIZE if self.hidden <= MAX_HIDDEN else LARGE_HEAD_SIZE
-        return self.heads or (self.hidden // size if self.hidden % size == 0 else 0)
+        """The number of attention heads; 0 if it was not given and models of this hidden size do not agree on one."""
+        is_usual = self.hidden <= MAX_USUAL_HIDDEN and self.hidden % HEAD_SIZE == 0
+        return self.heads or PUBLISHED_HEADS.get(self.hidden, self.hidden // HEAD_SIZE if is_usual else 0)
 
 
 def ffn_size(hidden: int, mlp_ratio: int, swiglu: bool) -> int:
@@ -164,6 +173,11 @@ HEAD_RULES = (
 )
 
 
+def _other_heads(hidden: int) -> str:
+    found = f" ({OTHER_HEADS[hidden]})" if hidden in OTHER_HEADS else ""
+    return f"models of hidden size {hidden} do not agree on one{found}"
+
+
 def conversion_spec(sizes: Dimensions) -> ConversionSpec:
     """Return the rules and the configuration for these sizes."""
     mlp_ratio = next((r for r in range(1, 17) if ffn_size(sizes.hidden, r, sizes.swiglu) == sizes.ffn), 0)
@@ -172,10 +186,10 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
     problems = [
         problem
         for problem, is_wrong in (
-            (f"hidden size {sizes.hidden} is not divisible by "
-             f"{f'{heads} attention heads' if heads else 'the size of an attention head in published models'}: "
-             f"give {'another' if heads else 'the'} number of heads with --num-heads",
-             not heads or sizes.hidden % heads),
+            (f"tensors do not show the number of attention heads, and {_other_heads(sizes.hidden)}: "
+             "give the number with --num-heads", sizes.hidden and not heads),
+            (f"hidden size {sizes.hidden} is not divisible by {heads} attention heads: give another number of heads "
+             "with --num-heads", heads and sizes.hidden % heads),
             (f"no whole mlp_ratio gives feed-forward width {sizes.ffn} for hidden size {sizes.hidden}", not mlp_ratio),
             (f"pos_embed has {sizes.positions} positions, which are not a square grid and a CLS token",
              not grid or grid * grid + 1 != sizes.positions),
@@ -189,9 +203,6 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
     notes = [
         note
         for note, is_so in (
-            (f"{heads} attention heads of {sizes.hidden // max(1, heads)} channels each, as in the family's published "
-             "models: tensors do not show the number (--num-heads)", sizes.heads is None),
-            (f"{heads} attention heads, as given by --num-heads or config.json", sizes.heads is not None),
             ("the source has no LayerScale: ones are written, which have no effect", not sizes.has_layer_scale),
             ("the source has no mask token: zeros are written", sizes.registers and not sizes.has_mask_token),
         )
@@ -268,9 +279,31 @@ def chunked_key(key: str, layers: int, chunks: int) -> str:
 
 
 def with_heads(sizes: Dimensions, heads: int) -> Dimensions:
-    """Return the sizes with a number of attention heads; unchanged if it is the family's own."""
-    changed = replace(sizes, heads=heads)
-    return sizes if changed.num_heads == sizes.num_heads else changed
+    """Return the sizes with a number of attention heads; unchanged if it is that of published models of this size."""
+    return sizes if heads == PUBLISHED_HEADS.get(sizes.hidden) else replace(sizes, heads=heads)
+
+
+def has_published_heads(sizes: Dimensions) -> bool:
+    return sizes.heads is None and sizes.hidden in PUBLISHED_HEADS
+
+
+def reason_for_heads(sizes: Dimensions) -> str:
+    """Say why `Dimensions.num_heads` has its value."""
+    models = "the family's published models" if has_published_heads(sizes) else "the usual vision transformers"
+    return f"{sizes.hidden // max(1, sizes.num_heads)} channels each, as in {models}"
+
+
+def heads_beside(config: Mapping[str, Any], sizes: Dimensions) -> int | None:
+    """Return the number of heads in a config.json of transformers or timm, if it has this hidden size and depth."""
+    arguments = config.get("model_args")
+    for entries, keys in (
+        (config, ("hidden_size", "num_hidden_layers", "num_attention_heads")),
+        (arguments if isinstance(arguments, Mapping) else {}, ("embed_dim", "depth", "num_heads")),
+    ):
+        hidden, layers, heads = map(entries.get, keys)
+        if (hidden, layers) == (sizes.hidden, sizes.layers) and type(heads) is int and heads > 0:
+            return heads
+    return None
 
 
 def image_processor(resized: int, size: int) -> dict[str, Any]:
@@ -394,5 +427,7 @@ FAMILY = Family(
     classifier_head=ClassifierHead(HEAD_PREFIX, classes="K", imagenet_classes=1000),
     image_processor=ImageProcessor(IMAGE_PROCESSOR, pixel_steps),
     block_chunks=BlockChunks(unchunked_key, chunked_key),
-    attention_heads=AttentionHeads(lambda sizes: sizes.num_heads, with_heads),
+    attention_heads=AttentionHeads(
+        lambda sizes: sizes.num_heads, with_heads, has_published_heads, reason_for_heads, heads_beside
+    ),
 )

@@ -47,7 +47,8 @@ class Selection:
     ``names`` maps each key of the backbone, as its family's rules spell it, to the file's name for it; in a model that
     was converted before, to all names that make up the key's tensor. ``unread`` maps the keys of values that are not
     tensors to their classes. ``config`` is the config.json of a model that was converted before, and
-    ``image_processor`` its preprocessor_config.json, None if it has none.
+    ``image_processor`` its preprocessor_config.json, None if it has none. ``config_beside`` is the config.json that was
+    found beside a file in its authors' names; it may belong to another model.
     """
 
     family: Family
@@ -58,6 +59,7 @@ class Selection:
     is_converted: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     image_processor: Mapping[str, Any] | None = None
+    config_beside: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def display_names(self) -> dict[str, str]:

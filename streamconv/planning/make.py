@@ -8,6 +8,7 @@ from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families.base import ConversionSpec, Family, Model
 from streamconv.families.rules import ExpectedTensor, constants, expand, map_tensors
 from streamconv.families.selection import Selection, Skipped
+from streamconv.planning.heads import choose_heads
 from streamconv.planning.plan import MappedTensor, Plan
 from streamconv.planning.shards import DEFAULT_SHARD_BYTES, PIECE_BYTES, lay_out
 from streamconv.planning.small_files import choose_image_processor, list_notes, make_config, to_small_files
@@ -43,10 +44,14 @@ def make_plan(
     Raises:
         MappingError: the tensors are not exactly those of a known model; lists every difference.
         UsageError: the number of labels is not the number of classes, or ``num_heads`` is given for a family that does
-            not have this aspect.
+            not have this aspect, or for a published model that has another number.
     """
     family = selection.family
-    dimensions, candidates = _identify(tensors, where, selection, model, num_heads)
+    read = family.read_dimensions({key: tensor.info for key, tensor in tensors.items()})
+    heads = choose_heads(read, selection, num_heads)
+    if model is not None and read == model.dimensions != heads.dimensions:
+        raise UsageError(f"{model.name} has another number of attention heads than {num_heads}. Omit --num-heads.")
+    dimensions, candidates = _identify(heads.dimensions, where, family, model)
     spec = family.conversion_spec(dimensions)
     expected = expand(spec.rules, spec.dims, spec.count)
     block_chunks = _block_chunks(selection, spec.count)
@@ -68,7 +73,7 @@ def make_plan(
         family_name=family.name,
         model_name=known.name if known is not None else None,
         is_published=is_published,
-        assumed_heads=None if is_published else _assumed_heads(selection, dimensions),
+        assumed_heads=None if is_published else heads.assumed,
         dimensions=dimensions,
         architecture=spec.architecture,
         mapping=tuple(
@@ -81,41 +86,29 @@ def make_plan(
         image_processor=image_processor,
         small_files=to_small_files(config, image_processor),
         index=index,
-        notes=list_notes(spec, selection, image_processor, is_published=is_published, is_known=bool(candidates)),
+        notes=(
+            *([heads.note] if heads.note and not is_published else []),
+            *list_notes(spec, selection, image_processor, is_published=is_published, is_known=bool(candidates)),
+        ),
+        unproved=(heads.unproved,) if heads.unproved and not is_published else (),
         skipped=(*selection.skipped, *_dropped(tensors, expected, selection.prefix)),
         filled={name: value for name, (value, _) in fills.items()},
         block_chunks=block_chunks or 0,
     )
 
 
-def _identify(
-    tensors: Mapping[str, AnyTensor], where: str, selection: Selection, model: Model | None, num_heads: int | None
-) -> tuple[Any, Sequence[Model]]:
+def _identify(dimensions: Any, where: str, family: Family, model: Model | None) -> tuple[Any, Sequence[Model]]:
     """Return the dimensions and the published models that have them.
 
     If the user named ``model`` and the source fits no published model, return the dimensions of ``model``, so that all
     differences from it are listed.
     """
-    family = selection.family
-    dimensions = family.read_dimensions({key: tensor.info for key, tensor in tensors.items()})
-    dimensions = _with_heads(dimensions, selection, num_heads)
     candidates = [known for known in family.models if known.dimensions == dimensions]
     if model is None or model in candidates:
         return dimensions, candidates
     if candidates:
         raise MappingError(f"{where} is not {model.name}:", [f"its shapes are those of {candidates[0].name}"])
     return model.dimensions, [model]
-
-
-def _with_heads(dimensions: Any, selection: Selection, num_heads: int | None) -> Any:
-    """Apply the number of attention heads that the user gave, or else a config.json."""
-    heads = selection.family.attention_heads
-    if heads is None:
-        if num_heads is not None:
-            raise UsageError(f"A {selection.family.name} model has no number of heads to choose. Omit --num-heads.")
-        return dimensions
-    number = heads.number_in(selection.config) if num_heads is None else num_heads
-    return dimensions if number is None else heads.with_number(dimensions, number)
 
 
 def _block_chunks(selection: Selection, layers: int) -> int | None:
@@ -193,12 +186,6 @@ def _with_dimensions(candidates: Sequence[Model], filename: str) -> Model | None
     """Return the published model of these dimensions. If there are several, only the file's name distinguishes them."""
     named = [model for model in candidates if model.backbone.filename == filename]
     return candidates[0] if len(candidates) == 1 else next(iter(named), None)
-
-
-def _assumed_heads(selection: Selection, dimensions: Any) -> int | None:
-    """Return the number of attention heads if the source does not confirm it."""
-    heads = selection.family.attention_heads
-    return heads.number(dimensions) if heads is not None and heads.number_in(selection.config) is None else None
 
 
 def _dropped(

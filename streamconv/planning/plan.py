@@ -52,8 +52,9 @@ class Plan:
     config.json confirms, None if nothing is assumed. ``dimensions`` is a dataclass of the family.
     ``image_processor`` is None if the family has none.
     ``small_files`` maps the names of config.json and other small files to their bytes; ``index`` holds the bytes of the
-    shards' index, None for a single file. ``notes`` are assumptions that the tensors do not confirm, and ``skipped`` is
-    the part of the source that is not converted. ``filled`` maps targets that the source does not have to their
+    shards' index, None for a single file. ``notes`` are assumptions that the tensors do not confirm; ``unproved`` are
+    those that change what the model computes, and that nothing confirms. ``skipped`` is the part of the source that is
+    not converted. ``filled`` maps targets that the source does not have to their
     constant values, and ``block_chunks`` is the number of lists that the source's blocks are in, 0 for one plain list.
 
     Large fields are left out of the plan's ``repr``.
@@ -72,6 +73,7 @@ class Plan:
     small_files: Mapping[str, bytes] = field(repr=False)
     index: bytes | None = field(repr=False)
     notes: tuple[str, ...] = ()
+    unproved: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     filled: Mapping[str, float] = field(default_factory=dict)
     block_chunks: int = 0
@@ -204,6 +206,7 @@ class Plan:
             ],
             "cast": self.cast,
             "notes": self.notes,
+            "unproved": self.unproved,
             "skipped": [asdict(each) for each in self.skipped],
             "filled": self.filled,
             "config": self.config,

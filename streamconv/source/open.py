@@ -142,9 +142,11 @@ def open_source(
                 raise NetworkError(f"{error}\nIf you have {location.name}, put it at\n  {path}") from error
         backbone = checkpoints["backbone"]
         selection = find_backbone(backbone, str(source.backbone), source.select)
-        if selection.is_converted and isinstance(source.backbone, Path):
+        if isinstance(source.backbone, Path):
             path = source.backbone
-            selection = replace(selection, config=read_config(path if os.path.isdir(path) else path.parent))
+            config = read_config(path if os.path.isdir(path) else path.parent)
+            is_own = selection.is_converted
+            selection = replace(selection, config=config) if is_own else replace(selection, config_beside=config)
         tensors = {key: joined([backbone[name] for name in names]) for key, names in selection.names.items()}
         _refuse_head_inside(backbone, source, selection.family)
         if source.head is not None:

@@ -193,7 +193,10 @@ class ModelVerifier:
             proves += "; transformers with the source's weights, located by the uploaded files' headers"
         if self.plan.assumed_heads is not None:
             proves += f", assuming {self.plan.assumed_heads} attention heads in both models, which tensors do not show"
-        return replace(check, proves=proves, not_checked="; ".join(filter(None, [check.not_checked, why_streamed])))
+        # What applies to every size is stated once.
+        unproved = self.plan.unproved if check.name == "parity" else ()
+        gaps = filter(None, [check.not_checked, why_streamed, *unproved])
+        return replace(check, proves=proves, not_checked="; ".join(gaps))
 
     def _check_preprocessing(self, folder: Path) -> Check:
         pixel_steps = self.plan.pixel_steps

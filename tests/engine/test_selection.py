@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 import streamconv
-from streamconv import MappingError, OutputError, PushOptions, UsageError
+from streamconv import MappingError, OutputError, UsageError
 from tests import api
 from tests.checkpoints import (
     BESIDE,
@@ -339,43 +339,6 @@ def test_unreadable_objects_outside_the_backbone_are_ignored(tmp_path: Path) -> 
     state, _ = make_states(tiny())
     others = {"norm.bias": argparse.Namespace(), "model.args": argparse.Namespace()}
     assert api.plan(saved({"model": state, **others}, tmp_path / "x.pth")).skipped == ()
-
-
-def test_number_of_attention_heads_comes_from_the_family_or_the_user(tmp_path: Path) -> None:
-    state, _ = make_states(tiny())
-    source = saved(state, tmp_path / "x.pth")
-    output = run("plan", "x.pth", cwd=tmp_path).stdout
-    assert (
-        "2 attention heads of 64 channels each, as in the family's published models: tensors do not show the number"
-        in output
-    )
-    output = run("plan", "x.pth", "--num-heads", "4", cwd=tmp_path).stdout
-    assert "4 attention heads, as given by --num-heads or config.json" in output
-    assert api.plan(source, num_heads=2).fingerprint == api.plan(source).fingerprint
-    for heads, error, message in (
-        (3, MappingError, r"\(1 problem\):\s.*not divisible by 3 attention heads: .* with --num-heads"),
-        (0, UsageError, "cannot have 0 attention heads"),
-        (-1, UsageError, "cannot have -1 attention heads"),
-    ):
-        with pytest.raises(error, match=message):
-            api.plan(source, num_heads=heads)
-    # A published model's number is known and not mentioned; with another number, it is not that model any more.
-    # A checkpoint of another name may have been trained with another number in the same shapes.
-    small, _ = make_states(tiny(layers=12, hidden=384))
-    small["pos_embed"] = torch.zeros(1, 1370, 384)
-    published = saved(small, tmp_path / "dinov2_vits14_pretrain.pth")
-    assert api.plan(published).notes == ()
-    own = saved({"teacher": small}, tmp_path / "teacher_checkpoint.pth")
-    assert any("6 attention heads of 64 channels each" in note for note in api.plan(own).notes)
-    with pytest.raises(UsageError, match=r"is not a published model.* Give -o DIR"):
-        streamconv.run(own, verification=None)
-    with pytest.raises(UsageError, match="its repository needs a name"):
-        streamconv.run(own, tmp_path / "pushed", verification=None, push=PushOptions(unverified=True))
-    api.convert(own, tmp_path / "converted")
-    assert not any("attention heads" in note for note in api.plan(tmp_path / "converted").notes)
-    assert api.plan(published).model is not None
-    assert api.plan(published, num_heads=6).model is not None
-    assert api.plan(published, num_heads=12).model is None
 
 
 def test_equal_shapes_do_not_make_a_published_model(tmp_path: Path) -> None:

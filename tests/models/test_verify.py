@@ -17,6 +17,8 @@ from PIL import Image
 import streamconv
 from streamconv import OutputError, UsageError, Verification
 from streamconv.families.dinov2 import Dimensions
+from streamconv.hub.card import make_card
+from streamconv.output.manifest import Manifest
 from streamconv.verification.devices import choose_device
 from streamconv.verification.image import make_image, open_image
 from streamconv.verification.originals import dinov2
@@ -24,7 +26,7 @@ from streamconv.verification.preprocessing import crop, to_pixels
 from tests import api
 from tests.checkpoints import State, alter, make_states, saved
 from tests.file_server import FileServer
-from tests.support import ARCHITECTURES, Save, byte_problems, flip, problems, sha256_of, tiny, verdicts
+from tests.support import ARCHITECTURES, Save, byte_problems, flip, problems, run, sha256_of, tiny, verdicts
 
 
 class Converted(NamedTuple):
@@ -685,8 +687,27 @@ def test_verification_reports_what_it_assumes_about_a_model_that_was_not_publish
     found = api.verify(tmp_path / "out", source, device="cpu")
     assert "assuming 4 attention heads in both models, which tensors do not show" in found.check("parity").proves
     assert "assuming the preprocessing of the published models" in found.check("preprocessing").proves
+    assert found.conclusion.title == "Looks ok!"
     alone = api.verify(tmp_path / "out", source, device="cpu", parity=False).check("preprocessing")
     assert "assuming the preprocessing of the published models" in alone.proves
+
+
+def test_guessed_number_of_heads_is_named_in_every_verdict(tmp_path: Path) -> None:
+    """Both models use the guess, so that parity cannot find a wrong one."""
+    saved(make_states(tiny())[0], tmp_path / "x.pth")
+    gap = "the number of attention heads (2) is assumed: give --num-heads if you know it"
+    done = run("run", "x.pth", "-o", "out", "--report", "report.html", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2] == f"Looks ok, but not everything was checked: {gap}."
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest is not None
+    assert manifest.verification is not None
+    assert manifest.verification["conclusion"]["details"] == f"{gap}."
+    assert gap in (tmp_path / "report.html").read_text("utf-8")
+    assert f"But {gap}." in make_card(manifest, "me/mine")
+    thorough = api.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu", thorough=True)
+    assert thorough.conclusion.details == f"{gap}."
+    assert api.verify(tmp_path / "out", tmp_path / "x.pth", device="cpu", num_heads=2).conclusion.title == "Looks ok!"
 
 
 def test_manifest_with_a_field_of_another_type_is_refused(tmp_path: Path) -> None:

@@ -174,7 +174,9 @@ def test_a_family_without_aspects_is_planned(use: Use) -> None:
 
 
 def test_a_family_may_use_another_config_key_for_its_heads(use: Use) -> None:
-    heads = AttentionHeads(lambda layers: 4, lambda layers, number: layers + number, config_key="n_head")
+    heads = AttentionHeads(
+        lambda layers: 4, lambda layers, number: layers + number, lambda layers: True, str, config_key="n_head"
+    )
     assert [heads.number_in({"n_head": number}) for number in (3, 0, True, "3")] == [3, None, None, None]
     assert heads.number_in({"num_attention_heads": 3}) is None
     use(replace(ALPHA, attention_heads=heads))

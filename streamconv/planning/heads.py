@@ -1,0 +1,54 @@
+"""Chooses the number of attention heads, which tensors do not show, and records where it comes from.
+
+The user's number comes first, then that of the model's own config.json, then that of a config.json beside a file in its
+authors' names. Without these it is the family's: a fact for a published model, an inference for other tensors of the
+same size, and a guess for any other size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from streamconv.errors import UsageError
+from streamconv.families.selection import Selection
+
+
+@dataclass(frozen=True)
+class ChosenHeads:
+    """The dimensions with the number of heads that was chosen.
+
+    ``assumed`` is the number if no config.json confirms it. ``note`` says where it comes from; ``unproved`` says what
+    verification cannot prove because of it. Both may be empty.
+    """
+
+    dimensions: Any
+    assumed: int | None = None
+    note: str = ""
+    unproved: str = ""
+
+
+def choose_heads(dimensions: Any, selection: Selection, num_heads: int | None) -> ChosenHeads:
+    """Apply the number that the user gave, or else a config.json.
+
+    Raises:
+        UsageError: ``num_heads`` is given for a family that does not have this aspect.
+    """
+    family, heads = selection.family, selection.family.attention_heads
+    if heads is None:
+        if num_heads is not None:
+            raise UsageError(f"A {family.name} model has no number of heads to choose. Omit --num-heads.")
+        return ChosenHeads(dimensions)
+    if num_heads is not None:
+        chosen = heads.with_number(dimensions, num_heads)
+        return ChosenHeads(chosen, num_heads, f"{num_heads} attention heads, as given by --num-heads")
+    if (number := heads.number_in(selection.config)) is not None:
+        return ChosenHeads(heads.with_number(dimensions, number))
+    if (number := heads.number_beside(selection.config_beside, dimensions)) is not None:
+        note = f"{number} attention heads, as stated by the config.json beside it"
+        return ChosenHeads(heads.with_number(dimensions, number), note=note)
+    number = heads.number(dimensions)
+    if not number:  # which the family lists as a problem
+        return ChosenHeads(dimensions)
+    note = f"{number} attention heads of {heads.reason(dimensions)}: tensors do not show the number (--num-heads)"
+    is_guess = not heads.is_published(dimensions)
+    unproved = f"the number of attention heads ({number}) is assumed: give --num-heads if you know it"
+    return ChosenHeads(dimensions, number, note, unproved if is_guess else "")
