@@ -21,8 +21,10 @@ FILE = click.Path(readable=False)  # these types complete names, and leave all c
 
 
 def _models(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    names = [model.name for family in all_families() for model in family.models]
-    return [CompletionItem(name) for name in names if name.startswith(begun)]
+    models = [model for family in all_families() for model in family.models]
+    names = [model.name for model in models if model.name.startswith(begun)]
+    on_the_hub = [model.published_name for model in models if model.published_name.startswith(begun)]
+    return [CompletionItem(name) for name in names or on_the_hub]
 
 
 def _models_and_files(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:

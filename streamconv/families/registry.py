@@ -36,20 +36,35 @@ copyreg.pickle(Family, _reduced)  # by its name: a family's functions cannot be 
 
 
 def is_model(name: str) -> bool:
-    """Return whether a published model has this name."""
+    """Return whether a published model has this name; its name on the Hub does not count."""
     return any(model.name == name for family in all_families() for model in family.models)
 
 
+def is_hub_name(name: str) -> bool:
+    """Return whether a model was published on the Hub under this name, such as dinov2-base or facebook/dinov2-base."""
+    return name in _by_hub_name()
+
+
 def find_model(name: str) -> tuple[Family, Model]:
-    """Return the published model of that name, and its family.
+    """Return the model of that name, or the one that was published on the Hub under it, and its family.
 
     Raises:
         UsageError: there is no such model; suggests the nearest names.
     """
-    models = {model.name: (family, model) for family in all_families() for model in family.models}
+    models = _by_hub_name() | {model.name: (family, model) for family in all_families() for model in family.models}
     if name in models:
         return models[name]
     raise UsageError(f"{name!r} is not a model that streamconv knows. {suggest_models(name)}")
+
+
+def _by_hub_name() -> dict[str, tuple[Family, Model]]:
+    """Return every model by its names on the Hub: with and without its organisation."""
+    return {
+        owner + model.published_name: (family, model)
+        for family in all_families()
+        for model in family.models
+        for owner in ("", f"{family.organisation}/")
+    }
 
 
 def suggest_models(name: str) -> str:

@@ -16,6 +16,7 @@ from streamconv.output.writer import write_shard
 from streamconv.planning.plan import Plan
 from streamconv.planning.shards import Shard
 from streamconv.progress import Progress, ignore_progress, job
+from streamconv.source.resolve import default_output
 from streamconv.tensors.checksums import RecordChecks
 
 
@@ -66,8 +67,9 @@ def convert(
     >>> done = streamconv.convert("dinov2_vits14_pretrain.pth", "dinov2-small")  # doctest: +SKIP
     >>> model = transformers.AutoModel.from_pretrained(done.output)  # doctest: +SKIP
     """
+    output = output if output is not None else default_output(source)
     with ExitStack() as stack:
-        prepared = stack.enter_context(prepared_source(source, options, progress))
+        prepared = stack.enter_context(prepared_source(source, options, progress, output=output))
         return convert_prepared(prepared, output, options, progress, stack)[0]
 
 

@@ -47,6 +47,7 @@ def prepared_source(
     options: ConversionOptions,
     progress: Progress,
     *,
+    output: StrPath | None = None,
     is_exact: bool = True,
     labels_of: Path | None = None,
     is_synthetic: bool = False,
@@ -56,6 +57,7 @@ def prepared_source(
     A remote source that has to be downloaded is read only as far as the plan requires; `local_copy` downloads it.
 
     Args:
+        output: The folder that the source is, or was, converted into; see `resolve_source`.
         is_exact: The weights will be read from this source. Otherwise, a remote index takes fewer requests.
         labels_of: A folder that was converted from the source; the plan keeps its labels.
         is_synthetic: The source's weights are random, which the output's manifest will record.
@@ -63,7 +65,7 @@ def prepared_source(
     Raises:
         UsageError, SourceError: the source does not exist or cannot be converted.
     """
-    resolved = resolve_source(source, options.head, options.select, options.num_heads)
+    resolved = resolve_source(source, options.head, options.select, options.num_heads, output=output)
     resolved = replace(resolved, is_synthetic=is_synthetic)
     with ExitStack() as stack:
         if resolved.is_remote and not (options.stream and is_exact):
@@ -135,6 +137,7 @@ def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None
         selection=source.selection,
         filename=source.source.backbone.name,
     )
+    plan = replace(plan, notes=(*plan.notes, *source.source.notes))
     return PreparedSource(source, plan, labels_from, options.labels is None)
 
 

@@ -22,6 +22,7 @@ from streamconv.output.manifest import MANIFEST_NAME, differences
 from streamconv.output.ownership import owned_names
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
+from streamconv.source.resolve import default_output
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ def preview(
     check_requests(verification, push)
     if verification is not None:
         check_names(verification, progress)
+    output = output if output is not None else default_output(source)
     downloads: Mapping[Path, int] = {}
     with ExitStack() as stack:
-        prepared = stack.enter_context(prepared_source(source, options, progress, is_exact=False))
+        prepared = stack.enter_context(prepared_source(source, options, progress, output=output, is_exact=False))
         plan, opened = prepared.plan, prepared.source
         repository = open_repository(push, prepared.published_model) if push is not None else None
         if repository is not None:

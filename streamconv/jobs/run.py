@@ -22,6 +22,7 @@ from streamconv.jobs.synth import temporary_checkpoint
 from streamconv.jobs.verify import verify_prepared, verify_uploaded, write_report
 from streamconv.output.manifest import Manifest
 from streamconv.progress import Progress, ignore_progress, job
+from streamconv.source.resolve import default_output
 from streamconv.verification.process import ModelRunner
 from streamconv.verification.result import Verification
 
@@ -85,6 +86,7 @@ def run(
     if synthetic_seed is not None and conversion.head is not None:
         raise UsageError("A synthetic model has its own head. Omit --head.")
     check_requests(verification, push)
+    output = output if output is not None else default_output(source)
     with ExitStack() as stack:
         models = None
         if verification is not None:
@@ -98,7 +100,7 @@ def run(
                 _synthetic(fspath(source), output, conversion, synthetic_seed, progress)
             )
         prepared = stack.enter_context(
-            prepared_source(source, conversion, progress, is_synthetic=synthetic_seed is not None)
+            prepared_source(source, conversion, progress, output=output, is_synthetic=synthetic_seed is not None)
         )
         if push is not None and repository is None:
             repository = open_repository(push, prepared.published_model)

@@ -102,7 +102,7 @@ def temporary_checkpoint(model: str, output: Path | None, seed: int, progress: P
             raise OutputError(f"{folder} is being written by another process. Let it finish, or end it.") from None
     try:
         # The manifest records this name, so that nobody takes these weights for the published ones.
-        backbone = temporary / f"{model}_synthetic_seed{seed}.pth"
+        backbone = temporary / f"{found.name}_synthetic_seed{seed}.pth"
         head = _head_path(backbone, found)
         made = SyntheticFiles(backbone, head)
         if not all(os.path.exists(file) for file in (backbone, head) if file is not None):

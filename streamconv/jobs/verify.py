@@ -89,7 +89,7 @@ def verify(
         with ExitStack() as stack:
             models = stack.enter_context(started_models(options, progress))
             conversion = _options_of(path, source_options)
-            prepared = stack.enter_context(prepared_source(source, conversion, progress, labels_of=path))
+            prepared = stack.enter_context(prepared_source(source, conversion, progress, output=path, labels_of=path))
             if not conversion.stream:
                 prepared = stack.enter_context(local_copy(prepared, progress))
             verification = verify_prepared(path, prepared, options, models, progress)

@@ -4,6 +4,7 @@ A model's files are those in torch.hub's cache or, if they are not there, those 
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,10 +13,12 @@ from pathlib import Path
 from streamconv.errors import SourceMissingError, UsageError, located
 from streamconv.families.base import Model, RemoteFile
 from streamconv.families.near_names import did_you_mean, near_names
-from streamconv.families.registry import find_model, is_model, near_models, suggest_models
+from streamconv.families.registry import find_model, is_hub_name, is_model, near_models, suggest_models
 from streamconv.files.address import Address, Location, parse_location
 
 MAX_COMPARED = 1000  # names in a folder that a missing file's name is compared with
+# OWNER/NAME on the Hub. A suffix of letters is that of a file; a name may end in a version, such as v1.5.
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-]([\w-]|\.(?![A-Za-z]+$))*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Source:
 
     ``origins`` are the URLs that local files were downloaded from, by role. ``select`` is the prefix of the
     backbone's names and ``num_heads`` the number of attention heads, if the user gave them. ``is_synthetic``: the
-    weights are random and were generated for this run.
+    weights are random and were generated for this run. ``notes`` say what is assumed about the files.
     """
 
     backbone: Location
@@ -34,6 +37,7 @@ class Source:
     select: str | None = None
     num_heads: int | None = None
     is_synthetic: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def locations(self) -> dict[str, Location]:
@@ -58,8 +62,16 @@ def resolve_source(
     head: str | os.PathLike[str] | None = None,
     select: str | None = None,
     num_heads: int | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
 ) -> Source:
-    """Find the files that ``source`` refers to. A model's name takes precedence over a file of that name.
+    """Find the files that ``source`` refers to.
+
+    A model's own name, such as dinov2_vitb14, takes precedence over a file of that name. Its name on the Hub, such as
+    dinov2-base, does not, because converted folders have such names.
+
+    Args:
+        output: The folder that the source is, or was, converted into. It is never the source.
 
     Raises:
         SourceMissingError: the file does not exist.
@@ -70,7 +82,7 @@ def resolve_source(
         raise UsageError("SOURCE is empty. Give a model's name, or the path or URL of a checkpoint.")
     given_head = None if head is None else parse_location(head)
     _require_exists(given_head)
-    if not is_model(name):
+    if not _is_model(source, output):
         location = parse_location(source)
         is_word = (
             isinstance(source, str) and isinstance(location, Path) and len(location.parts) == 1 and not location.suffix
@@ -78,7 +90,8 @@ def resolve_source(
         if is_word and not os.path.exists(name):
             raise UsageError(f"{name} is neither a file nor a model that streamconv knows. {suggest_models(name)}")
         _require_exists(location)
-        return Source(location, given_head, select=select, num_heads=num_heads)
+        notes = (f"{name} is a path here; a model is published under this name, too",) if is_hub_name(name) else ()
+        return Source(location, given_head, select=select, num_heads=num_heads, notes=notes)
     family, model = find_model(name)
     if given_head is not None and model.head is None:
         others = [each.name for each in family.models if each.head is not None and each.backbone == model.backbone]
@@ -88,14 +101,35 @@ def resolve_source(
     return Source(_cached_or_remote(model.backbone), given_head, model, select=select, num_heads=num_heads)
 
 
+def _is_model(source: str | os.PathLike[str], output: str | os.PathLike[str] | None) -> bool:
+    """Return whether a source is a model's name, and not a path."""
+    if not isinstance(source, str) or not is_hub_name(source):
+        return is_model(os.fspath(source))
+    return not os.path.exists(source) or (output is not None and os.path.abspath(source) == os.path.abspath(output))
+
+
+def default_output(source: str | os.PathLike[str]) -> str | None:
+    """Return the name of the folder that a model is converted into; None if ``source`` is not a model's name."""
+    is_name = isinstance(source, str) and (is_hub_name(source) or is_model(source))
+    return find_model(os.fspath(source))[1].published_name if is_name else None
+
+
 def _require_exists(location: Location | None) -> None:
     if not isinstance(location, Path) or os.path.exists(location):
         return
     files = {Path(name).stem: name for name in _names_in(location.parent)}
     near = [f"`{location.with_name(files[stem])}`" for stem in near_names(location.stem, files)]
-    models = [f"the model {name}" for name in near_models(location.stem)[:1]]
+    near = near or [f"the model {name}" for name in near_models(location.stem)[:1]]
+    fix = did_you_mean(near)
+    if _is_repository(location):
+        fix = f"For a repository on the Hub, give the address of its file: hf://{location}/model.safetensors. {fix}"
     with located(location):
-        raise SourceMissingError(f"{location}: there is no such file. {did_you_mean(near or models)}".rstrip())
+        raise SourceMissingError(f"{location}: there is no such file. {fix}".rstrip())
+
+
+def _is_repository(path: Path) -> bool:
+    """Return whether a path that does not exist may be a repository on the Hub, OWNER/NAME."""
+    return bool(_REPOSITORY.fullmatch(path.as_posix())) and not os.path.exists(path.parent)
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -264,6 +264,7 @@ def test_shells_complete_commands_options_models_and_files(tmp_path: Path) -> No
         "file,dinov2_vitb14_r", "plain,dinov2_vitb14_reg", "plain,dinov2_vitb14_reg_1layer",
     ]  # fmt: skip
     assert complete(tmp_path, "synth", "dinov2_vitg14_reg_") == ["plain,dinov2_vitg14_reg_1layer"]
+    assert complete(tmp_path, "synth", "dinov2-b") == ["plain,dinov2-base", "plain,dinov2-base-imagenet1k-1-layer"]
     assert complete(tmp_path, "plan", "x.pth", "--dtype", "f") == ["plain,float32", "plain,float16"]
     assert complete(tmp_path, "run", "x.pth", "--device", "c") == ["plain,cpu", "plain,cuda", "plain,cuda:0"]
     assert complete(tmp_path, "convert", "x.pth", "-o", "o") == ["dir,o"]

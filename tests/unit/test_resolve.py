@@ -8,7 +8,7 @@ from streamconv import NetworkError, SourceMissingError, UsageError
 from streamconv.files import retries
 from streamconv.files.address import Address
 from streamconv.source.open import open_source
-from streamconv.source.resolve import resolve_source
+from streamconv.source.resolve import default_output, resolve_source
 
 
 @pytest.fixture
@@ -74,3 +74,82 @@ def test_head_is_refused_for_a_model_without_a_classifier(kept: Path) -> None:
     assert resolve_source("dinov2_vits14_1layer", kept / "head.pth").head == kept / "head.pth"
     with pytest.raises(SourceMissingError):
         resolve_source(kept / "dinov2_vits14_pretrain.pth", kept / "none.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("dinov2-base", "dinov2_vitb14"),
+        ("facebook/dinov2-base", "dinov2_vitb14"),
+        ("dinov2-with-registers-small", "dinov2_vits14_reg"),
+        ("facebook/dinov2-with-registers-giant-imagenet1k-1-layer", "dinov2_vitg14_reg_1layer"),
+        ("dinov2-base-imagenet1k-1-layer", "dinov2_vitb14_1layer"),
+        ("webssl-dino7b-full8b-518", "webssl_dino7b_full8b_518"),
+        ("facebook/webssl-dino300m-full2b-224", "webssl_dino300m_full2b_224"),
+    ],
+)
+def test_name_on_the_hub_means_the_model(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_source(name) == resolve_source(model)
+    with pytest.raises(SourceMissingError, match="no such file"):
+        resolve_source(Path(name))  # a program that gives a path means one
+
+
+def test_file_or_folder_takes_precedence_over_a_name_on_the_hub(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Converted folders have these names."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("dinov2-small", "facebook/dinov2-small"):
+        (tmp_path / name).mkdir(parents=True)
+        found = resolve_source(name)
+        assert (found.backbone, found.model) == (Path(name), None)
+        assert found.notes == (f"{name} is a path here; a model is published under this name, too",)
+    (tmp_path / "dinov2_vits14").mkdir()
+    found = resolve_source("dinov2_vits14")
+    assert found.model is not None
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize("output", ["dinov2-small", Path("dinov2-small"), "./dinov2-small/", "here"])
+def test_output_folder_is_never_the_source(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str | Path
+) -> None:
+    """So `run dinov2-small` can be repeated after an interruption."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dinov2-small").mkdir()
+    output = tmp_path / "dinov2-small" if output == "here" else output
+    assert resolve_source("dinov2-small", output=output) == resolve_source("dinov2_vits14")
+    assert resolve_source("dinov2-small", output="other").backbone == Path("dinov2-small")
+
+
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("dinov2_vits14", "dinov2-small"),
+        ("dinov2-small", "dinov2-small"),
+        ("facebook/dinov2-small", "dinov2-small"),
+        ("./dinov2-small", None),
+        (Path("dinov2-small"), None),
+        ("mine.pth", None),
+    ],
+)
+def test_model_is_converted_into_a_folder_of_its_name_on_the_hub(source: str | Path, output: str | None) -> None:
+    assert default_output(source) == output
+
+
+def test_name_of_another_repository_is_answered_with_the_address_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("microsoft/rad-dino", "me/model-v1.5", "me/dinov2.v2.1"):
+        with pytest.raises(SourceMissingError, match=rf"no such file\. .*: hf://{name}/model\.safetensors\."):
+            resolve_source(name)
+    with pytest.raises(SourceMissingError, match=r"hf://facebook/dinov2-bas/.* Did you mean the model dinov2_vitb14"):
+        resolve_source("facebook/dinov2-bas")
+    (tmp_path / "me").mkdir()
+    for name in ("me/model", "you/model.pth", "you/model.safetensors", "a/b/c", "/you/model"):
+        with pytest.raises(SourceMissingError, match=r"no such file\.$"):
+            resolve_source(name)
