@@ -8,14 +8,19 @@ from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TypeAlias
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
-from streamconv.errors import SourceError, UsageError, printable
+from streamconv.errors import UsageError, printable
 
 # RFC 3986, 3.1; at least two characters, since one is a drive on Windows. "::" chains fsspec's URLs.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::[A-Za-z])")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://\S+")
 _WEB = ("http", "https")
+# Parameters that sign a URL or give access to it (AWS, CloudFront, Google, Azure, Alibaba, GitLab and others).
+_SIGNED_BY = {"signature", "sig", "expires", "policy", "key-pair-id", "auth_key", "hdnea", "hdnts", "verify"}
+_SIGNED_BY |= {"token", "access_token", "private_token", "job_token", "api_key", "apikey", "key", "password", "jwt"}
+_SIGNED_BY_PREFIXES = ("x-amz-", "x-goog-", "x-oss-", "x-ms-", "q-sign")
+_OF_BROWSERS = {"download", "dl", "raw"}  # show the file or save it: which file it is does not depend on them
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,26 @@ class Address:
         is_web = link.lower().startswith(("http://", "https://"))
         path = unquote(urlsplit(link).path) if is_web else link.partition("://")[2]
         return path.rpartition("/")[2]
+
+    @property
+    def _query(self) -> list[tuple[str, str]]:
+        """The names and values of the query."""
+        return parse_qsl(self.url.partition("#")[0].partition("?")[2], keep_blank_values=True)
+
+    @property
+    def is_signed(self) -> bool:
+        """True if the query holds a signature or a token, which may expire."""
+        names = {name.lower() for name, _ in self._query}
+        return bool(names & _SIGNED_BY) or any(name.startswith(_SIGNED_BY_PREFIXES) for name in names)
+
+    @property
+    def identity(self) -> str:
+        """The part that names the file: the URL without a user, and without a signed query. It is not for display.
+
+        A signature changes while the file stays the same; any other query, such as ?id=1, may choose the file.
+        """
+        query = [] if self.is_signed else [pair for pair in self._query if pair[0].lower() not in _OF_BROWSERS]
+        return f"{self}?{urlencode(sorted(query))}"
 
     def __str__(self) -> str:
         return "::".join(map(_without_secrets, self._links))
@@ -123,12 +148,9 @@ def hf_to_https(address: Address) -> Address:
 
     Raises:
         UsageError: it is not of this form.
-        SourceError: HF_HUB_OFFLINE forbids requests.
     """
-    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub import hf_hub_url
 
-    if constants.HF_HUB_OFFLINE:
-        raise SourceError(f"HF_HUB_OFFLINE is set, so {address} cannot be fetched. Unset it, or give a local file.")
     kind, *parts = address.url.partition("://")[2].split("/")
     kinds = {"datasets": "dataset", "spaces": "space"}
     if kind not in kinds:

@@ -1,6 +1,6 @@
 """The interface of a file, wherever it is: what identifies it, and what can be done while it is open."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,6 +8,14 @@ from streamconv.files.address import Location
 
 Version = tuple[tuple[str, str | int | None], ...]
 """Distinguishes a file from another one of the same name and size, by its times or a server's ETag. Sorted by key."""
+
+
+def is_same_version(one: Mapping[str, str | int | None], other: Mapping[str, str | int | None]) -> bool:
+    """Return whether two responses name the same version of a file: by what both name, an ETag before a time."""
+    for key in ("etag", "last_modified"):
+        if one.get(key) and other.get(key):
+            return one[key] == other[key]
+    return one == other
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,11 @@ class _Version:
     etag: str | None
     modified: str | None
 
+    @property
+    def validators(self) -> dict[str, str | int | None]:
+        headers = {"etag": self.etag, "last_modified": self.modified}
+        return {name: value for name, value in headers.items() if value}
+
     def as_dict(self) -> dict[str, str | int | None]:
         return {"etag": self.etag} if self.etag else {"last_modified": self.modified} if self.modified else {}
 
@@ -80,9 +85,9 @@ class HttpFile(RemoteFile):
         return headers or {"opened_ns": self._opened_ns}
 
     @property
-    def modified(self) -> str | None:
-        """The Last-Modified header, if the server sends it (RFC 9110, 8.8.2)."""
-        return self._version.modified if self._version is not None else None
+    def validators(self) -> dict[str, str | int | None]:
+        """The ETag and the Last-Modified (RFC 9110, 8.8), as far as the server sends them; else as `version`."""
+        return (self._version.validators if self._version is not None else {}) or self.version
 
     @property
     def is_open(self) -> bool:

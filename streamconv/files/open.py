@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from streamconv.files.address import Location, hf_to_https
+from streamconv.errors import NetworkError
+from streamconv.files.address import Address, Location, hf_to_https
 from streamconv.files.base import File
 from streamconv.files.local import LocalFile
 
@@ -23,7 +24,18 @@ def open_file(location: Location, where: str | None = None) -> File:
     if location.scheme in ("http", "https", "hf"):
         from streamconv.files.http import HttpFile
 
-        return HttpFile(hf_to_https(location) if location.scheme == "hf" else location)
+        if location.scheme == "hf":
+            return HttpFile(_on_the_hub(location))
+        return HttpFile(location)
     from streamconv.files.fsspec import FsspecFile
 
     return FsspecFile(location)
+
+
+def _on_the_hub(address: Address) -> Address:
+    """Return the https URL of an hf:// URL, unless HF_HUB_OFFLINE forbids requests."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise NetworkError(f"HF_HUB_OFFLINE is set, so {address} cannot be fetched. Unset it, or give a local file.")
+    return hf_to_https(address)

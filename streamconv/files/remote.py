@@ -86,6 +86,11 @@ class RemoteFile(ABC):
     def version(self) -> dict[str, str | int | None]:
         """Return what distinguishes this version of the file from others; see `Version`."""
 
+    @property
+    def validators(self) -> dict[str, str | int | None]:
+        """Return all that the server tells about this version; see `is_same_version`."""
+        return self.version
+
     @cached_property
     def ref(self) -> FileRef:
         """The file's `FileRef`, once it has been opened."""

@@ -3,13 +3,14 @@
 Download, writing, verification and publishing share the result.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from streamconv.errors import ChangedError, NoRangesError, OutputError, UsageError
+from streamconv.errors import ChangedError, NetworkError, NoRangesError, OutputError, UsageError
 from streamconv.families.base import Model
 from streamconv.files.address import local_path
 from streamconv.jobs.options import ConversionOptions, StrPath
@@ -19,11 +20,14 @@ from streamconv.output.ownership import owned_names
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
+from streamconv.source.copies import offline_copies
 from streamconv.source.download import downloaded
 from streamconv.source.labels import imagenet_labels, labels_in, read_labels
 from streamconv.source.open import OpenSource, open_source, read_config
-from streamconv.source.resolve import resolve_source
+from streamconv.source.resolve import Source, resolve_source
 from streamconv.tensors.expressions import Record, parts_of
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,30 @@ def prepared_source(
     resolved = resolve_source(source, options.head, options.select, options.num_heads, output=output)
     resolved = replace(resolved, is_synthetic=is_synthetic)
     with ExitStack() as stack:
-        if resolved.is_remote and not (options.stream and is_exact):
-            try:
-                opened = stack.enter_context(open_source(resolved, read_local_headers=False))
-            except NoRangesError:  # the index cannot be read alone, but the whole file can
-                if options.stream or not is_exact:
-                    raise
-                local, checkpoints = downloaded(resolved, progress, stack)
-                opened = stack.enter_context(open_source(local, opened=checkpoints))
-        else:
-            opened = stack.enter_context(open_source(resolved))
+        try:
+            opened = _open_indexes(resolved, options, progress, stack, is_exact=is_exact)
+        except NetworkError as error:
+            copies = offline_copies(resolved)
+            if copies is None:
+                raise
+            _log.warning("%s Using the copy that was downloaded before: %s", error, copies.backbone)
+            opened = stack.enter_context(open_source(copies))
         yield _plan(opened, options, labels_of, progress)
+
+
+def _open_indexes(
+    source: Source, options: ConversionOptions, progress: Progress, stack: ExitStack, *, is_exact: bool
+) -> OpenSource:
+    """Open the source's indexes; a file whose index cannot be read alone is downloaded for that."""
+    if not source.is_remote or (options.stream and is_exact):
+        return stack.enter_context(open_source(source))
+    try:
+        return stack.enter_context(open_source(source, read_local_headers=False))
+    except NoRangesError:
+        if options.stream or not is_exact:
+            raise
+        local, checkpoints = downloaded(source, progress, stack)
+        return stack.enter_context(open_source(local, opened=checkpoints))
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from streamconv.files.address import Address, Location
 from streamconv.files.base import ByteRange, File
 from streamconv.files.open import open_file
 from streamconv.files.reader import Reader
+from streamconv.files.remote import RemoteFile
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.output.disk import require_space, require_writable
 from streamconv.output.files import as_output_error, make_folder, temporary_path
@@ -19,7 +21,9 @@ from streamconv.output.manifest import Provenance, SourceFile
 from streamconv.output.resumable import resumable_files
 from streamconv.output.writer import written_file
 from streamconv.progress import Progress
-from streamconv.source.resolve import Source, torch_hub_cache
+from streamconv.source.cache import MAX_VERSIONS, Download, download_path, forget_download, torch_hub_path
+from streamconv.source.copies import explain_new_download, find_copy, has_checksums, has_copy, modified_time
+from streamconv.source.resolve import Source
 from streamconv.tensors.checksums import RecordChecks, read_crc
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import TensorInfo
@@ -41,27 +45,28 @@ def downloaded(
 
     Raises:
         SourceError: a file cannot be fetched, or arrived damaged.
-        OutputError: the cache cannot be written, or holds another file under that name.
+        OutputError: the cache cannot be written, or another process is downloading the file.
     """
 
     local_checkpoints: dict[str, Checkpoint] = {}
 
     def local(role: str, location: Location) -> Path:
+        remote = opened[role] if opened is not None else None
         if not isinstance(location, Address):
-            if opened is not None:
-                local_checkpoints[role] = opened[role]
+            if remote is not None:
+                local_checkpoints[role] = remote
             return location
-        with _cache_advice():
-            path = torch_hub_cache() / location.name
-            if os.path.exists(path):
-                local_checkpoints[role] = kept = stack.enter_context(open_checkpoint(path))
-                _require_same(location, path, kept, opened[role] if opened is not None else None)
-            elif opened is not None:
-                _download(location, path, opened[role].files[0], progress)
-            else:
-                with closing(open_file(location)) as file:
-                    _download(location, path, file, progress)
-            return path
+        with _cache_advice(), ExitStack() as closed_now:
+            file = _remote(remote.files[0] if remote else closed_now.enter_context(closing(open_file(location))))
+            copy = find_copy(location, file, remote)
+            if copy is None:
+                explain_new_download(location, file)
+                path = download_path(location)
+                copy = _download(location, path, file, remote, progress)
+            if copy is None:
+                return path
+            local_checkpoints[role] = stack.enter_context(copy)
+            return copy.paths[0]
 
     origins = {role: location for role, location in source.locations.items() if isinstance(location, Address)}
     paths = {role: local(role, location) for role, location in source.locations.items()}
@@ -83,9 +88,8 @@ def check_downloads(
     missing = {}
     with _cache_advice():
         for role, location in source.locations.items():
-            path = torch_hub_cache() / location.name
-            if isinstance(location, Address) and not os.path.exists(path):  # `downloaded` checks a file that exists
-                missing[path] = opened[role].size
+            if isinstance(location, Address) and not has_copy(location, _remote(opened[role].files[0]), opened[role]):
+                missing[download_path(location)] = opened[role].size
         for path, size in missing.items():
             begun = temporary_path(path)
             require_writable(path.parent)
@@ -104,13 +108,14 @@ def _cache_advice() -> Iterator[None]:
         raise OutputError(f"{error}\n{hint}") from error
 
 
-def _download(address: Address, path: Path, file: File, progress: Progress) -> None:
+def _download(
+    address: Address, path: Path, file: RemoteFile, remote: Checkpoint | None, progress: Progress
+) -> Checkpoint | None:
+    """Download a file to ``path``, or return the copy that another process has completed meanwhile."""
     with as_output_error(path):
         make_folder(path.parent)
-    version = {key: (value,) for key, value in file.ref.version}
     provenance = Provenance(
-        source={"file": SourceFile(path.name, file.size, "", str(address), version=version)},
-        plan=f"{address}, {file.size} bytes",
+        source={"file": _describe(address, path, file, remote)}, plan=f"{address}, {file.size} bytes"
     )
     record = Record(file.ref, path.name, ByteRange(0, file.size))
     contents = SourceTensor(TensorInfo("U8", (file.size,)), record, 0, (1,))
@@ -119,23 +124,56 @@ def _download(address: Address, path: Path, file: File, progress: Progress) -> N
         progress(f"{'checking' if is_kept else 'downloading'} {path.name}", position, file.size, "bytes")
 
     reader = Reader([file])
-    with (
-        resumable_files({path: file.size}, provenance) as journal,
-        written_file(path, [(path.name, contents)], journal, reader, RecordChecks(reader), advance),
-    ):
-        partial = temporary_path(path)
-        try:
-            _require_intact(partial, str(address), path.name, progress)
-        except SourceError:
-            journal.discard(path)  # the next attempt starts over
-            raise
-        if (modified := _modified(file)) is not None:
-            os.utime(partial, (modified, modified))  # as curl -R does, for `_require_same`
+    with resumable_files({path: file.size}, provenance, force=True) as journal:
+        if (copy := find_copy(address, file, remote)) is not None:
+            journal.discard(path)
+            return copy
+        previous = Download.read(path)
+        with written_file(path, [(path.name, contents)], journal, reader, RecordChecks(reader), advance) as result:
+            partial = temporary_path(path)
+            try:
+                is_crc_checked = _require_intact(partial, str(address), path.name, progress)
+            except SourceError:
+                journal.discard(path)  # the next attempt starts over
+                raise
+            _set_time(partial, path, file, is_same=previous is not None and previous.sha256 == result[0].sha256)
+            forget_download(path)
+        if path != torch_hub_path(address):
+            known = previous.versions if previous is not None and previous.sha256 == result[0].sha256 else ()
+            versions = (*known, file.validators)[-MAX_VERSIONS:]
+            date = time.strftime("%Y-%m-%d", time.gmtime())
+            Download(str(address), file.size, result[0].sha256, versions, is_crc_checked, date).write(path)
     _log.info("downloaded %s to %s", address, path)
+    return None
 
 
-def _require_intact(path: Path, where: str, name: str, progress: Progress) -> None:
-    """Compare every record with its CRC-32, before the file is renamed into place."""
+def _remote(file: File) -> RemoteFile:
+    assert isinstance(file, RemoteFile), file
+    return file
+
+
+def _describe(address: Address, path: Path, file: RemoteFile, remote: Checkpoint | None) -> SourceFile:
+    """Describe what is downloaded, for the journal: CRC-32s prove that two parts belong together, else a version."""
+    if remote is not None and has_checksums(remote):
+        return SourceFile(path.name, file.size, remote.fingerprint, str(address))
+    return SourceFile(path.name, file.size, "", str(address), version={k: (v,) for k, v in file.ref.version})
+
+
+def _set_time(partial: Path, path: Path, file: RemoteFile, *, is_same: bool) -> None:
+    """Give a copy the time that distinguishes it from other versions when it is converted: see `SourceFile.version`.
+
+    That is the server's time, as with ``curl -R``, and for the same bytes as before, the time of the copy before.
+    """
+    before = os.stat(path).st_mtime_ns if os.path.exists(path) else None
+    modified = modified_time(file)
+    if is_same and before is not None:
+        os.utime(partial, ns=(before, before))
+    elif modified is not None and before != modified * 1_000_000_000:
+        os.utime(partial, (modified, modified))
+
+
+def _require_intact(path: Path, where: str, name: str, progress: Progress) -> bool:
+    """Compare every record with its CRC-32, before the file is renamed into place; return whether all have one."""
     with open_checkpoint(path, where=where) as checkpoint:
         reader = checkpoint.reader
         records = {tensor.record for tensor in checkpoint.values() if tensor.record.crc32 is not None}
@@ -148,32 +186,4 @@ def _require_intact(path: Path, where: str, name: str, progress: Progress) -> No
                 )
             done += record.range.length
             progress(f"checking {name}", done, total, "bytes")
-
-
-def _require_same(address: Address, path: Path, cached: Checkpoint, remote: Checkpoint | None) -> None:
-    """Require that the cached file of this name came from ``address``, by its CRC-32s or its modification time.
-
-    ``remote`` is None if the server sends only whole files: then the size and the modification time must suffice.
-    """
-    if remote is None:
-        with closing(open_file(address)) as file:
-            is_same = cached.size == file.size and os.path.getmtime(path) == _modified(file)
-    else:
-        has_checksums = all(tensor.record.crc32 is not None for tensor in cached.values())
-        is_same = cached.fingerprint == remote.fingerprint and (
-            has_checksums or os.path.getmtime(path) == _modified(remote.files[0])
-        )
-    if not is_same:
-        raise OutputError(
-            f"{path} exists already and may not be a copy of {address}. If it is one, give it as the source; otherwise "
-            "delete it."
-        )
-
-
-def _modified(file: File) -> float | None:
-    """Return the time of the last change that the server reports, in seconds since 1970."""
-    from email.utils import parsedate_to_datetime  # takes half a megabyte, which only downloads should pay
-
-    with suppress(TypeError, ValueError, OverflowError):
-        return parsedate_to_datetime(str(getattr(file, "modified", None))).timestamp()
-    return None
+        return has_checksums(checkpoint)

@@ -189,12 +189,12 @@ def _name_torch_hub_copy(source: Source) -> Iterator[None]:
         yield
     except (CorruptError, TruncatedError, NotACheckpointError) as error:
         cached = [
-            path for path in source.locations.values() if isinstance(path, Path) and path.parent == torch_hub_cache()
+            path for path in source.locations.values() if isinstance(path, Path) and torch_hub_cache() in path.parents
         ]
         path = next((path for path in cached if _is_at(error, path)), None)
         if path is None or isinstance(error, ChangedError):
             raise
-        hint = f"It is torch.hub's copy. Delete it to fetch it again:\n  {path}"
+        hint = f"It is a copy in torch.hub's cache. Delete it to fetch it again:\n  {path}"
         raise type(error)(f"{error}\n{hint}") from error
 
 

@@ -375,8 +375,9 @@ def test_dry_run_downloads_nothing(server: FileServer, tmp_path: Path, save: Sav
     size = (server.folder / "x.pth").stat().st_size
     before = files_in(tmp_path)
     found = document(run("convert", f"{server.url}/x.pth", "-o", "out", "--dry-run", "--json", cwd=tmp_path))
-    cached = tmp_path / "torch" / "hub" / "checkpoints" / "x.pth"
-    assert found["download"] == [{"file": str(cached), "bytes": size}]
+    (download,) = found["download"]
+    assert download["bytes"] == size
+    assert Path(download["file"]).parents[1] == tmp_path / "torch" / "hub" / "checkpoints" / "streamconv"
     assert server.sent < size / 4
     assert files_in(tmp_path) == before
     streamed = run("convert", f"{server.url}/x.pth", "-o", "out", "--stream", "--dry-run", "--json", cwd=tmp_path)
@@ -392,7 +393,8 @@ def test_dry_run_reads_a_copy_in_the_cache_as_the_job_does(server: FileServer, t
     before = files_in(tmp_path)
     found = document(run(*words, "--dry-run", cwd=tmp_path))
     assert (found["download"], found["write"]) == ([], [])
-    assert found["read"][0]["file"] == str(tmp_path / "torch" / "hub" / "checkpoints" / "x.safetensors")
+    read = Path(found["read"][0]["file"])
+    assert (read.name, read.parents[1]) == ("x.safetensors", tmp_path / "torch/hub/checkpoints/streamconv")
     assert document(run(*words, cwd=tmp_path))["was_finished"]
     assert files_in(tmp_path) == before
 

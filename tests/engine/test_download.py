@@ -14,12 +14,22 @@ import pytest
 import safetensors.torch
 import torch
 
-from streamconv import ConversionOptions, CorruptError, NetworkError, OutputError, SourceError
+import streamconv
+from streamconv import (
+    ConversionOptions,
+    CorruptError,
+    NetworkError,
+    OutputError,
+    SourceError,
+    VerificationOptions,
+)
 from streamconv.families import dinov2
 from streamconv.families.base import RemoteFile
 from streamconv.files import remote
+from streamconv.files.address import Address
 from streamconv.jobs.preview import preview
 from streamconv.output.journal import Journal
+from streamconv.source.cache import own_path
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
@@ -34,9 +44,20 @@ def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote.RemoteFile, "request_bytes", 1 << 20)
 
 
+RECORD = ".x.pth.streamconv-download.json"
+
+
 @pytest.fixture
-def cache(server: FileServer, tmp_path: Path) -> Path:
+def torch_hub(server: FileServer, tmp_path: Path) -> Path:
     return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def cache(server: FileServer, torch_hub: Path) -> Path:
+    """Return the folder of the copy of `source`."""
+    folder = own_path(Address(f"{server.url}/x.pth")).parent
+    assert folder.parent == torch_hub / "streamconv"
+    return folder
 
 
 @pytest.fixture
@@ -49,7 +70,7 @@ def test_address_is_downloaded_once_and_converted_from_the_cache(
     server: FileServer, source: str, cache: Path, tmp_path: Path
 ) -> None:
     api.convert(source, tmp_path / "out")
-    assert [path.name for path in cache.iterdir()] == ["x.pth"]
+    assert {path.name for path in cache.iterdir()} == {"x.pth", RECORD}
     assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
     assert int((cache / "x.pth").stat().st_mtime) == int((server.folder / "x.pth").stat().st_mtime)
     api.convert(server.folder / "x.pth", tmp_path / "expected")
@@ -65,7 +86,7 @@ def test_address_is_downloaded_once_and_converted_from_the_cache(
 
 
 def test_model_name_downloads_from_the_authors_address_into_the_cache(
-    server: FileServer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FileServer, torch_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch.hub does the same in the original script. A small model takes the place of the published one."""
     model = next(model for model in dinov2.FAMILY.models if model.name == "dinov2_vits14_1layer")
@@ -74,17 +95,22 @@ def test_model_name_downloads_from_the_authors_address_into_the_cache(
     small = dataclasses.replace(model, dimensions=dimensions, backbone=files[0], head=files[1])
     monkeypatch.setattr("streamconv.source.resolve.find_model", lambda name: (dinov2.FAMILY, small))
     family = dataclasses.replace(dinov2.FAMILY, models=(small,))
-    monkeypatch.setattr("streamconv.families.detection.all_families", lambda: (family,))
+    for module in ("families.detection", "source.cache"):
+        monkeypatch.setattr(f"streamconv.{module}.all_families", lambda: (family,))
     for file, state in zip(files, make_states(dimensions), strict=True):
         torch.save(state, server.folder / file.filename)
     streamed = api.convert(small.name, tmp_path / "streamed", stream=True)
-    assert not cache.exists()
+    assert not torch_hub.exists()
     done = api.convert(small.name, tmp_path / "out")
     assert done.shards == streamed.shards
-    assert {path.name for path in cache.iterdir()} == {file.filename for file in files}
+    assert {path.name for path in torch_hub.iterdir()} == {file.filename for file in files}
     server.requests.clear()
     api.convert(small.name, tmp_path / "again", stream=True)
     assert not server.requests
+    first = server.sent
+    api.convert(files[0].url, tmp_path / "by_address")
+    assert server.sent < first + (1 << 20)
+    assert {path.name for path in torch_hub.iterdir()} == {file.filename for file in files}
 
 
 def test_interrupted_download_is_resumed(server: FileServer, source: str, cache: Path, tmp_path: Path) -> None:
@@ -102,7 +128,7 @@ def test_interrupted_download_is_resumed(server: FileServer, source: str, cache:
     api.convert(source, tmp_path / "out")
     assert server.sent < size // 2 + (8 << 20)
     assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
-    assert len(list(cache.iterdir())) == 1
+    assert {path.name for path in cache.iterdir()} == {"x.pth", RECORD}
 
 
 @pytest.mark.parametrize("synced", [True, False])
@@ -125,7 +151,7 @@ def test_bytes_lost_in_a_power_cut_are_downloaded_again(
     api.convert(source, tmp_path / "out")
     size = (server.folder / "x.pth").stat().st_size
     assert (server.sent > size) == synced
-    assert list(cache.iterdir()) == [cache / "x.pth"]
+    assert {path.name for path in cache.iterdir()} == {"x.pth", RECORD}
     assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
 
 
@@ -158,34 +184,155 @@ def test_partial_download_of_another_version_is_discarded(
     os.utime(server.folder / "x.pth", (5, 5))
     api.convert(source, tmp_path / "out")
     assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
-    assert len(list(cache.iterdir())) == 1
+    assert {path.name for path in cache.iterdir()} == {"x.pth", RECORD}
 
 
-def test_cached_file_of_unknown_origin_is_neither_used_nor_replaced(
-    server: FileServer, source: str, cache: Path, tmp_path: Path
+def test_file_in_torch_hubs_cache_is_used_only_if_it_is_the_same(
+    server: FileServer, source: str, torch_hub: Path, cache: Path, tmp_path: Path
 ) -> None:
-    cache.mkdir(parents=True)
-    torch.save(make_states(MODEL, seed=1)[0], cache / "x.pth")
-    before = (cache / "x.pth").read_bytes()
-    with pytest.raises(OutputError, match="exists already and may not be a copy of http"):
-        api.convert(source, tmp_path / "out")
-    assert (cache / "x.pth").read_bytes() == before
-    api.convert(source, tmp_path / "out", stream=True)
+    """Such as a copy by torch.hub, or by streamconv 0.2.0. CRC-32s identify it, whatever its time is."""
+    torch_hub.mkdir(parents=True)
+    torch.save(make_states(MODEL, seed=1)[0], torch_hub / "x.pth")
+    before = (torch_hub / "x.pth").read_bytes()
+    api.convert(source, tmp_path / "out")
+    assert (torch_hub / "x.pth").read_bytes() == before
+    shutil.rmtree(cache)
+    shutil.copy(server.folder / "x.pth", torch_hub)
+    server.sent = 0
+    api.convert(source, tmp_path / "again")
+    assert server.sent < 2 << 20
+    assert not cache.exists()
 
 
-def test_cached_file_without_checksums_is_identified_by_its_modification_time(
-    server: FileServer, cache: Path, tmp_path: Path
+def test_file_without_checksums_in_torch_hubs_cache_is_identified_by_its_time(
+    server: FileServer, torch_hub: Path, tmp_path: Path
 ) -> None:
-    path = server.folder / "x.safetensors"
-    safetensors.torch.save_file(make_states(MODEL)[0], path)
-    os.utime(path, (1_000_000, 1_000_000))
+    """curl -R and streamconv 0.2.0 keep the server's time. Another file of this name is neither used nor replaced."""
+    safetensors.torch.save_file(make_states(MODEL)[0], server.folder / "x.safetensors")
+    torch_hub.mkdir(parents=True)
+    shutil.copy2(server.folder / "x.safetensors", torch_hub)
+    os.utime(torch_hub / "x.safetensors", (int((server.folder / "x.safetensors").stat().st_mtime),) * 2)
     source = f"{server.url}/x.safetensors"
     api.convert(source, tmp_path / "out")
+    assert server.sent < 2 << 20
+    os.utime(torch_hub / "x.safetensors", (5, 5))
+    api.convert(source, tmp_path / "other")
+    assert server.sent > 30 << 20
+    assert (torch_hub / "x.safetensors").stat().st_mtime == 5
+
+
+@pytest.mark.parametrize("given", ["etag", "last_modified"])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_download_without_checksums_is_used_until_the_server_has_another_version(
+    server: FileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, given: str, ranges: bool
+) -> None:
+    path, source = server.folder / "x.safetensors", f"{server.url}/x.safetensors"
+    server.faults.etag, server.faults.last_modified = given == "etag", given == "last_modified"
+    server.faults.ranges = ranges
+    safetensors.torch.save_file(make_states(MODEL)[0], path)
+    os.utime(path, (1_000_000, 1_000_000))
+    api.convert(source, tmp_path / "out")
+    server.sent = 0
     assert api.convert(source, tmp_path / "out").was_finished
+    assert not api.convert(source, tmp_path / "second").was_finished
+    assert server.sent < 16 << 20  # without ranges, the sockets' buffers are filled
+    assert not caplog.messages
     safetensors.torch.save_file(make_states(MODEL, seed=1)[0], path)
     os.utime(path, (2_000_000, 2_000_000))
-    with pytest.raises(OutputError, match="exists already and may not be a copy of http"):
+    api.convert(source, tmp_path / "new")
+    api.convert(path, tmp_path / "expected")
+    assert (tmp_path / "new" / "model.safetensors").read_bytes() == (
+        tmp_path / "expected" / "model.safetensors"
+    ).read_bytes()
+    assert caplog.messages == [
+        f"{source} was downloaded before, but it has changed on its server: downloading it again"
+    ]
+    with pytest.raises(OutputError, match="its backbone differs"):
         api.convert(source, tmp_path / "out")
+
+
+def test_download_that_nothing_identifies_is_repeated_and_the_same_bytes_are_recognised(
+    server: FileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, source = server.folder / "x.safetensors", f"{server.url}/x.safetensors"
+    server.faults.etag = server.faults.last_modified = False
+    safetensors.torch.save_file(make_states(MODEL)[0], path)
+    api.convert(source, tmp_path / "out")
+    server.sent = 0
+    assert api.convert(source, tmp_path / "out").was_finished
+    assert server.sent > path.stat().st_size
+    assert "sends neither an ETag nor a Last-Modified" in caplog.text
+    safetensors.torch.save_file(make_states(MODEL, seed=1)[0], path)
+    with pytest.raises(OutputError, match="its backbone differs"):
+        api.convert(source, tmp_path / "out")
+
+
+def test_job_downloads_a_file_once_although_nothing_identifies_it(server: FileServer, tmp_path: Path) -> None:
+    path, source = server.folder / "x.safetensors", f"{server.url}/x.safetensors"
+    server.faults.etag = server.faults.last_modified = False
+    safetensors.torch.save_file(make_states(MODEL)[0], path)
+    verification = VerificationOptions(device="cpu", parity=False)
+    assert streamconv.run(source, tmp_path / "out", ConversionOptions(), verification).passed
+    assert path.stat().st_size < server.sent < path.stat().st_size + (2 << 20)
+
+
+def test_files_of_one_name_at_two_addresses_are_kept_apart(server: FileServer, torch_hub: Path, tmp_path: Path) -> None:
+    """The server finds a file by the end of its path: seed 0 is at /one/…, then seed 1 at /two/…, of one time."""
+    path, states = server.folder / "x.safetensors", [make_states(MODEL, seed=seed)[0] for seed in (0, 1)]
+    for folder, state in zip(("one", "two", "one", "two"), states * 2, strict=True):
+        safetensors.torch.save_file(state, path)
+        os.utime(path, (1_000_000, 1_000_000))
+        server.sent = 0
+        done = api.convert(f"{server.url}/{folder}/x.safetensors", tmp_path / folder)
+        assert done.was_finished == (server.sent < 2 << 20)
+        expected = api.convert(path, tmp_path / f"{folder}_local")
+        assert done.shards == expected.shards
+    assert sorted(each.name for each in (torch_hub / "streamconv").glob("*/[!.]*")) == ["x.safetensors"] * 2
+
+
+@pytest.mark.parametrize(("one", "other", "is_same"), [
+    ("x.pth?X-Amz-Signature=SECRET1&X-Amz-Date=1", "x.pth?X-Amz-Signature=SECRET2", True),
+    ("x.pth?Policy=SECRET1&Signature=SECRET1&Key-Pair-Id=1&Download-Request-ID=1", "x.pth", True),
+    ("x.pth?sv=2024&sig=SECRET1%3D", "x.pth?download=true", True),
+    ("x.pth?file=1", "x.pth?file=2", False),
+])  # fmt: skip
+def test_signed_query_may_change_but_any_other_query_names_the_file(
+    server: FileServer, source: str, torch_hub: Path, tmp_path: Path, one: str, other: str, is_same: bool
+) -> None:
+    api.convert(f"{server.url}/{one}", tmp_path / "out")
+    api.convert(f"{server.url}/{other}", tmp_path / "out")
+    api.convert(f"{server.url}/{other}", tmp_path / "again")
+    copies = [each for each in (torch_hub / "streamconv").rglob("*") if each.is_file()]
+    assert len(copies) == (2 if is_same else 4)
+    for each in copies:
+        assert b"SECRET" not in bytes(each) + each.read_bytes()
+
+
+def test_copy_is_used_with_a_note_while_its_server_cannot_be_reached(
+    server: FileServer, source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = api.convert(source, tmp_path / "out")
+    server.faults.statuses = [503] * 100
+    again = api.convert(source, tmp_path / "again")
+    assert again.shards == done.shards
+    assert any("its server could not be asked whether it has changed" in note for note in again.plan.notes)
+    assert not any("its server" in note for note in done.plan.notes)
+    assert "Using the copy that was downloaded before" in caplog.messages[-1]
+    with pytest.raises(NetworkError):
+        api.convert(f"{source}x", tmp_path / "other")
+
+
+@pytest.mark.parametrize("damage", ["record", "file", "both"])
+def test_damaged_copy_or_record_is_downloaded_again(
+    server: FileServer, source: str, cache: Path, tmp_path: Path, damage: str
+) -> None:
+    expected = api.convert(source, tmp_path / "out").shards
+    if damage in ("record", "both"):
+        (cache / RECORD).write_text('{"format_version": 1, "size": "many"}')
+    if damage in ("file", "both"):
+        (cache / "x.pth").write_bytes((cache / "x.pth").read_bytes()[:1000])
+    assert api.convert(source, tmp_path / "again").shards == expected
+    assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
 
 
 def test_server_without_ranges_is_downloaded_whole(
@@ -209,9 +356,6 @@ def test_download_from_a_server_without_ranges_is_used_again(
     api.convert(source, tmp_path / "out")
     assert api.convert(source, tmp_path / "out").was_finished
     assert not api.convert(source, tmp_path / "other").was_finished
-    os.utime(server.folder / "x.pth", (2_000_000, 2_000_000))
-    with pytest.raises(OutputError, match="exists already and may not be a copy of http"):
-        api.convert(source, tmp_path / "out")
 
 
 def test_unknown_model_is_refused_before_it_is_downloaded(server: FileServer, cache: Path, tmp_path: Path) -> None:
@@ -243,12 +387,12 @@ def test_disk_that_holds_the_download_or_the_output_but_not_both_is_refused_befo
 ) -> None:
     size = (server.folder / "x.pth").stat().st_size
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size * 3 // 2))
-    message = r"(?s)checkpoints and .*out together need .* bytes.*--stream"
+    message = r"(?s)checkpoints/streamconv/127.* and .*out together need .* bytes.*--stream"
     with pytest.raises(OutputError, match=message):
         api.convert(source, tmp_path / "out")
     with pytest.raises(OutputError, match=message):
         preview(source, tmp_path / "out", ConversionOptions(), None, None)
-    assert not cache.exists()
+    assert not (cache / "x.pth").exists()
     api.convert(source, tmp_path / "out", stream=True)
 
 
@@ -268,7 +412,7 @@ def test_damaged_cached_file_is_reported_with_the_advice_to_delete_it(
     data = bytearray((cache / "x.pth").read_bytes())
     data[len(data) // 2] ^= 1
     (cache / "x.pth").write_bytes(data)
-    with pytest.raises(CorruptError, match=r"torch\.hub's copy\. Delete it to fetch it again:\n  .*checkpoints/x\.pth"):
+    with pytest.raises(CorruptError, match=r"copy in torch\.hub's cache\. Delete it to fetch it again:\n  .*/x\.pth"):
         api.convert(source, tmp_path / "again")
     (cache / "x.pth").write_bytes(data[:1000])
     with pytest.raises(SourceError, match=r"Delete it"):

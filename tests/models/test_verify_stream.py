@@ -133,7 +133,7 @@ def test_address_without_stream_is_downloaded_and_compared(server: FileServer, s
     found = api.verify(tmp_path / "out", source, device="cpu")
     assert found.passed
     assert found.check("bytes").proves.startswith("every byte of every tensor equals its source's")
-    assert (tmp_path / "torch" / "hub" / "checkpoints" / "x.pth").exists()
+    assert list((tmp_path / "torch" / "hub" / "checkpoints").rglob("x.pth"))
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])

@@ -21,7 +21,9 @@ import streamconv.verification.report
 from streamconv import (
     CorruptError,
 )
+from streamconv.files.address import Address
 from streamconv.output.journal import JOURNAL_NAME, NOT_STARTED, Journal
+from streamconv.source.cache import own_path
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
@@ -193,7 +195,8 @@ def test_killed_conversion_to_the_hub_is_resumed(
 
 def test_killed_download_is_resumed(server: FileServer, tmp_path: Path) -> None:
     torch.save(make_states(tiny(layers=3, hidden=512))[0], server.folder / "x.pth")  # 38 MB
-    source, cache = f"{server.url}/x.pth", tmp_path / "torch" / "hub" / "checkpoints"
+    source = f"{server.url}/x.pth"
+    cache = own_path(Address(source)).parent
     size, journal = (server.folder / "x.pth").stat().st_size, cache / ".x.pth.streamconv-journal"
     server.faults.seconds_a_megabyte = 0.05
     command = [sys.executable, "-m", "streamconv", "convert", source, "-o", str(tmp_path / "out")]
