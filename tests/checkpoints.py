@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import streamconv
 from streamconv.errors import SourceError
-from streamconv.families.dinov2 import FAMILY, Dimensions
+from streamconv.families.dinov2 import FAMILY
+from streamconv.families.dinov2_geometry import Dimensions
 from streamconv.verification.originals import dinov2 as original
 from tests import api
 from tests.support import tiny

@@ -19,7 +19,8 @@ from click.testing import CliRunner
 import streamconv
 from streamconv import Cancelled, Checkpoint, CorruptError, Verification
 from streamconv.cli.commands import app
-from streamconv.families.dinov2 import FAMILY, Dimensions, ffn_size
+from streamconv.families.dinov2 import FAMILY
+from streamconv.families.dinov2_geometry import Dimensions, ffn_size
 from streamconv.families.selection import find_backbone
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.formats.torch_writer import write_pth

@@ -11,7 +11,8 @@ import torch
 import streamconv
 from streamconv import MappingError, UsageError
 from streamconv.families.base import ConversionSpec, Family
-from streamconv.families.dinov2 import FAMILY, Dimensions, conversion_spec
+from streamconv.families.dinov2 import FAMILY, conversion_spec
+from streamconv.families.dinov2_geometry import Dimensions
 from streamconv.families.rules import drop
 from tests import api
 from tests.checkpoints import make_states

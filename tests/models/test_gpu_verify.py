@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from streamconv import UsageError, Verification
-from streamconv.families.dinov2 import Dimensions
+from streamconv.families.dinov2_geometry import Dimensions
 from streamconv.verification import devices
 from streamconv.verification.offload import OffloadedModel, WeightBuffer
 from streamconv.verification.originals import dinov2

@@ -16,7 +16,7 @@ from PIL import Image
 
 import streamconv
 from streamconv import OutputError, UsageError, Verification
-from streamconv.families.dinov2 import Dimensions
+from streamconv.families.dinov2_geometry import Dimensions
 from streamconv.hub.card import make_card
 from streamconv.output.manifest import Manifest
 from streamconv.verification.devices import choose_device

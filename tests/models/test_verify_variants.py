@@ -16,7 +16,7 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
 
 import streamconv
 from streamconv import MappingError
-from streamconv.families.dinov2 import Dimensions
+from streamconv.families.dinov2_geometry import Dimensions
 from streamconv.hub.card import make_card
 from streamconv.output.manifest import Manifest
 from streamconv.verification.originals import dinov2 as original

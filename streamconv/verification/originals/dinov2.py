@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamconv.families.base import Model
-from streamconv.families.dinov2 import Dimensions
+from streamconv.families.dinov2_geometry import Dimensions
 from streamconv.verification.originals import OriginalArchitecture
 
 REPOSITORY = "facebookresearch/dinov2"

@@ -1,0 +1,124 @@
+"""The dimensions of a DINOv2 model: what the shapes of its tensors show, and the number of heads, which they do not."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streamconv.families.rules import count_of
+from streamconv.tensors.info import TensorInfo
+
+BLOCK = "blocks.{i}."
+HEAD_PREFIX = "linear_head."  # of the head's keys; in its file they are "weight" and "bias"
+# Attention heads by hidden size: of the published models (DINOv2's and Web-DINO's), and of other vision transformers,
+# which do not agree on a number at these sizes.
+PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1536: 24, 2688: 21, 3072: 24, 3584: 28, 4096: 32}
+OTHER_HEADS = {
+    1152: "SigLIP so400m has 16",
+    1280: "ViT-H has 16, DINOv3's ViT-H+ 20",
+    1408: "ViT-g has 16",
+    1664: "ViT-bigG has 16, UNI2-g 26",
+}
+# Channels of a head in the usual vision transformers up to ViT-L: 192 / 3, 384 / 6, 768 / 12, 1024 / 16.
+HEAD_SIZE, MAX_USUAL_HIDDEN = 64, 1024
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes that a checkpoint's shapes show. ``ffn`` is the width inside the feed-forward layer.
+
+    ``head_layers`` is the number of layers whose CLS tokens a linear head reads, beside the mean of the patch tokens.
+
+    ``heads`` is None unless the number was given; `num_heads` then follows the family's rule.
+    """
+
+    hidden: int
+    layers: int
+    ffn: int
+    swiglu: bool = False
+    patch: int = 14
+    channels: int = 3
+    positions: int = 37 * 37 + 1
+    registers: int = 0
+    classes: int | None = None
+    head_layers: int = 1
+    has_layer_scale: bool = True
+    has_mask_token: bool = True
+    has_qkv_bias: bool = True
+    heads: int | None = None
+
+    @property
+    def num_heads(self) -> int:
+        """The number of attention heads; 0 if it was not given and models of this hidden size do not agree on one."""
+        is_usual = self.hidden <= MAX_USUAL_HIDDEN and self.hidden % HEAD_SIZE == 0
+        return self.heads or PUBLISHED_HEADS.get(self.hidden, self.hidden // HEAD_SIZE if is_usual else 0)
+
+
+def ffn_size(hidden: int, mlp_ratio: int, swiglu: bool) -> int:
+    """Return the feed-forward width. SwiGLU's is two thirds of the MLP's, rounded up to 8 (Meta's swiglu_ffn.py)."""
+    return (int(hidden * mlp_ratio * 2 / 3) + 7) // 8 * 8 if swiglu else hidden * mlp_ratio
+
+
+def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
+    """Read sizes from shapes. For a tensor that is missing or has the wrong shape, assume a likely size."""
+
+    def size(key: str, axis: int, ndim: int, default: int) -> int:
+        shape = infos[key].shape if key in infos else ()
+        return shape[axis] if len(shape) == ndim else default
+
+    def has(pattern: str) -> bool:
+        return any(re.fullmatch(pattern, name) for name in infos)
+
+    hidden = size("cls_token", 2, 3, size("norm.weight", 0, 1, 0))
+    head_width = size(HEAD_PREFIX + "weight", 1, 2, 2 * hidden)
+    swiglu = "blocks.0.mlp.w12.weight" in infos
+    ffn = size("blocks.0.mlp.w3.weight", 1, 2, 0) if swiglu else size("blocks.0.mlp.fc1.weight", 0, 2, 0)
+    return Dimensions(
+        hidden=hidden,
+        layers=count_of(BLOCK + "norm1.weight", infos),
+        ffn=ffn or ffn_size(hidden, 4, swiglu),
+        swiglu=swiglu,
+        patch=size("patch_embed.proj.weight", 3, 4, 14),
+        channels=size("patch_embed.proj.weight", 1, 4, 3),
+        positions=size("pos_embed", 1, 3, 37 * 37 + 1),
+        registers=size("register_tokens", 1, 3, 4) if "register_tokens" in infos else 0,
+        classes=size(HEAD_PREFIX + "weight", 0, 2, 1000) if HEAD_PREFIX + "weight" in infos else None,
+        head_layers=head_width // hidden - 1 if hidden and head_width % hidden == 0 else 1,
+        has_layer_scale=has(r"blocks\.\d+\.ls[12]\.gamma"),
+        has_mask_token="mask_token" in infos,
+        has_qkv_bias=has(r"blocks\.\d+\.attn\.qkv\.bias"),
+    )
+
+
+def with_heads(sizes: Dimensions, heads: int) -> Dimensions:
+    """Return the sizes with a number of attention heads; unchanged if it is that of published models of this size."""
+    return sizes if heads == PUBLISHED_HEADS.get(sizes.hidden) else replace(sizes, heads=heads)
+
+
+def has_published_heads(sizes: Dimensions) -> bool:
+    return sizes.heads is None and sizes.hidden in PUBLISHED_HEADS
+
+
+def reason_for_heads(sizes: Dimensions) -> str:
+    """Say why `Dimensions.num_heads` has its value."""
+    models = "the family's published models" if has_published_heads(sizes) else "the usual vision transformers"
+    return f"{sizes.hidden // max(1, sizes.num_heads)} channels each, as in {models}"
+
+
+def heads_beside(config: Mapping[str, Any], sizes: Dimensions) -> int | None:
+    """Return the number of heads in a config.json of transformers or timm, if it has this hidden size and depth."""
+    arguments = config.get("model_args")
+    for entries, keys in (
+        (config, ("hidden_size", "num_hidden_layers", "num_attention_heads")),
+        (arguments if isinstance(arguments, Mapping) else {}, ("embed_dim", "depth", "num_heads")),
+    ):
+        hidden, layers, heads = map(entries.get, keys)
+        if (hidden, layers) == (sizes.hidden, sizes.layers) and type(heads) is int and heads > 0:
+            return heads
+    return None
+
+
+def heads_elsewhere(hidden: int) -> str:
+    """Say why no number of heads is taken for a hidden size."""
+    found = f" ({OTHER_HEADS[hidden]})" if hidden in OTHER_HEADS else ""
+    return f"models of hidden size {hidden} do not agree on one{found}"
