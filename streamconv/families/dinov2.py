@@ -37,7 +37,7 @@ from streamconv.families.dinov2_geometry import (
     reason_for_heads,
     with_heads,
 )
-from streamconv.families.rules import Rule, chunk, fill, rename
+from streamconv.families.rules import Rule, chunk, drop, fill, rename
 
 LAYER = "encoder.layer.{i}."
 
@@ -50,26 +50,33 @@ def rules(sizes: Dimensions, prefix: str) -> tuple[Rule, ...]:
     to, layer = prefix, prefix + LAYER
     scale1, scale2 = (layer + f"layer_scale{n}.lambda1" for n in (1, 2))
     mask_token = to + "embeddings.mask_token"
+
+    # transformers' classes always have these biases and a LayerScale, and the one with registers has a mask token.
+    def bias(source: str, target: str, shape: str, is_there: bool) -> Rule:
+        return rename(source, target, shape) if is_there else fill(target, 0.0, shape)
+
+    has_bias = sizes.has_ffn_bias
     feed_forward = (
         rename(BLOCK + "mlp.w12.weight", layer + "mlp.weights_in.weight", "2F D"),
-        rename(BLOCK + "mlp.w12.bias", layer + "mlp.weights_in.bias", "2F"),
+        bias(BLOCK + "mlp.w12.bias", layer + "mlp.weights_in.bias", "2F", has_bias),
         rename(BLOCK + "mlp.w3.weight", layer + "mlp.weights_out.weight", "D F"),
-        rename(BLOCK + "mlp.w3.bias", layer + "mlp.weights_out.bias", "D"),
+        bias(BLOCK + "mlp.w3.bias", layer + "mlp.weights_out.bias", "D", has_bias),
     ) if sizes.swiglu else (
         rename(BLOCK + "mlp.fc1.weight", layer + "mlp.fc1.weight", "F D"),
-        rename(BLOCK + "mlp.fc1.bias", layer + "mlp.fc1.bias", "F"),
+        bias(BLOCK + "mlp.fc1.bias", layer + "mlp.fc1.bias", "F", has_bias),
         rename(BLOCK + "mlp.fc2.weight", layer + "mlp.fc2.weight", "D F"),
-        rename(BLOCK + "mlp.fc2.bias", layer + "mlp.fc2.bias", "D"),
+        bias(BLOCK + "mlp.fc2.bias", layer + "mlp.fc2.bias", "D", has_bias),
     )  # fmt: skip
-
-    # transformers' classes always have a LayerScale, and the one with registers always has a mask token.
     layer_scale = (
         rename(BLOCK + "ls1.gamma", scale1, "D"),
         rename(BLOCK + "ls2.gamma", scale2, "D"),
     ) if sizes.has_layer_scale else (fill(scale1, 1.0, "D"), fill(scale2, 1.0, "D"))  # fmt: skip
-    mask = (rename("mask_token", mask_token, "1 D"),) if sizes.has_mask_token else ()
+    mask = (rename(sizes.mask_key, mask_token, "1 D"),) if sizes.has_mask_token else ()
     if sizes.registers and not sizes.has_mask_token:
         mask = (fill(mask_token, 0.0, "1 D"),)
+    registers = (rename("register_tokens", to + "embeddings.register_tokens", "1 R D"),) if sizes.registers else ()
+    if sizes.has_empty_registers:
+        registers = (drop("register_tokens", "it is empty: the model has no registers", "1 R D"),)
 
     def query_key_value(part: str) -> tuple[str, ...]:
         return tuple(f"{layer}attention.attention.{name}.{part}" for name in ("query", "key", "value"))
@@ -77,16 +84,16 @@ def rules(sizes: Dimensions, prefix: str) -> tuple[Rule, ...]:
     return (
         rename("cls_token", to + "embeddings.cls_token", "1 1 D"),
         rename("pos_embed", to + "embeddings.position_embeddings", "1 N D"),
-        *((rename("register_tokens", to + "embeddings.register_tokens", "1 R D"),) if sizes.registers else ()),
+        *registers,
         *mask,
         rename("patch_embed.proj.weight", to + "embeddings.patch_embeddings.projection.weight", "D C P P"),
-        rename("patch_embed.proj.bias", to + "embeddings.patch_embeddings.projection.bias", "D"),
+        bias("patch_embed.proj.bias", to + "embeddings.patch_embeddings.projection.bias", "D", sizes.has_patch_bias),
         rename(BLOCK + "norm1.weight", layer + "norm1.weight", "D"),
         rename(BLOCK + "norm1.bias", layer + "norm1.bias", "D"),
         chunk(BLOCK + "attn.qkv.weight", query_key_value("weight"), "3D D"),
         *((chunk(BLOCK + "attn.qkv.bias", query_key_value("bias"), "3D"),) if sizes.has_qkv_bias else ()),
         rename(BLOCK + "attn.proj.weight", layer + "attention.output.dense.weight", "D D"),
-        rename(BLOCK + "attn.proj.bias", layer + "attention.output.dense.bias", "D"),
+        bias(BLOCK + "attn.proj.bias", layer + "attention.output.dense.bias", "D", sizes.has_proj_bias),
         layer_scale[0],
         rename(BLOCK + "norm2.weight", layer + "norm2.weight", "D"),
         rename(BLOCK + "norm2.bias", layer + "norm2.bias", "D"),
@@ -126,10 +133,13 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
         )
         if is_wrong
     ]  # fmt: skip
+    linear = {"attn.proj": sizes.has_proj_bias, "mlp": sizes.has_ffn_bias, "patch_embed.proj": sizes.has_patch_bias}
+    unbiased = ", ".join(name for name, has_bias in linear.items() if not has_bias)
     notes = [
         note
         for note, is_so in (
             ("the source has no LayerScale: ones are written, which have no effect", not sizes.has_layer_scale),
+            (f"the source has no bias in {unbiased}: zeros are written, which have no effect", unbiased),
             ("the source has no mask token: zeros are written", sizes.registers and not sizes.has_mask_token),
         )
         if is_so

@@ -10,6 +10,7 @@ from streamconv.tensors.info import TensorInfo
 
 BLOCK = "blocks.{i}."
 HEAD_PREFIX = "linear_head."  # of the head's keys; in its file they are "weight" and "bias"
+MASK_KEYS = ("mask_token", "masked_embed")  # DINOv2's, and that of iBOT, which it comes from
 # Attention heads by hidden size: of the published models (DINOv2's and Web-DINO's), and of other vision transformers,
 # which do not agree on a number at these sizes.
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1536: 24, 2688: 21, 3072: 24, 3584: 28, 4096: 32}
@@ -28,6 +29,9 @@ class Dimensions:
     """Sizes that a checkpoint's shapes show. ``ffn`` is the width inside the feed-forward layer.
 
     ``head_layers`` is the number of layers whose CLS tokens a linear head reads, beside the mean of the patch tokens.
+    ``mask_key`` is the key of the mask token: "masked_embed" in iBOT's files. ``has_empty_registers``: there is a
+    tensor of no registers. ``has_proj_bias`` and so on are true if any block has one; ``has_ffn_bias`` is about both
+    linear layers of the feed-forward layer.
 
     ``heads`` is None unless the number was given; `num_heads` then follows the family's rule.
     """
@@ -45,6 +49,11 @@ class Dimensions:
     has_layer_scale: bool = True
     has_mask_token: bool = True
     has_qkv_bias: bool = True
+    has_proj_bias: bool = True
+    has_ffn_bias: bool = True
+    has_patch_bias: bool = True
+    has_empty_registers: bool = False
+    mask_key: str = MASK_KEYS[0]
     heads: int | None = None
 
     @property
@@ -73,6 +82,8 @@ def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
     head_width = size(HEAD_PREFIX + "weight", 1, 2, 2 * hidden)
     swiglu = "blocks.0.mlp.w12.weight" in infos
     ffn = size("blocks.0.mlp.w3.weight", 1, 2, 0) if swiglu else size("blocks.0.mlp.fc1.weight", 0, 2, 0)
+    mask_key = next((key for key in MASK_KEYS if key in infos), "")
+    registers = size("register_tokens", 1, 3, 4) if "register_tokens" in infos else 0
     return Dimensions(
         hidden=hidden,
         layers=count_of(BLOCK + "norm1.weight", infos),
@@ -81,12 +92,17 @@ def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
         patch=size("patch_embed.proj.weight", 3, 4, 14),
         channels=size("patch_embed.proj.weight", 1, 4, 3),
         positions=size("pos_embed", 1, 3, 37 * 37 + 1),
-        registers=size("register_tokens", 1, 3, 4) if "register_tokens" in infos else 0,
+        registers=registers,
         classes=size(HEAD_PREFIX + "weight", 0, 2, 1000) if HEAD_PREFIX + "weight" in infos else None,
         head_layers=head_width // hidden - 1 if hidden and head_width % hidden == 0 else 1,
         has_layer_scale=has(r"blocks\.\d+\.ls[12]\.gamma"),
-        has_mask_token="mask_token" in infos,
+        has_mask_token=bool(mask_key),
         has_qkv_bias=has(r"blocks\.\d+\.attn\.qkv\.bias"),
+        has_proj_bias=has(r"blocks\.\d+\.attn\.proj\.bias"),
+        has_ffn_bias=has(r"blocks\.\d+\.mlp\.\w+\.bias"),
+        has_patch_bias="patch_embed.proj.bias" in infos,
+        has_empty_registers="register_tokens" in infos and not registers,
+        mask_key=mask_key or MASK_KEYS[0],
     )
 
 

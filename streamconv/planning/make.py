@@ -128,8 +128,11 @@ def _problems(
 ) -> list[str]:
     """List problems other than those with the tensors' names, shapes and dtypes."""
     unread = [(selection.prefix + key, kind) for key, kind in selection.unread.items() if key in expected]
+    # A converted model has every tensor of its class; only its authors' file may leave out what has no effect.
+    left_out = constants(spec.rules, spec.dims, spec.count) if selection.is_converted else {}
     return [
         *spec.problems,
+        *(f"missing: {name} {list(shape)}" for name, (_, shape) in left_out.items()),
         *(f"{name} is a {kind}, which is not read" for name, kind in unread),
         *selection.family.config_problems(spec, selection.config),
         *(["its blocks are in lists of unequal lengths, or in the wrong order"] if block_chunks is None else []),

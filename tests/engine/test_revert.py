@@ -418,17 +418,33 @@ def test_reverting_imports_nothing_large(tmp_path: Path) -> None:
     assert run_python(code).splitlines()[-1] == "[]"
 
 
+LACKING = [
+    {"has_layer_scale": False}, {"has_mask_token": False}, {"has_qkv_bias": False}, {"has_proj_bias": False},
+    {"has_ffn_bias": False}, {"has_ffn_bias": False, "swiglu": True, "ffn": 344}, {"has_patch_bias": False},
+    {"has_layer_scale": False, "has_proj_bias": False, "has_ffn_bias": False, "has_patch_bias": False},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("lacking", [{"has_layer_scale": False}, {"has_mask_token": False}, {"has_qkv_bias": False}])
+@pytest.mark.parametrize("lacking", LACKING)
 @pytest.mark.parametrize("registers", [0, 4])
 def test_constant_tensors_are_removed_again(
-    tmp_path: Path, registers: int, lacking: dict[str, bool], suffix: str
+    tmp_path: Path, registers: int, lacking: dict[str, Any], suffix: str
 ) -> None:
-    geometry = replace(tiny(registers=registers), **lacking)  # type: ignore[arg-type]
+    geometry = replace(tiny(registers=registers), **lacking)
     folder = converted_folder(tmp_path, geometry)
     streamconv.revert(folder, tmp_path / f"back{suffix}")
     state, _ = original_states(geometry)
     assert_same(state, tmp_path / f"back{suffix}")
+
+
+def test_other_spellings_are_reverted_to_those_of_dinov2(tmp_path: Path) -> None:
+    geometry = replace(tiny(), has_empty_registers=True, mask_key="masked_embed")
+    streamconv.revert(converted_folder(tmp_path, geometry), tmp_path / "back.pth")
+    state, _ = original_states(geometry)
+    state["mask_token"] = state.pop("masked_embed")
+    own = {key: state[key] for key in original_states(tiny())[0]}
+    assert_same(own, tmp_path / "back.pth")
 
 
 def test_constant_tensors_that_were_trained_are_kept(tmp_path: Path) -> None:

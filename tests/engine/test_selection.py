@@ -316,12 +316,73 @@ def test_constant_tensors_have_the_dtype_of_the_others(tmp_path: Path, stored: t
         assert not any(output["embeddings.mask_token"].tobytes())
 
 
-def test_partly_missing_layer_scales_are_reported_as_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "missing",
+    ["blocks.1.ls2.gamma [128]", "blocks.2.attn.qkv.bias [384]", "blocks.0.attn.proj.bias [128]",
+     "blocks.1.mlp.fc1.bias [512]", "norm.bias [128]", "blocks.0.norm1.bias [128]"],
+)  # fmt: skip
+def test_parts_that_only_some_blocks_lack_are_reported_as_missing(tmp_path: Path, missing: str) -> None:
     state, _ = make_states(tiny())
-    del state["blocks.1.ls2.gamma"], state["blocks.2.attn.qkv.bias"]
+    del state[missing.split()[0]]
     with pytest.raises(MappingError) as caught:
         api.plan(saved(state, tmp_path / "x.pth"))
-    assert list(caught.value.problems) == ["missing: blocks.1.ls2.gamma [128]", "missing: blocks.2.attn.qkv.bias [384]"]
+    assert list(caught.value.problems) == [f"missing: {missing}"]
+
+
+def test_bias_of_one_of_two_feed_forward_layers_is_reported_as_missing(tmp_path: Path) -> None:
+    state, _ = make_states(tiny())
+    source = saved({key: value for key, value in state.items() if not key.endswith("fc2.bias")}, tmp_path / "x.pth")
+    with pytest.raises(MappingError) as caught:
+        api.plan(source)
+    assert list(caught.value.problems) == [f"missing: blocks.{i}.mlp.fc2.bias [128]" for i in range(3)]
+
+
+def test_missing_biases_are_written_as_zeros(tmp_path: Path) -> None:
+    state, _ = make_states(tiny())
+    endings = ("attn.proj.bias", "fc1.bias", "fc2.bias", "patch_embed.proj.bias")
+    lacking = {key: value for key, value in state.items() if not key.endswith(endings)}
+    done = api.convert(saved(lacking, tmp_path / "x.pth"), tmp_path / "out")
+    zeros = {key: torch.zeros_like(value) if key.endswith(endings) else value for key, value in state.items()}
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(zeros, tmp_path / "theirs.safetensors")
+    assert len(done.plan.filled) == 3 * 3 + 1
+    assert {*done.plan.filled.values()} == {0.0}
+    message = "the source has no bias in attn.proj, mlp, patch_embed.proj: zeros are written, which have no effect"
+    assert message in done.plan.notes
+
+
+def test_converted_model_without_a_bias_is_incomplete(tmp_path: Path) -> None:
+    """transformers' classes have every bias, so that a folder without one is damaged."""
+    folder = api.convert(saved(make_states(tiny())[0], tmp_path / "x.pth"), tmp_path / "out").output
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    name = "embeddings.patch_embeddings.projection.bias"
+    del tensors[name]
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(MappingError) as caught:
+        api.plan(folder)
+    assert list(caught.value.problems) == [f"missing: {name} [128]"]
+
+
+@pytest.mark.parametrize("prefix", ["", "teacher.backbone."])
+def test_ibots_masked_embed_is_the_mask_token(tmp_path: Path, prefix: str) -> None:
+    state, _ = make_states(tiny())
+    named = {"masked_embed" if key == "mask_token" else key: value for key, value in state.items()}
+    done = api.convert(saved(prefixed(named, prefix), tmp_path / "x.pth"), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
+    assert done.plan.config["use_mask_token"] is True
+    assert f"{prefix}masked_embed" in {move.source for move in done.plan.mapping}
+    with pytest.raises(MappingError, match=r"unexpected: masked_embed \[1, 128\]"):
+        api.plan(saved({**state, "masked_embed": state["mask_token"]}, tmp_path / "both.pth"))
+
+
+def test_an_empty_tensor_of_registers_is_skipped(tmp_path: Path) -> None:
+    state, _ = make_states(tiny())
+    source = saved(prefixed({**state, "register_tokens": torch.ones(1, 0, 128)}, "model."), tmp_path / "x.pth")
+    done = api.convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
+    assert [str(each) for each in done.plan.skipped] == [
+        "model.register_tokens (1 tensor, 0 bytes): it is empty: the model has no registers"
+    ]
+    assert done.plan.architecture == "Dinov2Model"
 
 
 def test_tensor_of_an_unreadable_class_is_named(tmp_path: Path) -> None:

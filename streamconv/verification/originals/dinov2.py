@@ -27,7 +27,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = sizes.num_heads
         self.qkv = nn.Linear(sizes.hidden, 3 * sizes.hidden, bias=sizes.has_qkv_bias)
-        self.proj = nn.Linear(sizes.hidden, sizes.hidden)
+        self.proj = nn.Linear(sizes.hidden, sizes.hidden, bias=sizes.has_proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, hidden = x.shape
@@ -38,20 +38,20 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, hidden: int, width: int):
+    def __init__(self, hidden: int, width: int, has_bias: bool):
         super().__init__()
-        self.fc1 = nn.Linear(hidden, width)
-        self.fc2 = nn.Linear(width, hidden)
+        self.fc1 = nn.Linear(hidden, width, bias=has_bias)
+        self.fc2 = nn.Linear(width, hidden, bias=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(functional.gelu(self.fc1(x)))  # type: ignore[no-any-return]
 
 
 class SwiGlu(nn.Module):
-    def __init__(self, hidden: int, width: int):
+    def __init__(self, hidden: int, width: int, has_bias: bool):
         super().__init__()
-        self.w12 = nn.Linear(hidden, 2 * width)
-        self.w3 = nn.Linear(width, hidden)
+        self.w12 = nn.Linear(hidden, 2 * width, bias=has_bias)
+        self.w3 = nn.Linear(width, hidden, bias=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -74,7 +74,7 @@ class Block(nn.Module):
         self.attn = Attention(sizes)
         self.ls1 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(sizes.hidden, eps=EPSILON)
-        self.mlp = (SwiGlu if sizes.swiglu else Mlp)(sizes.hidden, sizes.ffn)
+        self.mlp = (SwiGlu if sizes.swiglu else Mlp)(sizes.hidden, sizes.ffn, sizes.has_ffn_bias)
         self.ls2 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     def __init__(self, sizes: Dimensions):
         super().__init__()
-        self.proj = nn.Conv2d(sizes.channels, sizes.hidden, sizes.patch, stride=sizes.patch)
+        self.proj = nn.Conv2d(sizes.channels, sizes.hidden, sizes.patch, stride=sizes.patch, bias=sizes.has_patch_bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.proj(pixels).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
@@ -103,10 +103,10 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(sizes)
         self.cls_token = nn.Parameter(torch.empty(1, 1, sizes.hidden))
         self.pos_embed = nn.Parameter(torch.empty(1, sizes.positions, sizes.hidden))
-        if sizes.registers:
+        if sizes.registers or sizes.has_empty_registers:
             self.register_tokens = nn.Parameter(torch.empty(1, sizes.registers, sizes.hidden))
         if sizes.has_mask_token:
-            self.mask_token = nn.Parameter(torch.empty(1, sizes.hidden))
+            self.register_parameter(sizes.mask_key, nn.Parameter(torch.empty(1, sizes.hidden)))
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.hidden, eps=EPSILON)
         if sizes.classes:
