@@ -20,6 +20,7 @@ VERDICTS = {True: "ok", False: "FAILED", None: "not run:"}
 GOOD, INCOMPLETE, BAD = "green", "yellow", "red"
 COLOURS = {"passed": GOOD, "incomplete": INCOMPLETE, "failed": BAD}
 INDENT = 23  # the column where the text of a check begins
+MORE_FILES = "files", "--json"
 FEW = 5  # lines of one kind that are shown if there may be thousands
 
 
@@ -30,9 +31,16 @@ def conversion_lines(done: Conversion) -> Iterator[Line | str]:
     if done.was_finished:
         yield f"{done.plan.title}: was already {place}; nothing was changed"
     else:
-        yield f"{done.plan.title}: {place}, {_work(done.plan.weights, done.resumed_bytes, done.seconds)}"
+        work = _work(done.plan.weights, done.resumed_bytes, done.seconds, bool(done.restored))
+        yield f"{done.plan.title}: {place}, {work}"
+    yield from few([f"  {name} was {loss}, and was written again" for name, loss in done.restored.items()], *MORE_FILES)
+    for name in done.edited:
+        kept = f"{done.output / name} was changed after the conversion; it is kept. To write it again, use --force"
+        yield _warning(kept)
+    for name in done.replaced:
+        yield f"  {done.output / name} had been changed after the conversion, and was written again"
     files = [_file(s.filename, s.size, done.shards[s.filename], done.was_finished) for s in done.plan.shards]
-    yield from few(files, "files", "--json")
+    yield from few(files, *MORE_FILES)
     if done.plan.cast:
         yield "  cast from {from} to {to}".format_map(done.plan.cast)
     if done.overflow_count:
@@ -57,12 +65,12 @@ def synth_lines(written: SyntheticFiles) -> Iterator[str]:
     yield from (f"{path}  {size(path.stat().st_size)}" for path in paths)
 
 
-def _work(weights: int, resumed_bytes: int, seconds: float) -> str:
-    """Describe what was written, and how fast. Bytes of an interrupted run do not count towards the speed."""
-    new = weights - resumed_bytes
+def _work(weights: int, resumed_bytes: int, seconds: float, was_finished: bool = False) -> str:
+    """Describe what was written, and how fast. Bytes of an earlier run do not count towards the speed."""
+    new, earlier = weights - resumed_bytes, "by an earlier run" if was_finished else "before an interruption"
     if new <= 0:
-        return f"{size(weights)}, all of it before an interruption"
-    resumed = f", {size(resumed_bytes)} of it before an interruption" if resumed_bytes else ""
+        return f"{size(weights)}, all of it {earlier}"
+    resumed = f", {size(resumed_bytes)} of it {earlier}" if resumed_bytes else ""
     rest = f"; the other {size(new)}" if resumed else ""
     return f"{size(weights)}{resumed}{rest} in {duration(seconds)}, {speed(new, seconds)}"
 

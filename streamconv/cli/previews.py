@@ -31,12 +31,17 @@ def preview_lines(done: Preview) -> Iterator[Line | str]:
     yield from (_row("download", f"{size(count)} to {path}") for path, count in done.downloads.items())
     if done.replaced:
         yield _row("delete", f"{', '.join(done.replaced)} in {done.output}")
+    for name in done.lost_edits:
+        yield _row("", f"{name} was changed after the conversion; the changes would be lost")
+    for name in done.edited:
+        yield _row("keep", f"{name}, which was changed after the conversion; --force would replace it")
     if not done.files:
         yield _row("write", f"nothing: {done.output} already holds this conversion")
     else:
         resumed = f", {size(done.resumed_bytes)} of it before an interruption" if done.resumed_bytes else ""
         yield _row("write", f"{size(sum(done.files.values()))} to {done.output}{resumed}")
-        yield from few([f"{'':12}{name}" for name in done.files], "files", "--json")
+        names = [f"{name}{f' is {done.restored[name]}' if name in done.restored else ''}" for name in done.files]
+        yield from few([f"{'':12}{name}" for name in names], "files", "--json")
     if done.verification is not None:
         comparing = "comparing" if done.verification.parity else "without comparing"
         native = ", also at the native size" if done.verification.parity and done.verification.thorough else ""

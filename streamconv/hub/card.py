@@ -128,11 +128,12 @@ def _provenance(manifest: Manifest) -> Iterator[str]:
     yield ""
     yield "| file | bytes | sha256 |"
     yield "|---|---|---|"
-    for name, written in manifest.files.items():
+    for name, written in manifest.current_files.items():
         yield f"| {_code(name)} | {written.size:,} | {_code(written.sha256)} |"
     yield ""
     yield from (f"{_cell(note)}.\n" for note in manifest.notes)
     yield from (f"Skipped: {_code(each)}.\n" for each in manifest.skipped)
+    yield from (f"Edited after the conversion: {_code(name)}.\n" for name in sorted(manifest.edited))
     if manifest.cast is not None:
         yield f"The weights were cast from {_code(manifest.cast.get('from'))} to {_code(manifest.cast.get('to'))}."
         overflow_count = sum(written.overflow_count for written in manifest.files.values())

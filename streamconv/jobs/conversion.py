@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.options import StrPath
 from streamconv.jobs.prepare import PreparedSource, output_folder
 from streamconv.output.disk import require_space, require_writable
+from streamconv.output.finished import NOTHING, EarlierOutput, Loss, find_earlier, find_edited
 from streamconv.output.folder import growth
 from streamconv.output.manifest import Labels, Manifest, Provenance, WrittenFile
-from streamconv.output.ownership import find_finished
 from streamconv.planning.plan import Plan
 from streamconv.source.download import check_downloads
 from streamconv.source.labels import labels_in
@@ -34,6 +34,10 @@ class Conversion:
     counts values that are finite in the source and infinite in the output, because they are outside the range of
     the dtype that they were cast to. ``seconds`` is the time spent writing the files, not counting a download; it is
     0 if the folder was finished.
+
+    ``edited`` are the names of small files that were changed after an earlier run wrote them, and were kept;
+    ``replaced`` are those that ``force`` wrote again. ``restored`` maps the files of a finished conversion that had to
+    be written again to the reason, "missing" or "incomplete"; ``resumed_bytes`` then counts what was still there.
     """
 
     output: Path
@@ -46,6 +50,9 @@ class Conversion:
     sent_to: str | None = None
     overflow_count: int = 0
     seconds: float = 0.0
+    edited: tuple[str, ...] = ()
+    restored: Mapping[str, Loss] = field(default_factory=dict)
+    replaced: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
@@ -66,6 +73,9 @@ class Conversion:
             "skipped": [str(each) for each in self.plan.skipped],
             "overflow_count": self.overflow_count,
             "seconds": self.seconds,
+            "edited": self.edited,
+            "restored": self.restored,
+            "replaced": self.replaced,
         }
 
 
@@ -121,24 +131,54 @@ class PreparedConversion:
             require_space(*output)
         return check_downloads(source.source, source.checkpoints, output)
 
+    def find_earlier(self) -> EarlierOutput:
+        """Return what the folder holds of the same conversion: nothing that counts, if the user forces another one.
+
+        Raises:
+            OutputError: the folder holds something else.
+        """
+        if self.force:
+            return NOTHING
+        return find_earlier(self.folder, self.provenance, self.plan.filenames, self.small_files)
+
     def find_finished(self) -> Conversion | None:
         """Return the result of the same conversion, if the folder already holds it and it must not be replaced.
 
         Raises:
             OutputError: the folder holds something else.
         """
-        if self.force:
-            return None
-        manifest = find_finished(self.folder, self.provenance, self.plan.filenames)
-        if manifest is None:
+        earlier = self.find_earlier()
+        if (manifest := earlier.finished) is None:
             return None
         written = {shard.filename: manifest.files[shard.filename] for shard in self.plan.shards}
-        plan, labels = self.plan, manifest.labels
-        if labels is not None and labels.sha256 != plan.labels_digest:  # default labels, from another origin than now
+        result = self.with_labels_of(manifest).result(written, 0)
+        return replace(result, was_finished=True, edited=earlier.edited)
+
+    def with_labels_of(self, manifest: Manifest | None) -> "PreparedConversion":
+        """Return the conversion with the labels of the finished folder, if it has other ones than would be written.
+
+        These are default labels, from another origin than now; a list of the user's would make it another conversion.
+        """
+        plan, labels = self.plan, manifest.labels if manifest is not None else None
+        if labels is None:
+            return self
+        if labels.sha256 != plan.labels_digest:
             own = labels_in(read_config(self.folder))
-            plan = plan.with_labels(own) if len(own) == len(plan.config["id2label"]) else plan
-        result = self.result(written, 0)
-        return replace(result, plan=plan, was_finished=True, labels_from=labels.origin if labels is not None else None)
+            if len(own) != len(plan.config["id2label"]):
+                return self
+            plan = plan.with_labels(own)
+        return replace(self, plan=plan, labels_from=labels.origin, provenance=replace(self.provenance, labels=labels))
+
+    def find_replaced(self) -> tuple[str, ...]:
+        """Return the names of edited files that will be replaced, because the user forces it."""
+        manifest = Manifest.read(self.folder) if self.force else None
+        return tuple(sorted(find_edited(self.folder, manifest.files))) if manifest is not None else ()
+
+    @property
+    def small_files(self) -> dict[str, bytes]:
+        """The contents of all files except the weights and the manifest, by name."""
+        plan = self.plan
+        return {**plan.small_files, **({INDEX_NAME: plan.index} if plan.index is not None else {})}
 
     def result(
         self, written: Mapping[str, WrittenFile], resumed_bytes: int, seconds: float = 0.0, sent_to: str | None = None
@@ -157,15 +197,19 @@ class PreparedConversion:
             seconds=seconds,
         )
 
-    def manifest(self, written: Mapping[str, WrittenFile]) -> Manifest:
-        """Return the manifest once all weight files are ``written``; nothing is verified yet."""
+    def manifest(
+        self, written: Mapping[str, WrittenFile], recorded: Mapping[str, WrittenFile] | None = None
+    ) -> Manifest:
+        """Return the manifest once all weight files are ``written``; nothing is verified yet.
+
+        ``recorded`` are edited files as an earlier manifest records them; they are not written again.
+        """
         plan = self.plan
-        index = {INDEX_NAME: plan.index} if plan.index is not None else {}
-        small = {**plan.small_files, **index}.items()
+        small = {name: WrittenFile(len(data), sha256(data).hexdigest()) for name, data in self.small_files.items()}
         return Manifest.of(
             self.provenance,
             architecture=plan.architecture,
-            files={**written, **{name: WrittenFile(len(data), sha256(data).hexdigest()) for name, data in small}},
+            files={**written, **small, **(recorded or {})},
             is_crc_checked=self.has_checksums,
             cast={"from": plan.cast["from"], "to": plan.cast["to"]} if plan.cast else None,
             versions={"streamconv": __version__, "python": platform.python_version()},

@@ -100,18 +100,24 @@ def convert_prepared(
 
 
 def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: Progress) -> Conversion:
-    plan, start = conversion.plan, time.monotonic()
+    start, earlier, replaced = time.monotonic(), conversion.find_earlier(), conversion.find_replaced()
+    conversion = conversion.with_labels_of(earlier.manifest)
+    plan = conversion.plan
     with open_output_folder(
         conversion.folder, conversion.provenance, plan.filenames, plan.size, force=conversion.force
     ) as work:
         written, resumed_bytes = _write_shards(plan, work, prepared.source.reader, progress)
+        edited = conversion.find_earlier().edited  # again: writing may have taken an hour
         for name, data in plan.small_files.items():
-            work.write(name, data)
-        work.write(MANIFEST_NAME, conversion.manifest(written).to_bytes())
-        if plan.index is not None:  # last, because it makes the folder a model that can be loaded
-            work.write(INDEX_NAME, plan.index)
+            if name not in edited:
+                work.write(name, data)
+        recorded = {name: earlier.manifest.files[name] for name in edited} if earlier.manifest is not None else {}
+        work.write(MANIFEST_NAME, conversion.manifest(written, recorded).to_bytes())
+        if plan.index is not None and INDEX_NAME not in edited:
+            work.write(INDEX_NAME, plan.index)  # last, because it makes the folder a model that can be loaded
         work.finish()
-    return conversion.result(written, resumed_bytes, time.monotonic() - start)
+    done = conversion.result(written, resumed_bytes, time.monotonic() - start)
+    return replace(done, edited=edited, restored=earlier.lost, replaced=replaced)
 
 
 def _write_shards(

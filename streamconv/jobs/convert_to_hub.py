@@ -92,15 +92,21 @@ def convert_to_hub(
 
 
 def refuse_finished(conversion: PreparedConversion) -> None:
-    """Refuse a staging folder that holds the finished model, which would be deleted.
+    """Refuse a staging folder that holds the finished model or a user's edits of it, which would be deleted.
 
     Raises:
         UsageError
     """
-    if conversion.find_finished() is not None:
+    earlier = conversion.find_earlier()
+    if earlier.finished is not None:
         raise UsageError(
             f"{conversion.folder} holds the finished model, which would be deleted. Omit --stream to push it from "
             "there, or choose another folder with -o DIR."
+        )
+    if earlier.edited:
+        raise UsageError(
+            f"{conversion.folder / earlier.edited[0]} was not written by streamconv, or changed since, and would be "
+            "deleted. Choose another folder with -o DIR, or replace it with --force."
         )
 
 

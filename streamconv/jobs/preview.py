@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.jobs.publish import open_repository
 from streamconv.jobs.run import check_requests
 from streamconv.output.disk import require_writable
+from streamconv.output.finished import EarlierOutput, Loss
 from streamconv.output.folder import check_output_folder
 from streamconv.output.journal import JOURNAL_NAME, Journal, locked_journal
 from streamconv.output.manifest import MANIFEST_NAME, differences
@@ -32,7 +33,9 @@ class Preview:
     ``sources`` are the sizes in bytes of the files that would be read, by location; ``downloads`` those of the files
     that would be fetched into torch.hub's cache, by path. ``files`` are the sizes of the files that would be written,
     by name, empty if the conversion is finished. An interrupted run has already written ``resumed_bytes`` of them.
-    ``replaced`` are the names of files that would be deleted first. ``repository`` is "user/name" on the Hub;
+    ``replaced`` are the names of files that would be deleted first, and ``lost_edits`` those of them that were changed
+    after the conversion. ``edited`` are such files that would be kept, and ``restored`` files of a finished conversion
+    that are "missing" or "incomplete" and would be written again. ``repository`` is "user/name" on the Hub;
     ``unverified``: it would be pushed to even if verification does not pass.
     """
 
@@ -46,6 +49,9 @@ class Preview:
     verification: VerificationOptions | None
     repository: str | None
     unverified: bool
+    edited: tuple[str, ...] = ()
+    restored: Mapping[str, Loss] = field(default_factory=dict)
+    lost_edits: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the preview for JSON."""
@@ -60,6 +66,9 @@ class Preview:
             "write": [{"file": name, "bytes": size} for name, size in self.files.items()],
             "resumed_bytes": self.resumed_bytes,
             "replace": self.replaced,
+            "edited": self.edited,
+            "restored": self.restored,
+            "lost_edits": self.lost_edits,
             "verify": None
             if check is None
             else {"device": check.device, "reference": os.fspath(check.reference), "parity": check.parity},
@@ -103,7 +112,8 @@ def preview(
         if options.stream and push is not None:
             refuse_finished(conversion)
         is_finished = is_finished or conversion.find_finished() is not None
-        files, resumed_bytes, replaced = ({}, 0, ()) if is_finished else _written(conversion, push, options)
+        earlier = conversion.find_earlier()
+        files, resumed_bytes, replaced = ({}, 0, ()) if is_finished else _written(conversion, push, options, earlier)
         return Preview(
             plan=plan,
             output=conversion.folder,
@@ -115,6 +125,9 @@ def preview(
             verification=verification,
             repository=repository.id if repository is not None else None,
             unverified=push is not None and push.unverified,
+            edited=earlier.edited,
+            restored=earlier.lost,
+            lost_edits=conversion.find_replaced(),
         )
 
 
@@ -124,7 +137,7 @@ def _sources(prepared: PreparedSource) -> dict[str, int]:
 
 
 def _written(
-    conversion: PreparedConversion, push: PushOptions | None, options: ConversionOptions
+    conversion: PreparedConversion, push: PushOptions | None, options: ConversionOptions, earlier: EarlierOutput
 ) -> tuple[dict[str, int], int, tuple[str, ...]]:
     """Check the output folder; return the files to write, how many of their bytes exist, and the files to delete."""
     folder, plan = conversion.folder, conversion.plan
@@ -140,6 +153,9 @@ def _written(
     sizes |= {name: len(data) for name, data in plan.small_files.items()}
     if plan.index is not None:
         sizes |= dict.fromkeys([name for name in plan.filenames if name not in sizes], len(plan.index))
+    sizes = {name: size for name, size in sizes.items() if name not in earlier.edited}
+    if earlier.manifest is not None and not earlier.is_being_written:
+        return {name: size for name, size in sizes.items() if name in earlier.lost}, 0, ()
     if journal.provenance is not None and not differences(journal.provenance, conversion.provenance):
         return sizes, sum(point.size for point in journal.resume_points.values()), ()
     return sizes, 0, tuple(sorted(owned_names(folder, journal))) if options.force else ()

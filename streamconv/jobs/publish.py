@@ -12,7 +12,6 @@ from streamconv.families.registry import all_families
 from streamconv.files.address import local_path
 from streamconv.files.local import read_small
 from streamconv.hub.card import CARD_NAME, is_ours, make_card
-from streamconv.hub.checks import require_digest
 from streamconv.hub.repository import Repository
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.output.manifest import MANIFEST_NAME, Manifest
@@ -86,8 +85,9 @@ def publish_folder(folder: Path, repository: Repository, progress: Progress = ig
     """
     manifest = _read_manifest(folder)
     repository.refuse_others(manifest.files)
-    small = {name: _small(folder / name, file.sha256) for name, file in manifest.files.items() if not _is_large(name)}
-    large = {name: file for name, file in manifest.files.items() if _is_large(name)}
+    files = manifest.current_files
+    small = {name: _small(folder / name, file.sha256) for name, file in files.items() if not _is_large(name)}
+    large = {name: file for name, file in files.items() if _is_large(name)}
     small[MANIFEST_NAME] = _small(folder / MANIFEST_NAME)
     small |= card_files(folder, repository, manifest)
     for name, file in large.items():
@@ -123,7 +123,11 @@ def _small(path: Path, sha256: str | None = None) -> bytes:
         data = read_small(path)
     except SourceError as error:
         raise OutputError(f"{error} It is one of the files to push.") from error
-    require_digest(path, hashlib.sha256(data).hexdigest(), sha256 or hashlib.sha256(data).hexdigest())
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise OutputError(
+            f"{path} was changed after it was written or verified. Verify it first, which records the change: "
+            "`streamconv verify DIR SOURCE`."
+        )
     return data
 
 

@@ -30,6 +30,7 @@ from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
 from streamconv.verification.config import check_config, small_files
+from streamconv.verification.edits import find_edits
 from streamconv.verification.process import ModelJob, ModelRunner
 from streamconv.verification.result import Check, ModelResults, Verification
 from streamconv.verification.sparse_folder import write_sparse_folder
@@ -106,8 +107,10 @@ def verify_prepared(
     other computes. A remote source is read again for parity only: its bytes were checked when they were written, as the
     manifest records.
     """
-    start, source, plan = time.monotonic(), prepared.source, prepared.plan
+    start, source = time.monotonic(), prepared.source
     manifest = Manifest.read(folder)
+    edits = find_edits(folder, prepared.plan, manifest)
+    plan = edits.plan
     is_ours = manifest is not None and manifest.is_from(source.describe())
 
     def compare(progress: Progress) -> tuple[Check, Mapping[str, WrittenFile]]:
@@ -123,12 +126,14 @@ def verify_prepared(
         (check, files), results = beside(compare, run_models, progress)
     else:
         (check, files), results = compare(progress), run_models(progress)
-    config = check_config(folder, plan)
+    results = edits.applied_to(results)
+    config = edits.named_in(check_config(folder, plan, edits.files))
     files = {**files, **small_files(folder, plan)}
     checks = (check, config, *results.checks)
     verification = _verification(plan, source, checks, results, files, start, options.command)
+    verification = replace(verification, edited=edits.files)
     try:
-        record_verification(folder, verification.as_record(), dict(verification.source))
+        record_verification(folder, verification.as_record(), dict(verification.source), files)
     except OutputError as error:
         return replace(verification, not_recorded=str(error))
     return verification
@@ -200,11 +205,13 @@ def _verify_alone(folder: Path, progress: Progress, command: str) -> Verificatio
         raise OutputError(
             f"{folder} has no {MANIFEST_NAME} to check it against. Give the source: `streamconv verify DIR SOURCE`."
         )
-    problems = check_files(folder, manifest.files, progress)
+    problems = check_files(folder, manifest.current_files, progress)
     problems = sorted([*problems, *unexpected_weights(folder, {*manifest.files})])
-    files = Check(
-        "files", not problems, f"every file is as it was written, according to {MANIFEST_NAME}", tuple(problems)
-    )
+    proves, edited = f"every file is as it was written, according to {MANIFEST_NAME}", tuple(sorted(manifest.edited))
+    if edited:
+        proves = f"every file is as it was written or, if it was edited later, verified, according to {MANIFEST_NAME}"
+    not_checked = f"edited after the conversion: {', '.join(edited)}" if edited else ""
+    files = Check("files", not problems, proves, tuple(problems), not_checked=not_checked)
     others = [
         Check(name, None, "no source was given") for name in ("bytes", "config", "load", "parity", "preprocessing")
     ]
@@ -220,10 +227,11 @@ def _verify_alone(folder: Path, progress: Progress, command: str) -> Verificatio
             "shaped_like": manifest.shaped_like,
             "architecture": manifest.architecture,
             "cast": manifest.cast,
-            "files": in_order(manifest.files),
+            "files": in_order(manifest.current_files),
         },
         memory={},
         seconds=time.monotonic() - start,
+        edited=edited,
         date=_now(),
         command=command,
     )

@@ -63,12 +63,17 @@ class WrittenFile:
     overflow_count: int = 0
 
 
+def is_weights(name: str) -> bool:
+    """Return whether a file of an output holds weights; all others are small."""
+    return name.endswith(".safetensors")
+
+
 def in_order(files: Mapping[str, WrittenFile]) -> dict[str, WrittenFile]:
     """Return the weight files, then the others, each with numbers in names in the order of numbers."""
 
     def key(name: str) -> tuple[bool, list[tuple[str, int]]]:
         parts = re.findall(r"(\D*)(\d*)", name)
-        return not name.endswith(".safetensors"), [(text, int(number or 0)) for text, number in parts]
+        return not is_weights(name), [(text, int(number or 0)) for text, number in parts]
 
     return {name: files[name] for name in sorted(files, key=key)}
 
@@ -112,6 +117,7 @@ class Manifest(Provenance):
 
     ``is_crc_checked`` records whether every byte was compared with a CRC-32 of the source. ``cast`` are torch's names
     of the dtypes that tensors were cast "from" and "to". ``verification`` is a `Verification` as JSON, to be shown.
+    ``edited`` are small files that the user had changed when the folder was verified, as they were then.
     """
 
     architecture: str
@@ -120,6 +126,12 @@ class Manifest(Provenance):
     cast: Mapping[str, str] | None
     versions: Mapping[str, str]
     verification: Mapping[str, Any] | None = None
+    edited: Mapping[str, WrittenFile] = field(default_factory=dict)
+
+    @property
+    def current_files(self) -> dict[str, WrittenFile]:
+        """The files as they were written or, if they were edited before the last verification, as it found them."""
+        return {**self.files, **self.edited}
 
     @classmethod
     def of(
@@ -173,6 +185,9 @@ class Manifest(Provenance):
             for name in manifest.files:
                 if Path(name).name != name:
                     raise ValueError(f"its field files names {name!r}, which is not a file of its folder")
+            for name in manifest.edited:
+                if name not in manifest.files or is_weights(name):
+                    raise ValueError(f"its field edited names {name!r}, which is not one of its small files")
         except ValueError as error:
             raise OutputError(f"{path} is damaged: {error}. Move it away, or write to another folder.") from error
         return manifest
@@ -202,8 +217,15 @@ def _chosen_labels(provenance: Provenance) -> str | None:
     return labels.sha256 if labels is not None and not labels.is_default else None
 
 
-def record_verification(folder: Path, verification: Mapping[str, Any], source: Mapping[str, SourceFile]) -> None:
-    """Record the result of a verification against ``source`` in the folder's manifest, if it names the same source."""
+def record_verification(
+    folder: Path, verification: Mapping[str, Any], source: Mapping[str, SourceFile], files: Mapping[str, WrittenFile]
+) -> None:
+    """Record the result of a verification in the folder's manifest, if that names the same ``source``.
+
+    ``files`` are the folder's files as they were verified. Small ones that differ from what was written were edited.
+    """
     manifest = Manifest.read(folder)
     if manifest is not None and manifest.is_from(source):
-        write_file(folder / MANIFEST_NAME, replace(manifest, verification=verification).to_bytes())
+        small = {name: file for name, file in files.items() if name in manifest.files and not is_weights(name)}
+        edited = {name: file for name, file in small.items() if file.sha256 != manifest.files[name].sha256}
+        write_file(folder / MANIFEST_NAME, replace(manifest, verification=verification, edited=edited).to_bytes())

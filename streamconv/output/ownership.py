@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamconv.errors import OutputError
-from streamconv.output.journal import JOURNAL_NAME, Journal
-from streamconv.output.manifest import Manifest, Provenance, differences
+from streamconv.output.journal import Journal
+from streamconv.output.manifest import Manifest, Provenance, differences, is_weights
 
 
 def require_free(
@@ -29,7 +29,7 @@ def require_free(
     if existing is not None:
         # A journal does not name the small files, which are written last.
         owned = owned_names(folder, journal)
-        foreign = [name for name in present if name not in owned and (manifest or name.endswith(".safetensors"))]
+        foreign = [name for name in present if name not in owned and (manifest or is_weights(name))]
     if foreign and (existing is None or (force and differences(existing, provenance))):
         raise OutputError(
             f"{folder} already holds {', '.join(foreign)}, which streamconv did not write. Choose another folder."
@@ -50,17 +50,3 @@ def owned_names(folder: Path, journal: Journal) -> set[str]:
     manifest = Manifest.read(folder)
     names = {*journal.resume_points, *(manifest.files if manifest is not None else ())}
     return {name for name in names if Path(name).name == name}
-
-
-def find_finished(folder: Path, provenance: Provenance, names: Sequence[str]) -> Manifest | None:
-    """Return the manifest of a folder in which the same conversion is finished and all files have their full sizes.
-
-    Raises:
-        OutputError: the folder holds something else.
-    """
-    require_free(folder, provenance, names, Journal.read(folder / JOURNAL_NAME))
-    manifest = Manifest.read(folder)
-    if manifest is None or manifest.files.keys() != set(names) or os.path.exists(folder / JOURNAL_NAME):
-        return None
-    files = ((folder / name, file.size) for name, file in manifest.files.items())
-    return manifest if all(path.is_file() and path.stat().st_size == size for path, size in files) else None

@@ -6,7 +6,7 @@ The bytes check covers the weights.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -16,15 +16,20 @@ from streamconv.files.local import read_small
 from streamconv.formats.checkpoint import open_checkpoint
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
-from streamconv.planning.plan import Plan
+from streamconv.planning.plan import CONFIG_NAME, Plan
 from streamconv.verification.result import Check
 from streamconv.verification.structure import index_problems, small_file_problems
 
 
-def check_config(folder: Path, plan: Plan) -> Check:
-    """Compare every value of the folder's small files with the planned one."""
+def check_config(folder: Path, plan: Plan, edited: Container[str] = ()) -> Check:
+    """Compare every value of the folder's small files with the planned one.
+
+    ``edited`` are the files that the user changed after the conversion; ``plan`` has what they may change.
+    """
     start = time.monotonic()
-    problems = small_file_problems(folder, plan) + _label_problems(folder, plan)
+    problems = small_file_problems(folder, plan)
+    if CONFIG_NAME not in edited:
+        problems += _label_problems(folder, plan)
     with suppress(SourceError), open_checkpoint(folder) as written:  # the bytes check reports an unreadable output
         problems += index_problems(folder, written)
     names = _small_names(folder, plan)

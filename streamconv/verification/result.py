@@ -105,7 +105,8 @@ class Verification:
     cast or no model ran. ``gpu`` has the name, compute capability, memory in bytes, driver and runtime of the GPU that
     the models ran on, if they did. ``device_note`` is why a GPU was not used, if "auto" found one that does not work.
     ``date`` is the end in UTC, in ISO 8601. ``command`` is the command line, without secrets in URLs; empty if a
-    program called the library.
+    program called the library. ``edited`` are the small files that were changed after the conversion: see the config
+    check for the values.
     """
 
     checks: tuple[Check, ...]
@@ -124,6 +125,7 @@ class Verification:
     device_note: str = ""
     date: str = ""
     command: str = ""
+    edited: tuple[str, ...] = ()
 
     def check(self, name: str) -> Check:
         """Return the check called ``name``, such as "parity".
@@ -150,7 +152,8 @@ class Verification:
             title = "Do not use this output." if has_source else "Do not use these files."
             return Conclusion("failed", title, f"Failed: {', '.join(failed)}.")
         if not has_source:
-            return Conclusion("incomplete", "Files unchanged since they were written; not compared with a source.")
+            since = f"verified ({', '.join(self.edited)} had been edited)" if self.edited else "written"
+            return Conclusion("incomplete", f"Files unchanged since they were {since}; not compared with a source.")
         costs = cost.sentence((self.output.get("cast") or {}).get("from", "uncast")) if cost is not None else ""
         gaps = [f"{check.name} did not run" if check.passed is None else check.not_checked for check in self.checks]
         if self.output.get("cast") and cost is None:

@@ -99,16 +99,16 @@ def _json_differences(folder: Path, name: str, want: Mapping[str, Any]) -> list[
     if not isinstance(have, dict):
         return [f"{name} is not a JSON object"]
     have.pop("transformers_version", None)
-    return [f"{name}: {problem}" for problem in _value_differences("", json.loads(json.dumps(want)), have)]
+    return [f"{name}: {problem}" for problem in value_differences("", json.loads(json.dumps(want)), have)]
 
 
-def _value_differences(place: str, want: Any, have: Any) -> list[str]:
+def value_differences(place: str, want: Any, have: Any) -> list[str]:
     """Compare as JSON text, because True equals 1 in Python; mappings are compared key by key."""
     if not isinstance(want, dict) or not isinstance(have, dict):
         return [] if _as_text(want) == _as_text(have) else [f"{place} is {_shortened(have)}, not {_shortened(want)}"]
     keys = sorted(want.keys() | have.keys())
     pairs = [(f"{place}.{key}" if place else key, want.get(key, _ABSENT), have.get(key, _ABSENT)) for key in keys]
-    found = [problem for pair in pairs for problem in _value_differences(*pair)]
+    found = [problem for pair in pairs for problem in value_differences(*pair)]
     more = [f"{place} has {len(found) - MAX_LISTED} more differences"] if place and len(found) > MAX_LISTED else []
     return found[: MAX_LISTED if more else None] + more
 

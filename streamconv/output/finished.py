@@ -1,0 +1,93 @@
+"""An output folder as a later command finds it: as it was written, edited by its user, or with files missing."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+from streamconv.errors import SourceError
+from streamconv.files.local import read_small
+from streamconv.output.journal import JOURNAL_NAME, Journal
+from streamconv.output.manifest import Manifest, Provenance, WrittenFile, is_weights
+from streamconv.output.ownership import require_free
+
+Loss = Literal["missing", "incomplete"]
+
+
+@dataclass(frozen=True)
+class EarlierOutput:
+    """The output of the same conversion that a folder holds.
+
+    ``manifest`` is None if the conversion was never finished. ``is_being_written``: a process writes it, or was
+    interrupted. ``edited`` are small files with contents that streamconv did not write, and ``lost`` are files of a
+    finished conversion that do not exist or, if they hold weights, have another size.
+    """
+
+    manifest: Manifest | None
+    is_being_written: bool
+    edited: tuple[str, ...]
+    lost: Mapping[str, Loss]
+
+    @property
+    def finished(self) -> Manifest | None:
+        """The manifest, if every file is there and every weight file has its full size."""
+        return self.manifest if not self.is_being_written and not self.lost else None
+
+
+NOTHING = EarlierOutput(None, False, (), {})
+
+
+def find_earlier(
+    folder: Path, provenance: Provenance, names: Sequence[str], small_files: Mapping[str, bytes]
+) -> EarlierOutput:
+    """Compare a folder with its manifest, if the same conversion was finished in it.
+
+    Args:
+        names: The files that the conversion writes.
+        small_files: The contents of the small ones, by name. They count if there is no manifest yet.
+
+    Raises:
+        OutputError: the folder holds something else.
+    """
+    journal = Journal.read(folder / JOURNAL_NAME)
+    require_free(folder, provenance, names, journal)
+    manifest = Manifest.read(folder)
+    if manifest is not None and manifest.files.keys() != set(names):
+        manifest = None
+    if manifest is None:
+        planned = {name: WrittenFile(len(data), sha256(data).hexdigest()) for name, data in small_files.items()}
+        edited, lost = find_edited(folder, planned), {}
+    else:
+        edited, lost = find_edited(folder, manifest.files), _lost(folder, manifest)
+    return EarlierOutput(manifest, os.path.exists(folder / JOURNAL_NAME), tuple(sorted(edited)), lost)
+
+
+def find_edited(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, WrittenFile]:
+    """Return the small files that have other contents than were ``written``, as they are now.
+
+    The sha256 of a file that cannot be read is empty.
+    """
+    found = {}
+    for name, file in written.items():
+        path = folder / name
+        if not is_weights(name) and path.is_file():
+            try:
+                data = read_small(path)
+                now = WrittenFile(len(data), sha256(data).hexdigest())
+            except SourceError:  # larger than any file that streamconv writes, or unreadable
+                now = WrittenFile(path.stat().st_size, "")
+            if now.sha256 != file.sha256:
+                found[name] = now
+    return found
+
+
+def _lost(folder: Path, manifest: Manifest) -> dict[str, Loss]:
+    lost: dict[str, Loss] = {}
+    for name, file in manifest.files.items():
+        if not (folder / name).is_file():
+            lost[name] = "missing"
+        elif is_weights(name) and (folder / name).stat().st_size != file.size:
+            lost[name] = "incomplete"
+    return lost
