@@ -12,13 +12,22 @@ from os import PathLike
 from pathlib import Path
 from types import TracebackType
 
-from streamconv.errors import NotACheckpointError, located
-from streamconv.files.address import Address, Location, parse_location
+from streamconv.errors import CorruptError, NotACheckpointError, SourceMissingError, located, printable
+from streamconv.files.address import Address, parse_location
 from streamconv.files.base import File
 from streamconv.files.local import LocalFile
 from streamconv.files.open import open_file
 from streamconv.files.reader import Reader
 from streamconv.formats import safetensors, torch_legacy, torch_zip, zip_directory
+from streamconv.formats.folder import (
+    WeightFiles,
+    check_weight_map,
+    find_weights,
+    is_index,
+    read_weights_index,
+    standard_weights,
+)
+from streamconv.formats.foreign.files import START_BYTES, describe_file, is_distributed
 from streamconv.tensors.expressions import SourceTensor
 
 
@@ -26,15 +35,22 @@ class Checkpoint(Mapping[str, SourceTensor]):
     """The tensors of a checkpoint by name. Close it, or use it in a ``with`` statement.
 
     ``non_tensors`` maps the names of other objects to their classes; the objects themselves are not read.
-    ``fingerprint`` is the sha256 of the index, in hexadecimal.
+    ``fingerprint`` is the sha256 of the index, in hexadecimal. ``note`` says which files of a folder were chosen, if
+    they do not have the names that transformers looks for.
     """
 
     def __init__(
-        self, tensors: dict[str, SourceTensor], non_tensors: dict[str, str], files: list[File], fingerprint: str
+        self,
+        tensors: dict[str, SourceTensor],
+        non_tensors: dict[str, str],
+        files: list[File],
+        fingerprint: str,
+        note: str = "",
     ):
         self._tensors, self._files = tensors, files
         self.non_tensors = non_tensors
         self.fingerprint = fingerprint
+        self.note = note
 
     def __getitem__(self, name: str) -> SourceTensor:
         return self._tensors[name]
@@ -49,6 +65,11 @@ class Checkpoint(Mapping[str, SourceTensor]):
     def paths(self) -> list[Path]:
         """Paths of the files that are on this machine, without those at URLs."""
         return [file.path for file in self._files if isinstance(file, LocalFile)]
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the files, where their config.json is; None if they are at a URL."""
+        return self.paths[0].parent if self.paths else None
 
     @property
     def names(self) -> list[str]:
@@ -100,13 +121,16 @@ def open_checkpoint(
     read_local_headers: bool = True,
     where: str | None = None,
 ) -> Checkpoint:
-    """Open a .pth of any torch release, a safetensors file, or a folder of sharded safetensors files.
+    """Open a .pth of any torch release, a safetensors file, or a folder with such files.
 
     Only the index is read: 83 kB of ViT-g's 4.5 GB. Tensors in nested dicts of a .pth get dotted names, such as
     "teacher.backbone.cls_token". Anything else in a .pth, such as optimizer settings or a configuration, is not read.
 
+    Of a folder, the files are opened that transformers would load, or else the only weights that are there.
+
     Args:
-        place: The path or URL of a file: https://, hf://, or a scheme that fsspec has a package for.
+        place: The path or URL of a file: https://, hf://, or a scheme that fsspec has a package for. Or the path of a
+            folder, or of an index that lists the files of a checkpoint.
         read_local_headers: False skips the header before each weight of a .pth. At a URL, reading these headers takes a
             request for every few weights. Names, dtypes and shapes do not need them; the offsets of weights are then
             computed.
@@ -121,39 +145,59 @@ def open_checkpoint(
         SourceError: a file cannot be read, is damaged, or is not a checkpoint; there is a subclass for each case.
     """
     location = parse_location(place)
+    if isinstance(location, Path) and os.path.isdir(location):
+        return _open_files(find_weights(location), read_local_headers)
+    if isinstance(location, Path) and is_index(location.name):
+        return _open_files(read_weights_index(location), read_local_headers)
+    return _open_files(WeightFiles({location: None}), read_local_headers, where)
+
+
+def open_output(folder: Path) -> Checkpoint:
+    """Open the safetensors files of a folder that was converted, and no files of other formats or names.
+
+    Raises:
+        SourceError: as for `open_checkpoint`.
+    """
+    weights = standard_weights(folder, (safetensors.SINGLE_NAME, safetensors.INDEX_NAME))
+    if weights is None:
+        raise SourceMissingError(f"{folder} holds neither {safetensors.SINGLE_NAME} nor {safetensors.INDEX_NAME}.")
+    return _open_files(weights)
+
+
+def _open_files(weights: WeightFiles, read_local_headers: bool = True, where: str | None = None) -> Checkpoint:
     with ExitStack() as opened:
-        names_by_location: Mapping[Location, set[str] | None] = {location: None}
-        if isinstance(location, Path) and os.path.isdir(location):
-            names_by_location = safetensors.list_files(location)
         files: list[File] = []
         tensors: dict[str, SourceTensor] = {}
         non_tensors: dict[str, str] = {}
         fingerprints: list[str] = []
-        for each, names in names_by_location.items():
+        for each, names in weights.names_by_location.items():
             with located(each):
                 file = open_file(each, where)
                 opened.callback(file.close)
                 found, other, fingerprint = _read_index(file, read_local_headers)
                 if names is not None:
-                    safetensors.check_weight_map(file.where, found, names)
+                    check_weight_map(file.where, weights.index, found, names)
+                elif twice := tensors.keys() & found.keys():
+                    raise CorruptError(f"{file.where} has {printable(min(twice))}, and so has another file beside it.")
             files.append(file)
             tensors.update(found)
             non_tensors.update(other)
             fingerprints.append(fingerprint)
         opened.pop_all()
-        return Checkpoint(tensors, non_tensors, files, sha256("".join(fingerprints).encode()).hexdigest())
+        fingerprint = sha256("".join(fingerprints).encode()).hexdigest()
+        return Checkpoint(tensors, non_tensors, files, fingerprint, weights.note)
 
 
 def _read_index(file: File, read_local_headers: bool) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
     """Return the tensors, the classes of other objects, both by name, and the fingerprint of one file."""
     start = file.read(0, min(16, file.size))
-    if start.startswith(zip_directory.MAGIC):
-        return torch_zip.read_index(file, read_local_headers)
+    if start.startswith(zip_directory.MAGIC) and not is_distributed(file.name):
+        records = zip_directory.read_records(file, read_local_headers)
+        return torch_zip.read_index(file, records)
     if start.startswith(torch_legacy.MAGIC):
         return torch_legacy.read_index(file, read_local_headers)
-    if start[8:9] == b"{":
+    if safetensors.is_header(start):
         tensors, fingerprint = safetensors.read_index(file)
         return tensors, {}, fingerprint
-    problem = "is empty" if not file.size else "is neither a torch.save checkpoint nor a safetensors file"
-    hint = " It looks like a web page: the download failed." if start.lstrip()[:1] == b"<" else ""
-    raise NotACheckpointError(f"{file.where} {problem}.{hint}")
+    start = file.read(0, min(START_BYTES, file.size))
+    raise NotACheckpointError(f"{file.where} {describe_file(start, file.name)}")

@@ -5,23 +5,18 @@ length, JSON, then the data (https://github.com/huggingface/safetensors#format).
 """
 
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from streamconv.errors import (
     CorruptError,
-    NotACheckpointError,
     SourceError,
-    SourceMissingError,
     TruncatedError,
     printable,
 )
-from streamconv.files.address import Location
 from streamconv.files.base import ByteRange, File
-from streamconv.files.local import MAX_JSON_BYTES, read_small
+from streamconv.files.local import MAX_JSON_BYTES
 from streamconv.formats.limits import MAX_TENSORS, are_sizes, check_name, is_shape, read_json
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import DTYPES, TensorInfo, contiguous_strides
@@ -31,17 +26,20 @@ INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit, so that no file has a longer one
 
 
+def is_header(start: bytes) -> bool:
+    """Return whether a file with these first bytes can be one: eight bytes of length, then JSON."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER_BYTES
+
+
 def read_index(file: File) -> tuple[dict[str, SourceTensor], str]:
     """Return the tensors of one file by name, and a fingerprint of its header and size.
 
     The format has no checksums, so files that differ in their weights alone have the same fingerprint.
 
     Raises:
-        NotACheckpointError, TruncatedError, CorruptError, SourceError
+        TruncatedError, CorruptError, SourceError
     """
     length = int.from_bytes(file.read(0, 8), "little")
-    if length > _MAX_HEADER_BYTES:
-        raise NotACheckpointError(f"{file.where} is neither a torch.save checkpoint nor a safetensors file.")
     if 8 + length > file.size:
         raise TruncatedError(
             f"{file.where} ends within its header: the save, copy or download was cut short. Fetch it again."
@@ -105,71 +103,6 @@ def _check_coverage(file: File, data_start: int, tensors: dict[str, SourceTensor
             )
     if at != file.size:
         raise CorruptError(f"{file.where} has {file.size - at:,} bytes at its end that belong to no tensor.")
-
-
-def list_files(folder: Path) -> Mapping[Location, set[str] | None]:
-    """Return the safetensors files that transformers loads from a folder, each with the names of its tensors.
-
-    If there is a single file, its names are None, since no index lists them.
-
-    Raises:
-        SourceError: there is neither a single file nor an index, the index is damaged, or a file is outside the folder.
-    """
-    index = folder / INDEX_NAME
-    if os.path.exists(folder / SINGLE_NAME):
-        return {_resolve(folder, SINGLE_NAME): None}
-    if not os.path.exists(index):
-        raise SourceMissingError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.")
-    weight_map = read_json(read_small(_resolve(folder, INDEX_NAME)), str(index)).get("weight_map")
-    if type(weight_map) is not dict or not weight_map:
-        raise CorruptError(f"{index} has no weight_map, or an empty one.")
-    files: dict[str, set[str]] = {}
-    for name, filename in weight_map.items():
-        if type(filename) is not str or not _is_safe_filename(filename):
-            what = f"'{printable(filename)}'" if type(filename) is str else f"a {type(filename).__name__}"
-            raise CorruptError(f"{index} names {what}, which is not a safetensors file in its folder.")
-        files.setdefault(filename, set()).add(name)
-    return {_resolve(folder, filename): files[filename] for filename in sorted(files)}
-
-
-def check_weight_map(where: str, found: Iterable[str], listed: set[str]) -> None:
-    """Require that a shard has the tensors that its index lists; otherwise, what loads depends on the loader's release.
-
-    Raises:
-        CorruptError: they differ.
-    """
-    different = listed.symmetric_difference(found)
-    if different:
-        name = min(different)
-        what = "is only in the index" if name in listed else "is only in the file"
-        raise CorruptError(
-            f"{where} and {INDEX_NAME} disagree on {len(different):,} tensors: '{printable(name)}' {what}. "
-            "They belong to different models: fetch both again."
-        )
-
-
-def _is_safe_filename(filename: str) -> bool:
-    return (
-        filename.endswith(".safetensors")
-        and filename.isprintable()
-        and len(filename) <= 255
-        and not {"/", "\\", ":"} & set(filename)
-    )
-
-
-def _resolve(folder: Path, filename: str) -> Path:
-    """Return the path of a file after checking that it is not a link to outside the folder.
-
-    In huggingface_hub's cache, snapshots/<revision>/<file> may be a link to ../../blobs/<hash>.
-    """
-    root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / filename))
-    blobs = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
-    if target.parent not in (root, *blobs):
-        raise CorruptError(
-            f"{folder / filename} is a link to {printable(str(target))}, outside its folder. Open that file itself, "
-            "or put a copy into the folder."
-        )
-    return folder / filename
 
 
 # Files next to a model that transformers would load instead of it, or into it.

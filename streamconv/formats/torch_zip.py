@@ -13,28 +13,23 @@ from streamconv.errors import CorruptError, NotACheckpointError, SourceError, pr
 from streamconv.files.base import File
 from streamconv.formats.torch_pickle import Index, find_tensors
 from streamconv.formats.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles
-from streamconv.formats.zip_directory import read_record, read_records
+from streamconv.formats.zip_directory import read_record
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import DTYPES
 
 
-def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
+def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
     """Return the tensors, the classes of other objects, both by name, and the file's fingerprint.
 
-    Keys of nested dicts are joined with dots. For ``read_local_headers``, see `read_records`.
+    Keys of nested dicts are joined with dots. ``records`` are those of `read_records`.
 
     Raises:
         TruncatedError, CorruptError, NotACheckpointError, UnsafePickleError, SourceError
     """
-    records = read_records(file, read_local_headers)
     pickles = [name for name in records if name.endswith("/data.pkl")]
-    if any("/code/" in name for name in records):
-        raise NotACheckpointError(f"{file.where} is a TorchScript program. Save its state_dict() instead.")
     if len(pickles) != 1:
         held = f"{len(pickles)} data.pkl records" if pickles else "no data.pkl record"
-        raise NotACheckpointError(
-            f"{file.where} is a zip, but not one of torch.save: it has {held}. If a checkpoint was zipped, unzip it."
-        )
+        raise NotACheckpointError(f"{file.where} is a zip, but not one of torch.save: it has {held}.")
     prefix = pickles[0].removesuffix("data.pkl")
     if next(iter(records)).partition("/")[0] + "/" != prefix:  # torch looks for it there
         raise CorruptError(f"{file.where}: its {pickles[0]} is not in the folder of its first record.")

@@ -1,4 +1,4 @@
-"""The records of a zip, for zips as torch.save writes them: stored, one after another, and nothing else.
+"""The records of a zip, for zips as torch.save and numpy.savez write them: stored, one after another, nothing else.
 
 Python's zipfile accepts more kinds of zips, which readers interpret in different ways (data before the zip, a
 comment after it, a directory that contradicts the local headers): such a file could hold one model for torch and
@@ -8,11 +8,12 @@ https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT; the numbers below a
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError
 from streamconv.files.base import ByteRange, File
+from streamconv.formats.foreign.zips import describe_zip, repack_advice
 from streamconv.formats.limits import MAX_NAME_LENGTH, MAX_TENSORS
 from streamconv.tensors.expressions import Record
 
@@ -32,12 +33,16 @@ _IS_FOLDER = 0x10  # in the DOS attributes
 
 
 class _Entry(NamedTuple):
-    """A directory entry: ``offset`` is that of the local header, ``size`` the record's, both in bytes."""
+    """A directory entry: ``offset`` is that of the local header, ``size`` the record's, both in bytes.
+
+    ``fault`` says why torch would not have written it.
+    """
 
     offset: int
     size: int
     crc32: int
     name: str
+    fault: str = ""
 
 
 def read_records(file: File, read_local_headers: bool = True) -> dict[str, Record]:
@@ -57,9 +62,10 @@ def read_records(file: File, read_local_headers: bool = True) -> dict[str, Recor
             "tensors need. Do not trust this file."
         )
     try:
-        entries = list(_read_entries(file.read(directory_start, size), count, file.where))
+        entries = list(_read_entries(file.read(directory_start, size), count))
     except (struct.error, ValueError) as error:
         raise CorruptError(f"{file.where} has a damaged zip directory: {error}. Fetch it again.") from error
+    _refuse_others(entries, file.where)
     # After torch.serialization.set_crc32_options(False), torch writes 0 for every CRC-32.
     has_crcs = any(entry.crc32 for entry in entries)
     records: dict[str, Any] = dict.fromkeys(entry.name for entry in entries)
@@ -127,7 +133,17 @@ def _find_directory(file: File) -> tuple[int, int, int]:
     return start, size, count
 
 
-def _read_entries(directory: bytes, count: int, where: str) -> Iterator[_Entry]:
+def _refuse_others(entries: Sequence[_Entry], where: str) -> None:
+    """Refuse zips of other kinds by what they are, and those of this kind that were packed again."""
+    names = [entry.name for entry in entries]
+    if other := describe_zip(names):
+        raise NotACheckpointError(f"{where} {other}")
+    for entry in entries:
+        if entry.fault:
+            raise NotACheckpointError(f"{where}: its record {entry.name} {entry.fault}. {repack_advice(names)}")
+
+
+def _read_entries(directory: bytes, count: int) -> Iterator[_Entry]:
     at = 0
     for _ in range(count):
         (
@@ -148,18 +164,17 @@ def _read_entries(directory: bytes, count: int, where: str) -> Iterator[_Entry]:
         name = directory[at - name_length : at].decode()
         if magic != b"PK\x01\x02" or disk or name_length > MAX_NAME_LENGTH or not name.isprintable():
             raise ValueError(f"the entry that ends at byte {at:,} is not one of torch.save")
+        fault = ""
         if method or flags & ~_KNOWN_FLAGS:
-            raise NotACheckpointError(
-                f"{where}: its record {name} is compressed or encrypted, which torch never writes."
-            )
-        if attributes & _IS_FOLDER or name.endswith("/"):
-            raise ValueError(f"its record {name} is marked as a folder, which torch does not read")
+            fault = "is compressed or encrypted"
+        elif attributes & _IS_FOLDER or name.endswith("/"):
+            fault = "is marked as a folder"
         if _IN_EXTRA in (size, stored_size, offset):
             size, stored_size, offset = _sizes_in_extra(directory[at : at + extra_length], [size, stored_size, offset])
-        if stored_size != size:
+        if stored_size != size and not fault:
             raise ValueError(f"its record {name} has {stored_size:,} bytes for {size:,}")
         at += extra_length + comment_length
-        yield _Entry(offset, size, crc32, name)
+        yield _Entry(offset, size, crc32, name, fault)
     if at != len(directory):
         raise ValueError(f"it has {len(directory):,} bytes, its entries {at:,}")
 

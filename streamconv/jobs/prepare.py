@@ -154,7 +154,8 @@ def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None
         selection=source.selection,
         filename=source.source.backbone.name,
     )
-    plan = replace(plan, notes=(*plan.notes, *source.source.notes))
+    chosen = [checkpoint.note for checkpoint in source.checkpoints.values() if checkpoint.note]
+    plan = replace(plan, notes=(*chosen, *plan.notes, *source.source.notes))
     return PreparedSource(source, plan, labels_from, options.labels is None)
 
 

@@ -26,6 +26,7 @@ from streamconv.files.base import FileRef
 from streamconv.files.local import read_small
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
+from streamconv.formats.folder import refuse_shard
 from streamconv.output.manifest import SourceFile
 from streamconv.source.resolve import Source, torch_hub_cache
 from streamconv.tensors.expressions import AnyTensor, joined, parts_of
@@ -131,6 +132,7 @@ def open_source(
         for role, location in source.locations.items():
             if role in checkpoints:
                 continue
+            refuse_shard(location)
             try:
                 checkpoints[role] = stack.enter_context(
                     open_checkpoint(location, read_local_headers=read_local_headers)
@@ -142,9 +144,8 @@ def open_source(
                 raise NetworkError(f"{error}\nIf you have {location.name}, put it at\n  {path}") from error
         backbone = checkpoints["backbone"]
         selection = find_backbone(backbone, str(source.backbone), source.select)
-        if isinstance(source.backbone, Path):
-            path = source.backbone
-            config = read_config(path if os.path.isdir(path) else path.parent)
+        if backbone.folder is not None:
+            config = read_config(backbone.folder)
             is_own = selection.is_converted
             selection = replace(selection, config=config) if is_own else replace(selection, config_beside=config)
         tensors = {key: joined([backbone[name] for name in names]) for key, names in selection.names.items()}

@@ -15,6 +15,7 @@ from streamconv.families.base import Model, RemoteFile
 from streamconv.families.near_names import did_you_mean, near_names
 from streamconv.families.registry import find_model, is_hub_name, is_model, near_models, suggest_models
 from streamconv.files.address import Address, Location, parse_location
+from streamconv.formats.foreign.folders import missing_link
 
 MAX_COMPARED = 1000  # names in a folder that a missing file's name is compared with
 # OWNER/NAME on the Hub. A suffix of letters is that of a file; a name may end in a version, such as v1.5.
@@ -117,6 +118,9 @@ def default_output(source: str | os.PathLike[str]) -> str | None:
 def _require_exists(location: Location | None) -> None:
     if not isinstance(location, Path) or os.path.exists(location):
         return
+    if missing := missing_link(location):
+        with located(location):
+            raise SourceMissingError(f"{location} {missing}")
     files = {Path(name).stem: name for name in _names_in(location.parent)}
     near = [f"`{location.with_name(files[stem])}`" for stem in near_names(location.stem, files)]
     near = near or [f"the model {name}" for name in near_models(location.stem)[:1]]

@@ -13,7 +13,7 @@ from streamconv.errors import CorruptError, SourceError
 from streamconv.files.base import File, FileRef
 from streamconv.files.local import LocalFile
 from streamconv.files.reader import Reader
-from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
+from streamconv.formats.checkpoint import Checkpoint, open_output
 from streamconv.output.hashing import BUFFER_BYTES, BackgroundHash
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
 from streamconv.planning.plan import Plan
@@ -112,7 +112,7 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
     problems: list[str] = []
     files: dict[str, WrittenFile] = {}
     try:
-        written = open_checkpoint(folder)
+        written = open_output(folder)
     except SourceError as error:
         return ByteCheck(0, len(wanted), len(wanted), (f"the output cannot be read: {error}",), files)
     with written, BackgroundHash() as digest:

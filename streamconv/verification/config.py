@@ -13,7 +13,7 @@ from pathlib import Path
 
 from streamconv.errors import OutputError, SourceError
 from streamconv.files.local import read_small
-from streamconv.formats.checkpoint import open_checkpoint
+from streamconv.formats.checkpoint import open_output
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
 from streamconv.planning.plan import CONFIG_NAME, Plan
@@ -30,7 +30,7 @@ def check_config(folder: Path, plan: Plan, edited: Container[str] = ()) -> Check
     problems = small_file_problems(folder, plan)
     if CONFIG_NAME not in edited:
         problems += _label_problems(folder, plan)
-    with suppress(SourceError), open_checkpoint(folder) as written:  # the bytes check reports an unreadable output
+    with suppress(SourceError), open_output(folder) as written:  # the bytes check reports an unreadable output
         problems += index_problems(folder, written)
     names = _small_names(folder, plan)
     proves = f"every value in {_listed(names)} is as planned"

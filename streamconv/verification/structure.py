@@ -11,7 +11,7 @@ from typing import Any
 
 from streamconv.errors import OutputError, SourceError
 from streamconv.files.local import read_small
-from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
+from streamconv.formats.checkpoint import Checkpoint, open_output
 from streamconv.formats.safetensors import CONFLICTING_PATTERNS, INDEX_NAME, SINGLE_NAME, make_index
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
 from streamconv.planning.plan import Plan
@@ -24,7 +24,7 @@ _ABSENT = object()
 def header_problems(folder: Path, plan: Plan) -> list[str]:
     """List everything in which the headers of the weight files differ from the plan."""
     try:
-        with open_checkpoint(folder) as written:
+        with open_output(folder) as written:
             return tensor_problems(planned_tensors(plan), written) + weight_file_problems(folder, written)
     except SourceError as error:
         return [f"the output cannot be read: {error}"]
@@ -123,6 +123,6 @@ def _shortened(value: Any) -> str:
 
 
 def _metadata(path: Path) -> Any:
-    """Read the metadata of a safetensors file, whose header `open_checkpoint` has accepted."""
+    """Read the metadata of a safetensors file, whose header `open_output` has accepted."""
     with open(path, "rb") as file:
         return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")

@@ -150,8 +150,9 @@ def test_truncated_file_is_reported_as_cut_short(pth: Path, share: float) -> Non
     [
         (b"", "is empty"),
         (b"<!DOCTYPE html><html>404</html>", "web page"),
-        (b"no checkpoint at all", "neither"),
-        (b"\x00" * 64, "neither"),
+        (b"no checkpoint at all", "a text file that begins 'no checkpoint at all'"),
+        (b"\x00" * 64, "nothing but zeros"),
+        (b"\x01\x02" * 64, "neither"),
     ],
 )
 def test_other_files_are_reported_as_not_a_checkpoint(tmp_path: Path, data: bytes, message: str) -> None:

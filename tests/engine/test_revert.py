@@ -127,7 +127,7 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
     for error, message, name, output, head in (
         (SourceMissingError, "none is not a folder. Give the folder", "none", "x.pth", None),
         (SourceMissingError, "is not a folder. Give the folder", "folder/model.safetensors", "x.pth", None),
-        (SourceMissingError, "holds neither model.safetensors nor", "empty", "x.pth", None),
+        (SourceMissingError, "holds no weights. It is empty", "empty", "x.pth", None),
         (streamconv.TruncatedError, "Fetch it again", "cut", "x.pth", None),
         (CorruptError, "has no dtype, shape or data_offsets for", "damaged", "x.pth", None),
         (MappingError, r"\(.*dinov2.*\). It holds:\n  bert.encoder.layer.0.weight\n", "bert", "x.pth", None),

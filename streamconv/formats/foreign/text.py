@@ -1,0 +1,121 @@
+"""Text files that are no checkpoint: pointers to files, what servers send instead of a file, and source code.
+
+What is shown of a file is short and printable.
+"""
+
+import html
+import json
+import re
+from codecs import getincrementaldecoder
+
+from streamconv.errors import printable
+
+_FAILED = "the download failed"
+_HUB_ADVICE = (
+    "On the Hub, the address of a file contains /resolve/, not /blob/; on GitHub, /raw/. Or fetch it with `hf download`"
+)
+_PAGES = (  # in a page's title, in lower case
+    ("virus scan warning", "Google Drive asks for a confirmation: download the file in a browser, or with `gdown`"),
+    ("quota exceeded", "Google Drive's limit of downloads of this file is reached: try again in a day"),
+    ("google drive", "Google Drive sent a page: share the file with everyone, then download it with `gdown`"),
+    ("dropbox", "Replace dl=0 at the end of the address by dl=1"),
+    ("hugging face", _HUB_ADVICE),
+    ("github", _HUB_ADVICE),
+    ("sign in", "Log in with a browser, and download it there"),
+    ("log in", "Log in with a browser, and download it there"),
+    ("login", "Log in with a browser, and download it there"),
+)
+_SUFFIXES = {
+    "py": "Python source code",
+    "ipynb": "a notebook",
+    "yaml": "a YAML file",
+    "yml": "a YAML file",
+    "toml": "a TOML file",
+    "md": "a text file",
+    "sh": "a script",
+}
+_IS_CODE = re.compile(r"^(#!.*python|import \w+$|from [\w.]+ import |def \w+\()", re.MULTILINE)
+_TITLE = re.compile(r"<title[^>]{0,200}>(.{0,500}?)</title>", re.IGNORECASE | re.DOTALL)  # bounded: it takes no time
+_FILE_PAGE = re.compile(r"(huggingface\.co|github\.com)/[\w./-]{1,200}?/blob/")
+
+
+def describe_text(start: bytes, name: str) -> str:
+    """Return what a text that begins so is; "" if it is no text. A character may be cut at its end."""
+    text = _decode(start)
+    if text is None:
+        return ""
+    for describe in (_pointer, _markup, _json):
+        if found := describe(text):
+            return found
+    kind = _SUFFIXES.get(name.rpartition(".")[2].lower()) or (
+        "Python source code" if _IS_CODE.search(text) else "a text file"
+    )
+    if kind != "a text file":
+        return f"is {kind}, not a checkpoint. Give the file of the weights."
+    return f"is a text file that begins '{printable(_line(text))}'. If it was downloaded, {_FAILED}."
+
+
+def _decode(start: bytes) -> str | None:
+    is_utf16 = start.startswith((b"\xff\xfe", b"\xfe\xff"))
+    decoder = getincrementaldecoder("utf-16" if is_utf16 else "utf-8-sig")()
+    try:
+        text = decoder.decode(start)  # without a character that is cut at the end
+    except UnicodeDecodeError:
+        return None
+    text = text.strip()
+    return text if text and not re.search(r"[\0-\x08\x0e-\x1a\x1c-\x1f]", text) else None
+
+
+def _line(text: str) -> str:
+    """Return the beginning of a text as one line."""
+    return " ".join(text[:1000].split())
+
+
+def _pointer(text: str) -> str:
+    """Recognise what version control stores instead of a file."""
+    size = re.search(r"^(?:file)?size:? =? ?(\d{1,20})$", text, re.MULTILINE)
+    of = f", of {int(size[1]):,} bytes" if size is not None else ""
+    if text.startswith("version https://git-lfs.github.com/spec/"):
+        return f"is a Git LFS pointer to the file{of}, not the file. In its repository, run `git lfs pull`."
+    if text.startswith("# xet version"):
+        return f"is a xet pointer to the file{of}, not the file. Fetch the file with `hf download`."
+    if text.startswith("/annex/objects/"):
+        return "is a pointer of git-annex, not the file. In its repository, run `git annex get FILE`."
+    if re.search(r"^outs:\s*$", text, re.MULTILINE) and re.search(r"^- (md5|hash|path|size):", text, re.MULTILINE):
+        return "is a pointer of DVC, not the file. In its repository, run `dvc pull`, and give the file."
+    return ""
+
+
+def _markup(text: str) -> str:
+    if not text.startswith("<"):
+        return ""
+    title = _TITLE.search(text)
+    if title is None and re.match(r"<\?xml|<Error>", text):
+        found = dict(re.findall(r"<(Code|Message)>([^<]*)</", text))
+        says = ": ".join(found[key] for key in ("Code", "Message") if found.get(key))
+        answer = f"the server answered '{printable(_line(html.unescape(says)))}'"
+        return f"is an XML text, not a checkpoint: {answer if says else 'it may be an error'}. So {_FAILED}."
+    if title is None:
+        return f"is a web page, not a checkpoint: {_FAILED}."
+    shown = _line(html.unescape(title[1]))
+    advice = next((advice for mark, advice in _PAGES if mark in shown.lower()), "")
+    if _FILE_PAGE.search(text):
+        advice = _HUB_ADVICE
+    return f"is a web page, '{printable(shown)}', not a checkpoint: {_FAILED}.{f' {advice}.' if advice else ''}"
+
+
+def _json(text: str) -> str:
+    if not text.startswith(("{", "[")) or not re.match(r"[\[{]\s*([\"\[{}\]\d]|true|false|null|-)", text):
+        return ""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        if {"model_type", "architectures"} & value.keys():
+            return "is the config.json of a model, not its weights. Give its folder, or the file of its weights."
+        messages = (value.get(key) for key in ("error", "message", "detail", "error_description", "msg"))
+        says = next((m.get("message") if isinstance(m, dict) else m for m in messages if m), None)
+        if isinstance(says, str):
+            return f"is a JSON text, not a checkpoint: the server answered '{printable(_line(says))}'. So {_FAILED}."
+    return f"is a JSON text that begins '{printable(_line(text))}', not a checkpoint. If it was downloaded, {_FAILED}."

@@ -1,0 +1,58 @@
+"""Zips that are no checkpoint, recognised by the names of their records."""
+
+from collections.abc import Collection
+
+from streamconv.errors import printable
+
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz")
+NPY_SUFFIX = ".npy"
+# A record whose name ends so is in no other kind of zip. The first kind that fits counts.
+_KINDS = {
+    "MAR-INF/MANIFEST.json": "is an archive of TorchServe. Unpack it with `unzip`, and give the weights in it",
+    "archive_format": "is a .pt2 file of torch.export. Save the weights: "
+    "torch.save(torch.export.load(FILE).state_dict, OUT)",
+    "serialized_exported_program.json": "is a .pt2 file of torch.export. Save the weights: "
+    "torch.save(torch.export.load(FILE).state_dict, OUT)",
+    ".data/extern_modules": "is a package of torch.package, which holds code. Load the model with the code that made "
+    "it, and save its state_dict() with torch.save",
+    "model.weights.h5": "is a Keras model. Load it there, and save a state dict of PyTorch's names with torch.save",
+}
+
+
+def describe_zip(names: Collection[str]) -> str:
+    """Return what a zip with records of these names is, or "" if it could be of torch.save or numpy.savez."""
+    pickles = [name for name in names if name.endswith("/data.pkl")]
+    if any("/code/" in name for name in names) and (pickles or any(name.endswith("/constants.pkl") for name in names)):
+        return "is a TorchScript program. Save its weights: torch.save(torch.jit.load(FILE).state_dict(), OUT)."
+    for end, kind in _KINDS.items():
+        if any(name == end or name.endswith(f"/{end}") for name in names):
+            return f"{kind}."
+    if pickles or is_npz(names):
+        return ""
+    if "data.pkl" in names:
+        return (
+            "is the contents of a .pth, zipped without their folder. Unzip it into a folder, FOLDER, and zip that: "
+            "`zip -0 -r -D OUT.pth FOLDER`."
+        )
+    inside = next((name for name in names if name.lower().endswith(WEIGHTS_SUFFIXES)), None)
+    if inside is not None:
+        return f"is a zip around {printable(inside)}. Unpack it with `unzip`, and give that file."
+    return f"is a zip without weights: it holds {_some(names)}. Give a checkpoint." if names else ""
+
+
+def is_npz(names: Collection[str]) -> bool:
+    return bool(names) and all(name.endswith(NPY_SUFFIX) for name in names)
+
+
+def repack_advice(names: Collection[str]) -> str:
+    """Return how to get a readable file from a zip whose records are compressed or packed in another way."""
+    if is_npz(names):
+        return "np.savez_compressed wrote it. Save it uncompressed: np.savez(OUT, **np.load(FILE))."
+    return (
+        "Another program packed it again. Save it as torch does: torch.save(torch.load(FILE, weights_only=True), OUT)."
+    )
+
+
+def _some(names: Collection[str]) -> str:
+    shown = [printable(name) for _, name in zip(range(3), names, strict=False)]
+    return ", ".join(shown) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
