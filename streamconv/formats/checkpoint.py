@@ -18,7 +18,7 @@ from streamconv.files.base import File
 from streamconv.files.local import LocalFile
 from streamconv.files.open import open_file
 from streamconv.files.reader import Reader
-from streamconv.formats import safetensors, torch_legacy, torch_zip, zip_directory
+from streamconv.formats import npz, safetensors, torch_legacy, torch_zip, zip_directory
 from streamconv.formats.folder import (
     WeightFiles,
     check_weight_map,
@@ -28,6 +28,7 @@ from streamconv.formats.folder import (
     standard_weights,
 )
 from streamconv.formats.foreign.files import START_BYTES, describe_file, is_distributed
+from streamconv.formats.foreign.zips import is_npz
 from streamconv.tensors.expressions import SourceTensor
 
 
@@ -121,7 +122,7 @@ def open_checkpoint(
     read_local_headers: bool = True,
     where: str | None = None,
 ) -> Checkpoint:
-    """Open a .pth of any torch release, a safetensors file, or a folder with such files.
+    """Open a .pth of any torch release, a safetensors file, an .npz of numpy.savez, or a folder with such files.
 
     Only the index is read: 83 kB of ViT-g's 4.5 GB. Tensors in nested dicts of a .pth get dotted names, such as
     "teacher.backbone.cls_token". Anything else in a .pth, such as optimizer settings or a configuration, is not read.
@@ -193,7 +194,7 @@ def _read_index(file: File, read_local_headers: bool) -> tuple[dict[str, SourceT
     start = file.read(0, min(16, file.size))
     if start.startswith(zip_directory.MAGIC) and not is_distributed(file.name):
         records = zip_directory.read_records(file, read_local_headers)
-        return torch_zip.read_index(file, records)
+        return npz.read_index(file, records) if is_npz(records) else torch_zip.read_index(file, records)
     if start.startswith(torch_legacy.MAGIC):
         return torch_legacy.read_index(file, read_local_headers)
     if safetensors.is_header(start):

@@ -24,6 +24,15 @@ def combine(first: int, second: int, second_length: int) -> int:
     return _multiply(_shift(second_length), first) ^ second
 
 
+def crc_of_rest(whole: int, first: int, rest_length: int) -> int:
+    """Return the CRC-32 of what follows the first bytes of a string: the inverse of `combine`.
+
+    >>> crc_of_rest(zlib.crc32(b"header, data"), zlib.crc32(b"header, "), 4) == zlib.crc32(b"data")
+    True
+    """
+    return _multiply(_shift(rest_length), first) ^ whole
+
+
 @lru_cache(maxsize=1024)
 def _shift(length: int) -> int:
     """Return x^(8 * length), by repeated squaring."""

@@ -71,6 +71,12 @@ DTYPES: dict[str, DType] = {
     )
 }
 BY_TORCH_NAME = {dtype.torch: dtype for dtype in DTYPES.values()}
+# Codes by numpy's name in files: "<f4", and "|u1" for a single byte. numpy has no name for bfloat16 and float8.
+BY_NUMPY_NAME: dict[str, DtypeCode] = {
+    f"{'<' if dtype.itemsize > 1 else '|'}{dtype.code[0].lower()}{dtype.itemsize}": dtype.code
+    for dtype in DTYPES.values()
+    if dtype.code[:2] not in ("BF", "F8")
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ bytes are checked against CRC-32s.
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike, fspath
@@ -17,16 +17,18 @@ from pickle import Unpickler, UnpicklingError
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors.torch import load_file
 
 from streamconv.errors import UsageError
 from streamconv.formats import torch_legacy
+from streamconv.formats.foreign.zips import is_npz
 from streamconv.planning.plan import Plan
 from streamconv.source.open import OpenSource
 from streamconv.verification.empty_weights import empty_weights
+from streamconv.verification.numpy_file import NumpyFile
 from streamconv.verification.originals import OriginalArchitecture, original_of
 from streamconv.verification.preflight import BUILTIN, HUB, check_reference
 from streamconv.verification.weights import MappedWeights, StreamedWeights
@@ -84,10 +86,7 @@ def load_weights(original: Any, source: OpenSource) -> tuple[MappedWeights | Str
     files, why = {}, ""
     if not source.is_remote:
         try:
-            files = {
-                role: {name: value for path in paths for name, value in _flatten(_map_file(path))}
-                for role, paths in source.local_paths.items()
-            }
+            files = {role: _map_files(paths) for role, paths in source.local_paths.items()}
         except (UnpicklingError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).partition("\n")[0]
             why = f"torch does not load everything in the source ({reason}), so streamconv read its tensors"
@@ -103,6 +102,21 @@ def load_weights(original: Any, source: OpenSource) -> tuple[MappedWeights | Str
     state = source.selection.family.join_head(state, files.get("head", {}))
     original.load_state_dict(state, strict=True, assign=True)
     return MappedWeights(original.state_dict()), ""
+
+
+def _map_files(paths: Sequence[Path]) -> Mapping[str, Any]:
+    """Map the tensors of a checkpoint's files by name."""
+    files = [_map_tensors(path) for path in paths]
+    return files[0] if len(files) == 1 else {name: value for file in files for name, value in file.items()}
+
+
+def _map_tensors(path: Path) -> Mapping[str, Any]:
+    if is_zipfile(path):
+        with ZipFile(path) as archive:
+            names = archive.namelist()
+        if is_npz(names):
+            return NumpyFile(path)
+    return dict(_flatten(_map_file(path)))
 
 
 def _map_file(path: Path) -> Any:

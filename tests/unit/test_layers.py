@@ -39,7 +39,7 @@ def test_every_package_that_verification_imports_is_checked_for_before_the_work(
     modules = [each.name for node in nodes if isinstance(node, ast.Import) for each in node.names]
     modules += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     imported = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"streamconv"}
-    assert imported - {"safetensors"} == PACKAGES.keys()  # transformers requires safetensors
+    assert imported - {"safetensors", "numpy"} == PACKAGES.keys()  # transformers requires both
 
 
 def test_unit_tests_import_no_torch() -> None:
