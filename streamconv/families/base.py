@@ -80,15 +80,18 @@ class ExtraPrefix:
 class ClassifierHead:
     """A classifier's head, which the authors publish in a separate file.
 
-    Its tensors are ``keys`` in that file, and ``prefix`` + key among a family's source keys. ``classes`` is the symbol
-    in `ConversionSpec.dims` for the number of classes, 0 without a head. A head of ``imagenet_classes`` classes gets
-    ImageNet's labels, unless the user gives others.
+    Its tensors are ``keys`` in that file, and ``prefix`` + key among a family's source keys. In a backbone's file, a
+    head may also have one of the prefixes ``starts``. ``classes`` is the symbol in `ConversionSpec.dims` for the number
+    of classes, 0 without a head; ``reads`` says which outputs of the backbone it reads. A head of ``imagenet_classes``
+    classes gets ImageNet's labels, unless the user gives others.
     """
 
     prefix: str
     classes: str
     keys: frozenset[str] = frozenset({"weight", "bias"})
     imagenet_classes: int | None = None
+    starts: frozenset[str] = frozenset()
+    reads: str = ""
 
 
 @dataclass(frozen=True)

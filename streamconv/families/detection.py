@@ -7,12 +7,13 @@ refused: the order in which families are listed never decides.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from streamconv.errors import MappingError
 from streamconv.families.base import Family
 from streamconv.families.registry import all_families
 from streamconv.families.rules import Rule
+from streamconv.families.wrapped_names import prefix_before, unwrapped
 from streamconv.tensors.info import TensorInfo
 
 # A dot-free part of a name that is one of the numbers from 0 on.
@@ -21,18 +22,63 @@ _NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])")
 
 def find_prefixes(names: Iterable[str]) -> dict[str, list[Family]]:
     """Return the prefixes under which ``names`` are those of a model, in their order, each with its `_best_fits`."""
-    spellings = [
-        (spelling, key, family.name)
-        for family in all_families()
-        for key in family.signature
-        for spelling in {key, family.block_chunks.chunked_key(key, 1, 1) if family.block_chunks else key}
-    ]
+    return _find_prefixes(
+        names,
+        [
+            (spelling, key, family.name)
+            for family in all_families()
+            for key in family.signature
+            for spelling in {key, family.block_chunks.chunked_key(key, 1, 1) if family.block_chunks else key}
+        ],
+    )
+
+
+def find_converted_prefixes(names: Iterable[str]) -> dict[str, list[Family]]:
+    """Return the same for the names of converted models.
+
+    The prefix of a classifier's backbone is one of them: its head is found later.
+    """
+    return _find_prefixes(
+        names,
+        [
+            (target, key, family.name)
+            for family in all_families()
+            for key, target in _signature_targets(family)
+            if target != key
+        ],
+    )
+
+
+def _signature_targets(family: Family) -> Iterator[tuple[str, str]]:
+    """Yield each key of the signature with its targets, without the prefix that some architectures have before them."""
+    rules = family.rules
+    for key in family.signature:
+        number, pattern = _NUMBER.search(key), _NUMBER.sub("{i}", key, count=1)
+        i = number and number[0]
+        targets = {
+            target.format(i=i)
+            for rule in rules
+            if rule.source in (key, pattern) and rule.value is None
+            for target in rule.targets[:1]
+        }
+        for target in targets:
+            if not any(target.endswith(f".{other}") for other in targets):
+                yield key, target
+
+
+def _find_prefixes(names: Iterable[str], spellings: Iterable[tuple[str, str, str]]) -> dict[str, list[Family]]:
+    """Find the prefixes before the spellings of keys, each given with its key and the name of its family."""
+    by_last_part: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
+    for each in spellings:
+        by_last_part[each[0].rpartition(".")[2]].append(each)
     # The keys of each family's signature under each prefix. One pass: a hostile file may have thousands of prefixes.
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
-        for spelling, key, family_name in spellings:
-            if name.endswith(spelling) and (len(name) == len(spelling) or name[-len(spelling) - 1] == "."):
-                found[name[: -len(spelling)]][family_name].add(key)
+        bare = unwrapped(name)
+        for spelling, key, family_name in by_last_part.get(bare.rpartition(".")[2], ()):
+            prefix = prefix_before(name, bare, spelling)
+            if prefix is not None:
+                found[prefix][family_name].add(key)
     fits = {
         prefix: _best_fits([(family, keys.get(family.name, ())) for family in all_families()])
         for prefix, keys in found.items()

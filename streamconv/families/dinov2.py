@@ -129,6 +129,8 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
             ("there are no blocks", not sizes.layers),
             (f"the head reads {sizes.head_layers} layers, but transformers' classes read the last one only",
              sizes.head_layers > 1),
+            (f"the head reads {sizes.hidden} channels, such as those of the CLS token alone, but transformers' classes "
+             f"read {2 * sizes.hidden}: the CLS token and the mean of the patch tokens", not sizes.head_layers),
             (f"patch_embed takes {sizes.channels} channels, but the image processor makes 3", sizes.channels != 3),
         )
         if is_wrong
@@ -332,7 +334,13 @@ FAMILY = Family(
         ExtraPrefix("head.last_layer.", _TRAINING_HEAD),
         ExtraPrefix("decode_head.", _TASK_HEAD, is_skipped=False),
     ),
-    classifier_head=ClassifierHead(HEAD_PREFIX, classes="K", imagenet_classes=1000),
+    classifier_head=ClassifierHead(
+        HEAD_PREFIX,
+        classes="K",
+        imagenet_classes=1000,
+        starts=frozenset({HEAD_PREFIX, "classifier.", "cls_head.", "fc.", "head.", "linear."}),
+        reads="the CLS token and the mean of the patch tokens",
+    ),
     image_processor=ImageProcessor(IMAGE_PROCESSOR, pixel_steps),
     block_chunks=BlockChunks(unchunked_key, chunked_key),
     attention_heads=AttentionHeads(

@@ -4,20 +4,27 @@ The backbone's names start with a prefix ("", "teacher.backbone.", "state_dict.m
 start of whole keys only, never from their middle: `head.norm.bias` is not a backbone's `norm.bias`.
 """
 
-import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamconv.errors import MappingError, UsageError
+from streamconv.errors import MappingError
 from streamconv.families.base import ExtraPrefix, Family
-from streamconv.families.detection import choose_family, find_converted, find_prefixes, unknown_model
-from streamconv.families.near_names import near_names
+from streamconv.families.classifier_heads import HeadsBeside
+from streamconv.families.detection import (
+    choose_family,
+    find_converted_prefixes,
+    find_prefixes,
+    source_names_of,
+    unknown_model,
+)
+from streamconv.families.layout import Layout
+from streamconv.families.prefixes import complete_prefix, several_backbones, shown
 from streamconv.families.registry import all_families
+from streamconv.families.wrapped_names import unwrapped
 from streamconv.formats.checkpoint import Checkpoint
-from streamconv.tensors.expressions import SourceTensor
+from streamconv.tensors.info import TensorInfo
 
-MAX_CHOICES = 3  # prefixes that a message about another prefix suggests
 FLAT_PARAMETER = "_flat_param"  # torch.distributed.fsdp's name for many tensors in one
 
 
@@ -44,22 +51,26 @@ class Skipped:
 class Selection:
     """The part of a file that is converted, and the family that it belongs to.
 
-    ``names`` maps each key of the backbone, as its family's rules spell it, to the file's name for it; in a model that
-    was converted before, to all names that make up the key's tensor. ``unread`` maps the keys of values that are not
-    tensors to their classes. ``config`` is the config.json of a model that was converted before, and
+    ``names`` maps each key of the backbone, and of a head in the same file, as the family's rules spell it, to the
+    file's name for it; in a model that was converted before, to all names that make up the key's tensor. ``head_names``
+    maps the keys of a head in a file of its own to that file's names. ``unread`` maps the keys of values that are not
+    tensors to their names and classes. ``config`` is the config.json of a model that was converted before, and
     ``image_processor`` its preprocessor_config.json, None if it has none. ``config_beside`` is the config.json that was
-    found beside a file in its authors' names; it may belong to another model.
+    found beside a file in its authors' names; it may belong to another model. ``unproved`` are assumptions that
+    verification shares.
     """
 
     family: Family
     prefix: str
     names: Mapping[str, tuple[str, ...]]
     skipped: tuple[Skipped, ...] = ()
-    unread: Mapping[str, str] = field(default_factory=dict)
+    unread: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     is_converted: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     image_processor: Mapping[str, Any] | None = None
     config_beside: Mapping[str, Any] = field(default_factory=dict)
+    head_names: Mapping[str, str] = field(default_factory=dict)
+    unproved: tuple[str, ...] = ()
 
     @property
     def display_names(self) -> dict[str, str]:
@@ -67,132 +78,133 @@ class Selection:
         return {key: " + ".join(names) for key, names in self.names.items()}
 
 
-def find_backbone(checkpoint: Checkpoint, where: str, prefix: str | None = None) -> Selection:
-    """Find the backbone among a file's tensors; ``prefix`` chooses one of several.
+def find_backbone(
+    checkpoint: Checkpoint, where: str, prefix: str | None = None, head_prefix: str | None = None
+) -> Selection:
+    """Find the backbone among a file's tensors, and a classifier's head beside it.
+
+    Args:
+        prefix: The prefix of the backbone, if the user chose one. Then other tensors are skipped, and so is a head.
+        head_prefix: The prefix of a head in the same file, if the user chose one.
 
     Raises:
         MappingError: there is no backbone or there are several, other tensors are unknown, it fits several families
             equally well, or two names mean the same key.
-        UsageError: there is no backbone under ``prefix``.
+        UsageError: there is no backbone under ``prefix``, or no head under ``head_prefix``.
     """
-    found = find_prefixes(checkpoint)
-    if prefix is not None:
-        prefix = _complete(prefix, found, where)
-    elif len(found) > 1:
-        raise MappingError(
-            f"{where} holds several backbones. Choose one with --select PREFIX:",
-            [f"{each or '(none)'} {sum(name.startswith(each) for name in checkpoint):,} tensors" for each in found],
-        )
+    original = find_prefixes(checkpoint)
+    found = {**find_converted_prefixes(checkpoint), **original}
     if not found:
-        return _find_converted_backbone(checkpoint, where)
-    chosen = next(iter(found)) if prefix is None else prefix
+        raise _no_backbone(checkpoint, where)
+    if prefix is None and len(found) > 1:
+        counts = {each: sum(name.startswith(each) for name in checkpoint) for each in found}
+        raise several_backbones(counts, where)
+    chosen = next(iter(found)) if prefix is None else complete_prefix(prefix, found, where)
+    infos = {
+        unwrapped(name.removeprefix(chosen)): tensor.info
+        for name, tensor in checkpoint.items()
+        if name.startswith(chosen)
+    }
+    is_converted = chosen not in original
 
     def keys_of(family: Family) -> Iterable[str]:
-        names = (name.removeprefix(chosen) for name in checkpoint if name.startswith(chosen))
-        return map(family.unchunked_key, names)
+        return source_names_of(family.rules, infos) if is_converted else map(family.unchunked_key, infos)
 
-    family = choose_family(found[chosen], keys_of, where)
-    return _split_backbone(checkpoint, where, chosen, family, is_chosen=prefix is not None)
+    layout = Layout(choose_family(found[chosen], keys_of, where), chosen, is_converted)
+    return _select(checkpoint, where, layout, is_chosen=prefix is not None, head_prefix=head_prefix)
 
 
-def _find_converted_backbone(checkpoint: Checkpoint, where: str) -> Selection:
-    """Select a whole file of a model that was converted before; if it is not one, explain what it is."""
+def _no_backbone(checkpoint: Checkpoint, where: str) -> MappingError:
+    """Return the error for a file without a backbone, which explains what it is."""
     _refuse_flat_parameters((*checkpoint, *checkpoint.non_tensors), where)
     _refuse_heads(checkpoint, where)
     if not checkpoint and checkpoint.non_tensors:
         held = [f"{name} is a {kind}" for name, kind in checkpoint.non_tensors.items()]
-        raise MappingError(f"{where} holds objects, which are not read, and no tensor in a plain dict:", held)
-    converted = find_converted({name: tensor.info for name, tensor in checkpoint.items()}, where)
-    if converted is None:
-        raise unknown_model(checkpoint.keys(), where)
-    family, names = converted
-    return Selection(family, "", names, is_converted=True)
+        return MappingError(f"{where} holds objects, which are not read, and no tensor in a plain dict:", held)
+    return unknown_model(checkpoint.keys(), where)
 
 
-def _complete(prefix: str, found: Iterable[str], where: str) -> str:
-    """Return the prefix found that equals ``prefix``, with or without its last dot, or the only one that ends in it."""
-    if f"{prefix.rstrip('.')}." in found or prefix in found:
-        return prefix and f"{prefix.rstrip('.')}."
-    ending = [each for each in found if prefix and each.endswith(f".{prefix.rstrip('.')}.")]
-    if len(ending) == 1:
-        return ending[0]
-    near = ending or near_names(prefix.rstrip("."), found) or [*found]
-    if near == [""]:
-        raise UsageError(f"{where} does not have a backbone under {prefix}, but one without a prefix. Omit --select.")
-    choices = " or ".join(f"--select {each.rstrip('.') or repr('')}" for each in near[:MAX_CHOICES])
-    under = f"one backbone under {prefix}" if prefix else "a backbone without a prefix"
-    raise UsageError(f"{where} does not have {under}. Use {choices}." if choices else f"{where} holds no backbone.")
-
-
-def _split_backbone(checkpoint: Checkpoint, where: str, prefix: str, family: Family, is_chosen: bool) -> Selection:
-    """Split the file's tensors into the backbone and what is skipped.
+def _select(
+    checkpoint: Checkpoint, where: str, layout: Layout, *, is_chosen: bool, head_prefix: str | None
+) -> Selection:
+    """Split the file's tensors into the backbone, its head, and what is skipped.
 
     Raises:
-        MappingError: lists the tensors that are neither, and names that mean the same key.
+        MappingError: lists the tensors that are none of these, and names that mean the same key.
+        UsageError: there is no head under ``head_prefix``.
     """
-    parents = ["", *(prefix[: i + 1] for i, letter in enumerate(prefix) if letter == ".")]
-    names: dict[str, str] = {}
+    infos = {name: tensor.info for name, tensor in checkpoint.items()}
+    spelled, others, doubled = _sort(infos, layout)
+    strays = {key: spelled.pop(key) for key in layout.strays({key: infos[name] for key, name in spelled.items()})}
+    sources = layout.sources({key: infos[name] for key, name in spelled.items()})
+    names = {key: tuple(spelled[each] for each in keys) for key, keys in sources.items()}
+    backbone = {key: _joined_info([infos[name] for name in each]) for key, each in names.items()}
+    candidates = {name: infos[name] for name in infos if name not in {*spelled.values()}}
+    heads = HeadsBeside(layout, candidates, backbone, where)
+    head = heads.choose(head_prefix, is_automatic=not is_chosen)
+    strays = {key: name for key, name in strays.items() if name not in head.values()}
+    if is_chosen or not any(layout.missing(backbone)):
+        others |= {name: (layout.start(name), None) for name in strays.values()}
+    else:  # the plan lists them together with what is missing
+        names |= {key: (name,) for key, name in strays.items()}
     skipped: dict[tuple[str, str], list[int]] = {}
-    unknown: list[str] = []
-    doubled: list[str] = []
-    for name, tensor in checkpoint.items():
-        extra = _find_extra(name, parents, family) or _training_state(name, tensor, prefix)
-        if extra is None and name.startswith(prefix):
-            key = family.unchunked_key(name.removeprefix(prefix))
-            if key in names:
-                doubled.append(f"{names[key]} and {name} are both {key}")
-            names[key] = name
-            continue
-        start, known = extra or (_start(name, prefix), None)
-        if known is not None and known.is_skipped:
-            reason = known.reason
-        elif is_chosen:
-            reason = "not selected"
-        else:
-            unknown.append(f"{name} {list(tensor.info.shape)}{': ' + known.reason if known is not None else ''}")
-            continue
-        skipped.setdefault((start, reason), []).append(tensor.info.nbytes)
+    unknown = []
+    for name, (start, extra) in others.items():
+        if extra is not None and extra.is_skipped:
+            skipped.setdefault((start, extra.reason), []).append(infos[name].nbytes)
+        elif is_chosen and name not in head.values():
+            skipped.setdefault((start, "not selected"), []).append(infos[name].nbytes)
+        elif name not in head.values():
+            reason = extra.reason if extra is not None else heads.problem(name)
+            unknown.append(f"{name} {list(infos[name].shape)}{f': {reason}' if reason else ''}")
     if unknown or doubled:
-        fix = f". To skip other tensors, use --select {prefix.rstrip('.') or repr('')}:" if unknown else ":"
+        also = f" and --head-select {shown(heads.prefix_of(head))}" if head else ""
+        fix = f". To skip other tensors, use --select {shown(layout.prefix)}{also}:" if unknown else ":"
         raise MappingError(f"{where} holds more than a backbone{fix}", unknown + doubled)
+    prefix = layout.family.classifier_head.prefix if layout.family.classifier_head else ""
     return Selection(
-        family,
-        prefix,
-        {key: (name,) for key, name in names.items()},
+        layout.family,
+        layout.prefix,
+        names | {prefix + key: (name,) for key, name in head.items()},
         tuple(Skipped(start, len(sizes), sum(sizes), reason) for (start, reason), sizes in skipped.items()),
         {
-            family.unchunked_key(name.removeprefix(prefix)): kind
+            layout.spelling(name): (name, kind)
             for name, kind in checkpoint.non_tensors.items()
-            if name.startswith(prefix)
+            if name.startswith(layout.prefix)
         },
+        layout.is_converted,
+        unproved=tuple(filter(None, [heads.assumption(head)])),
     )
 
 
-def _find_extra(name: str, parents: Iterable[str], family: Family) -> tuple[str, ExtraPrefix] | None:
-    """Find the family's extra prefix that ``name`` starts with, inside the backbone's prefix or beside a part of it."""
-    for parent in parents:
-        for extra in family.extra_prefixes:
-            if name.startswith(parent + extra.start):
-                return parent + extra.start, extra
-    return None
+def _sort(
+    infos: Mapping[str, TensorInfo], layout: Layout
+) -> tuple[dict[str, str], dict[str, tuple[str, ExtraPrefix | None]], list[str]]:
+    """Sort a file's names.
+
+    Returns:
+        Those inside the prefix by their spelling in the rules; the others with their starts and, if they are known,
+        what they are; and messages about names that mean the same.
+    """
+    spelled: dict[str, str] = {}
+    others: dict[str, tuple[str, ExtraPrefix | None]] = {}
+    doubled = []
+    for name, info in infos.items():
+        extra = layout.extra(name, info)
+        if extra is not None or not name.startswith(layout.prefix):
+            others[name] = extra or (layout.start(name), None)
+            continue
+        key = layout.spelling(name)
+        if key in spelled:
+            doubled.append(f"{spelled[key]} and {name} are both {key}")
+        spelled[key] = name
+    return spelled, others, doubled
 
 
-def _training_state(name: str, tensor: SourceTensor, prefix: str) -> tuple[str, ExtraPrefix] | None:
-    """Recognise what training saves in addition: torch.optim's numbered state, counters, random states."""
-    if name.startswith(prefix) and prefix:
-        return None
-    state = re.match(r"(?:.*?\.)??state\.(?=\d+\.)", name)
-    if state is not None:
-        return state[0], ExtraPrefix(state[0], "optimizer state")
-    is_weight = tensor.info.shape and tensor.info.dtype in ("F64", "F32", "F16", "BF16")
-    return None if is_weight or name.startswith(prefix) else (name, ExtraPrefix(name, "training state"))
-
-
-def _start(name: str, prefix: str) -> str:
-    """Return the leading parts that ``name`` shares with ``prefix``, and the next part."""
-    parts, own = name.split("."), prefix.split(".")
-    shared = next((i for i, (a, b) in enumerate(zip(parts, own, strict=False)) if a != b), 0)
-    return ".".join(parts[: shared + 1]) + ("." if len(parts) > shared + 1 else "")
+def _joined_info(parts: Sequence[TensorInfo]) -> TensorInfo:
+    """Return the dtype and shape of equal parts that are joined along dim 0."""
+    first = parts[0]
+    return TensorInfo(first.dtype, (len(parts) * first.shape[0], *first.shape[1:])) if first.shape else first
 
 
 def _refuse_flat_parameters(names: Iterable[str], where: str) -> None:

@@ -8,6 +8,7 @@ from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families.base import ConversionSpec, Family, Model
 from streamconv.families.rules import ExpectedTensor, constants, expand, map_tensors
 from streamconv.families.selection import Selection, Skipped
+from streamconv.families.wrapped_names import unwrapped
 from streamconv.planning.heads import choose_heads
 from streamconv.planning.plan import MappedTensor, Plan
 from streamconv.planning.shards import DEFAULT_SHARD_BYTES, PIECE_BYTES, lay_out
@@ -89,8 +90,9 @@ def make_plan(
         notes=(
             *([heads.note] if heads.note and not is_published else []),
             *list_notes(spec, selection, image_processor, is_published=is_published, is_known=bool(candidates)),
+            *selection.unproved,
         ),
-        unproved=(heads.unproved,) if heads.unproved and not is_published else (),
+        unproved=(*([heads.unproved] if heads.unproved and not is_published else []), *selection.unproved),
         skipped=(*selection.skipped, *_dropped(tensors, expected, selection.prefix)),
         filled={name: value for name, (value, _) in fills.items()},
         block_chunks=block_chunks or 0,
@@ -114,8 +116,11 @@ def _identify(dimensions: Any, where: str, family: Family, model: Model | None) 
 def _block_chunks(selection: Selection, layers: int) -> int | None:
     """Return the number of lists that the file's blocks are in: 0 for one plain list, None if no number fits."""
     chunks = selection.family.block_chunks
-    names = {key: name.removeprefix(selection.prefix) for key, name in selection.display_names.items()}
-    if chunks is None or selection.is_converted or all(key == name for key, name in names.items()):
+    if chunks is None or selection.is_converted:
+        return 0
+    keys = selection.family.split_head(selection.names)[0]
+    names = {key: unwrapped(name.removeprefix(selection.prefix)) for key, (name,) in keys.items()}
+    if all(key == name for key, name in names.items()):
         return 0
     for count in range(1, layers + 1):
         if all(chunks.chunked_key(key, layers, count) == name for key, name in names.items()):
@@ -127,7 +132,7 @@ def _problems(
     spec: ConversionSpec, selection: Selection, expected: Mapping[str, ExpectedTensor], block_chunks: int | None
 ) -> list[str]:
     """List problems other than those with the tensors' names, shapes and dtypes."""
-    unread = [(selection.prefix + key, kind) for key, kind in selection.unread.items() if key in expected]
+    unread = [each for key, each in selection.unread.items() if key in expected]
     # A converted model has every tensor of its class; only its authors' file may leave out what has no effect.
     left_out = constants(spec.rules, spec.dims, spec.count) if selection.is_converted else {}
     return [

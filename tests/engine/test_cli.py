@@ -88,7 +88,7 @@ def test_mistakes_end_in_one_message_and_an_exit_code(tmp_path: Path, save: Save
         (3, "no such file", ("convert", "none.pth", "-o", "out")),
         (3, "web page", ("convert", "page.pth", "-o", "out")),
         (3, "cut short", ("convert", "cut.pth", "-o", "out")),
-        (3, "unexpected: more [1]", ("convert", "more.pth", "-o", "out")),
+        (3, "more [1]", ("convert", "more.pth", "-o", "out")),
         (4, "is a file", ("convert", backbone, "-o", "file")),
         (4, "is a file", ("convert", backbone, "-o", "file", "--force")),
         (4, "is not a folder", ("verify", "none", backbone)),

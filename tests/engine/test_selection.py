@@ -186,14 +186,42 @@ def test_unknown_tensors_beside_a_backbone_require_a_selection(tmp_path: Path) -
     assert list(caught.value.problems) == ["model.head.weight [5, 128]"]
     done = api.convert(source, tmp_path / "out", select="model.net")
     assert [str(each) for each in done.plan.skipped] == ["model.head.* (1 tensor, 2,560 bytes): not selected"]
-    # Within a backbone, no unknown tensor is skipped.
-    within = saved({"model": {**prefixed(state, "net."), "net.head.weight": torch.ones(5, 128)}}, tmp_path / "z.pth")
-    with pytest.raises(MappingError, match=r"unexpected: model.net.head.weight \[5, 128\]"):
-        api.plan(within)
-    inside = saved({**state, "head.weight": torch.ones(5, 128)}, tmp_path / "y.pth")
-    for select in (None, ""):
-        with pytest.raises(MappingError, match=r"unexpected: head.weight \[5, 128\]"):
-            api.plan(inside, select=select)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.net."])
+def test_unknown_modules_of_a_backbone_require_a_selection(tmp_path: Path, prefix: str) -> None:
+    """Fine-tuning adds heads, norms and counters to a bare backbone. Inside its own modules, nothing is skipped."""
+    state, _ = make_states(tiny())
+    added: State = {
+        "head.weight": torch.ones(5, 128), "head.bias": torch.ones(5), "fc_norm.weight": torch.ones(128),
+        "queue_ptr": torch.zeros(1, dtype=torch.int64), "bn.num_batches_tracked": torch.tensor(3),
+    }  # fmt: skip
+    source = saved(prefixed({**state, **added}, prefix), tmp_path / "x.pth")
+    option = f"--select {prefix.rstrip('.') or repr('')}"
+    with pytest.raises(MappingError, match=f"To skip other tensors, use {option}:") as caught:
+        api.plan(source)
+    assert len(caught.value.problems) == len(added)
+    assert caught.value.problems[0].startswith(f"{prefix}head.weight [5, 128]: the head reads 128 channels, such as")
+    done = api.convert(source, tmp_path / "out", select=prefix)
+    assert {each.start for each in done.plan.skipped} == {
+        f"{prefix}{start}" for start in ("head.", "fc_norm.", "queue_ptr", "bn.")
+    }
+    assert {each.reason for each in done.plan.skipped} == {"not selected"}
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
+    within = saved(prefixed({**state, "blocks.0.extra.weight": torch.ones(5)}, prefix), tmp_path / "y.pth")
+    for select in (None, prefix):
+        with pytest.raises(MappingError, match=rf"unexpected: {prefix}blocks.0.extra.weight \[5\]"):
+            api.plan(within, select=select)
+
+
+def test_unknown_modules_are_listed_together_with_what_is_missing(tmp_path: Path) -> None:
+    """Skipping them would not make the model complete, so no selection is suggested."""
+    state, _ = make_states(tiny())
+    del state["norm.bias"]
+    source = saved({**state, "fc_norm.bias": torch.ones(128)}, tmp_path / "x.pth")
+    with pytest.raises(MappingError, match=r"\(2 problems\)") as caught:
+        api.plan(source)
+    assert list(caught.value.problems) == ["missing: norm.bias [128]", "unexpected: fc_norm.bias [128]"]
 
 
 def test_training_state_beside_a_backbone_is_skipped(tmp_path: Path) -> None:
@@ -370,7 +398,7 @@ def test_ibots_masked_embed_is_the_mask_token(tmp_path: Path, prefix: str) -> No
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
     assert done.plan.config["use_mask_token"] is True
     assert f"{prefix}masked_embed" in {move.source for move in done.plan.mapping}
-    with pytest.raises(MappingError, match=r"unexpected: masked_embed \[1, 128\]"):
+    with pytest.raises(MappingError, match=r"masked_embed \[1, 128\]"):
         api.plan(saved({**state, "masked_embed": state["mask_token"]}, tmp_path / "both.pth"))
 
 

@@ -1,0 +1,95 @@
+"""The layout of a backbone's names in a file: the prefix before them, and how the keys of the rules are spelled."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from streamconv.families.base import ExtraPrefix, Family
+from streamconv.families.detection import source_names_of
+from streamconv.families.rules import expand
+from streamconv.families.wrapped_names import is_untrained, unwrapped
+from streamconv.tensors.info import TensorInfo
+
+_UNTRAINED = "a module that PEFT replaces with a trained copy"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A family's names in a file. ``is_converted``: they are those of targets, not of sources."""
+
+    family: Family
+    prefix: str
+    is_converted: bool
+
+    @cached_property
+    def parents(self) -> tuple[str, ...]:
+        """The whole parts that the prefix begins with: "", "teacher." and "teacher.backbone."."""
+        return ("", *(self.prefix[: i + 1] for i, letter in enumerate(self.prefix) if letter == "."))
+
+    def spelling(self, name: str) -> str:
+        """Return the rules' spelling of a name under the prefix."""
+        key = unwrapped(name.removeprefix(self.prefix))
+        return key if self.is_converted else self.family.unchunked_key(key)
+
+    def sources(self, infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
+        """Return the source of each spelling, with all spellings that make it up."""
+        return source_names_of(self.family.rules, infos) if self.is_converted else {key: (key,) for key in infos}
+
+    @cached_property
+    def head_targets(self) -> frozenset[str]:
+        """The starts of a head's names in a converted model."""
+        head = self.family.classifier_head
+        return frozenset(
+            target.rpartition(".")[0] + "."
+            for rule in self.family.rules
+            if head is not None and rule.source.startswith(head.prefix)
+            for target in rule.targets
+        )
+
+    def strays(self, infos: Mapping[str, TensorInfo]) -> list[str]:
+        """Return the spellings of names that are inside the prefix, but not inside any module of the backbone."""
+        head, sources = self.family.classifier_head, self.sources(infos)
+        spec = self.family.conversion_spec(
+            self.family.read_dimensions({key: infos[keys[0]] for key, keys in sources.items()})
+        )
+        known = {
+            spelling.partition(".")[0]
+            for rule in (*self.family.rules, *spec.rules)
+            if head is None or not rule.source.startswith(head.prefix)
+            for spelling in (rule.targets if self.is_converted else (rule.source,))
+        }
+        return [spelling for spelling in infos if spelling.partition(".")[0] not in known]
+
+    def extra(self, name: str, info: TensorInfo) -> tuple[str, ExtraPrefix] | None:
+        """Recognise what is not part of the model, and where its names start."""
+        for parent in self.parents:
+            for extra in self.family.extra_prefixes:
+                if name.startswith(parent + extra.start):
+                    return parent + extra.start, extra
+        if is_untrained(name):
+            return name, ExtraPrefix(name, _UNTRAINED)
+        return self._training_state(name, info)
+
+    def _training_state(self, name: str, info: TensorInfo) -> tuple[str, ExtraPrefix] | None:
+        """Recognise what training saves in addition: torch.optim's numbered state, counters, random states."""
+        if name.startswith(self.prefix) and self.prefix:
+            return None
+        state = re.match(r"(?:.*?\.)??state\.(?=\d+\.)", name)
+        if state is not None:
+            return state[0], ExtraPrefix(state[0], "optimizer state")
+        is_weight = info.shape and info.dtype in ("F64", "F32", "F16", "BF16")
+        return None if is_weight or name.startswith(self.prefix) else (name, ExtraPrefix(name, "training state"))
+
+    def start(self, name: str) -> str:
+        """Return the leading parts that ``name`` shares with the prefix, and the next part."""
+        parts, own = name.split("."), self.prefix.split(".")
+        shared = next((i for i, (a, b) in enumerate(zip(parts, own, strict=False)) if a != b), 0)
+        return ".".join(parts[: shared + 1]) + ("." if len(parts) > shared + 1 else "")
+
+    def missing(self, backbone: Mapping[str, TensorInfo]) -> Iterator[str]:
+        """Yield the keys that a backbone lacks, whatever the shapes of the others."""
+        spec = self.family.conversion_spec(self.family.read_dimensions(backbone))
+        for key, expected in expand(spec.rules, spec.dims, spec.count).items():
+            if key not in backbone and not expected.rule.drop_reason:
+                yield key
