@@ -77,7 +77,11 @@ HEAD = Option(
 )  # fmt: skip
 SELECT = Option(
     "--select", metavar="PREFIX", group="Source",
-    help="The backbone to convert if the file holds several, such as teacher.backbone.",
+    help="The backbone to convert if the file holds several, or other tensors, such as teacher.backbone.",
+)  # fmt: skip
+HEAD_SELECT = Option(
+    "--head-select", metavar="PREFIX", group="Source",
+    help="The head to convert if the file of --head, or else SOURCE, holds several or other tensors.",
 )  # fmt: skip
 NUM_HEADS = Option(
     "--num-heads", metavar="N", type=int, group="Source", show_default="the model family's rule",
@@ -111,7 +115,7 @@ DRY_RUN = Option(
     "--dry-run", is_flag=True, group="Output", help="Check everything and show what would be done; write nothing."
 )
 
-SOURCE_OPTIONS = (HEAD, SELECT, NUM_HEADS, STREAM)
+SOURCE_OPTIONS = (HEAD, HEAD_SELECT, SELECT, NUM_HEADS, STREAM)
 CONVERSION_OPTIONS = (*SOURCE_OPTIONS, LABELS, SHARD_SIZE, DTYPE, FORCE)
 """Their names are the fields of `SourceOptions` and `ConversionOptions`."""
 

@@ -106,6 +106,7 @@ class PreparedConversion:
             plan=plan.fingerprint,
             **plan.names,
             select=source.source.select,
+            head_select=source.source.head_select,
             num_heads=source.source.num_heads,
             filled=plan.filled,
             block_chunks=plan.block_chunks,

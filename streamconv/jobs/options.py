@@ -21,24 +21,28 @@ class SourceOptions:
 
     Args:
         head: The path or URL of a linear head, for a classifier in two files.
-        select: The prefix of the backbone's names, for a file that holds several backbones.
+        select: The prefix of the backbone's names, for a file that holds several backbones or other tensors. A head in
+            the same file is then left out.
         num_heads: The number of attention heads, which tensors do not show; by default, the family's rule gives it.
         stream: Read a remote file directly. Otherwise it is first downloaded into torch.hub's cache.
+        head_select: The prefix of the head's two tensors in the file of ``head`` or, without it, in the source itself.
 
     Raises:
-        UsageError: the number of heads or the prefix is not valid.
+        UsageError: the number of heads or a prefix is not valid.
     """
 
     head: StrPath | None = None
     select: str | None = None
     num_heads: int | None = None
     stream: bool = False
+    head_select: str | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads is not None and (type(self.num_heads) is not int or self.num_heads < 1):
             raise UsageError(f"A model cannot have {self.num_heads!r} attention heads. Give a positive number.")
-        if self.select is not None and not isinstance(self.select, str):
-            raise UsageError(f"{self.select!r} is not a prefix of names. Give a string.")
+        for prefix in (self.select, self.head_select):
+            if prefix is not None and not isinstance(prefix, str):
+                raise UsageError(f"{prefix!r} is not a prefix of names. Give a string.")
 
 
 @dataclass(frozen=True)

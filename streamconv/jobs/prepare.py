@@ -70,7 +70,7 @@ def prepared_source(
         UsageError, SourceError: the source does not exist or cannot be converted.
     """
     resolved = resolve_source(source, options.head, options.select, options.num_heads, output=output)
-    resolved = replace(resolved, is_synthetic=is_synthetic)
+    resolved = replace(resolved, head_select=options.head_select, is_synthetic=is_synthetic)
     with ExitStack() as stack:
         try:
             opened = _open_indexes(resolved, options, progress, stack, is_exact=is_exact)

@@ -23,7 +23,7 @@ from streamconv.jobs.options import ConversionOptions, SourceOptions, StrPath, V
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.output.files import write_file
 from streamconv.output.journal import JOURNAL_NAME
-from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile, in_order, record_verification
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, in_order, record_verification
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.open import OpenSource, read_config
@@ -179,11 +179,12 @@ def write_report(verification: Verification, options: VerificationOptions) -> No
 def _options_of(folder: Path, given: SourceOptions) -> ConversionOptions:
     """Return the options that the folder was converted with, as far as its files show them, overridden by ``given``."""
     manifest, dtype = Manifest.read(folder), read_config(folder).get("dtype")
-    select, num_heads = (manifest.select, manifest.num_heads) if manifest is not None else (None, None)
+    recorded = manifest if manifest is not None else Provenance(source={}, plan="")
     return ConversionOptions(
         head=given.head,
-        select=given.select if given.select is not None else select,
-        num_heads=given.num_heads if given.num_heads is not None else num_heads,
+        select=given.select if given.select is not None else recorded.select,
+        head_select=given.head_select if given.head_select is not None else recorded.head_select,
+        num_heads=given.num_heads if given.num_heads is not None else recorded.num_heads,
         stream=given.stream,
         dtype=dtype if dtype in get_args(CastDtype) else None,
     )

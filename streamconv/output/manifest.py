@@ -83,8 +83,8 @@ class Provenance:
     """The sources of an output by role, and the decisions that were made before anything is written.
 
     ``model`` is the published model that the user or the file's name refers to, ``shaped_like`` one that only has the
-    same shapes. ``select`` and ``num_heads`` are the user's; ``plan`` is the plan's fingerprint, and the others are
-    what the plan says under the same names.
+    same shapes. ``select``, ``head_select`` and ``num_heads`` are the user's; ``plan`` is the plan's fingerprint, and
+    the others are what the plan says under the same names.
     """
 
     source: Mapping[str, SourceFile]
@@ -92,6 +92,7 @@ class Provenance:
     model: str | None = None
     shaped_like: str | None = None
     select: str | None = None
+    head_select: str | None = None
     num_heads: int | None = None
     filled: Mapping[str, float] = field(default_factory=dict)
     block_chunks: int = 0

@@ -12,14 +12,14 @@ from typing import Any
 from streamconv.errors import (
     ChangedError,
     CorruptError,
-    MappingError,
     NetworkError,
     NotACheckpointError,
     SourceError,
     TruncatedError,
     UsageError,
 )
-from streamconv.families.base import Family
+from streamconv.families.classifier_heads import head_in_file
+from streamconv.families.prefixes import shown
 from streamconv.families.selection import Selection, find_backbone
 from streamconv.files.address import Address
 from streamconv.files.base import FileRef
@@ -143,44 +143,35 @@ def open_source(
                 path = torch_hub_cache() / location.name
                 raise NetworkError(f"{error}\nIf you have {location.name}, put it at\n  {path}") from error
         backbone = checkpoints["backbone"]
-        selection = find_backbone(backbone, str(source.backbone), source.select)
+        head_select = source.head_select if source.head is None else None
+        selection = find_backbone(backbone, str(source.backbone), source.select, head_select)
         if backbone.folder is not None:
             config = read_config(backbone.folder)
             is_own = selection.is_converted
             selection = replace(selection, config=config) if is_own else replace(selection, config_beside=config)
         tensors = {key: joined([backbone[name] for name in names]) for key, names in selection.names.items()}
-        _refuse_head_inside(backbone, source, selection.family)
         if source.head is not None:
-            tensors = _with_head(tensors, checkpoints["head"], source, selection.family)
+            head_names = _find_head(tensors, checkpoints["head"], source, selection)
+            tensors |= {key: checkpoints["head"][name] for key, name in head_names.items()}
+            selection = replace(selection, head_names=head_names)
         yield OpenSource(source, tensors, checkpoints, selection)
 
 
-def _refuse_head_inside(backbone: Checkpoint, source: Source, family: Family) -> None:
-    head = family.classifier_head
-    inside = [f"unexpected: {key}" for key in backbone if head is not None and key.startswith(head.prefix)]
-    if inside:
-        raise MappingError(f"{source.backbone} has a head inside. Save the head in a file of its own:", inside)
-
-
-def _with_head(
-    tensors: Mapping[str, AnyTensor], checkpoint: Checkpoint, source: Source, family: Family
-) -> dict[str, AnyTensor]:
-    """Add the tensors of a head's file."""
-    head = family.classifier_head
-    if head is None:
+def _find_head(
+    tensors: Mapping[str, AnyTensor], checkpoint: Checkpoint, source: Source, selection: Selection
+) -> dict[str, str]:
+    """Return the names of the head's tensors in its file, by their keys in the family's rules."""
+    family = selection.family
+    if family.classifier_head is None:
         raise UsageError(f"{source.backbone} is a {family.name} model, which takes no head. Omit --head.")
-    if any(key.startswith(head.prefix) for key in tensors):
-        raise UsageError(f"{source.backbone} is a classifier and already has its head. Omit --head.")
-    prefixes = {key.rpartition(".")[0] for key in checkpoint}
-    named = {key.rpartition(".")[2]: tensor for key, tensor in checkpoint.items()}
-    if len(prefixes) != 1 or named.keys() != head.keys:
-        keys = sorted(head.keys)
-        raise MappingError(
-            f"{source.head} is not a classifier's head, which holds {' and '.join(keys)} and nothing else. Save them "
-            f"with torch.save({{{', '.join(f'{key!r}: …' for key in keys)}}}, FILE). It holds:",
-            [f"{key} {list(tensor.info.shape)}" for key, tensor in checkpoint.items()],
+    if family.split_head(tensors)[1]:
+        raise UsageError(
+            f"{source.backbone} is a classifier and already has its head. Omit --head, or leave its own head out with "
+            f"--select {shown(selection.prefix)}."
         )
-    return family.join_head(tensors, named)
+    infos = {name: tensor.info for name, tensor in checkpoint.items()}
+    backbone = {key: tensor.info for key, tensor in tensors.items()}
+    return family.join_head({}, head_in_file(infos, source.head_select, str(source.head), family, backbone))
 
 
 @contextmanager

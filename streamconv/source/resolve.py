@@ -27,8 +27,9 @@ class Source:
     """The locations of a backbone's file and perhaps a head's file, and the model that the user named.
 
     ``origins`` are the URLs that local files were downloaded from, by role. ``select`` is the prefix of the
-    backbone's names and ``num_heads`` the number of attention heads, if the user gave them. ``is_synthetic``: the
-    weights are random and were generated for this run. ``notes`` say what is assumed about the files.
+    backbone's names, ``head_select`` that of the head's, and ``num_heads`` the number of attention heads, if the user
+    gave them. ``is_synthetic``: the weights are random and were generated for this run. ``notes`` say what is assumed
+    about the files.
     """
 
     backbone: Location
@@ -36,6 +37,7 @@ class Source:
     model: Model | None = None
     origins: Mapping[str, Address] = field(default_factory=dict)
     select: str | None = None
+    head_select: str | None = None
     num_heads: int | None = None
     is_synthetic: bool = False
     notes: tuple[str, ...] = ()

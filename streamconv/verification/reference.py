@@ -99,7 +99,7 @@ def load_weights(original: Any, source: OpenSource) -> tuple[MappedWeights | Str
     for key, names in source.selection.names.items():
         parts = [files["backbone"][name] for name in names]
         state[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    state = source.selection.family.join_head(state, files.get("head", {}))
+    state |= {key: files["head"][name] for key, name in source.selection.head_names.items()}
     original.load_state_dict(state, strict=True, assign=True)
     return MappedWeights(original.state_dict()), ""
 

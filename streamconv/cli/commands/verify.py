@@ -31,8 +31,8 @@ def verify(printer: Printer, folder: str, source: str | None, report: str | None
     options = verification_options(**values_of(VERIFICATION_OPTIONS, {**given, "report": report}))
     if source is None and (source_options, options) != (SourceOptions(), VerificationOptions(report=report)):
         raise UsageError(
-            "--head, --select, --num-heads, --device, --image, --reference, --no-parity, --thorough and --stream apply "
-            "only to a comparison with the source. Give SOURCE, too."
+            "--head, --head-select, --select, --num-heads, --device, --image, --reference, --no-parity, --thorough and "
+            "--stream apply only to a comparison with the source. Give SOURCE, too."
         )
     with ProgressReport(printer.is_quiet) as progress:
         verified = streamconv.verify(folder, source, options, source_options, progress=progress)
