@@ -30,7 +30,8 @@ class Faults:
 
     After ``cut_after`` bytes of a body, the connection is cut, for ``cuts`` responses. The next requests are answered
     with ``statuses``, one each, and ``retry_after``. A megabyte takes ``seconds_a_megabyte``. The next responses are
-    delayed by the seconds in ``stall``, and all of them by ``latency``.
+    delayed by the seconds in ``stall``, and all of them by ``latency``. Each response has the next of ``varying``
+    headers, as if several servers answered.
     """
 
     ranges: bool = True
@@ -48,6 +49,7 @@ class Faults:
     redirects: dict[str, str] = field(default_factory=dict)
     needs_authorization: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    varying: Iterator[dict[str, str]] | None = None
     close_after_each: bool = False
     drops_idle: bool = False
     wrong_part: bool = False
@@ -143,7 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header("ETag", f'"{state.st_mtime_ns:x}-{state.st_size:x}"')
             if faults.last_modified:
                 self.send_header("Last-Modified", formatdate(int(state.st_mtime), usegmt=True))
-            for name, value in faults.headers.items():
+            with self.server.lock:
+                varying = next(faults.varying) if faults.varying is not None else {}
+            for name, value in {**faults.headers, **varying}.items():
                 self.send_header(name, value)
             if faults.close_after_each or not faults.length:
                 self.send_header("Connection", "close")

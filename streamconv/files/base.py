@@ -1,10 +1,13 @@
 """The interface of a file, wherever it is: what identifies it, and what can be done while it is open."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from streamconv.files.address import Location
+
+_ADDED_TO_ETAG = re.compile(r"""^W/|(--?|;)(gzip|br|zstd|deflate)(?="$)""")
 
 Version = tuple[tuple[str, str | int | None], ...]
 """Distinguishes a file from another one of the same name and size, by its times or a server's ETag. Sorted by key."""
@@ -14,8 +17,13 @@ def is_same_version(one: Mapping[str, str | int | None], other: Mapping[str, str
     """Return whether two responses name the same version of a file: by what both name, an ETag before a time."""
     for key in ("etag", "last_modified"):
         if one.get(key) and other.get(key):
-            return one[key] == other[key]
+            return _plain(one[key]) == _plain(other[key])
     return one == other
+
+
+def _plain(validator: object) -> str:
+    """Remove from an ETag what some servers add to it: a mark of weakness, and a suffix for an encoding."""
+    return _ADDED_TO_ETAG.sub("", str(validator))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,13 @@
 """A file at an http or https URL, read by range requests (RFC 9110, 14).
 
-The first response gives the file's length and its ETag or Last-Modified (8.8). Every later response must give the
-same ones, so that parts of two different files are never mixed.
+The first response gives the file's length and its ETag or Last-Modified (8.8). Every later response is compared with
+it, so that parts of two different files are never mixed: see `versions`.
 """
 
 import logging
 import re
 from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import pairwise
 from time import time_ns
 from typing import NoReturn
@@ -17,12 +16,13 @@ from urllib.parse import urljoin, urlsplit
 from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError
 
-from streamconv.errors import ChangedError, NoRangesError, SourceError, SourceMissingError, printable
+from streamconv.errors import NoRangesError, SourceError, SourceMissingError, printable
 from streamconv.files.address import Address, is_valid_url
-from streamconv.files.base import ByteRange
+from streamconv.files.base import ByteRange, Version
 from streamconv.files.client import Client, seconds_to_wait, translate
 from streamconv.files.remote import WINDOW_BYTES, PendingRange, RemoteFile
 from streamconv.files.retries import RetryLater, RetryNow
+from streamconv.files.versions import HttpVersion, Versions
 
 _log = logging.getLogger(__name__)
 
@@ -40,39 +40,22 @@ _SAFE_REDIRECTS = {"http": ("http", "https"), "https": ("https",)}
 _PIECE_BYTES = 1 << 20  # urllib3 reads into a buffer of its own: large ones cost memory, small ones many calls
 
 
-@dataclass(frozen=True)
-class _Version:
-    """Headers that stay the same as long as the file does. ``size`` is in bytes."""
-
-    size: int
-    etag: str | None
-    modified: str | None
-
-    @property
-    def validators(self) -> dict[str, str | int | None]:
-        headers = {"etag": self.etag, "last_modified": self.modified}
-        return {name: value for name, value in headers.items() if value}
-
-    def as_dict(self) -> dict[str, str | int | None]:
-        return {"etag": self.etag} if self.etag else {"last_modified": self.modified} if self.modified else {}
-
-
 class HttpFile(RemoteFile):
     """A file on an HTTP server. Opening it reads its beginning.
 
     ``has_ranges`` is False if the server sends only whole files; reads announced in the file's order then still
-    work, in one pass.
+    work, in one pass. ``expected`` is the version that an earlier process has opened.
 
     Raises:
         SourceMissingError: it does not exist.
         NetworkError, SourceError: it cannot be fetched, or the server does not report its length.
     """
 
-    def __init__(self, address: Address):
+    def __init__(self, address: Address, expected: Version = ()):
         super().__init__(address)
         self._client = Client(address.url)
         self._target, self._redirects_in_a_row = address.url, 0  # the URL after redirects
-        self._version: _Version | None = None
+        self._versions = Versions(str(address), dict(expected))
         self._opened_ns = time_ns()
         self.has_ranges = True
         self._is_one_pass = False  # without ranges: the announced reads are in the file's order
@@ -81,22 +64,29 @@ class HttpFile(RemoteFile):
     @property
     def version(self) -> dict[str, str | int | None]:
         """The ETag or Last-Modified. Without either, the time of opening, so that no conversion can be resumed."""
-        headers = self._version.as_dict() if self._version is not None else {}
-        return headers or {"opened_ns": self._opened_ns}
+        found = self.validators
+        return {"etag": found["etag"]} if "etag" in found else found
 
     @property
     def validators(self) -> dict[str, str | int | None]:
-        """The ETag and the Last-Modified (RFC 9110, 8.8), as far as the server sends them; else as `version`."""
-        return (self._version.validators if self._version is not None else {}) or self.version
+        """The ETag and the Last-Modified, as far as the server sends them; without either, as `version`."""
+        headers = self._versions.first.validators if self._versions.first is not None else {}
+        return headers or {"opened_ns": self._opened_ns}
 
     @property
     def is_open(self) -> bool:
-        return self._version is not None
+        return self._versions.first is not None
 
     def require_unchanged(self) -> None:
-        """Read one byte: every response is compared with the first one."""
+        """Read one byte, since every response is compared with the first one. Copies are compared as a whole later."""
+        if self.proved_by == "copy":
+            return
         if self.size and self.has_ranges:
             self._read_alone(self.size - 1, 1)
+        self.require_one_version()
+
+    def require_one_version(self) -> None:
+        self._versions.require_one()
 
     def prefetch(self, ranges: Iterable[ByteRange]) -> None:
         """Announce the next reads, in order. If the server sends only whole files, request the rest at once.
@@ -166,7 +156,7 @@ class HttpFile(RemoteFile):
         if status == 416 and content_range.replace(" ", "") == "bytes*/0" and not self.is_open:
             raise _EmptyFile
         if status == 416 and self.is_open:
-            raise self._changed()
+            raise self._versions.changed()
         if status not in (200, 206):
             kind = SourceMissingError if status in (404, 410) else SourceError
             advice = _ADVICE.get(status, "Check the URL, or download the file yourself.")
@@ -181,20 +171,20 @@ class HttpFile(RemoteFile):
                 raise SourceError(f"{self.where}: the server sent another part than requested. Download it yourself.")
         if size is None:
             raise SourceError(f"{self.where}: the server does not report its length. Download it yourself.")
-        self._pin(_Version(size, headers.get("ETag"), headers.get("Last-Modified")), status == 206)
+        self._pin(HttpVersion.of(size, headers), status == 206)
         if status == 200 and self.has_ranges:
             raise RetryLater("the server sent the whole file instead of a part", None)
 
-    def _pin(self, version: _Version, is_part: bool) -> None:
-        if self._version is None:
-            self._version, self.size, self.has_ranges = version, version.size, is_part
+    def _pin(self, version: HttpVersion, is_part: bool) -> None:
+        is_first = not self.is_open
+        self._versions.check(version, self.proved_by)
+        self._redirects_in_a_row = 0
+        if is_first:
+            self.size, self.has_ranges = version.size, is_part
             if not is_part:
                 self.request_bytes = max(1, self.size)
             if not self.size:
                 raise _EmptyFile
-        elif (version.size, version.as_dict()) != (self.size, self._version.as_dict()):
-            raise self._changed()
-        self._redirects_in_a_row = 0
 
     def _redirect(self, target: str) -> NoReturn:
         self._redirects_in_a_row += 1
@@ -203,12 +193,6 @@ class HttpFile(RemoteFile):
         self._target = target
         _log.debug("%s redirects to %s", self.address, Address(target))
         raise RetryNow("redirected")
-
-    def _changed(self) -> ChangedError:
-        return ChangedError(
-            f"{self.where} was changed while it was read: the server now has another file there. "
-            "Delete the unfinished output, and run again."
-        )
 
 
 def _join(base: str, location: str) -> str:

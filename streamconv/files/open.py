@@ -4,12 +4,16 @@ from pathlib import Path
 
 from streamconv.errors import NetworkError
 from streamconv.files.address import Address, Location, hf_to_https
-from streamconv.files.base import File
+from streamconv.files.base import File, Version
 from streamconv.files.local import LocalFile
 
 
-def open_file(location: Location, where: str | None = None) -> File:
-    """Open a file. ``where`` is what messages call a file on this machine, instead of its path.
+def open_file(location: Location, where: str | None = None, expected: Version = ()) -> File:
+    """Open a file.
+
+    Args:
+        where: What messages call a file on this machine, instead of its path.
+        expected: The version that an earlier process has opened. A server that has several is asked for this one.
 
     Raises:
         UsageError, SourceError: see `LocalFile`, `HttpFile` and `FsspecFile`.
@@ -25,8 +29,8 @@ def open_file(location: Location, where: str | None = None) -> File:
         from streamconv.files.http import HttpFile
 
         if location.scheme == "hf":
-            return HttpFile(_on_the_hub(location))
-        return HttpFile(location)
+            location = _on_the_hub(location)
+        return HttpFile(location, expected)
     from streamconv.files.fsspec import FsspecFile
 
     return FsspecFile(location)

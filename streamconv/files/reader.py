@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from types import TracebackType
 
 from streamconv.errors import ChangedError
-from streamconv.files.base import File, FileRef
+from streamconv.files.base import File, FileRef, is_same_version
 from streamconv.files.open import open_file
 
 
@@ -30,8 +30,9 @@ class Reader:
         """
         file = self._files.get(ref)
         if file is None:
-            file = open_file(ref.location)
-            if file.ref != ref:
+            file = open_file(ref.location, expected=ref.version)
+            is_same = is_same_version(dict(file.ref.version), dict(ref.version))
+            if (file.ref.location, file.size, is_same) != (ref.location, ref.size, True):
                 file.close()
                 raise ChangedError(f"{file.where} was changed after its index was read. Plan the conversion again.")
             self._own.append(file)

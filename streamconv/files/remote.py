@@ -18,6 +18,7 @@ from streamconv.errors import TruncatedError
 from streamconv.files.address import Address
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.files.retries import Retries
+from streamconv.files.versions import ProvedBy
 
 WINDOW_BYTES = 256 << 10  # a small read, as of an index, fetches this many bytes and keeps them
 MAX_WINDOWS = 8  # kept at once
@@ -56,10 +57,11 @@ class PendingRange:
 class RemoteFile(ABC):
     """A `File` on another machine; to be used by one thread at a time.
 
-    Subclasses set ``size`` and send the request for a range.
+    Subclasses set ``size`` and send the request for a range. ``proved_by`` is set by those who read the file.
     """
 
     request_bytes = REQUEST_BYTES
+    proved_by: ProvedBy = "version"
     size: int
 
     def __init__(self, address: Address):
@@ -80,6 +82,9 @@ class RemoteFile(ABC):
     @abstractmethod
     def require_unchanged(self) -> None:
         """Raise `ChangedError` if the file is not the one that was opened."""
+
+    def require_one_version(self) -> None:  # noqa: B027 - only http files can have several
+        """Raise `ChangedError` if responses of several versions were accepted; see `ProvedBy`."""
 
     @property
     @abstractmethod

@@ -18,6 +18,7 @@ from streamconv.files.base import File
 from streamconv.files.local import LocalFile
 from streamconv.files.open import open_file
 from streamconv.files.reader import Reader
+from streamconv.files.remote import RemoteFile
 from streamconv.formats import npz, safetensors, torch_legacy, torch_zip, zip_directory
 from streamconv.formats.folder import (
     WeightFiles,
@@ -175,7 +176,13 @@ def _open_files(weights: WeightFiles, read_local_headers: bool = True, where: st
             with located(each):
                 file = open_file(each, where)
                 opened.callback(file.close)
+                if isinstance(file, RemoteFile):
+                    file.proved_by = "records"  # an index with CRC-32s that was mixed matches no record
                 found, other, fingerprint = _read_index(file, read_local_headers)
+                if isinstance(file, RemoteFile):
+                    file.proved_by = "version"
+                    if any(tensor.record.crc32 is None for tensor in found.values()):
+                        file.require_one_version()
                 if names is not None:
                     check_weight_map(file.where, weights.index, found, names)
                 elif twice := tensors.keys() & found.keys():

@@ -2,12 +2,14 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 
 from streamconv.errors import CorruptError
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.files.reader import Reader
+from streamconv.files.remote import RemoteFile
 from streamconv.formats.segments import LateBytes
 from streamconv.output.files import OutputFile
 from streamconv.output.hashing import BUFFER_BYTES
@@ -61,6 +63,19 @@ class Contents:
         """Announce the reads to the source's files."""
         for file in self._files:
             self._reader.open(file).prefetch(self._reads(file))
+
+    @contextmanager
+    def proved_by_records(self) -> Iterator[None]:
+        """Accept responses of other versions of those source files all of whose records have CRC-32s."""
+        opened = map(self._reader.open, self._files - self.files_without_crc())
+        files = [file for file in opened if isinstance(file, RemoteFile)]
+        for file in files:
+            file.proved_by = "records"
+        try:
+            yield
+        finally:
+            for file in files:
+                file.proved_by = "version"
 
     def _reads(self, file: FileRef) -> Iterator[ByteRange]:
         for batch in batches(self._segments, self._point):

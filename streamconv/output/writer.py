@@ -108,6 +108,7 @@ class _FileWriter:
             BackgroundHash() as digest,
             _Marker(file, self._path, self._journal, point.size) as marker,
             ThreadPoolExecutor(1, "disk") as disk,
+            contents.proved_by_records(),
         ):
             pages = PageAligner()
             contents.prefetch()

@@ -124,6 +124,8 @@ def _download(
         progress(f"{'checking' if is_kept else 'downloading'} {path.name}", position, file.size, "bytes")
 
     reader = Reader([file])
+    if remote is not None and has_checksums(remote):
+        file.proved_by = "copy"
     with resumable_files({path: file.size}, provenance, force=True) as journal:
         if (copy := find_copy(address, file, remote)) is not None:
             journal.discard(path)
