@@ -315,7 +315,7 @@ def test_empty_file_and_web_page_are_reported_as_such(server: FileServer) -> Non
     server.faults.ranges = False
     with pytest.raises(SourceError, match=r"empty\.pth is empty"):
         api.plan(f"{server.url}/empty.pth")
-    with pytest.raises(SourceError, match="looks like a web page"):
+    with pytest.raises(SourceError, match="is a web page"):
         api.plan(f"{server.url}/page.pth")
 
 
