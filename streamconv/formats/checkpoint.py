@@ -20,16 +20,10 @@ from streamconv.files.open import open_file
 from streamconv.files.reader import Reader
 from streamconv.files.remote import RemoteFile
 from streamconv.formats import npz, safetensors, torch_legacy, torch_zip, zip_directory
-from streamconv.formats.folder import (
-    WeightFiles,
-    check_weight_map,
-    find_weights,
-    is_index,
-    read_weights_index,
-    standard_weights,
-)
+from streamconv.formats.folder import find_weights, standard_weights
 from streamconv.formats.foreign.files import START_BYTES, describe_file, is_distributed
 from streamconv.formats.foreign.zips import is_npz
+from streamconv.formats.shards import WeightFiles, check_weight_map, is_index, read_weights_index
 from streamconv.tensors.expressions import SourceTensor
 
 

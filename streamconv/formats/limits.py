@@ -6,7 +6,7 @@ limits here, and those of each format in its own module, follow from these two r
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from streamconv.errors import CorruptError, SourceError, printable
@@ -50,8 +50,8 @@ def is_shape(shape: Sequence[Any]) -> bool:
     return count < 1 << 60
 
 
-def read_json(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object that contains no floats and no name twice in an object.
+def read_json(data: bytes, where: str, parse_float: Callable[[str], float] | None = None) -> dict[str, Any]:
+    """Parse a JSON object that contains no name twice in an object and, without ``parse_float``, no floats.
 
     Raises:
         CorruptError: it is not such an object.
@@ -67,7 +67,9 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
     ):
         raise SourceError(f"{where} holds more than {MAX_TENSORS:,} tensors need. Do not trust this file.")
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_object, parse_float=_refuse, parse_constant=_refuse)
+        value = json.loads(
+            data.decode(), object_pairs_hook=_object, parse_float=parse_float or _refuse, parse_constant=_refuse
+        )
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{where} is damaged: {error}.") from error
     if type(value) is not dict:

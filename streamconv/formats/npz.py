@@ -28,6 +28,7 @@ _MIN_HEADER_BYTES = 128  # with the magic number and the length, as all current 
 _ENTRY = re.compile(
     r"""\s*['"](descr|fortran_order|shape)['"]\s*:\s*('[^']*'|"[^"]*"|\[.*\]|True|False|\([\d\sL,]*\))"""
 )
+_UNNAMED = re.compile(r"arr_\d+")  # numpy's names for arrays that were given without one
 _SIZE = re.compile(r"\d{1,20}")
 
 
@@ -61,6 +62,11 @@ def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, Sou
         held = ", ".join(f"{printable(name)} is a {kind}" for name, kind in list(non_tensors.items())[:3])
         raise NotACheckpointError(
             f"{file.where} holds no arrays of numbers ({held}). Save a state dict with np.savez(FILE, **state_dict)."
+        )
+    if all(_UNNAMED.fullmatch(name) for name in tensors):
+        raise NotACheckpointError(
+            f"{file.where} holds arrays without names, such as {next(iter(tensors))}. Save a state dict with "
+            "np.savez(FILE, **state_dict)."
         )
     return tensors, non_tensors, digest.hexdigest()
 

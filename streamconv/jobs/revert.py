@@ -115,7 +115,9 @@ def revert(
     manifest = Manifest.read(source)
     with open_checkpoint(source) as checkpoint:
         family, model, count, tensors = _originals(
-            _without_fillings(checkpoint, manifest.filled if manifest else {}), str(source), read_config(source)
+            _without_fillings(checkpoint, manifest.filled if manifest else {}),
+            str(source),
+            read_config(checkpoint.folder or source),
         )
         known = model.block_chunks if model is not None else 0
         recorded = manifest.block_chunks if manifest is not None else known

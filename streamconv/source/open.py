@@ -26,7 +26,7 @@ from streamconv.files.base import FileRef
 from streamconv.files.local import read_small
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
-from streamconv.formats.folder import refuse_shard
+from streamconv.formats.shards import refuse_shard
 from streamconv.output.manifest import SourceFile
 from streamconv.source.resolve import Source, torch_hub_cache
 from streamconv.tensors.expressions import AnyTensor, joined, parts_of

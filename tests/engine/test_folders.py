@@ -62,6 +62,15 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: write_shards(folder, "model-{}.safetensors"),
         "the weights are those in model-00001-of-00002.safetensors, model-00002-of-00002.safetensors",
     ),
+    "six digits, and a size that is a float": (
+        lambda folder: write_shards(
+            folder, "model-0{}.safetensors", "model.safetensors.index.json", metadata={"total_size": 1.5e9}
+        ),
+        "",
+    ),
+    "a checkpoint named .pth.tar": (
+        lambda folder: write(folder / "checkpoint.pth.tar"), "the weights are those in checkpoint.pth.tar",
+    ),
     "a variant": (
         lambda folder: write(folder / "model.fp16.safetensors"), "the weights are those in model.fp16.safetensors",
     ),
@@ -134,6 +143,8 @@ def test_one_shard_as_source_names_its_folder(tmp_path: Path) -> None:
     write_shards(tmp_path, "model-{}.safetensors", "model.safetensors.index.json")
     with pytest.raises(NotACheckpointError, match=f"is one of 2 files .* Give their folder: {tmp_path}"):
         api.plan(tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(NotACheckpointError, match=r"is one of 163 files .* Fetch all of them into a folder"):
+        api.plan("https://example.invalid/model-00001-of-000163.safetensors", stream=True)
     torch.save(make_states(tiny())[0], tmp_path / "x-00001-of-00001.pth")
     assert api.plan(tmp_path / "x-00001-of-00001.pth").dimensions == tiny()
 
@@ -182,6 +193,17 @@ def test_folder_without_weights_names_what_it_holds(tmp_path: Path) -> None:
         write(tmp_path / name / "model.safetensors")
     with pytest.raises(SourceMissingError, match=r"Give one of its folders that do: checkpoint-1000, checkpoint-500\."):
         streamconv.open_checkpoint(tmp_path)
+
+
+def test_unfinished_download_is_recognised(tmp_path: Path) -> None:
+    local, cache = tmp_path / "local", tmp_path / "models--a--b"
+    for folder, blobs in ((local, local / ".cache/huggingface/download"), (cache / "snapshots/abc", cache / "blobs")):
+        folder.mkdir(parents=True)
+        blobs.mkdir(parents=True)
+        (folder / "config.json").touch()
+        (blobs / "x.incomplete").touch()
+        with pytest.raises(SourceMissingError, match=r"unfinished: run `hf download` again"):
+            streamconv.open_checkpoint(folder)
 
 
 # Links and caches

@@ -206,6 +206,12 @@ def test_single_array_is_refused_with_a_fix(tmp_path: Path) -> None:
         streamconv.open_checkpoint(tmp_path / "x.npy")
 
 
+def test_arrays_without_names_are_refused_with_a_fix(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", np.ones(3), np.ones(2))
+    with pytest.raises(NotACheckpointError, match=r"without names, such as arr_0\..*np\.savez\(FILE, \*\*state_dict"):
+        streamconv.open_checkpoint(tmp_path / "x.npz")
+
+
 def test_converted_model_in_an_archive_is_converted_again(tmp_path: Path) -> None:
     save(tmp_path / "x.npz")
     api.convert(tmp_path / "x.npz", tmp_path / "out", num_heads=4)

@@ -28,6 +28,7 @@ _KINDS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"ptrt", "is a TensorRT engine. Use the checkpoint that it was built from"),
     (0, b"ftrt", "is a TensorRT engine. Use the checkpoint that it was built from"),
     (0, b"MATLAB 5.0", "is a MATLAB file. Save the arrays in a state dict with torch.save"),
+    (0, b"\0\5\x16\7", "is what macOS stores beside a file, under its name after ._: give the file itself"),
     (0, b"\x89PNG\r\n", "is a PNG image, not a checkpoint"),
     (0, b"\xff\xd8\xff", "is a JPEG image, not a checkpoint"),
     (0, b"GIF8", "is a GIF image, not a checkpoint"),
@@ -56,6 +57,15 @@ _PICKLES = (
     (b"numpy", "is a pickle of numpy arrays. Convert them to torch tensors"),
     (b"torch", "is a pickle, but not of torch.save. Load it with pickle"),
 )
+# Formats whose first bytes are not their own.
+_SUFFIXES = {
+    ".mlmodel": "is a Core ML model",
+    ".engine": "is a TensorRT engine",
+    ".plan": "is a TensorRT engine",
+    ".pdiparams": "is a Paddle model for inference",
+    ".caffemodel": "is a Caffe model",
+    ".params": "is an MXNet model",
+}
 
 
 def describe_binary(start: bytes, name: str) -> str:
@@ -83,4 +93,5 @@ def describe_binary(start: bytes, name: str) -> str:
         return f"is a msgpack file, as Flax writes. {_KERAS.format('Flax')}."
     if start and not any(start):
         return "begins with nothing but zeros: its download was begun, and its contents never arrived. Fetch it again."
-    return ""
+    kind = next((kind for suffix, kind in _SUFFIXES.items() if name.lower().endswith(suffix)), "")
+    return f"{kind}. Use a checkpoint of PyTorch." if kind else ""

@@ -26,7 +26,7 @@ def describe_file(start: bytes, name: str) -> str:
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pth`."
         )
     return (
-        describe_binary(start, name)
-        or describe_text(start, name)
+        describe_text(start, name)
+        or describe_binary(start, name)
         or "is neither a torch.save checkpoint, a safetensors file nor an .npz file."
     )

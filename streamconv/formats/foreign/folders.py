@@ -28,6 +28,7 @@ _KINDS = (  # the folder holds a file or folder of each of these names
         (r"model\.weights\.h5", "config.json"),
         "is a Keras model. Load it there, and save a state dict of PyTorch's names with torch.save.",
     ),
+    ((r"openvino_model\.xml",), "is an OpenVINO model. Use the checkpoint that it was converted from."),
     (("Manifest.json", "Data"), "is a Core ML package. Use the checkpoint that it was converted from."),
 )
 
@@ -44,15 +45,11 @@ def describe_folder(folder: Path, names: Sequence[str]) -> str:
     if any(re.fullmatch(r".*_(model|optim)_states\.pt", name) for name in names):
         whole = quote(str(folder.parent))
         return f"is part of a checkpoint of DeepSpeed (ZeRO). Put it into one file: `{_ZERO.format(whole)}`."
-    inside = [name for name in names if _is_dcp(folder / name)]
-    if inside:
-        place = quote(str(folder / inside[-1]))
-        return (
-            f"holds distributed checkpoints (DCP) of torch, such as {printable(inside[-1])}. Put one into one file: "
-            f"`{_DCP.format(place)}`."
-        )
     if "latest_checkpointed_iteration.txt" in names or any(map(re.compile(r"mp_rank_\d\d(_\d+)*$").match, names)):
         return "is a checkpoint of Megatron. Convert it to one file with Megatron's own tools first."
+    models = [name for name in names if name.startswith("models--")]
+    if models:
+        return f"is the Hub's cache. Give one of its folders, such as {printable(models[0])}."
     ranks = [name for name in names if _RANK_FILE.fullmatch(name)]
     if len(ranks) > 1:
         return (
@@ -72,7 +69,7 @@ def snapshot_of(folder: Path) -> Path | None:
     Raises:
         NotACheckpointError: there are several or none.
     """
-    if not os.path.isdir(folder / "snapshots") or not os.path.isdir(folder / "blobs"):
+    if not os.path.isdir(folder / "snapshots") or not any(os.path.isdir(folder / name) for name in ("blobs", "refs")):
         return None
     names = sorted(name for name in os.listdir(folder / "snapshots") if os.path.isdir(folder / "snapshots" / name))
     if len(names) == 1:
@@ -88,8 +85,4 @@ def missing_link(path: Path) -> str:
     target = os.readlink(path)
     if ".git/annex/objects" in target:
         return f"is a link of git-annex whose file is not here. Run `git annex get {path.name}` in its folder."
-    return f"is a link to {printable(target)}, which does not exist. Fetch the file again, or mend the link."
-
-
-def _is_dcp(folder: Path) -> bool:
-    return os.path.exists(folder / ".metadata")
+    return f"is a link to {printable(target)}, which does not exist. Fetch the file again, or fix the link."

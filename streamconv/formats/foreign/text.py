@@ -21,6 +21,7 @@ _PAGES = (  # in a page's title, in lower case
     ("dropbox", "Replace dl=0 at the end of the address by dl=1"),
     ("hugging face", _HUB_ADVICE),
     ("github", _HUB_ADVICE),
+    ("just a moment", "The server asks for a browser: download it there"),
     ("sign in", "Log in with a browser, and download it there"),
     ("log in", "Log in with a browser, and download it there"),
     ("login", "Log in with a browser, and download it there"),
@@ -75,7 +76,7 @@ def _pointer(text: str) -> str:
     """Recognise what version control stores instead of a file."""
     size = re.search(r"^(?:file)?size:? =? ?(\d{1,20})$", text, re.MULTILINE)
     of = f", of {int(size[1]):,} bytes" if size is not None else ""
-    if text.startswith("version https://git-lfs.github.com/spec/"):
+    if re.match(r"version https://(git-lfs|hawser)\.github\.com/spec/", text):
         return f"is a Git LFS pointer to the file{of}, not the file. In its repository, run `git lfs pull`."
     if text.startswith("# xet version"):
         return f"is a xet pointer to the file{of}, not the file. Fetch the file with `hf download`."
@@ -112,6 +113,8 @@ def _json(text: str) -> str:
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
+        if "weight_map" in value:
+            return "is an index of weight files, not their weights. Give its folder, under its own name."
         if {"model_type", "architectures"} & value.keys():
             return "is the config.json of a model, not its weights. Give its folder, or the file of its weights."
         messages = (value.get(key) for key in ("error", "message", "detail", "error_description", "msg"))

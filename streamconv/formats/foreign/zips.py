@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from streamconv.errors import printable
 
-WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz")
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pth.tar", ".pt", ".ckpt", ".npz")
 NPY_SUFFIX = ".npy"
 # A record whose name ends so is in no other kind of zip. The first kind that fits counts.
 _KINDS = {
