@@ -51,6 +51,10 @@ class SourceMissingError(SourceError):
     """The source does not exist."""
 
 
+class RefusedError(SourceError):
+    """The server refuses access to the file."""
+
+
 class NotACheckpointError(SourceError):
     """The file is not in a format that streamconv reads."""
 

@@ -6,10 +6,11 @@ aspect (`Family.classifier_head` and so on), never for a particular family.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from streamconv.errors import printable
+from streamconv.families.image_processors import PixelSteps, class_name, read_pixel_steps
 from streamconv.families.rules import Rule, expand
 from streamconv.tensors.info import TensorInfo
 
@@ -95,34 +96,22 @@ class ClassifierHead:
 
 
 @dataclass(frozen=True)
-class PixelSteps:
-    """The steps by which the original model's code turns an image into pixels.
-
-    ``resize`` is the length of the shorter side, or (height, width); ``crop`` is the (height, width) that is cut from
-    the centre, None for no crop. Then each channel is normalised by its ``mean`` and ``std``.
-    """
-
-    resize: int | tuple[int, int]
-    crop: tuple[int, int] | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """The (height, width) of the pixels; None if it depends on the image."""
-        return self.crop or (self.resize if isinstance(self.resize, tuple) else None)
-
-
-@dataclass(frozen=True)
 class ImageProcessor:
     """The image processor of a family's models.
 
-    ``default`` is its config for a model that was never published; ``pixel_steps`` returns the steps that a config
-    stands for.
+    ``default`` is its config for a model that was never published; a config of another class may take its place.
     """
 
     default: Mapping[str, Any]
-    pixel_steps: Callable[[Mapping[str, Any]], PixelSteps]
+
+    def pixel_steps(self, processor: Mapping[str, Any]) -> PixelSteps:
+        """Return the steps that a preprocessor_config.json of such a model stands for.
+
+        Raises:
+            UnknownStepsError: they are not known.
+        """
+        name = class_name(processor)  # without one, transformers takes the class that belongs to the model
+        return read_pixel_steps(processor if name else {**processor, "image_processor_type": class_name(self.default)})
 
 
 @dataclass(frozen=True)
@@ -167,6 +156,10 @@ def _same_key(key: str) -> str:
     return key
 
 
+def _same_dimensions(dimensions: Any, config: Mapping[str, Any]) -> Any:
+    return dimensions
+
+
 @dataclass(frozen=True)
 class Family:
     """An architecture, and the models of it that were published.
@@ -175,7 +168,11 @@ class Family:
     checkpoint's tensors, even if some are missing or have wrong shapes, and ``conversion_spec`` turns them into rules
     and configuration.
 
-    ``free_config_keys``: keys of config.json that do not change what the model computes at inference.
+    ``free_config_keys``: keys of config.json that do not change what the model computes at inference, or only what a
+    backbone's output selects from it. ``tensor_config_keys``: keys that always follow the tensors, because they only
+    say which tensors there are. ``untensored_config_keys``: keys whose values tensors do not show.
+    ``equal_architectures`` maps an architecture to others that have the same tensors. ``with_config`` returns the
+    dimensions with what only a model's own config.json shows.
     ``loaded_key`` returns the name that transformers gives to a target after loading: save_pretrained sorts tensors by
     these names, and so divides them into shards in that order. ``extra_prefixes``: names that training leaves beside or
     in a backbone.
@@ -194,6 +191,10 @@ class Family:
     organisation: str
     pipeline_tags: Mapping[str, str]
     free_config_keys: frozenset[str] = frozenset()
+    tensor_config_keys: frozenset[str] = frozenset()
+    untensored_config_keys: frozenset[str] = frozenset()
+    equal_architectures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    with_config: Callable[[Any, Mapping[str, Any]], Any] = _same_dimensions
     loaded_key: Callable[[str], str] = _same_key
     extra_prefixes: tuple[ExtraPrefix, ...] = ()
     classifier_head: ClassifierHead | None = None
@@ -230,11 +231,13 @@ class Family:
 
     def config_problems(self, spec: ConversionSpec, config: Mapping[str, Any]) -> list[str]:
         """List the entries of a model's config.json that describe a computation other than ``spec``."""
+        unchecked = self.free_config_keys | self.tensor_config_keys
         return [
-            f"its config.json sets {key} to {printable(repr(config[key]))}, but {self.name} models have "
+            f"its config.json sets {key} to {printable(repr(config[key]))}, but "
+            f"{f'{self.name} models have' if key in self.untensored_config_keys else 'the tensors show'} "
             f"{printable(repr(value))}"
             for key, value in spec.config.items()
-            if key not in self.free_config_keys and config.get(key, value) != value
+            if key not in unchecked and config.get(key, value) not in (value, [value, value])
         ]
 
     def split_head(self, tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:

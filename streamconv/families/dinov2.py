@@ -9,7 +9,7 @@ The names on the right are those in transformers' files, which 4.x and 5.x both 
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from streamconv.families.base import (
     Family,
     ImageProcessor,
     Model,
-    PixelSteps,
     RemoteFile,
 )
 from streamconv.families.dinov2_geometry import (
@@ -35,6 +34,7 @@ from streamconv.families.dinov2_geometry import (
     heads_elsewhere,
     read_dimensions,
     reason_for_heads,
+    with_config,
     with_heads,
 )
 from streamconv.families.rules import Rule, chunk, drop, fill, rename
@@ -131,7 +131,6 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
              sizes.head_layers > 1),
             (f"the head reads {sizes.hidden} channels, such as those of the CLS token alone, but transformers' classes "
              f"read {2 * sizes.hidden}: the CLS token and the mean of the patch tokens", not sizes.head_layers),
-            (f"patch_embed takes {sizes.channels} channels, but the image processor makes 3", sizes.channels != 3),
         )
         if is_wrong
     ]  # fmt: skip
@@ -164,7 +163,7 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
         "hidden_size": sizes.hidden,
         "image_size": grid * sizes.patch,
         "initializer_range": 0.02,
-        "layer_norm_eps": 1e-6,
+        "layer_norm_eps": sizes.epsilon,
         "layerscale_value": 1.0,
         "mlp_ratio": mlp_ratio,
         "num_attention_heads": heads,
@@ -232,16 +231,6 @@ def image_processor(resized: int, size: int) -> dict[str, Any]:
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": resized},
     }
-
-
-def pixel_steps(processor: Mapping[str, Any]) -> PixelSteps:
-    """Return the steps that an `image_processor` stands for."""
-    return PixelSteps(
-        resize=processor["size"]["shortest_edge"],
-        crop=(processor["crop_size"]["height"], processor["crop_size"]["width"]),
-        mean=tuple(processor["image_mean"]),
-        std=tuple(processor["image_std"]),
-    )
 
 
 IMAGE_PROCESSOR = image_processor(256, 224)  # as published, although the models' own image size is 518
@@ -319,11 +308,20 @@ FAMILY = Family(
     organisation="facebook",
     pipeline_tags={
         "Dinov2Model": "image-feature-extraction",
+        "Dinov2Backbone": "image-feature-extraction",
         "Dinov2ForImageClassification": "image-classification",
         "Dinov2WithRegistersModel": "image-feature-extraction",
+        "Dinov2WithRegistersBackbone": "image-feature-extraction",
         "Dinov2WithRegistersForImageClassification": "image-classification",
     },
     free_config_keys=_FREE_CONFIG_KEYS,
+    tensor_config_keys=frozenset({"use_mask_token"}),
+    untensored_config_keys=frozenset({"hidden_act", "layer_norm_eps", "num_attention_heads"}),
+    equal_architectures={
+        "Dinov2Model": ("Dinov2Backbone",),
+        "Dinov2WithRegistersModel": ("Dinov2WithRegistersBackbone",),
+    },
+    with_config=with_config,
     loaded_key=loaded_key,
     extra_prefixes=(
         ExtraPrefix("dino_head.", _TRAINING_HEAD),
@@ -341,7 +339,7 @@ FAMILY = Family(
         starts=frozenset({HEAD_PREFIX, "classifier.", "cls_head.", "fc.", "head.", "linear."}),
         reads="the CLS token and the mean of the patch tokens",
     ),
-    image_processor=ImageProcessor(IMAGE_PROCESSOR, pixel_steps),
+    image_processor=ImageProcessor(IMAGE_PROCESSOR),
     block_chunks=BlockChunks(unchunked_key, chunked_key),
     attention_heads=AttentionHeads(
         lambda sizes: sizes.num_heads, with_heads, has_published_heads, reason_for_heads, heads_beside

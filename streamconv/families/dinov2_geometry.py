@@ -33,7 +33,8 @@ class Dimensions:
     tensor of no registers. ``has_proj_bias`` and so on are true if any block has one; ``has_ffn_bias`` is about both
     linear layers of the feed-forward layer.
 
-    ``heads`` is None unless the number was given; `num_heads` then follows the family's rule.
+    ``heads`` is None unless the number was given; `num_heads` then follows the family's rule. ``epsilon`` is that of
+    the layer norms; only a config.json can show another one than the authors'.
     """
 
     hidden: int
@@ -55,6 +56,7 @@ class Dimensions:
     has_empty_registers: bool = False
     mask_key: str = MASK_KEYS[0]
     heads: int | None = None
+    epsilon: float = 1e-6
 
     @property
     def num_heads(self) -> int:
@@ -138,3 +140,9 @@ def heads_elsewhere(hidden: int) -> str:
     """Say why no number of heads is taken for a hidden size."""
     found = f" ({OTHER_HEADS[hidden]})" if hidden in OTHER_HEADS else ""
     return f"models of hidden size {hidden} do not agree on one{found}"
+
+
+def with_config(sizes: Dimensions, config: Mapping[str, Any]) -> Dimensions:
+    """Return the sizes with the epsilon of a config.json."""
+    epsilon: Any = config.get("layer_norm_eps")
+    return replace(sizes, epsilon=float(epsilon)) if type(epsilon) in (int, float) and 0 < epsilon < 1 else sizes

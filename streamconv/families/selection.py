@@ -57,7 +57,7 @@ class Selection:
     tensors to their names and classes. ``config`` is the config.json of a model that was converted before, and
     ``image_processor`` its preprocessor_config.json, None if it has none. ``config_beside`` is the config.json that was
     found beside a file in its authors' names; it may belong to another model. ``unproved`` are assumptions that
-    verification shares.
+    verification shares. ``small_file_notes`` are remarks on the files that were found.
     """
 
     family: Family
@@ -71,6 +71,7 @@ class Selection:
     config_beside: Mapping[str, Any] = field(default_factory=dict)
     head_names: Mapping[str, str] = field(default_factory=dict)
     unproved: tuple[str, ...] = ()
+    small_file_notes: tuple[str, ...] = ()
 
     @property
     def display_names(self) -> dict[str, str]:

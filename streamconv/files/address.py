@@ -70,6 +70,20 @@ class Address:
         query = [] if self.is_signed else [pair for pair in self._query if pair[0].lower() not in _OF_BROWSERS]
         return f"{self}?{urlencode(sorted(query))}"
 
+    def beside(self, name: str) -> "Address | None":
+        """Return the address of a file in the same folder; None for a ``data:`` URL, which has no folder.
+
+        An http query is kept: it may hold the credentials for the whole folder.
+        """
+        links = self._links
+        at = next((i for i, link in enumerate(links) if link.partition("://")[2]), None)
+        if at is None:
+            return None
+        is_web = links[at].lower().startswith(("http://", "https://"))
+        path = re.split("[?#]", links[at])[0] if is_web else links[at]
+        link = f"{path.rpartition('/')[0]}/{name}{links[at][len(path) :]}"
+        return Address("::".join([*links[:at], link, *links[at + 1 :]]))
+
     def __str__(self) -> str:
         return "::".join(map(_without_secrets, self._links))
 

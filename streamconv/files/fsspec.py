@@ -9,7 +9,15 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from streamconv.errors import ChangedError, SourceError, SourceMissingError, StreamconvError, UsageError, printable
+from streamconv.errors import (
+    ChangedError,
+    RefusedError,
+    SourceError,
+    SourceMissingError,
+    StreamconvError,
+    UsageError,
+    printable,
+)
 from streamconv.files.address import Address, redacted
 from streamconv.files.base import ByteRange
 from streamconv.files.remote import MAX_IN_FLIGHT, RemoteFile
@@ -64,7 +72,8 @@ class FsspecFile(RemoteFile):
                 break
             _log.warning("%s: %s; trying again in %g s", self.address, reason, wait)
             time.sleep(wait)
-        raise SourceError(f"{self.where} cannot be read: {reason}. Check the URL and your credentials.")
+        kind = RefusedError if isinstance(failure, PermissionError) else SourceError
+        raise kind(f"{self.where} cannot be read: {reason}. Check the URL and your credentials.")
 
     def _query_state(self) -> tuple[int, str]:
         self._file_system.invalidate_cache()

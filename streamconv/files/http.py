@@ -16,7 +16,7 @@ from urllib.parse import urljoin, urlsplit
 from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError
 
-from streamconv.errors import NoRangesError, SourceError, SourceMissingError, printable
+from streamconv.errors import NoRangesError, RefusedError, SourceError, SourceMissingError, printable
 from streamconv.files.address import Address, is_valid_url
 from streamconv.files.base import ByteRange, Version
 from streamconv.files.client import Client, seconds_to_wait, translate
@@ -36,6 +36,7 @@ _ADVICE = {
     407: "Set the proxy's user and password: http://USER:PASSWORD@HOST:PORT.",
     410: "Check the URL.",
 }
+_KINDS = {401: RefusedError, 403: RefusedError, 404: SourceMissingError, 410: SourceMissingError}
 _SAFE_REDIRECTS = {"http": ("http", "https"), "https": ("https",)}
 _PIECE_BYTES = 1 << 20  # urllib3 reads into a buffer of its own: large ones cost memory, small ones many calls
 
@@ -158,7 +159,7 @@ class HttpFile(RemoteFile):
         if status == 416 and self.is_open:
             raise self._versions.changed()
         if status not in (200, 206):
-            kind = SourceMissingError if status in (404, 410) else SourceError
+            kind = _KINDS.get(status, SourceError)
             advice = _ADVICE.get(status, "Check the URL, or download the file yourself.")
             raise kind(f"{self.where} cannot be fetched: {reason}. {advice}")
         if headers.get("Content-Encoding", "identity") != "identity":

@@ -20,6 +20,9 @@ _MAX_JSON_CONTAINERS = 3 * MAX_TENSORS + 1_000
 _MAX_JSON_COMMAS = 8 * MAX_TENSORS + 1_000
 _MAX_JSON_QUOTES = 10 * MAX_TENSORS + 4_000  # two per string: a name, three keys and a dtype
 
+MAX_SETTINGS_BYTES = 8 << 20  # the names of ImageNet's 21,841 classes take 2 MB
+_MAX_SETTINGS_CONTAINERS = 100_000
+
 
 def check_name(name: str, where: object) -> None:
     """Check the name of a tensor.
@@ -74,6 +77,24 @@ def read_json(data: bytes, where: str, parse_float: Callable[[str], float] | Non
         raise CorruptError(f"{where} is damaged: {error}.") from error
     if type(value) is not dict:
         raise CorruptError(f"{where} is damaged: it is not a JSON object.")
+    return value
+
+
+def read_settings(data: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object such as a model's config.json, which may contain floats.
+
+    Raises:
+        CorruptError: it is not such an object.
+        SourceError: it would take more memory than any model's configuration.
+    """
+    if len(data) > MAX_SETTINGS_BYTES or data.count(b"{") + data.count(b"[") > _MAX_SETTINGS_CONTAINERS:
+        raise SourceError(f"{where} holds more than the settings of any model.")
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{where} is not valid JSON: {printable(str(error))}.") from error
+    if type(value) is not dict:
+        raise CorruptError(f"{where} is not a JSON object.")
     return value
 
 

@@ -112,7 +112,7 @@ def local_copy(prepared: PreparedSource, progress: Progress) -> Iterator[Prepare
         return
     with ExitStack() as stack:
         source, checkpoints = downloaded(remote.source, progress, stack, remote.checkpoints)
-        local = stack.enter_context(open_source(source, opened=checkpoints))
+        local = stack.enter_context(open_source(source, opened=checkpoints, reads_small_files=False))
         yield replace(prepared, source=local, plan=prepared.plan.with_records(_records_in_copy(remote, local)))
 
 
@@ -130,16 +130,18 @@ def _records_in_copy(source: OpenSource, copy: OpenSource) -> dict[Record, Recor
 def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None, progress: Progress) -> PreparedSource:
     labels: Sequence[str] | None = None
     labels_from, head = None, source.selection.family.classifier_head
+    own = source.selection.config  # whose labels the plan keeps as they are, unless it gets others
     if source.classes is None:
         if options.labels is not None:
             raise UsageError("Only a classifier has labels. Choose a model with a head, or give its --head.")
     elif labels_of is not None:
         kept = labels_in(read_config(labels_of))
-        labels = kept if len(kept) == source.classes else None  # a wrong number is left for verification to report
+        # A wrong number is left for verification to report.
+        labels = kept if len(kept) == source.classes and kept != labels_in(own) else None
     elif options.labels is not None:
         labels, labels_from = read_labels(Path(options.labels)), Path(options.labels).name
-    elif own := labels_in(source.selection.config):
-        labels, labels_from = own, "the source's config.json"
+    elif "id2label" in own:
+        labels_from = "the source's config.json"
     elif head is not None and source.classes == head.imagenet_classes:
         progress("asking the Hub for ImageNet's labels", 0, 1, "steps")
         labels, labels_from = imagenet_labels()

@@ -126,7 +126,6 @@ def verify_prepared(
         (check, files), results = beside(compare, run_models, progress)
     else:
         (check, files), results = compare(progress), run_models(progress)
-    results = edits.applied_to(results)
     config = edits.named_in(check_config(folder, plan, edits.files))
     files = {**files, **small_files(folder, plan)}
     checks = (check, config, *results.checks)

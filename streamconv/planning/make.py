@@ -10,9 +10,10 @@ from streamconv.families.rules import ExpectedTensor, constants, expand, map_ten
 from streamconv.families.selection import Selection, Skipped
 from streamconv.families.wrapped_names import unwrapped
 from streamconv.planning.heads import choose_heads
+from streamconv.planning.image_processor import OwnImageProcessor, choose_image_processor
 from streamconv.planning.plan import MappedTensor, Plan
 from streamconv.planning.shards import DEFAULT_SHARD_BYTES, PIECE_BYTES, lay_out
-from streamconv.planning.small_files import choose_image_processor, list_notes, make_config, to_small_files
+from streamconv.planning.small_files import architecture_of, config_notes, label_problems, make_config, to_small_files
 from streamconv.tensors.expressions import AnyTensor, SourceTensor, filled
 from streamconv.tensors.info import BY_TORCH_NAME, DTYPES, CastDtype, DtypeCode, TensorInfo
 
@@ -27,6 +28,7 @@ def make_plan(
     model: Model | None = None,
     dtype: CastDtype | None = None,
     num_heads: int | None = None,
+    image_processor: OwnImageProcessor | None = None,
     filename: str = "",
 ) -> Plan:
     """Decide the whole output.
@@ -40,15 +42,18 @@ def make_plan(
         model: The published model that the source was named as.
         dtype: The dtype to cast to; None keeps tensors as they are stored.
         num_heads: The number of attention heads, if it is not what the family assumes.
+        image_processor: The image processor that the user gave, if one was given.
         filename: The name of the backbone's file, which distinguishes published models of equal dimensions.
 
     Raises:
         MappingError: the tensors are not exactly those of a known model; lists every difference.
-        UsageError: the number of labels is not the number of classes, or ``num_heads`` is given for a family that does
-            not have this aspect, or for a published model that has another number.
+        UsageError: the number of labels is not the number of classes, the image processor does not suit the model, or
+            ``num_heads`` is given for a family that does not have this aspect, or for a published model that has
+            another number.
     """
     family = selection.family
     read = family.read_dimensions({key: tensor.info for key, tensor in tensors.items()})
+    read = family.with_config(read, selection.config)
     heads = choose_heads(read, selection, num_heads)
     if model is not None and read == model.dimensions != heads.dimensions:
         raise UsageError(f"{model.name} has another number of attention heads than {num_heads}. Omit --num-heads.")
@@ -64,19 +69,20 @@ def make_plan(
     stored_dtype = _dtype_of(targets, where)
     written_dtype = stored_dtype if dtype is None else BY_TORCH_NAME[dtype].code
     fills = constants(spec.rules, spec.dims, spec.count)
-    config = make_config(spec, family, written_dtype, labels)
+    config = make_config(spec, family, written_dtype, labels, selection.config)
     shards, index = lay_out(_as_written(targets, fills, written_dtype, family), max_shard_bytes)
     known = model or _with_dimensions(candidates, filename)
     # Any file can have a published model's shapes, so only a name makes it that model.
     is_published = known is not None and (model is not None or known.names_file(filename))
-    image_processor = choose_image_processor(family, candidates)
+    chosen = choose_image_processor(family, candidates, selection, spec, image_processor, is_published=is_published)
+    assumed = [] if is_published or (selection.config and candidates) else spec.notes
     return Plan(
         family_name=family.name,
         model_name=known.name if known is not None else None,
         is_published=is_published,
         assumed_heads=None if is_published else heads.assumed,
         dimensions=dimensions,
-        architecture=spec.architecture,
+        architecture=architecture_of(config, spec, family),
         mapping=tuple(
             MappedTensor(names.get(key, key), tensors[key].info, each.targets)
             for key, each in expected.items()
@@ -84,12 +90,16 @@ def make_plan(
         ),
         shards=shards,
         config=config,
-        image_processor=image_processor,
-        small_files=to_small_files(config, image_processor),
+        image_processor=chosen.config,
+        image_processor_from=chosen.origin,
+        small_files=to_small_files(config, chosen.config),
         index=index,
         notes=(
             *([heads.note] if heads.note and not is_published else []),
-            *list_notes(spec, selection, image_processor, is_published=is_published, is_known=bool(candidates)),
+            *assumed,
+            *config_notes(config, selection),
+            *chosen.notes,
+            *selection.small_file_notes,
             *selection.unproved,
         ),
         unproved=(*([heads.unproved] if heads.unproved and not is_published else []), *selection.unproved),
@@ -140,6 +150,7 @@ def _problems(
         *(f"missing: {name} {list(shape)}" for name, (_, shape) in left_out.items()),
         *(f"{name} is a {kind}, which is not read" for name, kind in unread),
         *selection.family.config_problems(spec, selection.config),
+        *label_problems(spec, selection.family, selection.config),
         *(["its blocks are in lists of unequal lengths, or in the wrong order"] if block_chunks is None else []),
     ]
 

@@ -5,13 +5,15 @@ It is pure data. Files are named by `FileRef` and are not open, so that a plan c
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Literal, TypedDict, cast
 
 from streamconv.errors import ChangedError
-from streamconv.families.base import Family, Model, PixelSteps
+from streamconv.families.base import Family, Model
+from streamconv.families.image_processors import PixelSteps, UnknownStepsError
 from streamconv.families.registry import family_named
 from streamconv.families.selection import Skipped
 from streamconv.files.base import FileRef
@@ -24,6 +26,10 @@ Cast = TypedDict("Cast", {"from": str, "to": CastDtype})
 """torch's names of the dtypes that tensors are cast from, joined by "and" if there are several, and to."""
 
 CONFIG_NAME = "config.json"
+IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
+Origin = Literal["family", "source", "user", "edited"]
+"""Whose an image processor is: that of the family's published models, the source's own, one that the user gave, or one
+that the user edited after the conversion."""
 
 
 class Names(TypedDict):
@@ -50,7 +56,7 @@ class Plan:
     tell which it is. ``is_published``: the user or the file's name says that it is this model; otherwise, only the
     shapes are the same. ``assumed_heads`` is a number of attention heads that neither a published model nor a
     config.json confirms, None if nothing is assumed. ``dimensions`` is a dataclass of the family.
-    ``image_processor`` is None if the family has none.
+    ``image_processor`` is None if none is written; ``image_processor_from`` says whose it is.
     ``small_files`` maps the names of config.json and other small files to their bytes; ``index`` holds the bytes of the
     shards' index, None for a single file. ``notes`` are assumptions that the tensors do not confirm; ``unproved`` are
     those that change what the model computes, and that nothing confirms. ``skipped`` is the part of the source that is
@@ -72,6 +78,7 @@ class Plan:
     image_processor: Mapping[str, Any] | None = field(repr=False)
     small_files: Mapping[str, bytes] = field(repr=False)
     index: bytes | None = field(repr=False)
+    image_processor_from: Origin = "family"
     notes: tuple[str, ...] = ()
     unproved: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
@@ -89,10 +96,29 @@ class Plan:
 
     @property
     def pixel_steps(self) -> PixelSteps | None:
-        """The steps by which the original model's code turns an image into pixels; None without an image processor."""
+        """The steps by which the image processor makes pixels that the model takes; None if none are known."""
         if self.family.image_processor is None or self.image_processor is None:
             return None
-        return self.family.image_processor.pixel_steps(self.image_processor)
+        try:
+            steps = self.family.image_processor.pixel_steps(self.image_processor)
+        except UnknownStepsError:
+            return None
+        return steps if len(steps.mean) in (0, self.channels) else None
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of the images that the model takes."""
+        return int(self.config.get("num_channels", 3))
+
+    @property
+    def native_size(self) -> int:
+        """The height and width of the images whose patches have position embeddings of their own."""
+        return _side(self.config["image_size"])
+
+    @property
+    def patch_size(self) -> int:
+        """The height and width of a patch."""
+        return _side(self.config["patch_size"])
 
     @property
     def filenames(self) -> list[str]:
@@ -212,6 +238,19 @@ class Plan:
             "config": self.config,
             "fingerprint": self.fingerprint,
         }
+
+
+def _side(size: Any) -> int:
+    """Return the side of a square, which some configs write as [height, width]."""
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
+
+
+def with_int_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config with the ids of its labels as ints, in whose order transformers writes them."""
+    ids = config.get("id2label")
+    if not isinstance(ids, Mapping) or not all(re.fullmatch(r"0|[1-9][0-9]{0,8}", str(key)) for key in ids):
+        return {**config}
+    return {**config, "id2label": {int(key): label for key, label in ids.items()}}
 
 
 def label_config(labels: Sequence[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from streamconv.families.selection import Skipped
 from streamconv.files.address import Address, Location
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.formats.safetensors import make_index
-from streamconv.planning.plan import CONFIG_NAME, MappedTensor, Plan, label_config
+from streamconv.planning.plan import CONFIG_NAME, MappedTensor, Plan, with_int_ids
 from streamconv.planning.shards import Shard, make_shard
 from streamconv.planning.shards import to_json as json_bytes
 from streamconv.tensors.expressions import Record, SourceTensor
@@ -45,6 +45,7 @@ def to_json(plan: Plan) -> str:
         ],
         "config": plan.config,
         "image_processor": plan.image_processor,
+        "image_processor_from": plan.image_processor_from,
         "other_files": {name: data.decode() for name, data in plan.small_files.items() if name != CONFIG_NAME},
         "has_index": plan.index is not None,
         "notes": plan.notes,
@@ -84,9 +85,7 @@ def _plan(value: dict[str, Any]) -> Plan:
         make_shard(filename, {name: _tensor_from_json(records[record], rest) for name, record, *rest in tensors})
         for filename, tensors in value["shards"]
     )
-    config = value["config"]
-    if "id2label" in config:
-        config |= label_config(list(config["id2label"].values()))
+    config = with_int_ids(value["config"])
     dimensions = type(family_named(value["family"]).models[0].dimensions)
     return Plan(
         family_name=value["family"],
@@ -102,6 +101,7 @@ def _plan(value: dict[str, Any]) -> Plan:
         shards=shards,
         config=config,
         image_processor=value["image_processor"],
+        image_processor_from=value["image_processor_from"],
         small_files={
             CONFIG_NAME: json_bytes(config),
             **{name: data.encode() for name, data in value["other_files"].items()},

@@ -1,34 +1,79 @@
-"""Decides the small files of an output: config.json and the image processor's file."""
+"""Decides config.json: a new one, or the source's own with the few entries that the conversion changes.
 
+The source's entries are kept as they are, unknown ones, too: a threshold, a list of layers or a task that training
+recorded cannot be found in tensors. Only these are not kept: the dtype; the architecture, if the output has another
+one; and `DROPPED`, which describe the files that the source came in.
+"""
+
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamconv.errors import UsageError
-from streamconv.families.base import ConversionSpec, Family, Model
+from streamconv.errors import UsageError, printable
+from streamconv.families.base import ConversionSpec, Family
 from streamconv.families.selection import Selection
-from streamconv.planning.plan import CONFIG_NAME, label_config
+from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME, label_config, with_int_ids
 from streamconv.planning.shards import to_json
 from streamconv.tensors.info import DTYPES
 
-IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
+# The version and the folder that the source was saved by, an older name of dtype, code that the output does not have,
+# and a quantisation that its tensors do not have.
+DROPPED = ("transformers_version", "_name_or_path", "torch_dtype", "auto_map", "quantization_config")
 
 
-def make_config(spec: ConversionSpec, family: Family, dtype: str, labels: Sequence[str] | None) -> dict[str, Any]:
-    """Return config.json."""
-    config = {"architectures": [spec.architecture], "dtype": DTYPES[dtype].torch, **spec.config}
+def make_config(
+    spec: ConversionSpec, family: Family, dtype: str, labels: Sequence[str] | None, source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return config.json. ``source`` is the source's own, whose contradictions with ``spec`` were refused before."""
+    config = {**spec.config}
+    if source:
+        # The entries of ``spec`` that do not follow from tensors have transformers' defaults.
+        needed = {key: value for key, value in spec.config.items() if key not in family.free_config_keys}
+        config = {**needed, **{key: value for key, value in source.items() if key not in DROPPED}}
+        config |= {key: value for key, value in spec.config.items() if key in family.tensor_config_keys}
+    architectures = source.get("architectures")
+    if not _has_architecture(architectures, spec, family):
+        architectures = [spec.architecture]
+    config |= {"architectures": architectures, "dtype": DTYPES[dtype].torch}
+    return with_int_ids(config | _labels(spec, family, labels, source))
+
+
+def architecture_of(config: Mapping[str, Any], spec: ConversionSpec, family: Family) -> str:
+    """Return transformers' class of the model that ``config`` describes."""
+    return next(name for name in _architectures(spec, family) if name in config["architectures"])
+
+
+def _has_architecture(names: Any, spec: ConversionSpec, family: Family) -> bool:
+    return isinstance(names, list) and any(
+        isinstance(name, str) and name in _architectures(spec, family) for name in names
+    )
+
+
+def _architectures(spec: ConversionSpec, family: Family) -> tuple[str, ...]:
+    return (spec.architecture, *family.equal_architectures.get(spec.architecture, ()))
+
+
+def _labels(
+    spec: ConversionSpec, family: Family, labels: Sequence[str] | None, source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the entries that name a classifier's classes; none if the source's own are kept."""
     classes = spec.dims[family.classifier_head.classes] if family.classifier_head else 0
-    if not classes:
-        return config
+    if not classes or (labels is None and "id2label" in source):
+        return {}
     names = list(labels) if labels is not None else [f"LABEL_{i}" for i in range(classes)]
     if len(names) != classes:
         raise UsageError(f"There are {len(names)} labels for {classes} classes. Give one label per class, in order.")
-    return config | label_config(names)
+    return label_config(names)
 
 
-def choose_image_processor(family: Family, candidates: Sequence[Model]) -> Mapping[str, Any] | None:
-    if candidates:
-        return candidates[0].image_processor
-    return family.image_processor.default if family.image_processor else None
+def label_problems(spec: ConversionSpec, family: Family, source: Mapping[str, Any]) -> list[str]:
+    """Compare the number of labels in the source's config.json with the classes that its head has."""
+    classes = spec.dims[family.classifier_head.classes] if family.classifier_head else 0
+    ids = source.get("id2label")
+    if not classes or ids is None or (isinstance(ids, Mapping) and len(ids) == classes):
+        return []
+    found = f"{len(ids)} classes" if isinstance(ids, Mapping) else printable(repr(ids))
+    return [f"its config.json sets id2label to {found}, but the tensors show {classes}"]
 
 
 def to_small_files(config: Mapping[str, Any], image_processor: Mapping[str, Any] | None) -> dict[str, bytes]:
@@ -38,26 +83,30 @@ def to_small_files(config: Mapping[str, Any], image_processor: Mapping[str, Any]
     return files
 
 
-def list_notes(
-    spec: ConversionSpec,
-    selection: Selection,
-    image_processor: Mapping[str, Any] | None,
-    *,
-    is_published: bool,
-    is_known: bool,
-) -> tuple[str, ...]:
-    """List the assumptions that the tensors do not confirm, and the files that are generated instead of copied."""
-    notes = [] if is_published or (selection.config and is_known) else [*spec.notes]
-    family = selection.family
-    if family.image_processor is not None and image_processor is not None and not is_published:
-        size, trained = family.image_processor.pixel_steps(image_processor).size, spec.config["image_size"]
-        makes = f" ({size[1]} x {size[0]} pixels)" if size is not None else ""
-        native = f"; the model's native size is {trained}" if size is not None and size != (trained, trained) else ""
-        notes.append(
-            f"the image processor of published {family.name} models{makes}: tensors do not show how images were "
-            f"prepared{native}"
-        )
-    if selection.is_converted:
-        files = [CONFIG_NAME] if image_processor is None else [CONFIG_NAME, IMAGE_PROCESSOR_NAME]
-        notes.append(f"generated, not copied from the source: {', '.join(files)}")
-    return tuple(notes)
+def config_notes(config: Mapping[str, Any], selection: Selection) -> list[str]:
+    """Describe the origin of config.json, if the source has one or should have one."""
+    if not selection.is_converted:
+        return []
+    source = selection.config
+    if not source:
+        return [f"generated, not copied from the source, which has none: {CONFIG_NAME}"]
+    before = {**source, "dtype": source.get("dtype", source.get("torch_dtype"))}
+    changed = [
+        f"{key} {_shown(before[key])} → {_shown(value)}"
+        for key, value in config.items()
+        if key in before and before[key] != json.loads(json.dumps(value))
+    ]
+    parts = [
+        ("changed", changed),
+        ("added", [f"{key} {_shown(value)}" for key, value in config.items() if key not in before]),
+        ("left out", [key for key in DROPPED if key in source and key != "torch_dtype"]),
+    ]
+    listed = [f"; {kind}: {', '.join(entries)}" for kind, entries in parts if entries]
+    return [f"{CONFIG_NAME}: kept from the source{''.join(listed)}"]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{len(value)} entries" if value else "none"
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return printable(text)

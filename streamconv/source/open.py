@@ -29,6 +29,7 @@ from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.shards import refuse_shard
 from streamconv.output.manifest import SourceFile
 from streamconv.source.resolve import Source, torch_hub_cache
+from streamconv.source.small_files import with_small_files
 from streamconv.tensors.expressions import AnyTensor, joined, parts_of
 
 
@@ -115,12 +116,14 @@ def open_source(
     *,
     read_local_headers: bool = True,
     opened: Mapping[str, Checkpoint] | None = None,
+    reads_small_files: bool = True,
 ) -> Iterator[OpenSource]:
     """Read the source's indexes.
 
     Args:
         read_local_headers: See `open_checkpoint`.
         opened: Checkpoints that are already open, by role; they stay open.
+        reads_small_files: Read the configuration beside a model that was converted before. A plan has it already.
 
     Raises:
         SourceError: a file cannot be read, or does not hold exactly one backbone of a known family.
@@ -145,11 +148,11 @@ def open_source(
         backbone = checkpoints["backbone"]
         head_select = source.head_select if source.head is None else None
         selection = find_backbone(backbone, str(source.backbone), source.select, head_select)
-        if backbone.folder is not None:
-            config = read_config(backbone.folder)
-            is_own = selection.is_converted
-            selection = replace(selection, config=config) if is_own else replace(selection, config_beside=config)
         tensors = {key: joined([backbone[name] for name in names]) for key, names in selection.names.items()}
+        if reads_small_files and source.model is None:
+            infos = {key: tensor.info for key, tensor in tensors.items()}
+            place = source.origins.get("backbone", backbone.folder or source.backbone)
+            selection = with_small_files(selection, place, infos)
         if source.head is not None:
             head_names = _find_head(tensors, checkpoints["head"], source, selection)
             tensors |= {key: checkpoints["head"][name] for key, name in head_names.items()}

@@ -15,11 +15,10 @@ from streamconv.errors import SourceError
 from streamconv.files.local import read_small
 from streamconv.output.finished import find_edited
 from streamconv.output.manifest import Manifest
-from streamconv.planning.plan import CONFIG_NAME, Plan
+from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME, Plan
 from streamconv.planning.shards import to_json
-from streamconv.planning.small_files import IMAGE_PROCESSOR_NAME
 from streamconv.source.labels import labels_in
-from streamconv.verification.result import Check, ModelResults
+from streamconv.verification.result import Check
 from streamconv.verification.structure import value_differences
 
 MAX_NAMED = 5  # values of one file
@@ -53,12 +52,6 @@ class Edits:
             return config
         notes = [f"{name} was edited after the conversion ({_listed(found)})" for name, found in changes.items()]
         return replace(config, proves=f"{config.proves} or was edited later", not_checked="; ".join(notes))
-
-    def applied_to(self, results: ModelResults) -> ModelResults:
-        """Word the preprocessing check for an edited image processor, which need not give the original's pixels."""
-        if not self.values.get(IMAGE_PROCESSOR_NAME):
-            return results
-        return replace(results, checks=tuple(map(_of_edited_processor, results.checks)))
 
 
 def find_edits(folder: Path, plan: Plan, manifest: Manifest | None) -> Edits:
@@ -105,22 +98,9 @@ def _with_file(plan: Plan, name: str, value: Mapping[str, Any]) -> Plan:
     plan = replace(plan, small_files={**plan.small_files, name: to_json(value)})
     if name == CONFIG_NAME:
         return replace(plan, config=value)
-    if name == IMAGE_PROCESSOR_NAME and plan.family.image_processor is not None:
-        with suppress(KeyError, TypeError, ValueError, AttributeError):  # other steps than torchvision's pipeline has
-            plan.family.image_processor.pixel_steps(value)
-            return replace(plan, image_processor=value)
+    if name == IMAGE_PROCESSOR_NAME:
+        return replace(plan, image_processor=value, image_processor_from="edited")
     return plan
-
-
-def _of_edited_processor(check: Check) -> Check:
-    if check.name != "preprocessing":
-        return check
-    if check.passed:
-        return replace(check, proves="with Pillow, the saved image processor produces the pixels of its edited values")
-    if check.passed is False and check.numbers.get("grey_level") is not None:
-        why = f"{IMAGE_PROCESSOR_NAME} was edited after the conversion, and its pixels cannot be compared"
-        return replace(check, passed=None, proves=f"{why}: {'; '.join(check.problems)}", problems=())
-    return check
 
 
 def _listed(found: tuple[str, ...]) -> str:

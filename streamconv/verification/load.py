@@ -39,12 +39,20 @@ def _mismatch(entry: str | tuple[str, torch.Size, torch.Size]) -> str:
 def _load_model(folder: Path, plan: Plan) -> tuple[Any, dict[str, Any]]:
     """The model, and transformers' loading report.
 
-    The weights stay mapped from the file, so on a CPU they need no memory beyond the page cache.
+    The weights stay mapped from the file, so on a CPU they need no memory beyond the page cache. If the folder is for
+    another class with the same tensors, such as a backbone of feature maps, the report is that of this class, but the
+    model is the plain one, whose layers the original has.
     """
     is_classifier = "Classification" in plan.architecture
     classes: Any = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if is_classifier else transformers.MODEL_MAPPING
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    return load_pretrained(classes[type(config)], folder, config.dtype or torch.float32)
+    dtype = config.dtype or torch.float32
+    plain: Any = classes[type(config)]
+    model, report = load_pretrained(plain, folder, dtype)
+    if plan.architecture != plain.__name__ and plan.architecture in plan.family.pipeline_tags:
+        report = load_pretrained(getattr(transformers, plan.architecture), folder, dtype)[1]
+    model.config.return_dict = True  # a source's config may ask for tuples, whose parts have no names
+    return model, report
 
 
 def default_dtype_of(config: Any) -> torch.dtype:

@@ -21,14 +21,16 @@ from streamconv.verification.originals import OriginalArchitecture
 class Pair:
     """The two models to compare; ``architecture`` is the original's, and ``dimensions`` are both models'.
 
-    ``cast_to`` is the dtype that the conversion cast the weights to, if it did. ``is_read_once``: only what decides is
-    computed, for instance because weights arrive over a network.
+    ``native_size`` is the height and width of images whose positions need no interpolation. ``cast_to`` is the dtype
+    that the conversion cast the weights to, if it did. ``is_read_once``: only what decides is computed, for instance
+    because weights arrive over a network.
     """
 
     original: OffloadedModel
     converted: OffloadedModel
     architecture: OriginalArchitecture
     dimensions: Any
+    native_size: int
     device: torch.device
     progress: Progress
     cast_to: torch.dtype | None = None

@@ -1,7 +1,6 @@
 """The checks that run models (load, parity, preprocessing), in order, with the predictions and pictures they yield."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -126,7 +125,7 @@ class ModelVerifier:
             found = self._compare(folder, source, progress, converted, is_sparse, thorough)
         start = time.monotonic()
         progress("checking the image processor", 0, 1, "steps")
-        preprocessing = self._check_preprocessing(folder).since(start)
+        preprocessing = check_preprocessing(folder, self.plan, self.image).since(start)
         return replace(found, checks=(loaded, *found.checks, preprocessing))
 
     def _compare(
@@ -151,24 +150,31 @@ class ModelVerifier:
         original = OffloadedModel(self.original, self.device, buffer, weights, cast_to)
         own = StreamedWeights(targets, source.reader) if targets else MappedWeights(converted.state_dict())
         model = OffloadedModel(converted, self.device, buffer, own)
-        is_read_once = source.is_remote or is_sparse
+        is_read_once, native_size = source.is_remote or is_sparse, self.plan.native_size
         pair = Pair(
-            original, model, self.architecture, self.plan.dimensions, self.device, progress, cast_to, is_read_once
+            original,
+            model,
+            self.architecture,
+            self.plan.dimensions,
+            native_size,
+            self.device,
+            progress,
+            cast_to,
+            is_read_once,
         )
         default_dtype = default_dtype_of(converted.config)
         image, parity_pixels = self._parity_input()
         check, verdict = check_parity(pair, "parity", parity_pixels, default_dtype)
         checks = [self._described(check, is_sparse, why_streamed).since(start)]
-        native_size = self.plan.config["image_size"]
         if thorough and check.passed and parity_pixels.shape[-1] != native_size:
             start = time.monotonic()
-            pixels = to_pixels(resize(self.image, native_size), self.plan.pixel_steps)
+            pixels = to_pixels(resize(self.image, native_size), self.plan.pixel_steps, self.plan.channels)
             native, _ = check_parity(replace(pair, is_read_once=True), "native", pixels, default_dtype)
             checks.append(self._described(native, is_sparse, why_streamed).since(start))
         outputs = verdict.outputs if verdict is not None else {}
         return ModelResults(
             tuple(checks),
-            predictions=top_predictions(outputs["logits"][1], pair.config.id2label) if "logits" in outputs else (),
+            predictions=top_predictions(outputs["logits"][1], pair.config) if "logits" in outputs else (),
             pictures=draw_pictures(image, *outputs["patches"]) if "patches" in outputs else {},
             cast_cost=verdict.cast_cost if verdict is not None else None,
         )
@@ -178,13 +184,13 @@ class ModelVerifier:
 
         Without an image processor, it is the native size.
         """
-        steps, patch = self.plan.pixel_steps, self.plan.config["patch_size"]
+        steps, patch = self.plan.pixel_steps, self.plan.patch_size
         height, width = steps.size or (0, 1) if steps is not None else (0, 1)
         if steps is not None and height == width and height % patch == 0:
             image = crop(self.image, steps)
         else:
-            image = resize(self.image, self.plan.config["image_size"])
-        return image, to_pixels(image, steps)
+            image = resize(self.image, self.plan.native_size)
+        return image, to_pixels(image, steps, self.plan.channels)
 
     def _described(self, check: Check, is_sparse: bool, why_streamed: str) -> Check:
         """Add to what a comparison of outputs proves how the weights were read, and what was assumed."""
@@ -198,19 +204,12 @@ class ModelVerifier:
         gaps = filter(None, [check.not_checked, why_streamed, *unproved])
         return replace(check, proves=proves, not_checked="; ".join(gaps))
 
-    def _check_preprocessing(self, folder: Path) -> Check:
-        pixel_steps = self.plan.pixel_steps
-        if pixel_steps is None:
-            return Check("preprocessing", None, f"{self.plan.family_name} models have no image processor")
-        check = check_preprocessing(folder, pixel_steps, self.image)
-        if not self.plan.is_published:
-            check = replace(check, proves=f"{check.proves}, assuming the preprocessing of the published models")
-        return check
 
-
-def top_predictions(logits: Tensor, labels: Mapping[int, str]) -> tuple[tuple[str, float], ...]:
+def top_predictions(logits: Tensor, config: Any) -> tuple[tuple[str, float], ...]:
     """The most probable labels of (1, K) logits, with their probabilities; none if the logits are not finite."""
     if not logits.isfinite().all():
         return ()
-    probabilities, ids = logits[0].softmax(-1).topk(min(PREDICTION_COUNT, logits.shape[-1]))
-    return tuple((labels[int(i)], float(probability)) for i, probability in zip(ids, probabilities, strict=True))
+    is_multi_label = getattr(config, "problem_type", None) == "multi_label_classification"  # as transformers' pipeline
+    probabilities = logits[0].sigmoid() if is_multi_label else logits[0].softmax(-1)
+    values, ids = probabilities.topk(min(PREDICTION_COUNT, logits.shape[-1]))
+    return tuple((config.id2label[int(i)], float(value)) for i, value in zip(ids, values, strict=True))

@@ -62,7 +62,7 @@ def check_parity(pair: Pair, name: str, pixels: Tensor, default_dtype: torch.dty
             raise UsageError(f"{pair.device} has too little memory to run the models: {error}.") from error
         problem = f"{type(error).__name__}: {error}"
         return Check(name, False, proves, (problem,), {"error": problem}), None
-    numbers = {"size": size, "native_size": pair.config.image_size, **verdict.numbers}
+    numbers = {"size": size, "native_size": pair.native_size, **verdict.numbers}
     proves += verdict.note
     return Check(name, not verdict.problems, proves, verdict.problems, numbers, verdict.not_checked), verdict
 
@@ -73,7 +73,7 @@ def compare(pair: Pair, pixels: Tensor, what: str, default_dtype: torch.dtype) -
     If the pixels do not have the native size, the original interpolates positions as transformers does. If its own way
     is different, it also runs in that way, which is reported but decides nothing.
     """
-    is_native = pixels.shape[-2:] == (pair.config.image_size,) * 2
+    is_native = pixels.shape[-2:] == (pair.native_size,) * 2
     decisive, published, uncast = Variant(), Variant(as_transformers=False), Variant(is_cast=False)
     variants = [decisive]
     if not pair.is_read_once:

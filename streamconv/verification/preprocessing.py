@@ -1,78 +1,190 @@
-"""The preprocessing check: the saved image processor against the steps of the original's code, by torchvision."""
+"""The preprocessing check: the pixels of the saved image processor against the same steps by torchvision.
+
+The steps are those of the original's code or, if the image processor is the source's own or the user's, its own.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
-from torchvision import transforms
+from torchvision.transforms import functional
 from transformers import AutoImageProcessor
 
-from streamconv.families.base import PixelSteps
+from streamconv.families.image_processors import PixelSteps, UnknownStepsError
+from streamconv.planning.plan import Plan
+from streamconv.verification.bands import RGB, to_bands
 from streamconv.verification.result import Check
 
 PROVES = "with Pillow, the saved image processor produces exactly the original's pixels"
+OWN_STEPS = "with Pillow, it produces exactly the pixels of its own steps, done by torchvision"
+TENSOR_STEPS = "with tensors, it produces the pixels of its own steps, done by torchvision"
+_WHOSE = {
+    "source": "the saved image processor is the source's own, unchanged",
+    "user": "the saved image processor is the one that was given",
+    "edited": "the saved image processor was edited after the conversion",
+}
+# Pillow's numbers of filters.
+_FILTERS = {
+    0: functional.InterpolationMode.NEAREST,
+    1: functional.InterpolationMode.LANCZOS,
+    2: functional.InterpolationMode.BILINEAR,
+    3: functional.InterpolationMode.BICUBIC,
+    4: functional.InterpolationMode.BOX,
+    5: functional.InterpolationMode.HAMMING,
+}
+_ROUNDING = 0.01  # of a grey level: transformers' backend for tensors rescales and normalises in one step
 
 
-def check_preprocessing(folder: Path, pixel_steps: PixelSteps, image: Image.Image) -> Check:
-    """Compare the pixels of ``folder``'s processor with torchvision's."""
+def check_preprocessing(folder: Path, plan: Plan, image: Image.Image) -> Check:
+    """Compare the pixels of ``folder``'s image processor with torchvision's."""
+    aspect = plan.family.image_processor
+    if aspect is None:
+        return Check("preprocessing", None, f"{plan.family_name} models have no image processor")
+    if plan.image_processor is None:
+        why = f"none was written, since that of published {plan.family_name} models makes {RGB} channels"
+        return Check("preprocessing", None, f"{why}, and this model takes {plan.channels}")
     try:
-        wanted = to_pixels(crop(image, pixel_steps), pixel_steps)
-        numbers, problems = _compare_pixels(folder, pixel_steps, image, wanted)
+        steps = aspect.pixel_steps(plan.image_processor)
+    except UnknownStepsError as error:
+        return _check_loading(folder, plan, image, f"streamconv does not know {error}")
+    if steps.mean and len(steps.mean) != plan.channels:
+        return _check_loading(folder, plan, image, f"it normalises {len(steps.mean)} channels, not {plan.channels}")
+    is_tensor = plan.channels not in (1, RGB)
+    proves = _claim(plan, TENSOR_STEPS if is_tensor else OWN_STEPS)
+    compare = _compare_tensors if is_tensor else _compare_images
+    try:
+        numbers, problems = compare(folder, plan, steps, image)
     except Exception as error:  # transformers or torch rejects the output
-        return Check("preprocessing", False, PROVES, (f"{type(error).__name__}: {error}",))
-    return Check("preprocessing", not problems, PROVES, tuple(problems), numbers)
+        return Check("preprocessing", False, proves, (f"{type(error).__name__}: {error}",))
+    return Check("preprocessing", not problems, proves, tuple(problems), numbers)
 
 
-def crop(image: Image.Image, pixel_steps: PixelSteps) -> Image.Image:
-    """Resize and crop with torchvision, as the original conversion script does."""
-    steps = [
-        transforms.Resize(pixel_steps.resize, interpolation=transforms.InterpolationMode.BICUBIC),
-        *([transforms.CenterCrop(pixel_steps.crop)] if pixel_steps.crop else []),
-    ]
-    return transforms.Compose(steps)(image)  # type: ignore[no-any-return]
+def crop(image: Image.Image, steps: PixelSteps, *, is_own: bool = False) -> Image.Image:
+    """Resize and crop with torchvision, as the original conversion script does.
+
+    ``is_own``: an odd margin is divided as transformers does it, which for an image processor of its own is right.
+    """
+    if steps.resize is not None:
+        size = [steps.resize] if isinstance(steps.resize, int) else [*steps.resize]
+        image = functional.resize(image, size, _FILTERS[steps.resample])
+    if steps.crop is None:
+        return image
+    if not is_own:
+        return functional.center_crop(image, [*steps.crop])  # type: ignore[no-any-return]
+    height, width = steps.crop
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))  # beyond the image, pixels are black
 
 
 def resize(image: Image.Image, size: int) -> Image.Image:
     """Resize to a square, such as the original's native size, at which positions need no interpolation."""
-    return transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC)(image)  # type: ignore[no-any-return]
+    return functional.resize(image, [size, size], functional.InterpolationMode.BICUBIC)  # type: ignore[no-any-return]
 
 
-def to_pixels(image: Image.Image, pixel_steps: PixelSteps | None) -> Tensor:
-    """Convert to (1, 3, H, W), normalized if the model has an image processor."""
-    steps = [
-        transforms.PILToTensor(),
-        transforms.ConvertImageDtype(torch.float32),  # ToTensor would compute in the caller's default dtype
-        *([transforms.Normalize(pixel_steps.mean, pixel_steps.std)] if pixel_steps else []),
-    ]
-    return transforms.Compose(steps)(image).unsqueeze(0)  # type: ignore[no-any-return]
+def to_pixels(image: Image.Image, steps: PixelSteps | None, channels: int = RGB) -> Tensor:
+    """Convert to (1, C, H, W), normalized if the steps of the image processor are known."""
+    return _normalized(to_bands(image, channels), steps).unsqueeze(0)
 
 
-def _compare_pixels(
-    folder: Path, pixel_steps: PixelSteps, image: Image.Image, wanted: Tensor
+def _normalized(bands: Tensor, steps: PixelSteps | None) -> Tensor:
+    """Convert (C, H, W) of uint8 to float32, rescaled and normalized."""
+    if steps is None or steps.scale == 1 / 255:
+        values: Tensor = functional.convert_image_dtype(bands, torch.float32)
+    else:
+        values = (bands.double() * steps.scale).float()
+    if steps is None or not steps.mean:
+        return values
+    return functional.normalize(values, [*steps.mean], [*steps.std])  # type: ignore[no-any-return]
+
+
+def _claim(plan: Plan, steps: str) -> str:
+    """Return what a passed check proves about the image processor."""
+    if plan.image_processor_from in _WHOSE:
+        return f"{_WHOSE[plan.image_processor_from]}; {steps}"
+    return PROVES if plan.is_published else f"{PROVES}, assuming the preprocessing of the published models"
+
+
+def _check_loading(folder: Path, plan: Plan, image: Image.Image, why: str) -> Check:
+    """Check only that transformers loads and runs the image processor, since ``why``."""
+    not_checked = f"the image processor's pixels were not compared: {why}"
+    proves = _WHOSE.get(plan.image_processor_from, "the image processor is as planned")
+    try:
+        load: Any = AutoImageProcessor.from_pretrained
+        pixels = load(folder, local_files_only=True)(image, return_tensors="pt")["pixel_values"]
+    except Exception as error:
+        if plan.image_processor_from != "source":
+            return Check("preprocessing", False, proves, (f"{type(error).__name__}: {error}",))
+        # It may need code that is not there, or other images.
+        reason = f"{proves}, but transformers does not run it ({type(error).__name__}: {error})"
+        return Check("preprocessing", None, reason, not_checked=not_checked)
+    shape = " x ".join(map(str, pixels.shape[1:]))
+    return Check("preprocessing", True, f"{proves}; it makes {shape} pixels", not_checked=not_checked)
+
+
+def _compare_images(
+    folder: Path, plan: Plan, steps: PixelSteps, image: Image.Image
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compare the saved processor's pixels with ``wanted``; returns the numbers and the problems.
+    """Compare the saved processor's pixels of an image with torchvision's; returns the numbers and the problems.
 
     With Pillow, they must be equal. transformers' default may resize tensors instead; its difference is only reported.
     """
+    is_own = plan.image_processor_from != "family"
+    whose = "those of its steps" if is_own else "the original's"
+    wanted = to_pixels(crop(image, steps, is_own=is_own), steps, plan.channels)
+    given: Any = image if plan.channels == RGB else to_bands(image, plan.channels)
     load: Any = AutoImageProcessor.from_pretrained
-    exact, default = (load(folder, local_files_only=True, **backend) for backend in ({"backend": "pil"}, {}))
-    grey_level = 1 / 255 / min(pixel_steps.std)
+    is_recent = int(transformers.__version__.partition(".")[0]) >= 5
+    pillow = {"backend": "pil"} if is_recent else {"use_fast": False}
+    exact, default = (load(folder, local_files_only=True, **backend) for backend in (pillow, {}))
     differences: list[float | None] = []
     problems = []
     for processor in (exact, default):
-        pixels = processor(image, return_tensors="pt")["pixel_values"]
+        pixels = processor(given, return_tensors="pt")["pixel_values"]
         if pixels.shape != wanted.shape:
-            shapes = f"{list(pixels.shape)}, but the original {list(wanted.shape)}"
+            shapes = f"{list(pixels.shape)}, but {whose} {list(wanted.shape)}"
             problems.append(f"{type(processor).__name__} produces pixels of shape {shapes}")
             differences.append(None)
         else:
             differences.append(float((pixels - wanted).abs().max()))
     if differences[0]:
-        problems.append(f"{type(exact).__name__}'s pixels differ from the original's by {differences[0]:.3g}")
+        problems.append(f"{type(exact).__name__}'s pixels differ from {whose} by {differences[0]:.3g}")
     numbers = {
         "pil": differences[0], "default": differences[1], "default_backend": type(default).__name__,
-        "grey_level": grey_level,
+        "grey_level": _grey_level(steps),
     }  # fmt: skip
     return numbers, problems
+
+
+def _compare_tensors(
+    folder: Path, plan: Plan, steps: PixelSteps, image: Image.Image
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare the pixels that the saved processor makes of a tensor, since images have up to four channels."""
+    bands = to_bands(image, plan.channels)
+    wanted = bands
+    if steps.resize is not None:
+        size = [steps.resize] if isinstance(steps.resize, int) else [*steps.resize]
+        wanted = functional.resize(wanted, size, _FILTERS[steps.resample], antialias=True)
+    if steps.crop is not None:
+        (height, width), (rows, columns) = wanted.shape[1:], steps.crop
+        wanted = functional.crop(wanted, (height - rows) // 2, (width - columns) // 2, rows, columns)
+    wanted = _normalized(wanted, steps).unsqueeze(0)
+    load: Any = AutoImageProcessor.from_pretrained
+    processor = load(folder, local_files_only=True)
+    pixels = processor(bands, return_tensors="pt")["pixel_values"]
+    if pixels.shape != wanted.shape:
+        shapes = f"{list(pixels.shape)}, but its steps {list(wanted.shape)}"
+        return {}, [f"{type(processor).__name__} produces pixels of shape {shapes}"]
+    difference = float((pixels - wanted).abs().max())
+    allowed = _ROUNDING * _grey_level(steps)
+    problem = f"{type(processor).__name__}'s pixels differ from those of its steps by {difference:.3g}"
+    return {"default": difference, "default_backend": type(processor).__name__, "grey_level": _grey_level(steps)}, (
+        [problem] if not difference <= allowed else []
+    )
+
+
+def _grey_level(steps: PixelSteps) -> float:
+    """Return the size of the smallest step between two shades after normalization."""
+    return steps.scale / min(steps.std, default=1.0)

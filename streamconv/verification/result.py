@@ -155,7 +155,9 @@ class Verification:
             since = f"verified ({', '.join(self.edited)} had been edited)" if self.edited else "written"
             return Conclusion("incomplete", f"Files unchanged since they were {since}; not compared with a source.")
         costs = cost.sentence((self.output.get("cast") or {}).get("from", "uncast")) if cost is not None else ""
-        gaps = [f"{check.name} did not run" if check.passed is None else check.not_checked for check in self.checks]
+        gaps = [
+            check.not_checked or (f"{check.name} did not run" if check.passed is None else "") for check in self.checks
+        ]
         if self.output.get("cast") and cost is None:
             gaps.append("the cost of the cast was not measured")
         if not any(gaps):
@@ -206,7 +208,7 @@ FAILURES = {
     "load": "transformers does not load the model correctly",
     "parity": "the models could not be compared",
     "native": "the models could not be compared",
-    "preprocessing": "the saved image processor does not produce the original's pixels",
+    "preprocessing": "the saved image processor does not produce the pixels that it should",
 }
 
 

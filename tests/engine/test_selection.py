@@ -473,19 +473,15 @@ def test_incomplete_converted_model_is_refused(tmp_path: Path) -> None:
 def test_config_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     folder = api.convert(saved(make_states(tiny())[0], tmp_path / "x.pth"), tmp_path / "out").output
     config = json.loads((folder / "config.json").read_bytes())
-    changed = {**config, "layer_norm_eps": 1e-5, "hidden_act": "relu", "drop_path_rate": 0.1, "mine": 3}
+    changed = {**config, "hidden_size": 256, "hidden_act": "relu", "drop_path_rate": 0.1, "mine": 3}
     (folder / "config.json").write_text(json.dumps(changed))
     for source in (folder, folder / "model.safetensors"):
         with pytest.raises(MappingError) as caught:
             api.plan(source)
         assert sorted(caught.value.problems) == [
             "its config.json sets hidden_act to 'relu', but dinov2 models have 'gelu'",
-            "its config.json sets layer_norm_eps to 1e-05, but dinov2 models have 1e-06",
+            "its config.json sets hidden_size to 256, but the tensors show 128",
         ]
-    (folder / "config.json").write_text(json.dumps({**config, "drop_path_rate": 0.1}))
-    assert "generated, not copied from the source: config.json, preprocessor_config.json" in api.plan(folder).notes
-    (folder / "config.json").write_text("[")
-    assert api.plan(folder).config == config
 
 
 def test_folder_is_not_converted_into_itself(tmp_path: Path) -> None:

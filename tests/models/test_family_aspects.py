@@ -37,7 +37,7 @@ def test_without_an_image_processor_none_is_written_or_checked(
     assert {path.name for path in done.output.iterdir()} == {"model.safetensors", "config.json", "streamconv.json"}
     assert not any("processor" in note for note in done.plan.notes)
     again = api.convert(done.output, tmp_path / "again", dtype="bfloat16")
-    assert again.plan.notes[-1] == "generated, not copied from the source: config.json"
+    assert again.plan.notes[-1] == "config.json: kept from the source; changed: dtype float32 → bfloat16"
     for parity in (True, False):
         found = api.verify(done.output, backbone, device="cpu", parity=parity)
         assert found.passed

@@ -18,7 +18,6 @@ from streamconv.families.dinov2_geometry import Dimensions
 from streamconv.verification.originals import OriginalArchitecture
 
 REPOSITORY = "facebookresearch/dinov2"
-EPSILON = 1e-6
 INTERPOLATE_OFFSET = 0.1  # positions are scaled by (n + 0.1) / 37; models with registers have no offset
 
 
@@ -70,10 +69,10 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     def __init__(self, sizes: Dimensions):
         super().__init__()
-        self.norm1 = nn.LayerNorm(sizes.hidden, eps=EPSILON)
+        self.norm1 = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
         self.attn = Attention(sizes)
         self.ls1 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(sizes.hidden, eps=EPSILON)
+        self.norm2 = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
         self.mlp = (SwiGlu if sizes.swiglu else Mlp)(sizes.hidden, sizes.ffn, sizes.has_ffn_bias)
         self.ls2 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
 
@@ -108,7 +107,7 @@ class VisionTransformer(nn.Module):
         if sizes.has_mask_token:
             self.register_parameter(sizes.mask_key, nn.Parameter(torch.empty(1, sizes.hidden)))
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
-        self.norm = nn.LayerNorm(sizes.hidden, eps=EPSILON)
+        self.norm = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
         if sizes.classes:
             self.linear_head = nn.Linear(2 * sizes.hidden, sizes.classes)
 

@@ -1,0 +1,149 @@
+"""Reads the small files beside the weights of a model that was converted before: its configuration and image processor.
+
+They record what tensors do not show. A folder, or an address, that has none is normal; one that is there and cannot be
+read is an error, since a model without its own settings would compute something else.
+"""
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from streamconv.errors import CorruptError, RefusedError, SourceError, SourceMissingError, printable
+from streamconv.families.image_processors import UnknownStepsError, class_name
+from streamconv.families.selection import Selection
+from streamconv.files.address import Address, Location
+from streamconv.files.base import ByteRange
+from streamconv.files.local import read_small
+from streamconv.files.open import open_file
+from streamconv.formats.limits import MAX_SETTINGS_BYTES, read_settings
+from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME
+from streamconv.tensors.info import TensorInfo
+
+MAX_DEPTH = 3  # of a backbone's configuration in that of a larger model
+
+
+def with_small_files(selection: Selection, location: Location, infos: Mapping[str, TensorInfo]) -> Selection:
+    """Return the selection with the configuration and image processor beside its weights, a file or a folder.
+
+    If they are those of a larger model, the configuration is the part for the backbone, and the image processor is
+    left out unless its steps are known. ``infos`` are the selected tensors. Beside a file in its authors' names, there
+    may be a config.json that has nothing to do with it.
+
+    Raises:
+        SourceError: a file of a model that was converted before cannot be read, or is not a JSON object.
+    """
+    if not selection.is_converted:
+        return _with_config_beside(selection, location, infos)
+    notes: list[str] = []
+    whole = _read(location, CONFIG_NAME, notes)
+    processor = _read(location, IMAGE_PROCESSOR_NAME, notes)
+    types = _model_types(selection)
+    found = list(_parts(whole, types)) if whole is not None else []
+    if whole is not None and not found and "model_type" not in whole:
+        found = [whole]
+    config = found[0] if found and all(each == found[0] for each in found) else {}
+    if whole is not None and config is not whole:
+        kind = printable(str(whole.get("model_type")))
+        if config:
+            notes.append(f"{CONFIG_NAME}: the {selection.family.name} part of a {kind} model's")
+        else:
+            why = f"{len(found)} different parts" if found else "no part"
+            notes.append(f"{CONFIG_NAME} is not used: it is a {kind} model's, with {why} for {selection.family.name}")
+        processor = _usable(processor, selection, notes)
+    return replace(selection, config=config, image_processor=processor, small_file_notes=tuple(notes))
+
+
+def _with_config_beside(selection: Selection, location: Location, infos: Mapping[str, TensorInfo]) -> Selection:
+    """Add the config.json beside a file in its authors' names, which may state the number of attention heads.
+
+    At an address, where that takes a request, it is read only if the number would otherwise be a guess.
+    """
+    heads = selection.family.attention_heads
+    if heads is None or (isinstance(location, Address) and heads.is_published(selection.family.read_dimensions(infos))):
+        return selection
+    try:
+        config = read_json_beside(location, CONFIG_NAME)
+    except SourceError as error:
+        return replace(selection, small_file_notes=(f"the {CONFIG_NAME} beside it is not used: {error}".rstrip("."),))
+    return replace(selection, config_beside=config or {})
+
+
+def read_json_beside(location: Location, name: str) -> dict[str, Any] | None:
+    """Read a JSON file in a folder, or beside a file; None if there is none.
+
+    Raises:
+        RefusedError: the server refuses access, as some do to files that do not exist.
+        SourceError: the file cannot be read, or is not a JSON object.
+    """
+    if isinstance(location, Address):
+        address = location.beside(name)
+        return None if address is None else _read_address(address)
+    path = (location if os.path.isdir(location) else location.parent) / name
+    try:
+        data = read_small(path)
+    except SourceMissingError:
+        return None
+    return read_settings(data, str(path))
+
+
+def _read_address(address: Address) -> dict[str, Any] | None:
+    from streamconv.files.remote import WINDOW_BYTES  # only now, as a local conversion does not need it
+
+    try:
+        with closing(open_file(address)) as file:
+            if file.size > MAX_SETTINGS_BYTES:
+                raise SourceError(f"{address} has {file.size:,} bytes, more than the settings of any model.")
+            if file.size > WINDOW_BYTES:  # which were read when it was opened
+                file.prefetch([ByteRange(0, file.size)])
+            data = file.read(0, file.size)
+    except SourceMissingError:
+        return None
+    if data.lstrip()[:1] == b"<":  # a web page, which some servers send instead of a 404
+        return None
+    return read_settings(data, str(address))
+
+
+def _read(location: Location, name: str, notes: list[str]) -> dict[str, Any] | None:
+    try:
+        return read_json_beside(location, name)
+    except RefusedError:
+        notes.append(f"the server refuses to send {name}, which may therefore exist")
+        return None
+    except CorruptError as error:
+        fix = "Fetch it again" if isinstance(location, Address) else "Fetch it again, or correct it"
+        raise CorruptError(f"{error} It describes the model beside it. {fix}.") from error
+    except SourceError as error:
+        raise type(error)(
+            f"The {name} beside the weights, which describes the model, cannot be read: {error}"
+        ) from error
+
+
+def _model_types(selection: Selection) -> set[str]:
+    family = selection.family
+    return {str(family.conversion_spec(model.dimensions).config.get("model_type")) for model in family.models}
+
+
+def _parts(config: dict[str, Any], types: Collection[str], depth: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield the outermost configurations of these model types in a config.json."""
+    if config.get("model_type") in types:
+        yield config
+        return
+    if depth < MAX_DEPTH:
+        for value in config.values():
+            if isinstance(value, dict):
+                yield from _parts(value, types, depth + 1)
+
+
+def _usable(processor: dict[str, Any] | None, selection: Selection, notes: list[str]) -> dict[str, Any] | None:
+    """Return a larger model's image processor if the backbone can use it: if its steps are known."""
+    aspect = selection.family.image_processor
+    if processor is None or aspect is None:
+        return None
+    try:
+        aspect.pixel_steps(processor)
+    except UnknownStepsError:
+        notes.append(f"the larger model's image processor, a {printable(class_name(processor))}, is not used")
+        return None
+    return processor
