@@ -179,10 +179,8 @@ def _require_fit(
     if len(dtypes) > 1 and one_dtype is not None:
         problems.append(f"mixed dtypes: {', '.join(sorted(dtypes))}; {one_dtype}")
     if problems:
-        has_lora = any("lora_" in name for name in shapes)
-        fix = "; merge its LoRA adapters first, as with peft's merge_and_unload()" if has_lora else ""
         count = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
-        raise MappingError(f"{where} does not fit{fix} ({count}):", problems)
+        raise MappingError(f"{where} does not fit ({count}):", problems)
 
 
 def constants(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[str, tuple[float, tuple[int, ...]]]:

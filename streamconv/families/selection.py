@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamconv.errors import MappingError
+from streamconv.families import other_models
 from streamconv.families.base import ExtraPrefix, Family
 from streamconv.families.classifier_heads import HeadsBeside
 from streamconv.families.detection import (
@@ -24,8 +25,6 @@ from streamconv.families.registry import all_families
 from streamconv.families.wrapped_names import unwrapped
 from streamconv.formats.checkpoint import Checkpoint
 from streamconv.tensors.info import TensorInfo
-
-FLAT_PARAMETER = "_flat_param"  # torch.distributed.fsdp's name for many tensors in one
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,8 @@ def find_backbone(
 
 def _no_backbone(checkpoint: Checkpoint, where: str) -> MappingError:
     """Return the error for a file without a backbone, which explains what it is."""
-    _refuse_flat_parameters((*checkpoint, *checkpoint.non_tensors), where)
     _refuse_heads(checkpoint, where)
+    _refuse_other_models(checkpoint, where)
     if not checkpoint and checkpoint.non_tensors:
         held = [f"{name} is a {kind}" for name, kind in checkpoint.non_tensors.items()]
         return MappingError(f"{where} holds objects, which are not read, and no tensor in a plain dict:", held)
@@ -158,6 +157,8 @@ def _select(
         elif name not in head.values():
             reason = extra.reason if extra is not None else heads.problem(name)
             unknown.append(f"{name} {list(infos[name].shape)}{f': {reason}' if reason else ''}")
+    if unknown or strays:  # even if selected, what changes the computation is not left out
+        _refuse_other_models(checkpoint, where, layout.prefix, is_part=True)
     if unknown or doubled:
         also = f" and --head-select {shown(heads.prefix_of(head))}" if head else ""
         fix = f". To skip other tensors, use --select {shown(layout.prefix)}{also}:" if unknown else ":"
@@ -208,15 +209,12 @@ def _joined_info(parts: Sequence[TensorInfo]) -> TensorInfo:
     return TensorInfo(first.dtype, (len(parts) * first.shape[0], *first.shape[1:])) if first.shape else first
 
 
-def _refuse_flat_parameters(names: Iterable[str], where: str) -> None:
-    flat = [name for name in names if FLAT_PARAMETER in name]
-    if flat:
-        raise MappingError(
-            f"{where} is one process's part of a model that FSDP sharded (LOCAL_STATE_DICT): its tensors are in flat "
-            "parameters, which do not show where each one is. Use the teacher_checkpoint.pth that training writes at "
-            "each evaluation, or save under FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT). It holds:",
-            flat,
-        )
+def _refuse_other_models(checkpoint: Checkpoint, where: str, prefix: str = "", *, is_part: bool = False) -> None:
+    """Name what is under ``prefix``, if it is known and cannot be converted; see `other_models.recognise`."""
+    shapes = {name: tensor.info.shape for name, tensor in checkpoint.items() if name.startswith(prefix)}
+    others = [name for name in checkpoint.non_tensors if name.startswith(prefix)]
+    if (error := other_models.recognise(shapes, where, others, is_part=is_part)) is not None:
+        raise error
 
 
 def _refuse_heads(names: Collection[str], where: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families.base import ConversionSpec, Family, Model
+from streamconv.families.other_models import recognise
 from streamconv.families.rules import ExpectedTensor, constants, expand, map_tensors
 from streamconv.families.selection import Selection, Skipped
 from streamconv.families.wrapped_names import unwrapped
@@ -63,7 +64,12 @@ def make_plan(
     block_chunks = _block_chunks(selection, spec.count)
     problems = _problems(spec, selection, expected, block_chunks)
     names = selection.display_names
-    targets = map_tensors(spec.rules, tensors, spec.dims, spec.count, where, problems, names, is_cast=dtype is not None)
+    try:
+        targets = map_tensors(
+            spec.rules, tensors, spec.dims, spec.count, where, problems, names, is_cast=dtype is not None
+        )
+    except MappingError as error:
+        raise _explained(error, tensors, expected, names, where) from error
     _refuse_unstreamable(targets)
 
     stored_dtype = _dtype_of(targets, where)
@@ -153,6 +159,19 @@ def _problems(
         *label_problems(spec, selection.family, selection.config),
         *(["its blocks are in lists of unequal lengths, or in the wrong order"] if block_chunks is None else []),
     ]
+
+
+def _explained(
+    error: MappingError,
+    tensors: Mapping[str, AnyTensor],
+    expected: Mapping[str, ExpectedTensor],
+    names: Mapping[str, str],
+    where: str,
+) -> MappingError:
+    """Return the error that says what the tensors are, if that is known; otherwise ``error``, which lists them."""
+    shapes = {names.get(key, key): tensor.info.shape for key, tensor in tensors.items()}
+    ranks = {names.get(key, key): len(each.shape or ()) for key, each in expected.items()}
+    return recognise(shapes, where, ranks=ranks) or error
 
 
 def _refuse_unstreamable(targets: Mapping[str, SourceTensor]) -> None:

@@ -307,9 +307,9 @@ def test_fsdp_shards_are_refused_with_an_alternative(tmp_path: Path, value: obje
     long = "_fsdp_wrapped_module." * 6
     flat = {"_flat_param": value, f"blocks.0.{long}_flat_param": value}
     source = saved({"model": flat}, tmp_path / "x.pth")
-    with pytest.raises(MappingError, match=r"(?s)FSDP sharded.*teacher_checkpoint.pth.*FULL_STATE_DICT") as caught:
+    message = r"FSDP sharded \(model\._flat_param\)\. .*teacher_checkpoint.pth.*FULL_STATE_DICT"
+    with pytest.raises(MappingError, match=message):
         api.plan(source)
-    assert set(caught.value.problems) == {f"model.{name}" for name in flat}
 
 
 @pytest.mark.parametrize("wrap", ["", "state_dict."])

@@ -1,0 +1,189 @@
+"""Names checkpoints that fit no family: other architectures, and weights that are not stored as whole tensors.
+
+A kind of checkpoint is recognised by marks. A mark is fragments of names, separated by spaces: all of them must occur,
+and none that starts with "!" may. A fragment is whole parts of a name, and {i} is a number: "blocks.{i}.ls1" occurs in
+"model.blocks.3.ls1.gamma". One mark is enough. No mark occurs in a checkpoint that can be converted, and no two
+architectures have the same mark, so the order of the kinds decides nothing.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from streamconv.errors import MappingError, printable
+from streamconv.families.registry import all_families
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of checkpoint. ``what`` completes a sentence about a file, and ``advice`` says what to do with it."""
+
+    what: str
+    marks: tuple[str, ...] = ()
+    advice: str = ""
+
+
+PACKED_SWIGLU = Kind(
+    "is a DINOv2 model in timm's names, whose mlp.fc1 is w12",
+    advice="Convert the authors' file instead; `streamconv models` lists them.",
+)
+ARCHITECTURES = (
+    PACKED_SWIGLU,
+    Kind("is a DINOv2 model in timm's names", ("reg_token pos_embed blocks.{i}.ls1",), PACKED_SWIGLU.advice),
+    Kind(
+        "is a DINOv3 model",
+        ("rope_embed.periods", "storage_tokens", "local_cls_norm", "stages.{i}.layers.{i}.depthwise_conv",
+         "embeddings.patch_embeddings.weight layer.{i}.layer_scale1"),
+    ),
+    Kind("looks like a DINOv3 model in timm's names", ("reg_token blocks.{i}.gamma_1 !pos_embed",)),
+    Kind(
+        "is a masked autoencoder (MAE)", ("decoder_blocks.{i} decoder_embed", "decoder.decoder_embed"),
+        "Its encoder in its authors' names can be converted: save it without the decoder's tensors and mask_token.",
+    ),
+    Kind(
+        "looks like a BEiT or EVA model",
+        ("cls_token blocks.{i}.attn.q_bias", "cls_token blocks.{i}.attn.relative_position_bias_table",
+         "cls_token blocks.{i}.attn.q_proj", "cls_token blocks.{i}.gamma_1 !reg_token !blocks_token_only",
+         "cls_token encoder.layer.{i}.lambda_1"),
+    ),
+    Kind("is a DeiT model with a distillation token", ("dist_token", "distillation_token")),
+    Kind(
+        "looks like a ViT in transformers' names",
+        ("encoder.layer.{i}.layernorm_before !distillation_token !encoder.layer.{i}.lambda_1 !decoder.decoder_embed",),
+    ),
+    Kind(
+        "looks like a CLIP or SigLIP model",
+        ("transformer.resblocks.{i}", "embeddings.patch_embedding encoder.layers.{i}.self_attn", "blocks.{i} norm_pre",
+         "blocks.{i} attn_pool.latent", "visual.trunk"),
+    ),
+    Kind(
+        "looks like a Segment Anything model (SAM)",
+        ("mask_decoder prompt_encoder", "sam_mask_decoder", "pos_embed blocks.{i}.attn.rel_pos_h"),
+    ),
+    Kind(
+        "is in OpenMMLab's names (MMPretrain, MMSegmentation)", ("layers.{i}.ln1 layers.{i}.attn",),
+        "Convert the checkpoint in its authors' names that it was made from.",
+    ),
+    Kind("looks like a Swin Transformer", ("layers.{i}.blocks.{i}.attn", "layers.{i}.blocks.{i}.attention")),
+    Kind(
+        "looks like a ConvNeXt model",
+        ("stages.{i}.{i}.dwconv", "stages.{i}.blocks.{i}.conv_dw", "stages.{i}.layers.{i}.dwconv"),
+    ),
+    Kind("looks like a ResNet", ("layer1.{i}.conv1 layer1.{i}.bn1", "embedder.embedder.convolution")),
+)  # fmt: skip
+# Programs that may have a known backbone as a part, beside which their other parts do not matter.
+HOSTS = (
+    Kind(
+        "looks like an object detector",
+        ("roi_heads", "roi_head", "rpn_head", "bbox_head", "bbox_embed", "bbox_predictor", "model.{i}.cv1.conv"),
+    ),
+    Kind(
+        "looks like a language model",
+        ("lm_head !cls_token", "embed_tokens", "tok_embeddings", "word_embeddings", "wte"),
+    ),
+    Kind(
+        "looks like a diffusion model",
+        ("model.diffusion_model", "first_stage_model", "down_blocks.{i}.resnets.{i} up_blocks.{i}.resnets.{i}"),
+    ),
+)  # fmt: skip
+
+_ZERO = "Put it into one file with DeepSpeed's zero_to_fp32.py: `python -m deepspeed.utils.zero_to_fp32 DIR OUT`."
+_DEQUANTISE = (
+    "Convert the original weights. Or load the model with the program that quantised it, dequantise it (in "
+    "transformers with model.dequantize()), and save it."
+)
+PIECES = Kind(
+    "is one process's part of a model that FSDP sharded", ("_flat_param", "flat_param_{i}"),
+    "Use the teacher_checkpoint.pth that training writes at each evaluation, or save under "
+    "FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT).",
+)  # fmt: skip
+PLACEHOLDERS = Kind("holds empty tensors instead of weights, as DeepSpeed's ZeRO-3 writes them", advice=_ZERO)
+STORAGE = (
+    PIECES,
+    PLACEHOLDERS,
+    Kind("is a DeepSpeed optimizer's state", ("fp32_flat_groups", "single_partition_of_fp32_groups"), _ZERO),
+    Kind(
+        "has LoRA adapters that are not merged", ("base_layer lora_A", "base_layer lora_embedding_A"),
+        "Merge them with peft's model.merge_and_unload(), and save the model's state dict.",
+    ),
+    Kind(
+        "holds LoRA adapters without their model",
+        ("lora_A !base_layer", "lora_embedding_A !base_layer", "lora_down !base_layer"),
+        "Merge them with peft's PeftModel.from_pretrained(model, DIR).merge_and_unload(), and save the model's state "
+        "dict.",
+    ),
+    Kind("is quantised by bitsandbytes", ("absmax quant_map", "SCB"), _DEQUANTISE),
+    Kind("is quantised by GPTQ", ("qweight qzeros g_idx",), _DEQUANTISE),
+    Kind("is quantised by AWQ", ("qweight qzeros !g_idx",), _DEQUANTISE),
+    Kind("looks quantised by torch", ("_packed_params",), _DEQUANTISE),
+    Kind(
+        "looks quantised: it has scales of weights",
+        ("weight_scale", "weight_scale_inv", "weight_packed", "weight_qdata", "W_q"), _DEQUANTISE,
+    ),
+    Kind(
+        "has the names that transformers 5 uses in memory", ("cls_token encoder.layer.{i}.attention.q_proj",),
+        "Save the model with model.save_pretrained(DIR), and convert DIR.",
+    ),
+)  # fmt: skip
+
+
+def recognise(
+    shapes: Mapping[str, Shape],
+    where: str,
+    others: Collection[str] = (),
+    *,
+    ranks: Mapping[str, int] | None = None,
+    is_part: bool = False,
+) -> MappingError | None:
+    """Return the error that says what a checkpoint is; None if that is not known.
+
+    Args:
+        shapes: The shapes of its tensors, by their names.
+        where: Its name for messages.
+        others: The names of its objects that are not tensors.
+        ranks: The number of dimensions that each tensor has in the family that fits best, if one does.
+        is_part: They have the signature of a backbone, which may be a part of `HOSTS`.
+    """
+    found = [*_by_shape(shapes, ranks), *_by_name([*shapes, *others])]
+    found = [(kind, name) for kind, name in found if not (is_part and kind in HOSTS)]
+    kinds = [(kind, name) for kind, name in found if kind not in STORAGE] or found[:1]
+    if not kinds:
+        return None
+    what = " and ".join(f"{kind.what} ({printable(name)})" for kind, name in kinds)
+    advice = next((kind.advice for kind, _ in kinds if kind.advice), "")
+    if kinds[0][0] not in STORAGE:
+        known = " and ".join(family.name for family in all_families())
+        advice = f"streamconv converts {known}, in its authors' or transformers' names. {advice}".rstrip()
+    return MappingError(f"{where} {what}. {advice}", ())
+
+
+def _by_name(names: Sequence[str]) -> list[tuple[Kind, str]]:
+    """Return the kinds with a mark that fits, each with a name that shows it."""
+    numbered = (re.sub(r"(?<![^.])\d+(?![^.])", "{i}", name.replace("\n", " ")) for name in names)
+    text = "".join(f".{name}.\n" for name in numbered)  # one search in all names is fast even if they are millions
+    found = []
+    for kind in (*ARCHITECTURES, *HOSTS, *STORAGE):
+        for mark in kind.marks:
+            absent = [f".{each[1:]}." for each in mark.split() if each.startswith("!")]
+            places = [text.find(f".{each}.") for each in mark.split() if not each.startswith("!")]
+            if min(places) >= 0 and not any(each in text for each in absent):
+                found.append((kind, names[text.count("\n", 0, places[-1])]))
+                break
+    return found
+
+
+def _by_shape(shapes: Mapping[str, Shape], ranks: Mapping[str, int] | None) -> list[tuple[Kind, str]]:
+    """Return the kind that the shapes show, with a name; none if they show nothing."""
+    matrices = [*shapes] if ranks is None else [name for name in shapes if ranks.get(name, 0) > 1]
+    filled = [name for name in matrices if shapes[name] != (0,)]
+    if matrices and not filled:
+        return [(PLACEHOLDERS, matrices[0])]
+    if filled and ranks is not None and all(len(shapes[name]) == 1 for name in matrices):
+        return [(PIECES, filled[0])]
+    for name, shape in shapes.items():
+        second = shapes.get(name.replace("mlp.fc1.weight", "mlp.fc2.weight"), ())
+        if name.endswith("mlp.fc1.weight") and len(shape) == len(second) == 2 and shape[0] == 2 * second[1]:
+            return [(PACKED_SWIGLU, name)]
+    return []
