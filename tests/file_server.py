@@ -29,20 +29,23 @@ class Faults:
     """The faults of a server.
 
     After ``cut_after`` bytes of a body, the connection is cut, for ``cuts`` responses. The next requests are answered
-    with ``statuses``, one each, and ``retry_after``. A megabyte takes ``seconds_a_megabyte``. The next responses are
-    delayed by the seconds in ``stall``, and all of them by ``latency``. Each response has the next of ``varying``
-    headers, as if several servers answered.
+    with ``statuses``, one each, ``retry_after``, and the body and headers of ``refusal``. A megabyte takes
+    ``seconds_a_megabyte``. The next responses are delayed by the seconds in ``stall``, and all of them by ``latency``.
+    Each response has the next of ``varying`` headers, as if several servers answered. Without ``total``, a part comes
+    without the file's size.
     """
 
     ranges: bool = True
     etag: bool = True
     last_modified: bool = True
     length: bool = True
+    total: bool = True
     cut_after: int = 0
     cuts: int = 0
     resets: bool = False
     statuses: list[int] = field(default_factory=list)
     retry_after: str | None = None
+    refusal: tuple[bytes, dict[str, str]] = (b"<html>no</html>", {})
     seconds_a_megabyte: float = 0.0
     stall: list[float] = field(default_factory=list)
     latency: float = 0.0
@@ -117,9 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(server.folder / path.rpartition("/")[2], asked)
 
     def _plain(self, status: int, headers: dict[str, str]) -> None:
-        body = b"<html>no</html>"
+        body, others = self.server.faults.refusal
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        for name, value in {**headers, **others, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -136,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
                 start, end = int(match[1]), min(end, int(match[2] or end) + 1)
                 self.send_response(206)
                 shown = start + faults.wrong_part
-                self.send_header("Content-Range", f"bytes {shown}-{end - 1}/{state.st_size}")
+                self.send_header("Content-Range", f"bytes {shown}-{end - 1}/{state.st_size if faults.total else '*'}")
             else:
                 self.send_response(200)
             if faults.length:

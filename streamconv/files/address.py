@@ -11,6 +11,7 @@ from typing import TypeAlias
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from streamconv.errors import UsageError, printable
+from streamconv.files.web_pages import direct_url, page_problem
 
 # RFC 3986, 3.1; at least two characters, since one is a drive on Windows. "::" chains fsspec's URLs.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::[A-Za-z])")
@@ -62,6 +63,12 @@ class Address:
         return bool(names & _SIGNED_BY) or any(name.startswith(_SIGNED_BY_PREFIXES) for name in names)
 
     @property
+    def secrets(self) -> list[str]:
+        """The parts that are never shown: user and password, and the values of the query."""
+        user = self.url.partition("://")[2].partition("/")[0].rpartition("@")[0]
+        return [*filter(None, map(unquote, user.split(":"))), *(value for _, value in self._query)]
+
+    @property
     def identity(self) -> str:
         """The part that names the file: the URL without a user, and without a signed query. It is not for display.
 
@@ -106,6 +113,8 @@ Location: TypeAlias = Path | Address
 def parse_location(location: str | PathLike[str] | Address) -> Location:
     """Return an `Address` if the string begins with a scheme (``https://``), else a path.
 
+    The address of a page about a file becomes that of the file: see `direct_url`.
+
     Raises:
         UsageError: it is empty, or a URL that is not valid or does not name a file.
     """
@@ -121,10 +130,13 @@ def parse_location(location: str | PathLike[str] | Address) -> Location:
         if host not in ("", "localhost"):
             raise UsageError(f"{text} is on another machine, {host}, which file:// cannot reach. Give an https URL.")
         return Path(unquote(f"/{path}"))
+    text = direct_url(text)
     address = Address(text)
     if not is_valid_url(text) or not text.isprintable() or not address.name.isprintable():
         shown = printable(text.rpartition("@")[2])
         raise UsageError(f"{shown} is not a valid URL. Write it as https://HOST/PATH/FILE.pth.")
+    if problem := page_problem(text):
+        raise UsageError(f"{address} {problem}")
     if address.name in ("", ".", ".."):
         raise UsageError(f"{address} does not name a file. Give the URL of a .pth or .safetensors file.")
     return address

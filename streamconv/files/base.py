@@ -12,6 +12,9 @@ _ADDED_TO_ETAG = re.compile(r"""^W/|(--?|;)(gzip|br|zstd|deflate)(?="$)""")
 Version = tuple[tuple[str, str | int | None], ...]
 """Distinguishes a file from another one of the same name and size, by its times or a server's ETag. Sorted by key."""
 
+UNVERSIONED = "opened_ns"
+"""The key of the time of opening, in nanoseconds since 1970: it is the version of a file whose server names none."""
+
 
 def is_same_version(one: Mapping[str, str | int | None], other: Mapping[str, str | int | None]) -> bool:
     """Return whether two responses name the same version of a file: by what both name, an ETag before a time."""

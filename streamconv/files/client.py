@@ -77,6 +77,10 @@ class Client:
         Thread(target=send, name="http", daemon=True).start()
         return future
 
+    def credentials(self, url: str) -> str:
+        """Return what is sent to the host of ``url`` to authorise the request; empty if nothing is."""
+        return _authorization(urlsplit(url), self._origin).get("Authorization", "").rpartition(" ")[2]
+
     def close_idle(self) -> None:
         """Close the connections that are not in use."""
         for manager in self._managers.values():

@@ -16,10 +16,11 @@ from urllib.parse import urljoin, urlsplit
 from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError
 
-from streamconv.errors import NoRangesError, RefusedError, SourceError, SourceMissingError, printable
+from streamconv.errors import NoRangesError, NotACheckpointError, SourceError, printable
 from streamconv.files.address import Address, is_valid_url
-from streamconv.files.base import ByteRange, Version
+from streamconv.files.base import UNVERSIONED, ByteRange, Version
 from streamconv.files.client import Client, seconds_to_wait, translate
+from streamconv.files.refusals import refusal
 from streamconv.files.remote import WINDOW_BYTES, PendingRange, RemoteFile
 from streamconv.files.retries import RetryLater, RetryNow
 from streamconv.files.versions import HttpVersion, Versions
@@ -29,14 +30,7 @@ _log = logging.getLogger(__name__)
 MAX_REDIRECTS = 10
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _EXPIRED = (400, 401, 403, 404, 410)  # possible responses at a signed URL that has expired
-_ADVICE = {
-    401: "It needs a token: for the Hub, set HF_TOKEN or run `hf auth login`; otherwise download it yourself.",
-    403: "You have no access: on the Hub, accept the model's terms on its page, and check your token's permissions.",
-    404: "Check the URL.",
-    407: "Set the proxy's user and password: http://USER:PASSWORD@HOST:PORT.",
-    410: "Check the URL.",
-}
-_KINDS = {401: RefusedError, 403: RefusedError, 404: SourceMissingError, 410: SourceMissingError}
+_DOWNLOAD = "Download it yourself, such as with `curl -L -o FILE URL`, and give the file."
 _SAFE_REDIRECTS = {"http": ("http", "https"), "https": ("https",)}
 _PIECE_BYTES = 1 << 20  # urllib3 reads into a buffer of its own: large ones cost memory, small ones many calls
 
@@ -72,7 +66,7 @@ class HttpFile(RemoteFile):
     def validators(self) -> dict[str, str | int | None]:
         """The ETag and the Last-Modified, as far as the server sends them; without either, as `version`."""
         headers = self._versions.first.validators if self._versions.first is not None else {}
-        return headers or {"opened_ns": self._opened_ns}
+        return headers or {UNVERSIONED: self._opened_ns}
 
     @property
     def is_open(self) -> bool:
@@ -159,19 +153,23 @@ class HttpFile(RemoteFile):
         if status == 416 and self.is_open:
             raise self._versions.changed()
         if status not in (200, 206):
-            kind = _KINDS.get(status, SourceError)
-            advice = _ADVICE.get(status, "Check the URL, or download the file yourself.")
-            raise kind(f"{self.where} cannot be fetched: {reason}. {advice}")
-        if headers.get("Content-Encoding", "identity") != "identity":
-            raise SourceError(f"{self.where} is sent compressed and cannot be read in parts. Download it yourself.")
+            raise refusal(self.address, url, response, self._client.credentials(url))
         start, size = 0, response.length_remaining
+        is_encoded = headers.get("Content-Encoding", "identity") != "identity"
+        if (is_encoded or size is None) and headers.get("Content-Type", "").lower().startswith("text/html"):
+            raise NotACheckpointError(f"{self.where} is a web page, not a file. Check the URL, or {_DOWNLOAD}")
+        if is_encoded:
+            raise SourceError(
+                f"{self.where} is sent compressed and cannot be read in parts. {_DOWNLOAD} With curl, add --compressed."
+            )
         if status == 206:
-            match = re.fullmatch(r"bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18})", content_range.strip())
-            start, end, size = map(int, match.groups()) if match else (-1, -1, None)
-            if start != wanted.start or size is None or not start <= end < min(wanted.end, size):
-                raise SourceError(f"{self.where}: the server sent another part than requested. Download it yourself.")
+            match = re.fullmatch(r"bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", content_range.strip())
+            start, end = (int(match[1]), int(match[2])) if match else (-1, -1)
+            size = int(match[3]) if match and match[3] != "*" else None
+            if start != wanted.start or not start <= end < min(wanted.end, end + 1 if size is None else size):
+                raise SourceError(f"{self.where}: the server sent another part than requested. {_DOWNLOAD}")
         if size is None:
-            raise SourceError(f"{self.where}: the server does not report its length. Download it yourself.")
+            raise SourceError(f"{self.where}: the server does not report its length. {_DOWNLOAD}")
         self._pin(HttpVersion.of(size, headers), status == 206)
         if status == 200 and self.has_ranges:
             raise RetryLater("the server sent the whole file instead of a part", None)

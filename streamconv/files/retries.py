@@ -45,6 +45,8 @@ class Retries:
             if position is not None:
                 problem = f"cannot be read at byte {position:,}"
                 fix = "Run the same command again when the connection is back; it resumes from there."
+            if isinstance(error, RetryLater) and error.seconds:
+                fix = f"It asks to wait {error.seconds:,.0f} s: run the same command again after that."
             raise NetworkError(f"{self._where} {problem}: {reason} (tried {self.failures + 1} times). {fix}") from error
         seconds: float = RETRY_WAITS_SECONDS[self.failures]
         if isinstance(error, RetryLater) and error.seconds is not None:

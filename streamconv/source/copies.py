@@ -8,7 +8,7 @@ from pathlib import Path
 
 from streamconv.errors import SourceError
 from streamconv.files.address import Address
-from streamconv.files.base import is_same_version
+from streamconv.files.base import UNVERSIONED, is_same_version
 from streamconv.files.remote import RemoteFile
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.source.cache import Download, own_path, torch_hub_path
@@ -69,7 +69,7 @@ def explain_new_download(address: Address, file: RemoteFile) -> None:
     """Log why a file is downloaded although there is a copy of it."""
     if Download.read(own_path(address)) is None:
         return
-    if "opened_ns" in file.validators:
+    if UNVERSIONED in file.validators:
         why = "its server sends neither an ETag nor a Last-Modified, so it may have changed"
     else:
         why = "it has changed on its server"
@@ -101,7 +101,7 @@ def offline_copies(source: Source) -> Source | None:
         backbone=copies.get("backbone", source.backbone),
         head=copies.get("head", source.head),
         origins=origins,
-        notes=tuple(notes),
+        notes=(*source.notes, *notes),
     )
 
 

@@ -77,7 +77,8 @@ class OpenSource:
     @cached_property
     def reader(self) -> Reader:
         """A reader for the tensors, usable as long as the source is open."""
-        return Reader(file for checkpoint in self.checkpoints.values() for file in checkpoint.files)
+        files = (file for checkpoint in self.checkpoints.values() for file in checkpoint.files)
+        return Reader(files, accepts_unversioned=True)  # verification compares what it reads with the output
 
     def _files(self) -> dict[FileRef, str]:
         """Return the files that tensors come from, with the role of each."""

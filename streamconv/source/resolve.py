@@ -93,15 +93,26 @@ def resolve_source(
         if is_word and not os.path.exists(name):
             raise UsageError(f"{name} is neither a file nor a model that streamconv knows. {suggest_models(name)}")
         _require_exists(location)
-        notes = (f"{name} is a path here; a model is published under this name, too",) if is_hub_name(name) else ()
-        return Source(location, given_head, select=select, num_heads=num_heads, notes=notes)
+        notes = [f"{name} is a path here; a model is published under this name, too"] if is_hub_name(name) else []
+        notes += _page_notes({source: location, head: given_head})
+        return Source(location, given_head, select=select, num_heads=num_heads, notes=tuple(notes))
     family, model = find_model(name)
     if given_head is not None and model.head is None:
         others = [each.name for each in family.models if each.head is not None and each.backbone == model.backbone]
         raise UsageError(f"{name} has no head.{f' The model with one is {others[0]}.' if others else ''}")
     if model.head is not None and given_head is None:
         given_head = _cached_or_remote(model.head)
-    return Source(_cached_or_remote(model.backbone), given_head, model, select=select, num_heads=num_heads)
+    backbone, notes = _cached_or_remote(model.backbone), _page_notes({head: given_head})
+    return Source(backbone, given_head, model, select=select, num_heads=num_heads, notes=tuple(notes))
+
+
+def _page_notes(locations: Mapping[str | os.PathLike[str] | None, Location | None]) -> list[str]:
+    """Name the files that are read instead of the pages about them that the user gave; see `direct_url`."""
+    return [
+        f"{location} is read, the file that the given page is about"
+        for given, location in locations.items()
+        if isinstance(given, str) and isinstance(location, Address) and location.url != given
+    ]
 
 
 def _is_model(source: str | os.PathLike[str], output: str | os.PathLike[str] | None) -> bool:

@@ -15,7 +15,7 @@ from streamconv.files import remote
 from tests import api
 from tests.checkpoints import alter, make_states
 from tests.file_server import FileServer
-from tests.support import problems, run, tiny, verdicts
+from tests.support import problems, run, run_process, tiny, verdicts
 
 MODEL = tiny(swiglu=True, hidden=256)
 
@@ -155,3 +155,13 @@ def test_run_streams_and_verifies(server: FileServer, source: str, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("Looks ok, but not everything was checked: the source's bytes")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "served"]
+
+
+def test_file_whose_server_names_no_version_is_verified(server: FileServer, tmp_path: Path) -> None:
+    """The models' process opens the file again, and has nothing to recognise it by."""
+    server.faults.etag = server.faults.last_modified = False
+    safetensors.torch.save_file(make_states(MODEL)[0], server.folder / "x.safetensors")
+    words = ("run", f"{server.url}/x.safetensors", "-o", "out", "--stream", "--device", "cpu")
+    done = run_process(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "parity        ok" in done.stdout
