@@ -38,7 +38,7 @@ def conversion_lines(done: Conversion) -> Iterator[Line | str]:
         kept = f"{done.output / name} was changed after the conversion; it is kept. To write it again, use --force"
         yield _warning(kept)
     for name in done.replaced:
-        yield f"  {done.output / name} had been changed after the conversion, and was written again"
+        yield f"  {done.output / name} had been changed after the conversion; --force replaced it"
     files = [_file(s.filename, s.size, done.shards[s.filename], done.was_finished) for s in done.plan.shards]
     yield from few(files, *MORE_FILES)
     if done.plan.cast:

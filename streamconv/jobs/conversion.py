@@ -12,6 +12,7 @@ from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.options import StrPath
 from streamconv.jobs.prepare import PreparedSource, output_folder
 from streamconv.output.disk import require_space, require_writable
+from streamconv.output.fallbacks import lacks_of
 from streamconv.output.finished import NOTHING, EarlierOutput, Loss, find_earlier, find_edited
 from streamconv.output.folder import growth
 from streamconv.output.manifest import Labels, Manifest, Provenance, WrittenFile
@@ -38,6 +39,8 @@ class Conversion:
     ``edited`` are the names of small files that were changed after an earlier run wrote them, and were kept;
     ``replaced`` are those that ``force`` wrote again. ``restored`` maps the files of a finished conversion that had to
     be written again to the reason, "missing" or "incomplete"; ``resumed_bytes`` then counts what was still there.
+    ``disk_notes`` are what the output's file system lacks, such as locks, and what was done instead; they are logged,
+    too.
     """
 
     output: Path
@@ -53,6 +56,7 @@ class Conversion:
     edited: tuple[str, ...] = ()
     restored: Mapping[str, Loss] = field(default_factory=dict)
     replaced: tuple[str, ...] = ()
+    disk_notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
@@ -76,6 +80,7 @@ class Conversion:
             "edited": self.edited,
             "restored": self.restored,
             "replaced": self.replaced,
+            "disk_notes": self.disk_notes,
         }
 
 
@@ -196,6 +201,7 @@ class PreparedConversion:
             sent_to=sent_to,
             overflow_count=sum(file.overflow_count for file in written.values()),
             seconds=seconds,
+            disk_notes=lacks_of(self.folder),
         )
 
     def manifest(

@@ -18,8 +18,9 @@ from streamconv.jobs.run import check_requests
 from streamconv.output.disk import require_writable
 from streamconv.output.finished import EarlierOutput, Loss
 from streamconv.output.folder import check_output_folder
-from streamconv.output.journal import JOURNAL_NAME, Journal, locked_journal
+from streamconv.output.journal import JOURNAL_NAME, Journal
 from streamconv.output.manifest import MANIFEST_NAME, differences
+from streamconv.output.open_journal import require_unlocked_journal
 from streamconv.output.ownership import owned_names
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
@@ -146,8 +147,7 @@ def _written(
     require_writable(folder)
     check_output_folder(folder, conversion.provenance, plan.filenames, size, force=options.force)
     if os.path.exists(folder / JOURNAL_NAME):
-        with locked_journal(folder / JOURNAL_NAME, folder):  # refuses a folder that another process writes
-            pass
+        require_unlocked_journal(folder / JOURNAL_NAME, folder)
     journal = Journal.read(folder / JOURNAL_NAME)
     sizes = {shard.filename: shard.size for shard in plan.shards}
     sizes |= {name: len(data) for name, data in plan.small_files.items()}

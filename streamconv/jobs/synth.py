@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,8 +17,9 @@ from streamconv.families.base import Model
 from streamconv.families.registry import find_model
 from streamconv.files.address import local_path
 from streamconv.output.disk import require_space
-from streamconv.output.files import as_output_error, atomic_file, open_exclusive
+from streamconv.output.files import as_output_error, atomic_file
 from streamconv.output.journal import Journal
+from streamconv.output.locks import LockedError, open_exclusive
 from streamconv.output.resumable import require_absent
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.tensors.info import TensorInfo
@@ -98,8 +99,8 @@ def temporary_checkpoint(model: str, output: Path | None, seed: int, progress: P
         temporary.mkdir(exist_ok=True)
         try:
             lock = open_exclusive(temporary / "lock")
-        except BlockingIOError:
-            raise OutputError(f"{folder} is being written by another process. Let it finish, or end it.") from None
+        except LockedError as error:
+            raise OutputError(error.message(folder)) from None
     try:
         # The manifest records this name, so that nobody takes these weights for the published ones.
         backbone = temporary / f"{found.name}_synthetic_seed{seed}.pth"
@@ -110,7 +111,9 @@ def temporary_checkpoint(model: str, output: Path | None, seed: int, progress: P
         yield made
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
+        lock.close()
+        with suppress(OSError):  # NFS keeps the name of a file until it is closed, and so its folder
+            temporary.rmdir()
 
 
 def _head_path(backbone: Path, model: Model) -> Path | None:

@@ -22,6 +22,7 @@ from streamconv.jobs.model_options import check_names, check_options, started_mo
 from streamconv.jobs.options import ConversionOptions, SourceOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.output.files import write_file
+from streamconv.output.finished import find_edited
 from streamconv.output.journal import JOURNAL_NAME
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, in_order, record_verification
 from streamconv.planning.plan import Plan
@@ -205,12 +206,14 @@ def _verify_alone(folder: Path, progress: Progress, command: str) -> Verificatio
         raise OutputError(
             f"{folder} has no {MANIFEST_NAME} to check it against. Give the source: `streamconv verify DIR SOURCE`."
         )
-    problems = check_files(folder, manifest.current_files, progress)
+    edited = tuple(sorted(find_edited(folder, manifest.files)))
+    written = {**manifest.files, **{name: file for name, file in manifest.edited.items() if name in edited}}
+    problems = check_files(folder, written, progress)
     problems = sorted([*problems, *unexpected_weights(folder, {*manifest.files})])
-    proves, edited = f"every file is as it was written, according to {MANIFEST_NAME}", tuple(sorted(manifest.edited))
+    proves, not_checked = f"every file is as it was written, according to {MANIFEST_NAME}", ""
     if edited:
         proves = f"every file is as it was written or, if it was edited later, verified, according to {MANIFEST_NAME}"
-    not_checked = f"edited after the conversion: {', '.join(edited)}" if edited else ""
+        not_checked = f"edited after the conversion: {', '.join(edited)}"
     files = Check("files", not problems, proves, tuple(problems), not_checked=not_checked)
     others = [
         Check(name, None, "no source was given") for name in ("bytes", "config", "load", "parity", "preprocessing")
@@ -227,7 +230,7 @@ def _verify_alone(folder: Path, progress: Progress, command: str) -> Verificatio
             "shaped_like": manifest.shaped_like,
             "architecture": manifest.architecture,
             "cast": manifest.cast,
-            "files": in_order(manifest.current_files),
+            "files": in_order(written),
         },
         memory={},
         seconds=time.monotonic() - start,

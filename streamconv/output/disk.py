@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from streamconv.errors import OutputError
+from streamconv.output.fallbacks import NOT_SUPPORTED
 from streamconv.output.files import as_output_error
 
 
@@ -48,9 +49,33 @@ def require_space(folder: Path, size: int, *, besides: tuple[Path, int] | None =
     if besides is not None and os.stat(_nearest(besides[0])).st_dev == os.stat(existing).st_dev:
         size += besides[1]
         what = f"{folder} and {besides[0]} together need {size:,} bytes and their disk has"
-    free = shutil.disk_usage(existing).free
-    if free < size:
+    free = _free_bytes(existing)
+    if free is not None and free < size:
         raise OutputError(f"{what} {free:,} free. Make room, or choose a folder on another disk.")
+
+
+def _free_bytes(folder: Path) -> int | None:
+    """Return the disk's free bytes; None if its file system does not tell, as some in user space do not."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        return None
+    return usage.free if usage.free or usage.total else None
+
+
+def allocated_bytes(path: Path, written: int | None = None) -> int:
+    """Return how much space a file takes, 0 if it does not exist.
+
+    Args:
+        written: The bytes of it that were written, if it is not complete. Compressing file systems need fewer blocks
+            than that, and some in user space report none.
+    """
+    if not os.path.exists(path):
+        return 0
+    state = path.stat()
+    return max(state.st_blocks * 512, state.st_size if written is None else min(written, state.st_size))
 
 
 def _nearest(folder: Path) -> Path:

@@ -3,13 +3,14 @@
 import errno
 import fcntl
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from streamconv.errors import OutputError
+from streamconv.output.fallbacks import NOT_SUPPORTED, Lack, report
+from streamconv.output.locks import LockedError, open_exclusive
 
 PAGE_BYTES = 4096  # the unit in which disks and file systems write
 
@@ -29,7 +30,12 @@ class OutputFile:
         """Reserve the disk's blocks, so that a full disk is noticed now and writing is fast; the contents stay."""
         with as_output_error(self._path):
             if hasattr(os, "posix_fallocate") and size:
-                os.posix_fallocate(self._fd, 0, size)
+                try:
+                    os.posix_fallocate(self._fd, 0, size)
+                except OSError as error:
+                    if error.errno not in NOT_SUPPORTED:
+                        raise
+                    report(self._path.parent, Lack.RESERVING, error)
             os.ftruncate(self._fd, size)
 
     def write_at(self, offset: int, data: memoryview) -> None:
@@ -53,10 +59,9 @@ class OutputFile:
                 self._is_direct = False
         self.write_at(offset, pages)
 
-    def close(self) -> None:
-        """Close the file. Later calls from other threads fail with EBADF instead of using another file's descriptor."""
-        fd, self._fd = self._fd, -1
-        os.close(fd)
+    def detach(self) -> None:
+        """Let later calls from other threads fail with EBADF, before the descriptor is closed and another file's."""
+        self._fd = -1
 
     def _pwrite(self, data: memoryview, offset: int) -> int:
         try:
@@ -94,8 +99,9 @@ class OutputFile:
         go through the cache, lets the next range reuse the same, warm pages.
         """
         with as_output_error(self._path):
-            getattr(os, "fdatasync", os.fsync)(self._fd)
-            if hasattr(os, "posix_fadvise"):
+            sync_file(self._fd, self._path.parent, only_data=True)
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # it is only advice
                 os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
@@ -130,37 +136,6 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.streamconv-incomplete")
 
 
-def open_exclusive(path: Path) -> int:
-    """Open a file, created if it does not exist, and lock it until it is closed; no link is followed.
-
-    The system releases the lock of a process that dies.
-
-    Raises:
-        BlockingIOError: another process has locked it.
-        OSError: it cannot be opened or locked, or it has a second name, under which it would be changed too.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        state = os.fstat(fd)
-        if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
-            raise OSError(errno.EMLINK, "it is a link to another file, or not a file; remove it")
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not is_still_linked(fd, path):
-            raise BlockingIOError  # its writer finished between our open and our lock
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def is_still_linked(fd: int, path: Path) -> bool:
-    """Return whether ``path`` still names the open file: it was not removed or replaced."""
-    try:
-        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
-    except FileNotFoundError:
-        return False
-
-
 @contextmanager
 def atomic_file(path: Path, *, resume: bool = False) -> Iterator[OutputFile]:
     """Write a file that is renamed into place when the block ends well.
@@ -174,31 +149,33 @@ def atomic_file(path: Path, *, resume: bool = False) -> Iterator[OutputFile]:
     temporary = temporary_path(path)
     with as_output_error(temporary):
         try:
-            fd = open_exclusive(temporary)
-        except BlockingIOError:
-            raise OutputError(f"{path} is being written by another process. Let it finish, or end it.") from None
-    file = OutputFile(fd, path)
+            # A file that is resumed has a journal, which is locked.
+            locked = open_exclusive(temporary, is_covered=resume)
+        except LockedError as error:
+            raise OutputError(error.message(path)) from None
+    file = OutputFile(locked.fd, path)
     try:
         with as_output_error(path):
             if resume:
                 sync_folder(path.parent)  # so that the temporary name lasts as its contents will
             else:
-                os.ftruncate(fd, 0)
+                os.ftruncate(locked.fd, 0)
         yield file
         with as_output_error(path):
-            os.fsync(fd)
-            if not is_still_linked(fd, temporary):
+            sync_file(locked.fd, path.parent)
+            if not locked.is_still_ours():
                 raise FileNotFoundError(errno.ENOENT, "it was removed while it was written")
             os.replace(temporary, path)
             sync_folder(path.parent)
     except BaseException:
         if not resume:
             with suppress(OSError):  # a disk on which nothing can be removed; the first error reports it
-                if is_still_linked(fd, temporary):
+                if locked.is_still_ours():
                     temporary.unlink()
         raise
     finally:
-        file.close()
+        file.detach()
+        locked.close()
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -219,25 +196,44 @@ def make_folder(folder: Path) -> None:
             raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` last, as far as its file system can."""
-    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder; renames last there anyway
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
+def sync_file(fd: int, place: Path, *, only_data: bool = False) -> None:
+    """Make an open file's contents last, if its file system can; ``place`` is the file or its folder."""
+    try:
+        if only_data and hasattr(os, "fdatasync"):
+            os.fdatasync(fd)
+        else:
             os.fsync(fd)
-        except OSError as error:
-            # EINVAL is POSIX's "not possible on this file": some network file systems cannot sync a folder. Any other
-            # error, such as EIO, is a failure.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
-        finally:
-            os.close(fd)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        report(place, Lack.FILE_SYNC, error)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` last, if its file system can."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder; renames last there anyway
+        return
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError as error:  # a folder that may be written but not read
+        report(folder, Lack.FOLDER_SYNC, error)
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # EBADF: some network file systems sync only what is open for writing. EIO and others are failures.
+        if error.errno not in NOT_SUPPORTED | {errno.EBADF}:
+            raise
+        report(folder, Lack.FOLDER_SYNC, error)
+    finally:
+        os.close(fd)
 
 
 _ADVICE = {
     errno.ENOSPC: "Make room and run the same command again.",
     errno.EDQUOT: "Make room and run the same command again.",
     errno.ENOENT: "Its folder is gone. Run the same command again.",
+    errno.ESTALE: "Its server has replaced or removed it. Run the same command again.",
     errno.EFBIG: "Choose a disk that takes files of this size, or give convert a smaller --max-shard-size.",
 }
 

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamconv.formats.safetensors import INDEX_NAME
-from streamconv.output.disk import require_space
+from streamconv.output.disk import allocated_bytes, require_space
 from streamconv.output.files import as_output_error, make_folder, sync_folder, temporary_path, write_file
-from streamconv.output.journal import JOURNAL_NAME, Journal, OpenJournal, locked_journal
+from streamconv.output.journal import JOURNAL_NAME, Journal
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, differences
+from streamconv.output.open_journal import OpenJournal, locked_journal
 from streamconv.output.ownership import owned_names, require_free
 
 _log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class OutputFolder:
 
     def __init__(self, path: Path, journal: OpenJournal):
         self.path, self.journal = path, journal
+        self.is_removed = False
 
     def uploaded(self, name: str, to: str) -> WrittenFile | None:
         """Return the size and sha256 of a file that was uploaded to ``to``; None if it was not uploaded."""
@@ -55,14 +57,13 @@ class OutputFolder:
             sync_folder(self.path)
 
     def remove_staging(self, names: Sequence[str]) -> None:
-        """Delete our files, and the folder if that leaves it empty; everything has been uploaded."""
+        """Delete our files and, when the folder is closed, the folder if it is empty. Everything has been uploaded."""
         self.journal.require_linked()
         with as_output_error(self.path):
             for name in (*names, MANIFEST_NAME):
                 (self.path / name).unlink(missing_ok=True)
             (self.path / JOURNAL_NAME).unlink()
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
+        self.is_removed = True
 
 
 def check_output_folder(
@@ -80,9 +81,11 @@ def check_output_folder(
 
 def growth(folder: Path, names: Sequence[str], size: int, *, force: bool = False) -> int:
     """Return the bytes that a folder will grow by; arguments as for `open_output_folder`."""
-    replaced = {*names, *(owned_names(folder, Journal.read(folder / JOURNAL_NAME)) if force else ())}
-    present = [path for name in replaced for path in _both(folder / name) if os.path.exists(path)]
-    return max(0, size - sum(path.stat().st_blocks * 512 for path in present))
+    journal = Journal.read(folder / JOURNAL_NAME)
+    replaced = {*names, *(owned_names(folder, journal) if force else ())}
+    complete = sum(allocated_bytes(folder / name) for name in replaced)
+    begun = sum(allocated_bytes(temporary_path(folder / name), journal.size_of(name)) for name in replaced)
+    return max(0, size - complete - begun)
 
 
 def _both(path: Path) -> tuple[Path, Path]:
@@ -106,20 +109,27 @@ def open_output_folder(
     """
     check_output_folder(folder, provenance, names, size, force=force)
     files = [folder / name for name in names]
-    is_new = not os.path.exists(folder)
+    is_removed = is_new = not os.path.exists(folder)
     with as_output_error(folder):
         make_folder(folder)
-    with locked_journal(folder / JOURNAL_NAME, folder) as journal:
-        try:
-            # Files may have appeared before the lock.
-            require_free(folder, provenance, names, journal.contents, force=force)
-            _start(folder, journal, provenance, force)
-            yield OutputFolder(folder, journal)
-        except BaseException:
-            with suppress(OSError):  # a disk that lets nothing be removed; the first error reports it
-                if journal.abandon(files) and is_new and not any(folder.iterdir()):
-                    folder.rmdir()
-            raise
+    try:
+        with locked_journal(folder / JOURNAL_NAME, folder) as journal:
+            is_removed = False
+            try:
+                # Files may have appeared before the lock.
+                require_free(folder, provenance, names, journal.contents, force=force)
+                _start(folder, journal, provenance, force)
+                work = OutputFolder(folder, journal)
+                yield work
+                is_removed = work.is_removed
+            except BaseException:
+                with suppress(OSError):  # a disk that lets nothing be removed; the first error reports it
+                    is_removed = journal.abandon(files) and is_new
+                raise
+    finally:
+        if is_removed:  # only now: the lock file is gone, and NFS removes the journal when it is closed
+            with suppress(OSError):  # others have files in it
+                folder.rmdir()
 
 
 def _start(folder: Path, journal: OpenJournal, provenance: Provenance, force: bool) -> None:

@@ -7,10 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from streamconv.errors import OutputError
-from streamconv.output.disk import require_space
+from streamconv.output.disk import allocated_bytes, require_space
 from streamconv.output.files import temporary_path
-from streamconv.output.journal import Journal, OpenJournal, locked_journal, name_in
+from streamconv.output.journal import Journal, name_in
 from streamconv.output.manifest import Provenance, differences
+from streamconv.output.open_journal import OpenJournal, locked_journal
 
 _log = logging.getLogger(__name__)
 
@@ -45,10 +46,7 @@ def resumable_files(files: Mapping[Path, int], provenance: Provenance, *, force:
                     _log.info("starting over with %s, because the %s changed", names, " and ".join(changes))
                 journal.forget()
             for file, size in files.items():
-                # An interrupted process may have completed the file; any other file stays until it is replaced.
-                completed = file if journal.recorded(file).size and not os.path.exists(temporary_path(file)) else None
-                begun = completed or temporary_path(file)
-                require_space(file.parent, size - (begun.stat().st_blocks * 512 if os.path.exists(begun) else 0))
+                require_space(file.parent, missing_bytes(file, size, journal.recorded(file).size))
             journal.start(provenance, {})
             yield journal
             journal.remove()
@@ -56,6 +54,14 @@ def resumable_files(files: Mapping[Path, int], provenance: Provenance, *, force:
             with suppress(OSError):  # a disk on which nothing can be removed; the first error reports it
                 journal.abandon(files)
             raise
+
+
+def missing_bytes(file: Path, size: int, written: int) -> int:
+    """Return how many of a file's bytes have no space on the disk yet; its journal records ``written`` bytes."""
+    begun = temporary_path(file)
+    if written and not os.path.exists(begun):
+        begun = file  # an interrupted process has completed it; any other file stays until it is replaced
+    return size - allocated_bytes(begun, written)
 
 
 def require_absent(files: Iterable[Path], journal: Journal, *, force: bool = False) -> None:

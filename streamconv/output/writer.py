@@ -23,8 +23,9 @@ from streamconv.output.contents import Contents, Segments, batches, size_of
 from streamconv.output.files import OutputFile, PageAligner, atomic_file
 from streamconv.output.folder import OutputFolder
 from streamconv.output.hashing import BackgroundHash
-from streamconv.output.journal import NOT_STARTED, OpenJournal, ResumePoint
+from streamconv.output.journal import NOT_STARTED, ResumePoint
 from streamconv.output.manifest import WrittenFile
+from streamconv.output.open_journal import OpenJournal
 from streamconv.planning.shards import Shard
 from streamconv.tensors.checksums import RecordChecks
 

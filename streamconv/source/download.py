@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from streamconv.files.remote import RemoteFile
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.output.disk import require_space, require_writable
 from streamconv.output.files import as_output_error, make_folder, temporary_path
+from streamconv.output.journal import Journal
 from streamconv.output.manifest import Provenance, SourceFile
-from streamconv.output.resumable import resumable_files
+from streamconv.output.resumable import journal_path, missing_bytes, resumable_files
 from streamconv.output.writer import written_file
 from streamconv.progress import Progress
 from streamconv.source.cache import MAX_VERSIONS, Download, download_path, forget_download, torch_hub_path
@@ -91,10 +92,9 @@ def check_downloads(
             if isinstance(location, Address) and not has_copy(location, _remote(opened[role].files[0]), opened[role]):
                 missing[download_path(location)] = opened[role].size
         for path, size in missing.items():
-            begun = temporary_path(path)
             require_writable(path.parent)
-            size_left = size - (begun.stat().st_blocks * 512 if os.path.exists(begun) else 0)
-            require_space(path.parent, size_left, besides=output)
+            written = Journal.read(journal_path([path])).size_of(path.name)
+            require_space(path.parent, missing_bytes(path, size, written), besides=output)
     return missing
 
 
@@ -168,10 +168,11 @@ def _set_time(partial: Path, path: Path, file: RemoteFile, *, is_same: bool) -> 
     """
     before = os.stat(path).st_mtime_ns if os.path.exists(path) else None
     modified = modified_time(file)
-    if is_same and before is not None:
-        os.utime(partial, ns=(before, before))
-    elif modified is not None and before != modified * 1_000_000_000:
-        os.utime(partial, (modified, modified))
+    with suppress(OSError):  # a file system that sets no times; then a new copy counts as another version
+        if is_same and before is not None:
+            os.utime(partial, ns=(before, before))
+        elif modified is not None and before != modified * 1_000_000_000:
+            os.utime(partial, (modified, modified))
 
 
 def _require_intact(path: Path, where: str, name: str, progress: Progress) -> bool:

@@ -150,7 +150,14 @@ class Verification:
             return Conclusion("incomplete", "Nothing was checked.")
         if failed:
             title = "Do not use this output." if has_source else "Do not use these files."
-            return Conclusion("failed", title, f"Failed: {', '.join(failed)}.")
+            details = f"Failed: {', '.join(failed)}."
+            if self.edited and not has_source:
+                names, them = " and ".join(self.edited), "it" if len(self.edited) == 1 else "them"
+                details += (
+                    f" If you edited {names} yourself, verify {them} against the source, which records the change: "
+                    "`streamconv verify DIR SOURCE`."
+                )
+            return Conclusion("failed", title, details)
         if not has_source:
             since = f"verified ({', '.join(self.edited)} had been edited)" if self.edited else "written"
             return Conclusion("incomplete", f"Files unchanged since they were {since}; not compared with a source.")

@@ -78,7 +78,7 @@ def test_force_replaces_edits_and_names_them(tmp_path: Path, source: Path, folde
     preview = run(*words, "--dry-run", cwd=tmp_path, COLUMNS="400").stdout
     assert f"{PROCESSOR} was changed after the conversion; the changes would be lost" in preview
     shown = run(*words, cwd=tmp_path, COLUMNS="400").stdout
-    assert f"{folder / PROCESSOR} had been changed after the conversion, and was written again" in shown
+    assert f"{folder / PROCESSOR} had been changed after the conversion; --force replaced it" in shown
     assert contents(folder) == before
     assert api.convert(source, folder, max_shard_size="1MB", force=True).replaced == ()
 

@@ -20,7 +20,8 @@ import streamconv
 from streamconv import CorruptError, OutputError, SourceError, UsageError
 from streamconv.output import folder
 from streamconv.output.files import temporary_path
-from streamconv.output.journal import JOURNAL_NAME, Journal, OpenJournal
+from streamconv.output.journal import JOURNAL_NAME, Journal
+from streamconv.output.open_journal import OpenJournal
 from tests import api
 from tests.checkpoints import make_states, saved, teacher
 from tests.support import Save, contents, interrupt_after, tiny

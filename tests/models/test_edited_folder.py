@@ -51,7 +51,9 @@ def test_run_into_an_edited_folder_keeps_the_edit_and_names_it_in_the_last_line(
         f"Files unchanged since they were verified ({PROCESSOR} had been edited); not compared with a source."
     )
     edit(folder / PROCESSOR, {"image_mean": [0.4, 0.5, 0.5]})  # not verified yet
-    assert api.verify(folder).passed is False
+    found = api.verify(folder)
+    assert found.passed is False
+    assert f"If you edited {PROCESSOR} yourself, verify it against the source" in found.conclusion.details
 
 
 @pytest.mark.parametrize(
