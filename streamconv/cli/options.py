@@ -106,6 +106,24 @@ DTYPE = Option(
     "--dtype", metavar="DTYPE", group="Output", show_default="no cast", shell_complete=_dtypes,
     help="Cast the weights to {}, {} or {}.".format(*get_args(CastDtype)),
 )  # fmt: skip
+IMAGE_PROCESSOR_OPTIONS = (
+    Option(
+        "--image-mean", metavar="X,…", group="Output", show_default="the source's own, or that of published models",
+        help="The image processor's mean, for values from 0 to 1: one per channel, or one for all.",
+    ),
+    Option(
+        "--image-std", metavar="X,…", group="Output", show_default="likewise",
+        help="The image processor's standard deviation, likewise.",
+    ),
+    Option(
+        "--image-size", metavar="N", type=int, group="Output", show_default="likewise",
+        help="Resize an image's shorter side to N pixels, and cut N x N from the centre.",
+    ),
+    Option(
+        "--image-processor", metavar="FILE", type=FILE, group="Output",
+        help="A preprocessor_config.json to write, instead of the three options above.",
+    ),
+)  # fmt: skip
 FORCE = Option(
     "--force", is_flag=True, group="Output",
     help="Replace files that streamconv wrote to DIR earlier. Other files are never replaced.",
@@ -116,7 +134,7 @@ DRY_RUN = Option(
 )
 
 SOURCE_OPTIONS = (HEAD, HEAD_SELECT, SELECT, NUM_HEADS, STREAM)
-CONVERSION_OPTIONS = (*SOURCE_OPTIONS, LABELS, SHARD_SIZE, DTYPE, FORCE)
+CONVERSION_OPTIONS = (*SOURCE_OPTIONS, LABELS, *IMAGE_PROCESSOR_OPTIONS, SHARD_SIZE, DTYPE, FORCE)
 """Their names are the fields of `SourceOptions` and `ConversionOptions`."""
 
 VERIFICATION_OPTIONS = (

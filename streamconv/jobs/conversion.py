@@ -15,7 +15,7 @@ from streamconv.output.disk import require_space, require_writable
 from streamconv.output.fallbacks import lacks_of
 from streamconv.output.finished import NOTHING, EarlierOutput, Loss, find_earlier, find_edited
 from streamconv.output.folder import growth
-from streamconv.output.manifest import Labels, Manifest, Provenance, WrittenFile
+from streamconv.output.manifest import GivenImageProcessor, Labels, Manifest, Provenance, WrittenFile
 from streamconv.planning.plan import Plan
 from streamconv.source.download import check_downloads
 from streamconv.source.labels import labels_in
@@ -118,6 +118,7 @@ class PreparedConversion:
             notes=plan.notes,
             skipped=tuple(str(each) for each in plan.skipped),
             labels=labels if "id2label" in plan.config else None,
+            image_processor=_given_image_processor(prepared),
         )
         return cls(folder, plan, provenance, prepared.labels_from, source.has_checksums, force)
 
@@ -221,3 +222,8 @@ class PreparedConversion:
             cast={"from": plan.cast["from"], "to": plan.cast["to"]} if plan.cast else None,
             versions={"streamconv": __version__, "python": platform.python_version()},
         )
+
+
+def _given_image_processor(prepared: PreparedSource) -> GivenImageProcessor | None:
+    origin, config = prepared.image_processor_from, prepared.plan.image_processor
+    return GivenImageProcessor(origin, config) if origin is not None and config is not None else None

@@ -1,11 +1,13 @@
 """The options of jobs. They are parsed and checked when they are created, before any source is opened."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 
 from streamconv.errors import UsageError
 from streamconv.hub.repository import Destination
+from streamconv.planning.image_processor import parse_channel_numbers
 from streamconv.planning.shards import parse_size
 from streamconv.tensors.info import CastDtype, parse_cast_dtype
 
@@ -57,19 +59,39 @@ class ConversionOptions(SourceOptions):
             too ("bf16", "fp16", "half", "torch.bfloat16"), and become torch's.
         force: Replace the conversion that the output folder holds, finished or not. Only files that its manifest or
             journal lists are deleted, after the plan is made. The same conversion is resumed if it is unfinished.
+        image_mean: The mean that the image processor subtracts from each channel, whose values are from 0 to 1: one
+            number per channel, or one for all; also as text, such as "0.5,0.5,0.5". By default, the source's own or,
+            if it has none, that of published models; so are the next ones. It becomes a tuple.
+        image_std: The standard deviation that it divides each channel by, likewise.
+        image_size: The height and width of its pixels: the shorter side of an image is resized to it, and the centre is
+            cut out. An image processor that does not crop resizes both sides to it.
+        image_processor: A preprocessor_config.json to write instead; excludes the other three.
 
     Raises:
-        UsageError: the shard size, the dtype or the number of heads is not valid.
+        UsageError: the shard size, the dtype, the number of heads or a number for the image processor is not valid.
     """
 
     labels: StrPath | None = None
     max_shard_size: int | str = "5GB"
     dtype: CastDtype | None = None
     force: bool = False
+    image_mean: str | float | Sequence[float] | None = None
+    image_std: str | float | Sequence[float] | None = None
+    image_size: int | None = None
+    image_processor: StrPath | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_size(self.max_shard_size)
+        for name in ("image_mean", "image_std"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, parse_channel_numbers(name, getattr(self, name)))
+        if self.image_size is not None and (type(self.image_size) is not int or self.image_size < 1):
+            raise UsageError(f"{self.image_size!r} is not an image size. Give the height and width in pixels.")
+        if self.image_processor is not None and (self.image_mean, self.image_std, self.image_size) != (None,) * 3:
+            raise UsageError(
+                "--image-processor gives the whole image processor. Omit --image-mean, --image-std and --image-size."
+            )
         if self.dtype is not None:
             object.__setattr__(self, "dtype", parse_cast_dtype(self.dtype))
 

@@ -14,6 +14,7 @@ from streamconv.errors import ChangedError, NetworkError, NoRangesError, OutputE
 from streamconv.families.base import Model
 from streamconv.files.address import local_path
 from streamconv.jobs.options import ConversionOptions, StrPath
+from streamconv.jobs.own_image_processor import own_image_processor
 from streamconv.output.files import temporary_path
 from streamconv.output.journal import JOURNAL_NAME, Journal
 from streamconv.output.ownership import owned_names
@@ -32,12 +33,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """An open source and the plan of its conversion. ``labels_from`` describes the origin of a classifier's labels."""
+    """An open source and the plan of its conversion.
+
+    ``labels_from`` describes the origin of a classifier's labels, and ``image_processor_from`` that of an image
+    processor that the user gave.
+    """
 
     source: OpenSource
     plan: Plan
     labels_from: str | None = None
     are_labels_default: bool = True
+    image_processor_from: str | None = None
 
     @property
     def published_model(self) -> Model | None:
@@ -63,7 +69,8 @@ def prepared_source(
     Args:
         output: The folder that the source is, or was, converted into; see `resolve_source`.
         is_exact: The weights will be read from this source. Otherwise, a remote index takes fewer requests.
-        labels_of: A folder that was converted from the source; the plan keeps its labels.
+        labels_of: A folder that was converted from the source; the plan keeps its labels, and the image processor that
+            the user gave it.
         is_synthetic: The source's weights are random, which the output's manifest will record.
 
     Raises:
@@ -145,6 +152,7 @@ def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None
     elif head is not None and source.classes == head.imagenet_classes:
         progress("asking the Hub for ImageNet's labels", 0, 1, "steps")
         labels, labels_from = imagenet_labels()
+    own_processor = own_image_processor(options, labels_of)
     plan = make_plan(
         source.tensors,
         source.where,
@@ -153,12 +161,14 @@ def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None
         model=source.source.model,
         dtype=options.dtype,
         num_heads=source.source.num_heads,
+        image_processor=own_processor,
         selection=source.selection,
         filename=source.source.backbone.name,
     )
     chosen = [checkpoint.note for checkpoint in source.checkpoints.values() if checkpoint.note]
     plan = replace(plan, notes=(*chosen, *plan.notes, *source.source.notes))
-    return PreparedSource(source, plan, labels_from, options.labels is None)
+    origin = own_processor.origin if own_processor is not None else None
+    return PreparedSource(source, plan, labels_from, options.labels is None, origin)
 
 
 def output_folder(folder: StrPath | None, prepared: PreparedSource, *, force: bool) -> Path:

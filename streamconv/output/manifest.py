@@ -55,6 +55,14 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class GivenImageProcessor:
+    """The image processor that the user gave: the options or the file that it came from, and its config as written."""
+
+    origin: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class WrittenFile:
     """A complete file. ``overflow_count`` counts the values that were finite in the source and are infinite in it."""
 
@@ -99,6 +107,7 @@ class Provenance:
     notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     labels: Labels | None = None
+    image_processor: GivenImageProcessor | None = None
 
     @property
     def title(self) -> str:
@@ -209,6 +218,8 @@ def differences(one: Provenance, other: Provenance) -> list[str]:
         found.append("plan (its names, its selection, its shard size, its dtype)")
     if _chosen_labels(one) != _chosen_labels(other):
         found.append("list of labels")
+    if one.image_processor != other.image_processor:
+        found.append("image processor")
     return sorted(found)
 
 

@@ -1,5 +1,6 @@
 """Chooses the image processor of an output: the user's, the source's own, or that of published models."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from streamconv.families.base import ConversionSpec, Family, Model
 from streamconv.families.image_processors import UnknownStepsError, class_name
 from streamconv.families.selection import Selection
 from streamconv.planning.plan import IMAGE_PROCESSOR_NAME, Origin
+
+MAX_CHANNEL_NUMBER = 10  # of a mean or standard deviation of values from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,33 @@ class ChosenImageProcessor:
     config: Mapping[str, Any] | None
     origin: Origin = "family"
     notes: tuple[str, ...] = ()
+
+
+def parse_channel_numbers(name: str, value: str | float | Sequence[float]) -> tuple[float, ...]:
+    """Return a mean or a standard deviation as numbers, one per channel or one for all.
+
+    Args:
+        name: "image_mean" or "image_std".
+        value: A number, several, or a text with commas between them.
+
+    Raises:
+        UsageError: it is none of these, or does not suit values from 0 to 1.
+    """
+    option = f"--{name.replace('_', '-')}"
+    given: Sequence[Any] = (
+        value.split(",") if isinstance(value, str) else ([*value] if isinstance(value, Sequence) else [value])
+    )
+    try:
+        numbers = tuple(float(each) for each in given)
+    except (TypeError, ValueError):
+        numbers = ()
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise UsageError(f"{option} {value!r} is not a list of numbers. Give one per channel, such as 0.5,0.5,0.5.")
+    if max(map(abs, numbers)) > MAX_CHANNEL_NUMBER:
+        raise UsageError(f"{option} {value!r} is not for values from 0 to 1. If it is for 0 to 255, divide it by 255.")
+    if name == "image_std" and min(numbers) <= 0:
+        raise UsageError(f"{option} {value!r} has a number that is not above 0, and each channel is divided by one.")
+    return numbers
 
 
 def choose_image_processor(

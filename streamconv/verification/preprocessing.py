@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
+from torchvision.transforms.v2 import functional as functional_v2
 from transformers import AutoImageProcessor
 
 from streamconv.families.image_processors import PixelSteps, UnknownStepsError
@@ -166,7 +167,8 @@ def _compare_tensors(
     wanted = bands
     if steps.resize is not None:
         size = [steps.resize] if isinstance(steps.resize, int) else [*steps.resize]
-        wanted = functional.resize(wanted, size, _FILTERS[steps.resample], antialias=True)
+        # The first version of this function rounds bytes in another way.
+        wanted = functional_v2.resize(wanted, size, _FILTERS[steps.resample], antialias=True)
     if steps.crop is not None:
         (height, width), (rows, columns) = wanted.shape[1:], steps.crop
         wanted = functional.crop(wanted, (height - rows) // 2, (width - columns) // 2, rows, columns)
