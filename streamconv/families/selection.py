@@ -20,10 +20,12 @@ from streamconv.families.detection import (
     unknown_model,
 )
 from streamconv.families.layout import Layout
+from streamconv.families.other_contents import other_contents_error
 from streamconv.families.prefixes import complete_prefix, several_backbones, shown
 from streamconv.families.registry import all_families
 from streamconv.families.wrapped_names import unwrapped
 from streamconv.formats.checkpoint import Checkpoint
+from streamconv.formats.non_tensors import NonTensor
 from streamconv.tensors.info import TensorInfo
 
 
@@ -53,7 +55,7 @@ class Selection:
     ``names`` maps each key of the backbone, and of a head in the same file, as the family's rules spell it, to the
     file's name for it; in a model that was converted before, to all names that make up the key's tensor. ``head_names``
     maps the keys of a head in a file of its own to that file's names. ``unread`` maps the keys of values that are not
-    tensors to their names and classes. ``config`` is the config.json of a model that was converted before, and
+    tensors to their names and what they are. ``config`` is the config.json of a model that was converted before, and
     ``image_processor`` its preprocessor_config.json, None if it has none. ``config_beside`` is the config.json that was
     found beside a file in its authors' names; it may belong to another model. ``unproved`` are assumptions that
     verification shares. ``small_file_notes`` are remarks on the files that were found.
@@ -63,7 +65,7 @@ class Selection:
     prefix: str
     names: Mapping[str, tuple[str, ...]]
     skipped: tuple[Skipped, ...] = ()
-    unread: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    unread: Mapping[str, tuple[str, NonTensor]] = field(default_factory=dict)
     is_converted: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     image_processor: Mapping[str, Any] | None = None
@@ -118,10 +120,7 @@ def _no_backbone(checkpoint: Checkpoint, where: str) -> MappingError:
     """Return the error for a file without a backbone, which explains what it is."""
     _refuse_heads(checkpoint, where)
     _refuse_other_models(checkpoint, where)
-    if not checkpoint and checkpoint.non_tensors:
-        held = [f"{name} is a {kind}" for name, kind in checkpoint.non_tensors.items()]
-        return MappingError(f"{where} holds objects, which are not read, and no tensor in a plain dict:", held)
-    return unknown_model(checkpoint.keys(), where)
+    return other_contents_error(checkpoint, where) or unknown_model(checkpoint.keys(), where)
 
 
 def _select(

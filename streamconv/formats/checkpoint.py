@@ -23,6 +23,7 @@ from streamconv.formats import npz, safetensors, torch_legacy, torch_zip, zip_di
 from streamconv.formats.folder import find_weights, standard_weights
 from streamconv.formats.foreign.files import START_BYTES, describe_file, is_distributed
 from streamconv.formats.foreign.zips import is_npz
+from streamconv.formats.non_tensors import NonTensor
 from streamconv.formats.shards import WeightFiles, check_weight_map, is_index, read_weights_index
 from streamconv.tensors.expressions import SourceTensor
 
@@ -30,7 +31,7 @@ from streamconv.tensors.expressions import SourceTensor
 class Checkpoint(Mapping[str, SourceTensor]):
     """The tensors of a checkpoint by name. Close it, or use it in a ``with`` statement.
 
-    ``non_tensors`` maps the names of other objects to their classes; the objects themselves are not read.
+    ``non_tensors`` maps the names of other objects to what they are; the objects themselves are not read.
     ``fingerprint`` is the sha256 of the index, in hexadecimal. ``note`` says which files of a folder were chosen, if
     they do not have the names that transformers looks for.
     """
@@ -38,7 +39,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
     def __init__(
         self,
         tensors: dict[str, SourceTensor],
-        non_tensors: dict[str, str],
+        non_tensors: dict[str, NonTensor],
         files: list[File],
         fingerprint: str,
         note: str = "",
@@ -164,7 +165,7 @@ def _open_files(weights: WeightFiles, read_local_headers: bool = True, where: st
     with ExitStack() as opened:
         files: list[File] = []
         tensors: dict[str, SourceTensor] = {}
-        non_tensors: dict[str, str] = {}
+        non_tensors: dict[str, NonTensor] = {}
         fingerprints: list[str] = []
         for each, names in weights.names_by_location.items():
             with located(each):
@@ -190,13 +191,13 @@ def _open_files(weights: WeightFiles, read_local_headers: bool = True, where: st
         return Checkpoint(tensors, non_tensors, files, fingerprint, weights.note)
 
 
-def _read_index(file: File, read_local_headers: bool) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
-    """Return the tensors, the classes of other objects, both by name, and the fingerprint of one file."""
-    start = file.read(0, min(16, file.size))
+def _read_index(file: File, read_local_headers: bool) -> tuple[dict[str, SourceTensor], dict[str, NonTensor], str]:
+    """Return the tensors, other objects, both by name, and the fingerprint of one file."""
+    start = file.read(0, min(torch_legacy.HEAD_BYTES, file.size))
     if start.startswith(zip_directory.MAGIC) and not is_distributed(file.name):
         records = zip_directory.read_records(file, read_local_headers)
         return npz.read_index(file, records) if is_npz(records) else torch_zip.read_index(file, records)
-    if start.startswith(torch_legacy.MAGIC):
+    if torch_legacy.is_legacy(start):
         return torch_legacy.read_index(file, read_local_headers)
     if safetensors.is_header(start):
         tensors, fingerprint = safetensors.read_index(file)

@@ -17,6 +17,7 @@ from streamconv.errors import CorruptError, NotACheckpointError, SourceError, pr
 from streamconv.files.base import ByteRange, File
 from streamconv.formats.foreign.zips import NPY_SUFFIX
 from streamconv.formats.limits import MAX_TENSORS, are_sizes, check_name, is_shape
+from streamconv.formats.non_tensors import NonTensor
 from streamconv.tensors.checksums import crc_of_rest
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import BY_NUMPY_NAME, TensorInfo, contiguous_strides
@@ -32,8 +33,8 @@ _UNNAMED = re.compile(r"arr_\d+")  # numpy's names for arrays that were given wi
 _SIZE = re.compile(r"\d{1,20}")
 
 
-def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
-    """Return the tensors, the classes of arrays that are no tensors, both by name, and the file's fingerprint.
+def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, SourceTensor], dict[str, NonTensor], str]:
+    """Return the tensors, arrays that are no tensors, both by name, and the file's fingerprint.
 
     ``records`` are those of `read_records`.
 
@@ -44,7 +45,7 @@ def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, Sou
         raise SourceError(f"{file.where} has more than {MAX_TENSORS:,} arrays. Do not trust this file.")
     file.prefetch(ByteRange(each.range.start, min(_MIN_HEADER_BYTES, each.range.length)) for each in records.values())
     tensors: dict[str, SourceTensor] = {}
-    non_tensors: dict[str, str] = {}
+    non_tensors: dict[str, NonTensor] = {}
     digest = sha256()
     for record_name, record in records.items():
         name = record_name.removesuffix(NPY_SUFFIX)
@@ -53,7 +54,7 @@ def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, Sou
         digest.update(f"{record_name}\0{record.range.length}\0{record.crc32 or 0}\0".encode() + header)
         dtype, is_fortran, shape = _parse(header, f"{file.where}: {printable(name)}")
         if dtype not in BY_NUMPY_NAME:
-            non_tensors[name] = f"numpy array of {printable(dtype)}"
+            non_tensors[name] = NonTensor(f"numpy array of {printable(dtype)}")
             continue
         info = TensorInfo(BY_NUMPY_NAME[dtype], shape)
         strides = contiguous_strides(shape[::-1])[::-1] if is_fortran else contiguous_strides(shape)

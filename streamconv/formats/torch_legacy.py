@@ -8,20 +8,26 @@ torch/serialization.py.
 The length of a pickle is not stored, so it has to be executed to find its end, and nothing has a checksum.
 """
 
+import re
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any, NoReturn
 
-from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError
+from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError, printable
 from streamconv.files.base import ByteRange, File
 from streamconv.formats.limits import MAX_TENSORS
-from streamconv.formats.torch_pickle import Index, find_tensors
-from streamconv.formats.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles, Unread
+from streamconv.formats.non_tensors import NonTensor
+from streamconv.formats.pickled_tensors import find_tensors
+from streamconv.formats.torch_pickle import Index
+from streamconv.formats.unpickle import MAX_PICKLE_BYTES, Pickles
+from streamconv.formats.unread import PickleError, Unread
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import DTYPES
 
-MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # 0x1950a86a20f9469cfc6c, pickled
-_HEAD = MAGIC + b"\x80\x02M\xe9\x03."  # and 1001
+HEAD_BYTES = 24
+_MAGIC = 0x1950A86A20F9469CFC6C
+_HEAD = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?\x8a\x0a" + re.escape(_MAGIC.to_bytes(10, "little")), re.DOTALL)
+_VERSION = 1001
 _PIECE_BYTES = 64 << 10
 _COUNT_BYTES = 8
 _MAX_SYSTEM_OPCODES = 1_000  # torch writes 27
@@ -29,8 +35,15 @@ _MAX_KEY_OPCODES = 3 * MAX_TENSORS  # and two per key
 _MAX_KEY_LENGTH = 20  # the decimal digits of a 64-bit address
 
 
-def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
-    """Return the tensors, the classes of other objects, both by name, and a fingerprint of the pickles and the size.
+def is_legacy(start: bytes) -> bool:
+    """Return whether a file is in this format, from its first `HEAD_BYTES` bytes."""
+    return _HEAD.match(start) is not None
+
+
+def read_index(
+    file: File, read_local_headers: bool = True
+) -> tuple[dict[str, SourceTensor], dict[str, NonTensor], str]:
+    """Return the tensors, other objects, both by name, and a fingerprint of the pickles and the size.
 
     The offsets of the weights follow from the pickles. The number of elements before each storage is redundant; it is
     read and compared, as torch does, unless ``read_local_headers`` is False.
@@ -39,15 +52,14 @@ def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, S
         TruncatedError, CorruptError, NotACheckpointError, UnsafePickleError, SourceError
     """
     pieces = _PieceReader(file)
-    start = pieces.read(len(_HEAD))
-    if not start.startswith(_HEAD):
-        raise NotACheckpointError(
-            f"{file.where} begins like a .pth from before torch 1.6, but is not one. Fetch it again."
-        )
-    pickles = Pickles(start[len(_HEAD) :], pieces.read)
+    pickles = Pickles(pieces.read(HEAD_BYTES), pieces.read)
     storages = _Storages(file)
     index = Index(file.where, storages.record_of)
     try:
+        if [pickles.load(_refuse_global, _refuse_storage, _MAX_SYSTEM_OPCODES) for _ in range(2)] != [_MAGIC, _VERSION]:
+            raise NotACheckpointError(
+                f"{file.where} begins like a .pth from before torch 1.6, but is not one. Fetch it again."
+            )
         _check_system(pickles.load(_refuse_global, _refuse_storage, _MAX_SYSTEM_OPCODES), file.where)
         contents = pickles.load(
             index.find_global, lambda pid: _module_class(pid) or index.storage(storages.without_view(pid))
@@ -107,6 +119,11 @@ class _Storages:
             raise SourceError(
                 f"{self._file.where} holds tensors of a dtype that is newer than this format, such as float8; torch "
                 "writes them but cannot load them. Save them again without _use_new_zipfile_serialization=False."
+            )
+        if type(pid[1]) is Unread:  # its size, and so the place of all storages after it, is not known
+            raise SourceError(
+                f"{self._file.where} holds tensors in a {printable(pid[1].name)}, of a dtype that streamconv does not "
+                "read. Save it again without them, or without _use_new_zipfile_serialization=False."
             )
         return pid[:5]
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.errors import CorruptError, NotACheckpointError, SourceError, UnsafePickleError, printable
-from streamconv.formats.limits import MAX_NAME_LENGTH, MAX_TENSORS, are_sizes, check_name, is_shape
-from streamconv.formats.unpickle import PickleError, Unread
+from streamconv.errors import CorruptError, SourceError, UnsafePickleError, printable
+from streamconv.formats.limits import MAX_TENSORS, are_sizes, is_shape
+from streamconv.formats.non_tensors import Kind, NonTensor, tensor_of_class
+from streamconv.formats.unread import PickleError, Unread
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo
 
@@ -22,8 +23,9 @@ _V3_DTYPES = {dtype.torch: dtype.code for dtype in DTYPES.values() if not dtype.
 _HARMFUL_MODULES = {"os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "runpy", "importlib", "ctypes"}
 _HARMFUL_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "execfile", "input", "breakpoint"}
 
-_MAX_NON_TENSORS = 10_000
-_MAX_ENTRIES = 4 * MAX_TENSORS  # in all nested dicts together; an optimizer has a few for each tensor
+# The classes of torch whose objects are plain tensors, which may have attributes.
+_PLAIN_TENSORS = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
+_VALUE_ATTRIBUTES = {"data", "imag", "real"}  # setting one of these changes a tensor's values
 
 
 class _TorchGlobal(str):
@@ -50,11 +52,15 @@ class Index:
         self._tensor_count = 0
         self._functions: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): lambda: {},
+            ("torch._utils", "_rebuild_tensor"): self._tensor_v1,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor_v2,
             ("torch._utils", "_rebuild_tensor_v3"): self._tensor_v3,
             ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
-            ("torch._utils", "_rebuild_parameter_with_state"): lambda data, requires_grad, hooks, state: data,
+            ("torch._utils", "_rebuild_parameter_with_state"): _parameter_with_state,
+            ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): self._device_tensor,
         }
+        self._rebuilds = list(self._functions.values())[1:]
+        self._functions["torch._tensor", "_rebuild_from_type_v2"] = self._from_type
 
     def find_global(self, module: str, name: str) -> Any:
         """Return what ``module.name`` stands for: a function of ours, a `_TorchGlobal`, or an `Unread` placeholder.
@@ -77,11 +83,13 @@ class Index:
             )
         return Unread(f"{module}.{name}")
 
-    def storage(self, pid: Any) -> _Storage:
+    def storage(self, pid: Any) -> _Storage | Unread:
         """Resolve the persistent id ``("storage", type, key, device, number of elements)``."""
         if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
             raise PickleError("it has a persistent id that does not describe a storage")
         _, kind, key, _, numel = pid
+        if type(kind) is Unread:  # of a dtype that is not in `DTYPES`
+            return kind
         if type(kind) is not _TorchGlobal or kind in _V3_DTYPES or type(key) is not str or not are_sizes([numel]):
             raise PickleError("it names a storage without a type, a key or a size")
         dtype = _STORAGE_DTYPES.get(kind, "U8")  # an UntypedStorage counts bytes
@@ -91,9 +99,14 @@ class Index:
             raise CorruptError(f"{self._where} uses its record {record.name} as {dtype} and as another dtype.")
         return _Storage(dtype, record)
 
+    def _tensor_v1(self, storage: Any, offset: Any, shape: Any, strides: Any) -> SourceTensor | NonTensor:
+        return self._tensor_v2(storage, offset, shape, strides, False, None)
+
     def _tensor_v2(
         self, storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
-    ) -> SourceTensor:
+    ) -> SourceTensor | NonTensor:
+        if type(storage) is Unread:
+            return NonTensor(f"tensor in a {printable(storage.name)}", Kind.DTYPE)
         if type(storage) is not _Storage:
             raise PickleError("it has a tensor without a storage")
         return self._tensor(storage.dtype, storage, offset, shape, strides, metadata)
@@ -101,10 +114,31 @@ class Index:
     def _tensor_v3(
         self, storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, dtype: Any,
         metadata: Any = None,
-    ) -> SourceTensor:  # fmt: skip
+    ) -> SourceTensor | NonTensor:  # fmt: skip
+        if type(dtype) is Unread:
+            return NonTensor(f"tensor of {printable(dtype.name)}", Kind.DTYPE)
         if type(storage) is not _Storage or type(dtype) is not _TorchGlobal or dtype not in _V3_DTYPES:
             raise PickleError("it has a tensor without a storage or a dtype")
         return self._tensor(_V3_DTYPES[dtype], storage, offset, shape, strides, metadata)
+
+    def _from_type(self, function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+        """Read a tensor that has attributes, or is of another class than torch.Tensor."""
+        if type(kind) is not Unread or type(arguments) is not tuple:
+            raise PickleError("it has a tensor without a class or without values")
+        if kind.name not in _PLAIN_TENSORS:
+            return tensor_of_class(printable(kind.name))
+        _check_attributes(state)
+        if type(function) is Unread:
+            return Unread(function.name, arguments)
+        if not any(function is each for each in self._rebuilds):
+            raise PickleError("it has a tensor that is not made by one of torch's functions for it")
+        return function(*arguments)
+
+    def _device_tensor(self, data: Any, dtype: Any, device: Any, requires_grad: Any) -> Any:
+        name = dtype if type(dtype) is _TorchGlobal else dtype.name if type(dtype) is Unread else ""
+        if type(data) is SourceTensor and name.removeprefix("torch.") != DTYPES[data.info.dtype].torch:
+            raise PickleError("it has a tensor of another dtype than its values")
+        return data
 
     def _tensor(
         self, dtype: DtypeCode, storage: _Storage, offset: Any, shape: Any, strides: Any, metadata: Any
@@ -130,45 +164,13 @@ class Index:
         return tensor
 
 
-def find_tensors(contents: Any, where: str) -> tuple[dict[str, SourceTensor], dict[str, str]]:
-    """Return the tensors in nested dicts, by their keys joined with dots, and the classes of other objects by name.
+def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
+    _check_attributes(state)
+    return data
 
-    Other objects are those of classes that `Index` does not know; plain Python values are not listed. Lists are not
-    searched, since state dicts are never in one.
 
-    Raises:
-        NotACheckpointError, UnsafePickleError, SourceError
-    """
-    if type(contents) is Unread:
-        raise UnsafePickleError(
-            f"{where} holds a {printable(contents.name)}, which is not a dict of tensors. Nothing in it was run. "
-            "Save its state_dict() instead."
-        )
-    if type(contents) is not dict:
-        kind = "tensor" if type(contents) is SourceTensor else type(contents).__name__
-        raise NotACheckpointError(f"{where} holds a {kind}, not a dict of tensors.")
-    tensors: dict[str, SourceTensor] = {}
-    non_tensors: dict[str, str] = {}
-    waiting: list[tuple[str, Any, Any]] = [("", key, value) for key, value in reversed(contents.items())]
-    count = len(waiting)
-    while waiting:
-        prefix, key, value = waiting.pop()
-        name = prefix + str(key)[: MAX_NAME_LENGTH + 1]
-        if type(value) is SourceTensor:
-            check_name(name, where)
-            if name in tensors:
-                raise SourceError(f"{where} has two tensors named '{printable(name)}'. Do not trust this file.")
-            tensors[name] = value
-        elif type(value) is Unread:
-            if len(non_tensors) < _MAX_NON_TENSORS:
-                non_tensors[name if name.isprintable() else printable(name)] = printable(value.name)
-        elif type(value) is dict and value:
-            count += len(value)  # a dict may be in many others, or in itself
-            if count > _MAX_ENTRIES or len(name) > MAX_NAME_LENGTH:
-                raise SourceError(
-                    f"{where} has dicts that are nested too deeply or have too many entries. Do not trust this file."
-                )
-            waiting += ((f"{name}.", key, item) for key, item in reversed(value.items()))
-    if len(tensors) > MAX_TENSORS:
-        raise SourceError(f"{where} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
-    return tensors, non_tensors
+def _check_attributes(state: Any) -> None:
+    """Require that a tensor's attributes, a dict or a dict and one for slots, leave its values as they are."""
+    for each in state[:2] if type(state) is tuple else (state,):
+        if type(each) is dict and any(name in each for name in _VALUE_ATTRIBUTES):
+            raise PickleError("it has a tensor whose values are replaced by an attribute")

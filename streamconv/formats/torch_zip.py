@@ -11,14 +11,17 @@ from hashlib import sha256
 
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, printable
 from streamconv.files.base import File
-from streamconv.formats.torch_pickle import Index, find_tensors
-from streamconv.formats.unpickle import MAX_PICKLE_BYTES, PickleError, Pickles
+from streamconv.formats.non_tensors import NonTensor
+from streamconv.formats.pickled_tensors import find_tensors
+from streamconv.formats.torch_pickle import Index
+from streamconv.formats.unpickle import MAX_PICKLE_BYTES, Pickles
+from streamconv.formats.unread import PickleError
 from streamconv.formats.zip_directory import read_record
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import DTYPES
 
 
-def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, SourceTensor], dict[str, str], str]:
+def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, SourceTensor], dict[str, NonTensor], str]:
     """Return the tensors, the classes of other objects, both by name, and the file's fingerprint.
 
     Keys of nested dicts are joined with dots. ``records`` are those of `read_records`.

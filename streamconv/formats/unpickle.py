@@ -2,9 +2,9 @@
 
 pickle.Unpickler cannot be made safe by its ``find_class`` alone: one opcode allocates a memo of any size, one-byte
 opcodes build gigabytes of containers, a dict key that is a tuple of shared tuples takes forever to hash, and BUILD
-sets attributes of any object on the stack. So this module executes the opcodes that torch's own weights-only reader
-accepts (torch/_weights_only_unpickler.py), except those that no checkpoint of tensors needs. A value is hashed,
-compared or printed only if it is a string or an int, and no function recurses into values, so their depth is harmless.
+sets attributes of any object on the stack. So this module executes what picklers write for protocols 2 to 5, within
+limits on time and memory. A value is hashed, compared or printed only if it is a string or an int, and no function
+recurses into values, so their depth is harmless. `rare_opcodes` has the opcodes that are not in the loop here.
 
 https://github.com/python/cpython/blob/main/Lib/pickletools.py describes every opcode.
 """
@@ -13,6 +13,9 @@ import struct
 from collections.abc import Callable
 from sys import getsizeof
 from typing import Any
+
+from streamconv.formats.rare_opcodes import MAX_GLOBAL_BYTES, RARE_OPCODES, Machine
+from streamconv.formats.unread import PickleError, Unread, set_items
 
 # For each tensor, torch.save writes 32 to 38 opcodes, which are 110 to 140 bytes of pickle and take 800 bytes of
 # memory by the estimates below, slightly more than in fact. 65,536 tensors with names of 60 characters are accepted.
@@ -24,32 +27,14 @@ MAX_STACK = 200_000  # picklers set a dict's items in thousands, `torch_writer.w
 MAX_DEPTH = 1_000  # of marks; picklers recurse, so Python's recursion limit applies to them
 
 # Estimates of memory in bytes.
-_GLOBAL = 200  # picklers write each one once, and use the memo after that
 _CONTAINER, _TUPLE, _ITEM, _NUMBER, _SLOT = 80, 48, 60, 32, 8
-_MAX_GLOBAL_BYTES = 1_000
-_MAX_OPCODE_BYTES = 1 + _MAX_GLOBAL_BYTES  # except a string's, which begins with its length
-_UINT32, _INT32 = struct.Struct("<I"), struct.Struct("<i")
+_MAX_OPCODE_BYTES = 1 + MAX_GLOBAL_BYTES  # except a string's, which begins with its length
+_UINT32, _UINT64, _INT32 = struct.Struct("<I"), struct.Struct("<Q"), struct.Struct("<i")
 _USED = type("used value", (), {})()  # replaces the arguments of a call in the memo
-
-
-class PickleError(Exception):
-    """The pickle is damaged, was not written by torch.save, or is larger than that of any checkpoint."""
 
 
 def _no_more_bytes(count: int) -> bytes:
     return b""
-
-
-class Unread:
-    """A placeholder for a class that is not known here, and for its objects. The class is not imported or called."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, *arguments: object) -> "Unread":
-        return self
 
 
 class Pickles:
@@ -97,10 +82,15 @@ def _run(
     marks: list[int] = []
     memo: list[Any] = []
     push, pop, uint32 = stack.append, stack.pop, _UINT32.unpack_from
+    machine = Machine(stack, marks, find_global)
     at = dropped = 0  # the position in ``data``, and the bytes of the pickle that came before ``data``
     refill_at = len(data) - _MAX_OPCODE_BYTES
     for _ in range(max_opcodes):
         if at > refill_at:
+            while at > len(data):  # the value before was not kept, and ends in a later piece
+                dropped, at, data = dropped + len(data), at - len(data), more(_MAX_OPCODE_BYTES)
+                if not data:
+                    raise IndexError
             dropped, data, at = dropped + at, data[at:] + more(_MAX_OPCODE_BYTES), 0
             refill_at = len(data) - _MAX_OPCODE_BYTES
         opcode = data[at]
@@ -146,17 +136,27 @@ def _run(
             free_memory -= _TUPLE + 3 * _SLOT
         elif opcode == 0x52:  # REDUCE
             arguments, function = pop(), stack[-1]
-            if not callable(function) or type(arguments) is not tuple:
+            is_unread = type(function) is Unread
+            if type(arguments) is not tuple or not (is_unread or callable(function)):
                 raise PickleError(f"it calls a {type(function).__name__} at byte {dropped + at - 1}")
             if memo and memo[-1] is arguments:  # no pickler uses them again; they are a fifth of the memory
                 memo[-1] = _USED
-            stack[-1] = function(*arguments)
+            stack[-1] = Unread(function.name, arguments) if is_unread else function(*arguments)
             free_memory -= _CONTAINER
-        elif opcode == 0x58:  # BINUNICODE
-            size = uint32(data, at)[0]
-            if size > MAX_TEXT_BYTES:
-                raise PickleError(f"it holds a string of {size:,} bytes")
-            at += 4 + size
+        elif opcode == 0x58 or opcode == 0x8C or opcode == 0x8D:  # BINUNICODE, SHORT_BINUNICODE, BINUNICODE8
+            if opcode == 0x58:
+                size = uint32(data, at)[0]
+                at += 4 + size
+            elif opcode == 0x8C:
+                size = data[at]
+                at += 1 + size
+            else:
+                size = _UINT64.unpack_from(data, at)[0]
+                at += 8 + size
+            if size > MAX_TEXT_BYTES:  # not a name but an array's values
+                push(Unread("builtins.str"))
+                free_memory -= _CONTAINER
+                continue
             if at > len(data):
                 data += more(size)
                 refill_at = len(data) - _MAX_OPCODE_BYTES
@@ -164,6 +164,9 @@ def _run(
             text = data[at - size : at].decode("utf-8", "surrogatepass")
             push(text)
             free_memory -= getsizeof(text) + _SLOT  # the allocator rounds up
+        elif opcode == 0x94:  # MEMOIZE
+            memo.append(stack[-1])
+            free_memory -= _SLOT
         elif opcode == 0x4A:  # BININT
             push(_INT32.unpack_from(data, at)[0])
             at += 4
@@ -172,6 +175,8 @@ def _run(
             persistent_id = pop()
             if memo and memo[-1] is persistent_id:
                 memo[-1] = _USED
+            else:  # no pickler writes one twice, and each takes time
+                free_memory -= 3 * _CONTAINER
             push(load_persistent(persistent_id))
         elif opcode == 0x89 or opcode == 0x88:  # NEWFALSE, NEWTRUE
             push(opcode == 0x88)
@@ -186,13 +191,6 @@ def _run(
             at += 1 + size
             push(int.from_bytes(data[at - size : at], "little", signed=True))
             free_memory -= _NUMBER + size
-        elif opcode == 0x63:  # GLOBAL
-            lines = data[at : at + _MAX_GLOBAL_BYTES].split(b"\n", 2)
-            if len(lines) != 3:
-                raise PickleError(f"it names a global of more than {_MAX_GLOBAL_BYTES:,} bytes")
-            at += len(lines[0]) + len(lines[1]) + 2
-            push(find_global(lines[0].decode(), lines[1].decode()))
-            free_memory -= _GLOBAL
         elif opcode == 0x7D or opcode == 0x5D:  # EMPTY_DICT, EMPTY_LIST
             push({} if opcode == 0x7D else [])
             free_memory -= _CONTAINER
@@ -201,7 +199,9 @@ def _run(
             free_memory -= _ITEM * (1 + len(stack) - mark)
             items = stack[mark:]
             del stack[mark:]
-            _set_items(stack[-1], items)
+            if type(stack[-1]) is Unread:
+                free_memory -= _CONTAINER
+            set_items(stack[-1], items)
         elif opcode == 0x65 or opcode == 0x61:  # APPENDS, APPEND
             mark = marks.pop() if opcode == 0x65 else len(stack) - 1
             items = stack[mark:]
@@ -211,16 +211,6 @@ def _run(
             elif type(stack[-1]) is not Unread:
                 raise PickleError(f"it appends to a {type(stack[-1]).__name__}")
             free_memory -= _CONTAINER + _SLOT * len(items)
-        elif opcode == 0x62:  # BUILD: torch gives an OrderedDict its _metadata, which describes no tensor
-            state = pop()
-            if type(stack[-1]) is not Unread and (type(state) is not dict or type(stack[-1]) is not dict):
-                raise PickleError(f"it sets attributes of a {type(stack[-1]).__name__}")
-            free_memory -= _CONTAINER
-        elif opcode == 0x81:  # NEWOBJ
-            pop()
-            if type(stack[-1]) is not Unread:
-                raise PickleError(f"it makes an object of a {type(stack[-1]).__name__}")
-            free_memory -= _CONTAINER
         elif opcode == 0x4E:  # NONE
             push(None)
             free_memory -= _NUMBER  # takes no memory, but time: it is late in this chain
@@ -228,33 +218,15 @@ def _run(
             push(*struct.unpack_from(">d", data, at))
             at += 8
             free_memory -= _NUMBER
-        elif opcode == 0x55:  # SHORT_BINSTRING
-            size = data[at]
-            at += 1 + size
-            push(data[at - size : at].decode())
-            free_memory -= _CONTAINER + size
-        elif opcode == 0x80:  # PROTO: its number is not needed
-            at += 1
-            free_memory -= _NUMBER
         elif opcode == 0x2E:  # STOP
             return stack[-1], data[at:], free_memory
         else:
-            raise PickleError(
-                f"it has the opcode {opcode:#04x} at byte {dropped + at - 1}, which torch.save never writes"
-            )
+            run = RARE_OPCODES.get(opcode)
+            if run is None:
+                place = f"the opcode {opcode:#04x} at byte {dropped + at - 1}"
+                raise PickleError(f"it has {place}, which no checkpoint of pickle protocols 2 to 5 has")
+            at, memory = run(data, at, machine)
+            free_memory -= memory
         if free_memory < 0 or len(stack) > MAX_STACK:
             raise PickleError(f"it describes more than {MAX_MEMORY_BYTES:,} bytes of objects, or {MAX_STACK:,} at once")
     raise PickleError(f"it has more than {max_opcodes:,} opcodes")
-
-
-def _set_items(target: Any, items: list[Any]) -> None:
-    if len(items) % 2:
-        raise PickleError("it has a dict key without a value")
-    if type(target) is Unread:
-        return
-    if type(target) is not dict:
-        raise PickleError(f"it sets items of a {type(target).__name__}")
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        # Other keys are not names of tensors. Ints of more than 64 bits can be chosen so that their hashes collide.
-        if type(key) is str or (type(key) is int and not abs(key) >> 63):
-            target[key] = value

@@ -10,6 +10,7 @@ from streamconv.families.other_models import recognise
 from streamconv.families.rules import ExpectedTensor, constants, expand, map_tensors
 from streamconv.families.selection import Selection, Skipped
 from streamconv.families.wrapped_names import unwrapped
+from streamconv.formats.non_tensors import non_tensor_error
 from streamconv.planning.heads import choose_heads
 from streamconv.planning.image_processor import OwnImageProcessor, choose_image_processor
 from streamconv.planning.plan import MappedTensor, Plan
@@ -62,6 +63,7 @@ def make_plan(
     spec = family.conversion_spec(dimensions)
     expected = expand(spec.rules, spec.dims, spec.count)
     block_chunks = _block_chunks(selection, spec.count)
+    _refuse_other_tensors(selection, expected, where)
     problems = _problems(spec, selection, expected, block_chunks)
     names = selection.display_names
     try:
@@ -142,6 +144,13 @@ def _block_chunks(selection: Selection, layers: int) -> int | None:
         if all(chunks.chunked_key(key, layers, count) == name for key, name in names.items()):
             return count
     return None
+
+
+def _refuse_other_tensors(selection: Selection, expected: Mapping[str, ExpectedTensor], where: str) -> None:
+    others = [each for key, each in selection.unread.items() if key in expected]
+    tensors = {name: each for name, each in others if each.kind.are_tensors}
+    if tensors:
+        raise non_tensor_error(tensors, where)
 
 
 def _problems(

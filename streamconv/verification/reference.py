@@ -121,7 +121,7 @@ def _map_tensors(path: Path) -> Mapping[str, Any]:
 
 def _map_file(path: Path) -> Any:
     with open(path, "rb") as file:
-        is_legacy = file.read(len(torch_legacy.MAGIC)) == torch_legacy.MAGIC
+        is_legacy = torch_legacy.is_legacy(file.read(torch_legacy.HEAD_BYTES))
     if not is_legacy and not is_zipfile(path):
         return load_file(path)
     # torch maps only zip files

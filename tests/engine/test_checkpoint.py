@@ -21,6 +21,7 @@ import streamconv
 from streamconv import CorruptError, NotACheckpointError, SourceError, SourceMissingError, TruncatedError
 from streamconv.errors import UnsafePickleError
 from streamconv.files import local as storage
+from streamconv.formats.non_tensors import Kind, NonTensor
 from tests.checkpoints import NAMES, bytes_of
 from tests.support import rewrite
 
@@ -97,7 +98,7 @@ def test_unknown_global_is_named_and_never_executed(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    "name", ["torch._utils _rebuild_sparse_tensor", "builtins eval", "torch load", "torch.serialization load"]
+    "name", ["torch._utils _rebuild_tensors", "builtins eval", "torch load", "torch.serialization load"]
 )
 def test_other_torch_globals_are_refused(pth: Path, name: str) -> None:
     module, _, function = name.partition(" ")
@@ -187,7 +188,7 @@ def test_checkpoint_that_is_not_a_dict_is_described(tmp_path: Path) -> None:
         with pytest.raises(NotACheckpointError, match=message):
             streamconv.open_checkpoint(tmp_path / "x.pth")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
-    with pytest.raises(UnsafePickleError, match=r"Linear, which is not a dict.*Save its state_dict\(\)"):
+    with pytest.raises(UnsafePickleError, match=r"a whole model, a torch.*Linear, whose code .*\.state_dict\(\)"):
         streamconv.open_checkpoint(tmp_path / "x.pth")
 
 
@@ -239,10 +240,11 @@ def test_values_beside_the_tensors_are_skipped(tmp_path: Path, is_zip: bool) -> 
             name: bytes_of(value) for name, value in wanted.items()
         }
         assert list(checkpoint)[:5] == ["model.weight", "model.bias", *list(wanted)[4:6], "teacher.center"]
-        assert checkpoint.non_tensors["args"] == f"{Settings.__module__}.Settings"
-        assert checkpoint.non_tensors["sparse"] == "torch._utils._rebuild_sparse_tensor"
+        assert checkpoint.non_tensors["args"] == NonTensor(f"{Settings.__module__}.Settings")
+        assert checkpoint.non_tensors["sparse"] == NonTensor("sparse tensor", Kind.SPARSE)
+        assert checkpoint.non_tensors["history"] == NonTensor("list", Kind.LIST)
         assert {"seen", "when", "rng.state", "blob"} & checkpoint.non_tensors.keys() >= {"seen", "when", "blob"}
-        assert not checkpoint.non_tensors.keys() & {"epoch", "name", "history"}
+        assert not checkpoint.non_tensors.keys() & {"epoch", "name", "loss"}
 
 
 def test_records_that_contradict_the_index_are_refused(pth: Path) -> None:

@@ -65,6 +65,25 @@ def test_handmade_pickle_without_a_fault_is_read(pth: Path) -> None:
     assert torch.equal(torch.load(pth, weights_only=True)["x0"], torch.arange(2.0))
 
 
+FROM_TYPE, TENSOR_CLASS = b"ctorch._tensor\n_rebuild_from_type_v2\n", b"ctorch\nTensor\n"
+PARAMETER = b"ctorch._utils\n_rebuild_parameter_with_state\n"
+
+
+def tensor_arguments() -> bytes:
+    return tensor().removeprefix(TENSOR).removesuffix(b"R")
+
+
+def tensor_with_attributes(attributes: bytes) -> bytes:
+    return FROM_TYPE + b"(" + TENSOR + TENSOR_CLASS + tensor_arguments() + attributes + b"tR"
+
+
+def test_handmade_tensor_with_attributes_is_read(pth: Path) -> None:
+    rewrite(pth, {"data.pkl": state(tensor_with_attributes(b"}" + put("tag") + tensor() + b"s"))})
+    with streamconv.open_checkpoint(pth) as checkpoint:
+        assert checkpoint["x0"].tobytes() == bytes_of(torch.arange(2.0))
+    assert torch.equal(torch.load(pth, weights_only=True)["x0"], torch.arange(2.0))
+
+
 DAG = b"]" + b"".join(b"h\x00h\x00\x86q\x00" for _ in range(100))  # a tuple of 2^100 leaves
 SHARED = b"\x80\x02)q\x00" + DAG[1:]
 
@@ -79,16 +98,41 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a name that runs code": (b"\x80\x02cos\nsystem\n" + put(("touch executed",)) + b"R.", r"names os\.system"),
     "a name that controls a terminal": (b"\x80\x02cos\n\x1b[2Jx\n.", r"names os\.\\x1b\[2Jx"),
     "an endless name": (lambda: b"\x80\x02c" + b"a" * 5_000_000, "of more than 1,000 bytes"),
-    "a name stored as an attribute path": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "opcode 0x8c"),
+    "a name from the stack": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", r"names os\.system"),
+    "a name from the stack, called": (
+        b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0etouch executed\x85R.", r"names posix\.system"
+    ),
+    "a name from the stack that is a number": (b"\x80\x04\x8c\x02osK\x01\x93.", "by something that is not a string"),
+    "a name from the stack that takes forever to show": (
+        b"\x80\x04" + SHARED[2:] + b"\x8c\x02osh\x00\x93.", "by something that is not a string"
+    ),
+    "long names from the stack, over and over": (
+        lambda: b"\x80\x04" + put("a" * 500_000) + b"\x94(" + b"h\x00h\x00\x93" * 400_000 + b"t.", "of more than 1,000"
+    ),
+    "names from the stack, over and over": (
+        lambda: b"\x80\x04" + put("é" * 400) + b"\x94" + (b"(" + b"h\x00h\x00\x93" * 1_000 + b"t") * 400 + b".",
+        "bytes of objects",
+    ),
     "an extension": (b"\x80\x02\x82\x01.", "opcode 0x82"),
     "an instance": (b"\x80\x02(ios\nsystem\n.", "opcode 0x69"),
     "an object by NEWOBJ": (b"\x80\x02" + NEW_DICT[:-2] + b")\x81.", "an object of a function"),
-    "a set": (b"\x80\x02\x8f.", "opcode 0x8f"),
+    "a set": (b"\x80\x04\x8f.", "holds a builtins.set, which is not a dict"),
+    "a set that takes forever to hash": (SHARED + b"0\x8f(h\x00\x90.", "opcode 0x30"),
+    "items of a set that take forever to hash": (SHARED + b"\x8f(h\x00\x90h\x00\x91.", "takes more from its stack"),
+    "items added to a dict": (b"\x80\x04}(K\x01\x90.", "adds items to a dict"),
+    "millions of sets": (lambda: b"\x80\x04" + (b"(" + b"\x8f" * 1000 + b"t") * 2_500 + b".", "bytes of objects"),
+    "millions of frames": (lambda: b"\x80\x04" + (b"\x95" + bytes(8)) * 1_300_000, "bytes of objects"),
+    "a frame of 2^64 bytes": (b"\x80\x04\x95" + b"\xff" * 8, "ends too early"),
+    "bytes of 2^64 bytes": (b"\x80\x05\x8e" + b"\xff" * 8 + b".", "ends too early"),
+    "a bytearray of 2^63 bytes": (b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.", "ends too early"),
+    "a number of four gigabytes": (b"\x80\x02\x8b\xff\xff\xff\xff.", "ends too early"),
+    "buffers that are not in the file": (b"\x80\x05\x97\x98.", "its buffers are not in it"),
+    "millions of values from the stack": (lambda: b"\x80\x04N" + b"\x94" * 12_000_000 + b".", "opcodes"),
     "a memo of four billion": (b"\x80\x02}r\xfe\xff\xff\xff.", "stores memo entry"),
     "a value that was never stored": (b"\x80\x02j\x00\x00\x00\x7f.", "ends too early, or takes more"),
     "an empty stack": (b"\x80\x02.", "takes more from its stack"),
     "no end": (b"\x80\x02}", "ends too early"),
-    "a string of four gigabytes": (b"\x80\x02X\xff\xff\xff\xff.", "a string of 4,294,967,295"),
+    "a string of four gigabytes": (b"\x80\x02X\xff\xff\xff\xff.", "ends too early"),
     "a string that is not UTF-8": (b"\x80\x02X\x02\x00\x00\x00\xff\xff.", "not UTF-8"),
     "a persistent id that takes forever to show": (SHARED + b"h\x00Q.", "does not describe a storage"),
     "arguments that take forever to show": (SHARED + TENSOR + b"h\x00R.", "damaged"),
@@ -136,7 +180,7 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "millions of fractions": (lambda: b"\x80\x02" + (b"G" + b"\x40" * 8) * 1_300_000, "too early|bytes of objects"),
     "millions of short strings": (lambda: b"\x80\x02" + b"X\x02\x00\x00\x00ab" * 1_700_000, "bytes of objects"),
     "a long string of wide characters": (
-        lambda: b"\x80\x02X" + struct.pack("<I", 12_000_004) + b"a" * 12_000_000 + "🙂".encode(), "string of 12,000,004"
+        lambda: b"\x80\x02X" + struct.pack("<I", 12_000_004) + b"a" * 12_000_000 + "🙂".encode(), "ends too early"
     ),
     "millions of states": (lambda: b"\x80\x02}q\x00" + b"h\x00b" * 1_400_000 + b".", "bytes of objects"),
     "too many tensors": (
@@ -179,6 +223,52 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     ),
     "a tensor altered after its check": (state(tensor() + put({"offset": 8}) + b"b"), "sets attributes of a Source"),
     "a tensor whose bytes are not its values": (state(tensor(more=put({"conj": True}))), "resolve_conj"),
+    "a tensor whose values are an attribute": (
+        state(tensor_with_attributes(b"}" + put("data") + tensor() + b"s")), "replaced by an attr"
+    ),
+    "a parameter whose values are an attribute": (
+        state(PARAMETER + b"(" + tensor() + b"\x89N}" + put("real") + tensor() + b"stR"), "replaced by an attribute"
+    ),
+    "a tensor whose values are an attribute in a slot": (
+        state(tensor_with_attributes(b"N}" + put("imag") + tensor() + b"s\x86")), "replaced by an attribute"
+    ),
+    "a tensor with attributes within itself": (
+        state(FROM_TYPE + b"(" + FROM_TYPE + TENSOR_CLASS + b")NtR"), "not made by one of torch's functions"
+    ),
+    "a tensor of a class that is a function": (state(FROM_TYPE + b"(" + TENSOR + TENSOR + b")NtR"), "without a class"),
+    "a tensor made by a tensor": (state(FROM_TYPE + b"(" + tensor() + TENSOR_CLASS + b")NtR"), "not made by one of"),
+    "a tensor made of nothing": (state(FROM_TYPE + b"(" + TENSOR + TENSOR_CLASS + b"NNtR"), "without a class or"),
+    "a tensor of too few values": (state(FROM_TYPE + b"(" + TENSOR + TENSOR_CLASS + b")NtR"), "missing 6 required"),
+    "a tensor of another dtype than its values": (
+        state(b"ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n(" + tensor() + b"ctorch\nfloat16\nN\x89tR"),
+        "of another dtype",
+    ),
+    "attributes by the thousand, over and over": (
+        lambda: b"\x80\x02" + tensor_arguments() + b"q\x00}" + many_items(90_000) + b"q\x01" + FROM_TYPE + b"q\x02"
+        + TENSOR + b"q\x03" + TENSOR_CLASS + b"q\x04(" + b"h\x02(h\x03h\x04h\x00h\x01tR" * 70_000, "more than 65,536"
+    ),
+    "arguments by the thousand, over and over": (
+        lambda: b"\x80\x02cmine\nThing\nq\x00(" + b"N" * 100_000 + b"tq\x01Nq\x02(" + b"h\x00h\x01R" * 300_000 + b"t.",
+        "at once",
+    ),
+    "one storage's id, over and over": (
+        lambda: b"\x80\x02" + storage()[:-1] + b"q\x00Nq\x01" + (b"(" + b"h\x00Q" * 1_000 + b"t") * 1_200 + b".",
+        "bytes of objects",
+    ),
+    "one object as a dict of millions": (lambda: b"\x80\x02cmine\nDict\n)\x81" + many_items(1_250_000), "bytes of obj"),
+    "millions of objects of one item": (
+        lambda: b"\x80\x02cmine\nDict\nq\x00" + (b"(" + b"h\x00)\x81K\x00Ns" * 1_000 + b"t") * 800 + b".",
+        "bytes of objects",
+    ),
+    "an object that is a dict of itself": (
+        b"\x80\x02cmine\nDict\n)\x81q\x00" + put("x") + b"h\x00s.", "dicts that are nested too deeply"
+    ),
+    "an object made of itself": (
+        b"\x80\x02}(" + put("x") + b"cmine\nThing\n)\x81q\x00h\x00b" + put("") + tensor() + b"u.", "a tensor named ''"
+    ),
+    "a list that takes forever to search": (
+        b"\x80\x02}(" + put("x") + b"]()q\x00" + DAG[1:] + b"e" + put("") + tensor() + b"u.", "a tensor named ''"
+    ),
     "a call of something that is not a function": (b"\x80\x02NNR.", "calls a NoneType"),
     "a million names": (lambda: b"\x80\x02" + b"ctorch\nuint16\n" * 890_000 + b".", "describes more than|more values"),
     "a million names in tuples": (
@@ -245,6 +335,9 @@ def test_handmade_legacy_file_without_a_fault_is_read(tmp_path: Path) -> None:
 
 IN_A_ROW = {  # messages that differ from those for the same pickle in a zip
     "no end": "holds a list",  # of keys
+    "one storage's id, over and over": "does not describe a storage",
+    "a frame of 2^64 bytes": "holds a list",
+    "a long string of wide characters": "holds a list",
     "a pickle of 13 MB": "at once",
     "a huge storage size": "ends within its weights",
     "a storage outside the zip": "a key that is not a number",

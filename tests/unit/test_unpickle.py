@@ -4,7 +4,8 @@ import io
 
 import pytest
 
-from streamconv.formats.unpickle import PickleError, Pickles
+from streamconv.formats.unpickle import Pickles
+from streamconv.formats.unread import PickleError
 
 
 def test_string_longer_than_a_piece_is_read() -> None:

@@ -1,0 +1,136 @@
+"""Finds the tensors in what a pickle of torch.save holds: nested dicts, lists, and objects of unknown classes."""
+
+from dataclasses import replace
+from typing import Any
+
+from streamconv.errors import NotACheckpointError, SourceError, UnsafePickleError, printable
+from streamconv.formats.limits import MAX_NAME_LENGTH, MAX_TENSORS, check_name
+from streamconv.formats.non_tensors import Kind, NonTensor, describe
+from streamconv.formats.unread import Unread
+from streamconv.tensors.expressions import SourceTensor
+
+_MAX_NON_TENSORS = 10_000
+_MAX_ENTRIES = 4 * MAX_TENSORS  # in all nested dicts together; an optimizer has a few for each tensor
+
+
+def find_tensors(contents: Any, where: str) -> tuple[dict[str, SourceTensor], dict[str, NonTensor]]:
+    """Return the tensors in nested dicts, by their keys joined with dots, and other objects by name.
+
+    Objects of other classes are read as dicts if they are mappings (`_items_of`). Plain Python values are not listed,
+    lists only if they hold tensors.
+
+    Raises:
+        NotACheckpointError, UnsafePickleError, SourceError
+    """
+    search = _Search()
+    items = _items_of(contents)
+    if items is None:
+        raise _not_a_dict(contents, where, search)
+    tensors: dict[str, SourceTensor] = {}
+    non_tensors: dict[str, NonTensor] = {}
+    waiting: list[tuple[str, Any, Any]] = [("", key, value) for key, value in reversed(items.items())]
+    count = len(waiting)
+    while waiting:
+        prefix, key, value = waiting.pop()
+        name = prefix + str(key)[: MAX_NAME_LENGTH + 1]
+        if type(value) is SourceTensor:
+            check_name(name, where)
+            if name in tensors:
+                raise SourceError(f"{where} has two tensors named '{printable(name)}'. Do not trust this file.")
+            tensors[name] = value
+            continue
+        items = _items_of(value)
+        if items:
+            count += len(items)  # a dict may be in many others, or in itself
+            if count > _MAX_ENTRIES or len(name) > MAX_NAME_LENGTH:
+                raise SourceError(
+                    f"{where} has dicts that are nested too deeply or have too many entries. Do not trust this file."
+                )
+            waiting += ((f"{name}.", key, item) for key, item in reversed(items.items()))
+        elif len(non_tensors) < _MAX_NON_TENSORS:
+            other = search.describe(value)
+            if other is not None:
+                non_tensors[name if name.isprintable() else printable(name)] = other
+    if len(tensors) > MAX_TENSORS:
+        raise SourceError(f"{where} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
+    return tensors, non_tensors
+
+
+def _items_of(value: Any) -> dict[Any, Any] | None:
+    """Return the items of a dict, or of an object that is one: of a class derived from dict, or of UserDict's kind.
+
+    Picklers set the items of such an object as those of a dict; or the object's only argument, or its only attribute,
+    ``data``, is a dict.
+    """
+    if type(value) is dict:
+        return value
+    if type(value) is not Unread:
+        return None
+    if value.items:
+        return value.items
+    state = value.state
+    if type(state) is dict and len(state) == 1:
+        state = (state.get("data"),)
+    return state[0] if type(state) is tuple and len(state) == 1 and type(state[0]) is dict else None
+
+
+class _Search:
+    """Describes values that are no dicts. Looking for tensors in them ends after a number of values in all."""
+
+    def __init__(self) -> None:
+        self._values_left = _MAX_ENTRIES
+
+    def describe(self, value: Any) -> NonTensor | None:
+        if type(value) is NonTensor:
+            return value
+        if type(value) is Unread:
+            other = describe(value)
+            if other.kind is Kind.OBJECT and self.holds_tensor(value.state):
+                return replace(other, kind=Kind.ATTRIBUTES)
+            return other
+        if type(value) in (list, tuple) and self.holds_tensor(value):
+            return NonTensor(type(value).__name__, Kind.LIST)
+        return None
+
+    def holds_tensor(self, value: Any) -> bool:
+        waiting = [value]
+        while waiting:
+            each = waiting.pop()
+            if type(each) is SourceTensor or type(each) is NonTensor:
+                return True
+            parts: Any = ()
+            if type(each) is dict:
+                parts = each.values()
+            elif type(each) in (list, tuple):
+                parts = each
+            elif type(each) is Unread:
+                parts = (each.items, each.state)
+            self._values_left -= len(parts)
+            if self._values_left < 0:
+                return False
+            waiting += parts
+        return False
+
+
+def _not_a_dict(contents: Any, where: str, search: _Search) -> SourceError:
+    other = search.describe(contents)
+    if other is None or other.kind.are_tensors:
+        kind = "tensor" if type(contents) is SourceTensor else other or type(contents).__name__
+        return NotACheckpointError(f"{where} holds a {kind}, not a dict of tensors.")
+    if other.kind is Kind.LIST:
+        at, item = next(((i, each) for i, each in enumerate(contents) if search.holds_tensor(each)), (0, None))
+        alone = "dict(torch.load('old.pth'))" if type(item) in (list, tuple) else f"torch.load('old.pth')[{at}]"
+        return NotACheckpointError(
+            f"{where} holds a {other} with tensors in it, not a dict of tensors. Save one dict alone, such as "
+            f"torch.save({alone}, 'new.pth')."
+        )
+    if other.kind is Kind.MODULE:
+        return UnsafePickleError(
+            f"{where} holds a whole model, a {other}, whose code would have to run. Nothing in it was run. If you "
+            "trust the file, and where its class can be imported, save its state dict: "
+            "torch.save(torch.load('old.pth', weights_only=False).state_dict(), 'new.pth')."
+        )
+    return UnsafePickleError(
+        f"{where} holds a {other}, which is not a dict of tensors. Nothing in it was run. Save a dict of tensors, "
+        "such as model.state_dict()."
+    )
