@@ -86,7 +86,7 @@ def prepared_source(
             if copies is None:
                 raise
             _log.warning("%s Using the copy that was downloaded before: %s", error, copies.backbone)
-            opened = stack.enter_context(open_source(copies))
+            opened = _open_copies(copies, stack)
         yield _plan(opened, options, labels_of, progress)
 
 
@@ -103,6 +103,17 @@ def _open_indexes(
             raise
         local, checkpoints = downloaded(source, progress, stack)
         return stack.enter_context(open_source(local, opened=checkpoints))
+
+
+def _open_copies(source: Source, stack: ExitStack) -> OpenSource:
+    """Open the copies of remote files whose servers cannot be reached."""
+    try:
+        return stack.enter_context(open_source(source))
+    except NetworkError as error:  # the configuration of a model that was converted before is not in the cache
+        raise NetworkError(
+            f"{error}\nThe weights were downloaded to {source.backbone}. To use them without a network, copy them into "
+            "a folder with the model's config.json and preprocessor_config.json, and give the folder."
+        ) from error
 
 
 @contextmanager

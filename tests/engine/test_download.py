@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub import constants
 
 import streamconv
 from streamconv import (
@@ -29,7 +30,7 @@ from streamconv.files import remote
 from streamconv.files.address import Address
 from streamconv.jobs.preview import preview
 from streamconv.output.journal import Journal
-from streamconv.source.cache import own_path
+from streamconv.source.cache import Download, own_path
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
@@ -317,9 +318,41 @@ def test_copy_is_used_with_a_note_while_its_server_cannot_be_reached(
     assert again.shards == done.shards
     assert any("its server could not be asked whether it has changed" in note for note in again.plan.notes)
     assert not any("its server" in note for note in done.plan.notes)
-    assert "Using the copy that was downloaded before" in caplog.messages[-1]
+    assert "Using the copy that was downloaded before" in caplog.text
     with pytest.raises(NetworkError):
         api.convert(f"{source}x", tmp_path / "other")
+
+
+def test_copy_of_a_file_on_the_hub_is_used_if_requests_are_forbidden(
+    server: FileServer, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    path = own_path(Address("hf://o/n/x.pth"))
+    with pytest.raises(NetworkError, match="HF_HUB_OFFLINE is set"):
+        api.convert("hf://o/n/x.pth", tmp_path / "out")
+    path.parent.mkdir(parents=True)
+    shutil.copy(server.folder / "x.pth", path)
+    record = Download("hf://o/n/x.pth", path.stat().st_size, "", (), True, "2026-01-31")
+    record.write(path)
+    done = api.convert("hf://o/n/x.pth", tmp_path / "out")
+    assert done.shards == api.convert(server.folder / "x.pth", tmp_path / "expected").shards
+    assert any("hf://o/n/x.pth of 2026-01-31" in note for note in done.plan.notes)
+
+
+def test_copy_of_a_converted_model_is_not_used_without_its_configuration(server: FileServer, tmp_path: Path) -> None:
+    """It is at the address, and says what the tensors do not show."""
+    api.convert(tiny_file(server), tmp_path / "model")
+    for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
+        shutil.copy(tmp_path / "model" / name, server.folder)
+    api.convert(f"{server.url}/model.safetensors", tmp_path / "out")
+    server.faults.statuses = [503] * 100
+    with pytest.raises(NetworkError, match=r"(?s)config\.json beside the weights.*downloaded to .*model\.safetensors"):
+        api.convert(f"{server.url}/model.safetensors", tmp_path / "again")
+
+
+def tiny_file(server: FileServer) -> Path:
+    torch.save(make_states(tiny())[0], server.folder / "tiny.pth")
+    return server.folder / "tiny.pth"
 
 
 @pytest.mark.parametrize("damage", ["record", "file", "both"])

@@ -120,6 +120,30 @@ def test_changed_file_is_refused(files: Any) -> None:
             file.require_unchanged()
 
 
+def test_download_from_a_store_is_used_until_the_store_has_another_version(
+    files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    read, cat_file = [0], type(files).cat_file
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> bytes:
+        data: bytes = cat_file(self, *args, **kwargs)
+        read[0] += len(data)
+        return data
+
+    monkeypatch.setattr(type(files), "cat_file", counting)
+    for seed in (0, 1):
+        data = safetensors.torch.save(make_states(tiny(layers=3, hidden=256), seed)[0])
+        files.pipe_file("/bucket/x.safetensors", data)
+        (tmp_path / "x.safetensors").write_bytes(data)
+        for folder, is_read in (("one", True), ("two", False)):
+            read[0] = 0
+            done = api.convert("memory://bucket/x.safetensors", tmp_path / f"{folder}{seed}")
+            assert done.shards == api.convert(tmp_path / "x.safetensors", tmp_path / f"{folder}{seed}_local").shards
+            assert (read[0] >= len(data)) == is_read
+    assert caplog.text.count("it has changed on its server: downloading it again") == 1
+
+
 def test_mistakes_are_reported_in_one_message(files: Any) -> None:
     put(files)
     with pytest.raises(SourceMissingError, match=r"memory://bucket/y\.pth: there is no such file"):
