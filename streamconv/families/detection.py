@@ -122,9 +122,11 @@ def choose_family(families: Sequence[Family], keys_of: Callable[[Family], Iterab
 
 def unknown_model(names: Collection[str], where: str) -> MappingError:
     """Return the error for a checkpoint that fits no family; it lists what is missing for the nearest one."""
+    if not names:
+        return MappingError(f"{where} holds no tensor. Give the file of the model's weights.", ())
     nearest = min(all_families(), key=lambda family: (-_completeness(family, names), family.name))
     known = ", ".join(family.name for family in all_families())
-    held = ", ".join([*names][:3]) + ", …" * (len(names) > 3) or "no tensor"
+    held = ", ".join([*names][:3]) + ", …" * (len(names) > 3)
     return MappingError(
         f"{where} is not a checkpoint of a model that streamconv knows ({known}). It holds {held}; "
         f"for {nearest.name} it lacks:",

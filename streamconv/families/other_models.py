@@ -39,7 +39,7 @@ ARCHITECTURES = (
     ),
     Kind("looks like a DINOv3 model in timm's names", ("reg_token blocks.{i}.gamma_1 !pos_embed",)),
     Kind(
-        "is a masked autoencoder (MAE)", ("decoder_blocks.{i} decoder_embed", "decoder.decoder_embed"),
+        "is an MAE with its decoder", ("decoder_blocks.{i} decoder_embed", "decoder.decoder_embed"),
         "Its encoder in its authors' names can be converted: save it without the decoder's tensors and mask_token.",
     ),
     Kind(
@@ -59,11 +59,11 @@ ARCHITECTURES = (
          "blocks.{i} attn_pool.latent", "visual.trunk"),
     ),
     Kind(
-        "looks like a Segment Anything model (SAM)",
+        "looks like a SAM model",
         ("mask_decoder prompt_encoder", "sam_mask_decoder", "pos_embed blocks.{i}.attn.rel_pos_h"),
     ),
     Kind(
-        "is in OpenMMLab's names (MMPretrain, MMSegmentation)", ("layers.{i}.ln1 layers.{i}.attn",),
+        "has the names of OpenMMLab's MMPretrain or MMSegmentation", ("layers.{i}.ln1 layers.{i}.attn",),
         "Convert the checkpoint in its authors' names that it was made from.",
     ),
     Kind("looks like a Swin Transformer", ("layers.{i}.blocks.{i}.attn", "layers.{i}.blocks.{i}.attention")),
@@ -94,6 +94,7 @@ _DEQUANTISE = (
     "Convert the original weights. Or load the model with the program that quantised it, dequantise it (in "
     "transformers with model.dequantize()), and save it."
 )
+_ADAPTERS = ("lora_A", "lora_embedding_A", "lora_down", "hada_w1_a", "lokr_w1", "ia3_l")
 PIECES = Kind(
     "is one process's part of a model that FSDP sharded", ("_flat_param", "flat_param_{i}"),
     "Use the teacher_checkpoint.pth that training writes at each evaluation, or save under "
@@ -105,12 +106,13 @@ STORAGE = (
     PLACEHOLDERS,
     Kind("is a DeepSpeed optimizer's state", ("fp32_flat_groups", "single_partition_of_fp32_groups"), _ZERO),
     Kind(
-        "has LoRA adapters that are not merged", ("base_layer lora_A", "base_layer lora_embedding_A"),
+        "has adapters of PEFT, such as LoRA, that are not merged",
+        tuple(f"base_layer {name}" for name in _ADAPTERS),
         "Merge them with peft's model.merge_and_unload(), and save the model's state dict.",
     ),
     Kind(
-        "holds LoRA adapters without their model",
-        ("lora_A !base_layer", "lora_embedding_A !base_layer", "lora_down !base_layer"),
+        "holds adapters, such as LoRA, without their model",
+        tuple(f"{name} !base_layer" for name in _ADAPTERS),
         "Merge them with peft's PeftModel.from_pretrained(model, DIR).merge_and_unload(), and save the model's state "
         "dict.",
     ),

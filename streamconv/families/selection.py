@@ -4,6 +4,7 @@ The backbone's names start with a prefix ("", "teacher.backbone.", "state_dict.m
 start of whole keys only, never from their middle: `head.norm.bias` is not a backbone's `norm.bias`.
 """
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -224,3 +225,14 @@ def _refuse_heads(names: Collection[str], where: str) -> None:
                 raise MappingError(f"{where} is {extra.reason}. It holds:", found)
         if family.classifier_head is not None and {*names} == family.classifier_head.keys:
             raise MappingError(f"{where} is a classifier's head. Give it with --head, and its backbone as SOURCE.", ())
+        reasons = [_reason_to_skip(name, family) for name in names]
+        if reasons and None not in reasons:
+            held = " and ".join(filter(None, dict.fromkeys(reasons)))
+            raise MappingError(f"{where} holds no backbone, but {held}. Give the file of the backbone.", ())
+
+
+def _reason_to_skip(name: str, family: Family) -> str | None:
+    """Return what a name belongs to that is never part of a backbone."""
+    if re.search(r"(^|\.)state\.\d+\.", name):
+        return "optimizer state"
+    return next((extra.reason for extra in family.extra_prefixes if f".{extra.start}" in f".{name}"), None)

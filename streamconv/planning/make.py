@@ -200,7 +200,8 @@ def _dtype_of(targets: Mapping[str, SourceTensor], where: str) -> DtypeCode:
     others = {tensor.info.dtype for tensor in targets.values() if not DTYPES[tensor.info.dtype].is_weight}
     if others:
         held = ", ".join(sorted(others))
-        raise MappingError(f"{where} cannot become a model:", [f"its tensors are {held}, but weights are floats"])
+        known = ", ".join(code for code, dtype in DTYPES.items() if dtype.is_weight)
+        raise MappingError(f"{where} cannot become a model:", [f"its tensors are {held}; only {known} are converted"])
     return next(iter(targets.values())).info.dtype
 
 

@@ -72,10 +72,18 @@ def bitsandbytes(state: State) -> State:
 
 
 OTHERS: dict[Callable[[State], State], tuple[str, str, str]] = {
-    lora: ("has LoRA adapters that are not merged", "blocks.0.attn.qkv.lora_A.default.weight", "merge_and_unload()"),
-    adapters: ("holds LoRA adapters without", "blocks.0.attn.qkv.lora_A.default.weight", "PeftModel.from_pretrained"),
+    lora: (
+        "has adapters of PEFT, such as LoRA, that are not merged",
+        "blocks.0.attn.qkv.lora_A.default.weight",
+        "merge_and_unload()",
+    ),
+    adapters: (
+        "holds adapters, such as LoRA, without their model",
+        "blocks.0.attn.qkv.lora_A.default.weight",
+        "PeftModel.from_pretrained",
+    ),
     dinov3: ("is a DINOv3 model", "rope_embed.periods", "streamconv converts dinov2"),
-    mae: ("is a masked autoencoder (MAE)", "decoder_embed.weight", "save it without the decoder's tensors"),
+    mae: ("is an MAE with its decoder", "decoder_embed.weight", "save it without the decoder's tensors"),
     clip: ("looks like a CLIP or SigLIP model", "norm_pre.", "streamconv converts dinov2"),
     timm_registers: ("is a DINOv2 model in timm's names", "blocks.0.ls1.gamma", "Convert the authors' file"),
     packed: ("is a DINOv2 model in timm's names", "blocks.0.mlp.fc1.weight", "Convert the authors' file"),
@@ -163,7 +171,7 @@ def test_image_encoder_of_sam_is_named_although_other_tensors_are_beside_it(tmp_
     encoder = {key: value for key, value in state.items() if key not in ("cls_token", "norm.weight", "norm.bias")}
     encoder["blocks.0.attn.rel_pos_h"] = torch.ones(27, 64)
     beside = {"mask_decoder.iou_token.weight": torch.ones(1, 4), "prompt_encoder.x.weight": torch.ones(2)}
-    with pytest.raises(MappingError, match=r"looks like a Segment Anything model \(SAM\) \(image_encoder\.blocks\.0"):
+    with pytest.raises(MappingError, match=r"looks like a SAM model \(image_encoder\.blocks\.0"):
         api.plan(saved({**prefixed(encoder, "image_encoder."), **beside}, tmp_path / "x.pth"))
 
 
@@ -176,3 +184,32 @@ def test_mistakes_in_a_known_model_are_listed(tmp_path: Path) -> None:
     assert list(caught.value.problems) == [
         "missing: blocks.0.norm1.bias [128]", "wrong shape: cls_token is [1, 128], not [1, 1, 128]"
     ]  # fmt: skip
+
+
+ADAM = {"optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(9)}}}}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        (ADAM, "holds no backbone, but optimizer state"),
+        (ADAM["optimizer"], "holds no backbone, but optimizer state"),
+        ({"model": {"dino_head.mlp.0.weight": torch.ones(2, 2)}, **ADAM},
+         "holds no backbone, but a head for training only, which no transformers class has and optimizer state"),
+        ({"last_epoch": 3, "base_lrs": [0.1]}, "holds no tensor. Give the file of the model's weights"),
+    ],
+    ids=["optimizer", "its state dict", "head and optimizer", "scheduler"],
+)  # fmt: skip
+def test_files_of_training_without_the_model_are_named(tmp_path: Path, checkpoint: object, message: str) -> None:
+    source = saved(checkpoint, tmp_path / "x.pth")
+    with pytest.raises(MappingError) as caught:
+        api.plan(source)
+    assert str(caught.value).startswith(f"{source} {message}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_in_a_small_dtype_are_refused_with_those_that_are_converted(tmp_path: Path, dtype: torch.dtype) -> None:
+    state, _ = make_states(tiny())
+    with pytest.raises(MappingError, match="; only F16, BF16, F32, F64 are converted"):
+        api.plan(saved({key: value.to(dtype) for key, value in state.items()}, tmp_path / "x.pth"))
