@@ -182,14 +182,20 @@ def plan_of_shapes(
     shapes: dict[str, tuple[int, ...]], where: Path, filename: str = "golden", **options: object
 ) -> Plan:
     """Make a plan from shapes alone: it needs neither bytes nor files."""
+    tensors = checkpoint_of_shapes(shapes, where / filename)
+    selection = find_backbone(tensors, filename)
+    selected = {key: tensors[called] for key, (called,) in selection.names.items()}
+    return make_plan(selected, filename, selection=selection, filename=filename, **options)  # type: ignore[arg-type]
+
+
+def checkpoint_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path = Path("x.pth")) -> Checkpoint:
+    """Return a checkpoint of float32 tensors that exist in no file."""
     tensors = {}
     for name, shape in shapes.items():
         info = TensorInfo("F32", shape)
-        record = Record(FileRef(where / filename, info.nbytes), name, ByteRange(0, info.nbytes))
+        record = Record(FileRef(path, info.nbytes), name, ByteRange(0, info.nbytes))
         tensors[name] = SourceTensor(info, record, 0, contiguous_strides(shape))
-    selection = find_backbone(Checkpoint(tensors, {}, [], ""), filename)
-    selected = {key: tensors[called] for key, (called,) in selection.names.items()}
-    return make_plan(selected, filename, selection=selection, filename=filename, **options)  # type: ignore[arg-type]
+    return Checkpoint(tensors, {}, [], "")
 
 
 # Hostile files

@@ -5,6 +5,8 @@ Names alone do not make a head: its tensors must have the shapes that the family
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import cached_property
+from itertools import islice
 
 from streamconv.errors import MappingError, UsageError
 from streamconv.families.base import ClassifierHead, Family
@@ -13,6 +15,7 @@ from streamconv.families.prefixes import complete_prefix, matching_prefixes, sho
 from streamconv.families.wrapped_names import is_untrained, prefix_before, unwrapped
 from streamconv.tensors.info import TensorInfo
 
+MAX_EXPLAINED = 4  # layers, or names, that a message explains
 Layers = Mapping[str, Mapping[str, str]]
 """Layers by their prefixes: their names in the file by the keys of a head (`ClassifierHead.keys`)."""
 
@@ -83,8 +86,9 @@ def choose_head(given: str, layers: Layers, fitting: Layers, where: str) -> Mapp
 
 def several_heads(layers: Layers, infos: Mapping[str, TensorInfo], where: str) -> MappingError:
     """Return the error for a file with several heads, or with one among other tensors."""
+    what = "several heads" if len(layers) > 1 else "more than a head"
     return MappingError(
-        f"{where} holds more than one head. Choose one with --head-select PREFIX:",
+        f"{where} holds {what}. Choose one with --head-select PREFIX:",
         [f"{shown(prefix)} {described(layer, infos)}" for prefix, layer in layers.items()],
     )
 
@@ -135,23 +139,29 @@ class HeadsBeside:
 
     def _start(self, prefix: str) -> str | None:
         """Return which of a head's names a layer has, inside the backbone's prefix or beside a part of it."""
-        for parent in self._layout.parents:
+        for parent in self._layout.parents_of(prefix):
             start = unwrapped(prefix.removeprefix(parent))
-            if self._head is not None and prefix.startswith(parent) and start in self._head.starts:
+            if self._head is not None and start in self._head.starts:
                 return start
         return None
 
     def problem(self, name: str) -> str:
         """Return why a tensor that has a head's name cannot be a head's; empty if that is not known."""
-        for prefix, layer in self._layers.items():
-            if name in layer.values() and prefix not in self._fitting and self._start(prefix) is not None:
-                family = self._layout.family
-                joined = family.join_head(self._backbone, {key: self._infos[each] for key, each in layer.items()})
-                without, with_head = (
-                    family.conversion_spec(family.read_dimensions(each)).problems for each in (self._backbone, joined)
-                )
-                return "; ".join(problem for problem in with_head if problem not in without)
-        return ""
+        return self._problems.get(name, "")
+
+    @cached_property
+    def _problems(self) -> Mapping[str, str]:
+        family = self._layout.family
+        found: dict[str, str] = {}
+        named = (prefix for prefix in self._layers if self._start(prefix) is not None and prefix not in self._fitting)
+        for layer in map(self._layers.__getitem__, islice(named, MAX_EXPLAINED)):
+            joined = family.join_head(self._backbone, {key: self._infos[name] for key, name in layer.items()})
+            without, with_head = (
+                family.conversion_spec(family.read_dimensions(each)).problems for each in (self._backbone, joined)
+            )
+            reasons = "; ".join(problem for problem in with_head if problem not in without)
+            found |= dict.fromkeys(layer.values(), reasons)
+        return found
 
     def assumption(self, chosen: Mapping[str, str]) -> str:
         """Return what is assumed about the head that was chosen; empty if it is named as its authors name it."""
@@ -161,6 +171,19 @@ class HeadsBeside:
         if start == self._head.prefix or (self._layout.is_converted and start in self._layout.head_targets):
             return ""
         return f"{' and '.join(sorted(chosen.values()))} are assumed to be a head that reads {self._head.reads}"
+
+    def assumption_without(self, left_out: Iterable[str]) -> str:
+        """Return what is assumed about weights inside the backbone's prefix that are left out; a head is no matter."""
+        starts = [*dict.fromkeys(self._layout.start(name) for name in left_out if not self._is_in_head(name))]
+        if not starts:
+            return ""
+        more = f" and {len(starts) - MAX_EXPLAINED:,} more" if len(starts) > MAX_EXPLAINED else ""
+        return f"{', '.join(starts[:MAX_EXPLAINED])}{more}: left out, and assumed not to change the backbone's outputs"
+
+    def _is_in_head(self, name: str) -> bool:
+        prefix = self._layout.prefix
+        starts = self._head.starts if self._head is not None else ()
+        return any(unwrapped(name.removeprefix(prefix)).startswith(start) for start in starts)
 
 
 def head_in_file(
@@ -185,9 +208,12 @@ def head_in_file(
         return dict(next(iter(layers.values())))
     if fitting:
         raise several_heads(fitting, infos, where)
-    keys = sorted(head.keys)
+    shapes = {
+        key: ", ".join(head.classes if size is None else str(size) for size in shape)
+        for key, shape in sorted(_shapes(family, head, backbone).items())
+    }
     raise MappingError(
-        f"{where} is not a classifier's head, which holds {' and '.join(keys)} and nothing else. Save them with "
-        f"torch.save({{{', '.join(f'{key!r}: …' for key in keys)}}}, FILE). It holds:",
+        f"{where} is not a classifier's head, which holds {' and '.join(f'{k} [{v}]' for k, v in shapes.items())} and "
+        f"nothing else. Save them with torch.save({{{', '.join(f'{key!r}: …' for key in shapes)}}}, FILE). It holds:",
         [f"{name} {list(info.shape)}" for name, info in infos.items()],
     )

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 
 from streamconv.families.base import ExtraPrefix, Family
 from streamconv.families.detection import source_names_of
@@ -23,9 +24,12 @@ class Layout:
     is_converted: bool
 
     @cached_property
-    def parents(self) -> tuple[str, ...]:
-        """The whole parts that the prefix begins with: "", "teacher." and "teacher.backbone."."""
+    def _parents(self) -> tuple[str, ...]:
         return ("", *(self.prefix[: i + 1] for i, letter in enumerate(self.prefix) if letter == "."))
+
+    def parents_of(self, name: str) -> Iterator[str]:
+        """Yield the whole parts that both the prefix and ``name`` begin with: "", "teacher.", "teacher.backbone."."""
+        return takewhile(name.startswith, self._parents)
 
     def spelling(self, name: str) -> str:
         """Return the rules' spelling of a name under the prefix."""
@@ -63,9 +67,9 @@ class Layout:
 
     def extra(self, name: str, info: TensorInfo) -> tuple[str, ExtraPrefix] | None:
         """Recognise what is not part of the model, and where its names start."""
-        for parent in self.parents:
+        for parent in self.parents_of(name):
             for extra in self.family.extra_prefixes:
-                if name.startswith(parent + extra.start):
+                if name.startswith(extra.start, len(parent)):
                     return parent + extra.start, extra
         if is_untrained(name):
             return name, ExtraPrefix(name, _UNTRAINED)

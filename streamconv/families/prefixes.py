@@ -1,20 +1,23 @@
 """Finds the prefix that the user means among those that a file has."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+import sys
+from bisect import bisect_left
+from collections.abc import Collection, Iterable
 
 from streamconv.errors import MappingError, UsageError
 from streamconv.families.near_names import near_names
 from streamconv.families.wrapped_names import unwrapped
 
 MAX_CHOICES = 3  # prefixes that a message about another prefix suggests
+LAST = chr(sys.maxunicode)  # sorts after every other character
 _USUAL = re.compile(r"(?<![a-z])(teacher|ema)(?![a-z])", re.IGNORECASE)  # the copies that training evaluates
 
 
 def matching_prefixes(given: str, found: Iterable[str]) -> list[str]:
-    """Return the prefix found that ``given`` is, or else all that start with it or end in it, in whole parts.
+    """Return the prefix found that ``given`` is, or else all that start or end with it, or else all that contain it.
 
-    The last dot and the parts that wrappers insert may be missing in ``given``.
+    Only whole parts count. The last dot and the parts that wrappers insert may be missing in ``given``.
 
     >>> matching_prefixes("teacher", ["student.module.backbone.", "teacher.backbone."])
     ['teacher.backbone.']
@@ -28,11 +31,13 @@ def matching_prefixes(given: str, found: Iterable[str]) -> list[str]:
     equal = [each for each in spellings if unwrapped(each) == unwrapped(wanted)]
     if equal or not wanted:
         return equal
-    return [
+    containing = [each for each, spelled in spellings.items() if any(f".{wanted}" in f".{one}" for one in spelled)]
+    outer = [
         each
-        for each, spelled in spellings.items()
-        if any(one.startswith(wanted) or one.endswith(f".{wanted}") for one in spelled)
+        for each in containing
+        if any(f".{one}".endswith(f".{wanted}") or one.startswith(wanted) for one in spellings[each])
     ]
+    return outer or containing
 
 
 def complete_prefix(
@@ -54,10 +59,12 @@ def complete_prefix(
     raise UsageError(f"{where} does not have {under}. Use {choices}." if choices else f"{where} holds no {what}.")
 
 
-def several_backbones(counts: Mapping[str, int], where: str) -> MappingError:
-    """Return the error for a file with several backbones; ``counts`` are the numbers of tensors under each prefix."""
-    usual = [each for each in counts if _USUAL.search(each)]
+def several_backbones(found: Iterable[str], names: Iterable[str], where: str) -> MappingError:
+    """Return the error for a file of ``names`` with backbones under several prefixes."""
+    usual = [each for each in found if _USUAL.search(each)]
     hint = f", usually {shown(usual[0])}" if len(usual) == 1 else ""
+    ordered = sorted(names)
+    counts = {each: bisect_left(ordered, each + LAST) - bisect_left(ordered, each) for each in found}
     return MappingError(
         f"{where} holds several backbones. Choose one with --select PREFIX{hint}:",
         [f"{each or '(none)'} {count:,} tensors" for each, count in counts.items()],

@@ -27,7 +27,7 @@ from streamconv.families.registry import all_families
 from streamconv.families.wrapped_names import unwrapped
 from streamconv.formats.checkpoint import Checkpoint
 from streamconv.formats.non_tensors import NonTensor
-from streamconv.tensors.info import TensorInfo
+from streamconv.tensors.info import DTYPES, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ def find_backbone(
     if not found:
         raise _no_backbone(checkpoint, where)
     if prefix is None and len(found) > 1:
-        counts = {each: sum(name.startswith(each) for name in checkpoint) for each in found}
-        raise several_backbones(counts, where)
+        raise several_backbones(found, checkpoint, where)
     chosen = next(iter(found)) if prefix is None else complete_prefix(prefix, found, where)
     infos = {
         unwrapped(name.removeprefix(chosen)): tensor.info
@@ -139,43 +138,36 @@ def _select(
     sources = layout.sources({key: infos[name] for key, name in spelled.items()})
     names = {key: tuple(spelled[each] for each in keys) for key, keys in sources.items()}
     backbone = {key: _joined_info([infos[name] for name in each]) for key, each in names.items()}
-    candidates = {name: infos[name] for name in infos if name not in {*spelled.values()}}
+    inside = {*spelled.values()}
+    candidates = {name: info for name, info in infos.items() if name not in inside}
     heads = HeadsBeside(layout, candidates, backbone, where)
     head = heads.choose(head_prefix, is_automatic=not is_chosen)
-    strays = {key: name for key, name in strays.items() if name not in head.values()}
-    if is_chosen or not any(layout.missing(backbone)):
+    if is_chosen or (strays and not any(layout.missing(backbone))):
         others |= {name: (layout.start(name), None) for name in strays.values()}
     else:  # the plan lists them together with what is missing
-        names |= {key: (name,) for key, name in strays.items()}
-    skipped: dict[tuple[str, str], list[int]] = {}
-    unknown = []
-    for name, (start, extra) in others.items():
-        if extra is not None and extra.is_skipped:
-            skipped.setdefault((start, extra.reason), []).append(infos[name].nbytes)
-        elif is_chosen and name not in head.values():
-            skipped.setdefault((start, "not selected"), []).append(infos[name].nbytes)
-        elif name not in head.values():
-            reason = extra.reason if extra is not None else heads.problem(name)
-            unknown.append(f"{name} {list(infos[name].shape)}{f': {reason}' if reason else ''}")
-    if unknown or strays:  # even if selected, what changes the computation is not left out
+        names |= {key: (name,) for key, name in strays.items() if name not in head.values()}
+    rest = {name: each for name, each in others.items() if name not in head.values()}
+    skipped, unknown = _skip(rest, infos, heads, is_chosen=is_chosen)
+    if unknown or any(name in rest for name in strays.values()):
+        # Even if the user selected it, what changes the computation is not left out.
         _refuse_other_models(checkpoint, where, layout.prefix, is_part=True)
     if unknown or doubled:
         also = f" and --head-select {shown(heads.prefix_of(head))}" if head else ""
         fix = f". To skip other tensors, use --select {shown(layout.prefix)}{also}:" if unknown else ":"
         raise MappingError(f"{where} holds more than a backbone{fix}", unknown + doubled)
-    prefix = layout.family.classifier_head.prefix if layout.family.classifier_head else ""
+    left_out = [name for name in strays.values() if name in rest and DTYPES[infos[name].dtype].is_weight]
     return Selection(
         layout.family,
         layout.prefix,
-        names | {prefix + key: (name,) for key, name in head.items()},
-        tuple(Skipped(start, len(sizes), sum(sizes), reason) for (start, reason), sizes in skipped.items()),
+        layout.family.join_head(names, {key: (name,) for key, name in head.items()}),
+        skipped,
         {
             layout.spelling(name): (name, kind)
             for name, kind in checkpoint.non_tensors.items()
             if name.startswith(layout.prefix)
         },
         layout.is_converted,
-        unproved=tuple(filter(None, [heads.assumption(head)])),
+        unproved=tuple(filter(None, [heads.assumption(head), heads.assumption_without(left_out)])),
     )
 
 
@@ -201,6 +193,27 @@ def _sort(
             doubled.append(f"{spelled[key]} and {name} are both {key}")
         spelled[key] = name
     return spelled, others, doubled
+
+
+def _skip(
+    others: Mapping[str, tuple[str, ExtraPrefix | None]],
+    infos: Mapping[str, TensorInfo],
+    heads: HeadsBeside,
+    *,
+    is_chosen: bool,
+) -> tuple[tuple[Skipped, ...], list[str]]:
+    """Return what is skipped of the tensors beside a backbone, and messages about those that are unknown."""
+    skipped: dict[tuple[str, str], list[int]] = {}
+    unknown = []
+    for name, (start, extra) in others.items():
+        if is_chosen or (extra is not None and extra.is_skipped):
+            reason = extra.reason if extra is not None and extra.is_skipped else "not selected"
+            skipped.setdefault((start, reason), []).append(infos[name].nbytes)
+        else:
+            reason = extra.reason if extra is not None else heads.problem(name)
+            unknown.append(f"{name} {list(infos[name].shape)}{f': {reason}' if reason else ''}")
+    parts = (Skipped(start, len(sizes), sum(sizes), reason) for (start, reason), sizes in skipped.items())
+    return tuple(parts), unknown
 
 
 def _joined_info(parts: Sequence[TensorInfo]) -> TensorInfo:

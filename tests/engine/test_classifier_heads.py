@@ -123,7 +123,7 @@ def test_several_heads_in_the_same_file_require_a_choice(tmp_path: Path, states:
     other = {key: value + 1 for key, value in head.items()}
     named = prefixed(backbone, "backbone.") | prefixed(head, "head.") | prefixed(other, "linear_head.")
     source = saved(named, tmp_path / "x.pth")
-    with pytest.raises(MappingError, match=r"more than one head\. Choose one with --head-select PREFIX:") as caught:
+    with pytest.raises(MappingError, match=r"several heads\. Choose one with --head-select PREFIX:") as caught:
         api.plan(source)
     assert list(caught.value.problems) == ["head [5, 256] and [5]", "linear_head [5, 256] and [5]"]
     with pytest.raises(MappingError, match=r"use --select backbone and --head-select linear_head:"):
@@ -155,7 +155,7 @@ def test_head_is_chosen_in_a_larger_file(tmp_path: Path, states: tuple[State, St
     source = saved(backbone, tmp_path / "x.pth")
     heads = saved(eval_linear(head), tmp_path / "heads.pth")
     fitting = "model.classifiers_dict.classifier_1_blocks_avgpool_True_lr_"
-    with pytest.raises(MappingError, match=r"heads\.pth holds more than one head\. Choose one") as caught:
+    with pytest.raises(MappingError, match=r"heads\.pth holds several heads\. Choose one") as caught:
         api.plan(source, head=heads)
     assert list(caught.value.problems) == [f"{fitting}{lr}.linear [5, 256] and [5]" for lr in ("0_00001", "0_00100")]
     for i, (lr, select) in enumerate((("0_00001", f"{fitting}0_00001"), ("0_00100", f"{fitting}0_00100.linear."))):

@@ -206,6 +206,9 @@ def test_unknown_modules_of_a_backbone_require_a_selection(tmp_path: Path, prefi
         f"{prefix}{start}" for start in ("head.", "fc_norm.", "queue_ptr", "bn.")
     }
     assert {each.reason for each in done.plan.skipped} == {"not selected"}
+    assumed = f"{prefix}fc_norm.: left out, and assumed not to change the backbone's outputs"
+    assert assumed in done.plan.notes
+    assert assumed in done.plan.unproved
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted(state, tmp_path / "theirs.safetensors")
     within = saved(prefixed({**state, "blocks.0.extra.weight": torch.ones(5)}, prefix), tmp_path / "y.pth")
     for select in (None, prefix):
