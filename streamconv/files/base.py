@@ -17,8 +17,11 @@ UNVERSIONED = "opened_ns"
 
 
 def is_same_version(one: Mapping[str, str | int | None], other: Mapping[str, str | int | None]) -> bool:
-    """Return whether two responses name the same version of a file: by what both name, an ETag before a time."""
-    for key in ("etag", "last_modified"):
+    """Return whether two responses name the same version of a file, by the best of what both name.
+
+    That is the hash that the Hub gives for a file in its store ("linked_etag"), an ETag, or else a time.
+    """
+    for key in ("linked_etag", "etag", "last_modified"):
         if one.get(key) and other.get(key):
             return _plain(one[key]) == _plain(other[key])
     return one == other

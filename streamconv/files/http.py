@@ -51,6 +51,7 @@ class HttpFile(RemoteFile):
         self._client = Client(address.url)
         self._target, self._redirects_in_a_row = address.url, 0  # the URL after redirects
         self._versions = Versions(str(address), dict(expected))
+        self._linked: dict[str, str | int | None] = {}
         self._opened_ns = time_ns()
         self.has_ranges = True
         self._is_one_pass = False  # without ranges: the announced reads are in the file's order
@@ -59,14 +60,17 @@ class HttpFile(RemoteFile):
     @property
     def version(self) -> dict[str, str | int | None]:
         """The ETag or Last-Modified. Without either, the time of opening, so that no conversion can be resumed."""
-        found = self.validators
+        found = {key: value for key, value in self.validators.items() if key not in self._linked}
         return {"etag": found["etag"]} if "etag" in found else found
 
     @property
     def validators(self) -> dict[str, str | int | None]:
-        """The ETag and the Last-Modified, as far as the server sends them; without either, as `version`."""
+        """The ETag and the Last-Modified, as far as the server sends them; without either, as `version`.
+
+        "linked_etag" is the Hub's own, which does not depend on the server that it redirects to.
+        """
         headers = self._versions.first.validators if self._versions.first is not None else {}
-        return headers or {UNVERSIONED: self._opened_ns}
+        return {**(headers or {UNVERSIONED: self._opened_ns}), **self._linked}
 
     @property
     def is_open(self) -> bool:
@@ -142,6 +146,8 @@ class HttpFile(RemoteFile):
             if not is_valid_url(target) or urlsplit(target).scheme not in _SAFE_REDIRECTS[urlsplit(url).scheme]:
                 where = printable(str(Address(target)))
                 raise SourceError(f"{self.where} redirects to {where}, which is not secure. Check the URL.")
+            if (linked := headers.get("X-Linked-ETag")) and not self.is_open:
+                self._linked = {"linked_etag": linked}
             self._redirect(target)
         if status in _BUSY:
             raise RetryLater(reason, seconds_to_wait(response))

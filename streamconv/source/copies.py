@@ -69,7 +69,7 @@ def explain_new_download(address: Address, file: RemoteFile) -> None:
     """Log why a file is downloaded although there is a copy of it."""
     if Download.read(own_path(address)) is None:
         return
-    if UNVERSIONED in file.validators:
+    if {UNVERSIONED} == file.validators.keys():
         why = "its server sends neither an ETag nor a Last-Modified, so it may have changed"
     else:
         why = "it has changed on its server"

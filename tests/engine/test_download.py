@@ -114,7 +114,11 @@ def test_model_name_downloads_from_the_authors_address_into_the_cache(
     assert {path.name for path in torch_hub.iterdir()} == {file.filename for file in files}
 
 
-def test_interrupted_download_is_resumed(server: FileServer, source: str, cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("queries", [("", ""), ("?X-Amz-Signature=1", "?X-Amz-Signature=2")])
+def test_interrupted_download_is_resumed(
+    server: FileServer, source: str, cache: Path, tmp_path: Path, queries: tuple[str, str]
+) -> None:
+    """Also by a new link, if the first one was signed and has expired."""
     size = (server.folder / "x.pth").stat().st_size
 
     def break_at_half(what: str, done: int, total: int, unit: str) -> None:
@@ -122,11 +126,11 @@ def test_interrupted_download_is_resumed(server: FileServer, source: str, cache:
             server.faults.cut_after, server.faults.cuts = 0, 1_000
 
     with pytest.raises(NetworkError):
-        api.convert(source, tmp_path / "out", progress=break_at_half)
+        api.convert(source + queries[0], tmp_path / "out", progress=break_at_half)
     assert not (cache / "x.pth").exists()
     assert not (tmp_path / "out").exists()
     server.faults.cuts, server.sent = 0, 0
-    api.convert(source, tmp_path / "out")
+    api.convert(source + queries[1], tmp_path / "out")
     assert server.sent < size // 2 + (8 << 20)
     assert (cache / "x.pth").read_bytes() == (server.folder / "x.pth").read_bytes()
     assert {path.name for path in cache.iterdir()} == {"x.pth", RECORD}

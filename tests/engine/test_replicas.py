@@ -164,3 +164,15 @@ def test_copy_is_known_by_every_version_that_it_was_downloaded_as(
         server.faults.varying, server.sent = repeat(each), 0
         api.convert(source, tmp_path / "out")
         assert (server.sent > tensors.stat().st_size) == is_downloaded
+
+
+def test_copy_of_a_file_in_the_hubs_store_is_known_by_the_hubs_own_hash(
+    server: FileServer, tensors: Path, tmp_path: Path
+) -> None:
+    """The Hub redirects to a server whose ETag may differ from one run to the next."""
+    server.faults.redirects = {"/o/n/resolve/main/x.safetensors": "/cdn/x.safetensors?signature=secret"}
+    for linked, each, is_downloaded in (("h", A, True), ("h", B, False), ("i", B, True), ("i", A, False)):
+        server.faults.varying, server.sent = repeat(each), 0
+        server.faults.refusal = b"", {"X-Linked-ETag": f'"{linked}"'}
+        api.convert(f"{server.url}/o/n/resolve/main/x.safetensors", tmp_path / "out")
+        assert (server.sent > tensors.stat().st_size) == is_downloaded
