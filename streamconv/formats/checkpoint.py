@@ -21,8 +21,7 @@ from streamconv.files.reader import Reader
 from streamconv.files.remote import RemoteFile
 from streamconv.formats import npz, safetensors, torch_legacy, torch_zip, zip_directory
 from streamconv.formats.folder import find_weights, standard_weights
-from streamconv.formats.foreign.files import START_BYTES, describe_file, is_distributed
-from streamconv.formats.foreign.zips import is_npz
+from streamconv.formats.foreign.zips import is_distributed, is_npz
 from streamconv.formats.non_tensors import NonTensor
 from streamconv.formats.shards import WeightFiles, check_weight_map, is_index, read_weights_index
 from streamconv.tensors.expressions import SourceTensor
@@ -202,5 +201,6 @@ def _read_index(file: File, read_local_headers: bool) -> tuple[dict[str, SourceT
     if safetensors.is_header(start):
         tensors, fingerprint = safetensors.read_index(file)
         return tensors, {}, fingerprint
-    start = file.read(0, min(START_BYTES, file.size))
-    raise NotACheckpointError(f"{file.where} {describe_file(start, file.name)}")
+    from streamconv.formats.foreign.files import describe  # with tables that only this error needs
+
+    raise NotACheckpointError(f"{file.where} {describe(file)}")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from streamconv.errors import NotACheckpointError, SourceError, SourceMissingError, printable
 from streamconv.files.local import LocalFile
-from streamconv.formats.foreign.files import START_BYTES, describe_file
 from streamconv.formats.foreign.folders import describe_folder, missing_link, snapshot_of
 from streamconv.formats.foreign.zips import WEIGHTS_SUFFIXES
 from streamconv.formats.safetensors import INDEX_NAME, SINGLE_NAME
@@ -116,6 +115,8 @@ def _stem(name: str) -> str:
 
 def _advice(folder: Path, names: Sequence[str]) -> str:
     """Return what to do with a folder without weights."""
+    from streamconv.formats.foreign.files import describe  # with tables that only this error needs
+
     pointers = [name for name in names if name.endswith(".dvc")]
     if pointers:
         return f"{printable(pointers[0])} is a pointer of DVC: run `dvc pull` in it."
@@ -126,7 +127,7 @@ def _advice(folder: Path, names: Sequence[str]) -> str:
     for name in names:
         if name.endswith(_FOREIGN_SUFFIXES):
             with suppress(SourceError), closing(LocalFile(folder / name)) as file:
-                return f"{printable(name)} {describe_file(file.read(0, min(START_BYTES, file.size)), name)}"
+                return f"{printable(name)} {describe(file)}"
     inside: dict[str, list[str]] = {}
     for name in [name for name in names if os.path.isdir(folder / name)][:MAX_FOLDERS]:
         with suppress(SourceError):

@@ -18,7 +18,7 @@ import pytest
 
 from streamconv import NotACheckpointError, SourceError, TruncatedError
 from streamconv.formats.checkpoint import open_checkpoint
-from streamconv.formats.foreign.files import START_BYTES, describe_file
+from streamconv.formats.foreign.files import START_BYTES, describe_start
 from streamconv.formats.foreign.folders import describe_folder
 from streamconv.formats.foreign.zips import describe_zip
 
@@ -145,7 +145,7 @@ SLOW = {
 @pytest.mark.parametrize("name", SLOW)
 def test_no_text_takes_long_to_recognise(name: str) -> None:
     start = time.process_time()
-    describe_file(SLOW[name][:START_BYTES], "x.pth")
+    describe_start(SLOW[name][:START_BYTES], "x.pth")
     assert time.process_time() - start < 0.5
 
 

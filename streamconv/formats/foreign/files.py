@@ -1,18 +1,20 @@
 """What a file is that has no format that streamconv reads."""
 
+from streamconv.files.base import File
 from streamconv.formats.foreign.binary import describe_binary
 from streamconv.formats.foreign.text import describe_text
+from streamconv.formats.foreign.zips import is_distributed
 
 START_BYTES = 64 << 10  # read to recognise a file
 
 
-def is_distributed(name: str) -> bool:
-    """Return whether a file of this name is part of a distributed checkpoint: many zips, one after another."""
-    return name.endswith(".distcp")
+def describe(file: File) -> str:
+    """Return what an open file is and what to do, as the end of a sentence. It is read up to `START_BYTES`."""
+    return describe_start(file.read(0, min(START_BYTES, file.size)), file.name)
 
 
-def describe_file(start: bytes, name: str) -> str:
-    """Return what a file is and what to do, as the end of a sentence.
+def describe_start(start: bytes, name: str) -> str:
+    """Return what a file is that begins so: see `describe`.
 
     Args:
         start: Its first `START_BYTES`, or all of it.

@@ -44,6 +44,11 @@ def is_npz(names: Collection[str]) -> bool:
     return bool(names) and all(name.endswith(NPY_SUFFIX) for name in names)
 
 
+def is_distributed(name: str) -> bool:
+    """Return whether a file of this name is part of a distributed checkpoint: many zips, one after another."""
+    return name.endswith(".distcp")
+
+
 def repack_advice(names: Collection[str]) -> str:
     """Return how to get a readable file from a zip whose records are compressed or packed in another way."""
     if is_npz(names):
