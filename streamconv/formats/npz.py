@@ -16,7 +16,7 @@ from zlib import crc32
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, printable
 from streamconv.files.base import ByteRange, File
 from streamconv.formats.foreign.zips import NPY_SUFFIX
-from streamconv.formats.limits import MAX_TENSORS, are_sizes, check_name, is_shape
+from streamconv.formats.limits import MAX_TENSORS, check_name, is_shape
 from streamconv.formats.non_tensors import NonTensor
 from streamconv.tensors.checksums import crc_of_rest
 from streamconv.tensors.expressions import Record, SourceTensor
@@ -25,12 +25,13 @@ from streamconv.tensors.info import BY_NUMPY_NAME, TensorInfo, contiguous_stride
 MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 1_000  # numpy writes 118 for up to 11 dimensions
 _MIN_HEADER_BYTES = 128  # with the magic number and the length, as all current releases write it
-# An entry of the header's dict. Old releases of numpy and Python 2 wrote other spaces, and sizes as 3L.
-_ENTRY = re.compile(
-    r"""\s*['"](descr|fortran_order|shape)['"]\s*:\s*('[^']*'|"[^"]*"|\[.*\]|True|False|\([\d\sL,]*\))"""
-)
+# The header's dict, in any order. Old releases of numpy and Python 2 wrote other spaces, and sizes as 3L.
+_SIZES = r"\([0-9L, ]*\)"
+_ENTRY = rf"""['"](descr|fortran_order|shape)['"] *: *('[^']*'|"[^"]*"|\[.*\]|True|False|{_SIZES}) *"""
+_HEADER = re.compile(rf"{{ *{', *'.join([_ENTRY] * 3)}(?:, *)?}}[ \n]*")
+_SHAPE = re.compile(r"\((N, *(N, *)*(N *)?)?\)".replace("N", r"(0|[1-9]\d{0,18})L?"))
 _UNNAMED = re.compile(r"arr_\d+")  # numpy's names for arrays that were given without one
-_SIZE = re.compile(r"\d{1,20}")
+_SIZE = re.compile(r"\d+")
 
 
 def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, SourceTensor], dict[str, NonTensor], str]:
@@ -94,11 +95,10 @@ def _read_header(file: File, record: Record) -> bytes:
 
 def _parse(header: bytes, where: str) -> tuple[str, bool, tuple[int, ...]]:
     """Return the dtype as numpy spells it, whether the order is Fortran's, and the shape."""
-    text = header[10 if header[6:7] == b"\1" else 12 :].decode("latin-1").strip()
-    found = dict(_ENTRY.findall(text))
-    rest = _ENTRY.sub("", text)
-    sizes = [int(size) for size in _SIZE.findall(found.get("shape", ""))]
-    if len(found) != 3 or set(rest) - set("{}, \t") or not are_sizes(sizes) or not is_shape(sizes):
+    match = _HEADER.fullmatch(header[10 if header[6:7] == b"\1" else 12 :].decode("latin-1"))
+    found = dict(zip(match.groups()[::2], match.groups()[1::2], strict=True)) if match else {}
+    sizes = tuple(map(int, _SIZE.findall(found.get("shape", ""))))
+    if len(found) != 3 or not _SHAPE.fullmatch(found["shape"]) or not is_shape(sizes):
         raise CorruptError(f"{where} has a damaged header. Fetch it again.")
     if found["fortran_order"] not in ("True", "False"):
         raise CorruptError(f"{where} has a damaged header. Fetch it again.")
@@ -107,7 +107,7 @@ def _parse(header: bytes, where: str) -> tuple[str, bool, tuple[int, ...]]:
         raise SourceError(
             f"{where} is big-endian ({dtype}). Save it as little-endian: array.astype(array.dtype.newbyteorder('<'))."
         )
-    return dtype, found["fortran_order"] == "True", tuple(sizes)
+    return dtype, found["fortran_order"] == "True", sizes
 
 
 def _without_header(file: File, record: Record, header: bytes, info: TensorInfo) -> Record:

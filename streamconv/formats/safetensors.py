@@ -11,6 +11,7 @@ from typing import Any
 
 from streamconv.errors import (
     CorruptError,
+    NotACheckpointError,
     SourceError,
     TruncatedError,
     printable,
@@ -23,6 +24,7 @@ from streamconv.tensors.info import DTYPES, TensorInfo, contiguous_strides
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_OTHER_LIBRARIES = {"tf": "TensorFlow", "flax": "Flax"}  # as transformers writes them in the metadata
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit, so that no file has a longer one
 
 
@@ -37,7 +39,7 @@ def read_index(file: File) -> tuple[dict[str, SourceTensor], str]:
     The format has no checksums, so files that differ in their weights alone have the same fingerprint.
 
     Raises:
-        TruncatedError, CorruptError, SourceError
+        NotACheckpointError, TruncatedError, CorruptError, SourceError
     """
     length = int.from_bytes(file.read(0, 8), "little")
     if 8 + length > file.size:
@@ -56,6 +58,11 @@ def read_index(file: File) -> tuple[dict[str, SourceTensor], str]:
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
         raise CorruptError(f"{file.where} has a __metadata__ that does not map strings to strings.")
+    if metadata.get("format") in _OTHER_LIBRARIES:
+        library = _OTHER_LIBRARIES[metadata["format"]]
+        raise NotACheckpointError(
+            f"{file.where} was saved for {library}, with its names and layouts. Use the model's file for PyTorch."
+        )
     if len(header) > MAX_TENSORS:
         raise SourceError(f"{file.where} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
     tensors = {}

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 import streamconv
 from streamconv.formats import limits
+from streamconv.tensors.info import BY_NUMPY_NAME
 from tests.checkpoints import EVERY_KIND, described, read_or_refuse
 from tests.fuzz import mutated
 from tests.support import Refusal, rewrite
@@ -98,4 +100,32 @@ def test_mutated_safetensors_are_read_like_the_library_or_refused(tmp_path: Path
         data = struct.pack("<Q", len(header)) + header + whole[start:]
         (tmp_path / "y.safetensors").write_bytes(data if i % 4 else mutated(data, chance))
         both += is_read_as_by(safetensors.torch.load_file, tmp_path / "y.safetensors")
+    assert both > 20
+
+
+def load_arrays(path: Path) -> dict[str, torch.Tensor]:
+    """Return the arrays that numpy reads, except those that streamconv reports as unread."""
+    with np.load(path) as archive, streamconv.open_checkpoint(path) as checkpoint:
+        return {name: torch.from_numpy(archive[name]) for name in archive if name not in checkpoint.non_tensors}
+
+
+def test_mutated_npz_is_read_like_numpy_or_refused(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    arrays = {f"a{i}": np.arange(24).reshape(2, 3, 4).astype(dtype) for i, dtype in enumerate(BY_NUMPY_NAME)}
+    np.savez(tmp_path / "x.npz", **arrays, f=np.asfortranarray(arrays["a3"]), scalar=np.float32(1), note=np.array("x"))
+    whole = (tmp_path / "x.npz").read_bytes()
+    with zipfile.ZipFile(tmp_path / "x.npz") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    both = 0
+    for i in range(1200):
+        if i % 4:
+            changed = chance.choice([*records])
+            text, values = mutated(records[changed][10:74], chance), records[changed][128:]
+            header = b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text
+            with zipfile.ZipFile(tmp_path / "y.npz", "w") as archive:
+                for name, data in records.items():
+                    archive.writestr(name, header + values if name == changed else data)
+        else:
+            (tmp_path / "y.npz").write_bytes(mutated(whole, chance))
+        both += is_read_as_by(load_arrays, tmp_path / "y.npz")
     assert both > 20

@@ -129,6 +129,14 @@ def test_file_is_named_with_what_to_do(tmp_path: Path, name: str) -> None:
     assert len(text) < len(str(tmp_path)) + 400
 
 
+@pytest.mark.parametrize(("kind", "library"), [("tf", "TensorFlow"), ("flax", "Flax")])
+def test_safetensors_of_another_library_are_named(tmp_path: Path, kind: str, library: str) -> None:
+    header = json.dumps({"__metadata__": {"format": kind}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(NotACheckpointError, match=f"was saved for {library}, .* for PyTorch"):
+        open_checkpoint(tmp_path / "x.safetensors")
+
+
 SLOW = {
     "titles": b"<" + b"<title" * 10_000,
     "closed titles": b"<" + b"<title>" * 9_000,
