@@ -7,15 +7,11 @@ bytes are checked against CRC-32s.
 
 import os
 import sys
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from pickle import Unpickler, UnpicklingError
 from threading import Lock
-from types import SimpleNamespace
 from typing import Any
 from zipfile import ZipFile, is_zipfile
 
@@ -31,6 +27,7 @@ from streamconv.verification.empty_weights import empty_weights
 from streamconv.verification.numpy_file import NumpyFile
 from streamconv.verification.originals import OriginalArchitecture, original_of
 from streamconv.verification.preflight import BUILTIN, HUB, check_reference
+from streamconv.verification.torch_loading import NotLoadedError, load
 from streamconv.verification.weights import MappedWeights, StreamedWeights
 
 _hub_lock = Lock()  # torch.hub imports from the front of sys.path, and two folders' modules have the same names
@@ -87,9 +84,8 @@ def load_weights(original: Any, source: OpenSource) -> tuple[MappedWeights | Str
     if not source.is_remote:
         try:
             files = {role: _map_files(paths) for role, paths in source.local_paths.items()}
-        except (UnpicklingError, ValueError, TypeError, AttributeError) as error:
-            reason = str(error).partition("\n")[0]
-            why = f"torch does not load everything in the source ({reason}), so streamconv read its tensors"
+        except NotLoadedError:
+            why = "torch.load does not load the source, so streamconv's reader also read the original model's weights"
     if source.is_remote or why:
         shapes = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
         original.load_state_dict(shapes, strict=True, assign=True)
@@ -116,7 +112,7 @@ def _map_tensors(path: Path) -> Mapping[str, Any]:
             names = archive.namelist()
         if is_npz(names):
             return NumpyFile(path)
-    return dict(_flatten(_map_file(path)))
+    return dict(flatten(_map_file(path)))
 
 
 def _map_file(path: Path) -> Any:
@@ -124,40 +120,13 @@ def _map_file(path: Path) -> Any:
         is_legacy = torch_legacy.is_legacy(file.read(torch_legacy.HEAD_BYTES))
     if not is_legacy and not is_zipfile(path):
         return load_file(path)
-    # torch maps only zip files
-    load = partial(torch.load, path, map_location="cpu", mmap=not is_legacy)
-    try:
-        return load(weights_only=True)
-    except UnpicklingError:  # a training checkpoint with settings of classes that torch does not know
-        if is_legacy:
-            raise
-        # torch.serialization.safe_globals would allow these classes to every thread.
-        return load(weights_only=False, pickle_module=SimpleNamespace(__name__=__name__, Unpickler=_TensorUnpickler))
+    return load(path, is_legacy=is_legacy)
 
 
-class _TensorUnpickler(Unpickler):
-    """Finds only what tensors and dicts are made of. Whatever else a file names is neither imported nor called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = {
-            "collections.OrderedDict": OrderedDict,
-            "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-            "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
-        }
-        return allowed.get(f"{module}.{name}", _Unread)
-
-
-class _Unread:
-    def __new__(cls, *arguments: object) -> "_Unread":
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-def _flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the tensors of nested dicts, with their keys joined by dots."""
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
             yield f"{prefix}{key}", value
         elif isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
