@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,7 @@ class EarlierOutput:
 
     ``manifest`` is None if the conversion was never finished. ``is_being_written``: a process writes it, or was
     interrupted. ``edited`` are small files with contents that streamconv did not write, and ``lost`` are files of a
-    finished conversion that do not exist or, if they hold weights, have another size.
+    finished conversion that do not exist, that hold weights and have another size, or that are empty.
     """
 
     manifest: Manifest | None
@@ -78,9 +79,16 @@ def find_edited(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, W
                 now = WrittenFile(len(data), sha256(data).hexdigest())
             except SourceError:  # larger than any file that streamconv writes, or unreadable
                 now = WrittenFile(path.stat().st_size, "")
-            if now.sha256 != file.sha256:
+            if now.sha256 != file.sha256 and not _is_blank(path):
                 found[name] = now
     return found
+
+
+def _is_blank(path: Path) -> bool:
+    """Return whether a small file has no contents: a power cut may leave it so if its file system syncs no files."""
+    with suppress(SourceError):
+        return not read_small(path).strip(b"\0")
+    return False
 
 
 def _lost(folder: Path, manifest: Manifest) -> dict[str, Loss]:
@@ -88,6 +96,6 @@ def _lost(folder: Path, manifest: Manifest) -> dict[str, Loss]:
     for name, file in manifest.files.items():
         if not (folder / name).is_file():
             lost[name] = "missing"
-        elif is_weights(name) and (folder / name).stat().st_size != file.size:
+        elif (folder / name).stat().st_size != file.size if is_weights(name) else _is_blank(folder / name):
             lost[name] = "incomplete"
     return lost

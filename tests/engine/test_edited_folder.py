@@ -117,6 +117,15 @@ def test_lost_file_is_written_again_beside_an_edited_one_and_no_interruption_is_
     assert (done.was_finished, done.edited) == (True, (edited,))
 
 
+@pytest.mark.parametrize("left", [b"", bytes(300)])
+def test_small_file_that_a_power_cut_emptied_is_no_edit(source: Path, folder: Path, left: bytes) -> None:
+    before = contents(folder)
+    (folder / PROCESSOR).write_bytes(left)
+    done = api.convert(source, folder, max_shard_size="1MB")
+    assert (done.edited, dict(done.restored)) == ((), {PROCESSOR: "incomplete"})
+    assert contents(folder) == before
+
+
 def test_file_that_appeared_in_an_unfinished_conversion_is_kept(
     tmp_path: Path, source: Path, frequent_journal_entries: None
 ) -> None:
