@@ -68,7 +68,8 @@ def find_edits(folder: Path, plan: Plan, manifest: Manifest | None) -> Edits:
         if name == CONFIG_NAME and not found and manifest is not None and _has_other_labels(have, plan, manifest):
             found = ("its labels",)
         values[name] = found
-        plan = _with_file(plan, name, wanted)
+        if found:  # otherwise, it only looks different
+            plan = _with_file(plan, name, wanted)
     return Edits(plan, values)
 
 

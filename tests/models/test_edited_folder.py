@@ -27,7 +27,7 @@ def source(save: Save) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, source: Path) -> Path:
-    return api.convert(source, tmp_path / "out").output
+    return api.convert(source, tmp_path / "out", num_heads=2).output
 
 
 def test_run_into_an_edited_folder_keeps_the_edit_and_names_it_in_the_last_line(
@@ -35,7 +35,7 @@ def test_run_into_an_edited_folder_keeps_the_edit_and_names_it_in_the_last_line(
 ) -> None:
     edit(folder / PROCESSOR, {"image_mean": [0.5, 0.5, 0.5]})
     edited = (folder / PROCESSOR).read_bytes()
-    done = run("run", source, "-o", folder, "--device", "cpu", cwd=tmp_path, COLUMNS="400")
+    done = run("run", source, "-o", folder, "--num-heads", 2, "--device", "cpu", cwd=tmp_path, COLUMNS="400")
     assert done.returncode == 0
     assert (folder / PROCESSOR).read_bytes() == edited
     assert "nothing was changed" in done.stdout
@@ -77,10 +77,14 @@ def test_edits_that_are_the_users_decision_are_named_and_pass(
     assert found in verified.conclusion.details
 
 
-def test_reformatted_file_is_no_edit_of_a_value(source: Path, folder: Path) -> None:
+def test_reformatted_files_are_no_edits_of_values(source: Path, folder: Path) -> None:
     edit(folder / "config.json", {})
+    edit(folder / PROCESSOR, {})
     verified = api.verify(folder, source, device="cpu")
-    assert (verified.edited, verified.conclusion.title) == (("config.json",), "Looks ok!")
+    assert (verified.edited, verified.conclusion.title) == (("config.json", PROCESSOR), "Looks ok!")
+    assert verified.check("preprocessing").proves.startswith(
+        "with Pillow, the saved image processor produces exactly the original's pixels"
+    )
     assert api.verify(folder).passed
 
 
