@@ -163,8 +163,9 @@ def recognise(
 
 def _by_name(names: Sequence[str]) -> list[tuple[Kind, str]]:
     """Return the kinds with a mark that fits, each with a name that shows it."""
-    numbered = (re.sub(r"(?<![^.])\d+(?![^.])", "{i}", name.replace("\n", " ")) for name in names)
-    text = "".join(f".{name}.\n" for name in numbered)  # one search in all names is fast even if they are millions
+    lines = (f".{name}.".replace("\n", " ") for name in names)
+    # One search in all names is fast, however many there are.
+    text = "".join(re.sub(r"\.[0-9]+(?=\.)", ".{i}", line) + "\n" for line in lines)
     found = []
     for kind in (*ARCHITECTURES, *HOSTS, *STORAGE):
         for mark in kind.marks:

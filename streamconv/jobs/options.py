@@ -25,7 +25,8 @@ class SourceOptions:
         head: The path or URL of a linear head, for a classifier in two files.
         select: The prefix of the backbone's names, for a file that holds several backbones or other tensors. A head in
             the same file is then left out.
-        num_heads: The number of attention heads, which tensors do not show; by default, the family's rule gives it.
+        num_heads: The number of attention heads, which tensors do not show. By default, it comes from a config.json
+            beside the source or from published models of the same size; for other sizes, it is assumed or required.
         stream: Read a remote file directly. Otherwise it is first downloaded into torch.hub's cache.
         head_select: The prefix of the head's two tensors in the file of ``head`` or, without it, in the source itself.
 

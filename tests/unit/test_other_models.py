@@ -12,6 +12,7 @@ import pytest
 
 from streamconv.families import other_models
 from streamconv.families.registry import all_families
+from streamconv.formats.limits import MAX_TENSORS
 from tests.support import GOLDEN, ROOT, expanded
 
 SAVED = {name: names.split() for name, names in json.loads((ROOT / "tests/other_models.json").read_bytes()).items()}
@@ -218,12 +219,11 @@ def test_a_name_is_evidence_as_it_is_in_the_file_but_printable() -> None:
     assert "(y.lm_head.\\x1b[31m)" in str(error)
 
 
-def test_names_are_searched_once() -> None:
-    """A hostile file may have as many names as its index has room for."""
-    names = {f"layer.{i}.{'x' * 50}.weight": (1,) for i in range(300_000)}
+def test_the_largest_index_is_searched_in_seconds() -> None:
+    names = {f"layer.{i}.{'x' * 500}.weight": (1,) for i in range(MAX_TENSORS)}
     start = time.process_time()
     assert other_models.recognise(names, "x.pth") is None
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 10
 
 
 def test_marks_have_the_form_that_is_searched() -> None:
