@@ -29,7 +29,7 @@ from streamconv.errors import (
     UsageError,
 )
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
-from streamconv.hub.repository import Destination
+from streamconv.hub.destination import Destination, PushTarget
 from streamconv.jobs.conversion import Conversion
 from streamconv.jobs.convert import convert, plan
 from streamconv.jobs.options import ConversionOptions, PushOptions, SourceOptions, VerificationOptions
@@ -70,6 +70,7 @@ __all__ = [
     "ProgressUnit",
     "Published",
     "PushOptions",
+    "PushTarget",
     "Reverted",
     "RunResult",
     "SourceError",

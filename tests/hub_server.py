@@ -1,14 +1,16 @@
 """A small imitation of the Hub over HTTP on the loopback, for huggingface_hub 0.34 to 2.x. It stores what it receives.
 
-It models access (users by token, read-only tokens, private and gated repositories), repositories with branches and pull
-requests, commits that contain small files and refer to large ones (as ndjson), uploads of large files in one piece or
-in parts, LFS's batch response, which lists the files that are already stored, and downloads: small files from the Hub,
-large ones by a redirect to another host that acts as a CDN.
+It models access (users by token, read-only and fine-grained tokens, roles in organisations, private and gated
+repositories, and questions about all of these), repositories with branches and pull requests, commits that contain
+small files and refer to large ones (as ndjson), uploads of large files in one piece or in parts, LFS's batch response,
+which lists the files that are already stored, and downloads: small files from the Hub, large ones by a redirect to
+another host that acts as a CDN.
 
 It does not model xet (tests set HF_HUB_DISABLE_XET), .gitattributes and .gitignore (a file is large if its name has
 the suffix of a weight file), tags, deletions and copies in a commit, the contents of older commits, discussions,
-pagination, rate limits, signatures and expiry of upload addresses, S3's error texts, and the validation of a model card
-except that it must have a header. Error texts are those of the real Hub, as far as they are known.
+pagination, rate limits, signatures and expiry of upload addresses, S3's error texts, OAuth, resource groups, and the
+validation of a model card except that it must have a header with one of a few licences. Error texts are those of the
+real Hub, as far as they are known.
 """
 
 import base64
@@ -17,7 +19,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +28,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 USER, TOKEN, READ_TOKEN = "ada", "hf_aTokenThatMayWrite1234567890", "hf_aTokenThatMayRead1234567890"
 LARGE = re.compile(r".*\.(safetensors|bin|pth|pt|h5|msgpack)")
+LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "other")
 PART_BYTES = 1 << 20
 MISSING = (
     "Your push was rejected because an LFS pointer pointed to a file that does not exist. "
@@ -85,8 +88,8 @@ class HubServer:
         self.faults: list[Fault] = []
         self.multipart = False
         self.users: dict[str, dict[str, Any]] = {
-            TOKEN: _who(USER, {"role": "write"}),
-            READ_TOKEN: _who(USER, {"role": "read"}),
+            TOKEN: who({"role": "write"}),
+            READ_TOKEN: who({"role": "read"}),
         }
         self.lock, self.closing = threading.Lock(), threading.Event()
         self._parts: dict[tuple[str, int], bytes] = {}
@@ -118,7 +121,7 @@ class HubServer:
     # The effects of requests. Each returns a status, a body (JSON, bytes or None), and headers.
 
     def answer(
-        self, part: str, method: str, path: str, query: dict[str, str], token: str | None, body: bytes
+        self, part: str, method: str, path: str, query: dict[str, str], token: str | None, body: bytes, accept: str = ""
     ) -> "Answer":
         if part == "cdn":
             return self._cdn(method, path, body)
@@ -126,26 +129,45 @@ class HubServer:
             match = re.fullmatch(pattern, path)
             if match and method in known:
                 found = match.groupdict()
-                if "repo" in found and (refused := self._refused(found["repo"], token, method, act)):
+                if "repo" in found and (refused := self._refused(found["repo"], token, act, "create_pr" in query)):
                     return refused
-                return getattr(self, act)(method=method, query=query, token=token, body=body, **found)
+                return getattr(self, act)(method=method, query=query, token=token, body=body, accept=accept, **found)
         return Answer(404, {"error": f"no such address: {method} {path}"})
 
-    def _refused(self, repo: str, token: str | None, method: str, act: str) -> "Answer | None":
+    def _refused(self, repo: str, token: str | None, act: str, creates_pr: bool) -> "Answer | None":
         known = self.repos.get(repo)
-        is_owner = token in self.users and repo.split("/")[0] == self.users[token]["name"]
-        if known is None or (known.private and not is_owner):
+        can_read, can_write = self._rights(repo, token)
+        if known is None or (known.private and not can_read):
             code = 404 if token in self.users else 401
             return Answer(code, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-        if known.gated and not is_owner:
+        if known.gated and not can_read:
             return Answer(403, {"error": "Access to this model is restricted"}, {"X-Error-Code": "GatedRepo"})
-        if act in ("_preupload", "_batch", "_commit", "_branch"):
+        if act in ("_preupload", "_batch", "_commit", "_branch", "_check_write"):
             if token not in self.users:
                 return Answer(401, {"error": "Invalid username or password."})
-            role = self.users[token]["auth"]["accessToken"]["role"]
-            if role == "read" or not is_owner:
+            # Everybody may propose changes in a pull request, and store the large files for it.
+            is_proposal = creates_pr or act == "_batch"
+            if not (can_write or (is_proposal and self.users[token]["auth"]["accessToken"]["role"] != "read")):
                 return Answer(403, {"error": "You don't have the rights to do that"})
         return None
+
+    def _rights(self, repo: str, token: str | None) -> tuple[bool, bool]:
+        """Return whether a token can read a private repository, and whether it can write to it or create it."""
+        if token not in self.users:
+            return False, False
+        user, owner = self.users[token], repo.split("/")[0]
+        roles = {user["name"]: "admin", **{each["name"]: each["roleInOrg"] for each in user["orgs"]}}
+        access = user["auth"]["accessToken"]
+        if access["role"] == "fineGrained":
+            scopes = [s for s in access["fineGrained"]["scoped"] if s["entity"]["name"] in (owner, repo)]
+            rights = {right for scope in scopes for right in scope["permissions"]}
+            return "repo.content.read" in rights, "repo.write" in rights and roles.get(owner, "read") != "read"
+        return owner in roles, access["role"] == "write" and roles.get(owner, "read") != "read"
+
+    def _check(self, **_: Any) -> "Answer":
+        return Answer(200, {})
+
+    _check_write = _check
 
     def _whoami(self, token: str | None, **_: Any) -> "Answer":
         if token not in self.users:
@@ -158,7 +180,7 @@ class HubServer:
             return Answer(401, {"error": "Invalid credentials in Authorization header"})
         user = self.users[token]["name"]
         repo = f"{wanted.get('organization') or user}/{wanted['name']}"
-        if repo.split("/")[0] != user or self.users[token]["auth"]["accessToken"]["role"] == "read":
+        if not self._rights(repo, token)[1]:
             return Answer(403, {"error": f"You don't have the rights to create a model under {repo.split('/')[0]}"})
         url = {"url": f"{self.url}/{repo}", "name": repo}
         if repo in self.repos:
@@ -294,9 +316,15 @@ class HubServer:
         name = known.add(branch, files)
         return Answer(200, {"commitUrl": f"{self.url}/{repo}/commit/{name}", "commitOid": name, **address})
 
-    def _yaml(self, body: bytes, **_: Any) -> "Answer":
-        if not re.match(r"---\n.*?\n---", json.loads(body)["content"], re.DOTALL):
+    def _yaml(self, body: bytes, accept: str, **_: Any) -> "Answer":
+        header = re.match(r"---\n(.*?)\n---", json.loads(body)["content"], re.DOTALL)
+        if header is None:
             return Answer(200, {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
+        license = re.search(r"^license: *(.*)$", header[1], re.MULTILINE)
+        if license and license[1] not in LICENSES:
+            text = f'"license" must be one of [{", ".join(LICENSES)}]'
+            plain = f"- Error: {text}".encode()
+            return Answer(400, plain if accept == "text/plain" else {"errors": [{"message": text}], "warnings": []})
         return Answer(200, {"errors": [], "warnings": []})
 
     def _resolve(self, repo: str, revision: str, name: str, **_: Any) -> "Answer":
@@ -337,6 +365,8 @@ ROUTES = (
     ("POST", r"/api/repos/create", "_create"),
     ("POST", r"/api/validate-yaml", "_yaml"),
     ("POST", rf"/api/models/{NAME}/branch/(?P<revision>[^/]+)", "_branch"),
+    ("GET", rf"/api/models/{NAME}/auth-check", "_check"),
+    ("GET", rf"/api/models/{NAME}/auth-check/write", "_check_write"),
     ("GET", rf"/api/models/{NAME}/refs", "_refs"),
     ("GET", rf"/api/models/{NAME}(/revision/(?P<revision>[^/]+))?", "_info"),
     ("GET", rf"/api/models/{NAME}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", "_tree"),
@@ -350,9 +380,30 @@ ROUTES = (
 )
 
 
-def _who(user: str, token: dict[str, Any]) -> dict[str, Any]:
-    auth = {"type": "access_token", "accessToken": {"displayName": "test", **token}}
-    return {"type": "user", "name": user, "fullname": user, "orgs": [], "auth": auth}
+def who(token: dict[str, Any], user: str = USER, **roles: str) -> dict[str, Any]:
+    """Return the Hub's description of a user who is logged in with ``token``, with ``roles`` in organisations."""
+    auth = {"type": "access_token", "accessToken": {"displayName": "test", "createdAt": "2026-01-01", **token}}
+    orgs = [{"type": "org", "name": name, "fullname": name, "roleInOrg": role} for name, role in roles.items()]
+    return {"type": "user", "id": "1", "name": user, "fullname": user, "orgs": orgs, "auth": auth}
+
+
+def fine_grained(*permissions: str, everywhere: Sequence[str] = (), **scopes: Sequence[str]) -> dict[str, Any]:
+    """Return the part of a fine-grained token: ``permissions`` on the user's own namespace, others by entity's name.
+
+    An entity's name with "__" is a repository's, with "/".
+    """
+    scoped = [
+        {
+            "entity": {"_id": "1", "type": "model" if "__" in name else "org", "name": name.replace("__", "/")},
+            "permissions": list(rights),
+        }
+        for name, rights in scopes.items()
+    ]
+    if permissions:
+        own = {"_id": "1", "type": "user", "name": USER}
+        scoped.append({"entity": own, "permissions": list(permissions)})
+    rights = {"canReadGatedRepos": False, "global": list(everywhere), "scoped": scoped}
+    return {"role": "fineGrained", "fineGrained": rights}
 
 
 def _git_sha1(data: bytes) -> str:
@@ -410,7 +461,8 @@ def _handler(hub: HubServer, part: str) -> type[BaseHTTPRequestHandler]:
             body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(size)
             query = {key: values[-1] for key, values in parse_qs(split.query).items()}
             if fault is None or fault.late:
-                answer = hub.answer(part, self.command, split.path, query, token, body)
+                accept = self.headers.get("Accept") or ""
+                answer = hub.answer(part, self.command, split.path, query, token, body, accept)
             if fault is not None:
                 if fault.status is None:
                     self.close_connection = True

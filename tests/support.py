@@ -24,10 +24,11 @@ from streamconv.families.dinov2_geometry import Dimensions, ffn_size
 from streamconv.families.selection import find_backbone
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.formats.torch_writer import write_pth
-from streamconv.hub.repository import Destination, Repository
+from streamconv.hub.destination import Destination
+from streamconv.hub.repository import Repository
 from streamconv.jobs.convert_to_hub import HubConversion, Verify, convert_to_hub
 from streamconv.jobs.model_options import started_models
-from streamconv.jobs.options import ConversionOptions, SourceOptions, VerificationOptions
+from streamconv.jobs.options import ConversionOptions, PushOptions, SourceOptions, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, prepared_source
 from streamconv.jobs.verify import _options_of as options_of
 from streamconv.jobs.verify import verify_uploaded
@@ -281,9 +282,8 @@ def to_hub(
     conversion = ConversionOptions(stream=True, **{"max_shard_size": HUB_SHARD_SIZE, **options})
     with prepared_source(source, conversion, progress) as prepared:
         destination = Repository(Destination(repository), None)
-        return convert_to_hub(
-            prepared, folder, destination, verify, unverified=unverified, force=False, progress=progress
-        )
+        push = PushOptions(unverified=unverified)
+        return convert_to_hub(prepared, folder, destination, verify, push=push, force=False, progress=progress)
 
 
 def require_uploaded_folder(hub: HubServer, server: FileServer, tmp_path: Path, dtype: str | None = None) -> None:

@@ -10,7 +10,9 @@ from streamconv.cli.units import duration, size, speed
 from streamconv.families.base import Family, Model
 from streamconv.families.registry import all_families
 from streamconv.families.selection import Skipped
+from streamconv.hub.destination import PushTarget
 from streamconv.jobs.conversion import Conversion
+from streamconv.jobs.publish import Published
 from streamconv.jobs.revert import Reverted
 from streamconv.jobs.synth import SyntheticFiles
 from streamconv.planning.plan import Plan
@@ -58,6 +60,21 @@ def reverted_lines(done: Reverted) -> Iterator[Line | str]:
     yield f"{done.title}: reverted into {place}, {_work(done.weights, done.resumed_bytes, done.seconds)}"
     yield from (_file(path.name, file.size, file.sha256) for path, file in done.written.items())
     yield "  the folder's files were not verified first; `streamconv verify DIR` does that if DIR has a streamconv.json"
+
+
+def target_text(target: PushTarget) -> str:
+    """Describe the repository that is pushed to, and whether everybody can read it."""
+    if target.exists:
+        return f"{target.url}, which is {'private' if target.private else 'public'}"
+    kind = "private" if target.private else "public (add --private for a private one)"
+    return f"{target.url}, a new repository: {kind}"
+
+
+def published_lines(done: Published) -> Iterator[str]:
+    if done.was_published:
+        yield f"published already, and nothing was changed: {done.url}"
+    else:
+        yield f"published: {done.url}"
 
 
 def synth_lines(written: SyntheticFiles) -> Iterator[str]:

@@ -12,7 +12,7 @@ from streamconv.cli.terminal import shown_command
 from streamconv.errors import UsageError
 from streamconv.families.registry import all_families, is_model
 from streamconv.files.address import redacted
-from streamconv.hub.repository import Destination
+from streamconv.hub.destination import Destination
 from streamconv.jobs.options import PushOptions, VerificationOptions
 from streamconv.tensors.info import CastDtype
 
@@ -163,12 +163,7 @@ VERIFICATION_OPTIONS = (
         help="Write the verification result as an HTML page.",
     ),
 )  # fmt: skip
-PUSH_OPTIONS = (
-    Option(
-        "--push-to-hub", metavar="[REPO]", is_flag=False, flag_value="", group="Hub",
-        help="Push the verified output to USER/NAME on the Hub, or to NAME in your account.",
-        show_default="the published name",
-    ),
+REPOSITORY_OPTIONS = (
     Option(
         "--private", is_flag=True, group="Hub",
         help="Create a private repository. An existing public one is refused.",
@@ -178,6 +173,22 @@ PUSH_OPTIONS = (
         help="The branch to push to, created if needed.",
     ),
     Option("--create-pr", is_flag=True, group="Hub", help="Open a pull request instead of committing to the branch."),
+    Option(
+        "--license", metavar="ID", group="Hub", show_default="the authors', for their own weights",
+        help="The licence that the model card names, such as cc-by-4.0.",
+    ),
+    Option(
+        "--tag", "tags", metavar="TAG", multiple=True, group="Hub",
+        help="A tag to add to the model card; may be repeated.",
+    ),
+)  # fmt: skip
+PUSH_OPTIONS = (
+    Option(
+        "--push-to-hub", metavar="[REPO]", is_flag=False, flag_value="", group="Hub",
+        help="Push the verified output to USER/NAME on the Hub, or to NAME in your account.",
+        show_default="the published name, or DIR's",
+    ),
+    *REPOSITORY_OPTIONS,
     Option(
         "--push-unverified", is_flag=True, group="Hub",
         help="Push even if verification failed or did not run; the model card says so.",
@@ -194,17 +205,19 @@ def verification_options(no_parity: bool, **given: Any) -> VerificationOptions:
     return VerificationOptions(parity=not no_parity, command=shown_command(sys.argv[1:]), **given)
 
 
-def push_options(
-    push_to_hub: str | None, private: bool, revision: str | None, create_pr: bool, push_unverified: bool
-) -> PushOptions | None:
+def push_options(push_to_hub: str | None, push_unverified: bool, **given: Any) -> PushOptions | None:
     """Return the options for pushing, or None if nothing is pushed.
+
+    Args:
+        given: The values of `REPOSITORY_OPTIONS`.
 
     Raises:
         UsageError: the options contradict each other, or --push-to-hub took the source as its value.
     """
     if push_to_hub is None:
-        given = {"--private": private, "--revision": revision is not None, "--create-pr": create_pr}
-        alone = [name for name, is_given in {**given, "--push-unverified": push_unverified}.items() if is_given]
+        names = {option.name: option.opts[0] for option in REPOSITORY_OPTIONS}
+        alone = [names[name] for name, value in given.items() if value or value == ""]
+        alone += ["--push-unverified"] if push_unverified else []
         if alone:
             raise UsageError(f"{' and '.join(alone)} {'needs' if len(alone) == 1 else 'need'} --push-to-hub. Add it.")
         return None
@@ -214,7 +227,24 @@ def push_options(
             f"--push-to-hub took {source} as the repository's name, but it is a source. Put the source first, "
             f"`streamconv run {source} --push-to-hub`, or name a repository as USER/NAME."
         )
-    return PushOptions(Destination(push_to_hub or None, private, revision, create_pr), push_unverified)
+    return repository_options(push_to_hub or None, push_unverified, **given)
+
+
+def repository_options(
+    repo: str | None,
+    unverified: bool,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    license: str | None,
+    tags: tuple[str, ...],
+) -> PushOptions:
+    """Return the options for pushing to ``repo``.
+
+    Raises:
+        UsageError: the revision's name, the licence or a tag is not valid.
+    """
+    return PushOptions(Destination(repo, private, revision, create_pr), unverified, license, tags)
 
 
 def _is_source(word: str) -> bool:

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 from streamconv.cli.layout import Line
-from streamconv.cli.messages import few, remark_lines
+from streamconv.cli.messages import few, remark_lines, target_text
 from streamconv.cli.progress_bar import ProgressReport
 from streamconv.cli.terminal import Printer
 from streamconv.cli.units import size
 from streamconv.jobs.options import ConversionOptions, PushOptions, VerificationOptions
 from streamconv.jobs.preview import Preview, preview
+from streamconv.jobs.publish import PushPreview
 
 
 def show_preview(
@@ -46,9 +47,21 @@ def preview_lines(done: Preview) -> Iterator[Line | str]:
         comparing = "comparing" if done.verification.parity else "without comparing"
         native = ", also at the native size" if done.verification.parity and done.verification.thorough else ""
         yield _row("verify", f"on device {done.verification.device}, {comparing} the models' outputs{native}")
-    if done.repository is not None:
-        yield _row("push", f"to {done.repository}{'' if done.unverified else ', if verification passes'}")
+    if done.push is not None:
+        yield _row("push", f"to {target_text(done.push)}{'' if done.unverified else ', if verification passes'}")
     yield from remark_lines(done.plan)
+
+
+def push_preview_lines(folder: str, done: PushPreview) -> Iterator[Line | str]:
+    yield f"{folder}: dry run, nothing was pushed"
+    yield _row("push", f"to {target_text(done.target)}")
+    new = {name: count for name, count in done.files.items() if name not in done.present}
+    if not new:
+        yield _row("files", "none: the repository already has all of them")
+        return
+    there = f", beside {len(done.present)} that are already there" if done.present else ""
+    yield _row("files", f"{size(sum(new.values()))}{there}")
+    yield from few([f"{'':12}{name}  {size(count)}" for name, count in new.items()], "files", "--json")
 
 
 def _row(name: str, text: str) -> Line:

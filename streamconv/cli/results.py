@@ -6,11 +6,13 @@ from collections.abc import Callable
 import click
 
 from streamconv.cli.layout import Line, print_wrapped
-from streamconv.cli.messages import conversion_lines, verification_lines
+from streamconv.cli.messages import conversion_lines, published_lines, target_text, verification_lines
 from streamconv.cli.progress_bar import ProgressReport
 from streamconv.cli.terminal import Printer, print_lines
+from streamconv.hub.destination import PushTarget
 from streamconv.jobs.conversion import Conversion
 from streamconv.jobs.options import StrPath
+from streamconv.jobs.publish import Published
 from streamconv.verification.result import Verification
 
 
@@ -40,17 +42,34 @@ class Results:
 
         return show
 
-    def finish(self, published: str | None = None) -> None:
-        """Print the end of a job that succeeded or failed; ``published`` is the URL of the commit or pull request."""
+    def finish(self, published: Published | None = None) -> None:
+        """Print the end of a job that succeeded or failed."""
         results = self._printer.results
         if results:
-            results["published"] = published
+            results["published"] = published.url if published is not None else None
         if self._printer.as_json or self._printer.is_quiet or not results:
             return
         if self._verification is None:
             print_lines([Line(click.style("not verified", fg="yellow"), "")])
         if published is not None:
-            print_lines([f"published: {published}"])
+            print_lines(published_lines(published))
+
+
+def target_shown_with(
+    printer: Printer, progress: ProgressReport, *, is_conditional: bool = False
+) -> Callable[[PushTarget], None]:
+    """Return a function that clears the bar of ``progress`` and reports where a push goes, and who will see it.
+
+    ``is_conditional``: nothing is pushed unless verification passes.
+    """
+
+    def show(target: PushTarget) -> None:
+        if not printer.is_quiet:
+            progress.clear()
+            condition = ", if verification passes" if is_conditional else ""
+            print_wrapped([f"pushing to {target_text(target)}{condition}"], sys.stderr)
+
+    return show
 
 
 def print_notes(verification: Verification) -> None:

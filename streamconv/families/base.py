@@ -60,10 +60,6 @@ class Model:
     head: RemoteFile | None = None
     block_chunks: int = 0
 
-    def names_file(self, filename: str) -> bool:
-        """Return whether a file is named after the model, unlike one that was trained in the same dimensions."""
-        return filename == self.backbone.filename or filename.startswith(self.name)
-
 
 @dataclass(frozen=True)
 class ExtraPrefix:

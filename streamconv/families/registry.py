@@ -8,7 +8,7 @@ from functools import cache
 
 from streamconv import families
 from streamconv.errors import UsageError
-from streamconv.families.base import Family, Model
+from streamconv.families.base import Family, Model, RemoteFile
 from streamconv.families.near_names import did_you_mean, near_names
 
 
@@ -55,6 +55,12 @@ def find_model(name: str) -> tuple[Family, Model]:
     if name in models:
         return models[name]
     raise UsageError(f"{name!r} is not a model that streamconv knows. {suggest_models(name)}")
+
+
+def published_files() -> frozenset[RemoteFile]:
+    """Return the files of all published models."""
+    models = [model for family in all_families() for model in family.models]
+    return frozenset(file for model in models for file in (model.backbone, model.head) if file is not None)
 
 
 def _by_hub_name() -> dict[str, tuple[Family, Model]]:

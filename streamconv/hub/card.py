@@ -5,17 +5,18 @@ huggingface_hub, which writes the card's front matter, is imported only when a c
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from streamconv.errors import UsageError
-from streamconv.families.base import Family, Model
-from streamconv.families.registry import all_families, find_model
+from streamconv.families.base import Family
+from streamconv.families.registry import all_families
+from streamconv.hub.names import published_model
 from streamconv.output.manifest import Manifest
 
 CARD_NAME = "README.md"
 # The first words of the comment in a generated card; the rest of the comment is for the reader.
 MARKER = "<!-- streamconv:generated-card"
+RANDOM_TAG = "random-weights"
 VERDICTS = {True: "passed", False: "**FAILED**", None: "not run"}
 
 # The Hub's name of a task: transformers' class for it, and the last line of the example.
@@ -28,37 +29,64 @@ USAGE = {
 }
 
 
-def make_card(manifest: Manifest, repo_id: str) -> str:
-    """Generate README.md for a finished conversion in the repository ``repo_id``."""
-    from huggingface_hub import ModelCard, ModelCardData
+def make_card(manifest: Manifest, repo_id: str, license: str | None = None, tags: Sequence[str] = ()) -> str:
+    """Generate README.md for a finished conversion in the repository ``repo_id``.
+
+    Args:
+        license: The licence that the user gave, by its name on the Hub.
+        tags: The user's tags, which are added to ours.
+    """
+    from huggingface_hub import ModelCard
 
     architecture = manifest.architecture
     family = next((family for family in all_families() if architecture in family.pipeline_tags), None)
-    published = _published(manifest)
+    published = published_model(manifest)
     task = family.pipeline_tags[architecture] if family else None
-    data = ModelCardData(
-        license=published[1].licence if published else None,
+    metadata = front_matter(
+        license or (published[1].licence if published else None),
+        [*_tags(manifest, family), *tags],
         base_model=f"{published[0].organisation}/{published[1].published_name}" if published else None,
         library_name="transformers",
         pipeline_tag=task,
-        tags=[
-            *([family.name] if family else []),
-            "streamconv",
-            *(["random-weights"] if _is_synthetic(manifest) else []),
-        ],
     )
     sections = [
         f"# {repo_id.split('/')[-1]}",
         f"{MARKER} The next push replaces this card. Delete this line to keep your own changes. -->",
         *_warnings(manifest),
-        _origin(manifest),
+        _origin(manifest, license),
         *(["## Usage", _usage(repo_id, task)] if task else []),
         "## Provenance",
         "\n".join(_provenance(manifest)),
         "## Verification",
         "\n".join(_verification(manifest.verification or {})),
     ]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+    return str(ModelCard(f"{metadata}\n" + "\n\n".join(sections) + "\n"))
+
+
+def front_matter(license: str | None, tags: Sequence[str], **more: Any) -> str:
+    """Return a card's metadata, with each tag once."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(license=license, tags=list(dict.fromkeys(tags)) or None, **more)
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def kept_metadata(card: str) -> tuple[str | None, list[str]]:
+    """Return the licence and the tags that were added to a generated card; its successor keeps them.
+
+    A published model's card has its authors' licence, which is not kept: its successor may be of another model.
+    """
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        data: dict[str, Any] = ModelCard(card).data.to_dict()  # type: ignore[no-untyped-call]
+    except (ValueError, YAMLError):
+        return None, []
+    ours = {family.name for family in all_families()} | {"streamconv", RANDOM_TAG}
+    license, tags = data.get("license"), data.get("tags")
+    added = [tag for tag in tags if isinstance(tag, str) and tag not in ours] if isinstance(tags, list) else []
+    return (license if isinstance(license, str) and "base_model" not in data else None), added
 
 
 def is_ours(card: str) -> bool:
@@ -69,20 +97,6 @@ def is_ours(card: str) -> bool:
 def _is_synthetic(manifest: Manifest) -> bool:
     """Return whether the weights are random."""
     return any(file.synthetic for file in manifest.source.values())
-
-
-def _published(manifest: Manifest) -> tuple[Family, Model] | None:
-    """The published model, if all source files have its authors' file names.
-
-    For other files, the card claims neither a licence nor an origin: a name that a user gave proves nothing.
-    """
-    try:
-        family, model = find_model(str(manifest.model))
-    except UsageError:
-        return None
-    published = {"backbone": model.backbone.filename, **({"head": model.head.filename} if model.head else {})}
-    converted = {role: file.file for role, file in manifest.source.items()}
-    return (family, model) if converted == published else None
 
 
 def _warnings(manifest: Manifest) -> Iterator[str]:
@@ -96,14 +110,22 @@ def _warnings(manifest: Manifest) -> Iterator[str]:
         yield "> **Random weights.** They were generated for a test; the model has not been trained."
 
 
-def _origin(manifest: Manifest) -> str:
+def _tags(manifest: Manifest, family: Family | None) -> Iterator[str]:
+    if family is not None:
+        yield family.name
+    yield "streamconv"
+    if _is_synthetic(manifest):
+        yield RANDOM_TAG
+
+
+def _origin(manifest: Manifest, license: str | None) -> str:
     version = manifest.versions.get("streamconv")
     names = " and ".join(_code(file.file) for file in manifest.source.values())
-    published = _published(manifest)
+    published = published_model(manifest)
     model = f"{published[1].name}, as its authors published it" if published else "a model in its authors' format"
-    if not published and manifest.shaped_like:
-        model += f", shaped like {manifest.shaped_like}"
-    licence = "" if published else " streamconv does not know its licence: please add it before publishing."
+    if not published and (shape := manifest.shaped_like or manifest.model):
+        model += f", shaped like {shape}"
+    licence = "" if published or license else " streamconv does not know its licence: please add it before publishing."
     return f"Converted to the Hugging Face format by streamconv {version} from {names}, {model}.{licence}"
 
 

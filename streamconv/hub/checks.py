@@ -1,14 +1,21 @@
-"""Checks before the Hub is changed: names, rights, and files that are as they were written."""
+"""Checks before the Hub is changed: names, other weights there, and files that are as they were written."""
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import OutputError, UsageError
+from streamconv.formats.safetensors import CONFLICTING_PATTERNS
+from streamconv.progress import Progress
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
+
+# The names that streamconv gives to weights. A later conversion may replace files with these names.
+OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 def require_digest(path: Path, digest: str, expected: str) -> None:
@@ -19,28 +26,37 @@ def require_digest(path: Path, digest: str, expected: str) -> None:
         )
 
 
+def hashed(path: Path, name: str, progress: Progress) -> "CommitOperationAdd":
+    """Compute a large file's sha256, by which the Hub knows it; the result is uploaded later."""
+    from huggingface_hub import CommitOperationAdd
+
+    progress(f"checking {name}", 0, 1, "steps")
+    return CommitOperationAdd(name, str(path))
+
+
 def check_name(name: str) -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UsageError(
-            f"{name} is not a valid repository name: {error} Use --push-to-hub NAME or USER/NAME."
-        ) from None
+        raise UsageError(f"{name} is not a valid repository name: {error} Write it as USER/NAME or NAME.") from None
 
 
-def is_read_only(user: Mapping[str, Any], create_pr: bool) -> bool:
-    """True if the token cannot write anywhere. If it can write, but not to this repository, a later call fails.
+def other_weights(present: Iterable[str], names: Collection[str] | None) -> list[str]:
+    """Return those of the files in a revision that transformers would load instead of ours or in addition.
 
-    ``user`` is the response of `whoami`.
+    Args:
+        names: The files that will be written. None if they are not known yet; then every name that streamconv writes
+            is accepted.
     """
-    token = (user.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") != "fineGrained":
-        return bool(token.get("role") == "read")
-    scopes = (token.get("fineGrained") or {}).get("scoped") or ()
-    rights = {right for scope in scopes for right in scope.get("permissions") or ()}
-    return "repo.write" not in rights and not (create_pr and "discussion.write" in rights)
+    return sorted(
+        name
+        for name in present
+        if any(fnmatch(name, pattern) for pattern in CONFLICTING_PATTERNS)
+        and "/" not in name
+        and (name not in names if names is not None else not OUR_WEIGHTS.fullmatch(name))
+    )
 
 
 def holds(info: Any, operation: "CommitOperationAdd") -> bool:

@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from streamconv._version import __version__
@@ -79,6 +80,24 @@ class HubClient:
             _log.warning("%s; trying again in %g s", failure, delay)
             time.sleep(delay)
         raise hub_error  # outside the except block, so that the original exception does not become its context
+
+    def forbids_writing(self, repo_id: str) -> bool:
+        """Return whether the Hub answers that the token may not write to an existing repository.
+
+        False does not mean that it may: older versions of huggingface_hub cannot ask, and the answer may get lost.
+        """
+        from huggingface_hub.errors import HfHubHTTPError
+
+        if "write" not in signature(self.api.auth_check).parameters:
+            return False
+        try:
+            self.api.auth_check(repo_id, write=True)
+        except Exception as error:  # of any type: only this answer is of interest
+            return any(
+                isinstance(each, HfHubHTTPError) and each.response is not None and each.response.status_code == 403
+                for each in _causes(error)
+            )
+        return False
 
     def _convert(self, failure: str, error: Exception) -> tuple[HubError, bool]:
         """The error to raise instead, and whether it is transient: a retry may succeed."""

@@ -5,41 +5,31 @@ So a model needs no more disk space than its largest file, and an interrupted up
 huggingface_hub is imported only where it is used, because it costs memory that a conversion does not need.
 """
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import HubError, MissingUploadError, UsageError
-from streamconv.formats.safetensors import CONFLICTING_PATTERNS
 from streamconv.hub.card import CARD_NAME
-from streamconv.hub.checks import check_name, holds, is_read_only, require_digest
+from streamconv.hub.checks import check_name, hashed, holds, other_weights, require_digest
 from streamconv.hub.client import MISSING_UPLOAD, HubClient
+from streamconv.hub.destination import Destination, PushTarget
+from streamconv.hub.rights import User, missing_right
 from streamconv.hub.transport import TIMEOUT_SECONDS
 from streamconv.progress import Progress, ignore_progress
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-# The names that streamconv gives to weights. A later conversion may replace files with these names.
-OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-
 
 @dataclass(frozen=True)
-class Destination:
-    """The repository and revision that the user asked for.
+class Commit:
+    """A commit or pull request by its URL. ``is_new`` is false if the revision already held the same files."""
 
-    ``repo`` is "user/name", just a name in the user's own namespace, or None for the model's published name.
-    ``private``: a new repository is created as a private one, and an existing public one is refused. ``revision`` is
-    the branch, created if needed; None for the main branch. ``create_pr`` opens a pull request instead of committing.
-    """
-
-    repo: str | None = None
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
+    url: str
+    private: bool
+    is_new: bool
 
 
 class Repository:
@@ -47,38 +37,52 @@ class Repository:
 
     Args:
         destination: The repository and revision that the user asked for.
-        default_name: The name that the model was published under, if it was published.
+        default_name: The name of the repository if the user gave none.
 
     Raises:
         UsageError: there is no name, or the Hub does not accept it.
-        HubError: there is no token, the Hub cannot be reached or does not accept the token, the token is
-            read-only, the repository is public although a private one was asked for, or it holds other
-            weights. Nothing has been changed on the Hub.
+        HubError: there is no token, the Hub cannot be reached or does not accept the token, the token may not write to
+            the repository, which is public although a private one was asked for, or holds other weights. Nothing has
+            been changed on the Hub.
     """
 
     def __init__(self, destination: Destination, default_name: str | None):
         self._destination = destination
         name = destination.repo if destination.repo is not None else default_name
         if not name:
-            raise UsageError("This is not a published model, so its repository needs a name. Use --push-to-hub NAME.")
+            raise UsageError("The repository needs a name. Give it as USER/NAME or NAME.")
         check_name(name)
         self._hub = HubClient()
         self._api = self._hub.api
         user = self._hub.call("The token cannot be used", self._api.whoami, is_repeatable=False)
         self.id = name if "/" in name else f"{user['name']}/{name}"
         check_name(self.id)
-        if is_read_only(user, destination.create_pr):
-            raise HubError(
-                f"The token is read-only, so {self.id} cannot be written. Create a token with write access at "
-                f"{self._hub.token_settings}, then log in with `hf auth login` or set HF_TOKEN."
-            )
         self._uploaded: dict[str, CommitOperationAdd] = {}
         self._restored: list[str] = []
-        self.refuse_others(None)
+        info = self._read()
+        self._require_rights(user, exists=info is not None)
+        self._refuse_others(info, None)
+        self.target = PushTarget(
+            self.id,
+            f"{self._hub.endpoint}/{self.id}",
+            exists=info is not None,
+            private=bool(info.private) if info is not None else destination.private or None,
+        )
+
+    def _require_rights(self, user: User, *, exists: bool) -> None:
+        create_pr = self._destination.create_pr
+        reason = missing_right(user, self.id, exists=exists, create_pr=create_pr)
+        if reason is None and exists and not create_pr and self._hub.forbids_writing(self.id):
+            reason = "the token may not write to this repository"
+        if reason is not None:
+            raise HubError(
+                f"{self.id} cannot be written: {reason}. Choose another repository, or create a token with write "
+                f"access to this one at {self._hub.token_settings}, then log in with `hf auth login` or set HF_TOKEN."
+            )
 
     @property
     def url(self) -> str:
-        return f"{self._hub.endpoint}/{self.id}"
+        return self.target.url
 
     def refuse_others(self, names: Collection[str] | None) -> None:
         """Refuse a revision with other weights, which transformers would load instead of ours or in addition.
@@ -90,15 +94,21 @@ class Repository:
         Raises:
             HubError: there are such weights, or the repository is public although a private one was asked for.
         """
-        info = self._hub.call(f"{self.id} cannot be read", self._find_revision)
+        self._refuse_others(self._read(), names)
+
+    def _refuse_others(self, info: Any, names: Collection[str] | None) -> None:
         if info is None:
             return
         if self._destination.private and info.private is False:
             raise HubError(
-                f"{self.id} exists and is public. Make it private at {self.url}/settings, omit --private, "
-                "or choose another name."
+                f"{self.id} exists and is public. Make it private at {self._hub.endpoint}/{self.id}/settings, omit "
+                "--private, or choose another name."
             )
         self._refuse_other_weights(info, names)
+
+    def _read(self) -> Any:
+        """Return the `ModelInfo` of the revision; see `_find_revision`."""
+        return self._hub.call(f"{self.id} cannot be read", self._find_revision)
 
     def create(self) -> None:
         """Create the repository and the revision's branch if they do not exist.
@@ -124,11 +134,14 @@ class Repository:
             OutputError: the file has a different sha256 now.
             HubError: the upload failed.
         """
-        from huggingface_hub import CommitOperationAdd
-
-        progress(f"uploading {name} to {self.id}", 0, 1, "steps")
-        operation = CommitOperationAdd(name, str(path))
+        operation = hashed(path, name, progress)
         require_digest(path, operation.upload_info.sha256.hex(), sha256)
+        self.send(operation, progress)
+
+    def send(self, operation: "CommitOperationAdd", progress: Progress = ignore_progress) -> None:
+        """Upload one large file; see `upload`."""
+        name = operation.path_in_repo
+        progress(f"uploading {name} to {self.id}", 0, 1, "steps")
         self._hub.call(
             f"{name} cannot be uploaded to {self.id}",
             self._api.preupload_lfs_files,
@@ -161,7 +174,7 @@ class Repository:
         Raises:
             HubError: it cannot be read.
         """
-        info = self._hub.call(f"{self.id} cannot be read", self._find_revision)
+        info = self._read()
         if info is None or all(file.rfilename != CARD_NAME for file in info.siblings or ()):
             return None
         return self._hub.call(f"The card of {self.id} cannot be read", self._read_card, info.sha)
@@ -173,26 +186,32 @@ class Repository:
             path = self._api.hf_hub_download(self.id, CARD_NAME, revision=revision, local_dir=folder)
             return Path(path).read_text("utf-8", "replace")
 
-    def commit(self, files: Mapping[str, bytes | Path], message: str) -> str:
+    def present(self, small: Mapping[str, bytes], large: Iterable["CommitOperationAdd"]) -> list[str]:
+        """Return the names of those files that the revision already has, with the same contents.
+
+        Raises:
+            HubError: it cannot be read.
+        """
+        if not self.target.exists:
+            return []
+        info = self._hub.call(f"{self.id} cannot be read", self._find_revision, files_metadata=True)
+        operations = [*large, *_operations(small)]
+        return [each.path_in_repo for each in operations if info is not None and holds(info, each)]
+
+    def commit(self, files: Mapping[str, bytes | Path], message: str) -> Commit:
         """Commit the uploaded files and these small ones, all at once.
 
         If the revision already holds these very files, no commit is made.
-
-        Returns:
-            The URL of the commit or pull request.
 
         Raises:
             MissingUploadError: the Hub does not have a file that was declared by `restore`.
             HubError: the commit failed, or the revision holds other weights by now.
         """
-        from huggingface_hub import CommitOperationAdd
-
-        small = [CommitOperationAdd(n, data if isinstance(data, bytes) else str(data)) for n, data in files.items()]
-        operations = [*small, *self._uploaded.values()]
+        operations = [*_operations(files), *self._uploaded.values()]
         names = {operation.path_in_repo for operation in operations}
         destination = self._destination
 
-        def commit_once() -> str:
+        def commit_once() -> Commit:
             # The revision is read again for each retry: if the commit was made and only the response was lost, we see
             # it there and do not commit twice.
             info = self._api.model_info(
@@ -200,7 +219,7 @@ class Repository:
             )
             self._refuse_other_weights(info, names)
             if not destination.create_pr and all(holds(info, operation) for operation in operations):
-                return f"{self.url}/commit/{info.sha}"
+                return Commit(f"{self.url}/commit/{info.sha}", bool(info.private), is_new=False)
             commit = self._api.create_commit(
                 self.id,
                 operations,
@@ -209,7 +228,7 @@ class Repository:
                 create_pr=destination.create_pr,
                 parent_commit=info.sha,
             )
-            return str(commit.pr_url or commit.commit_url)
+            return Commit(str(commit.pr_url or commit.commit_url), bool(info.private), is_new=True)
 
         try:
             # A retry would open a second pull request if the first one was opened and only the response was lost.
@@ -226,13 +245,15 @@ class Repository:
                 ) from None
             raise
 
-    def _find_revision(self) -> Any:
+    def _find_revision(self, files_metadata: bool = False) -> Any:
         """Return the `ModelInfo` of the revision, or of the main branch from which it would be created, or None."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         for revision in dict.fromkeys((self._destination.revision, None)):
             try:
-                return self._api.model_info(self.id, revision=revision, timeout=TIMEOUT_SECONDS)
+                return self._api.model_info(
+                    self.id, revision=revision, files_metadata=files_metadata, timeout=TIMEOUT_SECONDS
+                )
             except GatedRepoError:
                 raise
             except RevisionNotFoundError:
@@ -242,16 +263,16 @@ class Repository:
         return None
 
     def _refuse_other_weights(self, info: Any, names: Collection[str] | None) -> None:
-        others = sorted(
-            name
-            for name in (file.rfilename for file in info.siblings or ())
-            if any(fnmatch(name, pattern) for pattern in CONFLICTING_PATTERNS)
-            and "/" not in name
-            and (name not in names if names is not None else not OUR_WEIGHTS.fullmatch(name))
-        )
+        others = other_weights([file.rfilename for file in info.siblings or ()], names)
         if others:
             where = f"{self.id} at {self._destination.revision}" if self._destination.revision else self.id
             raise HubError(
                 f"{where} already holds {', '.join(others)}, which transformers would load instead of the new weights "
                 "or in addition to them. Delete them there, or choose another repository or --revision."
             )
+
+
+def _operations(files: Mapping[str, bytes | Path]) -> list["CommitOperationAdd"]:
+    from huggingface_hub import CommitOperationAdd
+
+    return [CommitOperationAdd(n, data if isinstance(data, bytes) else str(data)) for n, data in files.items()]

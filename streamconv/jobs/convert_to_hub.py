@@ -19,9 +19,9 @@ from streamconv.hub.card import CARD_NAME
 from streamconv.hub.repository import Repository
 from streamconv.jobs.conversion import Conversion, PreparedConversion
 from streamconv.jobs.convert import shard_progress
-from streamconv.jobs.options import StrPath
+from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.jobs.prepare import PreparedSource
-from streamconv.jobs.publish import Published, card_files, commit_message
+from streamconv.jobs.publish import Published, card_files, commit
 from streamconv.output.files import as_output_error
 from streamconv.output.folder import OutputFolder, open_output_folder
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
@@ -54,7 +54,7 @@ def convert_to_hub(
     repository: Repository,
     verify: Verify | None,
     *,
-    unverified: bool,
+    push: PushOptions,
     force: bool,
     progress: Progress,
 ) -> HubConversion:
@@ -63,7 +63,7 @@ def convert_to_hub(
     Args:
         output: The staging folder.
         verify: None to skip verification.
-        unverified: Publish even if verification does not pass or does not run.
+        push: Whether to publish even if verification does not pass or does not run, and what the model card says.
         force: Replace a conversion in the staging folder.
 
     Raises:
@@ -85,9 +85,8 @@ def convert_to_hub(
             with _sparse_folder(work.path) as folder:
                 verification = verify(prepared, manifest, folder)
             manifest = replace(manifest, verification=verification.as_record())
-        if unverified or (verification is not None and verification.passed):
-            progress(f"committing to {repository.id}", 0, 1, "steps")
-            published = _commit(conversion, manifest, work, repository)
+        if push.unverified or (verification is not None and verification.passed):
+            published = _commit(conversion, manifest, work, repository, push, progress)
     return HubConversion(conversion.result(written, resumed_bytes, seconds, repository.id), verification, published)
 
 
@@ -149,17 +148,21 @@ def _sparse_folder(folder: Path) -> Iterator[Path]:
 
 
 def _commit(
-    conversion: PreparedConversion, manifest: Manifest, work: OutputFolder, repository: Repository
+    conversion: PreparedConversion,
+    manifest: Manifest,
+    work: OutputFolder,
+    repository: Repository,
+    push: PushOptions,
+    progress: Progress,
 ) -> Published:
     plan = conversion.plan
     small = {**plan.small_files, **({INDEX_NAME: plan.index} if plan.index is not None else {})}
-    small |= {MANIFEST_NAME: manifest.to_bytes(), **card_files(conversion.folder, repository, manifest)}
+    small |= {MANIFEST_NAME: manifest.to_bytes(), **card_files(conversion.folder, repository, manifest, push)}
     try:
-        url = repository.commit(small, commit_message(manifest))
+        published = commit(repository, small, manifest, progress)
     except MissingUploadError as error:
         for name in error.names:
             work.discard(name)
         raise
-    _log.info("committed %s", url)
     work.remove_staging(plan.filenames)
-    return Published(repository.id, url)
+    return published

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 
 from streamconv.errors import UsageError
-from streamconv.hub.repository import Destination
+from streamconv.hub.destination import Destination
 from streamconv.planning.image_processor import parse_channel_numbers
 from streamconv.planning.shards import parse_size
 from streamconv.tensors.info import CastDtype, parse_cast_dtype
@@ -139,18 +139,52 @@ class PushOptions:
     """Options for publishing a model.
 
     Args:
-        destination: The repository. Its default name is the model's published name, in the user's account.
+        destination: The repository, in the user's account unless it names another owner; see `Destination` for its
+            default name.
         unverified: Push even if the model was not verified or failed verification. The model card then says so.
+        license: The licence that the model card names, by its name on the Hub, such as "cc-by-4.0". By default, the
+            authors' licence if the weights are the published ones, and none otherwise.
+        tags: Tags that the model card gets in addition to streamconv's own.
+
+    ``license`` and ``tags`` do not change a card that somebody else wrote; such a combination is refused.
 
     Raises:
-        UsageError: the destination is not a `Destination`, or the revision's name is empty.
+        UsageError: the destination is not a `Destination`, the revision's name is empty, or the licence or a tag is
+            not valid.
     """
 
     destination: Destination = Destination()
     unverified: bool = False
+    license: str | None = None
+    tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tags", _parse_tags(self.tags))
+        if self.license is not None:
+            object.__setattr__(self, "license", _parse_license(self.license))
         if not isinstance(self.destination, Destination):
             raise UsageError(f"{self.destination!r} is not a Destination. Give Destination(repo={self.destination!r}).")
         if self.destination.revision == "":
             raise UsageError("The revision's name is empty. Give the name of a branch.")
+
+
+def _parse_license(name: str) -> str:
+    """Return a licence's name as the Hub spells it."""
+    spelled = name.strip().lower() if isinstance(name, str) else ""
+    if not spelled or not spelled.isprintable():
+        raise UsageError(f"{name!r} is not a licence. Give its name on the Hub, such as apache-2.0 or cc-by-4.0.")
+    if spelled == "other":
+        raise UsageError(
+            'The licence "other" needs a name and a link. Write a README.md of your own into the folder, with '
+            "license, license_name and license_link."
+        )
+    return spelled
+
+
+def _parse_tags(tags: object) -> tuple[str, ...]:
+    """Return the tags without repetitions."""
+    given = tuple(tags) if isinstance(tags, (tuple, list)) else (tags,)
+    wrong = [tag for tag in given if not isinstance(tag, str) or not tag.strip() or not tag.isprintable()]
+    if wrong or isinstance(tags, str):
+        raise UsageError(f"{wrong[0] if wrong else tags!r} is not a list of tags. Give a tuple of words.")
+    return tuple(dict.fromkeys(tag.strip() for tag in given))

@@ -46,7 +46,7 @@ class PreparedSource:
     image_processor_from: str | None = None
 
     @property
-    def published_model(self) -> Model | None:
+    def named_model(self) -> Model | None:
         """The published model that the user or the file's name refers to; equal shapes alone do not make it one."""
         return self.plan.model if self.plan.is_published else None
 
@@ -60,7 +60,7 @@ def prepared_source(
     output: StrPath | None = None,
     is_exact: bool = True,
     labels_of: Path | None = None,
-    is_synthetic: bool = False,
+    synthetic: Model | None = None,
 ) -> Iterator[PreparedSource]:
     """Resolve ``source``, open its indexes and make the plan. No weight is read.
 
@@ -71,13 +71,15 @@ def prepared_source(
         is_exact: The weights will be read from this source. Otherwise, a remote index takes fewer requests.
         labels_of: A folder that was converted from the source; the plan keeps its labels, and the image processor that
             the user gave it.
-        is_synthetic: The source's weights are random, which the output's manifest will record.
+        synthetic: The model that random weights were generated for; the output's manifest will record that.
 
     Raises:
         UsageError, SourceError: the source does not exist or cannot be converted.
     """
     resolved = resolve_source(source, options.head, options.select, options.num_heads, output=output)
-    resolved = replace(resolved, head_select=options.head_select, is_synthetic=is_synthetic)
+    resolved = replace(resolved, head_select=options.head_select)
+    if synthetic is not None:
+        resolved = replace(resolved, model=synthetic, is_synthetic=True)
     with ExitStack() as stack:
         try:
             opened = _open_indexes(resolved, options, progress, stack, is_exact=is_exact)
@@ -194,10 +196,10 @@ def output_folder(folder: StrPath | None, prepared: PreparedSource, *, force: bo
         OutputError: a file has this name.
     """
     if folder is None:
-        if prepared.published_model is None:
+        if prepared.named_model is None:
             file = prepared.source.source.backbone
             raise UsageError(f"{file} is not a published model, so the output needs a name. Give -o DIR.")
-        folder = prepared.published_model.published_name
+        folder = prepared.named_model.published_name
     path = local_path(folder, "output folder")
     if os.path.exists(path) and not os.path.isdir(path):
         raise OutputError(f"{path} is a file. Name a folder for the output.")

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.hub.card import CARD_NAME
+from streamconv.hub.destination import PushTarget
 from streamconv.jobs.conversion import PreparedConversion
 from streamconv.jobs.convert_to_hub import refuse_finished
 from streamconv.jobs.model_options import check_names
 from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
-from streamconv.jobs.publish import open_repository
+from streamconv.jobs.push_target import open_repository
 from streamconv.jobs.run import check_requests
 from streamconv.output.disk import require_writable
 from streamconv.output.finished import EarlierOutput, Loss
@@ -36,7 +37,7 @@ class Preview:
     by name, empty if the conversion is finished. An interrupted run has already written ``resumed_bytes`` of them.
     ``replaced`` are the names of files that would be deleted first, and ``lost_edits`` those of them that were changed
     after the conversion. ``edited`` are such files that would be kept, and ``restored`` files of a finished conversion
-    that are "missing" or "incomplete" and would be written again. ``repository`` is "user/name" on the Hub;
+    that are "missing" or "incomplete" and would be written again. ``push`` is the repository on the Hub;
     ``unverified``: it would be pushed to even if verification does not pass.
     """
 
@@ -48,7 +49,7 @@ class Preview:
     resumed_bytes: int
     replaced: tuple[str, ...]
     verification: VerificationOptions | None
-    repository: str | None
+    push: PushTarget | None
     unverified: bool
     edited: tuple[str, ...] = ()
     restored: Mapping[str, Loss] = field(default_factory=dict)
@@ -73,7 +74,7 @@ class Preview:
             "verify": None
             if check is None
             else {"device": check.device, "reference": os.fspath(check.reference), "parity": check.parity},
-            "push": self.repository,
+            "push": self.push.as_dict() if self.push is not None else None,
             "notes": self.plan.notes,
             "skipped": [str(each) for each in self.plan.skipped],
         }
@@ -100,10 +101,8 @@ def preview(
     with ExitStack() as stack:
         prepared = stack.enter_context(prepared_source(source, options, progress, output=output, is_exact=False))
         plan, opened = prepared.plan, prepared.source
-        repository = open_repository(push, prepared.published_model) if push is not None else None
-        if repository is not None:
-            repository.refuse_others([*plan.filenames, MANIFEST_NAME, CARD_NAME])
         conversion = PreparedConversion.of(prepared, output, force=options.force)
+        target = _push_target(push, conversion) if push is not None else None
         is_finished = opened.has_checksums and conversion.find_finished() is not None
         if opened.is_remote and not options.stream and (not is_finished or verification is not None):
             downloads = conversion.find_downloads(opened, is_finished=is_finished)
@@ -124,12 +123,18 @@ def preview(
             resumed_bytes=resumed_bytes,
             replaced=replaced,
             verification=verification,
-            repository=repository.id if repository is not None else None,
+            push=target,
             unverified=push is not None and push.unverified,
             edited=earlier.edited,
             restored=earlier.lost,
             lost_edits=conversion.find_replaced(),
         )
+
+
+def _push_target(push: PushOptions, conversion: PreparedConversion) -> PushTarget:
+    repository = open_repository(push, conversion.folder, conversion.provenance)
+    repository.refuse_others([*conversion.plan.filenames, MANIFEST_NAME, CARD_NAME])
+    return repository.target
 
 
 def _sources(prepared: PreparedSource) -> dict[str, int]:

@@ -3,40 +3,84 @@
 import hashlib
 import logging
 import os
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import OutputError, SourceError, UsageError
-from streamconv.families.base import Model
-from streamconv.families.registry import all_families
 from streamconv.files.address import local_path
 from streamconv.files.local import read_small
-from streamconv.hub.card import CARD_NAME, is_ours, make_card
+from streamconv.hub.card import CARD_NAME, is_ours, kept_metadata, make_card
+from streamconv.hub.card_check import check_card
+from streamconv.hub.checks import hashed
+from streamconv.hub.destination import PushTarget
+from streamconv.hub.names import published_model
 from streamconv.hub.repository import Repository
 from streamconv.jobs.options import PushOptions, StrPath
-from streamconv.output.manifest import MANIFEST_NAME, Manifest
+from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
+from streamconv.output.journal import JOURNAL_NAME
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, is_weights
 from streamconv.progress import Progress, ignore_progress, job
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published model: its repository, "user/name", and the URL of the commit or pull request."""
+    """A published model: its repository, "user/name", and the URL of the commit or pull request.
+
+    ``private`` is the repository's visibility. ``was_published``: it had all of these files already, and no commit was
+    made.
+    """
 
     repository: str
     url: str
+    private: bool = False
+    was_published: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result for JSON."""
+        return {**vars(self)}
+
+
+@dataclass(frozen=True)
+class PushPreview:
+    """What `publish` would do. ``files`` are the sizes in bytes of the files of the commit, by name.
+
+    ``present`` are those that the repository already has, with the same contents.
+    """
+
+    target: PushTarget
+    files: Mapping[str, int]
+    present: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the preview for JSON."""
+        files = [{"file": name, "bytes": size, "is_present": name in self.present} for name, size in self.files.items()]
+        return {"dry_run": True, "push": self.target.as_dict(), "files": files}
 
 
 @job
-def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Progress = ignore_progress) -> Published:
+def publish(
+    folder: StrPath,
+    push: PushOptions = PushOptions(),
+    *,
+    progress: Progress = ignore_progress,
+    on_push: OnPush = ignore_target,
+) -> Published:
     """Publish a finished folder on the Hub, with the token of the user who is logged in.
 
     Args:
-        folder: The folder that `convert` wrote.
-        push: The repository; by default, one in the user's account with the name that the model was published under.
-        progress: Called before each file is uploaded, with its name as the step. An exception that it raises ends the
-            job, and the same call uploads only what the Hub lacks: see `Cancelled`.
+        folder: The folder that `convert` or `run` wrote, and that passed verification.
+        push: The repository, and what its model card says; see `PushOptions`.
+        progress: Called before each file is read or uploaded, with its name as the step. An exception that it raises
+            ends the job, and the same call uploads only what the Hub lacks: see `Cancelled`.
+        on_push: Called with the repository before anything is uploaded. An exception that it raises ends the job, too.
 
     huggingface_hub's settings in this process are used and not changed: its client, log level and progress bars
     (HF_HUB_DISABLE_PROGRESS_BARS=1 disables them). Its default client waits forever for a response;
@@ -44,105 +88,147 @@ def publish(folder: StrPath, push: PushOptions = PushOptions(), *, progress: Pro
 
     Raises:
         UsageError: the model was not verified, or failed verification, and ``push.unverified`` is not set; or the
-            repository has no name.
+            repository has no name, or the licence cannot be used.
         OutputError: the folder is not finished, or its files do not match its manifest.
         HubError: there is no token, or the Hub does not accept the model.
     """
     path = local_path(folder, "folder")
-    if not os.path.isdir(path):
-        raise OutputError(f"{path} is not a folder. Give a folder that streamconv wrote.")
-    manifest = _read_manifest(path)
-    if not push.unverified and not (manifest.verification or {}).get("passed"):
-        raise UsageError(f"{folder} has not passed verification. Verify it first: `streamconv verify DIR SOURCE`.")
-    repository = open_repository(push, _published_model(manifest))
-    return publish_folder(path, repository, progress)
+    repository = open_repository(push, path, _read_verified(path, push))
+    on_push(repository.target)
+    return publish_folder(path, repository, progress, push)
 
 
-def open_repository(push: PushOptions, published: Model | None) -> Repository:
-    """Open the repository to push to. Its default name is the one that the model was published under.
+def preview_push(folder: StrPath, push: PushOptions, progress: Progress = ignore_progress) -> PushPreview:
+    """Check what `publish` would do, and change nothing on the Hub.
 
     Raises:
-        UsageError, HubError: see `Repository`. Nothing was changed on the Hub.
+        UsageError, OutputError, HubError: `publish` would be refused with the same error.
     """
-    return Repository(push.destination, published.published_name if published is not None else None)
+    path = local_path(folder, "folder")
+    manifest = _read_verified(path, push)
+    repository = open_repository(push, path, manifest)
+    repository.refuse_others(manifest.files)
+    small, large = _read_files(path, manifest, progress)
+    small |= card_files(path, repository, manifest, push)
+    sizes = {name: operation.upload_info.size for name, operation in large.items()}
+    sizes |= {name: len(data) for name, data in small.items()}
+    return PushPreview(repository.target, sizes, tuple(repository.present(small, large.values())))
 
 
-def _published_model(manifest: Manifest) -> Model | None:
-    """Return the published model that a folder was converted from."""
-    models = (model for family in all_families() for model in family.models)
-    return next((model for model in models if model.name == manifest.model), None)
-
-
-def publish_folder(folder: Path, repository: Repository, progress: Progress = ignore_progress) -> Published:
+def publish_folder(
+    folder: Path, repository: Repository, progress: Progress = ignore_progress, push: PushOptions = PushOptions()
+) -> Published:
     """Push a finished folder in one commit: the files that its manifest names, the manifest, and a model card.
 
     If the folder has a README.md, that is the card. Otherwise one is generated, but not kept in the folder, unless the
     repository has a card that someone else wrote. Files that the Hub already has are not uploaded again.
 
     Raises:
+        UsageError: the Hub does not accept the card.
         OutputError: the folder is not finished, or its files do not match its manifest.
         HubError: the Hub does not accept it.
     """
     manifest = _read_manifest(folder)
     repository.refuse_others(manifest.files)
-    files = manifest.current_files
-    small = {name: _small(folder / name, file.sha256) for name, file in files.items() if not _is_large(name)}
-    large = {name: file for name, file in files.items() if _is_large(name)}
-    small[MANIFEST_NAME] = _small(folder / MANIFEST_NAME)
-    small |= card_files(folder, repository, manifest)
-    for name, file in large.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != file.size:
-            raise OutputError(f"{folder / name} does not match {MANIFEST_NAME}. Convert again.")
+    small, large = _read_files(folder, manifest, progress)
+    small |= card_files(folder, repository, manifest, push)
     repository.create()
-    for name, file in large.items():
-        repository.upload(folder / name, name, file.sha256, progress)
+    for name, operation in large.items():
+        repository.send(operation, progress)
         _log.info("uploaded %s to %s", name, repository.id)
+    return commit(repository, small, manifest, progress)
+
+
+def commit(repository: Repository, small: Mapping[str, bytes], manifest: Manifest, progress: Progress) -> Published:
+    """Commit the small files together with the large ones that were uploaded."""
     progress(f"committing to {repository.id}", 0, 1, "steps")
-    url = repository.commit(small, commit_message(manifest))
-    _log.info("committed %s", url)
-    return Published(repository.id, url)
+    made = repository.commit(small, f"Add {manifest.model or 'the model'}, converted by streamconv")
+    _log.info("committed %s" if made.is_new else "%s has all files already", made.url)
+    return Published(repository.id, made.url, made.private, was_published=not made.is_new)
+
+
+def _read_verified(folder: Path, push: PushOptions) -> Manifest:
+    manifest = _read_manifest(folder)
+    verification = manifest.verification
+    if push.unverified or (verification is not None and verification.get("passed")):
+        return manifest
+    state = "has not been verified" if verification is None else "failed verification"
+    raise UsageError(f"{folder} {state}. Verify it first: `{_verify_command(folder, manifest)}`.")
+
+
+def _verify_command(folder: Path, manifest: Manifest) -> str:
+    """Return the command that verifies a folder, as far as its manifest tells where the source is."""
+    if published := published_model(manifest):
+        return shlex.join(["streamconv", "verify", str(folder), published[1].name])
+    sources = {role: file.address or file.file for role, file in manifest.source.items()}
+    head = ["--head", sources["head"]] if "head" in sources else []
+    return shlex.join(["streamconv", "verify", str(folder), sources.get("backbone", "SOURCE"), *head])
 
 
 def _read_manifest(folder: Path) -> Manifest:
+    if not os.path.isdir(folder):
+        raise OutputError(f"{folder} is not a folder. Give a folder that streamconv wrote.")
+    if os.path.exists(folder / JOURNAL_NAME):
+        raise OutputError(f"{folder} holds an unfinished conversion. Finish it first: run the same command again.")
     manifest = Manifest.read(folder)
     if manifest is None:
         raise OutputError(f"{folder} has no {MANIFEST_NAME}, which lists the files to push. Convert the model first.")
     return manifest
 
 
-def commit_message(manifest: Manifest) -> str:
-    return f"Add {manifest.model or 'the model'}, converted by streamconv"
-
-
-def _is_large(name: str) -> bool:
-    return name.endswith(".safetensors")
-
-
-def _small(path: Path, sha256: str | None = None) -> bytes:
-    try:
-        data = read_small(path)
-    except SourceError as error:
-        raise OutputError(f"{error} It is one of the files to push.") from error
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise OutputError(
-            f"{path} was changed after it was written or verified. Verify it first, which records the change: "
-            "`streamconv verify DIR SOURCE`."
-        )
-    return data
-
-
-def card_files(folder: Path, repository: Repository, manifest: Manifest) -> dict[str, bytes]:
-    """Return the model card by file name: the folder's own, or a generated one.
-
-    The result is empty if the folder has none and the repository has one that someone else wrote.
+def _read_files(
+    folder: Path, manifest: Manifest, progress: Progress
+) -> tuple[dict[str, bytes], dict[str, "CommitOperationAdd"]]:
+    """Return the contents of the small files, and an operation for each weight file.
 
     Raises:
+        OutputError: files are missing, or are not as they were verified.
+    """
+    small, large = {}, {}
+    present = [name for name in manifest.current_files if os.path.isfile(folder / name)]
+    for name in present:
+        if is_weights(name):
+            large[name] = hashed(folder / name, name, progress)
+        else:
+            small[name] = _small(folder / name)
+    digests = {name: operation.upload_info.sha256.hex() for name, operation in large.items()}
+    digests |= {name: hashlib.sha256(data).hexdigest() for name, data in small.items()}
+    changed = [name for name in present if digests[name] != manifest.current_files[name].sha256]
+    missing = [name for name in manifest.current_files if name not in present]
+    if changed or missing:
+        found = [f"{', '.join(changed)} was changed after it was written or verified"] if changed else []
+        found += [f"{', '.join(missing)} is missing"] if missing else []
+        fix = f"Verify the folder again, which records edits: `{_verify_command(folder, manifest)}`."
+        if missing or any(map(is_weights, changed)):
+            fix = "Convert again, which writes them again: see --force."
+        raise OutputError(f"{folder}: {', and '.join(found)}. {fix}")
+    return small | {MANIFEST_NAME: _small(folder / MANIFEST_NAME)}, large
+
+
+def _small(path: Path) -> bytes:
+    try:
+        return read_small(path)
+    except SourceError as error:
+        raise OutputError(f"{error} It is one of the files to push.") from error
+
+
+def card_files(folder: Path, repository: Repository, manifest: Manifest, push: PushOptions) -> dict[str, bytes]:
+    """Return the model card by file name: the folder's own, or a generated one.
+
+    The result is empty if the folder has none and the repository has one that someone else wrote. A generated card
+    keeps the licence and the tags that were added to an earlier one.
+
+    Raises:
+        UsageError: the Hub does not accept the card.
         OutputError: the folder's card cannot be read.
         HubError: the repository's card cannot be read.
     """
     if os.path.exists(folder / CARD_NAME):
-        return {CARD_NAME: _small(folder / CARD_NAME)}
+        own = _small(folder / CARD_NAME)
+        check_card(own.decode("utf-8", "replace"), str(folder / CARD_NAME))
+        return {CARD_NAME: own}
     there = repository.read_card()
     if there is not None and not is_ours(there):
         return {}
-    return {CARD_NAME: make_card(manifest, repository.id).encode()}
+    license, tags = kept_metadata(there) if there is not None else (None, [])
+    return {CARD_NAME: make_card(manifest, repository.id, push.license or license, (*tags, *push.tags)).encode()}

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import UsageError
-from streamconv.families.registry import find_model
 from streamconv.files.address import local_path
 from streamconv.hub.repository import Repository
-from streamconv.jobs.conversion import Conversion
+from streamconv.jobs.conversion import Conversion, PreparedConversion
 from streamconv.jobs.convert import convert_prepared
 from streamconv.jobs.convert_to_hub import Verify, convert_to_hub
 from streamconv.jobs.model_options import check_options, started_models
 from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
-from streamconv.jobs.publish import Published, open_repository, publish_folder
-from streamconv.jobs.synth import temporary_checkpoint
+from streamconv.jobs.publish import Published, publish_folder
+from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
+from streamconv.jobs.synth import synthetic_model, temporary_checkpoint
 from streamconv.jobs.verify import verify_prepared, verify_uploaded, write_report
 from streamconv.output.manifest import Manifest
 from streamconv.progress import Progress, ignore_progress, job
@@ -60,6 +60,7 @@ def run(
     synthetic_seed: int | None = None,
     progress: Progress = ignore_progress,
     on_result: Callable[[Conversion | Verification], None] = lambda result: None,
+    on_push: OnPush = ignore_target,
 ) -> RunResult:
     """Convert a checkpoint, verify the result against it, and publish it.
 
@@ -75,6 +76,7 @@ def run(
         progress: Called with the bytes or steps of each stage. An exception that it raises ends the job: see
             `Cancelled`.
         on_result: Called with each result as soon as it is available, in the caller's thread; it may raise, too.
+        on_push: Called with the repository that will be pushed to, before anything is converted; it may raise, too.
 
     Raises:
         UsageError: the options contradict each other, or something that they name does not exist.
@@ -92,18 +94,23 @@ def run(
         if verification is not None:
             # Torch is imported while this process converts. What the user named is known to exist before that.
             models = stack.enter_context(started_models(verification, progress))
-        # A synthetic source's name is known now, so a wrong repository is refused before the checkpoint is generated.
-        name = fspath(source) if synthetic_seed is not None else None
-        repository = open_repository(push, find_model(name)[1]) if push is not None and name is not None else None
+        synthetic, repository = None, None
         if synthetic_seed is not None:
+            synthetic = synthetic_model(fspath(source))
+            output = synthetic.published_name if output is None else output
+            if push is not None:  # a wrong repository is refused before the checkpoint is generated
+                repository = open_repository(push, local_path(output, "output folder"), None)
+                on_push(repository.target)
             source, conversion = stack.enter_context(
                 _synthetic(fspath(source), output, conversion, synthetic_seed, progress)
             )
         prepared = stack.enter_context(
-            prepared_source(source, conversion, progress, output=output, is_synthetic=synthetic_seed is not None)
+            prepared_source(source, conversion, progress, output=output, synthetic=synthetic)
         )
         if push is not None and repository is None:
-            repository = open_repository(push, prepared.published_model)
+            planned = PreparedConversion.of(prepared, output, force=conversion.force)
+            repository = open_repository(push, planned.folder, planned.provenance)
+            on_push(repository.target)
         if push is not None and repository is not None and conversion.stream:
             return _run_to_hub(
                 prepared, output, repository, push, verification, models, conversion.force, progress, on_result
@@ -119,7 +126,7 @@ def run(
             write_report(verified, verification)
     published = None
     if push is not None and repository is not None and (push.unverified or (verified is not None and verified.passed)):
-        published = publish_folder(converted.output, repository, progress)
+        published = publish_folder(converted.output, repository, progress, push)
     return RunResult(converted, verified, published)
 
 
@@ -148,9 +155,7 @@ def _run_to_hub(
     on_result: Callable[[Conversion | Verification], None],
 ) -> RunResult:
     verify = _verify_with(verification, models, progress) if verification is not None and models is not None else None
-    done = convert_to_hub(
-        prepared, output, repository, verify, unverified=push.unverified, force=force, progress=progress
-    )
+    done = convert_to_hub(prepared, output, repository, verify, push=push, force=force, progress=progress)
     on_result(done.conversion)
     if verification is not None and done.verification is not None:
         on_result(done.verification)

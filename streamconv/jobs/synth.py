@@ -79,6 +79,18 @@ def _synth(model: str, path: str | PathLike[str], seed: int, force: bool, progre
     return SyntheticFiles(backbone, head)
 
 
+def synthetic_model(name: str) -> Model:
+    """Return the model to generate random weights for.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    try:
+        return find_model(name)[1]
+    except UsageError as error:
+        raise UsageError(f"--synthetic needs the name of a model: {error}") from None
+
+
 @contextmanager
 def temporary_checkpoint(model: str, output: Path | None, seed: int, progress: Progress) -> Iterator[SyntheticFiles]:
     """Yield a random checkpoint in a hidden folder next to ``output``. The folder is deleted when the block ends.
@@ -88,10 +100,7 @@ def temporary_checkpoint(model: str, output: Path | None, seed: int, progress: P
     Raises:
         UsageError, OutputError: see `synth`; or another process uses the folder.
     """
-    try:
-        _, found = find_model(model)
-    except UsageError as error:
-        raise UsageError(f"--synthetic needs the name of a model: {error}") from None
+    found = synthetic_model(model)
     folder = output or Path(found.published_name)
     near = next((path for path in folder.absolute().parents if os.path.isdir(path)), folder)
     temporary = near / f".{folder.name}.streamconv-synthetic"

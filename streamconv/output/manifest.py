@@ -23,7 +23,8 @@ class SourceFile:
 
     ``fingerprint`` is the sha256 of its index. It stands for the weights only if they carry CRC-32s; otherwise
     ``version`` distinguishes the checkpoint's files from others with the same names and shapes: each file's times in
-    nanoseconds since 1970, or its server's name for this version.
+    nanoseconds since 1970, or its server's name for this version. ``published``: it is the file that its authors
+    published, read from their URL or from torch.hub's cache.
     """
 
     file: str
@@ -31,6 +32,7 @@ class SourceFile:
     fingerprint: str
     address: str | None = None
     synthetic: bool = False
+    published: bool = False
     version: Mapping[str, tuple[str | int | None, ...]] = field(default_factory=dict)
 
     def is_same(self, other: "SourceFile") -> bool:

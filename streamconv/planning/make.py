@@ -80,8 +80,8 @@ def make_plan(
     config = make_config(spec, family, written_dtype, labels, selection.config)
     shards, index = lay_out(_as_written(targets, fills, written_dtype, family), max_shard_bytes)
     known = model or _with_dimensions(candidates, filename)
-    # Any file can have a published model's shapes, so only a name makes it that model.
-    is_published = known is not None and (model is not None or known.names_file(filename))
+    # Any file can have a published model's shapes, so only the published name makes it that model.
+    is_published = known is not None and (model is not None or known.backbone.filename == filename)
     chosen = choose_image_processor(family, candidates, selection, spec, image_processor, is_published=is_published)
     assumed = [] if is_published or (selection.config and candidates) else spec.notes
     return Plan(

@@ -105,6 +105,7 @@ class OpenSource:
                 fingerprint=checkpoint.fingerprint,
                 address=str(origins[role]) if role in origins else None,
                 synthetic=self.source.is_synthetic,
+                published=self.source.is_authors_file(role),
                 version={} if _has_checksums(checkpoint) else checkpoint.version,
             )
             for role, checkpoint in self.checkpoints.items()

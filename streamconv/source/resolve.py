@@ -13,7 +13,14 @@ from pathlib import Path
 from streamconv.errors import SourceMissingError, UsageError, located
 from streamconv.families.base import Model, RemoteFile
 from streamconv.families.near_names import did_you_mean, near_names
-from streamconv.families.registry import find_model, is_hub_name, is_model, near_models, suggest_models
+from streamconv.families.registry import (
+    find_model,
+    is_hub_name,
+    is_model,
+    near_models,
+    published_files,
+    suggest_models,
+)
 from streamconv.files.address import Address, Location, parse_location
 from streamconv.formats.foreign.folders import missing_link
 
@@ -46,6 +53,18 @@ class Source:
     def locations(self) -> dict[str, Location]:
         """The locations by role: "backbone" and, if there is one, "head"."""
         return {"backbone": self.backbone, **({"head": self.head} if self.head is not None else {})}
+
+    def is_authors_file(self, role: str) -> bool:
+        """Return whether a file is the one that its authors published, as its place shows.
+
+        It is read from the URL at which they published it, or is torch.hub's copy. Elsewhere, any file can have its
+        name.
+        """
+        location = self.origins.get(role, self.locations[role])
+        if isinstance(location, Address):
+            return location.url in {file.url for file in published_files()}
+        is_cached = os.path.realpath(location.parent) == os.path.realpath(torch_hub_cache())
+        return is_cached and location.name in {file.filename for file in published_files()}
 
     @property
     def is_remote(self) -> bool:

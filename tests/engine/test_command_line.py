@@ -24,7 +24,7 @@ from tests.file_server import FileServer
 from tests.hub_server import HubServer
 from tests.support import ROOT, Ran, Save, read_terminal, run, run_process, run_python, tiny
 
-COMMANDS = ["run", "convert", "verify", "plan", "revert", "models", "synth", "completion"]
+COMMANDS = ["run", "convert", "verify", "push", "plan", "revert", "models", "synth", "completion"]
 
 
 def document(done: Ran) -> dict[str, Any]:
@@ -413,12 +413,12 @@ def test_dry_run_of_a_push_is_refused_as_the_job_would_be(
     finished = run(*words, "-o", "taken", "--push-unverified", cwd=tmp_path)
     assert (finished.returncode, "holds the finished model" in finished.stderr) == (2, True)
     done = run(*words, "-o", "out", "--push-unverified", cwd=tmp_path)
-    assert (done.returncode, "push      to ada/it\n" in done.stdout) == (0, True)
+    assert (done.returncode, f"push      to {hub.url}/ada/it, a new repository: public" in done.stdout) == (0, True)
     assert hub.repos == {}
     assert len(configured) == 3  # requests to the Hub have a timeout, and print nothing
     words = (*words[:-2], "--dry-run", "-o", "out")
-    assert "push      to ada/it, if verification passes\n" in run(*words, cwd=tmp_path).stdout
-    assert "push      to ada/it\n" in run(*words, "--push-unverified", cwd=tmp_path).stdout
+    assert ", if verification passes\n" in run(*words, cwd=tmp_path, COLUMNS="200").stdout
+    assert "if verification" not in run(*words, "--push-unverified", cwd=tmp_path, COLUMNS="200").stdout
 
 
 def type_into_run(folder: Path, answer: bytes, *words: str) -> tuple[int, str]:

@@ -97,6 +97,7 @@ def test_every_exported_dataclass_can_be_copied_and_pickled(source: Path, tmp_pa
         VerificationOptions(report=tmp_path / "report.html"),
         PushOptions(Destination("ada/it", revision="dev")),
         Destination("ada/it"),
+        streamconv.PushTarget("ada/it", "https://host/ada/it", exists=True, private=None),
     ]
     with streamconv.open_checkpoint(source) as checkpoint:
         values += [checkpoint["pos_embed"], checkpoint["pos_embed"].info]

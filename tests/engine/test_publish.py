@@ -3,17 +3,19 @@
 import json
 import logging
 import os
+import re
+import shutil
+import subprocess
 import time
 import traceback
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.utils import _http, are_progress_bars_disabled, enable_progress_bars, get_session
 from huggingface_hub.utils import logging as hub_logging
 
@@ -21,10 +23,11 @@ import streamconv
 from streamconv import PushOptions
 from streamconv.errors import HubError, MissingUploadError, OutputError, StreamconvError, UsageError
 from streamconv.hub import client, transport
-from streamconv.hub.repository import Destination, Repository
+from streamconv.hub.destination import Destination
+from streamconv.hub.repository import Repository
 from streamconv.jobs.publish import publish_folder
 from tests import api
-from tests.hub_server import READ_TOKEN, TOKEN, HubServer, Repo, running
+from tests.hub_server import READ_TOKEN, TOKEN, HubServer, Repo, fine_grained, running, who
 from tests.support import Save, run, run_python, run_with_hub, sha256_of, tiny
 
 SMALL = {"config.json", "preprocessor_config.json", "streamconv.json", "model.safetensors.index.json"}
@@ -133,17 +136,24 @@ def test_lost_upload_is_named(hub: HubServer, folder: Path) -> None:
     assert commits(hub) == 1
 
 
-def test_changed_file_is_not_uploaded(hub: HubServer, folder: Path) -> None:
-    for path in (shards(folder)[1], folder / "config.json"):
-        before = path.read_bytes()
-        path.write_bytes(before[:-2] + b" }")
-        with pytest.raises(OutputError, match=r"changed (since|after) it was written"):
-            pushed(folder)
-        path.write_bytes(before)
-    shards(folder)[0].write_bytes(b"")
-    with pytest.raises(OutputError, match=r"does not match streamconv\.json"):
+def test_changed_files_are_named_before_anything_is_changed_on_the_hub(hub: HubServer, folder: Path) -> None:
+    names = [shards(folder)[1].name, "config.json"]
+    before = {name: (folder / name).read_bytes() for name in names}
+    for name in names:
+        (folder / name).write_bytes(before[name][:-2] + b" }")
+    with pytest.raises(OutputError, match=rf": {names[0]}, config\.json was changed after .* Convert again, which"):
         pushed(folder)
-    assert "ada/it" not in hub.repos or commits(hub) == 1
+    (folder / names[0]).write_bytes(before[names[0]])
+    command = re.escape(f"`streamconv verify {folder} source.pth`")
+    with pytest.raises(OutputError, match=rf": config\.json was changed after .* edits: {command}\.$"):
+        pushed(folder)
+    (folder / "config.json").unlink()
+    shards(folder)[0].write_bytes(b"")
+    with pytest.raises(
+        OutputError, match=rf"{shards(folder)[0].name} was changed .*, and config\.json is missing\. Conv"
+    ):
+        pushed(folder)
+    assert not hub.requests("^(POST|PUT)")
 
 
 def test_folder_without_a_valid_manifest_is_not_published(hub: HubServer, folder: Path) -> None:
@@ -189,12 +199,7 @@ def test_foreign_weights_that_appear_during_the_upload_stop_the_commit(hub: HubS
 def test_invalid_destinations_are_refused_before_anything_is_changed(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fine(*rights: str) -> dict[str, Any]:
-        scopes = [{"entity": {"type": "user", "name": "ada"}, "permissions": list(rights)}]
-        token = {"role": "fineGrained", "fineGrained": {"scoped": scopes}}
-        return {"type": "user", "name": "ada", "auth": {"accessToken": token}}
-
-    hub.users["hf_fine"] = fine("repo.content.read")
+    hub.users["hf_fine"] = who(fine_grained("repo.content.read"))
     hub.put("ada/public", {"notes": b""})
     hub.repos["eve/gated"] = Repo(private=False, gated=True)
     for kind, message, token, wanted, default in (
@@ -214,11 +219,8 @@ def test_invalid_destinations_are_refused_before_anything_is_changed(
         with pytest.raises(kind, match=message):
             Repository(wanted, default)
     assert not hub.requests("^(POST|PUT)")
-    monkeypatch.setenv("HF_TOKEN", "hf_fine")
-    hub.users["hf_fine"] = fine("repo.content.read", "repo.write")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert Repository(Destination(), "dinov2-small").id == "ada/dinov2-small"
-    hub.users["hf_fine"] = fine("discussion.write")
-    assert Repository(Destination("eve/theirs", create_pr=True), None).id == "eve/theirs"
     (tmp_path / "token").write_text(TOKEN)  # the hub's login
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -471,25 +473,75 @@ def test_failed_publishing_exits_with_4_and_can_be_repeated(tmp_path: Path, save
         assert "Not verified" in hub.files("ada/it")["README.md"].decode()
 
 
-def test_repository_is_named_like_the_published_model(tmp_path: Path) -> None:
+def repository_of(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].removeprefix("published: ").rpartition("/commit/")[0]
+
+
+def test_only_the_authors_file_is_published_under_its_name(tmp_path: Path) -> None:
+    """It is known by its place: torch.hub's cache, or the address at which it was published."""
+    cache = tmp_path / "torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    cached = streamconv.synth("dinov2_vits14", cache / "dinov2_vits14_pretrain.pth").backbone
+    options = ("--no-verify", "--push-unverified", "--push-to-hub")
     with running() as hub:
-        words = ("run", "dinov2_vits14", "--synthetic", "--no-verify", "--push-unverified", "--push-to-hub")
+        for source in ("dinov2_vits14", "facebook/dinov2-small", cached):
+            done = run_with_hub(hub, tmp_path, "run", source, *options)
+            assert repository_of(done) == f"{hub.url}/ada/dinov2-small" or "nothing was changed" in done.stdout
+            assert "base_model: facebook/dinov2-small" in hub.files("ada/dinov2-small")["README.md"].decode()
+        copies = [tmp_path / "dinov2_vits14_pretrain.pth", tmp_path / "dinov2_vits14_finetuned.pth"]
+        for number, copy in enumerate(copies):
+            shutil.copy(cached, copy)
+            done = run_with_hub(hub, tmp_path, "run", copy, "-o", f"my model {number}", *options)
+            assert repository_of(done) == f"{hub.url}/ada/my-model-{number}"
+            assert f"pushing to {hub.url}/ada/my-model-{number}, a new repository: public" in done.stderr
+            card = ModelCard(hub.files(f"ada/my-model-{number}")["README.md"].decode())
+            assert not card.data.to_dict().keys() & {"license", "base_model"}
+            done = run_with_hub(hub, tmp_path, "run", copy, "-o", "DINOv2-small", *options)
+            assert (done.returncode, "not known to be its own. Name the repository" in done.stderr) == (2, True)
+        (tmp_path / "elsewhere").mkdir()
+        done = run_with_hub(hub, tmp_path / "elsewhere", "run", copies[0], *options)  # into a folder dinov2-small
+        assert (done.returncode, "not known to be its own. Name the repository" in done.stderr) == (2, True)
+        done = run_with_hub(hub, tmp_path, "run", copies[0], "-o", "other", *options, "dinov2-small")
+        assert repository_of(done) == f"{hub.url}/ada/dinov2-small"
+        assert "which is public" in done.stderr
+
+
+def test_random_weights_are_not_published_under_a_published_name(tmp_path: Path) -> None:
+    words = ("run", "dinov2_vits14", "--synthetic", "--no-verify", "--push-unverified", "--push-to-hub")
+    with running() as hub:
         done = run_with_hub(hub, tmp_path, *words)
-        assert done.returncode == 0, done.stderr
-        assert "/ada/dinov2-small/commit/" in done.stdout.splitlines()[-1]
+        assert (done.returncode, "not known to be its own. Name the repository" in done.stderr) == (2, True)
+        assert not (tmp_path / "dinov2-small").exists()
+        done = run_with_hub(hub, tmp_path, *words, "-o", "random")
+        assert repository_of(done) == f"{hub.url}/ada/random"
+        assert "Random weights" in hub.files("ada/random")["README.md"].decode()
 
 
-def test_folder_of_an_own_model_is_not_published_under_a_published_name(hub: HubServer, folder: Path) -> None:
-    path = folder / "streamconv.json"
+def test_folder_is_published_under_its_own_name_unless_it_is_the_published_model(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, push = folder / "streamconv.json", PushOptions(unverified=True)
     manifest = json.loads(path.read_text())
-    for model, shaped_like, repositories in (
-        (None, "dinov2_vits14", []),
-        ("dinov2_vits14", None, ["ada/dinov2-small"]),
+    authors = {**manifest["source"]["backbone"], "file": "dinov2_vits14_pretrain.pth"}
+    for model, source, name in (
+        (None, authors, "ada/out"),
+        ("dinov2_vits14", authors, "ada/out"),  # a name that proves nothing
+        ("dinov2_vits14", {**authors, "published": True}, "ada/dinov2-small"),
+        ("dinov2_vits14", {**authors, "published": True, "file": "x.pth"}, "ada/out"),
+        ("dinov2_vits14_1layer", {**authors, "published": True}, "ada/out"),  # the head is another file
     ):
-        path.write_text(json.dumps({**manifest, "model": model, "shaped_like": shaped_like}))
-        with pytest.raises(UsageError, match="needs a name") if not repositories else nullcontext():
-            streamconv.publish(folder, PushOptions(unverified=True))
-        assert list(hub.repos) == repositories
+        path.write_text(json.dumps({**manifest, "model": model, "source": {"backbone": source}}))
+        assert streamconv.publish(folder, push).repository == name
+    monkeypatch.chdir(folder)
+    assert streamconv.publish(".", push).repository == "ada/out"
+    for given, name in (("a b--c.git", "a-b-c"), ("-möd..el.", "m-d-el")):
+        folder = folder.rename(folder.with_name(given))
+        assert streamconv.publish(folder, push).repository == f"ada/{name}"
+    for given, message in (("dinov2-base", "known to be its own"), ("…", "has no name for a repository")):
+        folder = folder.rename(folder.with_name(given))
+        with pytest.raises(UsageError, match=message):
+            streamconv.publish(folder, push)
 
 
 def test_publishing_mistakes_end_in_one_message_before_anything_is_converted(
@@ -508,12 +560,16 @@ def test_publishing_mistakes_end_in_one_message_before_anything_is_converted(
         (2, "--push-unverified needs", ("run", backbone, "--push-unverified"), TOKEN),
         (2, "Unverified models are not pushed", (*push, "it", "--no-verify"), TOKEN),
         (2, "revision's name is empty", (*push, "it", "--revision", ""), TOKEN),
-        (2, "needs a name", push, TOKEN),
+        (2, "Name the repository", ("run", backbone, "-o", "dinov2-base", "--push-to-hub"), TOKEN),
+        (2, "is not a list of tags", (*push, "it", "--tag", "a\nb"), TOKEN),
+        (2, "--license and --tag need --push-to-hub", ("run", backbone, "--license", "mit", "--tag", "x"), TOKEN),
+        (2, 'licence "other" needs a name and a link', (*push, "it", "--license", "other"), TOKEN),
         (2, "not a valid repository name", (*push, "a b"), TOKEN),
         (4, "no token for pushing", (*push, "it"), ""),
         (4, "not accepted (401)", (*push, "it"), "hf_wrong"),
         (4, "is read-only", (*push, "it"), READ_TOKEN),
         (4, "pytorch_model.bin, which", (*push, "full"), TOKEN),
+        (4, "eve is neither your account, ada, nor an organisation", (*push, "eve/it"), TOKEN),
     ):
         done = run(*words, cwd=tmp_path, HF_TOKEN=token, HF_HOME=str(tmp_path / "hf"))
         assert done.returncode == code, (words, done.stderr)

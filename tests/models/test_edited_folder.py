@@ -143,7 +143,7 @@ def test_edited_folder_is_published_once_it_was_verified(hub: HubServer, source:
     api.verify(folder, source, device="cpu")
     edit(folder / PROCESSOR, {"image_mean": [0.5, 0.5, 0.5]})
     push = PushOptions(Destination("it"))
-    with pytest.raises(OutputError, match=rf"{PROCESSOR} was changed after .* Verify it first, which records the cha"):
+    with pytest.raises(OutputError, match=rf"{PROCESSOR} was changed after .* Verify the folder again, which records"):
         streamconv.publish(folder, push)
     assert api.verify(folder, source, device="cpu").passed
     streamconv.publish(folder, push)

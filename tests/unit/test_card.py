@@ -27,7 +27,7 @@ def manifest(**changed: Any) -> Manifest:
         "cast": None,
         "model": "dinov2_vits14",
         "architecture": "Dinov2Model",
-        "source": source("dinov2_vits14_pretrain.pth"),
+        "source": source("dinov2_vits14_pretrain.pth", published=True),
         "files": {"model.safetensors": {"size": 88249960, "sha256": "abcd"}},
         "is_crc_checked": True,
         "versions": {"streamconv": "0.1.0"},
@@ -47,7 +47,9 @@ def manifest(**changed: Any) -> Manifest:
 
 
 def test_card_of_a_published_model_names_origin_license_and_checks() -> None:
-    found = source("dinov2_vits14_pretrain.pth", address="https://example.org/dinov2_vits14_pretrain.pth")
+    found = source(
+        "dinov2_vits14_pretrain.pth", published=True, address="https://example.org/dinov2_vits14_pretrain.pth"
+    )
     text = make_card(manifest(source=found), "ada/dinov2-small")
     assert ModelCard(text).data.to_dict() == {
         "license": "apache-2.0",

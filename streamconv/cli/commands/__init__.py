@@ -13,7 +13,7 @@ import click
 
 from streamconv._version import __version__
 from streamconv.cli.command import SETTINGS
-from streamconv.cli.commands import completion, convert, models, plan, revert, run, synth, verify
+from streamconv.cli.commands import completion, convert, models, plan, push, revert, run, synth, verify
 from streamconv.cli.near_options import near_options
 from streamconv.cli.terminal import InterruptedByUser, Printer, run_with_signals
 from streamconv.errors import StreamconvError, UsageError
@@ -95,7 +95,7 @@ def app() -> None:
 
 
 for each in (
-    run.run, convert.convert, verify.verify, plan.plan, revert.revert, models.models, synth.synth,
+    run.run, convert.convert, verify.verify, push.push, plan.plan, revert.revert, models.models, synth.synth,
     completion.completion,
 ):  # fmt: skip
     app.add_command(each)

@@ -22,7 +22,7 @@ from streamconv.cli.options import (
 )
 from streamconv.cli.previews import show_preview
 from streamconv.cli.progress_bar import ProgressReport
-from streamconv.cli.results import Results, print_report_path
+from streamconv.cli.results import Results, print_report_path, target_shown_with
 from streamconv.cli.terminal import Printer
 from streamconv.errors import StreamconvError, UsageError
 from streamconv.families.registry import find_model
@@ -87,11 +87,12 @@ def run(
                 synthetic_seed=seed if synthetic else None,
                 progress=progress,
                 on_result=results.shown_with(progress),
+                on_push=target_shown_with(printer, progress, is_conditional=not push.unverified if push else False),
             )
     except StreamconvError:
         results.finish()
         raise
-    results.finish(done.published.url if done.published is not None else None)
+    results.finish(done.published)
     printer.show(printer.results, [])
     if no_verify:
         return 0

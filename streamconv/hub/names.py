@@ -1,0 +1,46 @@
+"""The name of a repository if the user gives none, and the published model that an output was made from."""
+
+import re
+from pathlib import Path
+
+from streamconv.errors import UsageError
+from streamconv.families.base import Family, Model
+from streamconv.families.registry import all_families, find_model
+from streamconv.output.manifest import Provenance
+
+
+def published_model(provenance: Provenance) -> tuple[Family, Model] | None:
+    """Return the published model that an output was made from, if all of its source files are the authors' own.
+
+    A name that a user gave proves nothing: any file may have the name of a published one.
+    """
+    try:
+        family, model = find_model(str(provenance.model))
+    except UsageError:
+        return None
+    authors = {"backbone": model.backbone.filename, **({"head": model.head.filename} if model.head else {})}
+    files = {role: file.file for role, file in provenance.source.items()}
+    return (family, model) if files == authors and all(file.published for file in provenance.source.values()) else None
+
+
+def default_name(folder: Path, provenance: Provenance | None) -> str:
+    """Return the name of the repository for an output: that of the published model, or else that of its folder.
+
+    Args:
+        provenance: None for random weights.
+
+    Raises:
+        UsageError: the folder has no name that a repository can have, or the name of a published model.
+    """
+    if provenance is not None and (published := published_model(provenance)) is not None:
+        return published[1].published_name
+    name = re.sub(r"[^A-Za-z0-9._-]+|-{2,}|[.]{2,}", "-", folder.absolute().name)
+    name = re.sub(r"-{2,}", "-", name).strip("-.").removesuffix(".git")
+    if any(name.lower() == model.published_name for family in all_families() for model in family.models):
+        raise UsageError(
+            f"A model was published as {name}, and these weights are not known to be its own. Name the repository, as "
+            "USER/NAME or NAME."
+        )
+    if not name:
+        raise UsageError(f"{folder} has no name for a repository. Name the repository, as USER/NAME or NAME.")
+    return name
