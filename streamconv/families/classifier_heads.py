@@ -12,7 +12,7 @@ from streamconv.errors import MappingError, UsageError
 from streamconv.families.base import ClassifierHead, Family
 from streamconv.families.layout import Layout
 from streamconv.families.prefixes import complete_prefix, matching_prefixes, shown
-from streamconv.families.wrapped_names import is_untrained, prefix_before, unwrapped
+from streamconv.families.wrapped_names import prefix_before, untrained_start, unwrapped
 from streamconv.tensors.info import TensorInfo
 
 MAX_EXPLAINED = 4  # layers, or names, that a message explains
@@ -27,7 +27,7 @@ def find_layers(names: Iterable[str], head: ClassifierHead) -> Layers:
         bare = unwrapped(name)
         for key in head.keys:
             prefix = prefix_before(name, bare, key)
-            if prefix is not None and not is_untrained(name):
+            if prefix is not None and not untrained_start(name):
                 found[prefix][key] = name
     return {prefix: layer for prefix, layer in found.items() if layer.keys() == head.keys}
 

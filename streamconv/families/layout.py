@@ -9,7 +9,7 @@ from itertools import takewhile
 from streamconv.families.base import ExtraPrefix, Family
 from streamconv.families.detection import source_names_of
 from streamconv.families.rules import expand
-from streamconv.families.wrapped_names import is_untrained, unwrapped
+from streamconv.families.wrapped_names import untrained_start, unwrapped
 from streamconv.tensors.info import TensorInfo
 
 _UNTRAINED = "a module that PEFT replaces with a trained copy"
@@ -71,8 +71,8 @@ class Layout:
             for extra in self.family.extra_prefixes:
                 if name.startswith(extra.start, len(parent)):
                     return parent + extra.start, extra
-        if is_untrained(name):
-            return name, ExtraPrefix(name, _UNTRAINED)
+        if start := untrained_start(name):
+            return start, ExtraPrefix(start, _UNTRAINED)
         return self._training_state(name, info)
 
     def _training_state(self, name: str, info: TensorInfo) -> tuple[str, ExtraPrefix] | None:

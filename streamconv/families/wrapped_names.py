@@ -48,9 +48,10 @@ def prefix_before(name: str, unwrapped_name: str, key: str) -> str | None:
     return ".".join([*parts[:start], ""]) if start else ""
 
 
-def is_untrained(name: str) -> bool:
-    """Return whether the tensor belongs to a module that PEFT replaces with a trained copy."""
-    return _UNTRAINED in name.split(".")
+def untrained_start(name: str) -> str:
+    """Return the start of the names in a module that PEFT replaces with a trained copy; empty if it is none."""
+    before, found, _ = f".{name}".partition(f".{_UNTRAINED}.")
+    return f"{before}{found}"[1:] if found else ""
 
 
 def _is_wrapped(parts: list[str]) -> bool:
