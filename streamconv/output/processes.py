@@ -51,7 +51,7 @@ class Process:
         start = _start_of(self.pid)
         if start is None:  # the system hides it
             return False
-        return start == _ENDED or bool(self.start and start != self.start)  # or its id was given to another process
+        return bool(self.start and start != self.start)  # it waits for its parent, or its id is another process's
 
 
 def _system() -> str:
