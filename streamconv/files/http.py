@@ -166,7 +166,8 @@ class HttpFile(RemoteFile):
             raise NotACheckpointError(f"{self.where} is a web page, not a file. Check the URL, or {_DOWNLOAD}")
         if is_encoded:
             raise SourceError(
-                f"{self.where} is sent compressed and cannot be read in parts. {_DOWNLOAD} With curl, add --compressed."
+                f"{self.where} is sent compressed and cannot be read in parts. Download it yourself, such as with "
+                "`curl -L --compressed -o FILE URL`, and give the file."
             )
         if status == 206:
             match = re.fullmatch(r"bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", content_range.strip())

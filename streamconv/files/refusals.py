@@ -27,6 +27,7 @@ _ADVICE = {
 }
 _KINDS = {401: RefusedError, 403: RefusedError, 404: SourceMissingError, 410: SourceMissingError}
 _EXPIRED = "The signed link has probably expired: get a new one, from where you got this one."
+_GATED = "It is gated: accept the terms on the page of its repository, then set HF_TOKEN or run `hf auth login`."
 _WRONG_PASSWORD = "Check the user and the password in the URL."
 _HUB_ADVICE = {  # by the Hub's X-Error-Code
     "GatedRepo": "{repository} is gated: accept its terms on {page}, then set HF_TOKEN or run `hf auth login`.",
@@ -65,7 +66,9 @@ def _hub_advice(url: str, response: BaseHTTPResponse) -> str:
     parts = urlsplit(url)
     match = _HUB_FILE.fullmatch(parts.path)
     advice = _HUB_ADVICE.get(response.headers.get("X-Error-Code", ""))
-    if match is None or advice is None:
+    if match is None:
+        return _GATED if response.headers.get("X-Error-Code") == "GatedRepo" else ""
+    if advice is None:
         return ""
     root, repository, revision, file = (printable(unquote(part)) for part in match.groups())
     page = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{root}{repository}"

@@ -409,7 +409,9 @@ def test_token_is_sent_to_the_hub_only(
                 server.faults.statuses = [403]
 
         api.convert(f"{hub.url}/o/m/resolve/main/x.pth", tmp_path / "out", stream=True, progress=expire)
-        assert [headers.get("Authorization") for _, _, headers in hub.requests] == ["Bearer hf_secret"] * 2
+        paths = [path.rpartition("/")[2] for path, _, _ in hub.requests]
+        assert paths == ["x.pth", "config.json", "x.pth"]
+        assert {headers.get("Authorization") for _, _, headers in hub.requests} == {"Bearer hf_secret"}
         assert {headers.get("Authorization") for _, _, headers in server.requests} == {None}
         assert "hf_secret" not in (tmp_path / "out" / "streamconv.json").read_text()
         hub.faults.redirects = {}
@@ -460,7 +462,7 @@ def test_proxy_from_the_environment_is_used_unless_the_host_is_excluded(
     monkeypatch.setenv("http_proxy", server.url.replace("http://", "http://user:word@"))
     monkeypatch.setenv("no_proxy", "excepted.invalid")
     api.convert("http://models.invalid/x.pth", tmp_path / "out", stream=True)
-    assert {path for path, _, _ in server.requests} == {"http://models.invalid/x.pth"}
+    assert {path for path, _, _ in server.requests} == {f"http://models.invalid/{f}" for f in ("x.pth", "config.json")}
     secret = "Basic " + base64.b64encode(b"user:word").decode()
     assert {headers["Proxy-Authorization"] for _, _, headers in server.requests} == {secret}
     with pytest.raises(NetworkError, match="cannot find the host"):
@@ -486,7 +488,7 @@ def test_each_host_of_a_redirect_has_its_own_proxy_and_credentials(
         first = "http://models.invalid/start"
         proxy.faults.redirects = {first: source.replace("http://", "http://other:secret@")}
         assert api.plan(first.replace("http://", "http://someone:secret@")).weights
-    assert {path for path, _, _ in proxy.requests} == {first}
+    assert {path for path, _, _ in proxy.requests} == {first, "http://models.invalid/config.json"}
     secret = "Basic " + base64.b64encode(b"someone:secret").decode()
     assert {headers["Authorization"] for _, _, headers in proxy.requests} == {secret}
     assert server.requests
