@@ -178,6 +178,7 @@ def real_checkpoints(place: Path) -> list[tuple[bytes, bytes, bytes, bytes]]:
         linear.state_dict(),
         dict(linear.named_parameters()),
         {"a": shared[:4], "b": shared[2:], "c": shared.reshape(2, 3).t()},
+        {"a": torch.nn.Buffer(torch.ones(2)), "b": torch.nn.Buffer(torch.ones(1))},  # with attributes
     ]
     found = []
     for state in states:

@@ -11,7 +11,7 @@ from typing import Any
 from streamconv.formats.unread import PickleError, Unread
 
 MAX_GLOBAL_BYTES = 1_000
-_COST = 80  # at least: calling one of these functions takes more time than the opcodes that are executed in line
+_COST = 128  # at least: calling one of these functions takes more time than the opcodes that are executed in line
 _GLOBAL = 200  # picklers write each one once, and use the memo after that
 _SLOT = 8
 

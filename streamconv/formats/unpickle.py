@@ -23,6 +23,7 @@ MAX_PICKLE_BYTES = 12 << 20
 MAX_OPCODES = 2_600_000
 MAX_MEMORY_BYTES = 66 << 20  # the pickle and the objects that it builds
 MAX_TEXT_BYTES = 1 << 20
+_LONG_TEXT_BYTES = 64 << 10
 MAX_STACK = 200_000  # picklers set a dict's items in thousands, `torch_writer.write_pth` all at once
 MAX_DEPTH = 1_000  # of marks; picklers recurse, so Python's recursion limit applies to them
 
@@ -30,6 +31,7 @@ MAX_DEPTH = 1_000  # of marks; picklers recurse, so Python's recursion limit app
 _CONTAINER, _TUPLE, _ITEM, _NUMBER, _SLOT = 80, 48, 60, 32, 8
 _MAX_OPCODE_BYTES = 1 + MAX_GLOBAL_BYTES  # except a string's, which begins with its length
 _UINT32, _UINT64, _INT32 = struct.Struct("<I"), struct.Struct("<Q"), struct.Struct("<i")
+_TOO_LARGE = f"it describes more than {MAX_MEMORY_BYTES:,} bytes of objects, or {MAX_STACK:,} at once"
 _USED = type("used value", (), {})()  # replaces the arguments of a call in the memo
 
 
@@ -153,10 +155,13 @@ def _run(
             else:
                 size = _UINT64.unpack_from(data, at)[0]
                 at += 8 + size
-            if size > MAX_TEXT_BYTES:  # not a name but an array's values
-                push(Unread("builtins.str"))
-                free_memory -= _CONTAINER
-                continue
+            if size > _LONG_TEXT_BYTES:
+                if size > MAX_TEXT_BYTES:  # not a name but an array's values
+                    push(Unread("builtins.str"))
+                    free_memory -= _CONTAINER
+                    continue
+                if 4 * size > free_memory:  # if it has a character that takes four bytes, all take four
+                    raise PickleError(_TOO_LARGE)
             if at > len(data):
                 data += more(size)
                 refill_at = len(data) - _MAX_OPCODE_BYTES
@@ -228,5 +233,5 @@ def _run(
             at, memory = run(data, at, machine)
             free_memory -= memory
         if free_memory < 0 or len(stack) > MAX_STACK:
-            raise PickleError(f"it describes more than {MAX_MEMORY_BYTES:,} bytes of objects, or {MAX_STACK:,} at once")
+            raise PickleError(_TOO_LARGE)
     raise PickleError(f"it has more than {max_opcodes:,} opcodes")
