@@ -8,13 +8,13 @@ huggingface_hub is imported only where it is used, because it costs memory that 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from streamconv.errors import HubError, MissingUploadError, UsageError
-from streamconv.hub.card import CARD_NAME
-from streamconv.hub.checks import check_name, hashed, holds, other_weights, require_digest
+from streamconv.hub.checks import check_name, hashed, holds, require_digest
 from streamconv.hub.client import MISSING_UPLOAD, HubClient
 from streamconv.hub.destination import Destination, PushTarget
+from streamconv.hub.revision import Revision
 from streamconv.hub.rights import User, missing_right
 from streamconv.hub.transport import TIMEOUT_SECONDS
 from streamconv.progress import Progress, ignore_progress
@@ -59,9 +59,10 @@ class Repository:
         check_name(self.id)
         self._uploaded: dict[str, CommitOperationAdd] = {}
         self._restored: list[str] = []
-        info = self._read()
+        self._revision = Revision(self._hub, self.id, destination)
+        info = self._revision.read()
         self._require_rights(user, exists=info is not None)
-        self._refuse_others(info, None)
+        self._revision.refuse_others(info, None)
         self.target = PushTarget(
             self.id,
             f"{self._hub.endpoint}/{self.id}",
@@ -85,30 +86,16 @@ class Repository:
         return self.target.url
 
     def refuse_others(self, names: Collection[str] | None) -> None:
-        """Refuse a revision with other weights, which transformers would load instead of ours or in addition.
+        """Refuse a revision with other weights; see `Revision.refuse_others`."""
+        self._revision.refuse_others(self._revision.read(), names)
 
-        Args:
-            names: The files that will be written. None if they are not known yet; then every name that
-                streamconv writes is accepted.
+    def read_card(self) -> str | None:
+        """Read the revision's model card; None if it has none.
 
         Raises:
-            HubError: there are such weights, or the repository is public although a private one was asked for.
+            HubError: it cannot be read.
         """
-        self._refuse_others(self._read(), names)
-
-    def _refuse_others(self, info: Any, names: Collection[str] | None) -> None:
-        if info is None:
-            return
-        if self._destination.private and info.private is False:
-            raise HubError(
-                f"{self.id} exists and is public. Make it private at {self._hub.endpoint}/{self.id}/settings, omit "
-                "--private, or choose another name."
-            )
-        self._refuse_other_weights(info, names)
-
-    def _read(self) -> Any:
-        """Return the `ModelInfo` of the revision; see `_find_revision`."""
-        return self._hub.call(f"{self.id} cannot be read", self._find_revision)
+        return self._revision.read_card()
 
     def create(self) -> None:
         """Create the repository and the revision's branch if they do not exist.
@@ -168,24 +155,6 @@ class Repository:
         self._uploaded[name] = operation
         self._restored.append(name)
 
-    def read_card(self) -> str | None:
-        """Read the revision's model card; None if it has none.
-
-        Raises:
-            HubError: it cannot be read.
-        """
-        info = self._read()
-        if info is None or all(file.rfilename != CARD_NAME for file in info.siblings or ()):
-            return None
-        return self._hub.call(f"The card of {self.id} cannot be read", self._read_card, info.sha)
-
-    def _read_card(self, revision: str) -> str:
-        from tempfile import TemporaryDirectory  # takes memory, which a conversion should not pay
-
-        with TemporaryDirectory() as folder:
-            path = self._api.hf_hub_download(self.id, CARD_NAME, revision=revision, local_dir=folder)
-            return Path(path).read_text("utf-8", "replace")
-
     def present(self, small: Mapping[str, bytes], large: Iterable["CommitOperationAdd"]) -> list[str]:
         """Return the names of those files that the revision already has, with the same contents.
 
@@ -194,7 +163,7 @@ class Repository:
         """
         if not self.target.exists:
             return []
-        info = self._hub.call(f"{self.id} cannot be read", self._find_revision, files_metadata=True)
+        info = self._revision.read(files_metadata=True)
         operations = [*large, *_operations(small)]
         return [each.path_in_repo for each in operations if info is not None and holds(info, each)]
 
@@ -217,7 +186,7 @@ class Repository:
             info = self._api.model_info(
                 self.id, revision=destination.revision, files_metadata=True, timeout=TIMEOUT_SECONDS
             )
-            self._refuse_other_weights(info, names)
+            self._revision.refuse_other_weights(info, names)
             if not destination.create_pr and all(holds(info, operation) for operation in operations):
                 return Commit(f"{self.url}/commit/{info.sha}", bool(info.private), is_new=False)
             commit = self._api.create_commit(
@@ -244,32 +213,6 @@ class Repository:
                     self._restored,
                 ) from None
             raise
-
-    def _find_revision(self, files_metadata: bool = False) -> Any:
-        """Return the `ModelInfo` of the revision, or of the main branch from which it would be created, or None."""
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-        for revision in dict.fromkeys((self._destination.revision, None)):
-            try:
-                return self._api.model_info(
-                    self.id, revision=revision, files_metadata=files_metadata, timeout=TIMEOUT_SECONDS
-                )
-            except GatedRepoError:
-                raise
-            except RevisionNotFoundError:
-                continue
-            except RepositoryNotFoundError:
-                break
-        return None
-
-    def _refuse_other_weights(self, info: Any, names: Collection[str] | None) -> None:
-        others = other_weights([file.rfilename for file in info.siblings or ()], names)
-        if others:
-            where = f"{self.id} at {self._destination.revision}" if self._destination.revision else self.id
-            raise HubError(
-                f"{where} already holds {', '.join(others)}, which transformers would load instead of the new weights "
-                "or in addition to them. Delete them there, or choose another repository or --revision."
-            )
 
 
 def _operations(files: Mapping[str, bytes | Path]) -> list["CommitOperationAdd"]:

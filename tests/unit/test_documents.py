@@ -91,7 +91,7 @@ def test_commands_in_the_readme_have_only_options_that_exist() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_options_named_in_sentences_exist(page: Path) -> None:
     named = set(re.findall(r"`(--[a-z-]+)(?: [\w.]+)?`", page.read_text("utf-8")))
-    names = ["run", "convert", "verify", "revert", "plan", "models", "synth"]
+    names = ["run", "convert", "verify", "push", "revert", "plan", "models", "synth"]
     assert named <= set().union(*(options_of(name) for name in names))
 
 
