@@ -46,7 +46,7 @@ class HubClient:
         self.endpoint = constants.ENDPOINT
         self.token_settings = f"{self.endpoint}/settings/tokens"
         if constants.HF_HUB_OFFLINE:
-            raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it, or omit --push-to-hub.")
+            raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it.")
         token = self.call("The token cannot be read", get_token)
         if not token:
             raise HubError(

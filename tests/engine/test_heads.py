@@ -94,8 +94,8 @@ def test_published_models_have_their_own_number(tmp_path: Path) -> None:
     assert api.plan(own, num_heads=6).notes[0] == "6 attention heads, as given by --num-heads"
     with pytest.raises(UsageError, match=r"is not a published model.* Give -o DIR"):
         streamconv.run(own, verification=None)
-    with pytest.raises(UsageError, match="its repository needs a name"):
-        streamconv.run(own, tmp_path / "pushed", verification=None, push=PushOptions(unverified=True))
+    with pytest.raises(UsageError, match="published as dinov2-small, and these weights are not known to be its own"):
+        streamconv.run(own, tmp_path / "dinov2-small", verification=None, push=PushOptions(unverified=True))
     api.convert(own, tmp_path / "converted")
     assert not any("attention heads" in note for note in api.plan(tmp_path / "converted").notes)
 
