@@ -129,7 +129,8 @@ class AttentionHeads:
     ``number`` returns it for dimensions, 0 if it is not known; ``with_number`` returns the dimensions with another
     number, or equal ones if published models of their size have this number. ``is_published``: whether there are
     published models of this size, whose number is taken; otherwise, the number is a guess. ``reason`` says why it is
-    taken. ``config_key`` is its name in config.json.
+    taken. ``config_key`` is its name in config.json; transformers takes ``config_default`` if a model's own config.json
+    does not have it.
 
     ``number_beside`` returns the number in a config.json that was found beside a file in its authors' names, None
     unless the config plainly describes the model of these dimensions.
@@ -141,10 +142,11 @@ class AttentionHeads:
     reason: Callable[[Any], str]
     number_beside: Callable[[Mapping[str, Any], Any], int | None] = lambda config, dimensions: None
     config_key: str = "num_attention_heads"
+    config_default: int | None = None
 
     def number_in(self, config: Mapping[str, Any]) -> int | None:
         """Return the number that a model's config.json states; None if it states none."""
-        number = config.get(self.config_key)
+        number = config.get(self.config_key, self.config_default if "model_type" in config else None)
         return number if type(number) is int and number > 0 else None
 
 

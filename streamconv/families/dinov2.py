@@ -342,6 +342,11 @@ FAMILY = Family(
     image_processor=ImageProcessor(IMAGE_PROCESSOR),
     block_chunks=BlockChunks(unchunked_key, chunked_key),
     attention_heads=AttentionHeads(
-        lambda sizes: sizes.num_heads, with_heads, has_published_heads, reason_for_heads, heads_beside
+        lambda sizes: sizes.num_heads,
+        with_heads,
+        has_published_heads,
+        reason_for_heads,
+        heads_beside,
+        config_default=12,
     ),
 )

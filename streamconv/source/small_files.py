@@ -22,6 +22,7 @@ from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 from streamconv.tensors.info import TensorInfo
 
 MAX_DEPTH = 3  # of a backbone's configuration in that of a larger model
+_OWN_KEYS = {"hidden_size", "num_hidden_layers"}  # of a configuration that lacks the model's type
 
 
 def with_small_files(selection: Selection, location: Location, infos: Mapping[str, TensorInfo]) -> Selection:
@@ -41,16 +42,20 @@ def with_small_files(selection: Selection, location: Location, infos: Mapping[st
     processor = _read(location, IMAGE_PROCESSOR_NAME, notes)
     types = _model_types(selection)
     found = list(_parts(whole, types)) if whole is not None else []
-    if whole is not None and not found and "model_type" not in whole:
+    if whole is not None and "model_type" not in whole and whole.keys() >= _OWN_KEYS:
         found = [whole]
     config = found[0] if found and all(each == found[0] for each in found) else {}
     if whole is not None and config is not whole:
-        kind = printable(str(whole.get("model_type")))
+        kind = (
+            f"{printable(str(whole['model_type']))} model's"
+            if "model_type" in whole
+            else "configuration without a type"
+        )
         if config:
-            notes.append(f"{CONFIG_NAME}: the {selection.family.name} part of a {kind} model's")
+            notes.append(f"{CONFIG_NAME}: the {selection.family.name} part of a {kind}")
         else:
             why = f"{len(found)} different parts" if found else "no part"
-            notes.append(f"{CONFIG_NAME} is not used: it is a {kind} model's, with {why} for {selection.family.name}")
+            notes.append(f"{CONFIG_NAME} is not used: it is a {kind}, with {why} for {selection.family.name}")
         processor = _usable(processor, selection, notes)
     return replace(selection, config=config, image_processor=processor, small_file_notes=tuple(notes))
 
