@@ -230,10 +230,10 @@ def _number_lines(check: Check, device: str | None) -> Iterator[str]:
         if "float32" in numbers:
             second, first = ", second pass in float64", f"; first pass in float32: {numbers['float32']['largest']:.3g}"
         yield f"{len(numbers['differences'])} layer outputs on {device}{second}: {largest}{first}"
-    if check.name == "preprocessing" and numbers.get("pil") is not None and numbers.get("default") is not None:
+    if check.name == "preprocessing" and numbers.get("default") is not None:
+        pillow = f"{numbers['pil']:.3g} with Pillow, " if numbers.get("pil") is not None else ""
         default = f"{numbers['default']:.3g} with transformers' default, {numbers['default_backend']}"
-        grey_level = f"one grey level is {numbers['grey_level']:.3g}"
-        yield f"largest difference {numbers['pil']:.3g} with Pillow, {default} ({grey_level})"
+        yield f"largest difference {pillow}{default} (one grey level is {numbers['grey_level']:.3g})"
 
 
 def _size_lines(check: Check, verification: Verification) -> Iterator[str]:

@@ -12,6 +12,7 @@ from streamconv.families.base import Family
 from streamconv.families.registry import all_families
 from streamconv.hub.names import published_model
 from streamconv.output.manifest import Manifest
+from streamconv.planning.plan import IMAGE_PROCESSOR_NAME
 
 CARD_NAME = "README.md"
 # The first words of the comment in a generated card; the rest of the comment is for the reader.
@@ -54,7 +55,7 @@ def make_card(manifest: Manifest, repo_id: str, license: str | None = None, tags
         f"{MARKER} The next push replaces this card. Delete this line to keep your own changes. -->",
         *_warnings(manifest),
         _origin(manifest, license),
-        *(["## Usage", _usage(repo_id, task)] if task else []),
+        *(["## Usage", _usage(repo_id, task, manifest)] if task else []),
         "## Provenance",
         "\n".join(_provenance(manifest)),
         "## Verification",
@@ -129,16 +130,31 @@ def _origin(manifest: Manifest, license: str | None) -> str:
     return f"Converted to the Hugging Face format by streamconv {version} from {names}, {model}.{licence}"
 
 
-def _usage(repo_id: str, task: str) -> str:
+def _usage(repo_id: str, task: str, manifest: Manifest) -> str:
     auto_class, last_line = USAGE[task]
-    lines = (
+    lines: tuple[str, ...] = (
         "from PIL import Image",
         f"from transformers import AutoImageProcessor, {auto_class}",
         f'processor, model = (each.from_pretrained("{repo_id}") for each in (AutoImageProcessor, {auto_class}))',
         'inputs = processor(images=Image.open("picture.jpg"), return_tensors="pt")',
         last_line,
     )
+    if not _takes_pictures(manifest):
+        lines = (
+            "import torch",
+            f"from transformers import {auto_class}",
+            f'model = {auto_class}.from_pretrained("{repo_id}")',
+            "channels, size = model.config.num_channels, model.config.image_size",
+            'inputs = {"pixel_values": torch.rand(1, channels, size, size)}  # prepared as in the model\'s training',
+            last_line,
+        )
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _takes_pictures(manifest: Manifest) -> bool:
+    """Return whether there is an image processor, for images of three channels."""
+    given = manifest.image_processor.config.get("image_mean") if manifest.image_processor is not None else None
+    return IMAGE_PROCESSOR_NAME in manifest.files and not (isinstance(given, list) and len(given) != 3)
 
 
 def _provenance(manifest: Manifest) -> Iterator[str]:

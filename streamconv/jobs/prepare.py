@@ -12,7 +12,7 @@ from pathlib import Path
 
 from streamconv.errors import ChangedError, NetworkError, NoRangesError, OutputError, UsageError
 from streamconv.families.base import Model
-from streamconv.files.address import local_path
+from streamconv.files.address import Address, local_path
 from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.jobs.own_image_processor import own_image_processor
 from streamconv.output.files import temporary_path
@@ -21,11 +21,13 @@ from streamconv.output.ownership import owned_names
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
+from streamconv.source.cache import download_path
 from streamconv.source.copies import offline_copies
 from streamconv.source.download import downloaded
 from streamconv.source.labels import imagenet_labels, labels_in, read_labels
 from streamconv.source.open import OpenSource, open_source, read_config
 from streamconv.source.resolve import Source, resolve_source
+from streamconv.source.small_files import remember_small_files
 from streamconv.tensors.expressions import Record, parts_of
 
 _log = logging.getLogger(__name__)
@@ -88,7 +90,7 @@ def prepared_source(
             if copies is None:
                 raise
             _log.warning("%s Using the copy that was downloaded before: %s", error, copies.backbone)
-            opened = _open_copies(copies, stack)
+            opened = stack.enter_context(open_source(copies, is_offline=True))
         yield _plan(opened, options, labels_of, progress)
 
 
@@ -104,18 +106,15 @@ def _open_indexes(
         if options.stream or not is_exact:
             raise
         local, checkpoints = downloaded(source, progress, stack)
-        return stack.enter_context(open_source(local, opened=checkpoints))
+        opened = stack.enter_context(open_source(local, opened=checkpoints))
+        _remember(opened, source)
+        return opened
 
 
-def _open_copies(source: Source, stack: ExitStack) -> OpenSource:
-    """Open the copies of remote files whose servers cannot be reached."""
-    try:
-        return stack.enter_context(open_source(source))
-    except NetworkError as error:  # the configuration of a model that was converted before is not in the cache
-        raise NetworkError(
-            f"{error}\nThe weights were downloaded to {source.backbone}. To use them without a network, copy them into "
-            "a folder with the model's config.json and preprocessor_config.json, and give the folder."
-        ) from error
+def _remember(opened: OpenSource, source: Source) -> None:
+    """Keep the small files of a backbone at an address where its copy is, or will be."""
+    if isinstance(source.backbone, Address):
+        remember_small_files(opened.selection, download_path(source.backbone))
 
 
 @contextmanager
@@ -131,6 +130,7 @@ def local_copy(prepared: PreparedSource, progress: Progress) -> Iterator[Prepare
         yield prepared
         return
     with ExitStack() as stack:
+        _remember(remote, remote.source)  # first, so that a complete copy has all of its files
         source, checkpoints = downloaded(remote.source, progress, stack, remote.checkpoints)
         local = stack.enter_context(open_source(source, opened=checkpoints, reads_small_files=False))
         yield replace(prepared, source=local, plan=prepared.plan.with_records(_records_in_copy(remote, local)))

@@ -236,6 +236,7 @@ class Plan:
             "skipped": [asdict(each) for each in self.skipped],
             "filled": self.filled,
             "config": self.config,
+            "image_processor": self.image_processor,
             "fingerprint": self.fingerprint,
         }
 

@@ -90,7 +90,8 @@ def config_notes(config: Mapping[str, Any], selection: Selection) -> list[str]:
     source = selection.config
     if not source:
         return [f"generated, not copied from the source, which has none: {CONFIG_NAME}"]
-    before = {**source, "dtype": source.get("dtype", source.get("torch_dtype"))}
+    stored = source.get("dtype") or source.get("torch_dtype")
+    before = {key: value for key, value in source.items() if key != "dtype"} | ({"dtype": stored} if stored else {})
     changed = [
         f"{key} {_shown(before[key])} → {_shown(value)}"
         for key, value in config.items()

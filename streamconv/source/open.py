@@ -119,6 +119,7 @@ def open_source(
     read_local_headers: bool = True,
     opened: Mapping[str, Checkpoint] | None = None,
     reads_small_files: bool = True,
+    is_offline: bool = False,
 ) -> Iterator[OpenSource]:
     """Read the source's indexes.
 
@@ -126,6 +127,7 @@ def open_source(
         read_local_headers: See `open_checkpoint`.
         opened: Checkpoints that are already open, by role; they stay open.
         reads_small_files: Read the configuration beside a model that was converted before. A plan has it already.
+        is_offline: Of a downloaded file, read it beside the copy, not where the file came from.
 
     Raises:
         SourceError: a file cannot be read, or does not hold exactly one backbone of a known family.
@@ -153,7 +155,8 @@ def open_source(
         tensors = {key: joined([backbone[name] for name in names]) for key, names in selection.names.items()}
         if reads_small_files and source.model is None:
             infos = {key: tensor.info for key, tensor in tensors.items()}
-            place = source.origins.get("backbone", backbone.folder or source.backbone)
+            origin = None if is_offline else source.origins.get("backbone")
+            place = origin or backbone.folder or source.backbone
             selection = with_small_files(selection, place, infos)
         if source.head is not None:
             head_names = _find_head(tensors, checkpoints["head"], source, selection)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from streamconv.errors import CorruptError, RefusedError, SourceError, SourceMissingError, printable
@@ -18,7 +19,10 @@ from streamconv.files.base import ByteRange
 from streamconv.files.local import read_small
 from streamconv.files.open import open_file
 from streamconv.formats.limits import MAX_SETTINGS_BYTES, read_settings
+from streamconv.output.files import as_output_error, make_folder, write_file
 from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME
+from streamconv.planning.shards import to_json
+from streamconv.source.resolve import torch_hub_cache
 from streamconv.tensors.info import TensorInfo
 
 MAX_DEPTH = 3  # of a backbone's configuration in that of a larger model
@@ -73,6 +77,27 @@ def _with_config_beside(selection: Selection, location: Location, infos: Mapping
     except SourceError as error:
         return replace(selection, small_file_notes=(f"the {CONFIG_NAME} beside it is not used: {error}".rstrip("."),))
     return replace(selection, config_beside=config or {})
+
+
+def remember_small_files(selection: Selection, copy: Path) -> None:
+    """Keep what was found at an address beside the ``copy`` of its weights, for `with_small_files` without a network.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    if copy.parent == torch_hub_cache():  # which is the folder of many models
+        return
+    config = selection.config if selection.is_converted else selection.config_beside
+    for name, value in ((CONFIG_NAME, config), (IMAGE_PROCESSOR_NAME, selection.image_processor)):
+        path, data = copy.with_name(name), to_json(value) if value else None
+        if data is None:
+            with as_output_error(path):
+                path.unlink(missing_ok=True)
+            continue
+        with as_output_error(path):
+            make_folder(path.parent)
+        if not (path.is_file() and path.stat().st_size == len(data) and read_small(path) == data):
+            write_file(path, data)
 
 
 def read_json_beside(location: Location, name: str) -> dict[str, Any] | None:

@@ -343,15 +343,17 @@ def test_copy_of_a_file_on_the_hub_is_used_if_requests_are_forbidden(
     assert any("hf://o/n/x.pth of 2026-01-31" in note for note in done.plan.notes)
 
 
-def test_copy_of_a_converted_model_is_not_used_without_its_configuration(server: FileServer, tmp_path: Path) -> None:
-    """It is at the address, and says what the tensors do not show."""
+def test_copy_of_a_converted_model_is_used_with_its_configuration(server: FileServer, tmp_path: Path) -> None:
+    """It was kept beside the copy, since it says what the tensors do not show."""
     api.convert(tiny_file(server), tmp_path / "model")
     for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
         shutil.copy(tmp_path / "model" / name, server.folder)
     api.convert(f"{server.url}/model.safetensors", tmp_path / "out")
     server.faults.statuses = [503] * 100
-    with pytest.raises(NetworkError, match=r"(?s)config\.json beside the weights.*downloaded to .*model\.safetensors"):
-        api.convert(f"{server.url}/model.safetensors", tmp_path / "again")
+    again = api.convert(f"{server.url}/model.safetensors", tmp_path / "again")
+    assert "config.json: kept from the source" in again.plan.notes
+    for name in ("config.json", "preprocessor_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
 def tiny_file(server: FileServer) -> Path:

@@ -77,6 +77,39 @@ def test_small_files_of_a_server_without_ranges_are_kept(model: Path, server: Fi
     assert done.plan.config["num_attention_heads"] == 4
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_copy_that_is_used_without_a_network_has_its_small_files(
+    model: Path, server: FileServer, tmp_path: Path, ranges: bool
+) -> None:
+    server.faults.ranges = ranges
+    address = served(model, server)
+    api.convert(address, tmp_path / "out")
+    server.faults.statuses = [503] * 100
+    api.convert(address, tmp_path / "again")
+    assert small_files(tmp_path / "again") == small_files(tmp_path / "out") == small_files(model)
+    server.faults.statuses = []
+    for name in (CONFIG, PROCESSOR):
+        (server.folder / name).unlink()
+    assert api.convert(address, tmp_path / "third", num_heads=2).plan.config["num_attention_heads"] == 2
+    server.faults.statuses = [503] * 100
+    assert api.plan(address, num_heads=2).image_processor_from == "family"
+
+
+def test_number_of_heads_is_found_beside_a_file_at_an_address(server: FileServer, tmp_path: Path) -> None:
+    """In the authors' names, too, unless published models of the size have one."""
+    saved(make_states(tiny())[0], server.folder / "x.pth")
+    (server.folder / CONFIG).write_text(
+        json.dumps({"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4})
+    )
+    planned = api.plan(f"{server.url}/x.pth")
+    assert (planned.config["num_attention_heads"], planned.unproved) == (4, ())
+    assert "4 attention heads, as stated by the config.json beside it" in planned.notes
+    saved(make_states(tiny(hidden=384))[0], server.folder / "y.pth")
+    server.requests.clear()
+    assert api.plan(f"{server.url}/y.pth").config["num_attention_heads"] == 6
+    assert {path for path, *_ in server.requests} == {"/y.pth"}
+
+
 def test_small_files_in_a_store_are_kept(model: Path, tmp_path: Path) -> None:
     memory: Any = fsspec.filesystem("memory")
     memory.store.clear()

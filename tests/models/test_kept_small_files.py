@@ -13,6 +13,8 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor
 
 from streamconv.families.dinov2 import FAMILY
+from streamconv.hub.card import make_card
+from streamconv.output.manifest import Manifest
 from streamconv.planning import plan_json
 from streamconv.verification.image import make_image
 from tests import api
@@ -239,6 +241,33 @@ def test_other_channels_are_converted_without_an_image_processor(tmp_path: Path,
     assert [check.passed for check in found.checks] == [True, True, True, True, None]
     assert found.conclusion.details == "preprocessing did not run."
     assert plan_json.from_json(plan_json.to_json(done.plan)) == done.plan
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("classes", [None, 3])
+def test_usage_in_the_card_runs_without_an_image_processor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], classes: int | None
+) -> None:
+    backbone, head = make_states(replace(tiny(classes=classes), channels=12))
+    head_path = saved(head, tmp_path / "h.pth") if head else None
+    api.convert(saved(backbone, tmp_path / "x.pth"), tmp_path / "out", head=head_path)
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest is not None
+    code = make_card(manifest, "o/n").partition("```python\n")[2].partition("```")[0]
+    exec(code.replace('"o/n"', repr(str(tmp_path / "out"))), {})
+    assert re.search("LABEL_[012]" if classes else r"torch.Size\(\[1, 17, 128\]\)", capsys.readouterr().out)
+
+
+def test_wrong_pixels_of_twelve_channels_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved(make_states(replace(tiny(), channels=12))[0], tmp_path / "x.pth")
+    api.convert(source, tmp_path / "out", image_mean=0.5, image_std=0.5)
+    load = AutoImageProcessor.from_pretrained
+    monkeypatch.setattr(
+        AutoImageProcessor, "from_pretrained", lambda *given, **more: load(*given, **more, image_mean=[0.49] * 12)
+    )
+    check = api.verify(tmp_path / "out", source, device="cpu", parity=False).check("preprocessing")
+    assert check.passed is False
+    assert "pixels differ from those of its steps by 0.0" in check.problems[0]
 
 
 def test_swapped_channels_are_found(tmp_path: Path) -> None:
