@@ -73,6 +73,7 @@ def test_card_of_a_published_model_names_origin_license_and_checks() -> None:
     "changed",
     [
         {"source": source("mine.pth")},
+        {"source": source("dinov2_vits14_pretrain.pth")},  # a file of this name that is not the authors' own
         {"model": None},
         {"model": "dinov2_vits14_1layer"},  # without the head's file
         {"source": source("dinov2_vits14_synthetic_seed0.pth")},
