@@ -16,7 +16,7 @@ from streamconv.tensors.expressions import SourceTensor
 
 PIECE_BYTES = 512 << 10  # read and written at once; small enough to stay in a CPU's cache
 DEFAULT_SHARD_BYTES = 5 * 10**9
-MIN_BARE_BYTES = 10**6  # a smaller number without a unit is one whose unit was forgotten
+MIN_BARE_BYTES = 100_000  # a smaller number without a unit is taken for a mistake, such as 5 for 5GB
 
 
 @dataclass(frozen=True)
