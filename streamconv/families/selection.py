@@ -57,9 +57,10 @@ class Selection:
     file's name for it; in a model that was converted before, to all names that make up the key's tensor. ``head_names``
     maps the keys of a head in a file of its own to that file's names. ``unread`` maps the keys of values that are not
     tensors to their names and what they are. ``config`` is the config.json of a model that was converted before, and
-    ``image_processor`` its preprocessor_config.json, None if it has none. ``config_beside`` is the config.json that was
-    found beside a file in its authors' names; it may belong to another model. ``unproved`` are assumptions that
-    verification shares. ``small_file_notes`` are remarks on the files that were found.
+    ``image_processor`` its preprocessor_config.json, None if it has none; ``image_processor_file`` has that file's
+    bytes. ``config_beside`` is the config.json that was found beside a file in its authors' names; it may belong to
+    another model. ``unproved`` are assumptions that verification shares. ``small_file_notes`` are remarks on the files
+    that were found.
     """
 
     family: Family
@@ -70,6 +71,7 @@ class Selection:
     is_converted: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     image_processor: Mapping[str, Any] | None = None
+    image_processor_file: bytes = b""
     config_beside: Mapping[str, Any] = field(default_factory=dict)
     head_names: Mapping[str, str] = field(default_factory=dict)
     unproved: tuple[str, ...] = ()

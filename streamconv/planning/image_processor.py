@@ -31,11 +31,15 @@ class OwnImageProcessor:
 
 @dataclass(frozen=True)
 class ChosenImageProcessor:
-    """An image processor's config, None if none is written, whose it is, and what the output notes about it."""
+    """An image processor's config, None if none is written, whose it is, and what the output notes about it.
+
+    ``file`` is the bytes of the source's file if that is kept, to be written as they are.
+    """
 
     config: Mapping[str, Any] | None
     origin: Origin = "family"
     notes: tuple[str, ...] = ()
+    file: bytes = b""
 
 
 def parse_channel_numbers(name: str, value: str | float | Sequence[float]) -> tuple[float, ...]:
@@ -88,7 +92,8 @@ def choose_image_processor(
     if own is not None:
         return _users(own, family, selection, candidates, spec)
     if base is not None:
-        return ChosenImageProcessor(base, "source", (f"{IMAGE_PROCESSOR_NAME}: kept from the source, unchanged",))
+        note = f"{IMAGE_PROCESSOR_NAME}: kept from the source, unchanged"
+        return ChosenImageProcessor(base, "source", (note,), selection.image_processor_file)
     if channels != 3:
         count = "1 channel" if channels == 1 else f"{channels} channels"
         note = (

@@ -100,7 +100,7 @@ def make_plan(
         config=config,
         image_processor=chosen.config,
         image_processor_from=chosen.origin,
-        small_files=to_small_files(config, chosen.config),
+        small_files=to_small_files(config, chosen),
         index=index,
         notes=(
             *([heads.note] if heads.note and not is_published else []),

@@ -12,6 +12,7 @@ from typing import Any
 from streamconv.errors import UsageError, printable
 from streamconv.families.base import ConversionSpec, Family
 from streamconv.families.selection import Selection
+from streamconv.planning.image_processor import ChosenImageProcessor
 from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME, label_config, with_int_ids
 from streamconv.planning.shards import to_json
 from streamconv.tensors.info import DTYPES
@@ -76,10 +77,10 @@ def label_problems(spec: ConversionSpec, family: Family, source: Mapping[str, An
     return [f"its config.json sets id2label to {found}, but the tensors show {classes}"]
 
 
-def to_small_files(config: Mapping[str, Any], image_processor: Mapping[str, Any] | None) -> dict[str, bytes]:
+def to_small_files(config: Mapping[str, Any], image_processor: ChosenImageProcessor) -> dict[str, bytes]:
     files = {CONFIG_NAME: to_json(config)}
-    if image_processor is not None:
-        files[IMAGE_PROCESSOR_NAME] = to_json(image_processor)
+    if image_processor.config is not None:
+        files[IMAGE_PROCESSOR_NAME] = image_processor.file or to_json(image_processor.config)
     return files
 
 

@@ -5,6 +5,7 @@ read is an error, since a model without its own settings would compute something
 """
 
 import os
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -42,8 +43,8 @@ def with_small_files(selection: Selection, location: Location, infos: Mapping[st
     if not selection.is_converted:
         return _with_config_beside(selection, location, infos)
     notes: list[str] = []
-    whole = _read(location, CONFIG_NAME, notes)
-    processor = _read(location, IMAGE_PROCESSOR_NAME, notes)
+    whole, _ = _read(location, CONFIG_NAME, notes)
+    processor, processor_file = _read(location, IMAGE_PROCESSOR_NAME, notes)
     types = _model_types(selection)
     found = list(_parts(whole, types)) if whole is not None else []
     if whole is not None and "model_type" not in whole and whole.keys() >= _OWN_KEYS:
@@ -61,7 +62,13 @@ def with_small_files(selection: Selection, location: Location, infos: Mapping[st
             why = f"{len(found)} different parts" if found else "no part"
             notes.append(f"{CONFIG_NAME} is not used: it is a {kind}, with {why} for {selection.family.name}")
         processor = _usable(processor, selection, notes)
-    return replace(selection, config=config, image_processor=processor, small_file_notes=tuple(notes))
+    return replace(
+        selection,
+        config=config,
+        image_processor=processor,
+        image_processor_file=processor_file,
+        small_file_notes=tuple(notes),
+    )
 
 
 def _with_config_beside(selection: Selection, location: Location, infos: Mapping[str, TensorInfo]) -> Selection:
@@ -73,7 +80,7 @@ def _with_config_beside(selection: Selection, location: Location, infos: Mapping
     if heads is None or (isinstance(location, Address) and heads.is_published(selection.family.read_dimensions(infos))):
         return selection
     try:
-        config = read_json_beside(location, CONFIG_NAME)
+        config, _ = read_json_beside(location, CONFIG_NAME)
     except SourceError as error:
         return replace(selection, small_file_notes=(f"the {CONFIG_NAME} beside it is not used: {error}".rstrip("."),))
     return replace(selection, config_beside=config or {})
@@ -88,9 +95,10 @@ def remember_small_files(selection: Selection, copy: Path) -> None:
     if copy.parent == torch_hub_cache():  # which is the folder of many models
         return
     config = selection.config if selection.is_converted else selection.config_beside
-    for name, value in ((CONFIG_NAME, config), (IMAGE_PROCESSOR_NAME, selection.image_processor)):
-        path, data = copy.with_name(name), to_json(value) if value else None
-        if data is None:
+    processor = selection.image_processor_file if selection.image_processor is not None else b""
+    for name, data in ((CONFIG_NAME, to_json(config) if config else b""), (IMAGE_PROCESSOR_NAME, processor)):
+        path = copy.with_name(name)
+        if not data:
             with as_output_error(path):
                 path.unlink(missing_ok=True)
             continue
@@ -100,8 +108,8 @@ def remember_small_files(selection: Selection, copy: Path) -> None:
             write_file(path, data)
 
 
-def read_json_beside(location: Location, name: str) -> dict[str, Any] | None:
-    """Read a JSON file in a folder, or beside a file; None if there is none.
+def read_json_beside(location: Location, name: str) -> tuple[dict[str, Any] | None, bytes]:
+    """Read a JSON file in a folder, or beside a file. Return its contents and its bytes; None and b"" without one.
 
     Raises:
         RefusedError: the server refuses access, as some do to files that do not exist.
@@ -109,16 +117,16 @@ def read_json_beside(location: Location, name: str) -> dict[str, Any] | None:
     """
     if isinstance(location, Address):
         address = location.beside(name)
-        return None if address is None else _read_address(address)
+        return (None, b"") if address is None else _read_address(address)
     path = (location if os.path.isdir(location) else location.parent) / name
     try:
         data = read_small(path)
     except SourceMissingError:
-        return None
-    return read_settings(data, str(path))
+        return None, b""
+    return read_settings(data, str(path)), data.removeprefix(BOM_UTF8)
 
 
-def _read_address(address: Address) -> dict[str, Any] | None:
+def _read_address(address: Address) -> tuple[dict[str, Any] | None, bytes]:
     from streamconv.files.remote import WINDOW_BYTES  # only now, as a local conversion does not need it
 
     try:
@@ -129,18 +137,18 @@ def _read_address(address: Address) -> dict[str, Any] | None:
                 file.prefetch([ByteRange(0, file.size)])
             data = file.read(0, file.size)
     except SourceMissingError:
-        return None
+        return None, b""
     if data.lstrip()[:1] == b"<":  # a web page, which some servers send instead of a 404
-        return None
-    return read_settings(data, str(address))
+        return None, b""
+    return read_settings(data, str(address)), data.removeprefix(BOM_UTF8)
 
 
-def _read(location: Location, name: str, notes: list[str]) -> dict[str, Any] | None:
+def _read(location: Location, name: str, notes: list[str]) -> tuple[dict[str, Any] | None, bytes]:
     try:
         return read_json_beside(location, name)
     except RefusedError:
         notes.append(f"the server refuses to send {name}, which may therefore exist")
-        return None
+        return None, b""
     except CorruptError as error:
         fix = "Fetch it again" if isinstance(location, Address) else "Fetch it again, or correct it"
         raise CorruptError(f"{error} It describes the model beside it. {fix}.") from error

@@ -54,8 +54,9 @@ def served(model: Path, server: FileServer) -> str:
 
 
 def small_files(folder: Path) -> dict[str, Any]:
-    names = [name for name in (CONFIG, PROCESSOR) if (folder / name).exists()]
-    return {name: json.loads((folder / name).read_bytes()) for name in names}
+    """Return the values of config.json, and the bytes of the image processor's file."""
+    found = {path.name: path.read_bytes() for path in (folder / CONFIG, folder / PROCESSOR) if path.exists()}
+    return found | {CONFIG: json.loads(found[CONFIG])}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -341,7 +342,7 @@ def test_part_of_a_larger_models_config_is_kept(model: Path, tmp_path: Path, pat
     done = api.convert(source, tmp_path / "out", select="backbone")
     kept = small_files(tmp_path / "out")
     assert kept[CONFIG] == {**own, "out_indices": [1, 2], "out_features": ["stage1", "stage2"]}
-    assert kept[PROCESSOR] == OWN
+    assert json.loads(kept[PROCESSOR]) == OWN
     assert "config.json: the dinov2 part of a depth_anything model's" in done.plan.notes
     found = api.verify(tmp_path / "out", source, device="cpu")
     assert [check.passed for check in found.checks] == [True] * 5, found.checks
