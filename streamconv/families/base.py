@@ -6,7 +6,7 @@ aspect (`Family.classifier_head` and so on), never for a particular family.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from streamconv.errors import printable
@@ -150,8 +150,8 @@ class AttentionHeads:
         return number if type(number) is int and number > 0 else None
 
 
-def _same_key(key: str) -> str:
-    return key
+def _same_key(key: str) -> tuple[str, ...]:
+    return (key,)
 
 
 def _same_dimensions(dimensions: Any, config: Mapping[str, Any]) -> Any:
@@ -171,8 +171,9 @@ class Family:
     say which tensors there are. ``untensored_config_keys``: keys whose values tensors do not show.
     ``equal_architectures`` maps an architecture to others that have the same tensors. ``with_config`` returns the
     dimensions with what only a model's own config.json shows.
-    ``loaded_key`` returns the name that transformers gives to a target after loading: save_pretrained sorts tensors by
-    these names, and so divides them into shards in that order. ``extra_prefixes``: names that training leaves beside or
+    ``loaded_keys`` returns the names that transformers gives to a target after loading, of several parts if it cuts it
+    along dim 0: save_pretrained sorts tensors by the first, and so divides them into shards in that order. A state dict
+    that torch.save wrote has these names. ``extra_prefixes``: names that training leaves beside or
     in a backbone.
 
     For model cards: ``organisation`` is the authors' organisation on the Hub, and ``pipeline_tags`` maps architectures
@@ -193,7 +194,7 @@ class Family:
     untensored_config_keys: frozenset[str] = frozenset()
     equal_architectures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     with_config: Callable[[Any, Mapping[str, Any]], Any] = _same_dimensions
-    loaded_key: Callable[[str], str] = _same_key
+    loaded_keys: Callable[[str], tuple[str, ...]] = _same_key
     extra_prefixes: tuple[ExtraPrefix, ...] = ()
     classifier_head: ClassifierHead | None = None
     image_processor: ImageProcessor | None = None
@@ -204,6 +205,19 @@ class Family:
     def rules(self) -> tuple[Rule, ...]:
         """The rules of all published models, which together include every rule of the family."""
         return tuple(rule for model in self.models for rule in self.conversion_spec(model.dimensions).rules)
+
+    @property
+    def converted_rules(self) -> tuple[Rule, ...]:
+        """The `rules`, and the same with the names of targets in memory, except for targets that are cut there."""
+        loaded = ((rule, [self.loaded_keys(target) for target in rule.targets]) for rule in self.rules)
+        return (
+            *self.rules,
+            *(
+                replace(rule, targets=tuple(key for (key,) in keys))
+                for rule, keys in loaded
+                if all(len(each) == 1 for each in keys) and rule.targets != tuple(key for (key,) in keys)
+            ),
+        )
 
     def title_of(self, model: str | None, shaped_like: str | None) -> str:
         """Return a title for a checkpoint of a published ``model``, or of another one, which may have its shapes."""

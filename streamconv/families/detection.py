@@ -95,7 +95,7 @@ def find_converted(infos: Mapping[str, TensorInfo], where: str) -> tuple[Family,
     Raises:
         MappingError: several families fit equally well.
     """
-    sources = {family.name: source_names_of(family.rules, infos) for family in all_families()}
+    sources = {family.name: source_names_of(family.converted_rules, infos) for family in all_families()}
     families = _best_fits([(family, sources[family.name].keys() - infos.keys()) for family in all_families()])
     if not families:
         return None

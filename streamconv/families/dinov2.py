@@ -190,18 +190,19 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
 
 
 _LOADED_NAMES = {
-    "attention.attention.query": "attention.q_proj",
-    "attention.attention.key": "attention.k_proj",
-    "attention.attention.value": "attention.v_proj",
-    "attention.output.dense": "attention.o_proj",
-    "mlp.weights_in": "mlp.gate_proj",
-    "mlp.weights_out": "mlp.down_proj",
+    "attention.attention.query": ("attention.q_proj",),
+    "attention.attention.key": ("attention.k_proj",),
+    "attention.attention.value": ("attention.v_proj",),
+    "attention.output.dense": ("attention.o_proj",),
+    "mlp.weights_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.weights_out": ("mlp.down_proj",),
 }
 
 
-def loaded_key(target: str) -> str:
-    """Return the name that transformers 5 gives ``target`` once loaded; of the two halves of weights_in, the first."""
-    return re.sub("|".join(map(re.escape, _LOADED_NAMES)), lambda match: _LOADED_NAMES[match[0]], target)
+def loaded_keys(target: str) -> tuple[str, ...]:
+    """Return the names of the parts that ``target`` has in memory, in transformers 5, cut along dim 0."""
+    found = re.search("|".join(map(re.escape, _LOADED_NAMES)), target)
+    return tuple(target.replace(found[0], name) for name in _LOADED_NAMES[found[0]]) if found else (target,)
 
 
 def unchunked_key(key: str) -> str:
@@ -322,7 +323,7 @@ FAMILY = Family(
         "Dinov2WithRegistersModel": ("Dinov2WithRegistersBackbone",),
     },
     with_config=with_config,
-    loaded_key=loaded_key,
+    loaded_keys=loaded_keys,
     extra_prefixes=(
         ExtraPrefix("dino_head.", _TRAINING_HEAD),
         ExtraPrefix("ibot_head.", _TRAINING_HEAD),

@@ -38,7 +38,9 @@ class Layout:
 
     def sources(self, infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
         """Return the source of each spelling, with all spellings that make it up."""
-        return source_names_of(self.family.rules, infos) if self.is_converted else {key: (key,) for key in infos}
+        return (
+            source_names_of(self.family.converted_rules, infos) if self.is_converted else {key: (key,) for key in infos}
+        )
 
     @cached_property
     def head_targets(self) -> frozenset[str]:

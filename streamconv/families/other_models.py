@@ -125,7 +125,7 @@ STORAGE = (
         ("weight_scale", "weight_scale_inv", "weight_packed", "weight_qdata", "W_q"), _DEQUANTISE,
     ),
     Kind(
-        "has the names that transformers 5 uses in memory", ("cls_token encoder.layer.{i}.attention.q_proj",),
+        "has the names that transformers 5 uses in memory", ("cls_token encoder.layer.{i}.mlp.gate_proj",),
         "Save the model with model.save_pretrained(DIR), and convert DIR.",
     ),
 )  # fmt: skip

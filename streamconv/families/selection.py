@@ -112,7 +112,7 @@ def find_backbone(
     is_converted = chosen not in original
 
     def keys_of(family: Family) -> Iterable[str]:
-        return source_names_of(family.rules, infos) if is_converted else map(family.unchunked_key, infos)
+        return source_names_of(family.converted_rules, infos) if is_converted else map(family.unchunked_key, infos)
 
     layout = Layout(choose_family(found[chosen], keys_of, where), chosen, is_converted)
     return _select(checkpoint, where, layout, is_chosen=prefix is not None, head_prefix=head_prefix)

@@ -217,7 +217,7 @@ def _as_written(
         for name, tensor in targets.items()
     }
     written |= {name: filled(value, TensorInfo(dtype, shape)) for name, (value, shape) in fills.items()}
-    return dict(sorted(written.items(), key=lambda item: _natural_key(family.loaded_key(item[0]))))
+    return dict(sorted(written.items(), key=lambda item: _natural_key(family.loaded_keys(item[0])[0])))
 
 
 def _natural_key(name: str) -> list[tuple[int, int | str, int]]:

@@ -127,3 +127,23 @@ def test_selected_backbone_of_a_converted_segmentation_model_is_verified(
         api.plan(source)
     api.convert(source, tmp_path / "out", select="dinov2")
     require_exact(tmp_path / "out", source)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_state_dict_of_transformers_in_memory_is_the_model_that_save_pretrained_writes(
+    tmp_path: Path, classes: int, prefix: str
+) -> None:
+    """Some of its names are not those of files, if transformers 5 wrote it."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    kind = Dinov2ForImageClassification if classes else Dinov2Model
+    model = kind(Dinov2Config(**sizes, num_labels=classes or 2))
+    model.save_pretrained(tmp_path / "saved")
+    source = saved(prefixed(model.state_dict(), prefix), tmp_path / "x.pth")
+    api.convert(source, tmp_path / "out", num_heads=2)
+    written, expected = (
+        safetensors.torch.load_file(tmp_path / each / "model.safetensors") for each in ("out", "saved")
+    )
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    require_exact(tmp_path / "out", source, num_heads=2)

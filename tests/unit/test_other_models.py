@@ -138,7 +138,7 @@ STORAGE = {
         ["blocks.0.attn.qkv.weight_packed", "blocks.0.attn.qkv.weight_scale"],
     ],
     "has the names that transformers 5 uses in memory": [
-        ["embeddings.cls_token", "encoder.layer.0.attention.q_proj.weight", "encoder.layer.0.layer_scale1.lambda1"]
+        ["embeddings.cls_token", "encoder.layer.0.attention.q_proj.weight", "encoder.layer.0.mlp.gate_proj.weight"]
     ],
 }  # fmt: skip
 
