@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 from streamconv.errors import MappingError, printable
 from streamconv.families.registry import all_families
+from streamconv.formats.foreign.advice import merge_zero
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of checkpoint. ``what`` completes a sentence about a file, and ``advice`` says what to do with it."""
+    """A kind of checkpoint. ``what`` is the rest of a sentence about a file, and ``advice`` says what to do with it."""
 
     what: str
     marks: tuple[str, ...] = ()
@@ -26,7 +27,7 @@ class Kind:
 
 
 PACKED_SWIGLU = Kind(
-    "is a DINOv2 model in timm's names, whose mlp.fc1 is w12",
+    "is a DINOv2 model in timm's names, whose mlp.fc1 is the authors' w12",
     advice="Convert the authors' file instead; `streamconv models` lists them.",
 )
 ARCHITECTURES = (
@@ -40,7 +41,7 @@ ARCHITECTURES = (
     Kind("looks like a DINOv3 model in timm's names", ("reg_token blocks.{i}.gamma_1 !pos_embed",)),
     Kind(
         "is an MAE with its decoder", ("decoder_blocks.{i} decoder_embed", "decoder.decoder_embed"),
-        "Its encoder in its authors' names can be converted: save it without the decoder's tensors and mask_token.",
+        "In its authors' names, the encoder can be converted: save it without the decoder's tensors and mask_token.",
     ),
     Kind(
         "looks like a BEiT or EVA model",
@@ -64,7 +65,7 @@ ARCHITECTURES = (
     ),
     Kind(
         "has the names of OpenMMLab's MMPretrain or MMSegmentation", ("layers.{i}.ln1 layers.{i}.attn",),
-        "Convert the checkpoint in its authors' names that it was made from.",
+        "Convert the checkpoint that it was made from, which has its authors' names.",
     ),
     Kind("looks like a Swin Transformer", ("layers.{i}.blocks.{i}.attn", "layers.{i}.blocks.{i}.attention")),
     Kind(
@@ -73,7 +74,7 @@ ARCHITECTURES = (
     ),
     Kind("looks like a ResNet", ("layer1.{i}.conv1 layer1.{i}.bn1", "embedder.embedder.convolution")),
 )  # fmt: skip
-# Programs that may have a known backbone as a part, beside which their other parts do not matter.
+# Larger models that may contain a known backbone; beside one, their other parts do not matter.
 HOSTS = (
     Kind(
         "looks like an object detector",
@@ -89,7 +90,7 @@ HOSTS = (
     ),
 )  # fmt: skip
 
-_ZERO = "Put it into one file with DeepSpeed's zero_to_fp32.py: `python -m deepspeed.utils.zero_to_fp32 DIR OUT`."
+_ZERO = f"{merge_zero()}."
 _DEQUANTISE = (
     "Convert the original weights. Or load the model with the program that quantised it, dequantise it (in "
     "transformers with model.dequantize()), and save it."
@@ -104,7 +105,7 @@ PLACEHOLDERS = Kind("holds empty tensors instead of weights, as DeepSpeed's ZeRO
 STORAGE = (
     PIECES,
     PLACEHOLDERS,
-    Kind("is a DeepSpeed optimizer's state", ("fp32_flat_groups", "single_partition_of_fp32_groups"), _ZERO),
+    Kind("is the state of a DeepSpeed optimizer", ("fp32_flat_groups", "single_partition_of_fp32_groups"), _ZERO),
     Kind(
         "has adapters of PEFT, such as LoRA, that are not merged",
         tuple(f"base_layer {name}" for name in _ADAPTERS),
@@ -139,14 +140,14 @@ def recognise(
     ranks: Mapping[str, int] | None = None,
     is_part: bool = False,
 ) -> MappingError | None:
-    """Return the error that says what a checkpoint is; None if that is not known.
+    """Return the error that names what a checkpoint is; None if that is not known.
 
     Args:
         shapes: The shapes of its tensors, by their names.
         where: Its name for messages.
         others: The names of its objects that are not tensors.
         ranks: The number of dimensions that each tensor has in the family that fits best, if one does.
-        is_part: They have the signature of a backbone, which may be a part of `HOSTS`.
+        is_part: They have the signature of a backbone, which may be a part of one of `HOSTS`.
     """
     found = [*_by_shape(shapes, ranks), *_by_name([*shapes, *others])]
     found = [(kind, name) for kind, name in found if not (is_part and kind in HOSTS)]

@@ -1,4 +1,4 @@
-"""What a server means that refuses a request, and what to do about it."""
+"""Explains why a server refused a request, and what to do about it."""
 
 import html
 import json
@@ -10,23 +10,24 @@ from urllib3.exceptions import HTTPError
 
 from streamconv.errors import RefusedError, SourceError, SourceMissingError, printable
 from streamconv.files.address import Address, redacted
+from streamconv.files.error_json import error_message
 
 _MAX_BODY_BYTES = 4096
 _MAX_SHOWN = 200  # characters of the server's own text
-_SECRET_LENGTH = 6  # shorter values of a query, such as "1", are in any text
+_SECRET_LENGTH = 6  # shorter values of a query, such as "1", occur in any text
 
 _ADVICE = {
     401: "It needs a token: for the Hub, set HF_TOKEN or run `hf auth login`; otherwise download it yourself.",
     403: "You have no access: on the Hub, accept the model's terms on its page, and check your token's permissions.",
     404: "Check the URL.",
-    406: "It refuses programs: download the file with a browser, and give the file.",
+    406: "The server refuses programs: download the file with a browser, and give the file.",
     407: "Set the proxy's user and password: http://USER:PASSWORD@HOST:PORT.",
     410: "Check the URL: the file was removed from there.",
-    416: "It cannot send parts of the file: download it yourself, and give the file.",
-    451: "It may not send the file to where you are: get it from another server.",
+    416: "The server cannot send parts of a file: download it yourself, and give the file.",
+    451: "The server may not send the file to your country: get it from another server.",
 }
 _KINDS = {401: RefusedError, 403: RefusedError, 404: SourceMissingError, 410: SourceMissingError}
-_EXPIRED = "The signed link has probably expired: get a new one, from where you got this one."
+_EXPIRED = "The signed link has probably expired: get a new one from the page that you got it from."
 _GATED = "It is gated: accept the terms on the page of its repository, then set HF_TOKEN or run `hf auth login`."
 _WRONG_PASSWORD = "Check the user and the password in the URL."
 _HUB_ADVICE = {  # by the Hub's X-Error-Code
@@ -41,7 +42,7 @@ _HUB_FILE = re.compile(r"(.*?/)((?:datasets/|spaces/)?[^/]+/[^/]+)/resolve/([^/]
 
 
 def refusal(address: Address, url: str, response: BaseHTTPResponse, credentials: str) -> SourceError:
-    """Return the error for a response that is neither a file, a redirect nor a request to wait.
+    """Return the error for a response that refuses a request: not a file, a redirect or a request to wait.
 
     ``address`` is the file's, ``url`` the one that answered, after redirects, ``credentials`` what was sent to it.
     """
@@ -49,9 +50,9 @@ def refusal(address: Address, url: str, response: BaseHTTPResponse, credentials:
     status, own_text = response.status, _own_text(response, secrets)
     reason = f"{status} {printable(response.reason or '')}".rstrip()
     kind = _KINDS.get(status, SourceError)
-    said = f" ('{own_text}')" if own_text else ""
+    quoted = f" ('{own_text}')" if own_text else ""
     advice = _hub_advice(url, response) or _advice(status, address)
-    return kind(f"{address} cannot be fetched: the server answered {reason}{said}. {advice}")
+    return kind(f"{address} cannot be fetched: the server answered {reason}{quoted}. {advice}")
 
 
 def _advice(status: int, address: Address) -> str:
@@ -105,13 +106,6 @@ def _message(body: str) -> str:
 
 def _json_message(body: str) -> str:
     try:
-        value = json.loads(body)
+        return error_message(json.loads(body))
     except (ValueError, RecursionError):
         return ""
-    for key in ("error", "message", "detail", "error_description", "msg", "title"):
-        found = value.get(key) if isinstance(value, dict) else None
-        if isinstance(found, dict):
-            found = found.get("message")
-        if isinstance(found, str) and found:
-            return found
-    return ""

@@ -153,7 +153,7 @@ def test_truncated_file_is_reported_as_cut_short(pth: Path, share: float) -> Non
         (b"<!DOCTYPE html><html>404</html>", "web page"),
         (b"no checkpoint at all", "a text file that begins 'no checkpoint at all'"),
         (b"\x00" * 64, "nothing but zeros"),
-        (b"\x01\x02" * 64, "neither"),
+        (b"\x01\x02" * 64, "is not a torch.save checkpoint"),
     ],
 )
 def test_other_files_are_reported_as_not_a_checkpoint(tmp_path: Path, data: bytes, message: str) -> None:

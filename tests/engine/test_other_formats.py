@@ -55,7 +55,7 @@ def test_package_is_named(tmp_path: Path) -> None:
     with torch.package.PackageExporter(tmp_path / "x.pt") as exporter:
         exporter.extern("torch.**")
         exporter.save_pickle("model", "model.pkl", MODEL)
-    assert "is a package of torch.package" in message_of(tmp_path / "x.pt")
+    assert "was written by torch.package" in message_of(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("is_split", [True, False])
@@ -98,7 +98,7 @@ def test_checkpoint_that_was_packed_again_is_saved_again_by_the_advice(tmp_path:
 def test_encrypted_zip_is_named(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "x.pth")
     subprocess.run(["zip", "-q", "-P", "secret", "x.zip", "x.pth"], cwd=tmp_path, check=True)
-    assert "is a zip around x.pth. Unpack it with `unzip`" in message_of(tmp_path / "x.zip")
+    assert "is a zip that contains x.pth. Unpack it with `unzip`" in message_of(tmp_path / "x.zip")
     os.unlink(tmp_path / "x.pth")
     subprocess.run(["unzip", "-q", "-P", "secret", "x.zip"], cwd=tmp_path, check=True)
     require_read(tmp_path / "x.pth")

@@ -45,7 +45,7 @@ def test_refused_signed_link_has_probably_expired(server: FileServer, signed_by:
         (404, "Check the URL."),
         (406, "download the file with a browser"),
         (410, "the file was removed"),
-        (416, "It cannot send parts"),
+        (416, "The server cannot send parts"),
         (451, "get it from another server"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What files and folders of other formats are, and what to do with them, as the ends of sentences.
+"""Describes files and folders of other formats, and says what to do with them.
 
-Each begins with a verb, such as "is an ONNX model. …", for a message that begins with the name of the file.
+Each description is the rest of a sentence, such as "is an ONNX model. …", for a message that begins with the file.
 """

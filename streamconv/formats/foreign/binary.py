@@ -1,6 +1,8 @@
-"""Binary files that are no checkpoint, recognised by their first bytes."""
+"""Recognises binary files of other formats by their first bytes."""
 
 import re
+
+from streamconv.formats.foreign.advice import save_for_torch
 
 _ARCHIVES = (
     (b"\x1f\x8b", "gzip", "gunzip -k FILE"),
@@ -14,21 +16,25 @@ _ARCHIVES = (
 )
 _COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _TAR_MAGIC_AT = 257
+_UNTAR = "Unpack it with `tar xf FILE`, and give the weights file in it"
 
-_KERAS = "Its weights have the names and layout of {}: load it there, and save a PyTorch state dict with torch.save"
 _KINDS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"GGUF", "is a GGUF file of llama.cpp, whose weights are often quantised. Use the checkpoint it was made from"),
     (0, b"PK\5\6", "is an empty zip. Fetch it again"),
-    (0, b"\x89HDF\r\n\x1a\n", f"is an HDF5 file, as Keras and TensorFlow write. {_KERAS.format('their model')}"),
-    (0, b"\x93NUMPY", "is one array of numpy. Save a whole state dict: np.savez(FILE, **state_dict)"),
+    (0, b"\x89HDF\r\n\x1a\n", f"is an HDF5 file, as Keras and TensorFlow write. {save_for_torch('Keras')}"),
+    (0, b"\x93NUMPY", "is a single numpy array. Save a whole state dict: np.savez(FILE, **state_dict)"),
     (4, b"ET12", "is an ExecuTorch program. Use the checkpoint that it was exported from"),
     (4, b"TFL3", "is a TensorFlow Lite model. Use the checkpoint that it was converted from"),
-    (4, b"ORTM", "is a model of ONNX Runtime. Use the checkpoint that it was exported from"),
-    (4, b"PTMF", "is a program of PyTorch Mobile. Use the checkpoint that it was exported from"),
+    (4, b"ORTM", "is an ONNX Runtime model. Use the checkpoint that it was exported from"),
+    (4, b"PTMF", "is a PyTorch Mobile program. Use the checkpoint that it was exported from"),
     (0, b"ptrt", "is a TensorRT engine. Use the checkpoint that it was built from"),
     (0, b"ftrt", "is a TensorRT engine. Use the checkpoint that it was built from"),
     (0, b"MATLAB 5.0", "is a MATLAB file. Save the arrays in a state dict with torch.save"),
-    (0, b"\0\5\x16\7", "is what macOS stores beside a file, under its name after ._: give the file itself"),
+    (
+        0,
+        b"\0\5\x16\7",
+        "is the metadata that macOS keeps beside a file. Give the file itself, whose name has no ._ before it",
+    ),
     (0, b"\x89PNG\r\n", "is a PNG image, not a checkpoint"),
     (0, b"\xff\xd8\xff", "is a JPEG image, not a checkpoint"),
     (0, b"GIF8", "is a GIF image, not a checkpoint"),
@@ -43,21 +49,22 @@ _KINDS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x7fELF", "is a program, not a checkpoint"),
     (0, b"MZ\x90", "is a Windows program, not a checkpoint"),
 )
-# Of protocol buffers: the IR version (field 1), then the producer's name (2) or the graph (7).
+# Protocol buffers: ONNX's IR version (field 1), then the producer's name (2) or the graph (7).
 _ONNX = re.compile(rb"\x08[\x01-\x1f](\x12[\x01-\x40][\x20-\x7e]+[\x1a\x22\x28\x32\x3a\x42]|\x3a)", re.DOTALL)
 _SAVED_MODEL = re.compile(rb"\x08\x01\x12[\x80-\xff]", re.DOTALL)  # schema version 1, then a long meta graph
 _GRAPH_DEF = re.compile(rb"\x0a.{1,5}\x0a.{1,70}\x12.(Placeholder|Const|VarHandleOp)", re.DOTALL)
 _MSGPACK = re.compile(rb"[\x81-\x8f\xde\xdf].{0,4}?[\xa1-\xbf\xd9][\x20-\x7e]{2}", re.DOTALL)  # a map with text keys
+_OTHER_PICKLE = "is a pickle that torch.save did not write. Load it with pickle"
 _PICKLES = (
     (b"StructuredToParameterName@@", "is a Paddle state dict. Convert its arrays to torch tensors"),
-    (b"paddle", "is a pickle of Paddle. Convert its arrays to torch tensors"),
-    (b"sklearn", "is a pickled model of scikit-learn, not a state dict of PyTorch"),
-    (b"xgboost", "is a pickled model of XGBoost, not a state dict of PyTorch"),
-    (b"joblib", "is a pickle of joblib, not a state dict of PyTorch"),
+    (b"paddle", "is a Paddle pickle. Convert its arrays to torch tensors"),
+    (b"sklearn", "is a pickled scikit-learn model, not a PyTorch state dict"),
+    (b"xgboost", "is a pickled XGBoost model, not a PyTorch state dict"),
+    (b"joblib", "is a joblib pickle, not a PyTorch state dict"),
     (b"numpy", "is a pickle of numpy arrays. Convert them to torch tensors"),
-    (b"torch", "is a pickle, but not of torch.save. Load it with pickle"),
+    (b"torch", _OTHER_PICKLE),
 )
-# Formats whose first bytes are not their own.
+# Formats that have no first bytes of their own.
 _SUFFIXES = {
     ".mlmodel": "is a Core ML model",
     ".engine": "is a TensorRT engine",
@@ -73,25 +80,25 @@ def describe_binary(start: bytes, name: str) -> str:
     for magic, kind, command in _ARCHIVES:
         if start.startswith(magic):
             if _COMPRESSED_TAR.search(name):
-                return f"is a tar archive in {kind}. Unpack it with `tar xf FILE`, and give the weights in it."
-            return f"is packed with {kind}. Unpack it first: `{command}`."
+                return f"is a tar archive compressed with {kind}. {_UNTAR}."
+            return f"is compressed with {kind}. Unpack it first: `{command}`."
     if start[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
-        return "is a tar archive. Unpack it with `tar xf FILE`, and give the weights in it."
+        return f"is a tar archive. {_UNTAR}."
     for offset, magic, kind in _KINDS:
         if start.startswith(magic, offset):
             return f"{kind}."
     if _SAVED_MODEL.match(start) or _GRAPH_DEF.match(start):
-        return f"is a TensorFlow graph. {_KERAS.format('TensorFlow')}."
+        return f"is a TensorFlow graph. {save_for_torch('TensorFlow')}."
     if _ONNX.match(start):
         return "is an ONNX model, whose weights have lost their names. Use the checkpoint that it was exported from."
     if b"_CHECKPOINTABLE_OBJECT_GRAPH" in start or re.search(r"\.data-\d{5}-of-\d{5}$", name):
-        return f"is part of a TensorFlow checkpoint. {_KERAS.format('TensorFlow')}."
+        return f"is part of a TensorFlow checkpoint. {save_for_torch('TensorFlow')}."
     if re.match(rb"\x80[\x02-\x05]", start):
-        kind = next((kind for mark, kind in _PICKLES if mark in start), "is a pickle, but not of torch.save. Load it")
+        kind = next((kind for mark, kind in _PICKLES if mark in start), _OTHER_PICKLE)
         return f"{kind}, and save a dict of tensors with torch.save."
     if _MSGPACK.match(start):
-        return f"is a msgpack file, as Flax writes. {_KERAS.format('Flax')}."
+        return f"is a msgpack file, as Flax writes. {save_for_torch('Flax')}."
     if start and not any(start):
-        return "begins with nothing but zeros: its download was begun, and its contents never arrived. Fetch it again."
+        return "begins with nothing but zeros: its download did not finish. Fetch it again."
     kind = next((kind for suffix, kind in _SUFFIXES.items() if name.lower().endswith(suffix)), "")
-    return f"{kind}. Use a checkpoint of PyTorch." if kind else ""
+    return f"{kind}. Use a PyTorch checkpoint." if kind else ""

@@ -1,6 +1,6 @@
-"""Text files that are no checkpoint: pointers to files, what servers send instead of a file, and source code.
+"""Recognises text files: pointers to files, what servers send instead of a file, and source code.
 
-What is shown of a file is short and printable.
+Messages quote little of a file, and only printable characters.
 """
 
 import html
@@ -9,16 +9,17 @@ import re
 from codecs import getincrementaldecoder
 
 from streamconv.errors import printable
+from streamconv.files.error_json import error_message
 
 _FAILED = "the download failed"
 _HUB_ADVICE = (
-    "On the Hub, the address of a file contains /resolve/, not /blob/; on GitHub, /raw/. Or fetch it with `hf download`"
+    "On the Hub, the URL of a file contains /resolve/, not /blob/; on GitHub, /raw/. Or fetch it with `hf download`"
 )
 _PAGES = (  # in a page's title, in lower case
     ("virus scan warning", "Google Drive asks for a confirmation: download the file in a browser, or with `gdown`"),
-    ("quota exceeded", "Google Drive's limit of downloads of this file is reached: try again in a day"),
+    ("quota exceeded", "Google Drive's download limit for this file is reached: try again in a day"),
     ("google drive", "Google Drive sent a page: share the file with everyone, then download it with `gdown`"),
-    ("dropbox", "Replace dl=0 at the end of the address by dl=1"),
+    ("dropbox", "Replace dl=0 at the end of the URL with dl=1"),
     ("hugging face", _HUB_ADVICE),
     ("github", _HUB_ADVICE),
     ("just a moment", "The server asks for a browser: download it there"),
@@ -41,7 +42,7 @@ _FILE_PAGE = re.compile(r"(huggingface\.co|github\.com)/[\w./-]{1,200}?/blob/")
 
 
 def describe_text(start: bytes, name: str) -> str:
-    """Return what a text that begins so is; "" if it is no text. A character may be cut at its end."""
+    """Describe a text file by its first bytes; "" if it is not text. The last character may be cut."""
     text = _decode(start)
     if text is None:
         return ""
@@ -52,7 +53,7 @@ def describe_text(start: bytes, name: str) -> str:
         "Python source code" if _IS_CODE.search(text) else "a text file"
     )
     if kind != "a text file":
-        return f"is {kind}, not a checkpoint. Give the file of the weights."
+        return f"is {kind}, not a checkpoint. Give the weights file."
     return f"is a text file that begins '{printable(_line(text))}'. If it was downloaded, {_FAILED}."
 
 
@@ -75,15 +76,15 @@ def _line(text: str) -> str:
 def _pointer(text: str) -> str:
     """Recognise what version control stores instead of a file."""
     size = re.search(r"^(?:file)?size:? =? ?(\d{1,20})$", text, re.MULTILINE)
-    of = f", of {int(size[1]):,} bytes" if size is not None else ""
+    file = f"a file of {int(size[1]):,} bytes" if size is not None else "a file"
     if re.match(r"version https://(git-lfs|hawser)\.github\.com/spec/", text):
-        return f"is a Git LFS pointer to the file{of}, not the file. In its repository, run `git lfs pull`."
+        return f"is a Git LFS pointer to {file}, not the file itself. In its repository, run `git lfs pull`."
     if text.startswith("# xet version"):
-        return f"is a xet pointer to the file{of}, not the file. Fetch the file with `hf download`."
+        return f"is a Xet pointer to {file}, not the file itself. Fetch it with `hf download`."
     if text.startswith("/annex/objects/"):
-        return "is a pointer of git-annex, not the file. In its repository, run `git annex get FILE`."
+        return "is a git-annex pointer to a file, not the file itself. In its repository, run `git annex get FILE`."
     if re.search(r"^outs:\s*$", text, re.MULTILINE) and re.search(r"^- (md5|hash|path|size):", text, re.MULTILINE):
-        return "is a pointer of DVC, not the file. In its repository, run `dvc pull`, and give the file."
+        return "is a DVC pointer to a file, not the file itself. In its repository, run `dvc pull`, and give the file."
     return ""
 
 
@@ -93,16 +94,16 @@ def _markup(text: str) -> str:
     title = _TITLE.search(text)
     if title is None and re.match(r"<\?xml|<Error>", text):
         found = dict(re.findall(r"<(Code|Message)>([^<]*)</", text))
-        says = ": ".join(found[key] for key in ("Code", "Message") if found.get(key))
-        answer = f"the server answered '{printable(_line(html.unescape(says)))}'"
-        return f"is an XML text, not a checkpoint: {answer if says else 'it may be an error'}. So {_FAILED}."
+        message = ": ".join(found[key] for key in ("Code", "Message") if found.get(key))
+        answer = f"the server answered '{printable(_line(html.unescape(message)))}'"
+        return f"is an XML file, not a checkpoint: {answer if message else 'it may be an error message'}. So {_FAILED}."
     if title is None:
         return f"is a web page, not a checkpoint: {_FAILED}."
     shown = _line(html.unescape(title[1]))
     advice = next((advice for mark, advice in _PAGES if mark in shown.lower()), "")
     if _FILE_PAGE.search(text):
         advice = _HUB_ADVICE
-    return f"is a web page, '{printable(shown)}', not a checkpoint: {_FAILED}.{f' {advice}.' if advice else ''}"
+    return f"is a web page ('{printable(shown)}'), not a checkpoint: {_FAILED}.{f' {advice}.' if advice else ''}"
 
 
 def _json(text: str) -> str:
@@ -114,11 +115,9 @@ def _json(text: str) -> str:
         value = None
     if isinstance(value, dict):
         if "weight_map" in value:
-            return "is an index of weight files, not their weights. Give its folder, under its own name."
+            return "is an index of weight files, not their weights. Give its folder; the index needs its original name."
         if {"model_type", "architectures"} & value.keys():
-            return "is the config.json of a model, not its weights. Give its folder, or the file of its weights."
-        messages = (value.get(key) for key in ("error", "message", "detail", "error_description", "msg"))
-        says = next((m.get("message") if isinstance(m, dict) else m for m in messages if m), None)
-        if isinstance(says, str):
-            return f"is a JSON text, not a checkpoint: the server answered '{printable(_line(says))}'. So {_FAILED}."
-    return f"is a JSON text that begins '{printable(_line(text))}', not a checkpoint. If it was downloaded, {_FAILED}."
+            return "is the config.json of a model, not its weights. Give its folder or its weights file."
+        if message := error_message(value):
+            return f"is a JSON file, not a checkpoint: the server answered '{printable(_line(message))}'. So {_FAILED}."
+    return f"is a JSON file that begins '{printable(_line(text))}', not a checkpoint. If it was downloaded, {_FAILED}."

@@ -1,26 +1,27 @@
-"""Zips that are no checkpoint, recognised by the names of their records."""
+"""Recognises zips of other formats by the names of their records."""
 
 from collections.abc import Collection
 
 from streamconv.errors import printable
+from streamconv.formats.foreign.advice import save_for_torch
 
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pth.tar", ".pt", ".ckpt", ".npz")
 NPY_SUFFIX = ".npy"
-# A record whose name ends so is in no other kind of zip. The first kind that fits counts.
+# By the end of a record's name that no other kind of zip has. The first kind that fits counts.
 _KINDS = {
-    "MAR-INF/MANIFEST.json": "is an archive of TorchServe. Unpack it with `unzip`, and give the weights in it",
+    "MAR-INF/MANIFEST.json": "is a TorchServe archive. Unpack it with `unzip`, and give the weights file in it",
     "archive_format": "is a .pt2 file of torch.export. Save the weights: "
     "torch.save(torch.export.load(FILE).state_dict, OUT)",
     "serialized_exported_program.json": "is a .pt2 file of torch.export. Save the weights: "
     "torch.save(torch.export.load(FILE).state_dict, OUT)",
-    ".data/extern_modules": "is a package of torch.package, which holds code. Load the model with the code that made "
-    "it, and save its state_dict() with torch.save",
-    "model.weights.h5": "is a Keras model. Load it there, and save a state dict of PyTorch's names with torch.save",
+    ".data/extern_modules": "was written by torch.package and holds code. Load the model with the code that made it, "
+    "and save its state_dict() with torch.save",
+    "model.weights.h5": f"is a Keras model. {save_for_torch('Keras')}",
 }
 
 
 def describe_zip(names: Collection[str]) -> str:
-    """Return what a zip with records of these names is, or "" if it could be of torch.save or numpy.savez."""
+    """Describe a zip by the names of its records; "" if torch.save or numpy.savez may have written it."""
     pickles = [name for name in names if name.endswith("/data.pkl")]
     if any("/code/" in name for name in names) and (pickles or any(name.endswith("/constants.pkl") for name in names)):
         return "is a TorchScript program. Save its weights: torch.save(torch.jit.load(FILE).state_dict(), OUT)."
@@ -31,12 +32,12 @@ def describe_zip(names: Collection[str]) -> str:
         return ""
     if "data.pkl" in names:
         return (
-            "is the contents of a .pth, zipped without their folder. Unzip it into a folder, FOLDER, and zip that: "
+            "has the contents of a .pth, but was zipped without their folder. Unzip it into FOLDER, and zip that: "
             "`zip -0 -r -D OUT.pth FOLDER`."
         )
     inside = next((name for name in names if name.lower().endswith(WEIGHTS_SUFFIXES)), None)
     if inside is not None:
-        return f"is a zip around {printable(inside)}. Unpack it with `unzip`, and give that file."
+        return f"is a zip that contains {printable(inside)}. Unpack it with `unzip`, and give that file."
     return f"is a zip without weights: it holds {_some(names)}. Give a checkpoint." if names else ""
 
 
