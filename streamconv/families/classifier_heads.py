@@ -79,7 +79,7 @@ def choose_head(given: str, layers: Layers, fitting: Layers, where: str) -> Mapp
         UsageError: there is none, or there are several.
     """
     if not layers:
-        raise UsageError(f"{where} holds no head, which {given} could be. Give the head's file with --head.")
+        raise UsageError(f"{where} holds no head, so --head-select {given} finds none. Give its file with --head.")
     is_misfit = matching_prefixes(given, layers) and not matching_prefixes(given, fitting)
     return layers[complete_prefix(given, layers if is_misfit else fitting or layers, where, "--head-select", "head")]
 
@@ -117,7 +117,7 @@ class HeadsBeside:
 
         Args:
             given: The prefix that the user chose.
-            is_automatic: Without it, take the layer that has a head's name and shapes.
+            is_automatic: Without ``given``, take the layer that has a head's name and shapes.
 
         Raises:
             UsageError: there is no head under ``given``.
@@ -173,7 +173,7 @@ class HeadsBeside:
         return f"{' and '.join(sorted(chosen.values()))} are assumed to be a head that reads {self._head.reads}"
 
     def assumption_without(self, left_out: Iterable[str]) -> str:
-        """Return what is assumed about weights inside the backbone's prefix that are left out; a head is no matter."""
+        """Return what is assumed about weights inside the backbone's prefix that are left out, other than a head's."""
         starts = [*dict.fromkeys(self._layout.start(name) for name in left_out if not self._is_in_head(name))]
         if not starts:
             return ""

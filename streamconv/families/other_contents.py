@@ -18,7 +18,7 @@ def other_contents_error(checkpoint: Checkpoint, where: str) -> MappingError | N
         for name, tensor in checkpoint.items()
         if DTYPES[tensor.info.dtype].is_weight and tensor.info.shape and not _OPTIMIZER_STATE.search(name)
     ]
-    tensors = {name: each for name, each in others.items() if each.kind.are_tensors}
+    tensors = {name: each for name, each in others.items() if each.kind.is_tensor}
     if len(tensors) > len(weights):
         return non_tensor_error(tensors, where)
     if checkpoint:  # any checkpoint has objects beside its tensors

@@ -1,6 +1,6 @@
-"""Decides whether the responses to requests for parts of a file are of one version of it.
+"""Decides whether the responses to requests for parts of a file belong to one version of it.
 
-A file behind a CDN may be answered by several servers, each with an ETag or a Last-Modified of its own for the same
+Behind a CDN, several servers may send one file, each with an ETag or a Last-Modified of its own for the same
 bytes. So a response of another version does not prove a change: the request is sent again, until the version that was
 read first answers. If it does not come back, CRC-32s can still prove the bytes.
 """
@@ -16,10 +16,10 @@ from streamconv.files.retries import RetryNow
 
 _log = logging.getLogger(__name__)
 
-MAX_OTHERS_IN_A_ROW = 20  # of two servers that answer by chance, one is missed as often once in a million requests
+MAX_OTHERS_IN_A_ROW = 20  # if two servers answer at random, one of them does so 20 times in a row once in a million
 
 ProvedBy = Literal["version", "records", "copy"]
-"""What proves that all bytes that are read are of one file.
+"""What proves that all bytes that are read belong to one file.
 
 "version": every response must be of the first one's version. "records": the reader compares whole records with their
 CRC-32s; other versions are accepted if the first one does not come back, but parts of records are not proved then.
@@ -29,7 +29,7 @@ CRC-32s; other versions are accepted if the first one does not come back, but pa
 
 @dataclass(frozen=True)
 class HttpVersion:
-    """What headers tell about a version: the file's ``size`` in bytes, its ETag and Last-Modified (RFC 9110, 8.8)."""
+    """A version by a response's headers: the ``size`` in bytes, the ETag and the Last-Modified (RFC 9110, 8.8)."""
 
     size: int
     etag: str | None = None
@@ -51,7 +51,7 @@ class HttpVersion:
 
 
 class Versions:
-    """The versions that the responses for one file are of. ``first`` is the first one, which the reader continues with.
+    """The versions of the responses for one file. ``first`` is the first one, which the reader continues with.
 
     ``expected`` is the version to begin with, if an earlier process has read one; see `is_same_version`.
     """

@@ -1,7 +1,7 @@
-"""Addresses as browsers show them, of pages about files. All knowledge of web sites is in two tables.
+"""Recognises URLs of web pages about files, as browsers show them. All knowledge of web sites is in two tables.
 
-A page about one file has a fixed relation to the file's own address on some sites. On others, a person is told how to
-get the file.
+On some sites, the URL of a page about a file leads to the URL of the file itself. For the others, an error explains how
+to get the file.
 """
 
 import os
@@ -42,17 +42,17 @@ _PAGES = (  # host, path and query of the page, and what to do
     (
         _GITHUB,
         r"/([^/?]+/[^/?]+)(?:/tree/[^?]*|/releases(?:/tag/[^?]*)?)?/?(?:\?.*)?",
-        r"Give the address of a file: https://github.com/\1/raw/BRANCH/FILE, or an asset of a release",
+        r"Give the URL of a file: https://github.com/\1/raw/BRANCH/FILE, or an asset of a release",
     ),
     (
         _MODELSCOPE,
         r"/models/([^/?]+/[^/?]+)(?:/(?:summary|files)[^?]*)?/?(?:\?.*)?",
-        r"Give the address of a file: https://modelscope.cn/models/\1/resolve/master/FILE",
+        r"Give the URL of a file: https://modelscope.cn/models/\1/resolve/master/FILE",
     ),
     (
         _ZENODO,
         r"/records?/(\d+)/?(?:\?.*)?",
-        r"Give the address of a file: https://zenodo.org/records/\1/files/FILE",
+        r"Give the URL of a file: https://zenodo.org/records/\1/files/FILE",
     ),
     (
         _GOOGLE_DRIVE,
@@ -85,9 +85,9 @@ def direct_url(url: str) -> str:
 
 
 def page_problem(url: str) -> str:
-    """Return what an address is if it is not a file's, and how to get the file; empty if it may be a file's.
+    """Return what a URL stands for instead of a file, and how to get the file; empty if it may be a file's.
 
-    Such a page is about no file or several ones, or a program cannot get past it.
+    Such a page is about no file or several, or it does not let programs download the file.
     """
     if match := _HF_PAGE.fullmatch(url):
         return f"is a repository, not a file. Name a file in it, such as hf://{match[1]}/model.safetensors."

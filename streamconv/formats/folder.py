@@ -1,4 +1,4 @@
-"""Chooses the weight files of a folder, as transformers would, or the only ones that are there.
+"""Chooses the weight files of a folder: those that transformers would load, or else the only ones.
 
 A folder is the user's own, so links in it are followed: files are often links into a cache or a store.
 """
@@ -20,18 +20,18 @@ from streamconv.formats.shards import WeightFiles, are_shards, is_index, read_we
 _BIN_NAME = "pytorch_model.bin"
 # In the order in which transformers looks for them.
 _STANDARD_NAMES = (SINGLE_NAME, INDEX_NAME, _BIN_NAME, f"{_BIN_NAME}.index.json")
-# Files of a training with the suffix of weights: settings, optimizers, random states.
+# Other files that have the suffix of weights: a training's settings, optimizers and random states.
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|openvino)")
 _FOREIGN_SUFFIXES = (".h5", ".msgpack", ".onnx", ".gguf", ".pb", ".keras", ".npy", ".pdparams", ".pkl", ".pte", ".pt2")
-MAX_LISTED = 1_000  # names in a folder that are looked at
-MAX_FOLDERS = 100  # folders in it that are looked into
+MAX_LISTED = 1_000  # names of a folder that are read
+MAX_FOLDERS = 100  # folders in it that are searched
 
 
 def find_weights(folder: Path) -> WeightFiles:
     """Return the weight files of a folder, or of the only snapshot in a folder of the Hub's cache.
 
     Raises:
-        SourceMissingError, NotACheckpointError: it has no weights, or weights of which one has to be named.
+        SourceMissingError, NotACheckpointError: it has no weights, or several of which the user must name one.
         CorruptError, SourceError: its index is damaged or names files that are not in the folder.
     """
     folder = snapshot_of(folder) or folder
@@ -62,11 +62,11 @@ def _only_weights(folder: Path, names: Sequence[str]) -> WeightFiles | None:
         found = read_weights_index(folder / indexes[0])
         files = [*indexes, *(name for name in files if folder / name not in found.names_by_location)]
         if len(files) == 1:
-            return WeightFiles(found.names_by_location, found.index, f"the weights are those that {files[0]} lists")
+            return WeightFiles(
+                found.names_by_location, found.index, f"weights read from the files that {files[0]} lists"
+            )
     elif are_shards(folder, files) or len(files) == 1:
-        return WeightFiles(
-            dict.fromkeys(folder / name for name in files), note=f"the weights are those in {_some(files)}"
-        )
+        return WeightFiles(dict.fromkeys(folder / name for name in files), note=f"weights read from {_some(files)}")
     if files:
         raise NotACheckpointError(f"{folder} holds {len(files):,} files of weights. Give one of them: {_some(files)}.")
     return None
@@ -119,7 +119,7 @@ def _advice(folder: Path, names: Sequence[str]) -> str:
 
     pointers = [name for name in names if name.endswith(".dvc")]
     if pointers:
-        return f"{printable(pointers[0])} is a pointer of DVC: run `dvc pull` in it."
+        return f"{printable(pointers[0])} is a DVC pointer: run `dvc pull` in this folder."
     # huggingface_hub keeps unfinished files beside the folder's, or in its cache beside the snapshots.
     for place in (folder / ".cache" / "huggingface" / "download", folder.absolute().parent.parent / "blobs"):
         if os.path.isdir(place) and any(name.endswith(".incomplete") for name in _list(place)):
@@ -137,7 +137,7 @@ def _advice(folder: Path, names: Sequence[str]) -> str:
             return f"Its folder {printable(name)} {other}"
     places = [name for name, held in inside.items() if any(each.lower().endswith(WEIGHTS_SUFFIXES) for each in held)]
     if places:
-        return f"Give one of its folders that do: {_some(places)}."
+        return f"Give a folder in it that does: {_some(places)}."
     return f"It holds {_some(names)}. Give a folder or a file with weights." if names else "It is empty."
 
 

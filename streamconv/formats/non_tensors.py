@@ -1,4 +1,4 @@
-"""What a checkpoint holds that is not a plain tensor, and how to save it as plain tensors."""
+"""Describes values in a checkpoint that are not plain tensors, and says how to save plain tensors instead."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from streamconv.errors import MappingError, printable
 from streamconv.formats.unread import Unread
 
 _MAX_NAMES = 3
-_QUANTIZING_PACKAGES = {"bitsandbytes", "hqq", "optimum", "torchao", "transformer_engine"}
+_QUANTISING_PACKAGES = {"bitsandbytes", "hqq", "optimum", "torchao", "transformer_engine"}
 
 
 class Kind(Enum):
@@ -29,9 +29,9 @@ class Kind(Enum):
         "StateDictType.FULL_STATE_DICT, FullStateDictConfig(offload_to_cpu=True, rank0_only=True)), and the first one "
         "torch.save(state, 'model.pth').",
     )
-    QUANTIZED = (
-        "holds quantized tensors, which are integers with scales",
-        "Convert the checkpoint from before it was quantized. If there is none, save tensor.dequantize() for each.",
+    QUANTISED = (
+        "holds quantised tensors, which are integers with scales",
+        "Convert the checkpoint that was quantised. If you do not have it, save tensor.dequantize() for each.",
     )
     SPARSE = ("holds sparse tensors", "Save tensor.to_dense() for each.")
     NESTED = (
@@ -53,27 +53,27 @@ class Kind(Enum):
     )
     TENSOR_SUBCLASS = (
         "holds tensors of a class that is not torch's own, whose code would have to run",
-        "Save them as plain tensors: tensor.as_subclass(torch.Tensor), or what the class has for it.",
+        "Save them as plain tensors: tensor.as_subclass(torch.Tensor), or the conversion that the class has.",
     )
     MODULE = (
         "holds a whole model, whose code would have to run",
-        "If you trust the file, and where its class can be imported, save its state dict: "
+        "If you trust the file and can import its class, save its state dict: "
         "torch.save(torch.load('old.pth', weights_only=False)NAME.state_dict(), 'new.pth').",
     )
     ATTRIBUTES = (
-        "holds its tensors in the attributes of an object, which are not read",
-        "If you trust the file, and where its class can be imported, save the dict of tensors alone: "
+        "holds its tensors in the attributes of an object, which streamconv does not read",
+        "If you trust the file and can import its class, save the dict of tensors alone: "
         "vars(torch.load('old.pth', weights_only=False)NAME) shows the attributes.",
     )
     LIST = (
-        "holds its tensors in a list, which is not searched",
+        "holds its tensors in a list, which streamconv does not search",
         "Save one dict of tensors alone: torch.save(torch.load('old.pth')NAME[0], 'new.pth') if it is a list of dicts, "
         "or torch.save(dict(torch.load('old.pth')NAME), 'new.pth') if it is one of names with tensors.",
     )
     OBJECT = ("holds objects, which are not read, and no tensor", "Save a dict of tensors, such as model.state_dict().")
 
     @property
-    def are_tensors(self) -> bool:
+    def is_tensor(self) -> bool:
         return self not in (Kind.MODULE, Kind.ATTRIBUTES, Kind.LIST, Kind.OBJECT)
 
 
@@ -92,7 +92,7 @@ class NonTensor:
 _MADE_BY = {
     "torch._utils._rebuild_sparse_tensor": NonTensor("sparse tensor", Kind.SPARSE),
     "torch._utils._rebuild_nested_tensor": NonTensor("nested tensor", Kind.NESTED),
-    "torch._utils._rebuild_qtensor": NonTensor("quantized tensor", Kind.QUANTIZED),
+    "torch._utils._rebuild_qtensor": NonTensor("quantised tensor", Kind.QUANTISED),
     "torch._utils._rebuild_meta_tensor_no_storage": NonTensor("meta tensor", Kind.META),
     "torch._utils._rebuild_device_tensor_from_numpy": NonTensor("tensor of an XLA device", Kind.XLA),
     "torch._utils._rebuild_xla_tensor": NonTensor("tensor of an XLA device", Kind.XLA),
@@ -114,8 +114,8 @@ def tensor_of_class(name: str) -> NonTensor:
     """Describe a tensor of another class than torch.Tensor."""
     package, last = name.partition(".")[0], name.rpartition(".")[2]
     kind = Kind.TENSOR_SUBCLASS
-    if package in _QUANTIZING_PACKAGES:
-        kind = Kind.QUANTIZED
+    if package in _QUANTISING_PACKAGES:
+        kind = Kind.QUANTISED
     elif package == "torch":
         kind = {"DTensor": Kind.DTENSOR, "ShardedTensor": Kind.SHARDED_TENSOR, "NestedTensor": Kind.NESTED}.get(
             last, kind
@@ -124,12 +124,12 @@ def tensor_of_class(name: str) -> NonTensor:
 
 
 def non_tensor_error(found: Mapping[str, NonTensor], where: str) -> MappingError:
-    """Return the error about the most important kind of ``found``, which are there instead of weights."""
+    """Return the error about ``found``, which a file holds instead of weights, and its most important kind."""
     names: dict[Kind, list[str]] = {}
     for name, each in found.items():
         names.setdefault(each.kind, []).append(name)
     order = list(Kind)
-    kind = min(names, key=lambda kind: (not kind.are_tensors, -len(names[kind]) * kind.are_tensors, order.index(kind)))
+    kind = min(names, key=lambda kind: (not kind.is_tensor, -len(names[kind]) * kind.is_tensor, order.index(kind)))
     what, fix = kind.value
     subscripts = "".join(f"[{part!r}]" for part in names[kind][0].split("."))
     held = [f"{name} is a {found[name]}" for name in names[kind][:_MAX_NAMES]]

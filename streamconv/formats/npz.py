@@ -35,7 +35,7 @@ _SIZE = re.compile(r"\d+")
 
 
 def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, SourceTensor], dict[str, NonTensor], str]:
-    """Return the tensors, arrays that are no tensors, both by name, and the file's fingerprint.
+    """Return the tensors, the arrays that are not tensors, both by name, and the file's fingerprint.
 
     ``records`` are those of `read_records`.
 
@@ -81,7 +81,7 @@ def _read_header(file: File, record: Record) -> bytes:
     size = 8 + size_bytes + int.from_bytes(data[8 : 8 + size_bytes], "little")
     # Version 3 differs only in that names of structured dtypes, which no tensor has, may have any letters.
     if not data.startswith(MAGIC) or data[6:7] not in (b"\1", b"\2"):
-        raise CorruptError(f"{file.where}: its record {record.name} is not an array of numpy. Fetch it again.")
+        raise CorruptError(f"{file.where}: its record {record.name} is not a numpy array. Fetch it again.")
     if size > length:
         raise CorruptError(f"{file.where}: its record {record.name} ends within its header. Fetch it again.")
     if size > _MAX_HEADER_BYTES:

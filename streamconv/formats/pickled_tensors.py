@@ -75,7 +75,7 @@ def _items_of(value: Any) -> dict[Any, Any] | None:
 
 
 class _Search:
-    """Describes values that are no dicts. Looking for tensors in them ends after a number of values in all."""
+    """Describes values that are not dicts. The search for tensors in them ends after a total number of values."""
 
     def __init__(self) -> None:
         self._values_left = _MAX_ENTRIES
@@ -114,7 +114,7 @@ class _Search:
 
 def _not_a_dict(contents: Any, where: str, search: _Search) -> SourceError:
     other = search.describe(contents)
-    if other is None or other.kind.are_tensors:
+    if other is None or other.kind.is_tensor:
         kind = "tensor" if type(contents) is SourceTensor else other or type(contents).__name__
         return NotACheckpointError(f"{where} holds a {kind}, not a dict of tensors.")
     if other.kind is Kind.LIST:
@@ -127,7 +127,7 @@ def _not_a_dict(contents: Any, where: str, search: _Search) -> SourceError:
     if other.kind is Kind.MODULE:
         return UnsafePickleError(
             f"{where} holds a whole model, a {other}, whose code would have to run. Nothing in it was run. If you "
-            "trust the file, and where its class can be imported, save its state dict: "
+            "trust the file and can import its class, save its state dict: "
             "torch.save(torch.load('old.pth', weights_only=False).state_dict(), 'new.pth')."
         )
     return UnsafePickleError(

@@ -77,19 +77,17 @@ def check_weight_map(where: str, index: str, found: Iterable[str], listed: set[s
 
 
 def refuse_shard(location: Location) -> None:
-    """Refuse one file of several that hold a checkpoint together, by its name.
+    """Refuse a shard, by its name: the others are needed, too.
 
     Raises:
-        NotACheckpointError: it is one of several.
+        NotACheckpointError: it is one of several shards.
     """
     shard = _SHARD.fullmatch(location.name)
     if shard is not None and int(shard[3]) > 1:
         fix = "Fetch all of them into a folder, and give that."
         if isinstance(location, Path):
             fix = f"Give their folder: {location.parent}."
-        raise NotACheckpointError(
-            f"{location} is one of {int(shard[3]):,} files that hold a checkpoint together. {fix}"
-        )
+        raise NotACheckpointError(f"{location} is one of the {int(shard[3]):,} shards of a checkpoint. {fix}")
 
 
 def is_index(name: str) -> bool:

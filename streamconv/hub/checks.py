@@ -1,4 +1,4 @@
-"""Checks before the Hub is changed: names, other weights there, and files that are as they were written."""
+"""Checks before the Hub is changed: names, other weights there, and files that are still as they were written."""
 
 import hashlib
 import re

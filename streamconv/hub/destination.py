@@ -24,8 +24,8 @@ class Destination:
 class PushTarget:
     """The repository that will be pushed to, "user/name", as it was checked before anything is changed on the Hub.
 
-    ``exists``: it is not a new one. ``private`` is None if a new one gets the visibility that is the default of its
-    owner's account, which is public unless the owner has changed it.
+    ``exists``: it exists already. ``private`` is None if a new one gets its owner's default visibility, which is public
+    unless the owner has changed it.
     """
 
     repository: str

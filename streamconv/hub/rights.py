@@ -29,7 +29,7 @@ def missing_right(user: User, repo_id: str, *, exists: bool, create_pr: bool) ->
     organisation = next((each for each in user["orgs"] if _is(owner, each.get("name"))), None)
     if organisation is None:
         return f"{owner} is neither your account, {user.get('name')}, nor an organisation that you are a member of"
-    return f"your role in {owner} is only to read" if organisation.get("roleInOrg") == "read" else None
+    return f"your role in {owner} is read-only" if organisation.get("roleInOrg") == "read" else None
 
 
 def _missing_scope(rights: Mapping[str, Any], repo_id: str, *, exists: bool, create_pr: bool) -> str | None:

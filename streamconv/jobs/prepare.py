@@ -112,7 +112,7 @@ def _open_indexes(
 
 
 def _remember(opened: OpenSource, source: Source) -> None:
-    """Keep the small files of a backbone at an address where its copy is, or will be."""
+    """Keep the small files beside a remote backbone where its copy is, or will be."""
     if isinstance(source.backbone, Address):
         remember_small_files(opened.selection, download_path(source.backbone))
 

@@ -1,4 +1,4 @@
-"""What a file system cannot do, and what is done instead.
+"""Reports what a file system cannot do, and what is done instead.
 
 Network file systems and those in user space often lack locks, syncing of folders or reserved space. Each lack is logged
 once for each file system, and is part of the results of conversions.
@@ -13,7 +13,7 @@ from pathlib import Path
 _log = logging.getLogger(__name__)
 
 NOT_SUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
-"""What POSIX, Linux and FUSE answer to a call that a file system does not have. EIO and others are failures."""
+"""The errors with which POSIX, Linux and FUSE refuse a call that a file system lacks. EIO and others are failures."""
 
 
 class Lack(Enum):
@@ -28,14 +28,14 @@ class Lack(Enum):
         "cannot sync files ({}): after a power cut, check them with `streamconv verify`, since complete files may "
         "have lost their contents"
     )
-    RESERVING = "cannot reserve space ({}): a disk that is too full is noticed only when it is full"
+    RESERVING = "cannot reserve space ({}): a disk that is too small is noticed only once it is full"
 
 
 _found: dict[int, dict[Lack, str]] = {}  # by device
 
 
 def report(path: Path, lack: Lack, error: OSError) -> None:
-    """Note that the file system of ``path``, an existing file or folder, lacks something; log it the first time."""
+    """Record that the file system of ``path``, an existing file or folder, lacks something; log it the first time."""
     found = _found.setdefault(os.stat(path).st_dev, {})
     if lack not in found:
         found[lack] = lack.value.format(error.strerror)

@@ -1,4 +1,4 @@
-"""An output folder as a later command finds it: as it was written, edited by its user, or with files missing."""
+"""Compares an output folder with what was written to it: files may be unchanged, edited by the user, or lost."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ Loss = Literal["missing", "incomplete"]
 class EarlierOutput:
     """The output of the same conversion that a folder holds.
 
-    ``manifest`` is None if the conversion was never finished. ``is_being_written``: a process writes it, or was
+    ``manifest`` is None if the conversion was never finished. ``is_being_written``: a process is writing it, or was
     interrupted. ``edited`` are small files with contents that streamconv did not write, and ``lost`` are files of a
     finished conversion that do not exist, that hold weights and have another size, or that are empty.
     """

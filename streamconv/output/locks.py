@@ -32,12 +32,12 @@ class LockedError(Exception):
         super().__init__(holder, lock_file)
 
     def message(self, what: Path, process: Process | None = None) -> str:
-        """Return a message about ``what`` the other process, ``process`` if the holder is not known, writes."""
+        """Return a message that ``what`` is being written by the holder or, if that is not known, by ``process``."""
         writing = f"{what} is being written by {self.holder or process or 'another process'}"
         if self._lock_file is None or (self.holder is not None and self.holder.is_here):
             return f"{writing}. Let it finish, or end it."
         return (
-            f"{writing}, or was when that process was killed. Let it finish. If it no longer runs, delete "
+            f"{writing}, unless that process was killed. Let it finish. If it no longer runs, delete "
             f"{self._lock_file} and run the same command again."
         )
 
@@ -63,12 +63,12 @@ class LockedFile:
         os.close(self.fd)
         lock = _lock_path(self._path)
         if self._mark is not None and _read_mark(lock) == self._mark:
-            with suppress(OSError):  # then it names a process that ends
+            with suppress(OSError):  # if it stays, it names a process that has ended
                 lock.unlink()
 
 
 def open_exclusive(path: Path, *, is_covered: bool = False) -> LockedFile:
-    """Open a file, created if it does not exist, and lock it until it is closed; no link is followed.
+    """Open a file, created if it does not exist, and lock it until it is closed; links are not followed.
 
     Args:
         is_covered: Another lock that this process holds, such as that of a journal, keeps other processes away. So no
@@ -85,7 +85,7 @@ def open_exclusive(path: Path, *, is_covered: bool = False) -> LockedFile:
     try:
         state = os.fstat(fd)
         if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
-            raise OSError(errno.EMLINK, "it is a link to another file, or not a file; remove it")
+            raise OSError(errno.EMLINK, "it has several names, or is not a file; remove it")
         refusal = _flock(fd)
         if refusal is None:
             if has_dead_holder:

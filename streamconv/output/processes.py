@@ -1,4 +1,4 @@
-"""Which process writes an output, and whether it has ended."""
+"""Identifies the process that writes an output, and finds out whether it has ended."""
 
 import os
 import platform

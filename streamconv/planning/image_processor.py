@@ -116,12 +116,8 @@ def _published_note(family: Family, config: Mapping[str, Any], selection: Select
     size, trained = family.image_processor.pixel_steps(config).size, spec.config["image_size"]
     makes = f" ({size[1]} x {size[0]} pixels)" if size is not None else ""
     native = f"; the model's native size is {trained}" if size is not None and size != (trained, trained) else ""
-    why = (
-        f"the source has no {IMAGE_PROCESSOR_NAME}"
-        if selection.is_converted
-        else "tensors do not show how images were prepared"
-    )
-    return f"the image processor of published {family.name} models{makes}: {why}{native}"
+    why = "the source has none" if selection.is_converted else "tensors do not show how images were prepared"
+    return f"{IMAGE_PROCESSOR_NAME}: that of published {family.name} models{makes}, since {why}{native}"
 
 
 def _users(

@@ -148,7 +148,7 @@ def _block_chunks(selection: Selection, layers: int) -> int | None:
 
 def _refuse_other_tensors(selection: Selection, expected: Mapping[str, ExpectedTensor], where: str) -> None:
     others = [each for key, each in selection.unread.items() if key in expected]
-    tensors = {name: each for name, each in others if each.kind.are_tensors}
+    tensors = {name: each for name, each in others if each.kind.is_tensor}
     if tensors:
         raise non_tensor_error(tensors, where)
 

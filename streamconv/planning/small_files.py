@@ -1,6 +1,6 @@
 """Decides config.json: a new one, or the source's own with the few entries that the conversion changes.
 
-The source's entries are kept as they are, unknown ones, too: a threshold, a list of layers or a task that training
+The source's entries are kept as they are, unknown ones included: a threshold, a list of layers or a task that training
 recorded cannot be found in tensors. Only these are not kept: the dtype; the architecture, if the output has another
 one; and `DROPPED`, which describe the files that the source came in.
 """
@@ -90,7 +90,7 @@ def config_notes(config: Mapping[str, Any], selection: Selection) -> list[str]:
         return []
     source = selection.config
     if not source:
-        return [f"generated, not copied from the source, which has none: {CONFIG_NAME}"]
+        return [f"{CONFIG_NAME}: generated, since the source has none"]
     stored = source.get("dtype") or source.get("torch_dtype")
     before = {key: value for key, value in source.items() if key != "dtype"} | ({"dtype": stored} if stored else {})
     changed = [

@@ -21,7 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from streamconv.errors import SourceError
-from streamconv.families.registry import all_families
+from streamconv.families.registry import published_files
 from streamconv.files.address import Address, hf_to_https
 from streamconv.files.local import read_small
 from streamconv.output.files import as_output_error, sync_folder, write_file
@@ -51,7 +51,7 @@ class Download:
 
     @classmethod
     def read(cls, path: Path) -> "Download | None":
-        """Read the record of the file at ``path``; None if there is none, or none of a file of this size."""
+        """Read the record of the file at ``path``; None if there is none, or if it is of a file of another size."""
         try:
             value = json.loads(read_small(_record_path(path)))
             if not isinstance(value, dict) or value.get("format_version") != _FORMAT_VERSION:
@@ -100,8 +100,7 @@ def download_path(address: Address) -> Path:
 
 
 def _is_published(address: Address) -> bool:
-    models = (model for family in all_families() for model in family.models)
-    return any(file is not None and file.url == address.url for each in models for file in (each.backbone, each.head))
+    return any(file.url == address.url for file in published_files())
 
 
 def _short(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Finds the copy of a file in torch.hub's cache, if it is known to have the bytes of the file at an address."""
+"""Finds the copy of a file in torch.hub's cache, if it is known to have the same bytes as the file at its URL."""
 
 import logging
 import os

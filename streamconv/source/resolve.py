@@ -126,9 +126,9 @@ def resolve_source(
 
 
 def _page_notes(locations: Mapping[str | os.PathLike[str] | None, Location | None]) -> list[str]:
-    """Name the files that are read instead of the pages about them that the user gave; see `direct_url`."""
+    """Name the files whose pages the user gave, and which are read instead; see `direct_url`."""
     return [
-        f"{location} is read, the file that the given page is about"
+        f"read from {location}, the file that the given page is about"
         for given, location in locations.items()
         if isinstance(given, str) and isinstance(location, Address) and location.url != given
     ]
@@ -158,7 +158,7 @@ def _require_exists(location: Location | None) -> None:
     near = near or [f"the model {name}" for name in near_models(location.stem)[:1]]
     fix = did_you_mean(near)
     if _is_repository(location):
-        fix = f"For a repository on the Hub, give the address of its file: hf://{location}/model.safetensors. {fix}"
+        fix = f"For a repository on the Hub, give the URL of its file: hf://{location}/model.safetensors. {fix}"
     with located(location):
         raise SourceMissingError(f"{location}: there is no such file. {fix}".rstrip())
 

@@ -1,7 +1,7 @@
 """Reads the small files beside the weights of a model that was converted before: its configuration and image processor.
 
-They record what tensors do not show. A folder, or an address, that has none is normal; one that is there and cannot be
-read is an error, since a model without its own settings would compute something else.
+They record what tensors do not show. They may be absent, in a folder or at a URL; but a file that is there and cannot
+be read is an error, since a model without its own settings would compute something else.
 """
 
 import os
@@ -33,8 +33,8 @@ _OWN_KEYS = {"hidden_size", "num_hidden_layers"}  # of a configuration that lack
 def with_small_files(selection: Selection, location: Location, infos: Mapping[str, TensorInfo]) -> Selection:
     """Return the selection with the configuration and image processor beside its weights, a file or a folder.
 
-    If they are those of a larger model, the configuration is the part for the backbone, and the image processor is
-    left out unless its steps are known. ``infos`` are the selected tensors. Beside a file in its authors' names, there
+    If they are a larger model's, the configuration is the part for the backbone, and the image processor is left out
+    unless its steps are known. ``infos`` are the selected tensors. Beside a file in its authors' names, there
     may be a config.json that has nothing to do with it.
 
     Raises:
@@ -52,7 +52,7 @@ def with_small_files(selection: Selection, location: Location, infos: Mapping[st
     config = found[0] if found and all(each == found[0] for each in found) else {}
     if whole is not None and config is not whole:
         kind = (
-            f"{printable(str(whole['model_type']))} model's"
+            f"{printable(str(whole['model_type']))} model's configuration"
             if "model_type" in whole
             else "configuration without a type"
         )
@@ -74,7 +74,7 @@ def with_small_files(selection: Selection, location: Location, infos: Mapping[st
 def _with_config_beside(selection: Selection, location: Location, infos: Mapping[str, TensorInfo]) -> Selection:
     """Add the config.json beside a file in its authors' names, which may state the number of attention heads.
 
-    At an address, where that takes a request, it is read only if the number would otherwise be a guess.
+    At a URL, where that takes a request, it is read only if the number would otherwise be a guess.
     """
     heads = selection.family.attention_heads
     if heads is None or (isinstance(location, Address) and heads.is_published(selection.family.read_dimensions(infos))):
@@ -87,7 +87,7 @@ def _with_config_beside(selection: Selection, location: Location, infos: Mapping
 
 
 def remember_small_files(selection: Selection, copy: Path) -> None:
-    """Keep what was found at an address beside the ``copy`` of its weights, for `with_small_files` without a network.
+    """Keep the small files found at a URL beside the ``copy`` of its weights, for `with_small_files` without a network.
 
     Raises:
         OutputError: a file cannot be written.

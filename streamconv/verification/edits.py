@@ -1,7 +1,7 @@
-"""What a user changed in the small files after the conversion, and which of it is theirs to decide.
+"""Finds what a user changed in the small files after the conversion, and what of it is accepted.
 
 Values that do not follow from the weights, such as labels or the mean of the image processor, are the user's decision:
-they are accepted, and named in the verdict. All others must be as planned.
+such edits are accepted, and named in the verdict. All other values must be as planned.
 """
 
 import json
@@ -68,7 +68,7 @@ def find_edits(folder: Path, plan: Plan, manifest: Manifest | None) -> Edits:
         if name == CONFIG_NAME and not found and manifest is not None and _has_other_labels(have, plan, manifest):
             found = ("its labels",)
         values[name] = found
-        if found:  # otherwise, it only looks different
+        if found:  # otherwise, it is only formatted differently
             plan = _with_file(plan, name, wanted)
     return Edits(plan, values)
 

@@ -20,8 +20,8 @@ from streamconv.verification.bands import RGB, to_bands
 from streamconv.verification.result import Check
 
 PROVES = "with Pillow, the saved image processor produces exactly the original's pixels"
-OWN_STEPS = "with Pillow, it produces exactly the pixels of its own steps, done by torchvision"
-TENSOR_STEPS = "with tensors, it produces the pixels of its own steps, done by torchvision"
+OWN_STEPS = "with Pillow, it produces exactly the pixels of its own steps, computed by torchvision"
+TENSOR_STEPS = "with tensors, it produces the pixels of its own steps, computed by torchvision"
 _WHOSE = {
     "source": "the saved image processor is the source's own, unchanged",
     "user": "the saved image processor is the one that was given",
@@ -86,12 +86,12 @@ def resize(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, steps: PixelSteps | None, channels: int = RGB) -> Tensor:
-    """Convert to (1, C, H, W), normalized if the steps of the image processor are known."""
-    return _normalized(to_bands(image, channels), steps).unsqueeze(0)
+    """Convert to (1, C, H, W), normalised if the steps of the image processor are known."""
+    return _normalised(to_bands(image, channels), steps).unsqueeze(0)
 
 
-def _normalized(bands: Tensor, steps: PixelSteps | None) -> Tensor:
-    """Convert (C, H, W) of uint8 to float32, rescaled and normalized."""
+def _normalised(bands: Tensor, steps: PixelSteps | None) -> Tensor:
+    """Convert (C, H, W) of uint8 to float32, rescaled and normalised."""
     if steps is None or steps.scale == 1 / 255:
         values: Tensor = functional.convert_image_dtype(bands, torch.float32)
     else:
@@ -172,7 +172,7 @@ def _compare_tensors(
     if steps.crop is not None:
         (height, width), (rows, columns) = wanted.shape[1:], steps.crop
         wanted = functional.crop(wanted, (height - rows) // 2, (width - columns) // 2, rows, columns)
-    wanted = _normalized(wanted, steps).unsqueeze(0)
+    wanted = _normalised(wanted, steps).unsqueeze(0)
     load: Any = AutoImageProcessor.from_pretrained
     processor = load(folder, local_files_only=True)
     pixels = processor(bands, return_tensors="pt")["pixel_values"]
@@ -188,5 +188,5 @@ def _compare_tensors(
 
 
 def _grey_level(steps: PixelSteps) -> float:
-    """Return the size of the smallest step between two shades after normalization."""
+    """Return the size of the smallest step between two shades after normalisation."""
     return steps.scale / min(steps.std, default=1.0)

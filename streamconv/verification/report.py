@@ -127,7 +127,7 @@ GLOSSARY = (
         "Position embeddings",
         "Weights that tell the model where a patch is in the image, stored for one image size, the native one.",
     ),
-    ("Grey level", "The smallest step between two shades in an image file, after normalization."),
+    ("Grey level", "The smallest step between two shades in an image file, after normalisation."),
     ("safetensors", "The file format of the output's weights."),
     (
         "CRC-32",

@@ -163,7 +163,8 @@ class Verification:
             return Conclusion("incomplete", f"Files unchanged since they were {since}; not compared with a source.")
         costs = cost.sentence((self.output.get("cast") or {}).get("from", "uncast")) if cost is not None else ""
         gaps = [
-            check.not_checked or (f"{check.name} did not run" if check.passed is None else "") for check in self.checks
+            check.not_checked or (f"the {check.name} check did not run" if check.passed is None else "")
+            for check in self.checks
         ]
         if self.output.get("cast") and cost is None:
             gaps.append("the cost of the cast was not measured")

@@ -197,6 +197,6 @@ def test_head_select_needs_a_head(tmp_path: Path, states: tuple[State, State]) -
     source = saved(prefixed(states[0], "backbone."), tmp_path / "x.pth")
     done = run("plan", source, "--head-select", "linear_head", cwd=tmp_path)
     assert done.returncode == 2
-    assert "x.pth holds no head, which linear_head could be. Give the head's file with --head." in done.stderr
+    assert "x.pth holds no head, so --head-select linear_head finds none. Give its file with --head." in done.stderr
     with pytest.raises(UsageError, match="3 is not a prefix of names"):
         api.plan(source, head_select=3)

@@ -90,7 +90,7 @@ LACKS: dict[str, tuple[Callable[[pytest.MonkeyPatch, int], None], list[int], str
     "file sync": (refuse_file_sync, NOT_SUPPORTED, "cannot sync files ({}): after a power cut, check them with"),
     "reserving": (
         lambda patch, number: refuse(patch, os, "posix_fallocate", number), NOT_SUPPORTED,
-        "cannot reserve space ({}): a disk that is too full is noticed only when it is full",
+        "cannot reserve space ({}): a disk that is too small is noticed only once it is full",
     ),
 }  # fmt: skip
 

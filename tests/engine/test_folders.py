@@ -56,11 +56,11 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "one shard": (
         lambda folder: write(folder / "model-00001-of-00001.safetensors"),
-        "the weights are those in model-00001-of-00001.safetensors",
+        "weights read from model-00001-of-00001.safetensors",
     ),
     "shards without an index": (
         lambda folder: write_shards(folder, "model-{}.safetensors"),
-        "the weights are those in model-00001-of-00002.safetensors, model-00002-of-00002.safetensors",
+        "weights read from model-00001-of-00002.safetensors, model-00002-of-00002.safetensors",
     ),
     "six digits, and a size that is a float": (
         lambda folder: write_shards(
@@ -69,31 +69,31 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "",
     ),
     "a checkpoint named .pth.tar": (
-        lambda folder: write(folder / "checkpoint.pth.tar"), "the weights are those in checkpoint.pth.tar",
+        lambda folder: write(folder / "checkpoint.pth.tar"), "weights read from checkpoint.pth.tar",
     ),
     "a variant": (
-        lambda folder: write(folder / "model.fp16.safetensors"), "the weights are those in model.fp16.safetensors",
+        lambda folder: write(folder / "model.fp16.safetensors"), "weights read from model.fp16.safetensors",
     ),
     "a variant of bin": (
-        lambda folder: write(folder / "pytorch_model.fp16.bin"), "the weights are those in pytorch_model.fp16.bin",
+        lambda folder: write(folder / "pytorch_model.fp16.bin"), "weights read from pytorch_model.fp16.bin",
     ),
     "shards of a variant": (
         lambda folder: write_shards(folder, "model.fp16-{}.safetensors", "model.safetensors.index.fp16.json"),
-        "the weights are those that model.safetensors.index.fp16.json lists",
+        "weights read from the files that model.safetensors.index.fp16.json lists",
     ),
     "diffusers": (
         lambda folder: [write(folder / f"diffusion_pytorch_model.{kind}") for kind in ("safetensors", "bin")],
-        "the weights are those in diffusion_pytorch_model.safetensors",
+        "weights read from diffusion_pytorch_model.safetensors",
     ),
     "open_clip": (
         lambda folder: write(folder / "open_clip_pytorch_model.bin"),
-        "the weights are those in open_clip_pytorch_model.bin",
+        "weights read from open_clip_pytorch_model.bin",
     ),
     "one checkpoint of training": (
         lambda folder: [
             write(folder / name) for name in ("teacher_checkpoint.pth", "optimizer.pt", "training_args.bin")
         ],
-        "the weights are those in teacher_checkpoint.pth",
+        "weights read from teacher_checkpoint.pth",
     ),
 }  # fmt: skip
 
@@ -141,9 +141,9 @@ def test_index_as_source_opens_its_folder(tmp_path: Path) -> None:
 
 def test_one_shard_as_source_names_its_folder(tmp_path: Path) -> None:
     write_shards(tmp_path, "model-{}.safetensors", "model.safetensors.index.json")
-    with pytest.raises(NotACheckpointError, match=f"is one of 2 files .* Give their folder: {tmp_path}"):
+    with pytest.raises(NotACheckpointError, match=f"is one of the 2 shards .* Give their folder: {tmp_path}"):
         api.plan(tmp_path / "model-00001-of-00002.safetensors")
-    with pytest.raises(NotACheckpointError, match=r"is one of 163 files .* Fetch all of them into a folder"):
+    with pytest.raises(NotACheckpointError, match=r"is one of the 163 shards .* Fetch all of them into a folder"):
         api.plan("https://example.invalid/model-00001-of-000163.safetensors", stream=True)
     torch.save(make_states(tiny())[0], tmp_path / "x-00001-of-00001.pth")
     assert api.plan(tmp_path / "x-00001-of-00001.pth").dimensions == tiny()
@@ -151,8 +151,8 @@ def test_one_shard_as_source_names_its_folder(tmp_path: Path) -> None:
 
 def test_chosen_file_is_named_in_the_plan(tmp_path: Path) -> None:
     torch.save(make_states(tiny())[0], tmp_path / "teacher_checkpoint.pth")
-    assert "the weights are those in teacher_checkpoint.pth" in api.plan(tmp_path).notes
-    assert "the weights are those in teacher_checkpoint.pth" in run("plan", ".", cwd=tmp_path).stdout
+    assert "weights read from teacher_checkpoint.pth" in api.plan(tmp_path).notes
+    assert "weights read from teacher_checkpoint.pth" in run("plan", ".", cwd=tmp_path).stdout
 
 
 def test_several_files_are_listed(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_folder_without_weights_names_what_it_holds(tmp_path: Path) -> None:
         streamconv.open_checkpoint(tmp_path)
     for name in ("checkpoint-500", "checkpoint-1000"):
         write(tmp_path / name / "model.safetensors")
-    with pytest.raises(SourceMissingError, match=r"Give one of its folders that do: checkpoint-1000, checkpoint-500\."):
+    with pytest.raises(SourceMissingError, match=r"Give a folder in it that does: checkpoint-1000, checkpoint-500\."):
         streamconv.open_checkpoint(tmp_path)
 
 

@@ -48,7 +48,7 @@ def test_options_replace_entries_and_are_noted(source: Path, tmp_path: Path) -> 
         f"{NAME}: --image-mean, --image-std and --image-size as given (the shorter side is resized to 70, and 70 x 70 "
         "pixels are cut from the centre); the rest is that of published dinov2 models"
     ) in done.stdout
-    assert "the image processor of published" not in done.stdout
+    assert "that of published dinov2 models (" not in done.stdout
 
 
 def test_the_library_takes_numbers(source: Path) -> None:

@@ -266,11 +266,11 @@ MADE_BY: dict[str, tuple[Callable[[], Any], str, str]] = {
     "sparse": (lambda: torch.eye(3).to_sparse(), "a sparse tensor", "to_dense"),
     "sparse rows": (lambda: torch.eye(3).to_sparse_csr(), "a sparse tensor", "to_dense"),
     "quantized": (
-        lambda: torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8), "a quantized tensor", "dequantize"
+        lambda: torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8), "a quantised tensor", "dequantize"
     ),
     "channels": (
         lambda: torch.quantize_per_channel(torch.eye(3), torch.ones(3), torch.zeros(3), 0, torch.quint8),
-        "a quantized tensor", "dequantize",
+        "a quantised tensor", "dequantize",
     ),
     "meta": (lambda: torch.empty(3, device="meta"), "a meta tensor", "no values"),
     "nested": (lambda: torch.nested.nested_tensor(SHAPES), "a nested tensor", "unbind"),
@@ -291,7 +291,7 @@ MADE_BY: dict[str, tuple[Callable[[], Any], str, str]] = {
     ),
     "list": (lambda: [{"x": torch.ones(1)}], "a list", r"torch\.load\('old\.pth'\)\['kind'\]\['0'\]\[0\]"),
     "pairs": (lambda: [("x", torch.ones(1))], "a list", r"dict\(torch\.load\('old\.pth'\)\['kind'\]\['0'\]\)"),
-    "tuple": (lambda: (torch.ones(1),), "a tuple", "which is not searched"),
+    "tuple": (lambda: (torch.ones(1),), "a tuple", "which streamconv does not search"),
     "object": (lambda: argparse.Namespace(lr=1), r"a argparse\.Namespace", "Save a dict of tensors"),
 }  # fmt: skip
 
@@ -346,7 +346,7 @@ def test_quantized_weights_in_a_plain_state_dict_are_named_once(tmp_path: Path) 
     weights = {name: value for name, value in state.items() if value.ndim == 2 and name.startswith("blocks")}
     for name, value in weights.items():
         state[name] = torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)
-    with pytest.raises(MappingError, match=r"holds quantized tensors.*before it was quantized") as caught:
+    with pytest.raises(MappingError, match=r"holds quantised tensors.*that was quantised") as caught:
         api.plan(saved(state, tmp_path / "x.pth"))
     assert caught.value.problems[-1] == f"… and {len(weights) - 3} more"
 

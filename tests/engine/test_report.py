@@ -267,7 +267,7 @@ def test_report_lists_checks_without_numbers() -> None:
 def test_report_names_checks_that_did_not_run() -> None:
     found = passing()
     found["checks"][3] |= {"passed": None, "numbers": {}}
-    title, details = "Looks ok, but not everything was checked:", "preprocessing did not run."
+    title, details = "Looks ok, but not everything was checked:", "the preprocessing check did not run."
     found["conclusion"] = {"kind": "incomplete", "title": title, "details": details}
     assert f"– Partly verified {title} {details}" in words(report.render(found))
 

@@ -155,15 +155,15 @@ def test_missing_files_at_an_address_are_noted(model: Path, server: FileServer, 
     (model / PROCESSOR).unlink()
     (model / CONFIG).unlink()
     notes = api.plan(served(model, server)).notes
-    assert "generated, not copied from the source, which has none: config.json" in notes
-    assert any("the image processor of published dinov2 models" in note for note in notes)
+    assert "config.json: generated, since the source has none" in notes
+    assert any("preprocessor_config.json: that of published dinov2 models" in note for note in notes)
     assert any("tensors do not show the number" in note for note in notes)
 
 
 def test_a_web_page_instead_of_a_config_counts_as_none(model: Path, server: FileServer) -> None:
     address = served(model, server)
     (server.folder / CONFIG).write_text("\n<!DOCTYPE html><html>not found</html>")
-    assert "generated, not copied from the source, which has none: config.json" in api.plan(address).notes
+    assert "config.json: generated, since the source has none" in api.plan(address).notes
 
 
 def test_refused_files_are_noted_since_they_may_not_exist(
@@ -343,7 +343,7 @@ def test_part_of_a_larger_models_config_is_kept(model: Path, tmp_path: Path, pat
     kept = small_files(tmp_path / "out")
     assert kept[CONFIG] == {**own, "out_indices": [1, 2], "out_features": ["stage1", "stage2"]}
     assert json.loads(kept[PROCESSOR]) == OWN
-    assert "config.json: the dinov2 part of a depth_anything model's" in done.plan.notes
+    assert "config.json: the dinov2 part of a depth_anything model's configuration" in done.plan.notes
     found = api.verify(tmp_path / "out", source, device="cpu")
     assert [check.passed for check in found.checks] == [True] * 5, found.checks
 
@@ -359,8 +359,11 @@ def test_part_of_a_larger_models_config_is_kept(model: Path, tmp_path: Path, pat
 def test_config_without_one_part_is_not_used(model: Path, tmp_path: Path, config: dict[str, Any], reason: str) -> None:
     source = larger(tmp_path, model, {**LARGER, **config}, None)
     planned = api.plan(source, select="backbone", num_heads=4)
-    assert f"config.json is not used: it is a depth_anything model's, with {reason} for dinov2" in planned.notes
-    assert "generated, not copied from the source, which has none: config.json" in planned.notes
+    assert (
+        f"config.json is not used: it is a depth_anything model's configuration, with {reason} for dinov2"
+        in planned.notes
+    )
+    assert "config.json: generated, since the source has none" in planned.notes
 
 
 def test_image_processor_that_only_the_larger_model_can_use_is_not_kept(model: Path, tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_other_channels_are_converted_without_an_image_processor(tmp_path: Path,
     assert AutoConfig.from_pretrained(tmp_path / "out").num_channels == channels
     found = api.verify(tmp_path / "out", source, device="cpu", num_heads=2)
     assert [check.passed for check in found.checks] == [True, True, True, True, None]
-    assert found.conclusion.details == "preprocessing did not run."
+    assert found.conclusion.details == "the preprocessing check did not run."
     assert plan_json.from_json(plan_json.to_json(done.plan)) == done.plan
 
 

@@ -50,7 +50,7 @@ def test_without_parity_no_weights_are_read_and_that_is_reported(
     assert done.returncode == 0, done.stderr
     assert server.sent < 3 * remote.WINDOW_BYTES
     assert "parity        not run: --no-parity" in done.stdout
-    left = "the source's bytes were not read again; parity did not run"
+    left = "the source's bytes were not read again; the parity check did not run"
     assert done.stdout.splitlines()[-1] == f"Looks ok, but not everything was checked: {left}."
 
 

@@ -120,7 +120,7 @@ def test_lock_file_of_another_host_is_named_with_how_to_remove_it(
     with pytest.raises(OutputError) as caught:
         write_file(tmp_path / "x", b"mine")
     assert str(caught.value) == (
-        f"{tmp_path / 'x'} is being written by process {other.pid} on {other.host}, since {other.since}, or was when "
+        f"{tmp_path / 'x'} is being written by process {other.pid} on {other.host}, since {other.since}, unless "
         f"that process was killed. Let it finish. If it no longer runs, delete {lock} and run the same command again."
     )
     assert list(tmp_path.iterdir()) == [lock]  # not even an empty file was created
@@ -134,7 +134,7 @@ def test_lock_file_that_cannot_be_read_is_named(tmp_path: Path, contents: bytes)
     (tmp_path / "x.lock").write_bytes(contents)
     with pytest.raises(LockedError) as caught:
         open_exclusive(tmp_path / "x")
-    assert "another process, or was when that process was killed. Let it finish. If it no longer runs, delete " in (
+    assert "another process, unless that process was killed. Let it finish. If it no longer runs, delete " in (
         caught.value.message(tmp_path / "x")
     )
 

@@ -187,7 +187,7 @@ def verification(*checks: Check, device: str | None = "cpu") -> Verification:
         ([Check("bytes", True, "a"), Check("load", False, "b", ("c",))], ["green", "red"],
          "Do not use this output. Failed: load.", "red"),
         ([Check("bytes", True, "a"), Check("parity", None, "--no-parity")], ["green", "yellow"],
-         "Looks ok, but not everything was checked: parity did not run.", "yellow"),
+         "Looks ok, but not everything was checked: the parity check did not run.", "yellow"),
         ([Check("bytes", True, "a", not_checked="the source was not read")], ["yellow"],
          "Looks ok, but not everything was checked: the source was not read.", "yellow"),
         ([Check("parity", True, "a", (), {"float32_only": "cuda:0 is full"}, "only float32 was compared")], ["yellow"],

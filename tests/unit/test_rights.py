@@ -20,7 +20,7 @@ READ, WRITE = {"role": "read"}, {"role": "write"}
         (who(WRITE), "eve/x", "eve is neither your account, ada, nor an organisation"),
         (who(WRITE, lab="write"), "lab/x", None),
         (who(WRITE, lab="contributor"), "LAB/x", None),
-        (who(WRITE, lab="read"), "lab/x", "your role in lab is only to read"),
+        (who(WRITE, lab="read"), "lab/x", "your role in lab is read-only"),
         (who(fine_grained("repo.content.read")), "ada/x", "read-only"),
         (who(fine_grained("repo.content.read", "repo.write")), "ada/x", None),
         (who(fine_grained("repo.write"), lab="admin"), "lab/x", "can write only to ada$"),

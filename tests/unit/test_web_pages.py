@@ -45,7 +45,7 @@ def test_page_about_a_file_becomes_the_file(page: str, file: str) -> None:
     assert url(page) == file
     assert url(file) == file
     (note,) = resolve_source(page).notes
-    assert note == f"{Address(file)} is read, the file that the given page is about"
+    assert note == f"read from {Address(file)}, the file that the given page is about"
     assert resolve_source("dinov2_vits14_1layer", page).notes == (note,)
     assert resolve_source(file).notes == ()
 
