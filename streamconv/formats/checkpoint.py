@@ -19,7 +19,7 @@ from streamconv.files.local import LocalFile
 from streamconv.files.open import open_file
 from streamconv.files.reader import Reader
 from streamconv.files.remote import RemoteFile
-from streamconv.formats import npz, safetensors, torch_legacy, torch_zip, zip_directory
+from streamconv.formats import safetensors, torch_legacy, torch_zip, zip_directory
 from streamconv.formats.folder import find_weights, standard_weights
 from streamconv.formats.foreign.zips import is_distributed, is_npz
 from streamconv.formats.non_tensors import NonTensor
@@ -195,7 +195,11 @@ def _read_index(file: File, read_local_headers: bool) -> tuple[dict[str, SourceT
     start = file.read(0, min(torch_legacy.HEAD_BYTES, file.size))
     if start.startswith(zip_directory.MAGIC) and not is_distributed(file.name):
         records = zip_directory.read_records(file, read_local_headers)
-        return npz.read_index(file, records) if is_npz(records) else torch_zip.read_index(file, records)
+        if not is_npz(records):
+            return torch_zip.read_index(file, records)
+        from streamconv.formats import npz  # only now, as other formats do not need it
+
+        return npz.read_index(file, records)
     if torch_legacy.is_legacy(start):
         return torch_legacy.read_index(file, read_local_headers)
     if safetensors.is_header(start):

@@ -14,7 +14,6 @@ import click
 from streamconv._version import __version__
 from streamconv.cli.command import SETTINGS
 from streamconv.cli.commands import completion, convert, models, plan, push, revert, run, synth, verify
-from streamconv.cli.near_options import near_options
 from streamconv.cli.terminal import InterruptedByUser, Printer, run_with_signals
 from streamconv.errors import StreamconvError, UsageError
 from streamconv.families.near_names import did_you_mean
@@ -68,6 +67,8 @@ def _message(error: click.ClickException) -> str:
     """Return a message about the command line that ends in how to fix it."""
     message = " ".join(redacted(error.format_message()).split())  # click lists missing choices on lines of their own
     if isinstance(error, click.NoSuchOption):
+        from streamconv.cli.near_options import near_options  # with tables that only this error needs
+
         near = near_options(error.option_name, error.ctx.command) if error.ctx is not None else []
         if near:
             return f"No such option {error.option_name}. {did_you_mean(near)}"
