@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamconv.errors import MappingError
+from streamconv.families import other_models
 from streamconv.families.base import ExtraPrefix, Family
 from streamconv.families.classifier_heads import HeadsBeside
 from streamconv.families.detection import (
@@ -20,6 +21,7 @@ from streamconv.families.detection import (
     unknown_model,
 )
 from streamconv.families.layout import Layout
+from streamconv.families.other_contents import other_contents_error
 from streamconv.families.prefixes import complete_prefix, several_backbones, shown
 from streamconv.families.registry import all_families
 from streamconv.families.wrapped_names import unwrapped
@@ -118,8 +120,6 @@ def find_backbone(
 
 def _no_backbone(checkpoint: Checkpoint, where: str) -> MappingError:
     """Return the error for a file without a backbone, which explains what it is."""
-    from streamconv.families.other_contents import other_contents_error
-
     _refuse_heads(checkpoint, where)
     _refuse_other_models(checkpoint, where)
     return other_contents_error(checkpoint, where) or unknown_model(checkpoint.keys(), where)
@@ -226,11 +226,9 @@ def _joined_info(parts: Sequence[TensorInfo]) -> TensorInfo:
 
 def _refuse_other_models(checkpoint: Checkpoint, where: str, prefix: str = "", *, is_part: bool = False) -> None:
     """Name what is under ``prefix``, if it is known and cannot be converted; see `other_models.recognise`."""
-    from streamconv.families.other_models import recognise  # with tables that only this error needs
-
     shapes = {name: tensor.info.shape for name, tensor in checkpoint.items() if name.startswith(prefix)}
     others = [name for name in checkpoint.non_tensors if name.startswith(prefix)]
-    if (error := recognise(shapes, where, others, is_part=is_part)) is not None:
+    if (error := other_models.recognise(shapes, where, others, is_part=is_part)) is not None:
         raise error
 
 

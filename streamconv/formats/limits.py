@@ -22,6 +22,8 @@ _MAX_JSON_QUOTES = 10 * MAX_TENSORS + 4_000  # two per string: a name, three key
 
 MAX_SETTINGS_BYTES = 8 << 20  # the names of ImageNet's 21,841 classes take 2 MB
 _MAX_SETTINGS_CONTAINERS = 100_000
+MAX_SETTINGS_DEPTH = 50  # pickling, comparing and writing them recurses
+_MAX_SETTINGS_COMMAS = 200_000  # those classes, each in id2label and label2id, take 130,000 with those in their names
 
 
 def check_name(name: str, where: object) -> None:
@@ -87,7 +89,11 @@ def read_settings(data: bytes, where: str) -> dict[str, Any]:
         CorruptError: it is not such an object.
         SourceError: it would take more memory than any model's configuration.
     """
-    if len(data) > MAX_SETTINGS_BYTES or data.count(b"{") + data.count(b"[") > _MAX_SETTINGS_CONTAINERS:
+    if (
+        len(data) > MAX_SETTINGS_BYTES
+        or data.count(b"{") + data.count(b"[") > _MAX_SETTINGS_CONTAINERS
+        or data.count(b",") > _MAX_SETTINGS_COMMAS
+    ):
         raise SourceError(f"{where} holds more than the settings of any model.")
     try:
         value = json.loads(data.decode("utf-8-sig"))
@@ -95,7 +101,18 @@ def read_settings(data: bytes, where: str) -> dict[str, Any]:
         raise CorruptError(f"{where} is not valid JSON: {printable(str(error))}.") from error
     if type(value) is not dict:
         raise CorruptError(f"{where} is not a JSON object.")
+    if _is_deeper(value, MAX_SETTINGS_DEPTH):
+        raise SourceError(f"{where} is nested deeper than the settings of any model.")
     return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Return whether dicts and lists are nested in more than this number of levels, without recursion."""
+    containers = [value]
+    for _ in range(levels):
+        values = (part for each in containers for part in (each.values() if type(each) is dict else each))
+        containers = [each for each in values if type(each) in (dict, list)]
+    return bool(containers)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families.base import ConversionSpec, Family, Model
+from streamconv.families.other_models import recognise
 from streamconv.families.rules import ExpectedTensor, constants, expand, map_tensors
 from streamconv.families.selection import Selection, Skipped
 from streamconv.families.wrapped_names import unwrapped
@@ -177,8 +178,6 @@ def _explained(
     where: str,
 ) -> MappingError:
     """Return the error that says what the tensors are, if that is known; otherwise ``error``, which lists them."""
-    from streamconv.families.other_models import recognise  # with tables that only this error needs
-
     shapes = {names.get(key, key): tensor.info.shape for key, tensor in tensors.items()}
     ranks = {names.get(key, key): len(each.shape or ()) for key, each in expected.items()}
     return recognise(shapes, where, ranks=ranks) or error

@@ -165,7 +165,8 @@ def _model_types(selection: Selection) -> set[str]:
 
 def _parts(config: dict[str, Any], types: Collection[str], depth: int = 0) -> Iterator[dict[str, Any]]:
     """Yield the outermost configurations of these model types in a config.json."""
-    if config.get("model_type") in types:
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in types:
         yield config
         return
     if depth < MAX_DEPTH:

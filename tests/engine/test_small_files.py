@@ -374,3 +374,9 @@ def test_image_processor_that_only_the_larger_model_can_use_is_not_kept(model: P
     assert "the larger model's image processor, a DPTImageProcessor, is not used" in planned.notes
     with pytest.raises(UsageError):
         streamconv.plan(model, streamconv.ConversionOptions(image_mean="0.5,0.5"))
+
+
+@pytest.mark.parametrize("entries", [{"model_type": ["dinov2"]}, {"model_type": {"a": 1}}, {"model_type": 7}])
+def test_model_type_that_is_no_string_is_that_of_another_model(model: Path, entries: dict[str, Any]) -> None:
+    edited(model / CONFIG, **entries)
+    assert any("config.json is not used" in note for note in api.plan(model).notes)
