@@ -5,13 +5,13 @@ executes the pickle, torch reads the tensors, and a stand-in takes the place of 
 names is imported or called. (torch.serialization.safe_globals would allow classes to every thread.)
 """
 
-import warnings
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError
 from types import SimpleNamespace
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 
@@ -29,16 +29,26 @@ def load(path: Path, *, is_legacy: bool) -> Any:
         NotLoadedError: torch does not load the file.
     """
     read = partial(torch.load, path, map_location="cpu", mmap=not is_legacy)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of other pickle protocols than 2
+    if _is_protocol_2(path, is_legacy=is_legacy):  # torch would warn of others, and warnings belong to the caller
         try:
             return read(weights_only=True)
         except _ERRORS:
             pass
-        try:
-            return read(weights_only=False, pickle_module=_PICKLE)
-        except _ERRORS as error:
-            raise NotLoadedError from error
+    try:
+        return read(weights_only=False, pickle_module=_PICKLE)
+    except _ERRORS as error:
+        raise NotLoadedError from error
+
+
+def _is_protocol_2(path: Path, *, is_legacy: bool) -> bool:
+    """Return whether the pickle begins with the opcode PROTO and the number 2."""
+    if is_legacy:
+        with path.open("rb") as file:
+            return file.read(2) == b"\x80\x02"
+    with ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(name) as pickled:
+            return pickled.read(2) == b"\x80\x02"
 
 
 class _StandIn(dict):  # type: ignore[type-arg]

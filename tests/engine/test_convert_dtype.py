@@ -140,7 +140,7 @@ def test_command_line_casts_and_reports_overflow(tmp_path: Path) -> None:
     assert "in bfloat16, cast from float32" in run("plan", "x.pth", "--dtype", "bfloat16", cwd=tmp_path).stdout
     wrong = run("convert", "x.pth", "-o", "other", "--dtype", "int8", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert "is not one of 'float32', 'float16', 'bfloat16'" in wrong.stderr
+    assert "Cannot cast to 'int8'. Choose float32, float16 or bfloat16." in wrong.stderr
 
 
 @pytest.mark.parametrize(("dtype", "imported"), [("float16", ["numpy"]), ("bfloat16", ["numpy", "ml_dtypes"])])

@@ -188,7 +188,9 @@ def test_https_proxy_forwards_http(server: FileServer, certificate: Path, monkey
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     monkeypatch.setenv("http_proxy", server.url)
     assert api.plan("http://models.invalid/x.pth").weights
-    assert {path for path, _, _ in server.requests} == {"http://models.invalid/x.pth"}
+    assert {path for path, _, _ in server.requests} == {
+        f"http://models.invalid/{name}" for name in ("x.pth", "config.json")
+    }
 
 
 def test_socks_proxy_needs_pysocks(server: FileServer, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:

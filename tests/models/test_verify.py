@@ -5,6 +5,7 @@ import io
 import json
 import os
 import zipfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -369,6 +370,10 @@ def test_wrong_image_processor_is_named_and_gives_other_pixels(
     api.convert(backbone, tmp_path / "out")
     path = tmp_path / "out" / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    manifest = json.loads((tmp_path / "out" / "streamconv.json").read_text())
+    written = {"size": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest(), "overflow_count": 0}
+    manifest["files"][path.name] = written  # as if the conversion had written it: it is no edit of the user's
+    (tmp_path / "out" / "streamconv.json").write_text(json.dumps(manifest))
     found = api.verify(tmp_path / "out", backbone, device="cpu", parity=False)
     assert verdicts(found) == {"bytes": True, "config": False, "load": True, "parity": None, "preprocessing": False}
     assert f"preprocessor_config.json: {field}" in problems(found)
