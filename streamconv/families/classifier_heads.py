@@ -11,11 +11,12 @@ from itertools import islice
 from streamconv.errors import MappingError, UsageError
 from streamconv.families.base import ClassifierHead, Family
 from streamconv.families.layout import Layout
+from streamconv.families.left_out import left_out, left_out_beside_head
 from streamconv.families.prefixes import complete_prefix, matching_prefixes, shown
 from streamconv.families.wrapped_names import prefix_before, untrained_start, unwrapped
 from streamconv.tensors.info import TensorInfo
 
-MAX_EXPLAINED = 4  # layers, or names, that a message explains
+MAX_EXPLAINED = 4  # layers that a message explains
 Layers = Mapping[str, Mapping[str, str]]
 """Layers by their prefixes: their names in the file by the keys of a head (`ClassifierHead.keys`)."""
 
@@ -172,13 +173,13 @@ class HeadsBeside:
             return ""
         return f"{' and '.join(sorted(chosen.values()))} are assumed to be a head that reads {self._head.reads}"
 
-    def assumption_without(self, left_out: Iterable[str]) -> str:
+    def assumption_without(self, names: Iterable[str]) -> str:
         """Return what is assumed about weights inside the backbone's prefix that are left out, other than a head's."""
-        starts = [*dict.fromkeys(self._layout.start(name) for name in left_out if not self._is_in_head(name))]
-        if not starts:
-            return ""
-        more = f" and {len(starts) - MAX_EXPLAINED:,} more" if len(starts) > MAX_EXPLAINED else ""
-        return f"{', '.join(starts[:MAX_EXPLAINED])}{more}: left out, and assumed not to change the backbone's outputs"
+        return left_out((self._layout.start(name) for name in names if not self._is_in_head(name)), "backbone")
+
+    def assumption_beside(self, chosen: Mapping[str, str]) -> str:
+        """Return what is assumed about weights beside the head that was chosen."""
+        return left_out_beside_head(chosen, self._infos, self._layers.values(), self._layout.family)
 
     def _is_in_head(self, name: str) -> bool:
         prefix = self._layout.prefix

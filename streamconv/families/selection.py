@@ -158,6 +158,7 @@ def _select(
         fix = f". To skip other tensors, use --select {shown(layout.prefix)}{also}:" if unknown else ":"
         raise MappingError(f"{where} holds more than a backbone{fix}", unknown + doubled)
     left_out = [name for name in strays.values() if name in rest and DTYPES[infos[name].dtype].is_weight]
+    assumptions = (heads.assumption(head), heads.assumption_beside(head), heads.assumption_without(left_out))
     return Selection(
         layout.family,
         layout.prefix,
@@ -169,7 +170,7 @@ def _select(
             if name.startswith(layout.prefix)
         },
         layout.is_converted,
-        unproved=tuple(filter(None, [heads.assumption(head), heads.assumption_without(left_out)])),
+        unproved=tuple(filter(None, assumptions)),
     )
 
 

@@ -90,7 +90,7 @@ def config_notes(config: Mapping[str, Any], selection: Selection) -> list[str]:
         return []
     source = selection.config
     if not source:
-        return [f"{CONFIG_NAME}: generated, since the source has none"]
+        return [f"{CONFIG_NAME}: generated, since the source has none that can be used"]
     stored = source.get("dtype") or source.get("torch_dtype")
     before = {key: value for key, value in source.items() if key != "dtype"} | ({"dtype": stored} if stored else {})
     changed = [

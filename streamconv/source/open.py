@@ -18,7 +18,8 @@ from streamconv.errors import (
     TruncatedError,
     UsageError,
 )
-from streamconv.families.classifier_heads import head_in_file
+from streamconv.families.classifier_heads import find_layers, head_in_file
+from streamconv.families.left_out import left_out_beside_head
 from streamconv.families.prefixes import shown
 from streamconv.families.selection import Selection, find_backbone
 from streamconv.files.address import Address
@@ -161,7 +162,11 @@ def open_source(
         if source.head is not None:
             head_names = _find_head(tensors, checkpoints["head"], source, selection)
             tensors |= {key: checkpoints["head"][name] for key, name in head_names.items()}
-            selection = replace(selection, head_names=head_names)
+            selection = replace(
+                selection,
+                head_names=head_names,
+                unproved=(*selection.unproved, *_beside_head(head_names, checkpoints, selection)),
+            )
         yield OpenSource(source, tensors, checkpoints, selection)
 
 
@@ -180,6 +185,15 @@ def _find_head(
     infos = {name: tensor.info for name, tensor in checkpoint.items()}
     backbone = {key: tensor.info for key, tensor in tensors.items()}
     return family.join_head({}, head_in_file(infos, source.head_select, str(source.head), family, backbone))
+
+
+def _beside_head(
+    head_names: Mapping[str, str], checkpoints: Mapping[str, Checkpoint], selection: Selection
+) -> list[str]:
+    """Return what is assumed about other weights in the head's file."""
+    infos, family = {name: tensor.info for name, tensor in checkpoints["head"].items()}, selection.family
+    layers = find_layers(infos, family.classifier_head) if family.classifier_head is not None else {}
+    return list(filter(None, [left_out_beside_head(family.split_head(head_names)[1], infos, layers.values(), family)]))
 
 
 @contextmanager

@@ -177,7 +177,8 @@ def test_head_of_a_classifiers_file_can_be_used_with_another_backbone(
     other, _ = make_states(tiny(), seed=1)
     whole = saved(prefixed(other, "backbone.") | prefixed(head, "linear_head."), tmp_path / "lc.pth")
     source = saved(backbone, tmp_path / "x.pth")
-    api.convert(source, tmp_path / "out", head=whole, head_select="linear_head")
+    made = api.convert(source, tmp_path / "out", head=whole, head_select="linear_head")
+    assert not any("head's outputs" in each for each in made.plan.unproved)  # the backbone beside it is no part of it
     require_classifier(tmp_path / "out", backbone, head)
     with pytest.raises(UsageError, match=r"already has its head\. Omit --head, or .* with --select backbone\."):
         api.plan(whole, head=whole, head_select="linear_head")
@@ -200,3 +201,30 @@ def test_head_select_needs_a_head(tmp_path: Path, states: tuple[State, State]) -
     assert "x.pth holds no head, so --head-select linear_head finds none. Give its file with --head." in done.stderr
     with pytest.raises(UsageError, match="3 is not a prefix of names"):
         api.plan(source, head_select=3)
+
+
+@pytest.mark.parametrize("in_same_file", [False, True])
+@pytest.mark.parametrize(
+    ("beside", "place", "expected"),
+    [
+        ({"0.weight": (256,), "0.bias": (256,), "0.running_mean": (256,)}, "1.", "head.0."),  # a batch norm
+        ({"0.weight": (256, 256), "0.bias": (256,)}, "2.", "head.0."),  # an MLP
+        ({"hidden.weight": (256, 256), "hidden.bias": (256,)}, "out.", "head.hidden."),
+        ({"norm.weight": (5,), "norm.bias": (5,)}, "out.", "head.norm."),  # after it
+        ({"1.weight": (5, 5), "1.bias": (5,)}, "0.", "head.1."),  # a calibration
+        ({"b.weight": (5, 640), "b.bias": (5,), "c.weight": (9, 256), "c.bias": (9,)}, "a.", ""),  # other heads
+    ],
+)
+def test_weights_left_out_beside_a_chosen_head_are_unproved(
+    tmp_path: Path, states: tuple[State, State], beside: dict[str, tuple[int, ...]], place: str, expected: str,
+    in_same_file: bool,
+) -> None:  # fmt: skip
+    backbone, head = states
+    names = {f"head.{key}": torch.ones(shape) for key, shape in beside.items()} | prefixed(head, f"head.{place}")
+    alone = saved(prefixed(backbone, "backbone."), tmp_path / "x.pth")
+    whole = prefixed(backbone, "backbone.") | names | {"optimizer.state.0.exp_avg": torch.ones(3)}
+    both = saved(whole, tmp_path / "both.pth")
+    options = {"head_select": f"head.{place}", "select": "backbone"}
+    plan = api.plan(both, **options) if in_same_file else api.plan(alone, head=both, **options)
+    said = f"{expected}: left out, and assumed not to change the head's outputs"
+    assert [each for each in plan.unproved if "head's outputs" in each] == ([said] if expected else [])

@@ -155,7 +155,7 @@ def test_missing_files_at_an_address_are_noted(model: Path, server: FileServer, 
     (model / PROCESSOR).unlink()
     (model / CONFIG).unlink()
     notes = api.plan(served(model, server)).notes
-    assert "config.json: generated, since the source has none" in notes
+    assert "config.json: generated, since the source has none that can be used" in notes
     assert any("preprocessor_config.json: that of published dinov2 models" in note for note in notes)
     assert any("tensors do not show the number" in note for note in notes)
 
@@ -163,7 +163,7 @@ def test_missing_files_at_an_address_are_noted(model: Path, server: FileServer, 
 def test_a_web_page_instead_of_a_config_counts_as_none(model: Path, server: FileServer) -> None:
     address = served(model, server)
     (server.folder / CONFIG).write_text("\n<!DOCTYPE html><html>not found</html>")
-    assert "config.json: generated, since the source has none" in api.plan(address).notes
+    assert "config.json: generated, since the source has none that can be used" in api.plan(address).notes
 
 
 def test_refused_files_are_noted_since_they_may_not_exist(
@@ -363,7 +363,7 @@ def test_config_without_one_part_is_not_used(model: Path, tmp_path: Path, config
         f"config.json is not used: it is a depth_anything model's configuration, with {reason} for dinov2"
         in planned.notes
     )
-    assert "config.json: generated, since the source has none" in planned.notes
+    assert "config.json: generated, since the source has none that can be used" in planned.notes
 
 
 def test_image_processor_that_only_the_larger_model_can_use_is_not_kept(model: Path, tmp_path: Path) -> None:
