@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from streamconv.cli.layout import visible
 from streamconv.cli.terminal import Printer
 
 GROUPS = ("Source", "Output", "Verification", "Hub", "General")
@@ -104,10 +105,15 @@ def values_of(options: Sequence[click.Parameter], given: dict[str, Any]) -> dict
     return {option.name: given[option.name] for option in options if option.name is not None}
 
 
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def _log(ctx: click.Context, verbosity: int) -> None:
     """Log to stderr until the command ends: warnings; with -v also the important steps, with -vv everything."""
     logger, handler = logging.getLogger("streamconv"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if verbosity else "%(message)s"))
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s" if verbosity else "%(message)s"))
     before = logger.level
 
     def stop() -> None:

@@ -77,15 +77,23 @@ def print_wrapped(lines: Iterable[str | Line], stream: TextIO) -> None:
         click.echo(laid_out(line, columns), stream, color=is_coloured)
 
 
+def visible(text: str) -> str:
+    """Escape what controls a terminal or reorders text: names of files, and what files say, may contain it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\xa0" else c.encode("unicode_escape").decode() for c in text)
+
+
 def laid_out(line: str | Line, columns: int | None) -> str:
     """Return a line, wrapped to ``columns``. Words, `_UNBROKEN` parts and the user's arguments are never broken."""
     line = line if isinstance(line, Line) else indented(line)
+    text = visible(line.text)
     if columns is None:
-        return line.head + line.text
+        return line.head + text
     typed = (re.escape(word) for word in sys.argv[1:] if " " in word)  # such as a path with a space
     head = " " * len(click.unstyle(line.head))
     wrapped = textwrap.fill(
-        re.sub("|".join([*typed, _UNBROKEN]), lambda match: match[0].replace(" ", _NO_BREAK), line.text),
+        re.sub("|".join([*typed, _UNBROKEN]), lambda match: match[0].replace(" ", _NO_BREAK), text),
         columns,
         initial_indent=head,
         subsequent_indent=head if line.hang is None else " " * line.hang,

@@ -1,6 +1,6 @@
 """A conversion before and after it is written: what is decided, and the result."""
 
-import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -220,7 +220,7 @@ class PreparedConversion:
             files={**written, **small, **(recorded or {})},
             is_crc_checked=self.has_checksums,
             cast={"from": plan.cast["from"], "to": plan.cast["to"]} if plan.cast else None,
-            versions={"streamconv": __version__, "python": platform.python_version()},
+            versions={"streamconv": __version__, "python": sys.version.split()[0]},
         )
 
 

@@ -5,7 +5,6 @@ They demonstrate and test a whole job when no weights are available. The same se
 
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -100,6 +99,8 @@ def temporary_checkpoint(model: str, output: Path | None, seed: int, progress: P
     Raises:
         UsageError, OutputError: see `synth`; or another process uses the folder.
     """
+    import shutil  # takes a quarter of a megabyte
+
     found = synthetic_model(model)
     folder = output or Path(found.published_name)
     near = next((path for path in folder.absolute().parents if os.path.isdir(path)), folder)

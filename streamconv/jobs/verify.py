@@ -5,12 +5,11 @@ Importing this module does not import torch; the checks that run models do when 
 
 import logging
 import os
-import platform
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import get_args
 
@@ -197,7 +196,7 @@ def _log_checks(checks: Iterable[Check]) -> None:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
 
 
 def _verify_alone(folder: Path, progress: Progress, command: str) -> Verification:
@@ -223,7 +222,7 @@ def _verify_alone(folder: Path, progress: Progress, command: str) -> Verificatio
         checks=(files.since(start), *others),
         device=None,
         reference=None,
-        versions={"streamconv": __version__, "python": platform.python_version()},
+        versions={"streamconv": __version__, "python": sys.version.split()[0]},
         source=manifest.source,
         output={
             "model": manifest.model,

@@ -1,11 +1,12 @@
 """Identifies the process that writes an output, and finds out whether it has ended."""
 
 import os
-import platform
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from streamconv.errors import printable
 
 _ENDED = "ended"
 
@@ -25,17 +26,17 @@ class Process:
     start: str = ""
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since}"
+        return f"process {self.pid} on {printable(self.host)}, since {printable(self.since)}"
 
     @classmethod
     def this(cls) -> "Process":
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return cls(os.getpid(), platform.node(), now, _system(), _start_of(os.getpid()) or "")
+        return cls(os.getpid(), os.uname().nodename, now, _system(), _start_of(os.getpid()) or "")
 
     @property
     def is_here(self) -> bool:
         """True if it runs, or ran, on this system."""
-        return (self.host, self.system) == (platform.node(), _system())
+        return (self.host, self.system) == (os.uname().nodename, _system())
 
     @property
     def is_dead(self) -> bool:

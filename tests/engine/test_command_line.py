@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -360,7 +361,7 @@ def test_dry_run_is_refused_as_the_job_would_be(tmp_path: Path, save: Save, monk
         assert done.returncode == code, (words, done.stderr)
         assert ("error" in document(done)) == (code != 0)
     assert files_in(tmp_path) == before
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 1000}))
+    monkeypatch.setattr("os.statvfs", lambda path: SimpleNamespace(f_blocks=1000, f_bavail=1000, f_frsize=1))
     done = run("convert", source, "-o", "out", "--dry-run", cwd=tmp_path)
     assert (done.returncode, "has 1,000 free" in done.stderr) == (4, True)
     monkeypatch.undo()
@@ -458,6 +459,21 @@ def test_bare_run_without_a_terminal_announces_the_download(tmp_path: Path) -> N
     cached.write_bytes(b"x")
     done = run("run", cwd=tmp_path, **nowhere)
     assert (done.returncode, "No SOURCE" in done.stderr) == (3, False)
+
+
+def test_library_imports_nothing_large_that_few_need() -> None:
+    """Each of these takes a hundred kilobytes or more of a process that takes 31 MB; click needs some of them."""
+    found = run_python("import sys, streamconv; print(*sys.modules)").split()
+    assert {"bz2", "datetime", "email", "lzma", "platform", "shutil", "streamconv.formats.npz"} & {*found} == set()
+
+
+def test_file_names_and_contents_cannot_control_the_terminal(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "\x1b[2J\u202e.pth").touch()
+    done = run("plan", "folder", cwd=tmp_path)
+    assert (done.returncode, r"\x1b[2J\u202e.pth is empty" in done.stderr) == (3, True)
+    assert all(line.isprintable() for line in done.stderr.splitlines())
 
 
 def test_local_conversion_imports_only_what_it_needs(tmp_path: Path, save: Save) -> None:

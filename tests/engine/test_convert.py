@@ -2,11 +2,11 @@
 
 import json
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,8 +213,7 @@ def test_full_disk_is_reported_before_and_during_writing(
 ) -> None:
     backbone, _ = save(tiny())
     with monkeypatch.context() as patch:
-        usage = shutil.disk_usage(tmp_path)
-        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        patch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=9, f_bavail=1000, f_frsize=1))
         with pytest.raises(OutputError, match="Make room"):
             api.convert(backbone, tmp_path / "out")
     assert not (tmp_path / "out").exists()

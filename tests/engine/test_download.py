@@ -425,7 +425,7 @@ def test_disk_that_holds_the_download_or_the_output_but_not_both_is_refused_befo
     server: FileServer, source: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = (server.folder / "x.pth").stat().st_size
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size * 3 // 2))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=9, f_bavail=size * 3 // 2, f_frsize=1))
     message = r"(?s)checkpoints/streamconv/127.* and .*out together need .* bytes.*--stream"
     with pytest.raises(OutputError, match=message):
         api.convert(source, tmp_path / "out")

@@ -143,7 +143,9 @@ def test_full_disk_is_noticed_without_reserving(
     tmp_path: Path, source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse(monkeypatch, os, "posix_fallocate", errno.EOPNOTSUPP)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=0))  # it does not tell
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: SimpleNamespace(f_blocks=0, f_bavail=0, f_frsize=1)
+    )  # it does not tell
     (small_disk / "filler").write_bytes(bytes(3 << 20))
     with pytest.raises(OutputError, match="No space left on device"):
         api.convert(source, small_disk / "out")
@@ -155,7 +157,7 @@ def test_full_disk_is_noticed_without_reserving(
 def test_unknown_free_space_is_no_obstacle(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    refuse(monkeypatch, shutil, "disk_usage", number)
+    refuse(monkeypatch, os, "statvfs", number)
     if number == errno.EIO:
         with pytest.raises((OutputError, OSError)):
             api.convert(source, tmp_path / "out")
@@ -179,7 +181,7 @@ def test_written_bytes_count_on_a_file_system_that_reports_no_blocks(
 
     monkeypatch.setattr(Path, "stat", no_blocks)
     free = size // 2  # enough for the rest only
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**12, used=0, free=free))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=9, f_bavail=free, f_frsize=1))
     assert api.convert(source, out).resumed_bytes > size // 2
 
 

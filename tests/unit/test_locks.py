@@ -164,6 +164,12 @@ def test_system_that_hides_its_processes_never_declares_one_dead_that_exists(mon
     assert replace(this, pid=2**22 - 1).is_dead
 
 
+def test_process_of_a_hostile_lock_file_is_named_in_few_visible_characters() -> None:
+    shown = str(Process(1, "\x1b[2J\nerror: ", "x" * 1_000_000, "", ""))
+    assert shown.isprintable()
+    assert len(shown) < 200
+
+
 @pytest.mark.usefixtures("no_locks")
 def test_only_one_of_many_takes_over_a_dead_process_lock(tmp_path: Path, dead: Process) -> None:
     for _ in range(20):
