@@ -72,7 +72,7 @@ def target_text(target: PushTarget) -> str:
 
 def published_lines(done: Published) -> Iterator[str]:
     if done.was_published:
-        yield f"published already, and nothing was changed: {done.url}"
+        yield f"already published, nothing was changed: {done.url}"
     else:
         yield f"published: {done.url}"
 

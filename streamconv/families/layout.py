@@ -1,6 +1,5 @@
 """The layout of a backbone's names in a file: the prefix before them, and how the keys of the rules are spelled."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,9 +7,10 @@ from itertools import takewhile
 
 from streamconv.families.base import ExtraPrefix, Family
 from streamconv.families.detection import source_names_of
+from streamconv.families.other_contents import OPTIMIZER_STATE
 from streamconv.families.rules import expand
 from streamconv.families.wrapped_names import untrained_start, unwrapped
-from streamconv.tensors.info import TensorInfo
+from streamconv.tensors.info import DTYPES, TensorInfo
 
 _UNTRAINED = "a module that PEFT replaces with a trained copy"
 
@@ -81,10 +81,10 @@ class Layout:
         """Recognise what training saves in addition: torch.optim's numbered state, counters, random states."""
         if name.startswith(self.prefix) and self.prefix:
             return None
-        state = re.match(r"(?:.*?\.)??state\.(?=\d+\.)", name)
-        if state is not None:
-            return state[0], ExtraPrefix(state[0], "optimizer state")
-        is_weight = info.shape and info.dtype in ("F64", "F32", "F16", "BF16")
+        if state := OPTIMIZER_STATE.search(name):
+            start = name[: state.end()]
+            return start, ExtraPrefix(start, "optimizer state")
+        is_weight = info.shape and DTYPES[info.dtype].is_weight
         return None if is_weight or name.startswith(self.prefix) else (name, ExtraPrefix(name, "training state"))
 
     def start(self, name: str) -> str:

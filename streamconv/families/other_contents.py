@@ -7,16 +7,17 @@ from streamconv.formats.checkpoint import Checkpoint
 from streamconv.formats.non_tensors import Kind, non_tensor_error
 from streamconv.tensors.info import DTYPES
 
-_OPTIMIZER_STATE = re.compile(r"(?:^|\.)state\.\d+\.")
+# torch.optim's state, by numbers of parameters: "optimizer.state.12.exp_avg".
+OPTIMIZER_STATE = re.compile(r"(?:^|\.)state\.(?=\d+\.)")
 
 
 def other_contents_error(checkpoint: Checkpoint, where: str) -> MappingError | None:
     """Return the error for a file whose weights are not plain tensors: most of them, or all."""
-    others = {name: each for name, each in checkpoint.non_tensors.items() if not _OPTIMIZER_STATE.search(name)}
+    others = {name: each for name, each in checkpoint.non_tensors.items() if not OPTIMIZER_STATE.search(name)}
     weights = [
         name
         for name, tensor in checkpoint.items()
-        if DTYPES[tensor.info.dtype].is_weight and tensor.info.shape and not _OPTIMIZER_STATE.search(name)
+        if DTYPES[tensor.info.dtype].is_weight and tensor.info.shape and not OPTIMIZER_STATE.search(name)
     ]
     tensors = {name: each for name, each in others.items() if each.kind.is_tensor}
     if len(tensors) > len(weights):

@@ -4,7 +4,6 @@ The backbone's names start with a prefix ("", "teacher.backbone.", "state_dict.m
 start of whole keys only, never from their middle: `head.norm.bias` is not a backbone's `norm.bias`.
 """
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from streamconv.families.detection import (
     unknown_model,
 )
 from streamconv.families.layout import Layout
-from streamconv.families.other_contents import other_contents_error
+from streamconv.families.other_contents import OPTIMIZER_STATE, other_contents_error
 from streamconv.families.prefixes import complete_prefix, several_backbones, shown
 from streamconv.families.registry import all_families
 from streamconv.families.wrapped_names import unwrapped
@@ -249,6 +248,6 @@ def _refuse_heads(names: Collection[str], where: str) -> None:
 
 def _reason_to_skip(name: str, family: Family) -> str | None:
     """Return what a name belongs to that is never part of a backbone."""
-    if re.search(r"(^|\.)state\.\d+\.", name):
+    if OPTIMIZER_STATE.search(name):
         return "optimizer state"
     return next((extra.reason for extra in family.extra_prefixes if f".{extra.start}" in f".{name}"), None)

@@ -1,4 +1,4 @@
-"""The tensors that a pickle of torch.save describes, in a zip as in the format from before 1.6.
+"""The tensors that a pickle of torch.save describes, in a zip or in the format from before torch 1.6.
 
 No pickle is trusted. `unpickle` executes it; for a fixed list of globals, `Index.find_global` returns functions that
 build descriptions, and for any other a placeholder that does nothing. No code from a checkpoint runs.
@@ -170,7 +170,7 @@ def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any)
 
 
 def _check_attributes(state: Any) -> None:
-    """Require that a tensor's attributes, a dict or a dict and one for slots, leave its values as they are."""
+    """Require that a tensor's attributes do not replace its values: a dict, or a pair of it and a dict for slots."""
     for each in state[:2] if type(state) is tuple else (state,):
         if type(each) is dict and any(name in each for name in _VALUE_ATTRIBUTES):
             raise PickleError("it has a tensor whose values are replaced by an attribute")

@@ -113,7 +113,7 @@ def _find_directory(file: File) -> tuple[int, int, int]:
     tail = file.read(tail_start, length)
     end = length - _END.size
     if not any(tail):
-        raise TruncatedError(f"{file.where} ends with nothing but zeros: its download is not complete. Fetch it again.")
+        raise TruncatedError(f"{file.where} ends with nothing but zeros: its download did not finish. Fetch it again.")
     if end < 0 or tail[end : end + 4] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
         raise TruncatedError(
             f"{file.where} begins as a zip but does not end as one of torch.save: something was appended, or the "

@@ -1,4 +1,4 @@
-"""A conversion before and after it is written: what is decided, and the result."""
+"""A conversion before it is written, with all decisions, and its result."""
 
 import sys
 from collections.abc import Mapping
@@ -139,7 +139,7 @@ class PreparedConversion:
         return check_downloads(source.source, source.checkpoints, output)
 
     def find_earlier(self) -> EarlierOutput:
-        """Return what the folder holds of the same conversion: nothing that counts, if the user forces another one.
+        """Return what the folder holds of the same conversion; `NOTHING` if the user replaces it with --force.
 
         Raises:
             OutputError: the folder holds something else.
@@ -177,7 +177,7 @@ class PreparedConversion:
         return replace(self, plan=plan, labels_from=labels.origin, provenance=replace(self.provenance, labels=labels))
 
     def find_replaced(self) -> tuple[str, ...]:
-        """Return the names of edited files that will be replaced, because the user forces it."""
+        """Return the names of edited files that --force will replace."""
         manifest = Manifest.read(self.folder) if self.force else None
         return tuple(sorted(find_edited(self.folder, manifest.files))) if manifest is not None else ()
 

@@ -24,7 +24,7 @@ def require_writable(folder: Path) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """Return whether a path exists; unlike `os.path.exists`, raise `OSError` if that cannot be told."""
+    """Return whether a path exists; unlike `os.path.exists`, raise `OSError` if that is not known."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -54,7 +54,7 @@ def require_space(folder: Path, size: int, *, besides: tuple[Path, int] | None =
 
 
 def _free_bytes(folder: Path) -> int | None:
-    """Return the disk's free bytes; None if its file system does not tell, as some in user space do not."""
+    """Return the disk's free bytes; None if its file system does not report them, as some in user space."""
     try:
         state = os.statvfs(folder)  # as shutil.disk_usage does; importing shutil takes a quarter of a megabyte
     except OSError as error:

@@ -281,7 +281,7 @@ def test_job_downloads_a_file_once_although_nothing_identifies_it(server: FileSe
     assert path.stat().st_size < server.sent < path.stat().st_size + (2 << 20)
 
 
-def test_files_of_one_name_at_two_addresses_are_kept_apart(server: FileServer, torch_hub: Path, tmp_path: Path) -> None:
+def test_files_of_one_name_at_two_urls_are_kept_apart(server: FileServer, torch_hub: Path, tmp_path: Path) -> None:
     """The server finds a file by the end of its path: seed 0 is at /one/…, then seed 1 at /two/…, of one time."""
     path, states = server.folder / "x.safetensors", [make_states(MODEL, seed=seed)[0] for seed in (0, 1)]
     for folder, state in zip(("one", "two", "one", "two"), states * 2, strict=True):

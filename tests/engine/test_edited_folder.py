@@ -118,7 +118,7 @@ def test_lost_file_is_written_again_beside_an_edited_one_and_no_interruption_is_
 
 
 @pytest.mark.parametrize("left", [b"", bytes(300)])
-def test_small_file_that_a_power_cut_emptied_is_no_edit(source: Path, folder: Path, left: bytes) -> None:
+def test_small_file_that_a_power_cut_emptied_is_not_an_edit(source: Path, folder: Path, left: bytes) -> None:
     before = contents(folder)
     (folder / PROCESSOR).write_bytes(left)
     done = api.convert(source, folder, max_shard_size="1MB")

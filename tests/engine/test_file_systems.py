@@ -123,7 +123,9 @@ def test_lack_of_a_file_system_is_replaced_and_reported_once(
 
 
 @pytest.mark.parametrize("call", ["flock", "posix_fallocate", "fsync"])
-def test_failing_disk_is_no_lack(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_error_of_a_failing_disk_is_not_hidden(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     refuse(monkeypatch, fcntl if call == "flock" else os, call, errno.EIO)
     with pytest.raises(OutputError, match="Input/output error"):
         api.convert(source, tmp_path / "out")

@@ -83,7 +83,7 @@ def test_weights_are_not_read_twice(tmp_path: Path, read_counts: list[int]) -> N
     assert sum(read_counts) < 1.1 * size
 
 
-def test_archive_at_an_address_is_read_and_downloaded(server: FileServer, tmp_path: Path) -> None:
+def test_archive_at_a_url_is_read_and_downloaded(server: FileServer, tmp_path: Path) -> None:
     save(server.folder / "x.npz")
     for stream in (True, False):
         api.convert(f"{server.url}/x.npz", tmp_path / str(stream), stream=stream)

@@ -61,7 +61,7 @@ def test_verified_folder_is_pushed_and_the_same_once_more_changes_nothing(tmp_pa
         assert "which is public" in again.stderr
         shown = lines(run_with_hub(hub, tmp_path, "push", "mine", "-q"))
         assert shown == []
-        assert lines(run_with_hub(hub, tmp_path, "push", "mine"))[0].startswith("published already, and nothing was")
+        assert lines(run_with_hub(hub, tmp_path, "push", "mine"))[0].startswith("already published, nothing was")
         assert len(hub.repos["ada/mine"].branches["main"]) == 2
         assert set(hub.uploads.values()) == {1}
     assert contents(folder) == before
@@ -208,7 +208,7 @@ def test_licence_that_the_hub_does_not_know_is_refused_before_anything_is_upload
     assert not hub.repos
 
 
-def test_licence_and_tags_do_not_change_a_card_of_ones_own(hub: HubServer, tmp_path: Path, folder: Path) -> None:
+def test_licence_and_tags_do_not_change_the_users_own_card(hub: HubServer, tmp_path: Path, folder: Path) -> None:
     hub.put("ada/theirs", {"README.md": b"theirs"})
     done = run("push", folder, "theirs", "--tag", "x", cwd=tmp_path, COLUMNS="300")
     assert (done.returncode, "ada/theirs has a model card that streamconv did not write" in done.stderr) == (2, True)
@@ -243,7 +243,7 @@ def test_right_to_write_is_checked_before_anything_is_converted(
     hub.put("ada/it", {"x": b""})
     before = sorted(path.name for path in tmp_path.iterdir())
     for token, repo, reason in (
-        ("hf_lab", "lab/it", "your role in lab is only to read"),
+        ("hf_lab", "lab/it", "your role in lab is read-only"),
         ("hf_one", "ada/new", "the token can write only to ada/it"),
         (TOKEN, "eve/it", "eve is neither your account, ada, nor an organisation that you are a member of"),
     ):

@@ -78,7 +78,7 @@ def test_hubs_error_code_names_the_cause(server: FileServer, code: str, status: 
     assert advice.format(url=server.url) in message
 
 
-def test_gated_file_of_a_mirror_with_other_addresses_is_not_taken_for_an_expired_link(server: FileServer) -> None:
+def test_gated_file_of_a_mirror_with_other_urls_is_not_taken_for_an_expired_link(server: FileServer) -> None:
     server.faults.statuses, server.faults.refusal = [401], (b"", {"X-Error-Code": "GatedRepo"})
     with pytest.raises(SourceError, match=r"401 Unauthorized\. It is gated: .*`hf auth login`"):
         api.plan(f"{server.url}/x.pth?{SIGNED['AWS']}")

@@ -435,7 +435,7 @@ def test_equal_shapes_do_not_make_a_published_model(tmp_path: Path) -> None:
     own = saved(small, tmp_path / "mine.pth")
     plan = api.plan(own)
     assert (plan.title, plan.is_published, plan.assumed_heads) == ("a model shaped like dinov2_vits14", False, 6)
-    assert any("(224 x 224 pixels): tensors do not show how images were prepared" in n for n in plan.notes)
+    assert any("(224 x 224 pixels), since tensors do not show how images were prepared" in n for n in plan.notes)
     for words in (("plan",), ("convert", "-o", "out")):
         shown = json.loads(run(words[0], "mine.pth", *words[1:], "--json", cwd=tmp_path).stdout)
         assert (shown["model"], shown["shaped_like"]) == (None, "dinov2_vits14")

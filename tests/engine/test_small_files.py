@@ -60,7 +60,7 @@ def small_files(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_small_files_at_an_address_are_kept(model: Path, server: FileServer, tmp_path: Path, stream: bool) -> None:
+def test_small_files_at_a_url_are_kept(model: Path, server: FileServer, tmp_path: Path, stream: bool) -> None:
     address = served(model, server)
     done = api.convert(address, tmp_path / "out", stream=stream)
     assert small_files(tmp_path / "out") == small_files(model)
@@ -96,7 +96,7 @@ def test_copy_that_is_used_without_a_network_has_its_small_files(
     assert api.plan(address, num_heads=2).image_processor_from == "family"
 
 
-def test_number_of_heads_is_found_beside_a_file_at_an_address(server: FileServer, tmp_path: Path) -> None:
+def test_number_of_heads_is_found_beside_a_file_at_a_url(server: FileServer, tmp_path: Path) -> None:
     """In the authors' names, too, unless published models of the size have one."""
     saved(make_states(tiny())[0], server.folder / "x.pth")
     (server.folder / CONFIG).write_text(
@@ -151,7 +151,7 @@ def test_address_of_a_file_beside_another(address: str, beside: str) -> None:
     assert location.beside(CONFIG) == Address(beside)
 
 
-def test_missing_files_at_an_address_are_noted(model: Path, server: FileServer, tmp_path: Path) -> None:
+def test_missing_files_at_a_url_are_noted(model: Path, server: FileServer, tmp_path: Path) -> None:
     (model / PROCESSOR).unlink()
     (model / CONFIG).unlink()
     notes = api.plan(served(model, server)).notes

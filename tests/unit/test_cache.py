@@ -34,7 +34,7 @@ def test_published_model_is_kept_where_torch_hub_looks_for_it_unless_another_fil
     assert download_path(Address(PUBLISHED)) == own_path(Address(PUBLISHED))
 
 
-def test_other_addresses_have_folders_of_their_own_in_which_the_file_keeps_its_name(torch_hub: Path) -> None:
+def test_files_at_other_urls_have_a_folder_each_and_keep_their_names(torch_hub: Path) -> None:
     words = ["https://h.org/a/x.pth", "https://h.org/b/x.pth", "http://h.org/a/x.pth", "https://h.org:8443/a/x.pth"]
     words += ["https://h.org/a/x.pth?id=1", "https://h.org/a/x.pth?id=2", "s3://h.org/a/x.pth", "https://h.org/A/x.pth"]
     paths = {place(each) for each in words}

@@ -214,7 +214,7 @@ def test_timms_packed_swiglu_is_named_by_its_shapes() -> None:
     assert other_models.recognise(shapes, "x.pth") is None
 
 
-def test_a_name_is_evidence_as_it_is_in_the_file_but_printable() -> None:
+def test_message_shows_the_name_in_the_file_made_printable() -> None:
     error = other_models.recognise({"a\nb": (1,), "x.7.lm_head\n\x1b": (1,), "y.lm_head.\x1b[31m": (1,)}, "x.pth")
     assert "(y.lm_head.\\x1b[31m)" in str(error)
 

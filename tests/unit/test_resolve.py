@@ -162,7 +162,7 @@ def test_model_is_converted_into_a_folder_of_its_name_on_the_hub(source: str | P
     assert default_output(source) == output
 
 
-def test_name_of_another_repository_is_answered_with_the_address_of_its_file(
+def test_name_of_another_repository_is_answered_with_the_url_of_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -62,5 +62,5 @@ def test_pull_request_needs_no_right_to_write_to_the_repository(token: dict[str,
         {"name": "ada", "orgs": [], "auth": {"accessToken": {"role": "a new one"}}},
     ],
 )
-def test_what_the_answer_leaves_open_is_not_refused(user: dict[str, Any]) -> None:
+def test_rights_that_the_answer_does_not_show_are_not_refused(user: dict[str, Any]) -> None:
     assert missing_right(user, "lab/x", exists=False, create_pr=False) is None

@@ -34,7 +34,7 @@ def test_shard_sizes_are_parsed_as_huggingface_hub_parses_them(size: str) -> Non
 @pytest.mark.parametrize(
     "size", ["0", 0, "0GB", "5iB", "5 apples", "GB", "1e9", "-5GB", "5GBB", "9" * 400 + "GB", "٥GB"]
 )
-def test_what_is_no_size_is_refused(size: int | str) -> None:
+def test_invalid_size_is_refused(size: int | str) -> None:
     with pytest.raises(UsageError, match=r"is not a shard size\. Write it as 500MB or 5GB\.$"):
         parse_size(size)
 

@@ -70,7 +70,7 @@ def test_page_about_a_file_becomes_the_file(page: str, file: str) -> None:
         "hf://o/n/deep/blob/x.pth",
     ],
 )
-def test_every_other_address_is_left_as_it_is(words: str) -> None:
+def test_every_other_url_stays_unchanged(words: str) -> None:
     assert url(words) == words
     assert resolve_source(words).notes == ()
 
