@@ -1,4 +1,4 @@
-"""States what is assumed about weights that are left out: verification compares models that both lack them."""
+"""States what is assumed about weights that are left out. Verification cannot show it: both models lack them."""
 
 from collections.abc import Iterable, Mapping
 
@@ -24,7 +24,7 @@ def left_out_beside_head(
 ) -> str:
     """Return what is assumed about weights in the module of a chosen head, such as a norm before it.
 
-    Backbones, other heads, and what training leaves do not matter.
+    Backbones, other heads and the state of training do not matter.
 
     Args:
         chosen: The names of the head's tensors by their keys.
@@ -42,7 +42,7 @@ def left_out_beside_head(
         return max((infos[name].shape for name in layer.values()), key=len)
 
     def is_head(layer: Mapping[str, str]) -> bool:
-        """Whether it reads what the chosen one reads, or gives the same classes, and cannot run before or after it."""
+        """Return whether a layer has the chosen one's inputs or classes, and cannot run before or after it."""
         ours, other = shape(chosen), shape(layer)
         if layer == chosen:
             return True
