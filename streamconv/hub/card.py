@@ -123,11 +123,12 @@ def _origin(manifest: Manifest, license: str | None) -> str:
     version = manifest.versions.get("streamconv")
     names = " and ".join(_code(file.file) for file in manifest.source.values())
     published = published_model(manifest)
-    model = f"{published[1].name}, as its authors published it" if published else "a model in its authors' format"
-    if not published and (shape := manifest.shaped_like or manifest.model):
-        model += f", shaped like {shape}"
+    shape = manifest.shaped_like or manifest.model
+    model = f", a model shaped like {shape}" if shape else ""  # whose format the manifest does not record
+    if published:
+        model = f", {published[1].name}, as its authors published it"
     licence = "" if published or license else " streamconv does not know its licence: please add it before publishing."
-    return f"Converted to the Hugging Face format by streamconv {version} from {names}, {model}.{licence}"
+    return f"Converted to the Hugging Face format by streamconv {version} from {names}{model}.{licence}"
 
 
 def _usage(repo_id: str, task: str, manifest: Manifest) -> str:

@@ -124,7 +124,8 @@ def test_card_states_the_cost_of_a_cast_and_the_difference_by_design() -> None:
     ):  # fmt: skip
         assert expected in text
     mine = make_card(manifest(model=None, shaped_like="dinov2_vits14", source=source("mine.pth")), "ada/it")
-    assert "a model in its authors' format, shaped like dinov2_vits14." in mine
+    assert ", a model shaped like dinov2_vits14." in mine
+    assert "authors" not in mine  # it may be a folder that transformers wrote
     failed = {"passed": False, "checks": [check("bytes", False, "all bytes are equal", finding="1 of 2 differs")]}
     assert "| bytes | **FAILED** | 1 of 2 differs |" in make_card(manifest(verification=failed), "ada/it")
 
