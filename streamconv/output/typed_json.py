@@ -5,6 +5,7 @@ The annotations of a dataclass are its schema. Keys that it does not have are ig
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -38,7 +39,7 @@ def parse(kind: Any, value: object, name: str = "") -> Any:
 
 
 def _parse_dataclass(kind: Any, value: Mapping[str, Any], name: str) -> Any:
-    types, arguments = get_type_hints(kind), {}
+    types, arguments = _types_of(kind), {}
     for field in fields(kind):
         where = _join(name, field.name)
         if field.name in value:
@@ -46,6 +47,11 @@ def _parse_dataclass(kind: Any, value: Mapping[str, Any], name: str) -> Any:
         elif field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"its field {where} is missing")
     return kind(**arguments)
+
+
+@cache  # most of the time to parse a manifest would be spent in it
+def _types_of(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _parse_union(kind: Any, value: object, name: str) -> Any:
