@@ -73,7 +73,8 @@ def test_file_with_checksums_is_converted(
     assert done.is_crc_checked
     server.sent = 0
     assert api.convert(f"{server.url}/x.pth", tmp_path / "out", stream=stream).was_finished
-    assert server.sent < pth.stat().st_size / 2
+    # Of another version, up to 20 responses of 256 kB each are refused, and may have been sent completely.
+    assert server.sent < pth.stat().st_size * 3 / 4
 
 
 @pytest.mark.parametrize("varying", ["two ETags in turn", "two times in turn", "seldom the first ETag"])
