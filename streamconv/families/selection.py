@@ -58,8 +58,9 @@ class Selection:
     tensors to their names and what they are. ``config`` is the config.json of a model that was converted before, and
     ``image_processor`` its preprocessor_config.json, None if it has none; ``image_processor_file`` has that file's
     bytes. ``config_beside`` is the config.json that was found beside a file in its authors' names; it may belong to
-    another model. ``unproved`` are assumptions that verification shares. ``small_file_notes`` are remarks on the files
-    that were found.
+    another model. ``guessed_heads`` is the number of attention heads that an earlier conversion guessed for ``config``.
+    ``unproved`` are assumptions that verification shares. ``small_file_notes`` are remarks on the files that were
+    found.
     """
 
     family: Family
@@ -72,6 +73,7 @@ class Selection:
     image_processor: Mapping[str, Any] | None = None
     image_processor_file: bytes = b""
     config_beside: Mapping[str, Any] = field(default_factory=dict)
+    guessed_heads: int | None = None
     head_names: Mapping[str, str] = field(default_factory=dict)
     unproved: tuple[str, ...] = ()
     small_file_notes: tuple[str, ...] = ()

@@ -113,6 +113,7 @@ class PreparedConversion:
             select=source.source.select,
             head_select=source.source.head_select,
             num_heads=source.source.num_heads,
+            guessed_heads=_guessed_heads(prepared),
             filled=plan.filled,
             block_chunks=plan.block_chunks,
             notes=plan.notes,
@@ -222,6 +223,13 @@ class PreparedConversion:
             cast={"from": plan.cast["from"], "to": plan.cast["to"]} if plan.cast else None,
             versions={"streamconv": __version__, "python": sys.version.split()[0]},
         )
+
+
+def _guessed_heads(prepared: PreparedSource) -> int | None:
+    """Return the number of attention heads if nothing but its being usual speaks for it."""
+    plan, heads = prepared.plan, prepared.plan.family.attention_heads
+    is_stated = heads is None or prepared.source.source.num_heads is not None or heads.is_published(plan.dimensions)
+    return None if is_stated else plan.assumed_heads
 
 
 def _given_image_processor(prepared: PreparedSource) -> GivenImageProcessor | None:

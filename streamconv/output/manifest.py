@@ -93,8 +93,9 @@ class Provenance:
     """The sources of an output by role, and the decisions that were made before anything is written.
 
     ``model`` is the published model that the user or the file's name refers to, ``shaped_like`` one that only has the
-    same shapes. ``select``, ``head_select`` and ``num_heads`` are the user's; ``plan`` is the plan's fingerprint, and
-    the others are what the plan says under the same names.
+    same shapes. ``select``, ``head_select`` and ``num_heads`` are the user's. ``guessed_heads`` is the number of
+    attention heads if it was guessed. ``plan`` is the plan's fingerprint, and the others are what the plan says under
+    the same names.
     """
 
     source: Mapping[str, SourceFile]
@@ -104,6 +105,7 @@ class Provenance:
     select: str | None = None
     head_select: str | None = None
     num_heads: int | None = None
+    guessed_heads: int | None = None
     filled: Mapping[str, float] = field(default_factory=dict)
     block_chunks: int = 0
     notes: tuple[str, ...] = ()

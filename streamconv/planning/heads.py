@@ -41,7 +41,9 @@ def choose_heads(dimensions: Any, selection: Selection, num_heads: int | None) -
         chosen = heads.with_number(dimensions, num_heads)
         return ChosenHeads(chosen, num_heads, f"{num_heads} attention heads, as given by --num-heads")
     if (number := heads.number_in(selection.config)) is not None:
-        return ChosenHeads(heads.with_number(dimensions, number))
+        chosen = heads.with_number(dimensions, number)
+        is_guess = number == selection.guessed_heads
+        return ChosenHeads(chosen, number, unproved=_unproved(number)) if is_guess else ChosenHeads(chosen)
     if (number := heads.number_beside(selection.config_beside, dimensions)) is not None:
         note = f"{number} attention heads, as stated by the config.json beside it"
         return ChosenHeads(heads.with_number(dimensions, number), note=note)
@@ -50,5 +52,8 @@ def choose_heads(dimensions: Any, selection: Selection, num_heads: int | None) -
         return ChosenHeads(dimensions)
     note = f"{number} attention heads of {heads.reason(dimensions)}: tensors do not show the number (--num-heads)"
     is_guess = not heads.is_published(dimensions)
-    unproved = f"the number of attention heads ({number}) is assumed: give --num-heads if you know it"
-    return ChosenHeads(dimensions, number, note, unproved if is_guess else "")
+    return ChosenHeads(dimensions, number, note, _unproved(number) if is_guess else "")
+
+
+def _unproved(number: int) -> str:
+    return f"the number of attention heads ({number}) is assumed: give --num-heads if you know it"

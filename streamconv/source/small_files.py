@@ -7,12 +7,12 @@ be read is an error, since a model without its own settings would compute someth
 import os
 from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import CorruptError, RefusedError, SourceError, SourceMissingError, printable
+from streamconv.errors import CorruptError, OutputError, RefusedError, SourceError, SourceMissingError, printable
 from streamconv.families.image_processors import UnknownStepsError, class_name
 from streamconv.families.selection import Selection
 from streamconv.files.address import Address, Location
@@ -21,6 +21,7 @@ from streamconv.files.local import read_small
 from streamconv.files.open import open_file
 from streamconv.formats.limits import MAX_SETTINGS_BYTES, read_settings
 from streamconv.output.files import as_output_error, make_folder, write_file
+from streamconv.output.manifest import Manifest
 from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 from streamconv.planning.shards import to_json
 from streamconv.source.resolve import torch_hub_cache
@@ -65,10 +66,21 @@ def with_small_files(selection: Selection, location: Location, infos: Mapping[st
     return replace(
         selection,
         config=config,
+        guessed_heads=_guessed_heads(location),
         image_processor=processor,
         image_processor_file=processor_file,
         small_file_notes=tuple(notes),
     )
+
+
+def _guessed_heads(location: Location) -> int | None:
+    """Return the number of attention heads that config.json has only because streamconv guessed it."""
+    if isinstance(location, Address):
+        return None
+    with suppress(OutputError):  # a manifest that cannot be read matters only to those who verify the folder itself
+        manifest = Manifest.read(location if os.path.isdir(location) else location.parent)
+        return manifest.guessed_heads if manifest is not None else None
+    return None
 
 
 def _with_config_beside(selection: Selection, location: Location, infos: Mapping[str, TensorInfo]) -> Selection:

@@ -168,3 +168,15 @@ def test_config_of_a_converted_model_gives_the_number(tmp_path: Path) -> None:
         assert not any("attention heads" in note for note in plan.notes)
     with pytest.raises(MappingError, match=r"its config\.json sets num_attention_heads to 4, but dinov2 models have 2"):
         api.plan(tmp_path / "out", num_heads=2)
+
+
+def test_guess_does_not_become_a_fact_in_a_folder_that_is_converted_again(tmp_path: Path) -> None:
+    source = save_zeros(tmp_path / "x.pth", 128)
+    for output in ("first", "second", "third"):
+        done = api.convert(source, tmp_path / output)
+        assert done.plan.unproved == ("the number of attention heads (2) is assumed: give --num-heads if you know it",)
+        source = done.output
+    assert api.plan(source, num_heads=2).unproved == ()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+    assert api.plan(source).unproved == ()
