@@ -96,8 +96,9 @@ def test_model_name_downloads_from_the_authors_address_into_the_cache(
     small = dataclasses.replace(model, dimensions=dimensions, backbone=files[0], head=files[1])
     monkeypatch.setattr("streamconv.source.resolve.find_model", lambda name: (dinov2.FAMILY, small))
     family = dataclasses.replace(dinov2.FAMILY, models=(small,))
-    for module in ("families.detection", "source.cache"):
-        monkeypatch.setattr(f"streamconv.{module}.all_families", lambda: (family,))
+    monkeypatch.setattr("streamconv.families.detection.all_families", lambda: (family,))
+    for module in ("cache", "resolve"):
+        monkeypatch.setattr(f"streamconv.source.{module}.published_files", lambda: frozenset(files))
     for file, state in zip(files, make_states(dimensions), strict=True):
         torch.save(state, server.folder / file.filename)
     streamed = api.convert(small.name, tmp_path / "streamed", stream=True)
