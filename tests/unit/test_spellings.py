@@ -82,7 +82,7 @@ def _long_names() -> list[tuple[str, str]]:
 def test_every_option_is_accepted_with_underscores(command: str, option: str, tmp_path: Path) -> None:
     """The two spellings are parsed alike, whatever the command then says of the rest of the line."""
     underscored = "--" + option[2:].replace("-", "_")
-    results = [run(command, word, cwd=tmp_path).stderr for word in (option, underscored)]
+    results = [run(command, "missing.pth", word, cwd=tmp_path).stderr for word in (option, underscored)]
     assert results[0] == results[1]
     assert "No such option" not in results[0]
 
