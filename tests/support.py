@@ -234,7 +234,24 @@ class Opener:
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
     def refusal(self, path: Path, seconds: float = 1.0) -> str:
-        """Return the error message from opening ``path``, after checking that it took little time and memory."""
+        """Return the error message from opening ``path``, after checking that it took little time and memory.
+
+        Other programs on the machine can only add to the time, so the fastest of three attempts counts.
+        """
+        for _ in range(3):
+            error, text, took, peak = self._open(path)
+            if took < seconds:
+                break
+        assert error.endswith("Error"), text
+        assert not error.startswith("bare"), (error, text)
+        assert took < seconds, f"{took:.2f} s for {text}"
+        assert peak < 100_000_000, f"{peak:,} bytes for {text}"
+        assert len(text) < 1000, text[:2000]
+        assert text.isprintable(), text
+        return text
+
+    def _open(self, path: Path) -> tuple[str, str, float, int]:
+        """Return the class and the message of the error, the seconds of CPU time, and the peak memory in bytes."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([str(path), os.getcwd()]) + "\n")
@@ -243,13 +260,7 @@ class Opener:
         line = self._process.stdout.readline()
         assert line, f"the process that opened {path} ended"
         error, text, took, peak = json.loads(line)
-        assert error.endswith("Error"), text
-        assert not error.startswith("bare"), (error, text)
-        assert took < seconds, f"{took:.2f} s for {text}"
-        assert peak < 100_000_000, f"{peak:,} bytes for {text}"
-        assert len(text) < 1000, text[:2000]
-        assert text.isprintable(), text
-        return text
+        return error, text, took, peak
 
     def close(self) -> None:
         self._process.kill()
