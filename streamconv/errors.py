@@ -146,3 +146,14 @@ def printable(text: str) -> str:
     """Return ``text`` for use in a message: shortened to 80 characters, without control characters."""
     text = text if len(text) <= 80 else f"{text[:77]}…"
     return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def first_few(names: Iterable[str], count: int = 5) -> str:
+    """Return the first names for use in a message, and how many more there are.
+
+    >>> first_few("abc", 2)
+    'a, b and 1 more'
+    """
+    listed = [*names]
+    more = f" and {len(listed) - count:,} more" if len(listed) > count else ""
+    return ", ".join(map(printable, listed[:count])) + more

@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 
-from streamconv.errors import NotACheckpointError, SourceError, SourceMissingError, printable
+from streamconv.errors import NotACheckpointError, SourceError, SourceMissingError, first_few, printable
 from streamconv.files.local import LocalFile
 from streamconv.formats.foreign.folders import describe_folder, missing_link, snapshot_of
 from streamconv.formats.foreign.zips import WEIGHTS_SUFFIXES
@@ -66,9 +66,11 @@ def _only_weights(folder: Path, names: Sequence[str]) -> WeightFiles | None:
                 found.names_by_location, found.index, f"weights read from the files that {files[0]} lists"
             )
     elif are_shards(folder, files) or len(files) == 1:
-        return WeightFiles(dict.fromkeys(folder / name for name in files), note=f"weights read from {_some(files)}")
+        return WeightFiles(dict.fromkeys(folder / name for name in files), note=f"weights read from {first_few(files)}")
     if files:
-        raise NotACheckpointError(f"{folder} holds {len(files):,} files of weights. Give one of them: {_some(files)}.")
+        raise NotACheckpointError(
+            f"{folder} holds {len(files):,} files of weights. Give one of them: {first_few(files)}."
+        )
     return None
 
 
@@ -137,10 +139,5 @@ def _advice(folder: Path, names: Sequence[str]) -> str:
             return f"Its folder {printable(name)} {other}"
     places = [name for name, held in inside.items() if any(each.lower().endswith(WEIGHTS_SUFFIXES) for each in held)]
     if places:
-        return f"Give a folder in it that does: {_some(places)}."
-    return f"It holds {_some(names)}. Give a folder or a file with weights." if names else "It is empty."
-
-
-def _some(names: Sequence[str], count: int = 5) -> str:
-    more = f" and {len(names) - count:,} more" if len(names) > count else ""
-    return ", ".join(map(printable, names[:count])) + more
+        return f"Give a folder in it that does: {first_few(places)}."
+    return f"It holds {first_few(names)}. Give a folder or a file with weights." if names else "It is empty."

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from streamconv.errors import printable
+from streamconv.errors import first_few, printable
 from streamconv.formats.foreign.advice import save_for_torch
 
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pth.tar", ".pt", ".ckpt", ".npz")
@@ -38,7 +38,7 @@ def describe_zip(names: Collection[str]) -> str:
     inside = next((name for name in names if name.lower().endswith(WEIGHTS_SUFFIXES)), None)
     if inside is not None:
         return f"is a zip that contains {printable(inside)}. Unpack it with `unzip`, and give that file."
-    return f"is a zip without weights: it holds {_some(names)}. Give a checkpoint." if names else ""
+    return f"is a zip without weights: it holds {first_few(names, 3)}. Give a checkpoint." if names else ""
 
 
 def is_npz(names: Collection[str]) -> bool:
@@ -57,8 +57,3 @@ def repack_advice(names: Collection[str]) -> str:
     return (
         "Another program packed it again. Save it as torch does: torch.save(torch.load(FILE, weights_only=True), OUT)."
     )
-
-
-def _some(names: Collection[str]) -> str:
-    shown = [printable(name) for _, name in zip(range(3), names, strict=False)]
-    return ", ".join(shown) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
