@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv.errors import OutputError, SourceError, UsageError
 from streamconv.files.address import local_path
 from streamconv.files.local import read_small
+from streamconv.formats.safetensors import SINGLE_NAME
 from streamconv.hub.card import CARD_NAME, is_ours, kept_metadata, make_card
 from streamconv.hub.card_check import check_card
 from streamconv.hub.checks import hashed
@@ -160,7 +161,11 @@ def _verify_command(folder: Path, manifest: Manifest) -> str:
     """Return the command that verifies a folder, as far as its manifest tells where the source is."""
     if published := published_model(manifest):
         return shlex.join(["streamconv", "verify", str(folder), published[1].name])
-    sources = {role: file.address or file.file for role, file in manifest.source.items()}
+    in_folders = (SINGLE_NAME, "pytorch_model.bin")  # then the folder was the source, and the manifest does not name it
+    sources = {
+        role: file.address or ("SOURCE" if file.file in in_folders else file.file)
+        for role, file in manifest.source.items()
+    }
     head = ["--head", sources["head"]] if "head" in sources else []
     return shlex.join(["streamconv", "verify", str(folder), sources.get("backbone", "SOURCE"), *head])
 

@@ -115,6 +115,7 @@ def test_command_that_verifies_names_the_source(tmp_path: Path, folder: Path) ->
     own = manifest.source["backbone"]
     for sources, model, words in (
         ({"backbone": replace(own, address="https://h/x.pth")}, None, "https://h/x.pth"),
+        ({"backbone": replace(own, file="model.safetensors")}, None, "SOURCE"),
         ({"backbone": own, "head": replace(own, file="a head.pth")}, None, "source.pth --head 'a head.pth'"),
         (
             {"backbone": replace(own, file="dinov2_vits14_pretrain.pth", published=True)},
