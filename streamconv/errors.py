@@ -9,7 +9,14 @@ All errors can be copied and pickled with their attributes, so that a worker pro
 import copyreg
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
+
+from streamconv.display import first_lines, shortened
+
+SHOWN_PROBLEMS = 20
+KEPT_PROBLEMS = 1_000
+PROBLEM_LENGTH = 500  # two shapes, and two names of ordinary length
 
 
 class StreamconvError(Exception):
@@ -84,11 +91,18 @@ class NoRangesError(SourceError):
 
 
 class MappingError(SourceError):
-    """Tensors are missing, unexpected or of the wrong shape. ``problems`` lists all of them."""
+    """Tensors are missing, unexpected or of the wrong shape.
+
+    The message is ``summary`` and the first `SHOWN_PROBLEMS` of the problems. ``problems`` holds up to
+    `KEPT_PROBLEMS` of them, each shortened to `PROBLEM_LENGTH` characters; ``problem_count`` is the number of all.
+    """
 
     def __init__(self, summary: str, problems: Iterable[str]):
-        self.problems = tuple(problems)
-        super().__init__("\n  ".join([summary, *self.problems]))
+        rest = iter(problems)
+        self.summary = summary
+        self.problems = tuple(shortened(each, PROBLEM_LENGTH) for each in islice(rest, KEPT_PROBLEMS))
+        self.problem_count = len(self.problems) + sum(1 for _ in rest)
+        super().__init__("\n  ".join([summary, *first_lines(self.problems, SHOWN_PROBLEMS, self.problem_count)]))
 
 
 class OutputError(StreamconvError):
@@ -140,20 +154,3 @@ class Cancelled(StreamconvError):
 
     def __init__(self, message: str = "The job was cancelled."):
         super().__init__(message)
-
-
-def printable(text: str) -> str:
-    """Return ``text`` for use in a message: shortened to 80 characters, without control characters."""
-    text = text if len(text) <= 80 else f"{text[:77]}…"
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
-
-
-def first_few(names: Iterable[str], count: int = 5) -> str:
-    """Return the first names for use in a message, and how many more there are.
-
-    >>> first_few("abc", 2)
-    'a, b and 1 more'
-    """
-    listed = [*names]
-    more = f" and {len(listed) - count:,} more" if len(listed) > count else ""
-    return ", ".join(map(printable, listed[:count])) + more

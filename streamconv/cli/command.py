@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from streamconv.cli.layout import visible
 from streamconv.cli.terminal import Printer
+from streamconv.display import visible
 
 GROUPS = ("Source", "Output", "Verification", "Hub", "General")
 FIRST_COLUMN = 26  # of the help: options with longer names have their text on the next line

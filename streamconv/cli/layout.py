@@ -5,11 +5,14 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
 import click
+
+from streamconv.display import visible
+from streamconv.errors import SHOWN_PROBLEMS
 
 # Parts that are not broken at their spaces: commands, options with their values, shapes, numbers with their units.
 _UNBROKEN = r"`[^`]+`|--[\w-]+ \S+|\[[\d, ]+\]|streamconv \w+ --\w+|\d (?:bytes|[kMGT]B(?:/s)?|s|min|h)\b"
@@ -38,23 +41,37 @@ def indented(text: str) -> Line:
     return Line(" " * indent, words, indent + 2)
 
 
-def error_lines(message: str) -> list[Line]:
+def error_lines(message: str, problems: Sequence[str] = (), count: int = 0) -> list[Line]:
+    """Return an error's lines. ``count``: the number of all problems, if ``problems`` are the first of them."""
     first, *others = message.split("\n")
-    return [Line(click.style("error: ", fg="red", bold=True), first), *map(indented, folded(others))]
+    listed = [f"  {line}" for line in folded(problems, max(count, len(problems)))]
+    return [Line(click.style("error: ", fg="red", bold=True), first), *map(indented, [*others, *listed])]
 
 
-def folded(lines: Iterable[str]) -> Iterator[str]:
-    """Yield one line for all that differ only in block numbers, which become a *: a model may have many blocks."""
+def folded(lines: Sequence[str], count: int = 0) -> Iterator[str]:
+    """Yield one line for all that differ only in block numbers, which become a *: a model may have many blocks.
+
+    At most `SHOWN_PROBLEMS` are yielded, and a line that counts the rest. ``count``: the number of all, if ``lines``
+    are the first of them.
+    """
     groups: dict[str, list[str]] = {}
     for line in lines:
         groups.setdefault(_BLOCK_NUMBER.sub("*", line), []).append(line)
-    many = {pattern: len(group) for pattern, group in groups.items() if len(group) > FEW_ALIKE}
-    for pattern, group in groups.items():
-        yield from [f"{pattern} ({many[pattern]:,} tensors)"] if pattern in many else group
-    if many:
-        first = next(iter(many))
-        indent = " " * (len(first) - len(first.lstrip()))
-        yield f"{indent}(* stands for the blocks' numbers; --json lists each tensor)"
+    shown, are_folded = 0, False
+    entries = ((group, [pattern]) if len(group) > FEW_ALIKE else (group, group) for pattern, group in groups.items())
+    left = SHOWN_PROBLEMS
+    for group, texts in entries:
+        if len(texts) == 1 and len(group) > 1:
+            texts, are_folded = [f"{texts[0]} ({len(group):,} tensors)"], True
+        if len(texts) > left:
+            break
+        yield from texts
+        left -= len(texts)
+        shown += len(group)
+    if (more := max(count, len(lines)) - shown) > 0:
+        yield f"… and {more:,} more; --json lists {'them' if count <= len(lines) else f'the first {len(lines):,}'}"
+    if are_folded:
+        yield "(* stands for the blocks' numbers; --json lists each tensor)"
 
 
 def columns_of(stream: TextIO) -> int:
@@ -75,13 +92,6 @@ def print_wrapped(lines: Iterable[str | Line], stream: TextIO) -> None:
     is_coloured = False if os.environ.get("NO_COLOR") else True if os.environ.get("FORCE_COLOR") else None
     for line in lines:
         click.echo(laid_out(line, columns), stream, color=is_coloured)
-
-
-def visible(text: str) -> str:
-    """Escape what controls a terminal or reorders text: names of files, and what files say, may contain it."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\xa0" else c.encode("unicode_escape").decode() for c in text)
 
 
 def laid_out(line: str | Line, columns: int | None) -> str:

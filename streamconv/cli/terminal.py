@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TextIO
 
 from streamconv.cli.layout import Line, error_lines, print_wrapped
-from streamconv.errors import OutputError
+from streamconv.errors import MappingError, OutputError, StreamconvError
 from streamconv.files.address import redacted
 
 
@@ -110,20 +110,25 @@ class Printer:
         elif is_failure or not self.is_quiet:
             print_lines(lines)
 
-    def fail(self, message: str, exit_code: int, kind: str, problems: Iterable[str] = ()) -> NoReturn:
+    def fail(self, error: StreamconvError) -> NoReturn:
         """Print an error, and end the process with its exit code."""
-        print_wrapped(error_lines(message), sys.stderr)
-        self.show_error_as_json(kind, message, exit_code, problems)
-        sys.exit(exit_code)
+        problems, count = (error.problems, error.problem_count) if isinstance(error, MappingError) else ((), 0)
+        summary = error.summary if isinstance(error, MappingError) else str(error)
+        print_wrapped(error_lines(summary, problems, count), sys.stderr)
+        self.show_error_as_json(type(error).__name__, str(error), error.exit_code, problems, count)
+        sys.exit(error.exit_code)
 
-    def show_error_as_json(self, kind: str, message: str, exit_code: int, problems: Iterable[str] = ()) -> None:
+    def show_error_as_json(
+        self, kind: str, message: str, exit_code: int, problems: Iterable[str] = (), problem_count: int = 0
+    ) -> None:
         """With --json, print the document with the error in it, unless a document was already printed."""
         if not self.as_json or self._has_printed:
             return
-        error = {"type": kind, "message": message, "exit_code": exit_code}
-        listed = {"problems": list(problems)} if problems else {}
+        error: dict[str, Any] = {"type": kind, "message": message, "exit_code": exit_code}
+        if problem_count:
+            error |= {"problems": list(problems), "problem_count": problem_count}
         with suppress(OutputError):  # stdout cannot be written; stderr has the error
-            self.show({**self.results, "error": {**error, **listed}}, [])
+            self.show({**self.results, "error": error}, [])
 
 
 def print_lines(lines: Iterable[str | Line]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from streamconv.errors import printable
+from streamconv.display import printable
 from streamconv.families.image_processors import PixelSteps, class_name, read_pixel_steps
 from streamconv.families.rules import Rule, expand
 from streamconv.tensors.info import TensorInfo

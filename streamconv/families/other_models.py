@@ -10,7 +10,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from streamconv.errors import MappingError, printable
+from streamconv.display import printable
+from streamconv.errors import MappingError
 from streamconv.families.registry import all_families
 from streamconv.formats.foreign.advice import merge_zero
 

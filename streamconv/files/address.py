@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
-from streamconv.errors import UsageError, printable
+from streamconv.display import printable
+from streamconv.errors import UsageError
 from streamconv.files.web_pages import direct_url, page_problem
 
 # RFC 3986, 3.1; at least two characters, since one is a drive on Windows. "::" chains fsspec's URLs.

@@ -20,7 +20,8 @@ from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Retry
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
 from streamconv._version import __version__
-from streamconv.errors import SourceError, UsageError, printable
+from streamconv.display import printable
+from streamconv.errors import SourceError, UsageError
 
 TIMEOUT_SECONDS = 30.0  # to connect, and to wait for the next byte
 _Host = tuple[str, str | None, int | None]  # scheme, name, port

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from streamconv.display import printable
 from streamconv.errors import (
     ChangedError,
     RefusedError,
@@ -16,7 +17,6 @@ from streamconv.errors import (
     SourceMissingError,
     StreamconvError,
     UsageError,
-    printable,
 )
 from streamconv.files.address import Address, redacted
 from streamconv.files.base import ByteRange

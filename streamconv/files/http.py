@@ -16,7 +16,8 @@ from urllib.parse import urljoin, urlsplit
 from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError
 
-from streamconv.errors import NoRangesError, NotACheckpointError, SourceError, printable
+from streamconv.display import printable
+from streamconv.errors import NoRangesError, NotACheckpointError, SourceError
 from streamconv.files.address import Address, is_valid_url
 from streamconv.files.base import UNVERSIONED, ByteRange, Version
 from streamconv.files.client import Client, seconds_to_wait, translate

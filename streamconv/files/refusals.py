@@ -8,7 +8,8 @@ from urllib.parse import unquote, urlsplit
 from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError
 
-from streamconv.errors import RefusedError, SourceError, SourceMissingError, printable
+from streamconv.display import printable
+from streamconv.errors import RefusedError, SourceError, SourceMissingError
 from streamconv.files.address import Address, redacted
 from streamconv.files.error_json import error_message
 

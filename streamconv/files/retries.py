@@ -3,7 +3,8 @@
 import logging
 import time
 
-from streamconv.errors import NetworkError, printable
+from streamconv.display import printable
+from streamconv.errors import NetworkError
 from streamconv.files.address import redacted
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from streamconv.errors import ChangedError, printable
+from streamconv.display import printable
+from streamconv.errors import ChangedError
 from streamconv.files.base import is_same_version
 from streamconv.files.retries import RetryNow
 

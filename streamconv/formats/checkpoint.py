@@ -12,7 +12,8 @@ from os import PathLike
 from pathlib import Path
 from types import TracebackType
 
-from streamconv.errors import CorruptError, NotACheckpointError, SourceMissingError, located, printable
+from streamconv.display import printable
+from streamconv.errors import CorruptError, NotACheckpointError, SourceMissingError, located
 from streamconv.files.address import Address, parse_location
 from streamconv.files.base import File
 from streamconv.files.local import LocalFile

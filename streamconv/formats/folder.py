@@ -10,7 +10,8 @@ from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 
-from streamconv.errors import NotACheckpointError, SourceError, SourceMissingError, first_few, printable
+from streamconv.display import first_few, printable
+from streamconv.errors import NotACheckpointError, SourceError, SourceMissingError
 from streamconv.files.local import LocalFile
 from streamconv.formats.foreign.folders import describe_folder, missing_link, snapshot_of
 from streamconv.formats.foreign.zips import WEIGHTS_SUFFIXES

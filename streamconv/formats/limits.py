@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from streamconv.errors import CorruptError, SourceError, printable
+from streamconv.display import printable
+from streamconv.errors import CorruptError, SourceError
 from streamconv.files.local import MAX_JSON_BYTES
 
 MAX_TENSORS = 65_536

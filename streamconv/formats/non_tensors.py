@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from streamconv.errors import MappingError, printable
+from streamconv.display import printable
+from streamconv.errors import MappingError
 from streamconv.formats.unread import Unread
 
 _MAX_NAMES = 3

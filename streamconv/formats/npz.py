@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from hashlib import sha256
 from zlib import crc32
 
-from streamconv.errors import CorruptError, NotACheckpointError, SourceError, printable
+from streamconv.display import printable
+from streamconv.errors import CorruptError, NotACheckpointError, SourceError
 from streamconv.files.base import ByteRange, File
 from streamconv.formats.foreign.zips import NPY_SUFFIX
 from streamconv.formats.limits import MAX_TENSORS, check_name, is_shape

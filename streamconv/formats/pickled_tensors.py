@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from streamconv.errors import NotACheckpointError, SourceError, UnsafePickleError, printable
+from streamconv.display import printable
+from streamconv.errors import NotACheckpointError, SourceError, UnsafePickleError
 from streamconv.formats.limits import MAX_NAME_LENGTH, MAX_TENSORS, check_name
 from streamconv.formats.non_tensors import Kind, NonTensor, describe
 from streamconv.formats.unread import Unread

@@ -9,13 +9,8 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-from streamconv.errors import (
-    CorruptError,
-    NotACheckpointError,
-    SourceError,
-    TruncatedError,
-    printable,
-)
+from streamconv.display import printable
+from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError
 from streamconv.files.base import ByteRange, File
 from streamconv.files.local import MAX_JSON_BYTES
 from streamconv.formats.limits import MAX_TENSORS, are_sizes, check_name, is_shape, read_json

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.errors import CorruptError, NotACheckpointError, SourceMissingError, printable
+from streamconv.display import printable
+from streamconv.errors import CorruptError, NotACheckpointError, SourceMissingError
 from streamconv.files.address import Location
 from streamconv.files.local import read_small
 from streamconv.formats.foreign.folders import missing_link

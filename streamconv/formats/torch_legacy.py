@@ -13,7 +13,8 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import Any, NoReturn
 
-from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError, printable
+from streamconv.display import printable
+from streamconv.errors import CorruptError, NotACheckpointError, SourceError, TruncatedError
 from streamconv.files.base import ByteRange, File
 from streamconv.formats.limits import MAX_TENSORS
 from streamconv.formats.non_tensors import NonTensor

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.errors import CorruptError, SourceError, UnsafePickleError, printable
+from streamconv.display import printable
+from streamconv.errors import CorruptError, SourceError, UnsafePickleError
 from streamconv.formats.limits import MAX_TENSORS, are_sizes, is_shape
 from streamconv.formats.non_tensors import Kind, NonTensor, tensor_of_class
 from streamconv.formats.unread import PickleError, Unread

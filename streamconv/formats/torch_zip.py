@@ -9,7 +9,8 @@ https://docs.pytorch.org/docs/stable/notes/serialization.html and in torch/seria
 from collections.abc import Mapping
 from hashlib import sha256
 
-from streamconv.errors import CorruptError, NotACheckpointError, SourceError, printable
+from streamconv.display import printable
+from streamconv.errors import CorruptError, NotACheckpointError, SourceError
 from streamconv.files.base import File
 from streamconv.formats.non_tensors import NonTensor
 from streamconv.formats.pickled_tensors import find_tensors

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.errors import printable
+from streamconv.display import printable
 
 _ENDED = "ended"
 

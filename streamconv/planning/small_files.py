@@ -9,7 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamconv.errors import UsageError, printable
+from streamconv.display import printable
+from streamconv.errors import UsageError
 from streamconv.families.base import ConversionSpec, Family
 from streamconv.families.selection import Selection
 from streamconv.planning.image_processor import ChosenImageProcessor

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import CorruptError, OutputError, RefusedError, SourceError, SourceMissingError, printable
+from streamconv.display import printable
+from streamconv.errors import CorruptError, OutputError, RefusedError, SourceError, SourceMissingError
 from streamconv.families.image_processors import UnknownStepsError, class_name
 from streamconv.families.selection import Selection
 from streamconv.files.address import Address, Location

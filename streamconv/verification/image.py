@@ -8,7 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torchvision.transforms import functional
 
-from streamconv.errors import StreamconvError, UsageError, printable
+from streamconv.display import printable
+from streamconv.errors import StreamconvError, UsageError
 from streamconv.files.address import Address, is_valid_url
 from streamconv.files.base import ByteRange
 from streamconv.verification.preflight import URL_SCHEMES, check_image

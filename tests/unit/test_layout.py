@@ -86,7 +86,7 @@ def test_paths_and_commands_are_not_broken(printed: Printed, monkeypatch: pytest
 def test_error_lists_each_problem_with_a_hanging_indent(printed: Printed) -> None:
     problems = [f"missing: blocks.{i}.attn.qkv.weight, which {LONG}" for i in range(2)]
     error = MappingError(f"x.pth is not dinov2_vits14, and {LONG}:", problems)
-    lines = click.unstyle(printed(*error_lines(str(error)))).splitlines()
+    lines = click.unstyle(printed(*error_lines(error.summary, error.problems))).splitlines()
     assert lines[:5] == [
         "error: x.pth is not dinov2_vits14, and the saved image processor makes the",
         "       original's pixels, and both models compute the same from them at 224x224:",
@@ -94,7 +94,7 @@ def test_error_lists_each_problem_with_a_hanging_indent(printed: Printed) -> Non
         "    original's pixels, and both models compute the same from them at 224x224",
         "  missing: blocks.1.attn.qkv.weight, which the saved image processor makes the",
     ]
-    assert printed(*error_lines(str(error)), stream=io.StringIO) == f"error: {error}\n"
+    assert printed(*error_lines(error.summary, error.problems), stream=io.StringIO) == f"error: {error}\n"
     assert printed(*error_lines("")) == "\x1b[31m\x1b[1merror: \x1b[0m\n"
 
 
@@ -133,11 +133,32 @@ def test_lines_that_differ_only_in_block_numbers_are_printed_once() -> None:
         "(* stands for the blocks' numbers; --json lists each tensor)",
     ]  # fmt: skip
     assert [*folded(others)] == [others[0], others[2], others[1]]
-    printed = error_lines("\n  ".join(["It does not fit:", *chunked]))
-    assert [line.text for line in printed][1:] == [
+    printed = error_lines("It does not fit:", chunked)
+    assert [line.text.strip() for line in printed][1:] == [
         "missing: blocks.*.*.norm1.bias [4] (4 tensors)",
         "(* stands for the blocks' numbers; --json lists each tensor)",
     ]
+
+
+def test_first_twenty_problems_are_listed_and_the_rest_is_counted() -> None:
+    problems = [f"unexpected: {'abc'[i % 3]}{i}" for i in range(5_000)]
+    error = MappingError("It does not fit:", problems)
+    assert (error.problems, error.problem_count) == (tuple(problems[:1_000]), 5_000)
+    assert str(error).splitlines()[-2:] == [f"  {problems[19]}", "  … and 4,980 more"]
+    lines = [line.text.strip() for line in error_lines(error.summary, error.problems, error.problem_count)]
+    assert lines[1:] == [*problems[:20], "… and 4,980 more; --json lists the first 1,000"]
+    lines = [line.text.strip() for line in error_lines("It does not fit:", problems[:21])]
+    assert lines[-1] == "… and 1 more; --json lists them"
+    chunked = [f"missing: blocks.{i}.{part}" for part in range(30) for i in range(3)]
+    assert [*folded(chunked)][19:] == [
+        "missing: blocks.*.19 (3 tensors)", "… and 30 more; --json lists them",
+        "(* stands for the blocks' numbers; --json lists each tensor)",
+    ]  # fmt: skip
+
+
+def test_long_problem_is_shortened() -> None:
+    error = MappingError("It does not fit:", ["x" * 2_000])
+    assert error.problems == ("x" * 499 + "…",)
 
 
 @pytest.mark.parametrize(

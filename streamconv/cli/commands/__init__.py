@@ -51,11 +51,11 @@ class Program(click.Group):
                 print(error.format_message(), file=sys.stderr)
                 sys.exit(error.exit_code)
             if isinstance(error, click.ClickException):
-                printer.fail(_message(error), UsageError.exit_code, UsageError.__name__)
+                printer.fail(UsageError(_message(error)))
             if isinstance(error, ModuleNotFoundError) and not (error.name or "streamconv").startswith("streamconv"):
                 error = _missing(error)
             if isinstance(error, StreamconvError):
-                printer.fail(str(error), error.exit_code, type(error).__name__, getattr(error, "problems", ()))
+                printer.fail(error)
             raise  # a bug: show its traceback
         code = code if isinstance(code, int) else 0
         if standalone_mode:

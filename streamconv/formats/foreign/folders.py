@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-from streamconv.errors import NotACheckpointError, printable
+from streamconv.display import printable
+from streamconv.errors import NotACheckpointError
 from streamconv.formats.foreign.advice import merge_distributed, merge_zero, save_for_torch
 
 _RANK_FILE = re.compile(r"(.*\D)??(rank[._-]?|mp_rank_)\d+(\D.*)?\.(pth|pt)")

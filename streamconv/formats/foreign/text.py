@@ -8,7 +8,7 @@ import json
 import re
 from codecs import getincrementaldecoder
 
-from streamconv.errors import printable
+from streamconv.display import printable
 from streamconv.files.error_json import error_message
 
 _FAILED = "the download failed"

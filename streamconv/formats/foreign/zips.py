@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from streamconv.errors import first_few, printable
+from streamconv.display import first_few, printable
 from streamconv.formats.foreign.advice import save_for_torch
 
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pth.tar", ".pt", ".ckpt", ".npz")
