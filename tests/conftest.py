@@ -11,8 +11,9 @@ import pytest
 from streamconv.files import retries
 from streamconv.output import contents, hashing, writer
 from tests.file_server import FileServer, serving
+from tests.hostile import Attacked, Refusal
 from tests.hub_server import TOKEN, HubServer, running
-from tests.support import HUB_MODEL, Opener, Refusal, Save
+from tests.support import HUB_MODEL, Save
 
 
 @pytest.fixture(autouse=True)
@@ -54,11 +55,17 @@ def read_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def refusal() -> Iterator[Refusal]:
-    """Yield `Opener.refusal` of one process for the whole test run."""
-    opener = Opener()
-    yield opener.refusal
-    opener.close()
+def attacked() -> Iterator[Attacked]:
+    """Yield one process for the commands of the whole test run; see `tests.hostile`."""
+    process = Attacked()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def refusal(attacked: Attacked) -> Refusal:
+    """Return `Attacked.refusal`."""
+    return attacked.refusal
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import select
 import subprocess
 import sys
 import zipfile
@@ -45,7 +44,6 @@ from tests.hub_server import TOKEN, HubServer
 
 ROOT = Path(__file__).parents[1]
 Save = Callable[..., tuple[Path, Path | None]]  # the fixture `save`
-Refusal = Callable[..., str]  # the fixture `refusal`
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports how memory is used")
 
 
@@ -197,74 +195,6 @@ def checkpoint_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path = Pat
         record = Record(FileRef(path, info.nbytes), name, ByteRange(0, info.nbytes))
         tensors[name] = SourceTensor(info, record, 0, contiguous_strides(shape))
     return Checkpoint(tensors, {}, [], "")
-
-
-# Hostile files
-
-OPENER = """
-import json, os, sys, time
-import streamconv
-
-def rss_bytes(name):
-    return int(dict(line.split(":", 1) for line in open("/proc/self/status"))[name].split()[0]) << 10
-
-base = rss_bytes("VmHWM")
-for line in sys.stdin:
-    if not os.fork():
-        path, folder = json.loads(line)
-        os.chdir(folder)
-        before, start = rss_bytes("VmRSS"), time.process_time()  # CPU time: the machine may have other work
-        try:
-            streamconv.open_checkpoint(path).close()
-            error, text = "none", "it was opened"
-        except Exception as e:
-            error, text = type(e).__name__ if isinstance(e, streamconv.SourceError) else f"bare {type(e)}", str(e)
-        seconds = time.process_time() - start
-        print(json.dumps([error, text, seconds, base + rss_bytes("VmHWM") - before]), flush=True)
-        os._exit(0)
-    os.wait()
-"""
-
-
-class Opener:
-    """A process that opens each checkpoint in a forked process, which measures its own time and peak memory."""
-
-    def __init__(self) -> None:
-        words = [sys.executable, "-c", OPENER]
-        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-
-    def refusal(self, path: Path, seconds: float = 1.0) -> str:
-        """Return the error message from opening ``path``, after checking that it took little time and memory.
-
-        Other programs on the machine can only add to the time, so the fastest of three attempts counts.
-        """
-        for _ in range(3):
-            error, text, took, peak = self._open(path)
-            if took < seconds:
-                break
-        assert error.endswith("Error"), text
-        assert not error.startswith("bare"), (error, text)
-        assert took < seconds, f"{took:.2f} s for {text}"
-        assert peak < 100_000_000, f"{peak:,} bytes for {text}"
-        assert len(text) < 1000, text[:2000]
-        assert text.isprintable(), text
-        return text
-
-    def _open(self, path: Path) -> tuple[str, str, float, int]:
-        """Return the class and the message of the error, the seconds of CPU time, and the peak memory in bytes."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([str(path), os.getcwd()]) + "\n")
-        self._process.stdin.flush()
-        assert select.select([self._process.stdout], [], [], 60)[0], f"{path} is still being opened"
-        line = self._process.stdout.readline()
-        assert line, f"the process that opened {path} ended"
-        error, text, took, peak = json.loads(line)
-        return error, text, took, peak
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 # Conversions straight to the Hub

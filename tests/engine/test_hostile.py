@@ -1,6 +1,7 @@
 """Malicious files: each is refused with one clear message, within a second and 100 MB of memory.
 
-The files are written by hand, small or sparse. Each one is opened in a forked process, which measures itself.
+The files are written by hand, small or sparse. Each one is converted by the command line in a forked process, which
+measures itself; nothing may be written.
 """
 
 import json
@@ -19,7 +20,8 @@ import torch
 
 import streamconv
 from tests.checkpoints import bytes_of
-from tests.support import Refusal, rewrite
+from tests.hostile import Refusal
+from tests.support import rewrite
 
 # Pickles
 

@@ -20,7 +20,8 @@ from streamconv import CorruptError, NotACheckpointError, SourceError
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
-from tests.support import Refusal, model_files, tiny
+from tests.hostile import Refusal
+from tests.support import model_files, tiny
 
 DTYPES = ("<f8", "<f4", "<f2", "<i8", "<i4", "<i2", "|i1", "<u8", "<u4", "<u2", "|u1", "|b1", "<c8")
 

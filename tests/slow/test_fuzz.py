@@ -18,7 +18,8 @@ from streamconv.formats import limits
 from streamconv.tensors.info import BY_NUMPY_NAME
 from tests.checkpoints import EVERY_KIND, described, read_or_refuse
 from tests.fuzz import mutated
-from tests.support import Refusal, rewrite
+from tests.hostile import Refusal
+from tests.support import rewrite
 
 WIDE_KEY = "a" * 1_000_000 + "🙂"
 WIDE_KEYS = b"\x80\x02](" + (b"X" + struct.pack("<I", 1_000_004) + WIDE_KEY.encode()) * 12  # after all tensors
