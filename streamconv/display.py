@@ -1,17 +1,63 @@
 """How text from elsewhere is shown: names of files and tensors, what a file or a server says.
 
-Nothing that others wrote may control a terminal, reorder a line or fill a screen. `visible` is applied once to all text
-at the border, where it leaves the program. `printable` and `first_few` keep a message short where it is written.
+Nothing that others wrote may control a terminal, reorder a line, begin a line of its own or fill a screen. `visible` is
+applied to every line where it leaves the program: in a terminal, a log, an error's message, a report, a model card.
+`printable` and `first_few` also keep each name short, where a message is written.
+
+Text that leaves the program is therefore one line. Lines of their own are separate strings up to that border.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 
+LINE_LENGTH = 2_000  # two paths of ordinary length and an explanation, and less than a screen of 80 x 25 characters
+NAME_LENGTH = 80
+MAX_MARKS = 4  # accents on one letter; more would be drawn over other lines
+# Characters that Python calls printable and that fonts draw as nothing, or as a space.
+_BLANK = frozenset(
+    map(chr, (0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x2800, 0x3164, *range(0xFE00, 0xFE10),
+              0xFFA0, *range(0xE0100, 0xE01F0)))
+)  # fmt: skip
+# Persian and Indic words, and pictures of several people, are spelled with them. They join what is beside them.
+_JOINERS = "\u200c\u200d\ufe0f"
+_FIRST_JOINED = "\u0590"
 
-def visible(text: str) -> str:
-    """Escape what controls a terminal or reorders text: names of files, and what files say, may contain it."""
-    if text.isprintable():
+
+def visible(text: str, length: int = LINE_LENGTH) -> str:
+    """Return ``text`` as one line for people, in which what controls a terminal or reorders text is escaped.
+
+    Escaped are line breaks, all other control and format characters, every space but " ", unassigned and private
+    characters, half of a surrogate pair, and what is drawn as nothing. Letters of all scripts and pictures stay. If the
+    line is longer than ``length``, its middle is replaced by "…": its end may say how to fix an error.
+
+    >>> visible("a\\x1b[2Jb\\nLooks ok!\\u202e")
+    'a\\\\x1b[2Jb\\\\nLooks ok!\\\\u202e'
+    """
+    if len(text) <= length and text.isascii() and text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\xa0" else c.encode("unicode_escape").decode() for c in text)
+    line = "".join(_visible_characters(_without_middle(text, length)))
+    return _without_middle(line, length)
+
+
+def _visible_characters(text: str) -> Iterator[str]:
+    import unicodedata  # most text is ASCII
+
+    before, marks = "", 0
+    for at, c in enumerate(text):
+        is_shown = c.isprintable() and c not in _BLANK
+        if not c.isascii():
+            marks = marks + 1 if unicodedata.category(c) in ("Mn", "Me") else 0
+            if c in _JOINERS:
+                after = text[at + 1 : at + 2]
+                is_shown = before >= _FIRST_JOINED and (c == "\ufe0f" or after > _FIRST_JOINED)
+        before = c if is_shown and c not in "\u200c\u200d" else ""
+        yield c if is_shown and marks <= MAX_MARKS else c.encode("unicode_escape").decode()
+
+
+def _without_middle(text: str, length: int) -> str:
+    if len(text) <= length:
+        return text
+    end = length // 3
+    return f"{text[: length - end - 1]}…{text[-end:]}"
 
 
 def shortened(text: str, length: int) -> str:
@@ -20,9 +66,8 @@ def shortened(text: str, length: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Return ``text`` for use in a message: shortened to 80 characters, without control characters."""
-    text = shortened(text, 80)
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
+    """Return ``text`` for use in a message: shortened to `NAME_LENGTH` characters, escaped as by `visible`."""
+    return visible(shortened(text, NAME_LENGTH), 10 * NAME_LENGTH)
 
 
 def first_few(names: Iterable[str], count: int = 5) -> str:

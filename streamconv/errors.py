@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from streamconv.display import first_lines, shortened
+from streamconv.display import first_lines, shortened, visible
 
 SHOWN_PROBLEMS = 20
 KEPT_PROBLEMS = 1_000
@@ -20,9 +20,15 @@ PROBLEM_LENGTH = 500  # two shapes, and two names of ordinary length
 
 
 class StreamconvError(Exception):
-    """Base class of all errors. ``exit_code`` is the exit code of the command line."""
+    """Base class of all errors. ``exit_code`` is the exit code of the command line.
+
+    ``str(error)`` is one line, safe to print and to log: what a file or a server says is escaped (`display.visible`).
+    """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An exception's own __reduce__ calls the class with ``args``, the message, which some classes do not take.
@@ -93,8 +99,9 @@ class NoRangesError(SourceError):
 class MappingError(SourceError):
     """Tensors are missing, unexpected or of the wrong shape.
 
-    The message is ``summary`` and the first `SHOWN_PROBLEMS` of the problems. ``problems`` holds up to
-    `KEPT_PROBLEMS` of them, each shortened to `PROBLEM_LENGTH` characters; ``problem_count`` is the number of all.
+    The message is ``summary`` and, on lines of their own, the first `SHOWN_PROBLEMS` of the problems.
+    ``problems`` holds up to `KEPT_PROBLEMS` of them, each shortened to `PROBLEM_LENGTH` characters; ``problem_count``
+    is the number of all.
     """
 
     def __init__(self, summary: str, problems: Iterable[str]):
@@ -102,7 +109,11 @@ class MappingError(SourceError):
         self.summary = summary
         self.problems = tuple(shortened(each, PROBLEM_LENGTH) for each in islice(rest, KEPT_PROBLEMS))
         self.problem_count = len(self.problems) + sum(1 for _ in rest)
-        super().__init__("\n  ".join([summary, *first_lines(self.problems, SHOWN_PROBLEMS, self.problem_count)]))
+        super().__init__(summary)
+
+    def __str__(self) -> str:
+        lines = [self.summary, *first_lines(self.problems, SHOWN_PROBLEMS, self.problem_count)]
+        return "\n  ".join(map(visible, lines))
 
 
 class OutputError(StreamconvError):

@@ -107,19 +107,22 @@ def values_of(options: Sequence[click.Parameter], given: dict[str, Any]) -> dict
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return visible(super().format(record).strip())
 
 
 def _log(ctx: click.Context, verbosity: int) -> None:
     """Log to stderr until the command ends: warnings; with -v also the important steps, with -vv everything."""
     logger, handler = logging.getLogger("streamconv"), logging.StreamHandler()
-    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s" if verbosity else "%(message)s"))
+    loggers = (logger, logging.getLogger("py.warnings"))  # the latter are of Python and of other packages
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s" if verbosity else "warning: %(message)s"))
     before = logger.level
 
     def stop() -> None:
-        logger.removeHandler(handler)
+        for each in loggers:
+            each.removeHandler(handler)
         logger.setLevel(before)
 
-    logger.addHandler(handler)
+    for each in loggers:
+        each.addHandler(handler)
     logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)])
     ctx.call_on_close(stop)

@@ -1,4 +1,8 @@
-"""Prints lines for people: wrapped at words and coloured in a terminal, unwrapped in a pipe or a log."""
+"""Prints lines for people: wrapped at words and coloured in a terminal, unwrapped in a pipe or a log.
+
+This is the border for all text that reaches a terminal. A line may contain anything that a file or a server says:
+`laid_out` escapes it, so only `Line` makes colours, and only the end of a line is a line break.
+"""
 
 import os
 import re
@@ -18,13 +22,15 @@ from streamconv.errors import SHOWN_PROBLEMS
 _UNBROKEN = r"`[^`]+`|--[\w-]+ \S+|\[[\d, ]+\]|streamconv \w+ --\w+|\d (?:bytes|[kMGT]B(?:/s)?|s|min|h)\b"
 _NO_BREAK = "\0"  # stands for their spaces while text is wrapped; no path can contain it
 MIN_COLUMNS = 40
+MIN_HANG = 2  # so that text from elsewhere, however it is wrapped, never looks like a line of ours
+LONGEST_PART = 80  # characters of a part that is not broken, unless the user typed it
 _BLOCK_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 FEW_ALIKE = 2  # lines that differ only in a block's number and are still printed one by one
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of text after a ``head`` that may be styled.
+    """A line: a ``label``, a ``head`` in colour or bold, and the text.
 
     Continuation lines are indented by ``hang`` columns; by default, they are aligned with the beginning of the text.
     """
@@ -32,6 +38,9 @@ class Line:
     head: str
     text: str
     hang: int | None = None
+    colour: str | None = None
+    is_bold: bool = False
+    label: str = ""
 
 
 def indented(text: str) -> Line:
@@ -43,9 +52,8 @@ def indented(text: str) -> Line:
 
 def error_lines(message: str, problems: Sequence[str] = (), count: int = 0) -> list[Line]:
     """Return an error's lines. ``count``: the number of all problems, if ``problems`` are the first of them."""
-    first, *others = message.split("\n")
     listed = [f"  {line}" for line in folded(problems, max(count, len(problems)))]
-    return [Line(click.style("error: ", fg="red", bold=True), first), *map(indented, [*others, *listed])]
+    return [Line("error: ", message, colour="red", is_bold=True), *map(indented, listed)]
 
 
 def folded(lines: Sequence[str], count: int = 0) -> Iterator[str]:
@@ -94,20 +102,34 @@ def print_wrapped(lines: Iterable[str | Line], stream: TextIO) -> None:
         click.echo(laid_out(line, columns), stream, color=is_coloured)
 
 
+def print_unwrapped(lines: Iterable[str], stream: TextIO) -> None:
+    """Print what is copied or read by a program: commands, scripts, JSON. However long, each line stays one line."""
+    click.echo("\n".join(visible(line, max(len(line), 1)) for line in lines), stream)
+
+
 def laid_out(line: str | Line, columns: int | None) -> str:
     """Return a line, wrapped to ``columns``. Words, `_UNBROKEN` parts and the user's arguments are never broken."""
     line = line if isinstance(line, Line) else indented(line)
-    text = visible(line.text)
+    label, head, text = visible(line.label), visible(line.head), visible(line.text)
+    is_styled = bool(head) and (line.colour is not None or line.is_bold)
+    begin = label + (click.style(head, fg=line.colour, bold=line.is_bold or None) if is_styled else head)
     if columns is None:
-        return line.head + text
+        return begin + text
     typed = (re.escape(word) for word in sys.argv[1:] if " " in word)  # such as a path with a space
-    head = " " * len(click.unstyle(line.head))
+    head = " " * len(label + head)
+    hang = " " * max(MIN_HANG, len(head) if line.hang is None else line.hang)
     wrapped = textwrap.fill(
-        re.sub("|".join([*typed, _UNBROKEN]), lambda match: match[0].replace(" ", _NO_BREAK), text),
+        re.sub("|".join([*typed, _UNBROKEN]), _without_breaks, text),
         columns,
         initial_indent=head,
-        subsequent_indent=head if line.hang is None else " " * line.hang,
+        subsequent_indent=hang,
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return line.head + wrapped[len(head) :].replace(_NO_BREAK, " ")
+    return begin + wrapped[len(head) :].replace(_NO_BREAK, " ")
+
+
+def _without_breaks(match: re.Match[str]) -> str:
+    """Keep a part together unless it is so long that the terminal would break it, and begin a line within it."""
+    part = match[0]
+    return part.replace(" ", _NO_BREAK) if len(part) <= LONGEST_PART or part in sys.argv else part

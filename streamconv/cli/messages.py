@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import click
-
 from streamconv.cli.layout import Line, folded
 from streamconv.cli.units import duration, size, speed
 from streamconv.families.base import Family, Model
@@ -121,7 +119,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _warning(text: str) -> Line:
-    return Line(f"  {click.style('warning:', fg=INCOMPLETE)} ", text)
+    return Line("warning:", f" {text}", hang=len("  warning: "), colour=INCOMPLETE, label="  ")
 
 
 # Entries of config.json that describe a model to a person who trained it.
@@ -166,7 +164,7 @@ def plan_lines(plan: Plan, with_mapping: bool = False) -> Iterator[Line | str]:
 def model_lines() -> Iterator[Line | str]:
     """Yield a table for each family and licence, 80 columns wide at most."""
     for family, licence, models in _groups():
-        yield Line(click.style(f"{family.name}, licence {licence}", bold=True), "")
+        yield Line(f"{family.name}, licence {licence}", "", is_bold=True)
         rows = [(each.name, each.published_name, size(_weights(family, each))) for each in models]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for name, published, weights in rows:
@@ -204,7 +202,7 @@ def _weights(family: Family, model: Model) -> int:
 def verification_lines(verification: Verification) -> Iterator[Line | str]:
     for check in verification.checks:
         colour = BAD if check.passed is False else INCOMPLETE if check.passed is None or check.not_checked else GOOD
-        yield Line(f"{check.name:14}{click.style(f'{VERDICTS[check.passed]:9}', fg=colour)}", check.finding)
+        yield Line(f"{VERDICTS[check.passed]:9}", check.finding, colour=colour, label=f"{check.name:14}")
         numbers = [*_number_lines(check, verification.device), *_size_lines(check, verification)]
         details = [*folded(check.problems), *numbers, check.not_checked]
         yield from (Line(" " * INDENT, line) for line in details if line)
@@ -218,8 +216,8 @@ def verification_lines(verification: Verification) -> Iterator[Line | str]:
 
 def _verdict(verification: Verification) -> Line:
     conclusion = verification.conclusion
-    head = click.style(conclusion.title, fg=COLOURS[conclusion.kind], bold=True)
-    return Line(head, "".join(f" {text}" for text in (conclusion.details, conclusion.cast_cost) if text), hang=2)
+    text = "".join(f" {text}" for text in (conclusion.details, conclusion.cast_cost) if text)
+    return Line(conclusion.title, text, hang=2, colour=COLOURS[conclusion.kind], is_bold=True)
 
 
 def _number_lines(check: Check, device: str | None) -> Iterator[str]:

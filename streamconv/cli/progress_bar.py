@@ -13,8 +13,9 @@ from typing import Any
 
 import click
 
-from streamconv.cli.layout import columns_of
+from streamconv.cli.layout import columns_of, print_wrapped
 from streamconv.cli.units import size, speed
+from streamconv.display import visible
 
 DRAW_INTERVAL_SECONDS = 0.1
 LOG_INTERVAL_SECONDS = 10.0  # between two log lines about the same step
@@ -69,9 +70,9 @@ class ProgressReport:
         self._printed_at = now
         amounts = self._amounts(done, total, unit, now - self._started_at)
         if self._bar is not None:
-            _draw(self._bar, step, done, "  ".join(amounts))
+            _draw(self._bar, visible(step), done, "  ".join(amounts))
         else:
-            print(step if is_new else f"{step}: {', '.join(amounts)}", file=sys.stderr, flush=True)
+            print_wrapped([step if is_new else f"{step}: {', '.join(amounts)}"], sys.stderr)
 
     def _amounts(self, done: int, total: int, unit: str, seconds: float) -> list[str]:
         """Describe how much is done; for bytes, also the speed since the step started and the remaining time."""

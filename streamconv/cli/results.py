@@ -3,8 +3,6 @@
 import sys
 from collections.abc import Callable
 
-import click
-
 from streamconv.cli.layout import Line, print_wrapped
 from streamconv.cli.messages import conversion_lines, published_lines, target_text, verification_lines
 from streamconv.cli.progress_bar import ProgressReport
@@ -50,7 +48,7 @@ class Results:
         if self._printer.as_json or self._printer.is_quiet or not results:
             return
         if self._verification is None:
-            print_lines([Line(click.style("not verified", fg="yellow"), "")])
+            print_lines([Line("not verified", "", colour="yellow")])
         if published is not None:
             print_lines(published_lines(published))
 
@@ -76,7 +74,7 @@ def print_notes(verification: Verification) -> None:
     notes = [verification.device_note]
     if verification.not_recorded:
         notes.append(f"the result was not recorded: {verification.not_recorded}")
-    print_wrapped([Line(click.style("note: ", fg="yellow"), note) for note in notes if note], sys.stderr)
+    print_wrapped([Line("note: ", note, colour="yellow") for note in notes if note], sys.stderr)
 
 
 def print_report_path(path: StrPath | None, printer: Printer) -> None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TextIO
 
-from streamconv.cli.layout import Line, error_lines, print_wrapped
+from streamconv.cli.layout import Line, error_lines, print_unwrapped, print_wrapped
 from streamconv.errors import MappingError, OutputError, StreamconvError
 from streamconv.files.address import redacted
 
@@ -72,7 +72,7 @@ def run_with_signals(command: Callable[[], object]) -> None:
         # A library may catch the interruption, for instance while it imports torch, and raise an error of its own.
         if not InterruptedByUser.was_raised or (isinstance(error, SystemExit) and not error.code):
             raise
-        print(f"Interrupted. To resume, run\n  {_command_to_resume(sys.argv[1:])}", file=sys.stderr)
+        _print_how_to_resume()
         sys.exit(130)
     finally:
         for number in signals:
@@ -82,6 +82,10 @@ def run_with_signals(command: Callable[[], object]) -> None:
 def shown_command(arguments: list[str]) -> str:
     """Return the command line without the parts of URLs that may be secret: users, passwords, queries."""
     return shlex.join(["streamconv", *map(redacted, arguments)])
+
+
+def _print_how_to_resume() -> None:
+    print_unwrapped(["Interrupted. To resume, run", f"  {_command_to_resume(sys.argv[1:])}"], sys.stderr)
 
 
 def _command_to_resume(arguments: list[str]) -> str:
@@ -106,7 +110,7 @@ class Printer:
         """Print a result as JSON, or as text unless --quiet was given. A failure is always printed."""
         if self.as_json:
             self._has_printed = True
-            _print(lambda: print(json.dumps(result, indent=2)))
+            print_script(json.dumps(result, indent=2))
         elif is_failure or not self.is_quiet:
             print_lines(lines)
 
@@ -138,6 +142,11 @@ def print_lines(lines: Iterable[str | Line]) -> None:
         OutputError: stdout cannot be written.
     """
     _print(lambda: print_wrapped(lines, sys.stdout))
+
+
+def print_script(text: str) -> None:
+    """Print JSON or a shell's script on stdout; errors as for `print_lines`."""
+    _print(lambda: print_unwrapped(text.splitlines(), sys.stdout))
 
 
 def _print(write: Callable[[], None]) -> None:

@@ -4,7 +4,6 @@ These packages handle a store's protocol and credentials. Which ranges are reque
 is the same as over http: see `remote`.
 """
 
-import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -22,8 +21,9 @@ from streamconv.files.address import Address, redacted
 from streamconv.files.base import ByteRange
 from streamconv.files.remote import MAX_IN_FLIGHT, RemoteFile
 from streamconv.files.retries import RETRIES_BEFORE_OPEN, RETRY_WAITS_SECONDS
+from streamconv.logs import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class FsspecFile(RemoteFile):

@@ -4,7 +4,6 @@ The first response gives the file's length and its ETag or Last-Modified (8.8). 
 it, so that parts of two different files are never mixed: see `versions`.
 """
 
-import logging
 import re
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -25,8 +24,9 @@ from streamconv.files.refusals import refusal
 from streamconv.files.remote import WINDOW_BYTES, PendingRange, RemoteFile
 from streamconv.files.retries import RetryLater, RetryNow
 from streamconv.files.versions import HttpVersion, Versions
+from streamconv.logs import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 MAX_REDIRECTS = 10
 _BUSY = (408, 425, 429, 500, 502, 503, 504)

@@ -5,7 +5,6 @@ the next few requests are sent while one response is read. Their responses wait 
 the memory of this process depends neither on the size of the file nor on the speed of the network.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from streamconv.files.address import Address
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.files.retries import Retries
 from streamconv.files.versions import ProvedBy
+from streamconv.logs import logger
 
 WINDOW_BYTES = 256 << 10  # a small read, as of an index, fetches this many bytes and keeps them
 MAX_WINDOWS = 8  # kept at once
@@ -27,7 +27,7 @@ MAX_IN_FLIGHT = 4  # requests sent and not read yet
 GAP_BYTES = 16 << 10  # a smaller gap is read and discarded: a millisecond on most networks, less than a new request
 _SKIP_BYTES = 64 << 10
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class RangeResponse(Protocol):

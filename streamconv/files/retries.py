@@ -1,13 +1,13 @@
 """Decides how long to wait before a retry, and when to give up."""
 
-import logging
 import time
 
 from streamconv.display import printable
 from streamconv.errors import NetworkError
 from streamconv.files.address import redacted
+from streamconv.logs import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # Before each retry, until a byte arrives. The first is for a connection that the server closed while it was idle.
 RETRY_WAITS_SECONDS = (0, 1, 2, 4, 8, 16, 30, 30)

@@ -5,7 +5,6 @@ bytes. So a response of another version does not prove a change: the request is 
 read first answers. If it does not come back, CRC-32s can still prove the bytes.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -14,8 +13,9 @@ from streamconv.display import printable
 from streamconv.errors import ChangedError
 from streamconv.files.base import is_same_version
 from streamconv.files.retries import RetryNow
+from streamconv.logs import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 MAX_OTHERS_IN_A_ROW = 20  # if two servers answer at random, one of them does so 20 times in a row once in a million
 

@@ -4,7 +4,6 @@ Everything that huggingface_hub raises becomes a `HubError` that says what went 
 The original exception is dropped, even as a cause: a server may have echoed the request's headers into it.
 """
 
-import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from streamconv._version import __version__
 from streamconv.errors import HubError, StreamconvError
 from streamconv.hub.transport import network_errors, timeout_errors
+from streamconv.logs import logger
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 Result = TypeVar("Result")
 

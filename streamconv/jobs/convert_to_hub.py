@@ -4,7 +4,6 @@ The output folder is only for staging and is removed at the end. Until then its 
 uploaded, so that an interrupted run does not upload them again. After verification, one commit makes the model visible.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from streamconv.jobs.convert import shard_progress
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.jobs.prepare import PreparedSource
 from streamconv.jobs.publish import Published, card_files, commit
+from streamconv.logs import logger
 from streamconv.output.files import as_output_error
 from streamconv.output.folder import OutputFolder, open_output_folder
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
@@ -30,7 +30,7 @@ from streamconv.progress import Progress
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.verification.result import Verification
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 SPARSE_FOLDER_NAME = ".streamconv-sparse"
 

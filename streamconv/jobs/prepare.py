@@ -3,7 +3,6 @@
 Download, writing, verification and publishing share the result.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from streamconv.families.base import Model
 from streamconv.files.address import Address, local_path
 from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.jobs.own_image_processor import own_image_processor
+from streamconv.logs import logger
 from streamconv.output.files import temporary_path
 from streamconv.output.journal import JOURNAL_NAME, Journal
 from streamconv.output.ownership import owned_names
@@ -30,7 +30,7 @@ from streamconv.source.resolve import Source, resolve_source
 from streamconv.source.small_files import remember_small_files
 from streamconv.tensors.expressions import Record, parts_of
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 @dataclass(frozen=True)

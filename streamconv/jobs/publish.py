@@ -1,7 +1,6 @@
 """Publishes a finished folder on the Hub."""
 
 import hashlib
-import logging
 import os
 import shlex
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from streamconv.hub.names import published_model
 from streamconv.hub.repository import Repository
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
+from streamconv.logs import logger
 from streamconv.output.journal import JOURNAL_NAME
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, is_weights
 from streamconv.progress import Progress, ignore_progress, job
@@ -28,7 +28,7 @@ from streamconv.progress import Progress, ignore_progress, job
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 @dataclass(frozen=True)

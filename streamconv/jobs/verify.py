@@ -3,7 +3,6 @@
 Importing this module does not import torch; the checks that run models do when they run.
 """
 
-import logging
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from streamconv.jobs.beside import beside
 from streamconv.jobs.model_options import check_names, check_options, started_models
 from streamconv.jobs.options import ConversionOptions, SourceOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
+from streamconv.logs import logger
 from streamconv.output.files import write_file
 from streamconv.output.finished import find_edited
 from streamconv.output.journal import JOURNAL_NAME
@@ -36,7 +36,7 @@ from streamconv.verification.result import Check, ModelResults, Verification
 from streamconv.verification.sparse_folder import write_sparse_folder
 from streamconv.verification.structure import unexpected_weights
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 @job

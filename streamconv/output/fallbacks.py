@@ -5,12 +5,13 @@ once for each file system, and is part of the results of conversions.
 """
 
 import errno
-import logging
 import os
 from enum import Enum
 from pathlib import Path
 
-_log = logging.getLogger(__name__)
+from streamconv.logs import logger
+
+_log = logger(__name__)
 
 NOT_SUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
 """The errors with which POSIX, Linux and FUSE refuse a call that a file system lacks. EIO and others are failures."""

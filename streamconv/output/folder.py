@@ -4,7 +4,6 @@ A finished folder has ``streamconv.json``, its manifest. An unfinished one has a
 writes holds a lock.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamconv.formats.safetensors import INDEX_NAME
+from streamconv.logs import logger
 from streamconv.output.disk import allocated_bytes, require_space
 from streamconv.output.files import as_output_error, make_folder, sync_folder, temporary_path, write_file
 from streamconv.output.journal import JOURNAL_NAME, Journal
@@ -19,7 +19,7 @@ from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, Writ
 from streamconv.output.open_journal import OpenJournal, locked_journal
 from streamconv.output.ownership import owned_names, require_free
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class OutputFolder:

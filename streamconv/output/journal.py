@@ -6,18 +6,18 @@ interrupted process left is read back, and must match.
 """
 
 import json
-import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.files.local import read_small
+from streamconv.logs import logger
 from streamconv.output.manifest import FORMAT_VERSION, Provenance, WrittenFile
 from streamconv.output.processes import Process
 from streamconv.output.typed_json import parse
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 JOURNAL_NAME = ".streamconv-journal"  # in a folder that is written
 

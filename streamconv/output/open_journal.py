@@ -1,7 +1,6 @@
 """The journal of an output that this process writes: locked, and synced line by line."""
 
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,13 +10,14 @@ from typing import Any
 
 from streamconv.errors import OutputError
 from streamconv.files.local import MAX_JSON_BYTES
+from streamconv.logs import logger
 from streamconv.output.files import as_output_error, sync_file, temporary_path
 from streamconv.output.journal import NOT_STARTED, Journal, ResumePoint, name_in
 from streamconv.output.locks import LockedError, LockedFile, open_exclusive, require_unlocked
 from streamconv.output.manifest import FORMAT_VERSION, Provenance, WrittenFile
 from streamconv.output.processes import Process
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class OpenJournal:

@@ -1,19 +1,19 @@
 """Resumable files that are written next to others instead of into a separate folder."""
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from streamconv.errors import OutputError
+from streamconv.logs import logger
 from streamconv.output.disk import allocated_bytes, require_space
 from streamconv.output.files import temporary_path
 from streamconv.output.journal import Journal, name_in
 from streamconv.output.manifest import Provenance, differences
 from streamconv.output.open_journal import OpenJournal, locked_journal
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 def journal_path(files: Iterable[Path]) -> Path:

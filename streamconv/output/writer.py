@@ -9,7 +9,6 @@ vouches for those whose records had been read and checked completely. A record t
 checked and cast again, and must give the bytes that the file holds.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from types import TracebackType
 
 from streamconv.errors import CorruptError
 from streamconv.files.reader import Reader
+from streamconv.logs import logger
 from streamconv.output.contents import Contents, Segments, batches, size_of
 from streamconv.output.files import OutputFile, PageAligner, atomic_file
 from streamconv.output.folder import OutputFolder
@@ -33,7 +33,7 @@ from streamconv.tensors.checksums import RecordChecks
 # through the page cache, two fit in a 64 MB cgroup.
 SYNC_BYTES = 32 << 20
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 Advance = Callable[[int, bool], None]
 """Called with the number of a file's bytes that are done, and whether an earlier process had written the last ones."""

@@ -1,6 +1,5 @@
 """Finds the copy of a file in torch.hub's cache, if it is known to have the same bytes as the file at its URL."""
 
-import logging
 import os
 from contextlib import suppress
 from dataclasses import replace
@@ -11,10 +10,11 @@ from streamconv.files.address import Address
 from streamconv.files.base import UNVERSIONED, is_same_version
 from streamconv.files.remote import RemoteFile
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
+from streamconv.logs import logger
 from streamconv.source.cache import Download, own_path, torch_hub_path
 from streamconv.source.resolve import Source
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 def find_copy(address: Address, file: RemoteFile, remote: Checkpoint | None) -> Checkpoint | None:

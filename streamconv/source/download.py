@@ -1,6 +1,5 @@
 """Downloads a source's files into torch.hub's cache: complete or absent, and resumed after an interruption."""
 
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from streamconv.files.open import open_file
 from streamconv.files.reader import Reader
 from streamconv.files.remote import RemoteFile
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
+from streamconv.logs import logger
 from streamconv.output.disk import require_space, require_writable
 from streamconv.output.files import as_output_error, make_folder, temporary_path
 from streamconv.output.journal import Journal
@@ -29,7 +29,7 @@ from streamconv.tensors.checksums import RecordChecks, read_crc
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import TensorInfo
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 def downloaded(
@@ -105,7 +105,7 @@ def _cache_advice() -> Iterator[None]:
         yield
     except OutputError as error:
         hint = "This is torch.hub's cache: set TORCH_HOME to use another folder, or use --stream to keep no copy."
-        raise OutputError(f"{error}\n{hint}") from error
+        raise OutputError(f"{error} {hint}") from error
 
 
 def _download(

@@ -149,7 +149,7 @@ def open_source(
                 if source.model is None:
                     raise
                 path = torch_hub_cache() / location.name
-                raise NetworkError(f"{error}\nIf you have {location.name}, put it at\n  {path}") from error
+                raise NetworkError(f"{error} If you have {location.name}, put it at {path}") from error
         backbone = checkpoints["backbone"]
         head_select = source.head_select if source.head is None else None
         selection = find_backbone(backbone, str(source.backbone), source.select, head_select)
@@ -208,8 +208,8 @@ def _name_torch_hub_copy(source: Source) -> Iterator[None]:
         path = next((path for path in cached if _is_at(error, path)), None)
         if path is None or isinstance(error, ChangedError):
             raise
-        hint = f"It is a copy in torch.hub's cache. Delete it to fetch it again:\n  {path}"
-        raise type(error)(f"{error}\n{hint}") from error
+        hint = f"It is a copy in torch.hub's cache. Delete it to fetch it again: {path}"
+        raise type(error)(f"{error} {hint}") from error
 
 
 def _is_at(error: SourceError, path: Path) -> bool:

@@ -4,6 +4,7 @@ Importing this module does not import torch; `main` does.
 """
 
 import gc
+import io
 import logging
 import os
 import pickle
@@ -14,16 +15,20 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any, NoReturn
 
+from streamconv.display import visible
 from streamconv.errors import StreamconvError, UsageError
+from streamconv.logs import logger
 from streamconv.progress import ProgressUnit
 from streamconv.verification.process import OUT_OF_MEMORY, ModelsHere
+
+MAX_PRINTED = 10_000  # characters of what a library prints at once
 
 
 class _Parent:
     """The process that started this one."""
 
     def __init__(self) -> None:
-        # stdin and stdout carry messages, so nothing else may read stdin, and what libraries print goes to stderr.
+        # stdin and stdout carry messages, so nothing else may read stdin, and what C libraries print goes to stderr.
         self._input, self._output = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(2, 1)
@@ -68,30 +73,47 @@ class _SentLog(logging.Handler):
         self._parent = parent
 
     def emit(self, record: logging.LogRecord) -> None:
-        record.msg = self.format(record)
+        record.msg = visible(self.format(record))
         record.args = record.exc_info = record.exc_text = None
         self._parent.send("log", record)
+
+
+class _LoggedOutput(io.TextIOBase):
+    """Logs, line by line, what torch and transformers print: they quote the config.json and the names of tensors."""
+
+    def __init__(self) -> None:
+        self._log = logger(f"{__name__}.libraries")
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = f"{self._line}{text[-MAX_PRINTED:]}".split("\n")
+        for line in filter(str.strip, lines):
+            self._log.warning("torch or transformers: %s", line.strip())
+        self._line = self._line[-MAX_PRINTED:]
+        return len(text)
+
+    def fileno(self) -> int:
+        return 2
 
 
 def main() -> NoReturn:
     """Run one job, and end the process."""
     parent = _Parent()
+    log = logging.getLogger("streamconv")
+    log.addHandler(_SentLog(parent))
+    sys.stdout = sys.stderr = _LoggedOutput()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the caller shows the progress
     warnings.filterwarnings("ignore", "xFormers is")  # from the code of DINOv2's authors
     try:
         _import_models()
         options, level = parent.receive()
-        logger = logging.getLogger("streamconv")
-        logger.setLevel(level)
-        logger.addHandler(_SentLog(parent))
+        log.setLevel(level)
         models = ModelsHere(options)
         models.wait_until_ready()
         parent.send("ready", None)
         parent.send("result", models.check(parent.receive(), parent.progress))
     except BaseException as error:
         parent.send("error", _portable(error))
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
     os._exit(0)  # at once: tearing down torch's modules can take a second
 
 
@@ -105,10 +127,10 @@ def _import_models() -> None:
     try:
         import streamconv.verification.model_checks  # noqa: F401
     except (Exception, SystemExit) as error:
-        trace = "".join(traceback.format_exception_only(error)).strip().splitlines()[-3:]
+        lines = "".join(traceback.format_exception_only(error)).strip().splitlines()[-3:]
         raise UsageError(
             "torch, torchvision, transformers or accelerate cannot be imported. Reinstall the one in the error or, if "
-            "it could not map a file, allow more memory:\n  " + "\n  ".join(trace)
+            "it could not map a file, allow more memory: " + "; ".join(map(str.strip, lines))
         ) from error
     gc.freeze()
     gc.enable()

@@ -39,8 +39,8 @@ def printed(monkeypatch: pytest.MonkeyPatch) -> Printed:
 
 
 def test_text_is_wrapped_at_words_under_its_own_start(printed: Printed) -> None:
-    head = f"load          {click.style('ok       ', fg='green')}"
-    assert click.unstyle(printed(Line(head, LONG))).splitlines() == [
+    line = Line("ok       ", LONG, colour="green", label="load          ")
+    assert click.unstyle(printed(line)).splitlines() == [
         "load          ok       the saved image processor makes the original's pixels,",
         "                       and both models compute the same from them at 224x224",
     ]
@@ -115,7 +115,7 @@ def test_colours_are_for_terminals_unless_the_user_decides(
 ) -> None:  # fmt: skip
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    text = printed(Line(click.style("Looks ok!", fg="green"), ""), stream=stream)
+    text = printed(Line("Looks ok!", "", colour="green"), stream=stream)
     assert text == ("\x1b[32mLooks ok!\x1b[0m\n" if is_coloured else "Looks ok!\n")
 
 

@@ -3,6 +3,7 @@
 Nothing else prints. Errors of the jobs and of the command line end here, as one message and an exit code.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -14,6 +15,7 @@ import click
 from streamconv._version import __version__
 from streamconv.cli.command import SETTINGS
 from streamconv.cli.commands import completion, convert, models, plan, push, revert, run, synth, verify
+from streamconv.cli.layout import print_unwrapped
 from streamconv.cli.terminal import InterruptedByUser, Printer, run_with_signals
 from streamconv.errors import StreamconvError, UsageError
 from streamconv.families.near_names import did_you_mean
@@ -48,7 +50,7 @@ class Program(click.Group):
                 printer.show_error_as_json("Interrupted", "Interrupted. Run the same command again to resume.", 130)
                 raise
             if isinstance(error, click.exceptions.NoArgsIsHelpError):
-                print(error.format_message(), file=sys.stderr)
+                print_unwrapped(error.format_message().splitlines(), sys.stderr)
                 sys.exit(error.exit_code)
             if isinstance(error, click.ClickException):
                 printer.fail(UsageError(_message(error)))
@@ -109,4 +111,5 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", "xFormers is")  # from the code of DINOv2's authors
+    logging.captureWarnings(True)  # warnings of other packages are shown like ours
     run_with_signals(app)

@@ -4,7 +4,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from streamconv.cli.command import Argument, command
-from streamconv.cli.terminal import Printer, print_lines
+from streamconv.cli.terminal import Printer, print_script
 
 SHELL = Argument(
     "shell", metavar="bash|zsh|fish", type=click.Choice(["bash", "zsh", "fish"]), group="General",
@@ -24,4 +24,4 @@ def completion(printer: Printer, shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None
     program = click.get_current_context().find_root().command
-    print_lines([kind(program, {}, "streamconv", "_STREAMCONV_COMPLETE").source()])
+    print_script(kind(program, {}, "streamconv", "_STREAMCONV_COMPLETE").source())

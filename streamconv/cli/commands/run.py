@@ -8,6 +8,7 @@ import click
 import streamconv
 from streamconv import ConversionOptions
 from streamconv.cli.command import JSON, Option, command, values_of
+from streamconv.cli.layout import print_wrapped
 from streamconv.cli.options import (
     CONVERSION_OPTIONS,
     DEFAULT_MODEL,
@@ -72,7 +73,7 @@ def run(
         return 0
     if synthetic:
         if not printer.is_quiet:
-            print(f"generating a random checkpoint of {name}, seed {seed}", file=sys.stderr)
+            print_wrapped([f"generating a random checkpoint of {name}, seed {seed}"], sys.stderr)
     elif source is None and model_name is None:
         _announce_download(printer, conversion, is_confirmed=yes)
     results = Results(printer)
@@ -98,7 +99,7 @@ def run(
         return 0
     print_report_path(verification.report, printer)
     if not done.passed and push is not None and done.published is None:
-        print("Not pushed, because verification failed. To push anyway, add --push-unverified.", file=sys.stderr)
+        print_wrapped(["Not pushed, because verification failed. To push anyway, add --push-unverified."], sys.stderr)
     return 0 if done.passed else 1
 
 
@@ -115,7 +116,7 @@ def _announce_download(printer: Printer, options: ConversionOptions, *, is_confi
     what = f"{DEFAULT_MODEL} ({size / 1e9:.1f} GB) from {model.backbone.url}"
     if is_confirmed or not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
         if not printer.is_quiet:
-            print(f"No SOURCE was given: downloading {what}", file=sys.stderr)
+            print_wrapped([f"No SOURCE was given: downloading {what}"], sys.stderr)
         return
     try:
         is_confirmed = click.confirm(f"No SOURCE was given. Download {what}?", err=True)
