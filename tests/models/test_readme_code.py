@@ -71,9 +71,10 @@ def test_the_readmes_example_can_be_cancelled(
 @pytest.mark.slow
 def test_the_readmes_library_code_passes_mypy_strict(tmp_path: Path, library_code: str) -> None:
     (tmp_path / "readme.py").write_text(library_code)
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml"), "readme.py"]
-    environment = {"MYPYPATH": str(ROOT), "PATH": ""}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    command = [sys.executable, "-m", "mypy", "--strict", str(tmp_path / "readme.py")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={"PATH": ""}
+    )  # with mypy's cache there
     assert done.returncode == 0, done.stdout
 
 

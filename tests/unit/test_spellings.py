@@ -9,6 +9,7 @@ from huggingface_hub.serialization._base import parse_size_to_int
 
 from streamconv import ConversionOptions, UsageError
 from streamconv.cli.commands import app
+from streamconv.files import retries
 from streamconv.planning.shards import parse_size
 from tests.support import run
 
@@ -79,8 +80,11 @@ def _long_names() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("command", "option"), _long_names())
-def test_every_option_is_accepted_with_underscores(command: str, option: str, tmp_path: Path) -> None:
+def test_every_option_is_accepted_with_underscores(
+    command: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The two spellings are parsed alike, whatever the command then says of the rest of the line."""
+    monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", (0,) * 8)
     underscored = "--" + option[2:].replace("-", "_")
     results = [run(command, "missing.pth", word, cwd=tmp_path).stderr for word in (option, underscored)]
     assert results[0] == results[1]
