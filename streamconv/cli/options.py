@@ -11,9 +11,9 @@ from streamconv.cli.command import Argument, Option
 from streamconv.cli.terminal import shown_command
 from streamconv.errors import UsageError
 from streamconv.families.registry import all_families, is_model
-from streamconv.files.address import redacted
 from streamconv.hub.destination import Destination
 from streamconv.jobs.options import PushOptions, VerificationOptions
+from streamconv.redaction import shown_argument
 from streamconv.tensors.info import CastDtype
 
 DEFAULT_MODEL = "dinov2_vitg14"
@@ -222,7 +222,7 @@ def push_options(push_to_hub: str | None, push_unverified: bool, **given: Any) -
             raise UsageError(f"{' and '.join(alone)} {'needs' if len(alone) == 1 else 'need'} --push-to-hub. Add it.")
         return None
     if _is_source(push_to_hub):
-        source = redacted(push_to_hub)
+        source = shown_argument(push_to_hub)
         raise UsageError(
             f"--push-to-hub took {source} as the repository's name, but it is a source. Put the source first, "
             f"`streamconv run {source} --push-to-hub`, or name a repository as USER/NAME."

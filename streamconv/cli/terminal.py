@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 from streamconv.cli.layout import Line, error_lines, print_unwrapped, print_wrapped
 from streamconv.errors import MappingError, OutputError, StreamconvError
-from streamconv.files.address import redacted
+from streamconv.redaction import shown_argument
 
 
 class InterruptedByUser(BaseException):
@@ -81,7 +81,7 @@ def run_with_signals(command: Callable[[], object]) -> None:
 
 def shown_command(arguments: list[str]) -> str:
     """Return the command line without the parts of URLs that may be secret: users, passwords, queries."""
-    return shlex.join(["streamconv", *map(redacted, arguments)])
+    return shlex.join(["streamconv", *map(shown_argument, arguments)])
 
 
 def _print_how_to_resume() -> None:

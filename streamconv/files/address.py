@@ -13,11 +13,11 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 from streamconv.display import printable
 from streamconv.errors import UsageError
 from streamconv.files.web_pages import direct_url, page_problem
+from streamconv.redaction import MIN_LENGTH, WEB, links_of, secret_user, secrets_of_user, shown_url
 
 # RFC 3986, 3.1; at least two characters, since one is a drive on Windows. "::" chains fsspec's URLs.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::[A-Za-z])")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://\S+")
-_WEB = ("http", "https")
+_ORDINARY_LENGTH = 6  # of the value of a query; shorter ones, such as "main", occur in any text
 # Parameters that sign a URL or give access to it (AWS, CloudFront, Google, Azure, Alibaba, GitLab and others).
 _SIGNED_BY = {"signature", "sig", "expires", "policy", "key-pair-id", "auth_key", "hdnea", "hdnts", "verify"}
 _SIGNED_BY |= {"token", "access_token", "private_token", "job_token", "api_key", "apikey", "key", "password", "jwt"}
@@ -41,7 +41,7 @@ class Address:
     @property
     def _links(self) -> list[str]:
         """The links of an fsspec chain, such as ``tar://a.pth::https://host/b.tar``; most URLs are one link."""
-        return [self.url] if self.scheme in _WEB else self.url.split("::")
+        return [self.url] if self.scheme in WEB else self.url.split("::")
 
     @property
     def name(self) -> str:
@@ -60,14 +60,18 @@ class Address:
     @property
     def is_signed(self) -> bool:
         """True if the query holds a signature or a token, which may expire."""
-        names = {name.lower() for name, _ in self._query}
-        return bool(names & _SIGNED_BY) or any(name.startswith(_SIGNED_BY_PREFIXES) for name in names)
+        return any(_signs(name) for name, _ in self._query)
 
     @property
     def secrets(self) -> list[str]:
-        """The parts that are never shown: user and password, and the values of the query."""
-        user = self.url.partition("://")[2].partition("/")[0].rpartition("@")[0]
-        return [*filter(None, map(unquote, user.split(":"))), *(value for _, value in self._query)]
+        """The values to hide in what others say: user and password, and the values of the query."""
+        found = []
+        for link in links_of(self.url):
+            found += secrets_of_user(secret_user(link))
+            for name, value in parse_qsl(link.partition("#")[0].partition("?")[2]):
+                length = MIN_LENGTH if _signs(name) else _ORDINARY_LENGTH
+                found += [value] if len(value) >= length else []
+        return found
 
     @property
     def identity(self) -> str:
@@ -93,19 +97,11 @@ class Address:
         return Address("::".join([*links[:at], link, *links[at + 1 :]]))
 
     def __str__(self) -> str:
-        return "::".join(map(_without_secrets, self._links))
+        return shown_url(self.url)
 
 
-def _without_secrets(url: str) -> str:
-    """Remove the query, and the user before the host. In hf://OWNER/NAME@REVISION, the @ is not in the host."""
-    scheme, mark, rest = url.partition("://")
-    host, slash, path = re.split("[?#]" if scheme.lower() in _WEB else "[?]", rest)[0].partition("/")
-    return scheme + mark + host.rpartition("@")[2] + slash + path
-
-
-def redacted(text: str) -> str:
-    """Return a text, such as a library's message, without what may be secret in its URLs."""
-    return _URL.sub(lambda match: str(Address(match[0])), text)
+def _signs(parameter: str) -> bool:
+    return parameter.lower() in _SIGNED_BY or parameter.lower().startswith(_SIGNED_BY_PREFIXES)
 
 
 Location: TypeAlias = Path | Address
@@ -162,7 +158,7 @@ def is_valid_url(url: str) -> bool:
     """Return whether an http URL has a valid host and port; fsspec checks URLs with other schemes."""
     try:
         parts = urlsplit(url)
-        if parts.scheme not in _WEB:
+        if parts.scheme not in WEB:
             return True
         (parts.hostname or "").encode("idna")
         return bool(parts.hostname) and parts.port != 0 and " " not in parts.netloc

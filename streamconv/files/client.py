@@ -22,6 +22,8 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 from streamconv._version import __version__
 from streamconv.display import printable
 from streamconv.errors import SourceError, UsageError
+from streamconv.files.address import Address
+from streamconv.redaction import redacted, secrets_of_user
 
 TIMEOUT_SECONDS = 30.0  # to connect, and to wait for the next byte
 _Host = tuple[str, str | None, int | None]  # scheme, name, port
@@ -67,7 +69,7 @@ class Client:
                 )
             except HTTPError as error:
                 manager.clear()  # the other idle connections may be broken, too
-                future.set_exception(translate(error, url))
+                future.set_exception(self.translate(error, url))
             except BaseException as error:
                 future.set_exception(error)
             else:
@@ -78,9 +80,35 @@ class Client:
         Thread(target=send, name="http", daemon=True).start()
         return future
 
-    def credentials(self, url: str) -> str:
-        """Return what is sent to the host of ``url`` to authorise the request; empty if nothing is."""
-        return _authorization(urlsplit(url), self._origin).get("Authorization", "").rpartition(" ")[2]
+    def redacted(self, text: str, url: str) -> str:
+        """Return a text that came in response to a request for ``url``, without the secrets of the request."""
+        sent = _authorization(urlsplit(url), self._origin).get("Authorization", "").rpartition(" ")[2]
+        proxy = urlsplit(_find_proxy(urlsplit(url)) or "").netloc.rpartition("@")[0]
+        addresses = Address(self._origin.geturl()), Address(url)
+        secrets = [secret for address in addresses for secret in address.secrets]
+        return redacted(text, [sent, *secrets, *secrets_of_user(proxy)])
+
+    def translate(self, error: HTTPError, url: str) -> OSError | SourceError:
+        """Convert an error of urllib3 to one that names its cause. urllib3's own messages contain class names."""
+        cause: BaseException = error
+        while inner := cause.__cause__ or next((each for each in cause.args if isinstance(each, BaseException)), None):
+            cause = inner
+        proxy = _find_proxy(urlsplit(url)) if isinstance(error, _NOT_CONNECTED) else None
+        peer = urlsplit(proxy or url)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return SourceError(
+                f"The certificate of {peer.hostname} cannot be trusted: {cause.verify_message}. Check the URL, "
+                "or set SSL_CERT_FILE to a file with the certificate of your own authority."
+            )
+        if isinstance(cause, IncompleteRead):
+            return ConnectionError("the connection was closed")
+        reason = cause.strerror if isinstance(cause, gaierror) else str(cause) or type(cause).__name__
+        reason = self.redacted(str(reason), url)
+        if proxy:
+            return ConnectionError(f"cannot connect through the proxy {peer.hostname} ({reason})")
+        if isinstance(cause, gaierror):
+            return ConnectionError(f"cannot find the host {peer.hostname} ({reason})")
+        return ConnectionError(reason)
 
     def close_idle(self) -> None:
         """Close the connections that are not in use."""
@@ -101,7 +129,7 @@ class Client:
             raise UsageError(
                 f"streamconv cannot use the proxy {shown} from the environment{why}. "
                 f"Set {scheme.upper()}_PROXY to http://HOST:PORT, or add {host} to NO_PROXY."
-            ) from error
+            ) from None
         return self._managers[key]
 
     def _make_manager(self, scheme: str, proxy: str | None) -> PoolManager:
@@ -138,28 +166,6 @@ class Client:
             raise UsageError(
                 f"The certificates in {bundle}, which REQUESTS_CA_BUNDLE names, cannot be read. Correct or unset it."
             ) from error
-
-
-def translate(error: HTTPError, url: str) -> OSError | SourceError:
-    """Convert an error of urllib3 to one that names its cause. urllib3's own messages contain class names."""
-    cause: BaseException = error
-    while inner := cause.__cause__ or next((each for each in cause.args if isinstance(each, BaseException)), None):
-        cause = inner
-    proxy = _find_proxy(urlsplit(url)) if isinstance(error, _NOT_CONNECTED) else None
-    peer = urlsplit(proxy or url)
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return SourceError(
-            f"The certificate of {peer.hostname} cannot be trusted: {cause.verify_message}. Check the URL, "
-            "or set SSL_CERT_FILE to a file with the certificate of your own authority."
-        )
-    if isinstance(cause, IncompleteRead):
-        return ConnectionError("the connection was closed")
-    reason = cause.strerror if isinstance(cause, gaierror) else str(cause) or type(cause).__name__
-    if proxy:
-        return ConnectionError(f"cannot connect through the proxy {peer.hostname} ({reason})")
-    if isinstance(cause, gaierror):
-        return ConnectionError(f"cannot find the host {peer.hostname} ({reason})")
-    return ConnectionError(reason)
 
 
 def seconds_to_wait(response: BaseHTTPResponse) -> float | None:

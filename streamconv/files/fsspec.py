@@ -17,11 +17,12 @@ from streamconv.errors import (
     StreamconvError,
     UsageError,
 )
-from streamconv.files.address import Address, redacted
+from streamconv.files.address import Address
 from streamconv.files.base import ByteRange
 from streamconv.files.remote import MAX_IN_FLIGHT, RemoteFile
 from streamconv.files.retries import RETRIES_BEFORE_OPEN, RETRY_WAITS_SECONDS
 from streamconv.logs import logger
+from streamconv.redaction import redacted
 
 _log = logger(__name__)
 
@@ -67,7 +68,7 @@ class FsspecFile(RemoteFile):
             except StreamconvError:
                 raise
             except Exception as error:  # each store's package has its own exceptions
-                failure, reason = error, printable(redacted(f"{type(error).__name__}: {error}"))
+                failure, reason = error, printable(redacted(f"{type(error).__name__}: {error}", self.address.secrets))
             if wait is None or isinstance(failure, PermissionError):
                 break
             _log.warning("%s: %s; trying again in %g s", self.address, reason, wait)
@@ -83,18 +84,19 @@ class FsspecFile(RemoteFile):
         return int(info["size"]), str(self._file_system.ukey(self._path))
 
     def _request(self, wanted: ByteRange) -> "_FsspecResponse":
-        return _FsspecResponse(self._threads.submit(self._file_system.cat_file, self._path, wanted.start, wanted.end))
+        data = self._threads.submit(self._file_system.cat_file, self._path, wanted.start, wanted.end)
+        return _FsspecResponse(data, self.address.secrets)
 
 
 class _FsspecResponse:
-    def __init__(self, data: "Future[bytes]"):
-        self._data, self._at = data, 0
+    def __init__(self, data: "Future[bytes]", secrets: list[str]):
+        self._data, self._at, self._secrets = data, 0, secrets
 
     def readinto(self, buffer: memoryview) -> int:
         try:
             data = self._data.result()
         except Exception as error:  # each store's package has its own exceptions
-            raise ConnectionError(f"{type(error).__name__}: {error}") from error
+            raise ConnectionError(redacted(f"{type(error).__name__}: {error}", self._secrets)) from None
         count = min(len(buffer), len(data) - self._at)
         buffer[:count] = data[self._at : self._at + count]
         self._at += count
@@ -116,9 +118,9 @@ def _find_file_system(address: Address) -> tuple[Any, str]:
         file_system, path = url_to_fs(address.url)
         return file_system, str(path)
     except Exception as error:  # each store's package has its own exceptions
-        reason = printable(redacted(str(error)))
+        reason = printable(redacted(str(error), address.secrets))
         if isinstance(error, ImportError):  # the package for the scheme is missing; fsspec's message names it
-            raise UsageError(f"{address}: {reason}.") from error
+            raise UsageError(f"{address}: {reason}.") from None
         if isinstance(error, ValueError):
-            raise UsageError(f"{address}: {reason}. Give a local file, or an http, https, hf, s3 or gs URL.") from error
-        raise SourceError(f"{address} cannot be read: {type(error).__name__}: {reason}.") from error
+            raise UsageError(f"{address}: {reason}. Give a local file, or an http, https, hf, s3 or gs URL.") from None
+        raise SourceError(f"{address} cannot be read: {type(error).__name__}: {reason}.") from None

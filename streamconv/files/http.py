@@ -5,7 +5,7 @@ it, so that parts of two different files are never mixed: see `versions`.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from itertools import pairwise
 from time import time_ns
@@ -19,7 +19,7 @@ from streamconv.display import printable
 from streamconv.errors import NoRangesError, NotACheckpointError, SourceError
 from streamconv.files.address import Address, is_valid_url
 from streamconv.files.base import UNVERSIONED, ByteRange, Version
-from streamconv.files.client import Client, seconds_to_wait, translate
+from streamconv.files.client import Client, seconds_to_wait
 from streamconv.files.refusals import refusal
 from streamconv.files.remote import WINDOW_BYTES, PendingRange, RemoteFile
 from streamconv.files.retries import RetryLater, RetryNow
@@ -85,6 +85,10 @@ class HttpFile(RemoteFile):
             self._read_alone(self.size - 1, 1)
         self.require_one_version()
 
+    def translate(self, error: HTTPError, url: str) -> OSError | SourceError:
+        """Convert an error of urllib3, from reading a response; see `Client.translate`."""
+        return self._client.translate(error, url)
+
     def require_one_version(self) -> None:
         self._versions.require_one()
 
@@ -141,13 +145,13 @@ class HttpFile(RemoteFile):
             SourceError: a retry would not help.
         """
         status, headers = response.status, response.headers
-        reason = f"the server answered {status} {printable(response.reason or '')}".rstrip()
+        reason = f"the server answered {status} {self._shown(response.reason or '', url)}".rstrip()
         if location := response.get_redirect_location():
             target = _join(url, location)
             if not is_valid_url(target) or urlsplit(target).scheme not in _SAFE_REDIRECTS[urlsplit(url).scheme]:
-                where = printable(str(Address(target)))
+                where = self._shown(str(Address(target)), url)
                 raise SourceError(f"{self.where} redirects to {where}, which is not secure. Check the URL.")
-            if (linked := headers.get("X-Linked-ETag")) and not self.is_open:
+            if (linked := self._client.redacted(headers.get("X-Linked-ETag", ""), url)) and not self.is_open:
                 self._linked = {"linked_etag": linked}
             self._redirect(target)
         if status in _BUSY:
@@ -160,7 +164,7 @@ class HttpFile(RemoteFile):
         if status == 416 and self.is_open:
             raise self._versions.changed()
         if status not in (200, 206):
-            raise refusal(self.address, url, response, self._client.credentials(url))
+            raise refusal(self.address, url, response, lambda text: self._client.redacted(text, url))
         start, size = 0, response.length_remaining
         is_encoded = headers.get("Content-Encoding", "identity") != "identity"
         if (is_encoded or size is None) and headers.get("Content-Type", "").lower().startswith("text/html"):
@@ -178,9 +182,17 @@ class HttpFile(RemoteFile):
                 raise SourceError(f"{self.where}: the server sent another part than requested. {_DOWNLOAD}")
         if size is None:
             raise SourceError(f"{self.where}: the server does not report its length. {_DOWNLOAD}")
-        self._pin(HttpVersion.of(size, headers), status == 206)
+        self._pin(self._version(size, headers, url), status == 206)
         if status == 200 and self.has_ranges:
             raise RetryLater("the server sent the whole file instead of a part", None)
+
+    def _shown(self, text: str, url: str) -> str:
+        return printable(self._client.redacted(text, url))
+
+    def _version(self, size: int, headers: Mapping[str, str], url: str) -> HttpVersion:
+        """Return the version by a response's headers; it is stored, so it must not hold what a server echoes."""
+        names = (headers.get("ETag"), headers.get("Last-Modified"))
+        return HttpVersion(size, *(name and self._client.redacted(name, url) for name in names))
 
     def _pin(self, version: HttpVersion, is_part: bool) -> None:
         is_first = not self.is_open
@@ -231,7 +243,7 @@ class _HttpRangeResponse:
                     to_skip -= len(response.read(min(_PIECE_BYTES, to_skip)))
             return response.readinto(buffer[:_PIECE_BYTES])
         except HTTPError as error:
-            raise translate(error, self._url) from error
+            raise self._file.translate(error, self._url) from None
 
     def close(self) -> None:
         self._future.add_done_callback(_close)

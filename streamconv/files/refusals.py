@@ -3,19 +3,19 @@
 import html
 import json
 import re
+from collections.abc import Callable
 from urllib.parse import unquote, urlsplit
 
 from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError
 
-from streamconv.display import printable
+from streamconv.display import printable, shortened
 from streamconv.errors import RefusedError, SourceError, SourceMissingError
-from streamconv.files.address import Address, redacted
+from streamconv.files.address import Address
 from streamconv.files.error_json import error_message
 
 _MAX_BODY_BYTES = 4096
 _MAX_SHOWN = 200  # characters of the server's own text
-_SECRET_LENGTH = 6  # shorter values of a query, such as "1", occur in any text
 
 _ADVICE = {
     401: "It needs a token: for the Hub, set HF_TOKEN or run `hf auth login`; otherwise download it yourself.",
@@ -42,17 +42,16 @@ _HUB_ADVICE = {  # by the Hub's X-Error-Code
 _HUB_FILE = re.compile(r"(.*?/)((?:datasets/|spaces/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
-def refusal(address: Address, url: str, response: BaseHTTPResponse, credentials: str) -> SourceError:
+def refusal(address: Address, url: str, response: BaseHTTPResponse, redact: Callable[[str], str]) -> SourceError:
     """Return the error for a response that refuses a request: not a file, a redirect or a request to wait.
 
-    ``address`` is the file's, ``url`` the one that answered, after redirects, ``credentials`` what was sent to it.
+    ``address`` is the file's, ``url`` the one that answered, after redirects, ``redact`` hides what was sent to it.
     """
-    secrets = [each for each in (credentials, *address.secrets, *Address(url).secrets) if len(each) >= _SECRET_LENGTH]
-    status, own_text = response.status, _own_text(response, secrets)
-    reason = f"{status} {printable(response.reason or '')}".rstrip()
+    status, own_text = response.status, _own_text(response, redact)
+    reason = f"{status} {printable(redact(response.reason or ''))}".rstrip()
     kind = _KINDS.get(status, SourceError)
     quoted = f" ('{own_text}')" if own_text else ""
-    advice = _hub_advice(url, response) or _advice(status, address)
+    advice = _hub_advice(url, response, redact) or _advice(status, address)
     return kind(f"{address} cannot be fetched: the server answered {reason}{quoted}. {advice}")
 
 
@@ -64,7 +63,7 @@ def _advice(status: int, address: Address) -> str:
     return _ADVICE.get(status, "Check the URL, or download the file yourself.")
 
 
-def _hub_advice(url: str, response: BaseHTTPResponse) -> str:
+def _hub_advice(url: str, response: BaseHTTPResponse, redact: Callable[[str], str]) -> str:
     parts = urlsplit(url)
     match = _HUB_FILE.fullmatch(parts.path)
     advice = _HUB_ADVICE.get(response.headers.get("X-Error-Code", ""))
@@ -72,18 +71,16 @@ def _hub_advice(url: str, response: BaseHTTPResponse) -> str:
         return _GATED if response.headers.get("X-Error-Code") == "GatedRepo" else ""
     if advice is None:
         return ""
-    root, repository, revision, file = (printable(unquote(part)) for part in match.groups())
+    root, repository, revision, file = (printable(redact(unquote(part))) for part in match.groups())
     page = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{root}{repository}"
     return advice.format(repository=repository, revision=revision, file=file, page=page)
 
 
-def _own_text(response: BaseHTTPResponse, secrets: list[str]) -> str:
+def _own_text(response: BaseHTTPResponse, redact: Callable[[str], str]) -> str:
     """Return the server's own text as one short line without secrets; empty if there is none, or only a web page."""
     text = response.headers.get("X-Error-Message") or _message(_body(response))
-    line = redacted(" ".join(text.split()))
-    if not line.isprintable() or any(secret in line for secret in secrets):
-        return ""
-    return line if len(line) <= _MAX_SHOWN else f"{line[: _MAX_SHOWN - 1]}…"
+    line = redact(" ".join(text.split()))
+    return shortened(line, _MAX_SHOWN) if line.isprintable() else ""
 
 
 def _body(response: BaseHTTPResponse) -> str:

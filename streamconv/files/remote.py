@@ -65,7 +65,7 @@ class RemoteFile(ABC):
     size: int
 
     def __init__(self, address: Address):
-        self.address, self._retries = address, Retries(str(address))
+        self.address, self._retries = address, Retries(address)
         self._pending: deque[PendingRange] = deque()
         self._expected: Iterator[ByteRange] = iter(())
         self._windows: dict[int, bytes] = {}

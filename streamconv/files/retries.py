@@ -4,8 +4,9 @@ import time
 
 from streamconv.display import printable
 from streamconv.errors import NetworkError
-from streamconv.files.address import redacted
+from streamconv.files.address import Address
 from streamconv.logs import logger
+from streamconv.redaction import redacted
 
 _log = logger(__name__)
 
@@ -29,8 +30,8 @@ class RetryLater(OSError):
 class Retries:
     """Counts the failures of a file's requests since a byte arrived."""
 
-    def __init__(self, where: str):
-        self.failures, self._where = 0, where
+    def __init__(self, address: Address):
+        self.failures, self._where, self._secrets = 0, str(address), address.secrets
 
     def wait(self, error: OSError, position: int | None) -> None:
         """Wait before the next attempt. ``position`` is the offset to resume at, None if the file is not open yet.
@@ -40,7 +41,7 @@ class Retries:
         """
         if isinstance(error, RetryNow):
             return
-        reason = printable(redacted(str(error)) or type(error).__name__)
+        reason = printable(redacted(str(error), self._secrets) or type(error).__name__)
         if self.failures == (RETRIES_BEFORE_OPEN if position is None else len(RETRY_WAITS_SECONDS)):
             problem, fix = "cannot be opened", "Check the URL and the network, and run the same command again."
             if position is not None:
@@ -48,7 +49,7 @@ class Retries:
                 fix = "Run the same command again when the connection is back; it resumes from there."
             if isinstance(error, RetryLater) and error.seconds:
                 fix = f"It asks to wait {error.seconds:,.0f} s: run the same command again after that."
-            raise NetworkError(f"{self._where} {problem}: {reason} (tried {self.failures + 1} times). {fix}") from error
+            raise NetworkError(f"{self._where} {problem}: {reason} (tried {self.failures + 1} times). {fix}") from None
         seconds: float = RETRY_WAITS_SECONDS[self.failures]
         if isinstance(error, RetryLater) and error.seconds is not None:
             seconds = max(seconds, min(error.seconds, RETRY_WAITS_SECONDS[-1]))

@@ -36,10 +36,6 @@ class HttpVersion:
     etag: str | None = None
     modified: str | None = None
 
-    @classmethod
-    def of(cls, size: int, headers: Mapping[str, str]) -> "HttpVersion":
-        return cls(size, headers.get("ETag"), headers.get("Last-Modified"))
-
     @property
     def validators(self) -> dict[str, str | int | None]:
         headers = {"etag": self.etag, "last_modified": self.modified}

@@ -11,9 +11,11 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from streamconv._version import __version__
+from streamconv.display import shortened
 from streamconv.errors import HubError, StreamconvError
 from streamconv.hub.transport import network_errors, timeout_errors
 from streamconv.logs import logger
+from streamconv.redaction import redacted, shown_url
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -43,7 +45,7 @@ class HubClient:
         from huggingface_hub import HfApi, constants, get_token
 
         self._token = ""
-        self.endpoint = constants.ENDPOINT
+        self.endpoint = shown_url(constants.ENDPOINT)  # for messages
         self.token_settings = f"{self.endpoint}/settings/tokens"
         if constants.HF_HUB_OFFLINE:
             raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it.")
@@ -154,8 +156,7 @@ class HubClient:
 
     def _redact(self, text: str) -> str:
         """``text`` on one line, without the token and without the signatures of upload URLs."""
-        text = text.replace(self._token, "<token>") if self._token else text
-        return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", " ".join(text.split()))[:500]
+        return shortened(redacted(" ".join(text.split()), [self._token]), 500)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -18,6 +18,7 @@ from streamconv.hub.revision import Revision
 from streamconv.hub.rights import User, missing_right
 from streamconv.hub.transport import TIMEOUT_SECONDS
 from streamconv.progress import Progress, ignore_progress
+from streamconv.redaction import shown_url
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -197,7 +198,7 @@ class Repository:
                 create_pr=destination.create_pr,
                 parent_commit=info.sha,
             )
-            return Commit(str(commit.pr_url or commit.commit_url), bool(info.private), is_new=True)
+            return Commit(shown_url(str(commit.pr_url or commit.commit_url)), bool(info.private), is_new=True)
 
         try:
             # A retry would open a second pull request if the first one was opened and only the response was lost.

@@ -112,22 +112,17 @@ def test_servers_own_words_are_shown_if_they_are_short(server: FileServer, body:
         b'{"error": 7}',
         b"[" * 4000,
         b"\x00\x01\x02",
-        b"your signature abcdef123 is too old",
-        b"your token hf_very_secret may not",
     ],
 )
-def test_pages_and_secrets_and_control_characters_are_not_shown(
-    server: FileServer, body: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
-    message = refused(server, 403, body, query=SIGNED["AWS"])
-    assert message.startswith("403 Forbidden. ")
+def test_pages_and_control_characters_are_not_shown(server: FileServer, body: bytes) -> None:
+    assert refused(server, 403, body, query=SIGNED["AWS"]).startswith("403 Forbidden. ")
 
 
 def test_wrong_password_in_the_url_is_named(server: FileServer) -> None:
     server.faults.statuses, server.faults.refusal = [401], (b"who is someone:secretword?", {})
-    with pytest.raises(SourceError, match=r"401 Unauthorized\. Check the user and the password in the URL\.") as caught:
+    with pytest.raises(
+        SourceError, match=r"401 Unauthorized .* Check the user and the password in the URL\."
+    ) as caught:
         api.plan(f"{server.url}/x.pth".replace("http://", "http://someone:secretword@"))
     assert "secretword" not in str(caught.value)
 

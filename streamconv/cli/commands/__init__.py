@@ -19,7 +19,7 @@ from streamconv.cli.layout import print_unwrapped
 from streamconv.cli.terminal import InterruptedByUser, Printer, run_with_signals
 from streamconv.errors import StreamconvError, UsageError
 from streamconv.families.near_names import did_you_mean
-from streamconv.files.address import redacted
+from streamconv.redaction import redacted
 
 EXIT_CODES = """\b
 Exit codes:
