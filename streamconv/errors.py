@@ -102,13 +102,16 @@ class MappingError(SourceError):
     The message is ``summary`` and, on lines of their own, the first `SHOWN_PROBLEMS` of the problems.
     ``problems`` holds up to `KEPT_PROBLEMS` of them, each shortened to `PROBLEM_LENGTH` characters; ``problem_count``
     is the number of all.
+
+    Args:
+        count: The number of all problems, if it is known; then the others are not iterated over.
     """
 
-    def __init__(self, summary: str, problems: Iterable[str]):
+    def __init__(self, summary: str, problems: Iterable[str], count: int | None = None):
         rest = iter(problems)
         self.summary = summary
         self.problems = tuple(shortened(each, PROBLEM_LENGTH) for each in islice(rest, KEPT_PROBLEMS))
-        self.problem_count = len(self.problems) + sum(1 for _ in rest)
+        self.problem_count = len(self.problems) + sum(1 for _ in rest) if count is None else count
         super().__init__(summary)
 
     def __str__(self) -> str:

@@ -6,12 +6,15 @@ describe a complete checkpoint. Read from right to left, they turn targets back 
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from streamconv.errors import MappingError
+from streamconv.families.expected import ExpandedNames, numbered
 from streamconv.tensors.expressions import AnyTensor, Joined, SourceTensor, joined
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,33 +52,35 @@ def drop(source: str, reason: str, shape: str | None = None) -> Rule:
     return Rule(source, None if shape is None else tuple(shape.split()), (), drop_reason=reason)
 
 
+def without_fills(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Return the rules of a model that has all targets: what would be filled is a source of the same name."""
+    return tuple(rule if rule.value is None else replace(rule, source=rule.targets[0], value=None) for rule in rules)
+
+
 @dataclass(frozen=True, slots=True)
 class ExpectedTensor:
     """A source tensor that a rule matches: its shape in numbers, None for any, and the names of its targets."""
 
     rule: Rule
-    shape: tuple[int, ...] | None
+    shape: Shape | None
     targets: tuple[str, ...]
 
 
-def expand(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[str, ExpectedTensor]:
+def expand(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> Mapping[str, ExpectedTensor]:
     """Return every source key that the rules match; rules that fill have none.
 
-    ``dims`` gives the symbols' numbers (a number is itself); ``count`` is how many values ``{i}`` takes, from 0.
-    Consecutive rules with ``{i}`` form a block: all keys of block 0 come first, as in a model's own state dict.
+    ``dims`` gives the symbols' numbers (a number is itself); ``count`` is how many values ``{i}`` takes, from 0. The
+    keys are in the order of `ExpandedNames`.
     """
-    expected = {}
-    with_source = (rule for rule in rules if rule.value is None)
-    for is_block, group in groupby(with_source, key=lambda rule: "{i}" in rule.source):
-        block = [(rule, _numbers(rule, dims)) for rule in group]
-        for i in range(count if is_block else 1):
-            for rule, shape in block:
-                targets = tuple(target.format(i=i) for target in rule.targets)
-                expected[rule.source.format(i=i)] = ExpectedTensor(rule, shape, targets)
-    return expected
+
+    def expected(rule: Rule) -> Callable[[int], ExpectedTensor]:
+        shape = _numbers(rule, dims)
+        return lambda i: ExpectedTensor(rule, shape, tuple(numbered(target, i) for target in rule.targets))
+
+    return ExpandedNames({rule.source: expected(rule) for rule in rules if rule.value is None}, count)
 
 
-def _numbers(rule: Rule, dims: Mapping[str, int]) -> tuple[int, ...] | None:
+def _numbers(rule: Rule, dims: Mapping[str, int]) -> Shape | None:
     return None if rule.shape is None else tuple(int(s) if s.isdigit() else dims[s] for s in rule.shape)
 
 
@@ -85,7 +90,7 @@ def map_tensors(
     dims: Mapping[str, int],
     count: int,
     where: str,
-    known_problems: Iterable[str] = (),
+    known_problems: Sequence[str] = (),
     display_names: Mapping[str, str] | None = None,
     is_cast: bool = False,
 ) -> dict[str, SourceTensor]:
@@ -97,14 +102,16 @@ def map_tensors(
     Raises:
         MappingError: source keys are missing, match no rule, or have another shape.
     """
-    expected = expand(rules, dims, count)
-    kept = {key: each for key, each in expected.items() if not each.rule.drop_reason}
-    dropped = {key: each.shape for key, each in expected.items() if each.rule.drop_reason}
+    with_source = [rule for rule in rules if rule.value is None]
+    kept = [rule for rule in with_source if not rule.drop_reason]
+    shapes, optional = (
+        ExpandedNames({rule.source: _constant(_numbers(rule, dims)) for rule in each}, count)
+        for each in (kept, [rule for rule in with_source if rule.drop_reason])
+    )
     one_dtype = None if is_cast else "a model has one: choose it with --dtype"
-    shapes = {key: each.shape for key, each in kept.items()}
-    _require_fit(tensors, shapes, where, known_problems, display_names or {}, one_dtype, optional=dropped)
+    _require_fit(tensors, shapes, where, known_problems, display_names or {}, one_dtype, optional=optional)
     targets: dict[str, SourceTensor] = {}
-    for key, each in kept.items():
+    for key, each in expand(kept, dims, count).items():
         tensor = tensors[key]
         shape = tensor.info.shape
         rows = shape[0] // len(each.targets) if shape and each.targets else 0
@@ -124,63 +131,72 @@ def invert(
     dims: Mapping[str, int],
     count: int,
     where: str,
-    known_problems: Iterable[str] = (),
+    known_problems: Sequence[str] = (),
 ) -> dict[str, AnyTensor]:
     """Run `map_tensors` backwards: return the sources of the targets ``tensors``, in the order of `expand`.
 
     Raises:
         MappingError: targets are missing, are made by no rule, or have another shape; or a rule has no inverse.
     """
-    expected = expand(rules, dims, count)
-    dropped = {each.rule.source: each.rule.drop_reason for each in expected.values() if each.rule.drop_reason}
-    if dropped:
-        lost = [f"{source}: {reason}" for source, reason in dropped.items()]
+    with_source = [rule for rule in rules if rule.value is None]
+    lost = [f"{rule.source}: {rule.drop_reason}" for rule in with_source if rule.drop_reason]
+    if lost:
         raise MappingError(f"{where} cannot be reverted: its conversion drops tensors, which cannot be restored:", lost)
-    shapes = {name: _part(each) for each in expected.values() for name in each.targets}
-    _require_fit(tensors, shapes, where, known_problems, {})
+    parts = {target: _constant(_part(rule, dims)) for rule in with_source for target in rule.targets}
+    _require_fit(tensors, ExpandedNames(parts, count), where, known_problems, {})
+    expected = expand(with_source, dims, count)
     return {key: joined([tensors[name] for name in each.targets]) for key, each in expected.items()}
 
 
-def _part(expected: ExpectedTensor) -> tuple[int, ...] | None:
+def _part(rule: Rule, dims: Mapping[str, int]) -> Shape | None:
     """Return the shape of one of the equal parts that a tensor is cut into."""
-    shape = expected.shape
-    return shape and (shape[0] // len(expected.targets), *shape[1:])
+    shape = _numbers(rule, dims)
+    return shape and (shape[0] // len(rule.targets), *shape[1:])
+
+
+def _constant(shape: Shape | None) -> Callable[[int], Shape | None]:
+    return lambda i: shape
 
 
 def _require_fit(
     tensors: Mapping[str, AnyTensor],
-    expected: Mapping[str, tuple[int, ...] | None],
+    expected: Mapping[str, Shape | None],
     where: str,
-    known_problems: Iterable[str],
+    known_problems: Sequence[str],
     display_names: Mapping[str, str],
     one_dtype: str | None = "a model has one",
-    optional: Mapping[str, tuple[int, ...] | None] | None = None,
+    optional: Mapping[str, Shape | None] | None = None,
 ) -> None:
     """Compare names, shapes and dtypes. ``optional`` tensors may be missing, and their dtypes do not matter."""
-    shapes = {name: tensor.info.shape for name, tensor in tensors.items()}
-    allowed = {**expected, **(optional or {})}
-    problems = [*known_problems]
-    problems += [
-        f"missing: {name}{'' if shape is None else f' {list(shape)}'}"
-        for name, shape in expected.items()
-        if name not in shapes
-    ]
-    problems += [
-        f"unexpected: {display_names.get(name, name)} {list(shape)}"
-        for name, shape in shapes.items()
-        if name not in allowed
-    ]
-    problems += [
-        f"wrong shape: {display_names.get(name, name)} is {list(shapes[name])}, not {list(shape)}"
-        for name, shape in allowed.items()
-        if shape is not None and shapes.get(name, shape) != shape
-    ]
-    dtypes = {tensor.info.dtype for name, tensor in tensors.items() if name in expected}
-    if len(dtypes) > 1 and one_dtype is not None:
-        problems.append(f"mixed dtypes: {', '.join(sorted(dtypes))}; {one_dtype}")
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
-        raise MappingError(f"{where} does not fit ({count}):", problems)
+    optional, missing, unexpected, wrong, dtypes = optional or {}, len(expected), [], [], set()
+    for name, tensor in tensors.items():
+        if is_expected := name in expected:
+            missing -= 1
+            dtypes.add(tensor.info.dtype)
+        elif name not in optional:
+            unexpected.append(name)
+            continue
+        shape = (expected if is_expected else optional)[name]
+        if shape is not None and tensor.info.shape != shape:
+            wrong.append((name, shape))
+    mixed = [", ".join(sorted(dtypes))] if len(dtypes) > 1 and one_dtype is not None else []
+    problems = chain(  # written one by one: there may be millions, of which a message lists a few
+        known_problems,
+        (
+            f"missing: {name}{'' if shape is None else f' {list(shape)}'}"
+            for name, shape in expected.items()
+            if name not in tensors
+        ),
+        (f"unexpected: {display_names.get(name, name)} {list(tensors[name].info.shape)}" for name in unexpected),
+        (
+            f"wrong shape: {display_names.get(name, name)} is {list(tensors[name].info.shape)}, not {list(shape)}"
+            for name, shape in wrong
+        ),
+        (f"mixed dtypes: {each}; {one_dtype}" for each in mixed),
+    )
+    if count := len(known_problems) + missing + len(unexpected) + len(wrong) + len(mixed):
+        counted = "1 problem" if count == 1 else f"{count:,} problems"
+        raise MappingError(f"{where} does not fit ({counted}):", problems, count)
 
 
 def constants(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[str, tuple[float, tuple[int, ...]]]:

@@ -7,7 +7,7 @@ from typing import Any
 from streamconv.errors import MappingError, SourceError, UsageError
 from streamconv.families.base import ConversionSpec, Family, Model
 from streamconv.families.other_models import recognise
-from streamconv.families.rules import ExpectedTensor, constants, expand, map_tensors
+from streamconv.families.rules import ExpectedTensor, constants, expand, map_tensors, without_fills
 from streamconv.families.selection import Selection, Skipped
 from streamconv.families.wrapped_names import unwrapped
 from streamconv.formats.non_tensors import non_tensor_error
@@ -66,10 +66,10 @@ def make_plan(
     _refuse_other_tensors(selection, expected, where)
     problems = _problems(spec, selection, expected, block_chunks)
     names = selection.display_names
+    # A converted model has every tensor of its class; only its authors' file may leave out what has no effect.
+    rules = without_fills(spec.rules) if selection.is_converted else spec.rules
     try:
-        targets = map_tensors(
-            spec.rules, tensors, spec.dims, spec.count, where, problems, names, is_cast=dtype is not None
-        )
+        targets = map_tensors(rules, tensors, spec.dims, spec.count, where, problems, names, is_cast=dtype is not None)
     except MappingError as error:
         raise _explained(error, tensors, expected, names, where) from error
     _refuse_unstreamable(targets)
@@ -140,9 +140,15 @@ def _block_chunks(selection: Selection, layers: int) -> int | None:
     names = {key: unwrapped(name.removeprefix(selection.prefix)) for key, (name,) in keys.items()}
     if all(key == name for key, name in names.items()):
         return 0
+    # With more lists, the number of a block's list does not decrease. So what is wrong for one number mostly is for the
+    # next ones, and is compared first: the time does not grow with blocks times tensors.
+    wrong = next(iter(names))
     for count in range(1, layers + 1):
-        if all(chunks.chunked_key(key, layers, count) == name for key, name in names.items()):
-            return count
+        if chunks.chunked_key(wrong, layers, count) == names[wrong]:
+            others = (key for key, name in names.items() if chunks.chunked_key(key, layers, count) != name)
+            if (found := next(others, None)) is None:
+                return count
+            wrong = found
     return None
 
 
@@ -158,11 +164,8 @@ def _problems(
 ) -> list[str]:
     """List problems other than those with the tensors' names, shapes and dtypes."""
     unread = [each for key, each in selection.unread.items() if key in expected]
-    # A converted model has every tensor of its class; only its authors' file may leave out what has no effect.
-    left_out = constants(spec.rules, spec.dims, spec.count) if selection.is_converted else {}
     return [
         *spec.problems,
-        *(f"missing: {name} {list(shape)}" for name, (_, shape) in left_out.items()),
         *(f"{name} is a {kind}, which is not read" for name, kind in unread),
         *selection.family.config_problems(spec, selection.config),
         *label_problems(spec, selection.family, selection.config),
@@ -179,7 +182,7 @@ def _explained(
 ) -> MappingError:
     """Return the error that says what the tensors are, if that is known; otherwise ``error``, which lists them."""
     shapes = {names.get(key, key): tensor.info.shape for key, tensor in tensors.items()}
-    ranks = {names.get(key, key): len(each.shape or ()) for key, each in expected.items()}
+    ranks = {names.get(key, key): len(expected[key].shape or ()) for key in tensors if key in expected}
     return recognise(shapes, where, ranks=ranks) or error
 
 
