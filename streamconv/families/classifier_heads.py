@@ -90,7 +90,7 @@ def several_heads(layers: Layers, infos: Mapping[str, TensorInfo], where: str) -
     what = "several heads" if len(layers) > 1 else "more than a head"
     return MappingError(
         f"{where} holds {what}. Choose one with --head-select PREFIX:",
-        [f"{shown(prefix)} {described(layer, infos)}" for prefix, layer in layers.items()],
+        (f"{shown(prefix)} {described(layer, infos)}" for prefix, layer in layers.items()),
     )
 
 
@@ -140,9 +140,10 @@ class HeadsBeside:
 
     def _start(self, prefix: str) -> str | None:
         """Return which of a head's names a layer has, inside the backbone's prefix or beside a part of it."""
-        for parent in self._layout.parents_of(prefix):
-            start = unwrapped(prefix.removeprefix(parent))
-            if self._head is not None and start in self._head.starts:
+        bare = unwrapped(prefix)
+        for start in self._head.starts if self._head is not None else ():
+            before = prefix_before(prefix, bare, start)
+            if before is not None and not unwrapped(before.removeprefix(self._layout.parent_of(before))):
                 return start
         return None
 
@@ -182,9 +183,8 @@ class HeadsBeside:
         return left_out_beside_head(chosen, self._infos, self._layers.values(), self._layout.family)
 
     def _is_in_head(self, name: str) -> bool:
-        prefix = self._layout.prefix
-        starts = self._head.starts if self._head is not None else ()
-        return any(unwrapped(name.removeprefix(prefix)).startswith(start) for start in starts)
+        starts = tuple(self._head.starts) if self._head is not None else ()
+        return unwrapped(name.removeprefix(self._layout.prefix)).startswith(starts)
 
 
 def head_in_file(
@@ -216,5 +216,5 @@ def head_in_file(
     raise MappingError(
         f"{where} is not a classifier's head, which holds {' and '.join(f'{k} [{v}]' for k, v in shapes.items())} and "
         f"nothing else. Save them with torch.save({{{', '.join(f'{key!r}: …' for key in shapes)}}}, FILE). It holds:",
-        [f"{name} {list(info.shape)}" for name, info in infos.items()],
+        (f"{name} {list(info.shape)}" for name, info in infos.items()),
     )

@@ -8,7 +8,10 @@ refused: the order in which families are listed never decides.
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import islice
 
+from streamconv.display import printable
 from streamconv.errors import MappingError
 from streamconv.families.base import Family
 from streamconv.families.registry import all_families
@@ -71,18 +74,22 @@ def _find_prefixes(names: Iterable[str], spellings: Iterable[tuple[str, str, str
     by_last_part: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for each in spellings:
         by_last_part[each[0].rpartition(".")[2]].append(each)
-    # The keys of each family's signature under each prefix. One pass: a hostile file may have thousands of prefixes.
-    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    # The keys of the families' signatures under each prefix. A hostile file may have thousands of prefixes: they are
+    # found in one pass, and prefixes with the same keys share a set.
+    found: dict[str, frozenset[tuple[str, str]]] = {}
+    with_key = cache(lambda keys, key: keys | {key})
     for name in names:
         bare = unwrapped(name)
         for spelling, key, family_name in by_last_part.get(bare.rpartition(".")[2], ()):
             prefix = prefix_before(name, bare, spelling)
             if prefix is not None:
-                found[prefix][family_name].add(key)
-    fits = {
-        prefix: _best_fits([(family, keys.get(family.name, ())) for family in all_families()])
-        for prefix, keys in found.items()
-    }
+                found[prefix] = with_key(found.get(prefix, frozenset()), (family_name, key))
+
+    @cache
+    def fitting(keys: frozenset[tuple[str, str]]) -> list[Family]:
+        return _best_fits([(family, [key for name, key in keys if name == family.name]) for family in all_families()])
+
+    fits = {prefix: fitting(keys) for prefix, keys in found.items()}
     return {prefix: families for prefix, families in fits.items() if families}
 
 
@@ -126,7 +133,7 @@ def unknown_model(names: Collection[str], where: str) -> MappingError:
         return MappingError(f"{where} holds no tensor. Give the file of the model's weights.", ())
     nearest = min(all_families(), key=lambda family: (-_completeness(family, names), family.name))
     known = ", ".join(family.name for family in all_families())
-    held = ", ".join([*names][:3]) + ", …" * (len(names) > 3)
+    held = ", ".join(map(printable, islice(names, 3))) + ", …" * (len(names) > 3)
     return MappingError(
         f"{where} is not a checkpoint of a model that streamconv knows ({known}). It holds {held}; "
         f"for {nearest.name} it lacks:",

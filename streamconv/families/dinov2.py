@@ -197,11 +197,12 @@ _LOADED_NAMES = {
     "mlp.weights_in": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.weights_out": ("mlp.down_proj",),
 }
+_LOADED = re.compile("|".join(map(re.escape, _LOADED_NAMES)))
 
 
 def loaded_keys(target: str) -> tuple[str, ...]:
     """Return the names of the parts that ``target`` has in memory, in transformers 5, cut along dim 0."""
-    found = re.search("|".join(map(re.escape, _LOADED_NAMES)), target)
+    found = _LOADED.search(target)
     return tuple(target.replace(found[0], name) for name in _LOADED_NAMES[found[0]]) if found else (target,)
 
 

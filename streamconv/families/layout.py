@@ -1,9 +1,9 @@
 """The layout of a backbone's names in a file: the prefix before them, and how the keys of the rules are spelled."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 
 from streamconv.families.base import ExtraPrefix, Family
 from streamconv.families.detection import source_names_of
@@ -27,9 +27,10 @@ class Layout:
     def _parents(self) -> tuple[str, ...]:
         return ("", *(self.prefix[: i + 1] for i, letter in enumerate(self.prefix) if letter == "."))
 
-    def parents_of(self, name: str) -> Iterator[str]:
-        """Yield the whole parts that both the prefix and ``name`` begin with: "", "teacher.", "teacher.backbone."."""
-        return takewhile(name.startswith, self._parents)
+    def parent_of(self, name: str) -> str:
+        """Return the whole parts that both the prefix and ``name`` begin with: "", "teacher.", "teacher.backbone."."""
+        # Bisection, because a prefix may have hundreds of parts, and many names begin with most of them.
+        return self._parents[bisect_left(self._parents, True, 1, key=lambda parent: not name.startswith(parent)) - 1]
 
     def spelling(self, name: str) -> str:
         """Return the rules' spelling of a name under the prefix."""
@@ -69,10 +70,12 @@ class Layout:
 
     def extra(self, name: str, info: TensorInfo) -> tuple[str, ExtraPrefix] | None:
         """Recognise what is not part of the model, and where its names start."""
-        for parent in self.parents_of(name):
-            for extra in self.family.extra_prefixes:
-                if name.startswith(extra.start, len(parent)):
-                    return parent + extra.start, extra
+        parts, parent = f".{name}", self.parent_of(name)
+        found = [(parts.find(f".{extra.start}"), extra) for extra in self.family.extra_prefixes]
+        found = [(at, extra) for at, extra in found if 0 <= at <= len(parent)]
+        if found:  # the outermost one
+            at, extra = min(found, key=lambda each: each[0])
+            return name[:at] + extra.start, extra
         if start := untrained_start(name):
             return start, ExtraPrefix(start, _UNTRAINED)
         return self._training_state(name, info)
@@ -89,9 +92,8 @@ class Layout:
 
     def start(self, name: str) -> str:
         """Return the leading parts that ``name`` shares with the prefix, and the next part."""
-        parts, own = name.split("."), self.prefix.split(".")
-        shared = next((i for i, (a, b) in enumerate(zip(parts, own, strict=False)) if a != b), 0)
-        return ".".join(parts[: shared + 1]) + ("." if len(parts) > shared + 1 else "")
+        end = name.find(".", len(self.parent_of(name)))
+        return name[: end + 1] if end >= 0 else name
 
     def missing(self, backbone: Mapping[str, TensorInfo]) -> Iterator[str]:
         """Yield the keys that a backbone lacks, whatever the shapes of the others."""

@@ -1,5 +1,6 @@
 """States what is assumed about weights that are left out. Verification cannot show it: both models lack them."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 
 from streamconv.families.base import Family
@@ -51,13 +52,27 @@ def left_out_beside_head(
         return other[0] == ours[0] or other[1] == ours[1]
 
     known = {name for layer in layers if is_head(layer) for name in layer.values()}
-    layout, starts = Layout(family, parent, is_converted=False), tuple(filter(None, backbones))
+    layout, starts = Layout(family, parent, is_converted=False), _outermost(filter(None, backbones))
+
+    def is_in_backbone(name: str) -> bool:
+        at = bisect_right(starts, name)  # only the last of the starts before a name can begin it
+        return at > 0 and name.startswith(starts[at - 1])
+
     return left_out(
         (
             layout.start(name)
             for name, info in infos.items()
-            if name.startswith(parent) and name not in known and not name.startswith(starts)
+            if name.startswith(parent) and name not in known and not is_in_backbone(name)
             if info.shape and DTYPES[info.dtype].is_weight and layout.extra(name, info) is None
         ),
         "head",
     )
+
+
+def _outermost(prefixes: Iterable[str]) -> list[str]:
+    """Return the prefixes that begin with no other one, sorted."""
+    found: list[str] = []
+    for each in sorted(prefixes):
+        if not found or not each.startswith(found[-1]):
+            found.append(each)
+    return found

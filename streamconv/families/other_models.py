@@ -16,6 +16,7 @@ from streamconv.families.registry import all_families
 from streamconv.formats.foreign.advice import merge_zero
 
 Shape = tuple[int, ...]
+MAX_SEARCHED_LENGTH = 300  # no known model has longer names, and a hostile file may have thousands
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def recognise(
 
 def _by_name(names: Sequence[str]) -> list[tuple[Kind, str]]:
     """Return the kinds with a mark that fits, each with a name that shows it."""
+    names = [name for name in names if len(name) <= MAX_SEARCHED_LENGTH]
     lines = (f".{name}.".replace("\n", " ") for name in names)
     # One search in all names is fast, however many there are.
     text = "".join(re.sub(r"\.[0-9]+(?=\.)", ".{i}", line) + "\n" for line in lines)

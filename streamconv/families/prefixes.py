@@ -67,7 +67,7 @@ def several_backbones(found: Iterable[str], names: Iterable[str], where: str) ->
     counts = {each: bisect_left(ordered, each + LAST) - bisect_left(ordered, each) for each in found}
     return MappingError(
         f"{where} holds several backbones. Choose one with --select PREFIX{hint}:",
-        [f"{each or '(none)'} {count:,} tensors" for each, count in counts.items()],
+        (f"{each or '(none)'} {count:,} tensors" for each, count in counts.items()),
     )
 
 

@@ -6,6 +6,7 @@ start of whole keys only, never from their middle: `head.norm.bias` is not a bac
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from streamconv.errors import MappingError
@@ -157,7 +158,11 @@ def _select(
     if unknown or doubled:
         also = f" and --head-select {shown(heads.prefix_of(head))}" if head else ""
         fix = f". To skip other tensors, use --select {shown(layout.prefix)}{also}:" if unknown else ":"
-        raise MappingError(f"{where} holds more than a backbone{fix}", unknown + doubled)
+        problems = chain(  # written one by one: there may be thousands, of which a message lists a few
+            (f"{name} {list(infos[name].shape)}{f': {why}' if why else ''}" for name, why in unknown.items()),
+            (f"{one} and {other} are both {key}" for one, other, key in doubled),
+        )
+        raise MappingError(f"{where} holds more than a backbone{fix}", problems, len(unknown) + len(doubled))
     left_out = [name for name in strays.values() if name in rest and DTYPES[infos[name].dtype].is_weight]
     assumptions = (heads.assumption(head), heads.assumption_beside(head), heads.assumption_without(left_out))
     return Selection(
@@ -177,16 +182,16 @@ def _select(
 
 def _sort(
     infos: Mapping[str, TensorInfo], layout: Layout
-) -> tuple[dict[str, str], dict[str, tuple[str, ExtraPrefix | None]], list[str]]:
+) -> tuple[dict[str, str], dict[str, tuple[str, ExtraPrefix | None]], list[tuple[str, str, str]]]:
     """Sort a file's names.
 
     Returns:
         Those inside the prefix by their spelling in the rules; the others with their starts and, if they are known,
-        what they are; and messages about names that mean the same.
+        what they are; and pairs of names that mean the same, each with their spelling.
     """
     spelled: dict[str, str] = {}
     others: dict[str, tuple[str, ExtraPrefix | None]] = {}
-    doubled = []
+    doubled: list[tuple[str, str, str]] = []
     for name, info in infos.items():
         extra = layout.extra(name, info)
         if extra is not None or not name.startswith(layout.prefix):
@@ -194,7 +199,7 @@ def _sort(
             continue
         key = layout.spelling(name)
         if key in spelled:
-            doubled.append(f"{spelled[key]} and {name} are both {key}")
+            doubled.append((spelled[key], name, key))
         spelled[key] = name
     return spelled, others, doubled
 
@@ -205,17 +210,16 @@ def _skip(
     heads: HeadsBeside,
     *,
     is_chosen: bool,
-) -> tuple[tuple[Skipped, ...], list[str]]:
-    """Return what is skipped of the tensors beside a backbone, and messages about those that are unknown."""
+) -> tuple[tuple[Skipped, ...], dict[str, str]]:
+    """Return what is skipped of the tensors beside a backbone, and those that are unknown, with the reason or ""."""
     skipped: dict[tuple[str, str], list[int]] = {}
-    unknown = []
+    unknown: dict[str, str] = {}
     for name, (start, extra) in others.items():
         if is_chosen or (extra is not None and extra.is_skipped):
             reason = extra.reason if extra is not None and extra.is_skipped else "not selected"
             skipped.setdefault((start, reason), []).append(infos[name].nbytes)
         else:
-            reason = extra.reason if extra is not None else heads.problem(name)
-            unknown.append(f"{name} {list(infos[name].shape)}{f': {reason}' if reason else ''}")
+            unknown[name] = extra.reason if extra is not None else heads.problem(name)
     parts = (Skipped(start, len(sizes), sum(sizes), reason) for (start, reason), sizes in skipped.items())
     return tuple(parts), unknown
 
@@ -242,9 +246,9 @@ def _refuse_heads(names: Collection[str], where: str) -> None:
                 raise MappingError(f"{where} is {extra.reason}. It holds:", found)
         if family.classifier_head is not None and {*names} == family.classifier_head.keys:
             raise MappingError(f"{where} is a classifier's head. Give it with --head, and its backbone as SOURCE.", ())
-        reasons = [_reason_to_skip(name, family) for name in names]
+        reasons = dict.fromkeys(_reason_to_skip(name, family) for name in names)
         if reasons and None not in reasons:
-            held = " and ".join(filter(None, dict.fromkeys(reasons)))
+            held = " and ".join(filter(None, reasons))
             raise MappingError(f"{where} holds no backbone, but {held}. Give the file of the backbone.", ())
 
 

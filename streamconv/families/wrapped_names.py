@@ -19,6 +19,7 @@ _WRAPPERS = frozenset(
     }
 )
 _TRAINED_COPY = "modules_to_save"  # PEFT's name for copies of a module that it trains; the next part names the adapter
+_INSERTED = _WRAPPERS | {_TRAINED_COPY}
 _UNTRAINED = "original_module"  # PEFT's name for the module that the copy replaces
 
 
@@ -29,7 +30,7 @@ def unwrapped(name: str) -> str:
     'blocks.0.attn.qkv.weight'
     """
     parts = name.split(".")
-    return ".".join(parts[i] for i in _kept(parts)) if _is_wrapped(parts) else name
+    return ".".join(parts[i] for i in _kept(parts)) if not _INSERTED.isdisjoint(parts) else name
 
 
 def prefix_before(name: str, unwrapped_name: str, key: str) -> str | None:
@@ -50,12 +51,10 @@ def prefix_before(name: str, unwrapped_name: str, key: str) -> str | None:
 
 def untrained_start(name: str) -> str:
     """Return the start of the names in a module that PEFT replaces with a trained copy; empty if it is none."""
+    if _UNTRAINED not in name:
+        return ""
     before, found, _ = f".{name}".partition(f".{_UNTRAINED}.")
     return f"{before}{found}"[1:] if found else ""
-
-
-def _is_wrapped(parts: list[str]) -> bool:
-    return _TRAINED_COPY in parts or not _WRAPPERS.isdisjoint(parts)
 
 
 def _kept(parts: list[str]) -> Iterator[int]:
