@@ -1,21 +1,26 @@
 """Finds the tensors in what a pickle of torch.save holds: nested dicts, lists, and objects of unknown classes."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from sys import getsizeof
 from typing import Any
 
 from streamconv.display import printable
 from streamconv.errors import NotACheckpointError, SourceError, UnsafePickleError
 from streamconv.formats.limits import MAX_NAME_LENGTH, MAX_TENSORS, check_name
 from streamconv.formats.non_tensors import Kind, NonTensor, describe
-from streamconv.formats.unread import Unread
+from streamconv.formats.unread import Unread, UnreadKey
 from streamconv.tensors.expressions import SourceTensor
 
 _MAX_NON_TENSORS = 10_000
 _MAX_ENTRIES = 4 * MAX_TENSORS  # in all nested dicts together; an optimizer has a few for each tensor
+_MAX_NAMES_BYTES = 10 << 20  # 65,536 names of 60 characters take 7 MB
 
 
 def find_tensors(contents: Any, where: str) -> tuple[dict[str, SourceTensor], dict[str, NonTensor]]:
     """Return the tensors in nested dicts, by their keys joined with dots, and other objects by name.
+
+    A key that is not a string is named as Python prints it, or <tuple 1>, <tuple 2> and so on; see `UnreadKey`.
 
     Objects of other classes are read as dicts if they are mappings (`_items_of`). Plain Python values are not listed,
     lists only if they hold tensors.
@@ -29,32 +34,54 @@ def find_tensors(contents: Any, where: str) -> tuple[dict[str, SourceTensor], di
         raise _not_a_dict(contents, where, search)
     tensors: dict[str, SourceTensor] = {}
     non_tensors: dict[str, NonTensor] = {}
-    waiting: list[tuple[str, Any, Any]] = [("", key, value) for key, value in reversed(items.items())]
-    count = len(waiting)
-    while waiting:
-        prefix, key, value = waiting.pop()
-        name = prefix + str(key)[: MAX_NAME_LENGTH + 1]
+    names_bytes = 0
+    for name, value in _walk(items, where):
         if type(value) is SourceTensor:
             check_name(name, where)
             if name in tensors:
                 raise SourceError(f"{where} has two tensors named '{printable(name)}'. Do not trust this file.")
             tensors[name] = value
+            if len(tensors) > MAX_TENSORS:
+                raise SourceError(f"{where} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
+        elif len(non_tensors) < _MAX_NON_TENSORS and (other := search.describe(value)) is not None:
+            non_tensors[name] = other
+        else:
             continue
-        items = _items_of(value)
-        if items:
-            count += len(items)  # a dict may be in many others, or in itself
-            if count > _MAX_ENTRIES or len(name) > MAX_NAME_LENGTH:
-                raise SourceError(
-                    f"{where} has dicts that are nested too deeply or have too many entries. Do not trust this file."
-                )
-            waiting += ((f"{name}.", key, item) for key, item in reversed(items.items()))
-        elif len(non_tensors) < _MAX_NON_TENSORS:
-            other = search.describe(value)
-            if other is not None:
-                non_tensors[name if name.isprintable() else printable(name)] = other
-    if len(tensors) > MAX_TENSORS:
-        raise SourceError(f"{where} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
+        names_bytes += getsizeof(name)
+        if names_bytes > _MAX_NAMES_BYTES:
+            raise SourceError(f"{where} has names of more than {_MAX_NAMES_BYTES:,} bytes. Do not trust this file.")
     return tensors, non_tensors
+
+
+def _walk(items: dict[Any, Any], where: str) -> Iterator[tuple[str, Any]]:
+    """Yield the values in nested dicts with their names. Few of them are in memory at once.
+
+    Raises:
+        SourceError: there are too many: a dict may be in many others, or in itself.
+    """
+    levels = [("", iter(items.items()))]
+    count, unread_keys = len(items), 0
+    while levels:
+        prefix, rest = levels[-1]
+        item = next(rest, None)
+        if item is None:
+            levels.pop()
+            continue
+        key, value = item
+        if type(key) is UnreadKey:
+            unread_keys += 1
+            key = f"<{key.kind} {unread_keys}>"
+        name = prefix + str(key)[: MAX_NAME_LENGTH + 1]
+        inner = _items_of(value)
+        count += len(inner or ())
+        if count > _MAX_ENTRIES or (inner and len(name) > MAX_NAME_LENGTH):
+            raise SourceError(
+                f"{where} has dicts that are nested too deeply or have too many entries. Do not trust this file."
+            )
+        if inner:
+            levels.append((f"{name}.", iter(inner.items())))
+        else:
+            yield name, value
 
 
 def _items_of(value: Any) -> dict[Any, Any] | None:

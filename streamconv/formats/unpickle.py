@@ -3,8 +3,8 @@
 pickle.Unpickler cannot be made safe by its ``find_class`` alone: one opcode allocates a memo of any size, one-byte
 opcodes build gigabytes of containers, a dict key that is a tuple of shared tuples takes forever to hash, and BUILD
 sets attributes of any object on the stack. So this module executes what picklers write for protocols 2 to 5, within
-limits on time and memory. A value is hashed, compared or printed only if it is a string or an int, and no function
-recurses into values, so their depth is harmless. `rare_opcodes` has the opcodes that are not in the loop here.
+limits on time and memory. A value is hashed, compared or printed only if it is a string, a number or None, and no
+function recurses into values, so their depth is harmless. `rare_opcodes` has the opcodes that are not in the loop here.
 
 https://github.com/python/cpython/blob/main/Lib/pickletools.py describes every opcode.
 """
@@ -206,7 +206,7 @@ def _run(
             del stack[mark:]
             if type(stack[-1]) is Unread:
                 free_memory -= _CONTAINER
-            set_items(stack[-1], items)
+            free_memory -= _CONTAINER * set_items(stack[-1], items)
         elif opcode == 0x65 or opcode == 0x61:  # APPENDS, APPEND
             mark = marks.pop() if opcode == 0x65 else len(stack) - 1
             items = stack[mark:]

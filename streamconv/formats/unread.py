@@ -22,8 +22,17 @@ class Unread:
         self.state = state
 
 
-def set_items(target: Any, items: list[Any]) -> None:
-    """Put ``items``, a key and a value in turn, into a dict or an object.
+class UnreadKey:
+    """A placeholder for a dict's key that is not hashed, because that can take forever: a tuple of shared tuples."""
+
+    __slots__ = ("kind",)
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+
+def set_items(target: Any, items: list[Any]) -> int:
+    """Put ``items``, a key and a value in turn, into a dict or an object. Return how many keys became an `UnreadKey`.
 
     Raises:
         PickleError: there is no value for a key, or ``target`` takes no items.
@@ -36,7 +45,12 @@ def set_items(target: Any, items: list[Any]) -> None:
         target = target.items
     if type(target) is not dict:
         raise PickleError(f"it sets items of a {type(target).__name__}")
+    unread = 0
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Other keys are not names of tensors. Ints of more than 64 bits can be chosen so that their hashes collide.
-        if type(key) is str or (type(key) is int and not abs(key) >> 63):
+        # Ints of more than 64 bits can be chosen so that their hashes collide.
+        if type(key) is str or (type(key) is int and not abs(key) >> 63) or key is None or type(key) in (bool, float):
             target[key] = value
+        else:
+            target[UnreadKey(type(key).__name__ if type(key) in (tuple, int) else "object")] = value
+            unread += 1
+    return unread

@@ -161,7 +161,7 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "one name of a megabyte in many dicts": (
         lambda: b"\x80\x02}(" + put("a" * 1_000_000) + b"q\x00cmine\nThing\nq\x01" + b"".join(
             put(f"{i}") + b"}h\x00h\x01s" for i in range(60_000)) + put("") + tensor() + b"u.",
-        "a tensor named ''",
+        "names of more than",
     ),
     "an object of a name that runs code": (b"\x80\x02cposix\nsystem\n)\x81.", "posix.system, which no checkpoint"),
     "an object instead of a dict": (b"\x80\x02cmine\nModel\n)\x81}b.", "holds a mine.Model, which is not a dict"),
@@ -294,6 +294,55 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
         "two tensors named 'a.b'",
     ),
 }  # fmt: skip
+
+
+def named(count: int, name: str, value: bytes) -> bytes:
+    """Return the opcodes of a dict that has ``value`` under ``count`` names, which begin with ``name``."""
+    items = [put(f"{name}{i}") + value for i in range(count)]
+    return b"}" + b"".join(b"(" + b"".join(items[at : at + 50_000]) + b"u" for at in range(0, count, 50_000))
+
+
+REPEATED: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
+    "long names of one dict in many others": (
+        lambda: b"\x80\x02" + tensor() + b"q\x00" + named(250, "w" * 400, b"h\x00") + b"q\x01"
+        + named(250, "d", b"h\x01") + b".", "names of more than",
+    ),
+    "a long name before many others": (
+        lambda: b"\x80\x02" + tensor() + b"q\x00}" + put("x" * 990) + named(65_000, "", b"h\x00") + b"s.",
+        "names of more than",
+    ),
+    "the tensors of one dict in thousands of others": (
+        lambda: b"\x80\x02" + tensor() + b"q\x00" + named(15, "w", b"h\x00") + b"q\x01"
+        + named(17_000, "d", b"h\x01") + b".", "more than 65,536 tensors",
+    ),
+    "hundreds of thousands of numbers for names": (
+        lambda: b"\x80\x02}" + many_items(263_000) + b".", "too many entries"
+    ),
+    "one tensor under keys that are tuples": (
+        lambda: b"\x80\x02)q\x00" + tensor() + b"q\x01}(" + b"h\x00h\x01" * 66_000 + b"u.", "more than 65,536 tensors"
+    ),
+    "one tensor under keys that take forever to hash": (
+        SHARED + tensor() + b"q\x01" + DAG[1:] + b"}h\x00h\x01s.", "holds <tuple 1>"
+    ),
+    "objects of long names, and a few tensors": (
+        lambda: b"\x80\x02cmine\n" + b"T" * 900 + b"\n)\x81q\x00" + tensor() + b"q\x01}(" + put("x" * 800)
+        + named(9_999, "", b"h\x00") + put("y") + named(1_000, "y" * 500, b"h\x01") + b"u.", "not a checkpoint of a m",
+    ),
+    "quantised tensors of long names": (
+        lambda: b"\x80\x02ctorch._utils\n_rebuild_qtensor\n)Rq\x00}" + put("x" * 900) + named(9_999, ".", b"h\x00")
+        + b"s.", "holds quantised tensors",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["plan", "convert"])
+@pytest.mark.parametrize("attack", REPEATED)
+def test_pickle_that_repeats_a_value_is_refused(pth: Path, attack: str, command: str, refusal: Refusal) -> None:
+    data, message = REPEATED[attack]
+    rewrite(pth, {"data.pkl": data() if callable(data) else data})
+    text = refusal(pth, command=command)
+    assert re.search(message, text), text
+    assert "x.pth" in text
 
 
 @pytest.mark.parametrize("attack", PICKLES)

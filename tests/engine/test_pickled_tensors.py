@@ -251,6 +251,37 @@ def test_mapping_of_any_class_is_read_as_a_dict(tmp_path: Path, kind: str, proto
         assert not checkpoint.non_tensors
 
 
+@FORMATS
+def test_tensors_under_keys_of_any_type_are_named(tmp_path: Path, is_zip: bool) -> None:
+    keys = [7, -1, True, None, 0.5, float("inf"), (1, "a"), (2, "b"), 1 << 70]
+    state = {"x": {key: torch.full((2,), float(i)) for i, key in enumerate(keys)}}
+    torch.save(state, tmp_path / "x.pth", _use_new_zipfile_serialization=is_zip)
+    loaded = dict(flatten(torch.load(tmp_path / "x.pth", weights_only=False)))
+    found = read(tmp_path / "x.pth")
+    assert list(found) == [*list(loaded)[:6], "x.<tuple 1>", "x.<tuple 2>", "x.<int 3>"]
+    assert list(found.values()) == list(described(loaded).values())
+
+
+@FORMATS
+def test_tensors_under_other_keys_than_strings_are_reported(tmp_path: Path, is_zip: bool) -> None:
+    state, _ = make_states(tiny())
+    others = {key: torch.zeros(3) for key in (None, True, 0.5, (1, "a"))}
+    torch.save({"model": state, "more": others}, tmp_path / "x.pth", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(MappingError) as caught:
+        api.plan(tmp_path / "x.pth")
+    listed = "".join(caught.value.problems)
+    assert all(f"more.{name} [3]" in listed for name in ("None", "True", "0.5", "<tuple 1>")), listed
+    skipped = api.plan(tmp_path / "x.pth", select="model").skipped
+    assert [(each.start, each.tensors) for each in skipped] == [("more.", 4)]
+
+
+def test_dict_that_is_in_several_others_is_read_under_each_name(tmp_path: Path) -> None:
+    shared = {"w": torch.ones(2), "deep": {"b": torch.zeros(3)}}
+    path = saved({"a": shared, "b": {"c": shared}, "d": [shared], "e": shared}, tmp_path / "x.pth")
+    assert read(path) == described(dict(flatten(torch.load(path, weights_only=True))))
+    assert len(read(path)) == 6
+
+
 def test_attributes_of_an_object_are_not_read_as_tensors(tmp_path: Path) -> None:
     """An average of the weights, or a whole model, beside a state dict does not change what is converted."""
     state, _ = make_states(tiny())
