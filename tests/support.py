@@ -47,6 +47,13 @@ Save = Callable[..., tuple[Path, Path | None]]  # the fixture `save`
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports how memory is used")
 
 
+PUBLISHED: dict[str, Any] = {  # what a manifest records of the authors' own file
+    "file": "dinov2_vits14_pretrain.pth",
+    "address": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
+    "published": True,
+}
+
+
 def tiny(
     swiglu: bool = False, classes: int | None = None, layers: int = 3, hidden: int = 128, registers: int = 0
 ) -> Dimensions:

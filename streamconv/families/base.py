@@ -5,6 +5,7 @@ tensors' shapes, and the names under which models were published. Code outside t
 aspect (`Family.classifier_head` and so on), never for a particular family.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -41,6 +42,15 @@ class RemoteFile:
 
     filename: str
     url: str
+
+    @property
+    def sha256_start(self) -> str:
+        """The first digits of its sha256, if its name holds them, as in name-1a2b3c4d.pth; see torch.hub's check_hash.
+
+        Eight digits exclude accidents; whoever wants to can make another file that has them.
+        """
+        found = re.search(r"-([0-9a-f]{8,64})[.][^.]+$", self.filename)
+        return found[1] if found else ""
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,8 @@ def _origin(manifest: Manifest, license: str | None) -> str:
     model = f", a model shaped like {shape}" if shape else ""  # whose format the manifest does not record
     if published:
         model = f", {published[1].name}, as its authors published it"
+        if not all(file.address for file in manifest.source.values()):
+            model = f", {published[1].name}, whose published name holds the first digits of its sha256"
     licence = "" if published or license else " streamconv does not know its licence: please add it before publishing."
     return f"Converted to the Hugging Face format by streamconv {version} from {names}{model}.{licence}"
 
@@ -163,7 +165,8 @@ def _provenance(manifest: Manifest) -> Iterator[str]:
     yield "|---|---|---|"
     for file in manifest.source.values():
         address = f", {_code(file.address)}" if file.address else ""
-        yield f"| {_code(file.file)}{address} | {file.size:,} | {_code(file.fingerprint)} |"
+        digest = f", sha256 {_code(file.sha256)}" if file.sha256 else ""
+        yield f"| {_code(file.file)}{address}{digest} | {file.size:,} | {_code(file.fingerprint)} |"
     yield ""
     yield "| file | bytes | sha256 |"
     yield "|---|---|---|"

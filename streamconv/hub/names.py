@@ -4,23 +4,31 @@ import re
 from pathlib import Path
 
 from streamconv.errors import UsageError
-from streamconv.families.base import Family, Model
+from streamconv.families.base import Family, Model, RemoteFile
 from streamconv.families.registry import all_families, find_model
-from streamconv.output.manifest import Provenance
+from streamconv.output.manifest import Provenance, SourceFile
 
 
 def published_model(provenance: Provenance) -> tuple[Family, Model] | None:
     """Return the published model that an output was made from, if all of its source files are the authors' own.
 
-    A name that a user gave proves nothing: any file may have the name of a published one.
+    A name that a user gave proves nothing: any file may have the name of a published one. Nor does a place: manifests
+    of streamconv 0.2.0 call a file published that was found in torch.hub's cache.
     """
     try:
         family, model = find_model(str(provenance.model))
     except UsageError:
         return None
-    authors = {"backbone": model.backbone.filename, **({"head": model.head.filename} if model.head else {})}
-    files = {role: file.file for role, file in provenance.source.items()}
-    return (family, model) if files == authors and all(file.published for file in provenance.source.values()) else None
+    authors = {"backbone": model.backbone, **({"head": model.head} if model.head else {})}
+    if provenance.source.keys() != authors.keys():
+        return None
+    return (family, model) if all(_is_own(provenance.source[role], file) for role, file in authors.items()) else None
+
+
+def _is_own(file: SourceFile, published: RemoteFile) -> bool:
+    """Return whether a file is known to be ``published``."""
+    has_its_hash = bool(published.sha256_start) and file.sha256.startswith(published.sha256_start)
+    return file.published and file.file == published.filename and (file.address == published.url or has_its_hash)
 
 
 def default_name(folder: Path, provenance: Provenance | None) -> str:

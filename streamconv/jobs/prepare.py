@@ -21,6 +21,7 @@ from streamconv.output.ownership import owned_names
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
+from streamconv.source.authors import compute_digests
 from streamconv.source.cache import download_path
 from streamconv.source.copies import offline_copies
 from streamconv.source.download import downloaded
@@ -91,6 +92,9 @@ def prepared_source(
                 raise
             _log.warning("%s Using the copy that was downloaded before: %s", error, copies.backbone)
             opened = stack.enter_context(open_source(copies, is_offline=True))
+        if is_exact:
+            digests = compute_digests(opened.checkpoints, progress)
+            opened = replace(opened, source=replace(opened.source, digests=digests))
         yield _plan(opened, options, labels_of, progress)
 
 
@@ -179,7 +183,7 @@ def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None
         filename=source.source.backbone.name,
     )
     chosen = [checkpoint.note for checkpoint in source.checkpoints.values() if checkpoint.note]
-    plan = replace(plan, notes=(*chosen, *plan.notes, *source.source.notes))
+    plan = replace(plan, notes=(*chosen, *plan.notes, *source.notes))
     origin = own_processor.origin if own_processor is not None else None
     return PreparedSource(source, plan, labels_from, options.labels is None, origin)
 

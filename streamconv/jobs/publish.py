@@ -16,7 +16,6 @@ from streamconv.hub.card import CARD_NAME, is_ours, kept_metadata, make_card
 from streamconv.hub.card_check import check_card
 from streamconv.hub.checks import hashed
 from streamconv.hub.destination import PushTarget
-from streamconv.hub.names import published_model
 from streamconv.hub.repository import Repository
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
@@ -159,8 +158,8 @@ def _read_verified(folder: Path, push: PushOptions) -> Manifest:
 
 def _verify_command(folder: Path, manifest: Manifest) -> str:
     """Return the command that verifies a folder, as far as its manifest tells where the source is."""
-    if published := published_model(manifest):
-        return shlex.join(["streamconv", "verify", str(folder), published[1].name])
+    if manifest.model and all(file.published or file.found_in_cache for file in manifest.source.values()):
+        return shlex.join(["streamconv", "verify", str(folder), manifest.model])
     in_folders = (SINGLE_NAME, "pytorch_model.bin")  # then the folder was the source, and the manifest does not name it
     sources = {
         role: file.address or ("SOURCE" if file.file in in_folders else file.file)

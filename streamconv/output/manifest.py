@@ -23,8 +23,10 @@ class SourceFile:
 
     ``fingerprint`` is the sha256 of its index. It stands for the weights only if they carry CRC-32s; otherwise
     ``version`` distinguishes the checkpoint's files from others with the same names and shapes: each file's times in
-    nanoseconds since 1970, or its server's name for this version. ``published``: it is the file that its authors
-    published, read from their URL or from torch.hub's cache.
+    nanoseconds since 1970, or its server's name for this version. ``address`` is the URL that it was read or downloaded
+    from, without secrets, and ``sha256`` that of its bytes, empty if it is not known. ``published``: it is the file
+    that its authors published, read from their URL, or known by a sha256. ``found_in_cache``: it has the name of a
+    published file in torch.hub's cache, but streamconv did not download it, so it may be another one.
     """
 
     file: str
@@ -33,6 +35,8 @@ class SourceFile:
     address: str | None = None
     synthetic: bool = False
     published: bool = False
+    found_in_cache: bool = False
+    sha256: str = ""
     version: Mapping[str, tuple[str | int | None, ...]] = field(default_factory=dict)
 
     def is_same(self, other: "SourceFile") -> bool:

@@ -7,8 +7,9 @@ that TORCH_HOME and XDG_CACHE_HOME apply to it, too. The folder is named after t
     hub/checkpoints/dinov2_vits14_pretrain.pth
     hub/checkpoints/streamconv/huggingface.co-5a1f0c9e2b7d4836/model.safetensors
 
-A hidden record beside it names its address and the server's name for this version of the file. The record is written
-after the file and deleted before the file is replaced, so that it never describes another one.
+A hidden record names its address and the server's name for this version of the file: beside it or, of a file where
+torch.hub looks, in hub/checkpoints/streamconv. The record is written after the file and deleted before the file is
+replaced. Since other programs may replace the file, too, a record is only of a file with its size and its times.
 """
 
 import json
@@ -24,9 +25,8 @@ from streamconv.errors import SourceError
 from streamconv.families.registry import published_files
 from streamconv.files.address import Address, hf_to_https
 from streamconv.files.local import read_small
-from streamconv.output.files import as_output_error, sync_folder, write_file
+from streamconv.output.files import as_output_error, make_folder, sync_folder, write_file
 from streamconv.output.typed_json import parse
-from streamconv.source.resolve import torch_hub_cache
 
 MAX_VERSIONS = 10  # servers of one file that name its version differently
 _MAX_NAME_BYTES = 150  # file systems allow 255; the names of the journal and the unfinished file are longer
@@ -39,7 +39,9 @@ class Download:
 
     ``address`` is without secrets. ``size`` is in bytes, ``sha256`` is the file's in hexadecimal. ``versions`` are
     what the servers called this version: an ETag and a Last-Modified, or fsspec's key. ``is_crc_checked``: every record
-    of the file matched its CRC-32. ``date`` is in UTC.
+    of the file matched its CRC-32. ``date`` is in UTC. ``is_published``: it was requested from the very URL at which
+    its authors published it. ``modified_ns`` and ``changed_ns`` are the times of the last change of the file's
+    contents, and of those or its name, owner or mode, in nanoseconds since 1970; older records have none.
     """
 
     address: str
@@ -48,23 +50,38 @@ class Download:
     versions: tuple[Mapping[str, str | int | None], ...]
     is_crc_checked: bool
     date: str
+    is_published: bool = False
+    modified_ns: int | None = None
+    changed_ns: int | None = None
 
     @classmethod
     def read(cls, path: Path) -> "Download | None":
-        """Read the record of the file at ``path``; None if there is none, or if it is of a file of another size."""
+        """Read the record of the file at ``path``; None if there is none, or if the file has changed since."""
+        found = cls.read_unchecked(path)
+        with suppress(OSError):
+            state = os.stat(path)
+            if found is not None and state.st_size == found.size and found.modified_ns in (None, state.st_mtime_ns):
+                return found
+        return None  # the file is then downloaded again
+
+    @classmethod
+    def read_unchecked(cls, path: Path) -> "Download | None":
+        """Read the record of the file at ``path``, which may have been replaced by another one."""
         try:
             value = json.loads(read_small(_record_path(path)))
             if not isinstance(value, dict) or value.get("format_version") != _FORMAT_VERSION:
                 return None
             found: Download = parse(cls, value)
-            return found if os.stat(path).st_size == found.size else None
-        except (SourceError, ValueError, RecursionError, OSError):
-            return None  # the file is then downloaded again
+            return found
+        except (SourceError, ValueError, RecursionError):
+            return None
 
     def write(self, path: Path) -> None:
         """Write the record of the complete file at ``path``; errors as for `write_file`."""
-        record = {"format_version": _FORMAT_VERSION, **asdict(self)}
-        write_file(_record_path(path), (json.dumps(record, indent=2) + "\n").encode())
+        record, place = {"format_version": _FORMAT_VERSION, **asdict(self)}, _record_path(path)
+        with as_output_error(place):
+            make_folder(place.parent)
+        write_file(place, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def forget_download(path: Path) -> None:
@@ -76,7 +93,17 @@ def forget_download(path: Path) -> None:
 
 
 def _record_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.streamconv-download.json")
+    folder = path.parent
+    if os.path.realpath(folder) == os.path.realpath(torch_hub_cache()):
+        folder = torch_hub_cache() / "streamconv"
+    return folder / f".{path.name}.streamconv-download.json"
+
+
+def torch_hub_cache() -> Path:
+    """Return the folder in which torch.hub keeps checkpoints (https://docs.pytorch.org/docs/stable/hub.html)."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("TORCH_HOME") or f"{cache}/torch"
+    return Path(home).expanduser() / "hub" / "checkpoints"
 
 
 def torch_hub_path(address: Address) -> Path:
@@ -96,10 +123,14 @@ def own_path(address: Address) -> Path:
 def download_path(address: Address) -> Path:
     """Return where the file at ``address`` is downloaded to."""
     path = torch_hub_path(address)
-    return path if _is_published(address) and not os.path.lexists(path) else own_path(address)
+    return path if is_published(address) and not os.path.lexists(path) else own_path(address)
 
 
-def _is_published(address: Address) -> bool:
+def is_published(address: Address) -> bool:
+    """Return whether this is the URL at which authors published a file, spelled as they did.
+
+    Another spelling may name another file: with http instead of https, anybody on the way can replace it.
+    """
     return any(file.url == address.url for file in published_files())
 
 

@@ -11,7 +11,8 @@ from streamconv.files.base import UNVERSIONED, is_same_version
 from streamconv.files.remote import RemoteFile
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.logs import logger
-from streamconv.source.cache import Download, own_path, torch_hub_path
+from streamconv.source.authors import authorship
+from streamconv.source.cache import Download, is_published, own_path, torch_hub_path
 from streamconv.source.resolve import Source
 
 _log = logger(__name__)
@@ -19,6 +20,9 @@ _log = logger(__name__)
 
 def find_copy(address: Address, file: RemoteFile, remote: Checkpoint | None) -> Checkpoint | None:
     """Open the copy of a file in the cache, if there is one that is known to be of the version at ``address``.
+
+    The copy of a published file must have been downloaded from there: another one could not be vouched for, although
+    its names, sizes and CRC-32s are the same.
 
     Args:
         file: The open file at ``address``.
@@ -32,7 +36,7 @@ def find_copy(address: Address, file: RemoteFile, remote: Checkpoint | None) -> 
         except SourceError as error:
             _log.debug("%s is not used: %s", path, error)
             continue
-        if _is_copy(copy, path, file, remote):
+        if _is_copy(copy, path, file, remote) and (not is_published(address) or authorship(path, copy).is_published):
             return copy
         copy.close()
     return None
@@ -41,7 +45,8 @@ def find_copy(address: Address, file: RemoteFile, remote: Checkpoint | None) -> 
 def has_copy(address: Address, file: RemoteFile, remote: Checkpoint) -> bool:
     """Return whether `find_copy` finds a copy; if its record tells, the copy is not opened."""
     record = Download.read(own_path(address))
-    if record is not None and record.size == file.size and _is_of_version(record, file):
+    is_known = record is not None and record.size == file.size and _is_of_version(record, file)
+    if is_known and not is_published(address):
         return True
     copy = find_copy(address, file, remote)
     if copy is not None:
@@ -68,6 +73,8 @@ def _is_copy(copy: Checkpoint, path: Path, file: RemoteFile, remote: Checkpoint 
 def explain_new_download(address: Address, file: RemoteFile) -> None:
     """Log why a file is downloaded although there is a copy of it."""
     if Download.read(own_path(address)) is None:
+        if is_published(address) and os.path.exists(path := torch_hub_path(address)):
+            _log.warning("%s is not known to come from %s: downloading that file", path, address)
         return
     if {UNVERSIONED} == file.validators.keys():
         why = "its server sends neither an ETag nor a Last-Modified, so it may have changed"
@@ -89,8 +96,9 @@ def offline_copies(source: Source) -> Source | None:
     for role, location in source.locations.items():
         if not isinstance(location, Address):
             continue
-        path = own_path(location)
-        download = Download.read(path)
+        places = (torch_hub_path(location), own_path(location)) if is_published(location) else (own_path(location),)
+        found = ((path, Download.read(path)) for path in places)
+        path, download = next(((path, each) for path, each in found if each is not None), (places[0], None))
         if download is None:
             return None
         copies[role] = path

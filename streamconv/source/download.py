@@ -22,7 +22,7 @@ from streamconv.output.manifest import Provenance, SourceFile
 from streamconv.output.resumable import journal_path, missing_bytes, resumable_files
 from streamconv.output.writer import written_file
 from streamconv.progress import Progress
-from streamconv.source.cache import MAX_VERSIONS, Download, download_path, forget_download, torch_hub_path
+from streamconv.source.cache import MAX_VERSIONS, Download, download_path, forget_download, is_published
 from streamconv.source.copies import explain_new_download, find_copy, has_checksums, has_copy, modified_time
 from streamconv.source.resolve import Source
 from streamconv.tensors.checksums import RecordChecks, read_crc
@@ -138,14 +138,33 @@ def _download(
             except SourceError:
                 journal.discard(path)  # the next attempt starts over
                 raise
-            _set_time(partial, path, file, is_same=previous is not None and previous.sha256 == result[0].sha256)
+            is_same = previous is not None and previous.sha256 == result[0].sha256
+            _set_time(partial, path, file, is_same=is_same)
+            with as_output_error(partial):
+                state = os.stat(partial)
             forget_download(path)
-        if path != torch_hub_path(address):
-            known = previous.versions if previous is not None and previous.sha256 == result[0].sha256 else ()
-            versions = (*known, file.validators)[-MAX_VERSIONS:]
-            date = time.strftime("%Y-%m-%d", time.gmtime())
-            Download(str(address), file.size, result[0].sha256, versions, is_crc_checked, date).write(path)
+        known = previous.versions if previous is not None and is_same else ()
+        Download(
+            address=str(address),
+            size=file.size,
+            sha256=result[0].sha256,
+            versions=(*known, file.validators)[-MAX_VERSIONS:],
+            is_crc_checked=is_crc_checked,
+            date=time.strftime("%Y-%m-%d", time.gmtime()),
+            is_published=is_published(address),
+            modified_ns=state.st_mtime_ns,
+            changed_ns=_time_of_renaming(path, state),
+        ).write(path)
     _log.info("downloaded %s to %s", address, path)
+    return None
+
+
+def _time_of_renaming(path: Path, state: os.stat_result) -> int | None:
+    """Return when a file with this ``state`` was renamed to ``path``; None if another one has replaced it already."""
+    with suppress(OSError):
+        renamed = os.stat(path)
+        if os.path.samestat(renamed, state):
+            return renamed.st_ctime_ns
     return None
 
 

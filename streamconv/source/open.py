@@ -29,7 +29,9 @@ from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.shards import refuse_shard
 from streamconv.output.manifest import SourceFile
-from streamconv.source.resolve import Source, torch_hub_cache
+from streamconv.source.authors import Authorship, authorship
+from streamconv.source.cache import torch_hub_cache
+from streamconv.source.resolve import Source
 from streamconv.source.small_files import with_small_files
 from streamconv.tensors.expressions import AnyTensor, joined, parts_of
 
@@ -96,20 +98,40 @@ class OpenSource:
 
     def describe(self) -> dict[str, SourceFile]:
         """Describe the checkpoints by role, for the manifest."""
-        locations = self.source.locations
-        origins = {role: location for role, location in locations.items() if isinstance(location, Address)}
-        origins |= self.source.origins
+        locations, origins, authors = self.source.locations, self.source.origins, self._authorship()
         return {
             role: SourceFile(
                 file=checkpoint.names[0] if len(checkpoint.names) == 1 else locations[role].name,
                 size=checkpoint.size,
                 fingerprint=checkpoint.fingerprint,
-                address=str(origins[role]) if role in origins else None,
+                address=str(origins[role]) if role in origins else authors[role].address or None,
                 synthetic=self.source.is_synthetic,
-                published=self.source.is_authors_file(role),
+                published=authors[role].is_published,
+                found_in_cache=authors[role].found is not None,
+                sha256=authors[role].sha256,
                 version={} if _has_checksums(checkpoint) else checkpoint.version,
             )
             for role, checkpoint in self.checkpoints.items()
+        }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is assumed about the files."""
+        found = (each.found for each in self._authorship().values())
+        return (
+            *self.source.notes,
+            *(
+                f"{file.filename} was found in torch.hub's cache and was not downloaded by streamconv, so it may not "
+                f"be the file that its authors publish at {file.url}"
+                for file in found
+                if file is not None and not self.source.is_synthetic
+            ),
+        )
+
+    def _authorship(self) -> dict[str, Authorship]:
+        locations, digests = self.source.locations, self.source.digests
+        return {
+            role: authorship(locations[role], each, digests.get(role, "")) for role, each in self.checkpoints.items()
         }
 
 

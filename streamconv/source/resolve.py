@@ -1,6 +1,7 @@
 """Resolves what the user typed (a model's name, or the path or URL of a checkpoint) to locations.
 
-A model's files are those in torch.hub's cache or, if they are not there, those at their published URLs.
+A model's files are those that were downloaded from their published URLs, those in torch.hub's cache or, without
+either, those at the published URLs.
 """
 
 import os
@@ -18,11 +19,11 @@ from streamconv.families.registry import (
     is_hub_name,
     is_model,
     near_models,
-    published_files,
     suggest_models,
 )
 from streamconv.files.address import Address, Location, parse_location
 from streamconv.formats.foreign.folders import missing_link
+from streamconv.source.cache import Download, own_path, torch_hub_cache
 
 MAX_COMPARED = 1000  # names in a folder that a missing file's name is compared with
 # OWNER/NAME on the Hub. A suffix of letters is that of a file; a name may end in a version, such as v1.5.
@@ -36,7 +37,7 @@ class Source:
     ``origins`` are the URLs that local files were downloaded from, by role. ``select`` is the prefix of the
     backbone's names, ``head_select`` that of the head's, and ``num_heads`` the number of attention heads, if the user
     gave them. ``is_synthetic``: the weights are random and were generated for this run. ``notes`` say what is assumed
-    about the files.
+    about the files. ``digests`` are the sha256 of local files by role, if they were computed: see `compute_digests`.
     """
 
     backbone: Location
@@ -48,35 +49,17 @@ class Source:
     num_heads: int | None = None
     is_synthetic: bool = False
     notes: tuple[str, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def locations(self) -> dict[str, Location]:
         """The locations by role: "backbone" and, if there is one, "head"."""
         return {"backbone": self.backbone, **({"head": self.head} if self.head is not None else {})}
 
-    def is_authors_file(self, role: str) -> bool:
-        """Return whether a file is the one that its authors published, as its place shows.
-
-        It is read from the URL at which they published it, or is torch.hub's copy. Elsewhere, any file can have its
-        name.
-        """
-        location = self.origins.get(role, self.locations[role])
-        if isinstance(location, Address):
-            return location.url in {file.url for file in published_files()}
-        is_cached = os.path.realpath(location.parent) == os.path.realpath(torch_hub_cache())
-        return is_cached and location.name in {file.filename for file in published_files()}
-
     @property
     def is_remote(self) -> bool:
         """True if any of the files is at a URL."""
         return any(isinstance(location, Address) for location in self.locations.values())
-
-
-def torch_hub_cache() -> Path:
-    """Return the folder in which torch.hub keeps checkpoints (https://docs.pytorch.org/docs/stable/hub.html)."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("TORCH_HOME") or f"{cache}/torch"
-    return Path(home).expanduser() / "hub" / "checkpoints"
 
 
 def resolve_source(
@@ -177,5 +160,10 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _cached_or_remote(file: RemoteFile) -> Location:
-    path = torch_hub_cache() / file.filename
-    return path if os.path.exists(path) else Address(file.url)
+    """Return a copy that was downloaded from the file's URL or, without one, torch.hub's file, or else the URL."""
+    address, path = Address(file.url), torch_hub_cache() / file.filename
+    for copy in (path, own_path(address)):
+        record = Download.read(copy)
+        if record is not None and record.is_published:
+            return copy
+    return path if os.path.exists(path) else address

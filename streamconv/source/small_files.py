@@ -25,7 +25,7 @@ from streamconv.output.files import as_output_error, make_folder, write_file
 from streamconv.output.manifest import Manifest
 from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 from streamconv.planning.shards import to_json
-from streamconv.source.resolve import torch_hub_cache
+from streamconv.source.cache import torch_hub_cache
 from streamconv.tensors.info import TensorInfo
 
 MAX_DEPTH = 3  # of a backbone's configuration in that of a larger model

@@ -30,11 +30,12 @@ from streamconv.files import remote
 from streamconv.files.address import Address
 from streamconv.jobs.preview import preview
 from streamconv.output.journal import Journal
+from streamconv.output.manifest import Manifest, SourceFile
 from streamconv.source.cache import Download, own_path
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
-from tests.support import interrupt_after, tiny
+from tests.support import interrupt_after, sha256_of, tiny
 
 MODEL = tiny(layers=3, hidden=512)  # 38 MB
 
@@ -97,7 +98,7 @@ def test_model_name_downloads_from_the_authors_address_into_the_cache(
     monkeypatch.setattr("streamconv.source.resolve.find_model", lambda name: (dinov2.FAMILY, small))
     family = dataclasses.replace(dinov2.FAMILY, models=(small,))
     monkeypatch.setattr("streamconv.families.detection.all_families", lambda: (family,))
-    for module in ("cache", "resolve"):
+    for module in ("cache", "authors"):
         monkeypatch.setattr(f"streamconv.source.{module}.published_files", lambda: frozenset(files))
     for file, state in zip(files, make_states(dimensions), strict=True):
         torch.save(state, server.folder / file.filename)
@@ -105,14 +106,112 @@ def test_model_name_downloads_from_the_authors_address_into_the_cache(
     assert not torch_hub.exists()
     done = api.convert(small.name, tmp_path / "out")
     assert done.shards == streamed.shards
-    assert {path.name for path in torch_hub.iterdir()} == {file.filename for file in files}
+    kept = {*(file.filename for file in files), "streamconv"}
+    assert {path.name for path in torch_hub.iterdir()} == kept
     server.requests.clear()
     api.convert(small.name, tmp_path / "again", stream=True)
     assert not server.requests
     first = server.sent
     api.convert(files[0].url, tmp_path / "by_address")
     assert server.sent < first + (1 << 20)
-    assert {path.name for path in torch_hub.iterdir()} == {file.filename for file in files}
+    assert {path.name for path in torch_hub.iterdir()} == kept
+    for folder in ("streamed", "out", "again", "by_address"):
+        source = json.loads((tmp_path / folder / "streamconv.json").read_text())["source"]
+        for role, file in zip(source, files, strict=False):
+            assert (source[role]["published"], source[role]["address"]) == (True, file.url), folder
+            assert source[role]["sha256"] in ("", sha256_of(torch_hub / file.filename))
+
+
+@pytest.fixture
+def published(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> RemoteFile:
+    """Return a file that takes the place of a published one. At first, the server has it."""
+    file = RemoteFile("dinov2_vits14_pretrain.pth", f"{server.url}/dinov2_vits14_pretrain.pth")
+    for module in ("cache", "authors"):
+        monkeypatch.setattr(f"streamconv.source.{module}.published_files", lambda: frozenset({file}))
+    torch.save(make_states(tiny())[0], server.folder / file.filename)
+    return file
+
+
+def source_of(done: streamconv.Conversion) -> SourceFile:
+    manifest = Manifest.read(done.output)
+    assert manifest is not None
+    return manifest.source["backbone"]
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_file_that_was_found_in_torch_hubs_cache_is_used_but_not_vouched_for(
+    server: FileServer, published: RemoteFile, torch_hub: Path, tmp_path: Path, is_same: bool
+) -> None:
+    """The file at the published URL is downloaded if that is given, although a file there has the same CRC-32s."""
+    torch_hub.mkdir(parents=True)
+    path = torch_hub / published.filename
+    torch.save(make_states(tiny(), seed=0 if is_same else 1)[0], path)
+    note = "was found in torch.hub's cache and was not downloaded by streamconv"
+    planned = api.plan(path)
+    assert any(note in each and published.url in each for each in planned.notes)
+    done = api.convert(path, tmp_path / "found")
+    assert done.plan.notes == planned.notes
+    assert (source_of(done).published, source_of(done).found_in_cache) == (False, True)
+    assert not server.requests
+    before = path.read_bytes()
+    done = api.convert(published.url, tmp_path / "published")
+    assert (source_of(done).published, source_of(done).address) == (True, published.url)
+    assert done.plan.notes == api.plan(server.folder / published.filename).notes
+    assert path.read_bytes() == before
+    own = own_path(Address(published.url))
+    assert own.read_bytes() == (server.folder / published.filename).read_bytes()
+    server.sent = 0
+    assert source_of(api.convert(published.url, tmp_path / "again")).published  # from the copy
+    server.faults.statuses = [503] * 100
+    assert source_of(api.convert(published.url, tmp_path / "offline")).published
+
+
+def test_copy_in_torch_hubs_cache_is_used_offline(server: FileServer, published: RemoteFile, tmp_path: Path) -> None:
+    done = api.convert(published.url, tmp_path / "out")
+    server.faults.statuses = [503] * 100
+    again = api.convert(published.url, tmp_path / "again")
+    assert again.shards == done.shards
+    assert any("its server could not be asked whether it has changed" in note for note in again.plan.notes)
+    assert source_of(again).published
+
+
+def test_file_of_a_published_name_from_elsewhere_is_not_torch_hubs(
+    server: FileServer, published: RemoteFile, torch_hub: Path, tmp_path: Path
+) -> None:
+    for number, url in enumerate((f"{server.url}/mirror/{published.filename}", f"{published.url}?x=1")):
+        done = api.convert(url, tmp_path / f"other{number}")
+        assert not source_of(done).published
+        assert not (torch_hub / published.filename).exists()
+    done = api.convert(published.url, tmp_path / "published")
+    assert source_of(done).published
+    assert (torch_hub / published.filename).exists()
+
+
+def test_torch_hub_may_replace_a_download(
+    server: FileServer, published: RemoteFile, torch_hub: Path, tmp_path: Path
+) -> None:
+    """It writes the same bytes as another file. Other bytes of the same size are not taken for them."""
+    api.convert(published.url, tmp_path / "out")
+    path = torch_hub / published.filename
+    path.unlink()
+    torch.hub.download_url_to_file(published.url, str(path), progress=False)
+    done = api.convert(path, tmp_path / "again")
+    assert (source_of(done).published, source_of(done).sha256) == (True, sha256_of(path))
+    data = bytearray(path.read_bytes())
+    torch.save(make_states(tiny(), seed=1)[0], path)
+    assert path.stat().st_size == len(data)
+    done = api.convert(path, tmp_path / "other")
+    assert (source_of(done).published, source_of(done).found_in_cache) == (False, True)
+
+
+def test_manifest_in_a_folder_from_someone_else_vouches_for_nothing(
+    server: FileServer, published: RemoteFile, tmp_path: Path
+) -> None:
+    done = api.convert(published.url, tmp_path / "theirs")
+    assert source_of(done).published
+    again = api.convert(done.output, tmp_path / "mine")
+    assert not source_of(again).published
+    assert again.plan.names["model"] is None
 
 
 @pytest.mark.parametrize("queries", [("", ""), ("?X-Amz-Signature=1", "?X-Amz-Signature=2")])

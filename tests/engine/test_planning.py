@@ -18,8 +18,8 @@ import streamconv
 from streamconv import MappingError, UsageError
 from streamconv.families.dinov2 import FAMILY
 from streamconv.planning.shards import make_shard, to_json
+from streamconv.source.cache import torch_hub_cache
 from streamconv.source.labels import imagenet_labels
-from streamconv.source.resolve import torch_hub_cache
 from tests import api
 from tests.checkpoints import DTYPES, NAMES, make_states, original_mapping
 from tests.support import GOLDEN, MODELS, WEB_DINO, Save, expanded, plan_of_shapes, tiny

@@ -26,9 +26,10 @@ from streamconv.hub import client, transport
 from streamconv.hub.destination import Destination
 from streamconv.hub.repository import Repository
 from streamconv.jobs.publish import publish_folder
+from streamconv.source.cache import Download
 from tests import api
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer, Repo, fine_grained, running, who
-from tests.support import Save, run, run_python, run_with_hub, sha256_of, tiny
+from tests.support import PUBLISHED, Save, run, run_python, run_with_hub, sha256_of, tiny
 
 SMALL = {"config.json", "preprocessor_config.json", "streamconv.json", "model.safetensors.index.json"}
 
@@ -478,13 +479,26 @@ def repository_of(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout.splitlines()[-1].removeprefix("published: ").rpartition("/commit/")[0]
 
 
-def test_only_the_authors_file_is_published_under_its_name(tmp_path: Path) -> None:
-    """It is known by its place: torch.hub's cache, or the address at which it was published."""
+def record_download(path: Path) -> None:
+    """Record that a file was downloaded from its authors' URL."""
+    state = path.stat()
+    Download(
+        PUBLISHED["address"], state.st_size, "", (), True, "2026-01-31",
+        is_published=True, modified_ns=state.st_mtime_ns, changed_ns=state.st_ctime_ns,
+    ).write(path)  # fmt: skip
+
+
+def test_only_the_authors_file_is_published_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known by the record of its download. Another file in torch.hub's cache is used, but not vouched for."""
     cache = tmp_path / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     cached = streamconv.synth("dinov2_vits14", cache / "dinov2_vits14_pretrain.pth").backbone
     options = ("--no-verify", "--push-unverified", "--push-to-hub")
     with running() as hub:
+        done = run_with_hub(hub, tmp_path, "run", "dinov2_vits14", *options)
+        assert (done.returncode, "not known to be its own. Name the repository" in done.stderr) == (2, True)
+        record_download(cached)
         for source in ("dinov2_vits14", "facebook/dinov2-small", cached):
             done = run_with_hub(hub, tmp_path, "run", source, *options)
             assert repository_of(done) == f"{hub.url}/ada/dinov2-small" or "nothing was changed" in done.stdout
@@ -523,7 +537,7 @@ def test_folder_is_published_under_its_own_name_unless_it_is_the_published_model
 ) -> None:
     path, push = folder / "streamconv.json", PushOptions(unverified=True)
     manifest = json.loads(path.read_text())
-    authors = {**manifest["source"]["backbone"], "file": "dinov2_vits14_pretrain.pth"}
+    authors = {**manifest["source"]["backbone"], **PUBLISHED, "published": False}
     for model, source, name in (
         (None, authors, "ada/out"),
         ("dinov2_vits14", authors, "ada/out"),  # a name that proves nothing

@@ -17,7 +17,7 @@ from streamconv.output.journal import JOURNAL_NAME
 from streamconv.output.manifest import Manifest
 from tests import api
 from tests.hub_server import TOKEN, HubServer, fine_grained, running, who
-from tests.support import Save, contents, run, run_with_hub, sha256_of, tiny
+from tests.support import PUBLISHED, Save, contents, run, run_with_hub, sha256_of, tiny
 
 
 @pytest.fixture
@@ -121,6 +121,10 @@ def test_command_that_verifies_names_the_source(tmp_path: Path, folder: Path) ->
             {"backbone": replace(own, file="dinov2_vits14_pretrain.pth", published=True)},
             "dinov2_vits14", "dinov2_vits14",
         ),
+        (
+            {"backbone": replace(own, file="dinov2_vits14_pretrain.pth", found_in_cache=True)},
+            "dinov2_vits14", "dinov2_vits14",
+        ),
     ):  # fmt: skip
         changed = replace(manifest, verification=None, source=sources, model=model)
         (folder / "streamconv.json").write_bytes(changed.to_bytes())
@@ -182,7 +186,7 @@ def test_licence_of_a_published_model_is_its_authors(hub: HubServer, tmp_path: P
     """And does not stay when another model takes its place."""
     manifest = Manifest.read(folder)
     assert manifest is not None
-    own = replace(manifest.source["backbone"], file="dinov2_vits14_pretrain.pth", published=True)
+    own = replace(manifest.source["backbone"], **PUBLISHED)
     published = replace(manifest, model="dinov2_vits14", source={"backbone": own})
     (folder / "streamconv.json").write_bytes(published.to_bytes())
     done = run("push", folder, "--license", "mit", cwd=tmp_path)

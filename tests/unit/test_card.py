@@ -1,14 +1,18 @@
 """The model card claims only what the manifest proves."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
-from streamconv.families.registry import all_families
+from streamconv.families.base import RemoteFile
+from streamconv.families.registry import all_families, find_model
 from streamconv.hub.card import is_ours, make_card
 from streamconv.output.manifest import FORMAT_VERSION, Manifest
+
+PUBLISHED = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"
 
 
 def check(name: str, passed: bool | None, proves: str, **more: Any) -> dict[str, Any]:
@@ -27,7 +31,7 @@ def manifest(**changed: Any) -> Manifest:
         "cast": None,
         "model": "dinov2_vits14",
         "architecture": "Dinov2Model",
-        "source": source("dinov2_vits14_pretrain.pth", published=True),
+        "source": source("dinov2_vits14_pretrain.pth", published=True, address=PUBLISHED),
         "files": {"model.safetensors": {"size": 88249960, "sha256": "abcd"}},
         "is_crc_checked": True,
         "versions": {"streamconv": "0.1.0"},
@@ -47,9 +51,7 @@ def manifest(**changed: Any) -> Manifest:
 
 
 def test_card_of_a_published_model_names_origin_license_and_checks() -> None:
-    found = source(
-        "dinov2_vits14_pretrain.pth", published=True, address="https://example.org/dinov2_vits14_pretrain.pth"
-    )
+    found = source("dinov2_vits14_pretrain.pth", published=True, address=PUBLISHED, sha256="beef")
     text = make_card(manifest(source=found), "ada/dinov2-small")
     assert ModelCard(text).data.to_dict() == {
         "license": "apache-2.0",
@@ -59,7 +61,8 @@ def test_card_of_a_published_model_names_origin_license_and_checks() -> None:
         "tags": ["dinov2", "streamconv"],
     }
     for expected in (
-        "`dinov2_vits14_pretrain.pth`, `https://example.org/dinov2_vits14_pretrain.pth`", "88,283,115", "`f00d`",
+        f"`dinov2_vits14_pretrain.pth`, `{PUBLISHED}`, sha256 `beef`", "88,283,115", "`f00d`",
+        "dinov2_vits14, as its authors published it.",
         "streamconv 0.1.0", "`abcd`", "| parity | passed | both compute the same |",
         "Largest difference in any layer: 2.5e-07 (allowed: 0.001).", "Run on cpu with torch 2.9, transformers 5.0.",
         "Original model's code: streamconv's own.",
@@ -74,6 +77,13 @@ def test_card_of_a_published_model_names_origin_license_and_checks() -> None:
     [
         {"source": source("mine.pth")},
         {"source": source("dinov2_vits14_pretrain.pth")},  # a file of this name that is not the authors' own
+        {"source": source("dinov2_vits14_pretrain.pth", found_in_cache=True)},
+        {"source": source("dinov2_vits14_pretrain.pth", address=PUBLISHED)},
+        {"source": source("dinov2_vits14_pretrain.pth", published=True)},  # 0.2.0 wrote so of a file that it found
+        {"source": source("dinov2_vits14_pretrain.pth", published=True, sha256="beef")},
+        {"source": source("dinov2_vits14_pretrain.pth", published=True, address=PUBLISHED.replace("https", "http"))},
+        {"source": source("dinov2_vits14_pretrain.pth", published=True, address="https://example.org/x.pth")},
+        {"source": source("mine.pth", published=True, address=PUBLISHED)},
         {"model": None},
         {"model": "dinov2_vits14_1layer"},  # without the head's file
         {"source": source("dinov2_vits14_synthetic_seed0.pth")},
@@ -85,6 +95,17 @@ def test_card_claims_no_license_or_origin_for_unknown_files(changed: dict[str, A
     data = ModelCard(text).data.to_dict()
     assert not data.keys() & {"license", "base_model"}
     assert "does not know its licence" in text
+
+
+def test_hash_in_a_published_name_is_named_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = find_model("dinov2_vits14")
+    file = RemoteFile("dinov2_vits14-0123abcd.pth", PUBLISHED)
+    monkeypatch.setattr("streamconv.hub.names.find_model", lambda name: (known[0], replace(known[1], backbone=file)))
+    for digest, is_known in (("0123abcd" + "0" * 56, True), ("0123abce" + "0" * 56, False), ("", False)):
+        text = make_card(manifest(source=source(file.filename, published=True, sha256=digest)), "ada/it")
+        assert ("whose published name holds the first digits of its sha256" in text) == is_known
+        assert "as its authors published it" not in text
+        assert ("license: apache-2.0" in text) == is_known
 
 
 def test_card_starts_with_warnings() -> None:

@@ -1,5 +1,6 @@
 """A SOURCE argument is resolved to a model's files, a path or an address."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import pytest
 from streamconv import NetworkError, SourceMissingError, UsageError
 from streamconv.files import retries
 from streamconv.files.address import Address
+from streamconv.source.cache import Download, own_path
 from streamconv.source.open import open_source
-from streamconv.source.resolve import Source, default_output, resolve_source
+from streamconv.source.resolve import default_output, resolve_source
 
 
 @pytest.fixture
@@ -125,26 +127,21 @@ def test_output_folder_is_never_the_source(
     assert resolve_source("dinov2-small", output="other").backbone == Path("dinov2-small")
 
 
-def test_authors_file_is_known_by_its_place(kept: Path, tmp_path: Path) -> None:
-    name, url = "dinov2_vits14_pretrain.pth", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_"
-    (tmp_path / "link").symlink_to(kept)
-    for backbone, is_authors in (
-        (Address(f"{url}pretrain.pth"), True),
-        (Address(f"https://example.org/{name}"), False),
-        (Address(f"{url}pretrain.pth?x=1"), False),
-        (kept / name, True),
-        (tmp_path / "link" / name, True),
-        (kept / "dinov2_vits14_finetuned.pth", False),
-        (kept / "own" / name, False),
-        (tmp_path / name, False),
-    ):
-        assert Source(backbone).is_authors_file("backbone") == is_authors, backbone
-        assert Source(tmp_path / "x", backbone).is_authors_file("head") == is_authors, backbone
-    downloaded = Source(kept / "x.pth", origins={"backbone": Address(f"{url}linear_head.pth")})
-    assert downloaded.is_authors_file("backbone")
-    assert not Source(kept / name, origins={"backbone": Address("https://example.org/x.pth")}).is_authors_file(
-        "backbone"
-    )
+def test_file_that_was_downloaded_from_the_authors_url_precedes_one_that_was_found(kept: Path) -> None:
+    url = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"
+    found, own = kept / "dinov2_vits14_pretrain.pth", own_path(Address(url))
+    own.parent.mkdir(parents=True)
+    found.write_bytes(b"found")
+    own.write_bytes(b"own")
+    record = Download(url, 3, "", (), True, "2026-01-31")
+    record.write(own)
+    assert resolve_source("dinov2_vits14").backbone == found
+    replace(record, is_published=True).write(own)
+    assert resolve_source("dinov2_vits14").backbone == own
+    replace(record, is_published=True, size=5).write(found)
+    assert resolve_source("dinov2_vits14").backbone == found
+    found.write_bytes(b"changed")
+    assert resolve_source("dinov2_vits14").backbone == own
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,114 @@
+"""Tells whether a file is the one that its authors published.
+
+Its name, its shapes and its CRC-32s prove nothing: any file can have them. What counts is that streamconv downloaded
+it from the very URL at which it was published, or its sha256, if its published name holds the first digits of that.
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from streamconv.errors import OutputError
+from streamconv.families.base import RemoteFile
+from streamconv.families.registry import published_files
+from streamconv.files.address import Location
+from streamconv.files.local import LocalFile
+from streamconv.formats.checkpoint import Checkpoint
+from streamconv.progress import Progress
+from streamconv.source.cache import Download, is_published, torch_hub_cache
+
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Authorship:
+    """Whether a file is its authors' own.
+
+    ``address`` is the URL that the authors' file was downloaded from, and ``sha256`` that of a file's bytes; each is
+    empty if it is not known. ``found``: the published file that one in torch.hub's cache is named after, although
+    streamconv did not download it, so that it may be another one.
+    """
+
+    is_published: bool = False
+    address: str = ""
+    sha256: str = ""
+    found: RemoteFile | None = None
+
+
+def authorship(location: Location, checkpoint: Checkpoint, digest: str = "") -> Authorship:
+    """Return whether the checkpoint at ``location`` is its authors' own; ``digest`` is its sha256, if it was computed.
+
+    No weight is read: a record of a download is believed if the file has the times that it had then.
+    """
+    if not isinstance(location, Path):
+        return Authorship(is_published(location), str(location))
+    file = _only_file(checkpoint)
+    if file is None:
+        return Authorship()
+    record = Download.read_unchecked(file.path)
+    known = digest
+    if record is not None and (_has_times(file, record) or (digest and digest == record.sha256)):
+        known = record.sha256
+        if record.is_published:
+            return Authorship(True, record.address, known)
+    published = _named_after(file)
+    if published is not None and published.sha256_start and known.startswith(published.sha256_start):
+        return Authorship(True, sha256=known)
+    is_cached = os.path.realpath(file.path.parent) == os.path.realpath(torch_hub_cache())
+    return Authorship(sha256=known, found=published if is_cached else None)
+
+
+def compute_digests(checkpoints: Mapping[str, Checkpoint], progress: Progress) -> dict[str, str]:
+    """Return the sha256 of the files of which nothing else tells whose they are, by role; all of such a file is read.
+
+    That is a download whose times have changed, such as in a cache that was moved, and a file whose published name
+    holds a part of the sha256.
+
+    Raises:
+        SourceError: a file cannot be read.
+    """
+    return {role: digest for role, each in checkpoints.items() if (digest := _digest(_only_file(each), progress))}
+
+
+def _digest(file: LocalFile | None, progress: Progress) -> str:
+    if file is None:
+        return ""
+    record, published = Download.read_unchecked(file.path), _named_after(file)
+    if record is not None and _has_times(file, record):
+        return ""
+    may_be_moved = record is not None and record.is_published and record.size == file.size
+    if not may_be_moved and (published is None or not published.sha256_start):
+        return ""
+    digest = _sha256(file, progress)
+    if record is not None and record.sha256 == digest:
+        with suppress(OutputError):  # a cache that this user cannot write; then it is computed every time
+            replace(record, modified_ns=file.modified_ns, changed_ns=file.changed_ns).write(file.path)
+    return digest
+
+
+def _sha256(file: LocalFile, progress: Progress) -> str:
+    digest, buffer = sha256(), memoryview(bytearray(_PIECE_BYTES))
+    for at in range(0, file.size, _PIECE_BYTES):
+        piece = buffer[: min(_PIECE_BYTES, file.size - at)]
+        file.read_at(at, piece)
+        digest.update(piece)
+        progress(f"checking whether {file.name} is the published file", at + len(piece), file.size, "bytes")
+    return digest.hexdigest()
+
+
+def _only_file(checkpoint: Checkpoint) -> LocalFile | None:
+    """Return the checkpoint's file, if it is one on this machine."""
+    files = checkpoint.files
+    return files[0] if len(files) == 1 and isinstance(files[0], LocalFile) else None
+
+
+def _has_times(file: LocalFile, record: Download) -> bool:
+    """Return whether neither the file's contents nor its place, owner or mode changed since it was downloaded."""
+    return (record.size, record.modified_ns, record.changed_ns) == (file.size, file.modified_ns, file.changed_ns)
+
+
+def _named_after(file: LocalFile) -> RemoteFile | None:
+    return next((each for each in published_files() if each.filename == file.name), None)
