@@ -4,8 +4,10 @@ These packages handle a store's protocol and credentials. Which ranges are reque
 is the same as over http: see `remote`.
 """
 
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import date
 from typing import Any
 
 from streamconv.display import printable
@@ -18,7 +20,7 @@ from streamconv.errors import (
     UsageError,
 )
 from streamconv.files.address import Address
-from streamconv.files.base import ByteRange
+from streamconv.files.base import UNVERSIONED, ByteRange
 from streamconv.files.remote import MAX_IN_FLIGHT, RemoteFile
 from streamconv.files.retries import RETRIES_BEFORE_OPEN, RETRY_WAITS_SECONDS
 from streamconv.logs import logger
@@ -26,9 +28,17 @@ from streamconv.redaction import redacted
 
 _log = logger(__name__)
 
+# The names under which packages report what changes with the contents: ETag, generation, LastModified, mtime, …
+_IDENTIFYING = re.compile(
+    "etag|md5|crc|sha|hash|digest|ch(ec)?ksum|generation|version|rev|modif|mtime|created|updated|date|hex|blob", re.I
+)
+
 
 class FsspecFile(RemoteFile):
-    """A file in a store. Its version is fsspec's unique key (``ukey``), which includes the store's own version.
+    """A file in a store. Its version is what the store reports about its contents: a hash, a version or a time.
+
+    It is not fsspec's unique key (``ukey``), which never changes for a file at an http URL, and differs in each process
+    for a file in an archive.
 
     Raises:
         UsageError: fsspec does not know the scheme, or the package for it is not installed.
@@ -43,10 +53,11 @@ class FsspecFile(RemoteFile):
         # Only asynchronous packages are made for concurrent reads: all reads from tar:// share one position.
         self._threads = ThreadPoolExecutor(MAX_IN_FLIGHT if self._file_system.async_impl else 1, "fsspec")
         self.size, self._key = self._state()
+        self._opened_ns = time.time_ns()
 
     @property
     def version(self) -> dict[str, str | int | None]:
-        return {"key": self._key}
+        return {"key": self._key} if self._key else {UNVERSIONED: self._opened_ns}
 
     def require_unchanged(self) -> None:
         if self._state() != (self.size, self._key):
@@ -59,7 +70,10 @@ class FsspecFile(RemoteFile):
         self._threads.shutdown(cancel_futures=True)
 
     def _state(self) -> tuple[int, str]:
-        """Return the file's size and unique key as they are now; failures are retried a few times."""
+        """Return the file's size and version as they are now; failures are retried a few times.
+
+        The version is empty if the store reports none.
+        """
         for wait in (*RETRY_WAITS_SECONDS[:RETRIES_BEFORE_OPEN], None):
             try:
                 return self._threads.submit(self._query_state).result()
@@ -81,7 +95,7 @@ class FsspecFile(RemoteFile):
         info = self._file_system.info(self._path)
         if info["type"] != "file":
             raise SourceError(f"{self.where} is not a file. Give the URL of a .pth or .safetensors file.")
-        return int(info["size"]), str(self._file_system.ukey(self._path))
+        return int(info["size"]), _version(info)
 
     def _request(self, wanted: ByteRange) -> "_FsspecResponse":
         data = self._threads.submit(self._file_system.cat_file, self._path, wanted.start, wanted.end)
@@ -104,6 +118,13 @@ class _FsspecResponse:
 
     def close(self) -> None:
         self._data.cancel()
+
+
+def _version(info: dict[str, Any]) -> str:
+    """Return the entries of fsspec's ``info`` that change with a file's contents, as text."""
+    plain = (str, bytes, int, float, date, tuple)  # other values may show an address in memory
+    found = {name: value for name, value in info.items() if _IDENTIFYING.search(name) and isinstance(value, plain)}
+    return repr(sorted(found.items(), key=str)) if found else ""
 
 
 def _find_file_system(address: Address) -> tuple[Any, str]:

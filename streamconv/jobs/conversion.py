@@ -15,7 +15,14 @@ from streamconv.output.disk import require_space, require_writable
 from streamconv.output.fallbacks import lacks_of
 from streamconv.output.finished import NOTHING, EarlierOutput, Loss, find_earlier, find_edited
 from streamconv.output.folder import growth
-from streamconv.output.manifest import GivenImageProcessor, Labels, Manifest, Provenance, WrittenFile
+from streamconv.output.manifest import (
+    GivenImageProcessor,
+    Labels,
+    Manifest,
+    Provenance,
+    WrittenFile,
+    is_unidentified,
+)
 from streamconv.planning.plan import Plan
 from streamconv.source.download import check_downloads
 from streamconv.source.labels import labels_in
@@ -161,6 +168,15 @@ class PreparedConversion:
         written = {shard.filename: manifest.files[shard.filename] for shard in self.plan.shards}
         result = self.with_labels_of(manifest).result(written, 0)
         return replace(result, was_finished=True, edited=earlier.edited)
+
+    def find_unidentified(self) -> Manifest | None:
+        """Return the manifest of a conversion that may be the same: only the bytes of the source can tell."""
+        manifest = Manifest.read(self.folder) if not self.force else None
+        return manifest if manifest is not None and is_unidentified(manifest, self.provenance) else None
+
+    def with_source_of(self, manifest: Manifest) -> "PreparedConversion":
+        """Return the conversion with the source that a manifest describes, which has the same bytes."""
+        return replace(self, provenance=replace(self.provenance, source=manifest.source))
 
     def with_labels_of(self, manifest: Manifest | None) -> "PreparedConversion":
         """Return the conversion with the labels of the finished folder, if it has other ones than would be written.

@@ -93,10 +93,25 @@ def convert_prepared(
         prepared = stack.enter_context(local_copy(prepared, progress))
         conversion = PreparedConversion.of(prepared, output, force=options.force)
     if finished is None:
+        conversion = _recognised(conversion, prepared, progress)
         finished = conversion.find_finished()
     if finished is not None:
         return finished, replace(prepared, plan=finished.plan)
     return _write(conversion, prepared, progress), prepared
+
+
+def _recognised(conversion: PreparedConversion, prepared: PreparedSource, progress: Progress) -> PreparedConversion:
+    """Return the conversion as the finished folder records it, if only its bytes can tell that it is the same.
+
+    They are compared with the source's, which takes as long as reading it.
+    """
+    manifest = conversion.find_unidentified()
+    if manifest is None:
+        return conversion
+    from streamconv.verification.bytes import compare_with_source  # rarely needed
+
+    same, _ = compare_with_source(conversion.folder, conversion.plan, prepared.source.reader, False, progress)
+    return conversion.with_source_of(manifest) if same.passed else conversion
 
 
 def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: Progress) -> Conversion:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from streamconv.output.ownership import owned_names
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.source.resolve import default_output
+
+_ONLY_BYTES = "finished, if the source has not changed; its server names no version, so their bytes will be compared"
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,9 @@ def preview(
             if not downloads:  # the conversion reads the copy, so it records the copy's version
                 prepared = stack.enter_context(local_copy(prepared, progress))
                 conversion = PreparedConversion.of(prepared, output, force=options.force)
+        if (manifest := conversion.find_unidentified()) is not None:
+            conversion = conversion.with_source_of(manifest)
+            plan = replace(plan, notes=(*plan.notes, f"{conversion.folder}: {_ONLY_BYTES}"))
         if options.stream and push is not None:
             refuse_finished(conversion)
         is_finished = is_finished or conversion.find_finished() is not None

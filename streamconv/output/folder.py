@@ -135,9 +135,9 @@ def open_output_folder(
 def _start(folder: Path, journal: OpenJournal, provenance: Provenance, force: bool) -> None:
     previous = journal.contents.provenance
     if differences(previous, provenance) if previous is not None else force and Manifest.read(folder) is not None:
-        if force:  # otherwise it had written nothing: see `require_free`
+        if owned := owned_names(folder, journal.contents):  # or it had written nothing: see `require_free`
             _log.info("deleting the conversion in %s, to start over", folder)
-            _remove(folder, owned_names(folder, journal.contents))
+            _remove(folder, owned)
         journal.forget()
         with as_output_error(folder):
             for path in folder.glob(temporary_path(Path("*.safetensors")).name):  # begun, without a resume point

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import OutputError, SourceError, SourceMissingError
+from streamconv.files.base import UNVERSIONED
 from streamconv.files.local import read_small
 from streamconv.output.files import write_file
 from streamconv.output.typed_json import parse
 
 MANIFEST_NAME = "streamconv.json"
 FORMAT_VERSION = 1  # of manifests and journals; those of 0.1.0 had none
-_CHANGE_TIME = "changed_ns"
+CHANGE_TIME = "changed_ns"
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class SourceFile:
         does not, since only resuming must be as careful.
         """
         keys = self.version.keys() | other.version.keys()
-        if not {_CHANGE_TIME} <= self.version.keys() & other.version.keys():
-            keys -= {_CHANGE_TIME}
+        if not {CHANGE_TIME} <= self.version.keys() & other.version.keys():
+            keys -= {CHANGE_TIME}
         return self.fingerprint == other.fingerprint and all(self.version.get(k) == other.version.get(k) for k in keys)
 
 
@@ -163,7 +164,7 @@ class Manifest(Provenance):
     ) -> "Manifest":
         """Make the manifest of an output that is complete."""
         source = {
-            role: replace(file, version={k: value for k, value in file.version.items() if k != _CHANGE_TIME})
+            role: replace(file, version={k: value for k, value in file.version.items() if k != CHANGE_TIME})
             for role, file in provenance.source.items()
         }
         return cls(
@@ -229,6 +230,20 @@ def differences(one: Provenance, other: Provenance) -> list[str]:
     if one.image_processor != other.image_processor:
         found.append("image processor")
     return sorted(found)
+
+
+def is_unidentified(one: Provenance, other: Provenance) -> bool:
+    """Return whether two conversions differ only in a file's version, and its server named none at least once.
+
+    Then nothing but the bytes can tell whether the file is the same.
+    """
+    unversioned = {role for each in (one, other) for role, file in each.source.items() if UNVERSIONED in file.version}
+
+    def comparable(each: Provenance) -> Provenance:
+        files = {role: replace(file, version={}) if role in unversioned else file for role, file in each.source.items()}
+        return replace(each, source=files)
+
+    return bool(unversioned and differences(one, other)) and not differences(comparable(one), comparable(other))
 
 
 def _chosen_labels(provenance: Provenance) -> str | None:

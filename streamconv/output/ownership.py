@@ -6,7 +6,7 @@ from pathlib import Path
 
 from streamconv.errors import OutputError
 from streamconv.output.journal import Journal
-from streamconv.output.manifest import Manifest, Provenance, differences, is_weights
+from streamconv.output.manifest import Manifest, Provenance, differences, is_unidentified, is_weights
 
 
 def require_free(
@@ -16,7 +16,8 @@ def require_free(
 
     Args:
         names: The files to be written.
-        journal: The folder's own. One of another conversion is no obstacle as long as nothing was written.
+        journal: The folder's own. One of another conversion is no obstacle as long as nothing was written, nor is one
+            that nobody can resume, because nothing identifies its source.
         force: Another conversion is no obstacle either; files that streamconv did not write are.
 
     Raises:
@@ -34,7 +35,7 @@ def require_free(
         raise OutputError(
             f"{folder} already holds {', '.join(foreign)}, which streamconv did not write. Choose another folder."
         )
-    if existing is None or force:
+    if existing is None or force or (manifest is None and is_unidentified(existing, provenance)):
         return
     if (other := differences(existing, provenance)) and (present or manifest or journal.is_resumable):
         state = "an unfinished" if manifest is None else "another"

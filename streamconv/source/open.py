@@ -28,7 +28,7 @@ from streamconv.files.local import read_small
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.shards import refuse_shard
-from streamconv.output.manifest import SourceFile
+from streamconv.output.manifest import CHANGE_TIME, SourceFile
 from streamconv.source.authors import Authorship, authorship
 from streamconv.source.cache import torch_hub_cache
 from streamconv.source.resolve import Source
@@ -109,10 +109,17 @@ class OpenSource:
                 published=authors[role].is_published,
                 found_in_cache=authors[role].found is not None,
                 sha256=authors[role].sha256,
-                version={} if _has_checksums(checkpoint) else checkpoint.version,
+                version=self._version(role, checkpoint),
             )
             for role, checkpoint in self.checkpoints.items()
         }
+
+    def _version(self, role: str, checkpoint: Checkpoint) -> Mapping[str, tuple[str | int | None, ...]]:
+        if _has_checksums(checkpoint):
+            return {}
+        # A copy that was downloaded again keeps its time only if it has the same bytes: see `download`.
+        ignored = CHANGE_TIME if role in self.source.origins else None
+        return {key: value for key, value in checkpoint.version.items() if key != ignored}
 
     @property
     def notes(self) -> tuple[str, ...]:
