@@ -3,12 +3,14 @@
 import hashlib
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import OutputError, UsageError
 from streamconv.formats.safetensors import CONFLICTING_PATTERNS
+from streamconv.output.snapshot import State, state_of
 from streamconv.progress import Progress
 
 if TYPE_CHECKING:
@@ -26,12 +28,31 @@ def require_digest(path: Path, digest: str, expected: str) -> None:
         )
 
 
-def hashed(path: Path, name: str, progress: Progress) -> "CommitOperationAdd":
+@dataclass(frozen=True)
+class LargeFile:
+    """A file to upload, whose sha256 is known. ``state`` is from before it was read."""
+
+    path: Path
+    operation: "CommitOperationAdd"
+    state: State
+
+    @property
+    def sha256(self) -> str:
+        return self.operation.upload_info.sha256.hex()
+
+    def require_unchanged(self) -> None:
+        """Raise an OutputError if the file was changed after its sha256 was computed."""
+        if state_of(self.path) != self.state:
+            raise OutputError(f"{self.path} was changed while it was uploaded. Verify the folder again.")
+
+
+def hashed(path: Path, name: str, progress: Progress) -> LargeFile:
     """Compute a large file's sha256, by which the Hub knows it; the result is uploaded later."""
     from huggingface_hub import CommitOperationAdd
 
     progress(f"checking {name}", 0, 1, "steps")
-    return CommitOperationAdd(name, str(path))
+    state = state_of(path)
+    return LargeFile(path, CommitOperationAdd(name, str(path)), state)
 
 
 def check_name(name: str) -> None:

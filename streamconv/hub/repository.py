@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamconv.errors import HubError, MissingUploadError, UsageError
-from streamconv.hub.checks import check_name, hashed, holds, require_digest
+from streamconv.hub.checks import LargeFile, check_name, hashed, holds, require_digest
 from streamconv.hub.client import MISSING_UPLOAD, HubClient
 from streamconv.hub.destination import Destination, PushTarget
 from streamconv.hub.revision import Revision
@@ -122,26 +122,35 @@ class Repository:
             OutputError: the file has a different sha256 now.
             HubError: the upload failed.
         """
-        operation = hashed(path, name, progress)
-        require_digest(path, operation.upload_info.sha256.hex(), sha256)
-        self.send(operation, progress)
+        file = hashed(path, name, progress)
+        require_digest(path, file.sha256, sha256)
+        self.send(file, progress)
 
-    def send(self, operation: "CommitOperationAdd", progress: Progress = ignore_progress) -> None:
-        """Upload one large file; see `upload`."""
-        name = operation.path_in_repo
+    def send(self, file: LargeFile, progress: Progress = ignore_progress) -> None:
+        """Upload one large file; see `upload`.
+
+        Raises:
+            OutputError: the file was changed after its sha256 was computed.
+        """
+        operation, name = file.operation, file.operation.path_in_repo
         progress(f"uploading {name} to {self.id}", 0, 1, "steps")
-        self._hub.call(
-            f"{name} cannot be uploaded to {self.id}",
-            self._api.preupload_lfs_files,
-            self.id,
-            additions=[operation],
-            revision=self._destination.revision,
-            create_pr=self._destination.create_pr,
-        )
+        try:
+            self._hub.call(
+                f"{name} cannot be uploaded to {self.id}",
+                self._api.preupload_lfs_files,
+                self.id,
+                additions=[operation],
+                revision=self._destination.revision,
+                create_pr=self._destination.create_pr,
+            )
+        except HubError:
+            file.require_unchanged()  # the Hub refuses bytes that do not have the sha256
+            raise
         if not operation._is_uploaded:  # the Hub wants the file in the commit itself, or ignores it
             raise HubError(
                 f"{self.id} does not store {name} as a large file. Remove .gitattributes and .gitignore there."
             )
+        file.require_unchanged()
         self._uploaded[name] = operation
 
     def restore(self, name: str, size: int, sha256: str) -> None:

@@ -15,14 +15,8 @@ from streamconv.output.disk import require_space, require_writable
 from streamconv.output.fallbacks import lacks_of
 from streamconv.output.finished import NOTHING, EarlierOutput, Loss, find_earlier, find_edited
 from streamconv.output.folder import growth
-from streamconv.output.manifest import (
-    GivenImageProcessor,
-    Labels,
-    Manifest,
-    Provenance,
-    WrittenFile,
-    is_unidentified,
-)
+from streamconv.output.identity import is_unidentified
+from streamconv.output.manifest import GivenImageProcessor, Labels, Manifest, Provenance, WrittenFile
 from streamconv.planning.plan import Plan
 from streamconv.source.download import check_downloads
 from streamconv.source.labels import labels_in

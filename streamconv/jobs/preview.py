@@ -19,8 +19,9 @@ from streamconv.jobs.run import check_requests
 from streamconv.output.disk import require_writable
 from streamconv.output.finished import EarlierOutput, Loss
 from streamconv.output.folder import check_output_folder
+from streamconv.output.identity import differences
 from streamconv.output.journal import JOURNAL_NAME, Journal
-from streamconv.output.manifest import MANIFEST_NAME, differences
+from streamconv.output.manifest import MANIFEST_NAME
 from streamconv.output.open_journal import require_unlocked_journal
 from streamconv.output.ownership import owned_names
 from streamconv.planning.plan import Plan

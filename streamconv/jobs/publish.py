@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.errors import OutputError, SourceError, UsageError
 from streamconv.files.address import local_path
@@ -14,18 +14,16 @@ from streamconv.files.local import read_small
 from streamconv.formats.safetensors import SINGLE_NAME
 from streamconv.hub.card import CARD_NAME, is_ours, kept_metadata, make_card
 from streamconv.hub.card_check import check_card
-from streamconv.hub.checks import hashed
+from streamconv.hub.checks import LargeFile, hashed
 from streamconv.hub.destination import PushTarget
 from streamconv.hub.repository import Repository
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
 from streamconv.logs import logger
-from streamconv.output.journal import JOURNAL_NAME
+from streamconv.output.journal import is_unfinished
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, is_weights
+from streamconv.output.verdict import has_passed
 from streamconv.progress import Progress, ignore_progress, job
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd
 
 _log = logger(__name__)
 
@@ -110,9 +108,11 @@ def preview_push(folder: StrPath, push: PushOptions, progress: Progress = ignore
     repository.refuse_others(manifest.files)
     small, large = _read_files(path, manifest, progress)
     small |= card_files(path, repository, manifest, push)
-    sizes = {name: operation.upload_info.size for name, operation in large.items()}
+    sizes = {name: file.operation.upload_info.size for name, file in large.items()}
     sizes |= {name: len(data) for name, data in small.items()}
-    return PushPreview(repository.target, sizes, tuple(repository.present(small, large.values())))
+    return PushPreview(
+        repository.target, sizes, tuple(repository.present(small, [file.operation for file in large.values()]))
+    )
 
 
 def publish_folder(
@@ -124,17 +124,18 @@ def publish_folder(
     repository has a card that someone else wrote. Files that the Hub already has are not uploaded again.
 
     Raises:
-        UsageError: the Hub does not accept the card.
-        OutputError: the folder is not finished, or its files do not match its manifest.
+        UsageError: the folder's recorded verdict is not that these files passed, and ``push.unverified`` is not set; or
+            the Hub does not accept the card.
+        OutputError: the folder is not finished, its files do not match its manifest, or are changed meanwhile.
         HubError: the Hub does not accept it.
     """
-    manifest = _read_manifest(folder)
+    manifest = _read_verified(folder, push)
     repository.refuse_others(manifest.files)
     small, large = _read_files(folder, manifest, progress)
     small |= card_files(folder, repository, manifest, push)
     repository.create()
-    for name, operation in large.items():
-        repository.send(operation, progress)
+    for name, file in large.items():
+        repository.send(file, progress)
         _log.info("uploaded %s to %s", name, repository.id)
     return commit(repository, small, manifest, progress)
 
@@ -150,9 +151,14 @@ def commit(repository: Repository, small: Mapping[str, bytes], manifest: Manifes
 def _read_verified(folder: Path, push: PushOptions) -> Manifest:
     manifest = _read_manifest(folder)
     verification = manifest.verification
-    if push.unverified or (verification is not None and verification.get("passed")):
+    if push.unverified or has_passed(manifest):
         return manifest
-    state = "has not been verified" if verification is None else "failed verification"
+    if verification is None:
+        state = "has not been verified"
+    elif not verification.get("passed"):
+        state = "failed verification"
+    else:  # an older version recorded no files, or the manifest was copied from another folder
+        state = "has a recorded verification that is not about its files"
     raise UsageError(f"{folder} {state}. Verify it first: `{_verify_command(folder, manifest)}`.")
 
 
@@ -172,7 +178,7 @@ def _verify_command(folder: Path, manifest: Manifest) -> str:
 def _read_manifest(folder: Path) -> Manifest:
     if not os.path.isdir(folder):
         raise OutputError(f"{folder} is not a folder. Give a folder that streamconv wrote.")
-    if os.path.exists(folder / JOURNAL_NAME):
+    if is_unfinished(folder):
         raise OutputError(f"{folder} holds an unfinished conversion. Finish it first: run the same command again.")
     manifest = Manifest.read(folder)
     if manifest is None:
@@ -180,10 +186,8 @@ def _read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _read_files(
-    folder: Path, manifest: Manifest, progress: Progress
-) -> tuple[dict[str, bytes], dict[str, "CommitOperationAdd"]]:
-    """Return the contents of the small files, and an operation for each weight file.
+def _read_files(folder: Path, manifest: Manifest, progress: Progress) -> tuple[dict[str, bytes], dict[str, LargeFile]]:
+    """Return the contents of the small files, and the weight files with their sha256.
 
     Raises:
         OutputError: files are missing, or are not as they were verified.
@@ -195,7 +199,7 @@ def _read_files(
             large[name] = hashed(folder / name, name, progress)
         else:
             small[name] = _small(folder / name)
-    digests = {name: operation.upload_info.sha256.hex() for name, operation in large.items()}
+    digests = {name: file.sha256 for name, file in large.items()}
     digests |= {name: hashlib.sha256(data).hexdigest() for name, data in small.items()}
     changed = [name for name in present if digests[name] != manifest.current_files[name].sha256]
     missing = [name for name in manifest.current_files if name not in present]
@@ -206,7 +210,10 @@ def _read_files(
         if missing or any(map(is_weights, changed)):
             fix = "Convert again, which writes them again: see --force."
         raise OutputError(f"{folder}: {', and '.join(found)}. {fix}")
-    return small | {MANIFEST_NAME: _small(folder / MANIFEST_NAME)}, large
+    data = _small(folder / MANIFEST_NAME)
+    if Manifest.parse(data, folder / MANIFEST_NAME) != manifest:
+        raise OutputError(f"{folder / MANIFEST_NAME} was changed while it was read. Run the same command again.")
+    return small | {MANIFEST_NAME: data}, large
 
 
 def _small(path: Path) -> bytes:

@@ -22,8 +22,10 @@ from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.logs import logger
 from streamconv.output.files import write_file
 from streamconv.output.finished import find_edited
-from streamconv.output.journal import JOURNAL_NAME
-from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, in_order, record_verification
+from streamconv.output.journal import is_unfinished
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, in_order
+from streamconv.output.snapshot import Snapshot
+from streamconv.output.verdict import has_passed, record_verdict
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.open import OpenSource, read_config
@@ -50,8 +52,9 @@ def verify(
 ) -> Verification:
     """Verify a converted folder against its source or, without one, against its own manifest.
 
-    The result is recorded in the folder's manifest if the folder was made from this source. A difference is a result,
-    not an error: see `Verification.passed`.
+    The result is recorded in the folder's manifest if the folder was made from this source. It names the sha256 of each
+    file that was read; if any of them is changed meanwhile, there is no result. A difference is a result, not an error:
+    see `Verification.passed`.
 
     The models run in a process that this one starts, and that ends with the job. If this process has imported
     transformers, they run here; only then can they read a streamed source from a file system that was registered with
@@ -72,13 +75,13 @@ def verify(
         UsageError: the device, the image or the reference does not exist, the device has too little memory, or torch
             or transformers is not installed.
         SourceError: the source cannot be read.
-        OutputError: there is no such folder, it is unfinished, or it can be verified only against a source and none is
-            given.
+        OutputError: there is no such folder, it is unfinished or changed meanwhile, or it can be verified only against
+            a source and none is given.
     """
     path = local_path(folder, "folder")
     if not os.path.isdir(path):
         raise OutputError(f"{path} is not a folder. Give a folder that streamconv wrote.")
-    if os.path.exists(path / JOURNAL_NAME):
+    if is_unfinished(path):
         raise OutputError(
             f"{path} holds an unfinished conversion. Finish it first: run the same convert command again."
         )
@@ -106,9 +109,14 @@ def verify_prepared(
     The bytes are compared while another process runs ``models``, if one does: the one mostly waits for the disk, the
     other computes. A remote source is read again for parity only: its bytes were checked when they were written, as the
     manifest records.
+
+    Raises:
+        OutputError: the folder was changed meanwhile.
     """
     start, source = time.monotonic(), prepared.source
     manifest = Manifest.read(folder)
+    names = {*prepared.plan.filenames, *(manifest.files if manifest is not None else ())}
+    before = Snapshot.of(folder, names)  # everything is read after this, here and in the process that runs the models
     edits = find_edits(folder, prepared.plan, manifest)
     plan = edits.plan
     is_ours = manifest is not None and manifest.is_from(source.describe())
@@ -127,15 +135,12 @@ def verify_prepared(
     else:
         (check, files), results = compare(progress), run_models(progress)
     config = edits.named_in(check_config(folder, plan, edits.files))
-    files = {**files, **small_files(folder, plan)}
+    files = {**files, **small_files(folder, names)}
     checks = (check, config, *results.checks)
     verification = _verification(plan, source, checks, results, files, start, options.command)
     verification = replace(verification, edited=edits.files)
-    try:
-        record_verification(folder, verification.as_record(), dict(verification.source), files)
-    except OutputError as error:
-        return replace(verification, not_recorded=str(error))
-    return verification
+    verdict = verification.as_record()
+    return replace(verification, not_recorded=record_verdict(before, manifest, verdict, source.describe(), files))
 
 
 def verify_uploaded(
@@ -206,7 +211,8 @@ def _verify_alone(folder: Path, progress: Progress, command: str) -> Verificatio
             f"{folder} has no {MANIFEST_NAME} to check it against. Give the source: `streamconv verify DIR SOURCE`."
         )
     edited = tuple(sorted(find_edited(folder, manifest.files)))
-    written = {**manifest.files, **{name: file for name, file in manifest.edited.items() if name in edited}}
+    accepted = manifest.edited if has_passed(manifest) else {}
+    written = {**manifest.files, **{name: file for name, file in accepted.items() if name in edited}}
     problems = check_files(folder, written, progress)
     problems = sorted([*problems, *unexpected_weights(folder, {*manifest.files})])
     proves, not_checked = f"every file is as it was written, according to {MANIFEST_NAME}", ""

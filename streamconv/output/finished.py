@@ -1,6 +1,5 @@
 """Compares an output folder with what was written to it: files may be unchanged, edited by the user, or lost."""
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Literal
 
 from streamconv.errors import SourceError
 from streamconv.files.local import read_small
-from streamconv.output.journal import JOURNAL_NAME, Journal
+from streamconv.output.journal import JOURNAL_NAME, Journal, is_unfinished
 from streamconv.output.manifest import Manifest, Provenance, WrittenFile, is_weights
 from streamconv.output.ownership import require_free
 
@@ -62,7 +61,7 @@ def find_earlier(
         edited, lost = find_edited(folder, planned), {}
     else:
         edited, lost = find_edited(folder, manifest.files), _lost(folder, manifest)
-    return EarlierOutput(manifest, os.path.exists(folder / JOURNAL_NAME), tuple(sorted(edited)), lost)
+    return EarlierOutput(manifest, is_unfinished(folder), tuple(sorted(edited)), lost)
 
 
 def find_edited(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, WrittenFile]:

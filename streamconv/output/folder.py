@@ -14,8 +14,9 @@ from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.logs import logger
 from streamconv.output.disk import allocated_bytes, require_space
 from streamconv.output.files import as_output_error, make_folder, sync_folder, temporary_path, write_file
+from streamconv.output.identity import differences
 from streamconv.output.journal import JOURNAL_NAME, Journal
-from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, differences
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile
 from streamconv.output.open_journal import OpenJournal, locked_journal
 from streamconv.output.ownership import owned_names, require_free
 

@@ -124,6 +124,14 @@ class Journal:
             raise ValueError("not an entry of a journal")
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Return whether a conversion into a folder has begun and not ended; an empty journal records nothing."""
+    try:
+        return os.stat(folder / JOURNAL_NAME).st_size > 0
+    except FileNotFoundError:
+        return False
+
+
 def name_in(journal: Path, file: Path) -> str:
     """Return the name of a file in a journal: its path from the journal's folder."""
     return os.path.relpath(file, journal.parent)

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import OutputError, SourceError, SourceMissingError
-from streamconv.files.base import UNVERSIONED
 from streamconv.files.local import read_small
-from streamconv.output.files import write_file
 from streamconv.output.typed_json import parse
 
 MANIFEST_NAME = "streamconv.json"
@@ -185,11 +183,19 @@ class Manifest(Provenance):
         """
         path = folder / MANIFEST_NAME
         try:
-            value = json.loads(read_small(path))
+            return cls.parse(read_small(path), path)
         except SourceMissingError:
             return None
-        except (SourceError, ValueError, RecursionError) as error:
-            raise OutputError(f"{path} cannot be read ({error}). Move it away, or write to another folder.") from error
+        except SourceError as error:
+            raise _unreadable(path, error) from error
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> "Manifest":
+        """Parse the contents of the manifest at ``path``; errors as for `read`."""
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(path, error) from error
         return cls.from_json(value, path)
 
     @classmethod
@@ -216,51 +222,5 @@ class Manifest(Provenance):
         return (json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n").encode()
 
 
-def differences(one: Provenance, other: Provenance) -> list[str]:
-    """List which of the files and decisions that make up a conversion differ between two of them."""
-    found = [
-        role
-        for role in one.source.keys() | other.source.keys()
-        if role not in one.source or role not in other.source or not one.source[role].is_same(other.source[role])
-    ]
-    if one.plan != other.plan:
-        found.append("plan (its names, its selection, its shard size, its dtype)")
-    if _chosen_labels(one) != _chosen_labels(other):
-        found.append("list of labels")
-    if one.image_processor != other.image_processor:
-        found.append("image processor")
-    return sorted(found)
-
-
-def is_unidentified(one: Provenance, other: Provenance) -> bool:
-    """Return whether two conversions differ only in a file's version, and its server named none at least once.
-
-    Then nothing but the bytes can tell whether the file is the same.
-    """
-    unversioned = {role for each in (one, other) for role, file in each.source.items() if UNVERSIONED in file.version}
-
-    def comparable(each: Provenance) -> Provenance:
-        files = {role: replace(file, version={}) if role in unversioned else file for role, file in each.source.items()}
-        return replace(each, source=files)
-
-    return bool(unversioned and differences(one, other)) and not differences(comparable(one), comparable(other))
-
-
-def _chosen_labels(provenance: Provenance) -> str | None:
-    """Return the sha256 of labels that the user gave. Default ones depend on the network, which does not matter."""
-    labels = provenance.labels
-    return labels.sha256 if labels is not None and not labels.is_default else None
-
-
-def record_verification(
-    folder: Path, verification: Mapping[str, Any], source: Mapping[str, SourceFile], files: Mapping[str, WrittenFile]
-) -> None:
-    """Record the result of a verification in the folder's manifest, if that names the same ``source``.
-
-    ``files`` are the folder's files as they were verified. Small ones that differ from what was written were edited.
-    """
-    manifest = Manifest.read(folder)
-    if manifest is not None and manifest.is_from(source):
-        small = {name: file for name, file in files.items() if name in manifest.files and not is_weights(name)}
-        edited = {name: file for name, file in small.items() if file.sha256 != manifest.files[name].sha256}
-        write_file(folder / MANIFEST_NAME, replace(manifest, verification=verification, edited=edited).to_bytes())
+def _unreadable(path: Path, error: Exception) -> OutputError:
+    return OutputError(f"{path} cannot be read ({error}). Move it away, or write to another folder.")

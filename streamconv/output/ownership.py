@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamconv.errors import OutputError
+from streamconv.output.identity import differences, is_unidentified
 from streamconv.output.journal import Journal
-from streamconv.output.manifest import Manifest, Provenance, differences, is_unidentified, is_weights
+from streamconv.output.manifest import Manifest, Provenance, is_weights
 
 
 def require_free(

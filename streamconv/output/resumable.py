@@ -9,8 +9,9 @@ from streamconv.errors import OutputError
 from streamconv.logs import logger
 from streamconv.output.disk import allocated_bytes, require_space
 from streamconv.output.files import temporary_path
+from streamconv.output.identity import differences
 from streamconv.output.journal import Journal, name_in
-from streamconv.output.manifest import Provenance, differences
+from streamconv.output.manifest import Provenance
 from streamconv.output.open_journal import OpenJournal, locked_journal
 
 _log = logger(__name__)

@@ -6,7 +6,7 @@ The bytes check covers the weights.
 
 import os
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,7 @@ from streamconv.errors import OutputError, SourceError
 from streamconv.files.local import read_small
 from streamconv.formats.checkpoint import open_output
 from streamconv.formats.safetensors import INDEX_NAME
-from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile, is_weights
 from streamconv.planning.plan import CONFIG_NAME, Plan
 from streamconv.verification.result import Check
 from streamconv.verification.structure import index_problems, small_file_problems
@@ -27,7 +27,7 @@ def check_config(folder: Path, plan: Plan, edited: Container[str] = ()) -> Check
     ``edited`` are the files that the user changed after the conversion; ``plan`` has what they may change.
     """
     start = time.monotonic()
-    problems = small_file_problems(folder, plan)
+    problems = small_file_problems(folder, plan) + _missing_files(folder, plan)
     if CONFIG_NAME not in edited:
         problems += _label_problems(folder, plan)
     with suppress(SourceError), open_output(folder) as written:  # the bytes check reports an unreadable output
@@ -37,10 +37,12 @@ def check_config(folder: Path, plan: Plan, edited: Container[str] = ()) -> Check
     return Check("config", not problems, proves, tuple(sorted(problems)), {"files": len(names)}).since(start)
 
 
-def small_files(folder: Path, plan: Plan) -> dict[str, WrittenFile]:
-    """Return the sizes and sha256 of the small files that the folder has."""
+def small_files(folder: Path, names: Iterable[str]) -> dict[str, WrittenFile]:
+    """Return the sizes and sha256 of those of the files that are small, and that the folder has."""
     found = {}
-    for name in _small_names(folder, plan):
+    for name in names:
+        if is_weights(name):
+            continue
         with suppress(SourceError):  # the check reports it
             data = read_small(folder / name)
             found[name] = WrittenFile(len(data), sha256(data).hexdigest())
@@ -54,6 +56,16 @@ def _small_names(folder: Path, plan: Plan) -> list[str]:
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _missing_files(folder: Path, plan: Plan) -> list[str]:
+    """List the small files that the folder's manifest names and that are neither there nor among the planned ones."""
+    with suppress(OutputError):  # the bytes check reports an unreadable manifest
+        manifest = Manifest.read(folder)
+        names = [] if manifest is None else [name for name in manifest.files if not is_weights(name)]
+        missing = [name for name in names if name not in plan.small_files and not os.path.exists(folder / name)]
+        return [f"{name} is missing, but {MANIFEST_NAME} lists it" for name in missing]
+    return []
 
 
 def _label_problems(folder: Path, plan: Plan) -> list[str]:

@@ -13,8 +13,9 @@ from typing import Any
 
 from streamconv.errors import SourceError
 from streamconv.files.local import read_small
+from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.output.finished import find_edited
-from streamconv.output.manifest import Manifest
+from streamconv.output.manifest import MANIFEST_NAME, Manifest
 from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME, Plan
 from streamconv.planning.shards import to_json
 from streamconv.source.labels import labels_in
@@ -48,6 +49,9 @@ class Edits:
             changed = f"changed after the conversion: {', '.join(self.values)}"
             config = replace(config, problems=(*config.problems, changed))
         changes = {name: found for name, found in self.values.items() if found}
+        for name in self.values.keys() - changes.keys():
+            same = f"{name} has other bytes than {MANIFEST_NAME} records, but the same values"
+            config = replace(config, proves=f"{config.proves}; {same}")
         if not changes:
             return config
         notes = [f"{name} was edited after the conversion ({_listed(found)})" for name, found in changes.items()]
@@ -60,6 +64,8 @@ def find_edits(folder: Path, plan: Plan, manifest: Manifest | None) -> Edits:
     for name in sorted(find_edited(folder, manifest.files) if manifest is not None else ()):
         values[name] = ()
         have, data = _read(folder / name), plan.small_files.get(name)
+        if data is None and name != INDEX_NAME:
+            values[name] = ("which was not compared with the source",)
         if have is None or data is None:
             continue
         planned = json.loads(data)

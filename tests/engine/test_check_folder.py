@@ -99,7 +99,7 @@ def test_manifest_of_another_version_is_refused(folder: Path, version: object) -
 
 
 def test_folder_without_manifest_or_with_a_journal_is_refused(folder: Path) -> None:
-    (folder / ".streamconv-journal").touch()
+    (folder / ".streamconv-journal").write_text("{}\n")
     with pytest.raises(OutputError, match=r"unfinished conversion\. Finish it first"):
         api.verify(folder)
     (folder / ".streamconv-journal").unlink()

@@ -31,6 +31,7 @@ from tests import api
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer, Repo, fine_grained, running, who
 from tests.support import PUBLISHED, Save, run, run_python, run_with_hub, sha256_of, tiny
 
+UNVERIFIED = PushOptions(unverified=True)
 SMALL = {"config.json", "preprocessor_config.json", "streamconv.json", "model.safetensors.index.json"}
 
 
@@ -43,7 +44,8 @@ def folder(tmp_path: Path, save: Save) -> Path:
 
 
 def pushed(folder: Path, **wanted: Any) -> str:
-    return publish_folder(folder, Repository(Destination(**{"repo": "it", **wanted}), None)).url
+    repository = Repository(Destination(**{"repo": "it", **wanted}), None)
+    return publish_folder(folder, repository, push=UNVERIFIED).url
 
 
 def shards(folder: Path) -> list[Path]:
@@ -180,7 +182,7 @@ def test_foreign_weights_in_the_repository_are_listed_and_nothing_is_changed(
         hub.put("ada/it", {"model.safetensors": b"4"}, "old")
         repository = Repository(Destination("it", revision="old"), None)
         with pytest.raises(HubError, match=r"ada/it at old already holds model\.safetensors, which"):
-            publish_folder(folder, repository)
+            publish_folder(folder, repository, push=UNVERIFIED)
     else:
         with pytest.raises(HubError, match=r"holds adapter_config\.json, pytorch_model\.bin, which .* Delete them"):
             Repository(Destination("it", revision=revision), None)
@@ -370,7 +372,7 @@ def test_pushes_in_two_threads_change_no_setting_of_the_process(hub: HubServer, 
     def push(name: str) -> str:
         own = process_settings() if hasattr(_http, "reset_sessions") else before
         repository = Repository(Destination(name), None)
-        publish_folder(folder, repository, lambda *_: seen.append(process_settings() == own))
+        publish_folder(folder, repository, lambda *_: seen.append(process_settings() == own), UNVERIFIED)
         return repository.id
 
     hub.fail("POST /api/models/ada/.*/commit", status=503, body={}, times=2)  # also while a call is retried
@@ -604,7 +606,7 @@ def test_real_hub_accepts_resumes_and_returns_the_folder(folder: Path) -> None:
     hub_api = HfApi(token=get_token())
     repository = Repository(Destination(f"streamconv-test-{os.getpid()}-{time.time_ns()}", private=True), None)
     try:
-        publish_folder(folder, repository)
+        publish_folder(folder, repository, push=UNVERIFIED)
         again = Repository(Destination(repository.id, private=True), None)
         first, *rest = shards(folder)
         again.restore(first.name, first.stat().st_size, sha256_of(first))

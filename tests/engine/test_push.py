@@ -31,6 +31,9 @@ def folder(tmp_path: Path, save: Save) -> Path:
 def record(folder: Path, verification: dict[str, Any] | None) -> None:
     manifest = Manifest.read(folder)
     assert manifest is not None
+    if verification is not None:
+        files = {name: vars(file) for name, file in manifest.files.items()}
+        verification = {**verification, "output": {"files": files}}
     (folder / "streamconv.json").write_bytes(replace(manifest, verification=verification).to_bytes())
 
 
@@ -158,7 +161,7 @@ def test_dry_run_checks_everything_and_changes_nothing(hub: HubServer, tmp_path:
 
 def test_unfinished_or_missing_folder_is_refused(hub: HubServer, tmp_path: Path, folder: Path) -> None:
     assert "none is not a folder" in run("push", "none", cwd=tmp_path).stderr
-    (folder / JOURNAL_NAME).touch()
+    (folder / JOURNAL_NAME).write_text("{}\n")
     done = run("push", folder, cwd=tmp_path)
     assert (done.returncode, "holds an unfinished conversion" in done.stderr) == (4, True)
     assert not hub.log

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from streamconv import OutputError
+from streamconv.output.identity import differences
 from streamconv.output.journal import Journal, ResumePoint
 from streamconv.output.manifest import (
     FORMAT_VERSION,
@@ -17,7 +18,6 @@ from streamconv.output.manifest import (
     Provenance,
     SourceFile,
     WrittenFile,
-    differences,
     in_order,
 )
 from streamconv.output.typed_json import parse

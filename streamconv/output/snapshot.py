@@ -1,0 +1,47 @@
+"""Tells whether a folder was changed while it was read, also by an edit that was undone or a link that was moved."""
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv.formats.safetensors import CONFLICTING_PATTERNS
+
+State = tuple[int, ...]
+"""What identifies a file and its contents: device, inode, size, and the times of the last change, if it exists."""
+
+
+def state_of(path: Path) -> State:
+    """Return the state of a file and, if it is a link, also of what it refers to; empty if there is none."""
+    states: list[int] = []
+    with suppress(OSError):
+        for follows in (False, True):
+            found = os.stat(path, follow_symlinks=follows)
+            states += found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return tuple(states)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The states of a folder's files at one time: those with the given names, and whatever else is loaded as weights.
+
+    ``states`` maps names to states, for files that do not exist, too.
+    """
+
+    folder: Path
+    states: Mapping[str, State]
+
+    @classmethod
+    def of(cls, folder: Path, names: Iterable[str]) -> "Snapshot":
+        return cls(folder, {name: state_of(folder / name) for name in {*names, *_other_weights(folder)}})
+
+    def changed(self) -> list[str]:
+        """Return the names of the files that are not as they were."""
+        names = {*self.states, *_other_weights(self.folder)}
+        return sorted(name for name in names if state_of(self.folder / name) != self.states.get(name, ()))
+
+
+def _other_weights(folder: Path) -> set[str]:
+    """Return the names of the files that transformers would load as a model's; unfinished files are hidden."""
+    return {path.name for pattern in CONFLICTING_PATTERNS for path in folder.glob(pattern) if path.name[:1] != "."}
