@@ -7,7 +7,7 @@ set, those in SSL_CERT_FILE, SSL_CERT_DIR or REQUESTS_CA_BUNDLE. Credentials are
 import base64
 import os
 import ssl
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import cached_property
 from http.client import IncompleteRead
 from importlib import import_module
@@ -21,7 +21,8 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from streamconv._version import __version__
 from streamconv.display import printable
-from streamconv.errors import SourceError, UsageError
+from streamconv.errors import NetworkError, SourceError, UsageError
+from streamconv.files import slow
 from streamconv.files.address import Address
 from streamconv.redaction import redacted, secrets_of_user
 
@@ -80,6 +81,12 @@ class Client:
         Thread(target=send, name="http", daemon=True).start()
         return future
 
+    def wait_for(self, future: "Future[BaseHTTPResponse]") -> BaseHTTPResponse:
+        """Return the response, or raise what `get` names or, if there is none in time, `NetworkError`."""
+        if not wait([future], slow.RESPONSE_SECONDS).done:
+            raise self._slow(slow.SlowServerError(f"sent no response in {slow.RESPONSE_SECONDS:,.0f} s"))
+        return future.result()
+
     def redacted(self, text: str, url: str) -> str:
         """Return a text that came in response to a request for ``url``, without the secrets of the request."""
         sent = _authorization(urlsplit(url), self._origin).get("Authorization", "").rpartition(" ")[2]
@@ -100,6 +107,8 @@ class Client:
                 f"The certificate of {peer.hostname} cannot be trusted: {cause.verify_message}. Check the URL, "
                 "or set SSL_CERT_FILE to a file with the certificate of your own authority."
             )
+        if isinstance(cause, slow.SlowServerError):
+            return self._slow(cause)
         if isinstance(cause, IncompleteRead):
             return ConnectionError("the connection was closed")
         reason = cause.strerror if isinstance(cause, gaierror) else str(cause) or type(cause).__name__
@@ -109,6 +118,13 @@ class Client:
         if isinstance(cause, gaierror):
             return ConnectionError(f"cannot find the host {peer.hostname} ({reason})")
         return ConnectionError(reason)
+
+    def _slow(self, error: slow.SlowServerError) -> NetworkError:
+        """Return the error for a server that is too slow, which is not retried."""
+        return NetworkError(
+            f"{Address(self._origin.geturl())} cannot be read: its server {error}. Check the network, and run the same "
+            "command again; a conversion resumes."
+        )
 
     def close_idle(self) -> None:
         """Close the connections that are not in use."""
@@ -122,7 +138,8 @@ class Client:
             return self._managers[key]
         proxy = _find_proxy(url)
         try:
-            self._managers[key] = self._make_manager(scheme, proxy)
+            manager = self._managers[key] = self._make_manager(scheme, proxy)
+            slow.watch_responses(manager)
         except (ValueError, ImportError) as error:  # urllib3's errors for a URL are ValueErrors
             shown = printable((proxy or "").rpartition("@")[2])
             why = " without PySocks (`pip install PySocks`)" if isinstance(error, ImportError) else ""

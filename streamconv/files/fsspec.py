@@ -6,19 +6,22 @@ is the same as over http: see `remote`.
 
 import re
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import date
-from typing import Any
+from hashlib import sha256
+from typing import Any, TypeVar
 
 from streamconv.display import printable
 from streamconv.errors import (
     ChangedError,
+    NetworkError,
     RefusedError,
     SourceError,
     SourceMissingError,
     StreamconvError,
     UsageError,
 )
+from streamconv.files import slow
 from streamconv.files.address import Address
 from streamconv.files.base import UNVERSIONED, ByteRange
 from streamconv.files.remote import MAX_IN_FLIGHT, RemoteFile
@@ -27,6 +30,8 @@ from streamconv.logs import logger
 from streamconv.redaction import redacted
 
 _log = logger(__name__)
+
+Result = TypeVar("Result")
 
 # The names under which packages report what changes with the contents: ETag, generation, LastModified, mtime, …
 _IDENTIFYING = re.compile(
@@ -67,26 +72,26 @@ class FsspecFile(RemoteFile):
 
     def close(self) -> None:
         super().close()
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)  # a silent store may keep a thread for long
 
     def _state(self) -> tuple[int, str]:
         """Return the file's size and version as they are now; failures are retried a few times.
 
         The version is empty if the store reports none.
         """
-        for wait in (*RETRY_WAITS_SECONDS[:RETRIES_BEFORE_OPEN], None):
+        for pause in (*RETRY_WAITS_SECONDS[:RETRIES_BEFORE_OPEN], None):
             try:
-                return self._threads.submit(self._query_state).result()
+                return result_in_time(self._threads.submit(self._query_state), 0, self.address)
             except FileNotFoundError:
                 raise SourceMissingError(f"{self.where}: there is no such file.") from None
             except StreamconvError:
                 raise
             except Exception as error:  # each store's package has its own exceptions
                 failure, reason = error, printable(redacted(f"{type(error).__name__}: {error}", self.address.secrets))
-            if wait is None or isinstance(failure, PermissionError):
+            if pause is None or isinstance(failure, PermissionError):
                 break
-            _log.warning("%s: %s; trying again in %g s", self.address, reason, wait)
-            time.sleep(wait)
+            _log.warning("%s: %s; trying again in %g s", self.address, reason, pause)
+            time.sleep(pause)
         kind = RefusedError if isinstance(failure, PermissionError) else SourceError
         raise kind(f"{self.where} cannot be read: {reason}. Check the URL and your credentials.")
 
@@ -99,18 +104,20 @@ class FsspecFile(RemoteFile):
 
     def _request(self, wanted: ByteRange) -> "_FsspecResponse":
         data = self._threads.submit(self._file_system.cat_file, self._path, wanted.start, wanted.end)
-        return _FsspecResponse(data, self.address.secrets)
+        return _FsspecResponse(data, wanted.length, self.address)
 
 
 class _FsspecResponse:
-    def __init__(self, data: "Future[bytes]", secrets: list[str]):
-        self._data, self._at, self._secrets = data, 0, secrets
+    def __init__(self, data: "Future[bytes]", length: int, address: Address):
+        self._data, self._at, self._length, self._address = data, 0, length, address
 
     def readinto(self, buffer: memoryview) -> int:
         try:
-            data = self._data.result()
+            data = result_in_time(self._data, self._length, self._address)
+        except StreamconvError:
+            raise
         except Exception as error:  # each store's package has its own exceptions
-            raise ConnectionError(redacted(f"{type(error).__name__}: {error}", self._secrets)) from None
+            raise ConnectionError(redacted(f"{type(error).__name__}: {error}", self._address.secrets)) from None
         count = min(len(buffer), len(data) - self._at)
         buffer[:count] = data[self._at : self._at + count]
         self._at += count
@@ -121,10 +128,26 @@ class _FsspecResponse:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """Return the entries of fsspec's ``info`` that change with a file's contents, as text."""
+    """Return a hash of the entries of fsspec's ``info`` that change with a file's contents: some may be secret."""
     plain = (str, bytes, int, float, date, tuple)  # other values may show an address in memory
     found = {name: value for name, value in info.items() if _IDENTIFYING.search(name) and isinstance(value, plain)}
-    return repr(sorted(found.items(), key=str)) if found else ""
+    return sha256(repr(sorted(found.items(), key=str)).encode()).hexdigest() if found else ""
+
+
+def result_in_time(future: "Future[Result]", length: int, address: Address) -> Result:
+    """Return a future's result, or raise `NetworkError` if ``length`` bytes take longer than over the slowest link.
+
+    Links of a chain may fetch the whole file first, which has no limit.
+    """
+    seconds = slow.RESPONSE_SECONDS + length / slow.MIN_STORE_RATE
+    if not wait([future], seconds if "::" not in address.url else None).done:
+        what = f"{length:,} bytes" if length else "the file's size"
+        raise NetworkError(
+            f"{address} cannot be read: its store did not send {what} in {seconds:,.0f} s"
+            f"{f', {length / seconds:,.0f} bytes a second' if length else ''}. Check the network, and run the same "
+            "command again."
+        )
+    return future.result()
 
 
 def _find_file_system(address: Address) -> tuple[Any, str]:

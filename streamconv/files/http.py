@@ -49,7 +49,7 @@ class HttpFile(RemoteFile):
 
     def __init__(self, address: Address, expected: Version = ()):
         super().__init__(address)
-        self._client = Client(address.url)
+        self.client = Client(address.url)
         self._target, self._redirects_in_a_row = address.url, 0  # the URL after redirects
         self._versions = Versions(str(address), dict(expected))
         self._linked: dict[str, str | int | None] = {}
@@ -85,10 +85,6 @@ class HttpFile(RemoteFile):
             self._read_alone(self.size - 1, 1)
         self.require_one_version()
 
-    def translate(self, error: HTTPError, url: str) -> OSError | SourceError:
-        """Convert an error of urllib3, from reading a response; see `Client.translate`."""
-        return self._client.translate(error, url)
-
     def require_one_version(self) -> None:
         self._versions.require_one()
 
@@ -110,7 +106,7 @@ class HttpFile(RemoteFile):
 
     def close(self) -> None:
         super().close()
-        self._client.close_idle()
+        self.client.close_idle()
 
     def _no_ranges(self, why: str) -> NoRangesError:
         return NoRangesError(
@@ -135,7 +131,7 @@ class HttpFile(RemoteFile):
         if not self.has_ranges and not self._is_one_pass:
             raise self._no_ranges("the needed part is not at its beginning")
         headers = {"Range": f"bytes={wanted.start}-{wanted.end - 1}"}
-        return _HttpRangeResponse(self, self._target, self._client.get(self._target, headers), wanted)
+        return _HttpRangeResponse(self, self._target, self.client.get(self._target, headers), wanted)
 
     def check_response(self, response: BaseHTTPResponse, url: str, wanted: ByteRange) -> None:
         """Compare a response's headers with the request and with the first response.
@@ -151,7 +147,7 @@ class HttpFile(RemoteFile):
             if not is_valid_url(target) or urlsplit(target).scheme not in _SAFE_REDIRECTS[urlsplit(url).scheme]:
                 where = self._shown(str(Address(target)), url)
                 raise SourceError(f"{self.where} redirects to {where}, which is not secure. Check the URL.")
-            if (linked := self._client.redacted(headers.get("X-Linked-ETag", ""), url)) and not self.is_open:
+            if (linked := self.client.redacted(headers.get("X-Linked-ETag", ""), url)) and not self.is_open:
                 self._linked = {"linked_etag": linked}
             self._redirect(target)
         if status in _BUSY:
@@ -164,7 +160,7 @@ class HttpFile(RemoteFile):
         if status == 416 and self.is_open:
             raise self._versions.changed()
         if status not in (200, 206):
-            raise refusal(self.address, url, response, lambda text: self._client.redacted(text, url))
+            raise refusal(self.address, url, response, lambda text: self.client.redacted(text, url))
         start, size = 0, response.length_remaining
         is_encoded = headers.get("Content-Encoding", "identity") != "identity"
         if (is_encoded or size is None) and headers.get("Content-Type", "").lower().startswith("text/html"):
@@ -187,12 +183,12 @@ class HttpFile(RemoteFile):
             raise RetryLater("the server sent the whole file instead of a part", None)
 
     def _shown(self, text: str, url: str) -> str:
-        return printable(self._client.redacted(text, url))
+        return printable(self.client.redacted(text, url))
 
     def _version(self, size: int, headers: Mapping[str, str], url: str) -> HttpVersion:
         """Return the version by a response's headers; it is stored, so it must not hold what a server echoes."""
         names = (headers.get("ETag"), headers.get("Last-Modified"))
-        return HttpVersion(size, *(name and self._client.redacted(name, url) for name in names))
+        return HttpVersion(size, *(name and self.client.redacted(name, url) for name in names))
 
     def _pin(self, version: HttpVersion, is_part: bool) -> None:
         is_first = not self.is_open
@@ -233,7 +229,7 @@ class _HttpRangeResponse:
         self._is_checked = False
 
     def readinto(self, buffer: memoryview) -> int:
-        response = self._future.result()
+        response = self._file.client.wait_for(self._future)
         try:
             if not self._is_checked:
                 self._file.check_response(response, self._url, self._wanted)
@@ -243,7 +239,7 @@ class _HttpRangeResponse:
                     to_skip -= len(response.read(min(_PIECE_BYTES, to_skip)))
             return response.readinto(buffer[:_PIECE_BYTES])
         except HTTPError as error:
-            raise self._file.translate(error, self._url) from None
+            raise self._file.client.translate(error, self._url) from None
 
     def close(self) -> None:
         self._future.add_done_callback(_close)

@@ -1,0 +1,152 @@
+"""Servers that send without end or almost nothing end in an error, and honest slow ones do not; so do signals."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import closing, suppress
+from itertools import repeat
+
+import pytest
+
+from streamconv import NetworkError
+from streamconv.files import fsspec, slow
+from streamconv.files.address import Address
+from streamconv.files.http import HttpFile
+
+SIZE = 3_000
+HEAD = f"HTTP/1.1 206 Partial\r\nETag: 1\r\nContent-Range: bytes 0-{SIZE - 1}/{SIZE}\r\n".encode()
+LENGTH = f"Content-Length: {SIZE}\r\n\r\n".encode()
+CHUNK = f"Transfer-Encoding: chunked\r\n\r\n{SIZE - 1:x}\r\n".encode() + b"x" * (SIZE - 1) + b"\r\n0\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def drip(start: bytes, part: bytes, pause: float = 0.01) -> Callable[[], Iterator[tuple[bytes, float]]]:
+    def parts() -> Iterator[tuple[bytes, float]]:
+        yield start, 0
+        yield from repeat((part, pause))
+
+    return parts
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """Return a function that starts a server, which sends these parts to every client, and returns its URL."""
+    servers = []
+
+    def start(parts: Callable[[], Iterator[tuple[bytes, float]]]) -> str:
+        server = socket.create_server(("127.0.0.1", 0))
+        servers.append(server)
+
+        def send(client: socket.socket) -> None:
+            with closing(client), suppress(OSError):
+                client.recv(65536)
+                for part, pause in parts():
+                    time.sleep(pause)
+                    client.sendall(part)
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    threading.Thread(target=send, args=(server.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        return f"http://127.0.0.1:{server.getsockname()[1]}/x.pth?sig=s1gn4ture"
+
+    yield start
+    for server in servers:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HEADER_SECONDS": 0.3, "WINDOW_SECONDS": 0.3, "RESPONSE_SECONDS": 1.0}.items():
+        monkeypatch.setattr(slow, name, value)
+
+
+@pytest.mark.usefixtures("limits")
+@pytest.mark.parametrize(
+    ("parts", "problem"),
+    [
+        (drip(b"", CONTINUE, 0), "sends headers without end"),
+        (drip(b"", CONTINUE), "sends headers without end"),
+        (drip(b"HTTP/1.1 200 OK\r\n", b"x"), "sends headers without end"),
+        (drip(b"HTTP/1.1 200 ", b"x"), "sends headers without end"),
+        (drip(HEAD + LENGTH, b"x"), "sends too slowly"),
+        (drip(HEAD + CHUNK, b"A: b\r\n", 0), "sends headers without end"),
+        (drip(HEAD + CHUNK, b"A: b\r\n"), "sends headers without end"),
+        (drip(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n", 0.05), "sends too slowly"),
+    ],
+)
+def test_server_that_sends_without_end_or_almost_nothing_is_refused_with_its_rate(
+    serve: Callable[..., str], parts: Callable[[], Iterator[tuple[bytes, float]]], problem: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(NetworkError, match=rf"x\.pth cannot be read: its server {problem}.* bytes a second") as caught:
+        HttpFile(Address(serve(parts)))
+    assert time.monotonic() - started < 5
+    assert "s1gn" not in str(caught.value)
+
+
+def test_response_that_never_comes_is_refused(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow, "RESPONSE_SECONDS", 0.1)
+    with pytest.raises(NetworkError, match="its server sent no response in 0 s"):
+        HttpFile(Address(serve(drip(b"", b"", 5))))
+    with pytest.raises(NetworkError, match=r"s3://b/x cannot be read: .* did not send 400 bytes in 0 s, 1,333 b"):
+        fsspec.result_in_time(Future(), 400, Address("s3://b/x"))
+
+
+@pytest.mark.usefixtures("limits")
+def test_honest_slow_server_is_read(serve: Callable[..., str]) -> None:
+    """It sends 5 kB a second, for longer than the window."""
+    with closing(HttpFile(Address(serve(drip(HEAD + LENGTH, b"x" * 50))))) as file:
+        assert file.read(0, SIZE) == b"x" * SIZE
+
+
+STUCK = """
+import sys, time
+from streamconv.cli import grace, terminal
+grace.GRACE_SECONDS = 0.3
+def wait():
+    print("ready", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass  # as a library that waits for its threads
+sys.argv = ["streamconv", "run", "http://me:word@h/x.pth"]
+terminal.run_with_signals(wait)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_a_process_that_does_not_let_it_pass(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", STUCK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            assert process.wait(5) == 130
+            assert process.stderr.read().startswith("Interrupted. To resume, run\n  streamconv run http://h/x.pth ")
+        finally:
+            process.kill()
+
+
+def test_sigterm_ends_reading_from_a_server_that_drips(serve: Callable[..., str]) -> None:
+    url = serve(drip(HEAD + LENGTH, b"x", 0.2))
+    command = [sys.executable, "-m", "streamconv", "plan", url, "-vv"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert "requesting bytes" in process.stderr.readline()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == 130
+        finally:
+            process.kill()
