@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TextIO
 
+from streamconv.cli.grace import end_after_signals
 from streamconv.cli.layout import Line, error_lines, print_unwrapped, print_wrapped
 from streamconv.errors import MappingError, OutputError, StreamconvError
 from streamconv.redaction import shown_argument
@@ -27,6 +28,7 @@ class InterruptedByUser(BaseException):
     """
 
     was_raised = False
+    is_reported = False
 
 
 def _raise_interrupted(number: int, frame: object) -> NoReturn:
@@ -66,6 +68,7 @@ def run_with_signals(command: Callable[[], object]) -> None:
     signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     for number in signals:  # signals that nohup or a shell script ignores stay ignored
         signal.signal(number, _raise_interrupted)
+    end_after_signals(signals, _print_how_to_resume)
     try:
         command()
     except BaseException as error:
@@ -85,6 +88,9 @@ def shown_command(arguments: list[str]) -> str:
 
 
 def _print_how_to_resume() -> None:
+    if InterruptedByUser.is_reported:
+        return
+    InterruptedByUser.is_reported = True
     print_unwrapped(["Interrupted. To resume, run", f"  {_command_to_resume(sys.argv[1:])}"], sys.stderr)
 
 

@@ -1,0 +1,34 @@
+"""Ends an interrupted process that does not end by itself.
+
+An interruption is an exception in the main thread. It cannot be raised while that thread waits in C code, such as for a
+name server, and libraries wait for their threads before they let it pass. What is on disk allows a kill at any time.
+"""
+
+import os
+import signal
+import time
+from _thread import start_new_thread
+from collections.abc import Callable, Collection
+
+GRACE_SECONDS = 4.0
+
+
+def end_after_signals(signals: Collection[int], report: Callable[[], None]) -> None:
+    """End this process with 130, `GRACE_SECONDS` after one of these signals, once ``report`` has returned.
+
+    The signals need handlers in Python; the system's own part of these runs at once, and writes to a pipe.
+    """
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+    signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while os.read(receiver, 1)[0] not in signals:
+            pass
+        time.sleep(GRACE_SECONDS)
+        try:
+            report()
+        finally:
+            os._exit(130)
+
+    start_new_thread(watch, ())  # not a Thread, for which the process would wait, and which costs an import
