@@ -3,12 +3,13 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 
 from streamconv.errors import OutputError
 from streamconv.logs import logger
 from streamconv.output.disk import allocated_bytes, require_space
-from streamconv.output.files import temporary_path
+from streamconv.output.files import as_output_error, temporary_path
 from streamconv.output.identity import differences
 from streamconv.output.journal import Journal, name_in
 from streamconv.output.manifest import Provenance
@@ -27,7 +28,7 @@ def journal_path(files: Iterable[Path]) -> Path:
 def resumable_files(files: Mapping[Path, int], provenance: Provenance, *, force: bool = False) -> Iterator[OpenJournal]:
     """Open the journal of files that this process alone writes; it is deleted when the block ends well.
 
-    Partial files of another source are not resumed, but written again.
+    Partial files of another source are not resumed, but written again, as are those of them that are complete.
 
     Args:
         files: The files, with their sizes in bytes.
@@ -40,11 +41,16 @@ def resumable_files(files: Mapping[Path, int], provenance: Provenance, *, force:
         try:
             previous = journal.contents.provenance
             changes = [] if previous is None else differences(previous, provenance)
-            require_absent(files, Journal() if changes else journal.contents, force=force)
+            require_absent(files, journal.contents, force=force)
+            finished = [file for file in files if not force and os.path.lexists(file)]
+            _require_recorded(finished, journal)
             if changes:
                 if journal.contents.is_resumable:
                     names = " and ".join(map(str, files))
                     _log.info("starting over with %s, because the %s changed", names, " and ".join(changes))
+                with as_output_error(journal.path):
+                    for file in finished:  # before they are forgotten: then they would be anybody's
+                        file.unlink()
                 journal.forget()
             for file, size in files.items():
                 require_space(file.parent, missing_bytes(file, size, journal.recorded(file).size))
@@ -78,4 +84,23 @@ def require_absent(files: Iterable[Path], journal: Journal, *, force: bool = Fal
             continue
         point = journal.resume_points.get(name_in(journal_path(files), file))
         if os.path.lexists(file) and (point is None or not point.size or file.stat().st_size != point.size):
-            raise OutputError(f"{file} exists already. Choose another name, or replace it with --force.")
+            raise _exists(file)
+
+
+def _require_recorded(finished: Iterable[Path], journal: OpenJournal) -> None:
+    """Refuse to replace files that do not have the sha256 with which an interrupted process completed them."""
+    for file in finished:
+        if _sha256(file) != journal.recorded(file).sha256:
+            raise _exists(file)
+
+
+def _sha256(path: Path) -> str:
+    digest = sha256()
+    with as_output_error(path), open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _exists(file: Path) -> OutputError:
+    return OutputError(f"{file} exists already. Choose another name, or replace it with --force.")

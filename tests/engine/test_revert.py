@@ -8,9 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -316,10 +317,57 @@ def test_file_put_in_the_place_of_a_finished_one_is_not_replaced(
     folder = converted_folder(tmp_path, tiny(classes=3))
     paths = (tmp_path / "back.pth", tmp_path / "head.pth")
     stop_after_renames(monkeypatch, 1, folder, *paths)
-    paths[1].write_bytes(b"mine")
-    with pytest.raises(OutputError, match=r"head\.pth exists already"):
-        streamconv.revert(folder, paths[0], head=paths[1])
-    assert paths[1].read_bytes() == b"mine"
+    for mine in (b"mine", b"m" * paths[1].stat().st_size):
+        paths[1].write_bytes(mine)
+        with pytest.raises(OutputError, match=r"head\.pth exists already"):
+            streamconv.revert(folder, paths[0], head=paths[1])
+        assert paths[1].read_bytes() == mine
+
+
+def test_revert_stopped_between_renames_starts_over_if_the_folder_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever makes a hard link of a file, or changes its mode, changes its time."""
+    folder = converted_folder(tmp_path, tiny(classes=3))
+    paths = (tmp_path / "back.pth", tmp_path / "head.pth")
+    stop_after_renames(monkeypatch, 1, folder, *paths)
+    os.utime(folder / "model.safetensors", (5, 5))
+    assert streamconv.revert(folder, paths[0], head=paths[1]).resumed_bytes == 0
+    for path, state in zip(paths, original_states(tiny(classes=3)), strict=True):
+        assert_same(state, path)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "back.pth", "head.pth"}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_revert_killed_at_any_rename_or_removal_is_finished_by_the_same_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    folder = converted_folder(tmp_path, tiny(classes=3))
+    left = []
+    for at in range(4):  # the head, the backbone, the journal; then nothing is left to be killed
+        (tmp_path / str(at)).mkdir()
+        paths = tmp_path / str(at) / f"x{suffix}", tmp_path / str(at) / f"head{suffix}"
+        with monkeypatch.context() as patch, suppress(Interrupted):
+            calls = count()
+            for name in ("replace", "unlink"):
+                patch.setattr(os, name, dies_at(at, calls, getattr(os, name)))
+            streamconv.revert(folder, paths[0], head=paths[1])
+        left.append([path.exists() for path in (*paths, paths[0].with_name(f".x{suffix}.streamconv-journal"))])
+        streamconv.revert(folder, paths[0], head=paths[1], force=at == 3)
+        assert contents(paths[0].parent) == contents(tmp_path / "0")
+    assert left == [[False, False, True], [False, True, True], [True, True, True], [True, True, False]]
+    assert {path.name for path in (tmp_path / "0").iterdir()} == {f"x{suffix}", f"head{suffix}"}
+
+
+def dies_at(at: int, calls: Iterator[int], real: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that does nothing more from call number ``at`` on, as in a process that was killed."""
+
+    def call(*args: Any) -> Any:
+        if next(calls) >= at:
+            raise Interrupted
+        return real(*args)
+
+    return call
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "fsync"])  # on the way, at the end
