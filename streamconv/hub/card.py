@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from streamconv.display import visible
 from streamconv.families.base import Family
 from streamconv.families.registry import all_families
 from streamconv.hub.names import published_model
@@ -18,6 +19,14 @@ CARD_NAME = "README.md"
 # The first words of the comment in a generated card; the rest of the comment is for the reader.
 MARKER = "<!-- streamconv:generated-card"
 RANDOM_TAG = "random-weights"
+MAX_LENGTH = 500  # characters of one text from elsewhere
+_MARKUP = re.compile(
+    r"[\\`*{}\[\]<>|#~$&@]"  # Markdown's and GitHub's punctuation, and TeX's
+    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # but not within a word, where it is no markup
+    r"|:(?=//)|(?<=www)\."  # of an address, which would become a link
+    r"|^[-+=]|(?<=^\d)[.)](?= |$)",  # what begins a list or underlines a heading
+    re.IGNORECASE,
+)
 VERDICTS = {True: "passed", False: "**FAILED**", None: "not run"}
 
 # The Hub's name of a task: transformers' class for it, and the last line of the example.
@@ -124,13 +133,13 @@ def _origin(manifest: Manifest, license: str | None) -> str:
     names = " and ".join(_code(file.file) for file in manifest.source.values())
     published = published_model(manifest)
     shape = manifest.shaped_like or manifest.model
-    model = f", a model shaped like {shape}" if shape else ""  # whose format the manifest does not record
+    model = f", a model shaped like {_cell(shape)}" if shape else ""  # whose format the manifest does not record
     if published:
         model = f", {published[1].name}, as its authors published it"
         if not all(file.address for file in manifest.source.values()):
             model = f", {published[1].name}, whose published name holds the first digits of its sha256"
     licence = "" if published or license else " streamconv does not know its licence: please add it before publishing."
-    return f"Converted to the Hugging Face format by streamconv {version} from {names}{model}.{licence}"
+    return f"Converted to the Hugging Face format by streamconv {_cell(version)} from {names}{model}.{licence}"
 
 
 def _usage(repo_id: str, task: str, manifest: Manifest) -> str:
@@ -198,20 +207,20 @@ def _verification(verification: Mapping[str, Any]) -> Iterator[str]:
     yield "| check | result | finding |"
     yield "|---|---|---|"
     for check in verification.get("checks") or ():
-        passed = check.get("passed")
+        result = VERDICTS[check["passed"] if isinstance(check.get("passed"), bool) else None]
         not_checked = check.get("not_checked")
         found = check.get("finding") or check.get("proves")
         text = f"{found}. But {not_checked}." if not_checked else found
-        yield f"| {_cell(check.get('name'))} | {VERDICTS[passed]} | {_cell(text)} |"
+        yield f"| {_cell(check.get('name'))} | {result} | {_cell(text)} |"
     for check in verification.get("checks") or ():
         numbers = check.get("numbers") or {}
         if "largest" in numbers:
-            pixels = f" at {numbers['size']}x{numbers['size']}" if "size" in numbers else ""
+            pixels = f" at {_cell(numbers['size'])}x{_cell(numbers['size'])}" if "size" in numbers else ""
             arithmetic = ", in a second pass in float64" if "float32" in numbers else ""
             largest, allowed = (float(numbers.get(key, "nan")) for key in ("largest", "tolerance"))
             yield f"\nLargest difference in any layer{pixels}{arithmetic}: {largest:.3g} (allowed: {allowed:g})."
         if check.get("passed") and (published := numbers.get("as_published")):
-            found = ", ".join(f"{float(difference):.3g} ({name})" for name, difference in published.items())
+            found = ", ".join(f"{float(difference):.3g} ({_cell(name)})" for name, difference in published.items())
             yield (
                 "\nBy design, not an error: transformers resizes position embeddings slightly differently from the "
                 f"authors' code, which changes outputs by up to {found}."
@@ -231,10 +240,9 @@ def _verification(verification: Mapping[str, Any]) -> Iterator[str]:
 
 def _code(text: object) -> str:
     """``text`` as code in a table cell, safe for any file name."""
-    return "`" + re.sub(r"[`|\s]+", " ", str(text).encode("utf-8", "replace").decode()).strip() + "`"
+    return f"`{re.sub(r'[`| ]+', ' ', visible(str(text), MAX_LENGTH)).strip() or ' '}`"
 
 
 def _cell(text: object) -> str:
-    """``text`` as plain text in a table cell: on one line, with markup escaped."""
-    line = " ".join(str(text).encode("utf-8", "replace").decode().split())
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", line)
+    """``text`` as plain text in a paragraph or a table cell: on one line, with markup escaped."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(visible(str(text), MAX_LENGTH).split()))

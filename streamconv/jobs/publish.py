@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamconv.display import printable
 from streamconv.errors import OutputError, SourceError, UsageError
 from streamconv.files.address import local_path
 from streamconv.files.local import read_small
@@ -143,7 +144,7 @@ def publish_folder(
 def commit(repository: Repository, small: Mapping[str, bytes], manifest: Manifest, progress: Progress) -> Published:
     """Commit the small files together with the large ones that were uploaded."""
     progress(f"committing to {repository.id}", 0, 1, "steps")
-    made = repository.commit(small, f"Add {manifest.model or 'the model'}, converted by streamconv")
+    made = repository.commit(small, f"Add {printable(manifest.model or 'the model')}, converted by streamconv")
     _log.info("committed %s" if made.is_new else "%s has all files already", made.url)
     return Published(repository.id, made.url, made.private, was_published=not made.is_new)
 

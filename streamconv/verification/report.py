@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from streamconv.display import visible
 from streamconv.verification.chart import make_chart
 
 DATA_URL = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+")
@@ -21,6 +22,7 @@ def render(verification: Mapping[str, Any]) -> str:
         loader=PackageLoader("streamconv.verification", ""),
         autoescape=True,
         undefined=ChainableUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -33,11 +35,9 @@ def render(verification: Mapping[str, Any]) -> str:
         (check.get("numbers", {}) for check in known.get("checks", ()) if check["name"] == "parity"), {}
     )
     drawn = {"chart": make_chart(parity), "summary": _summary(parity)} if parity.get("differences") else {}
-    page = environment.get_template("report.html.jinja").render(
+    return environment.get_template("report.html.jinja").render(
         known, facts=FACTS, glossary=GLOSSARY, pictures=pictures, **drawn
     )
-    # Bytes of a file name that are not UTF-8 become surrogates in Python, which cannot be encoded.
-    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _without_none(value: Any) -> Any:

@@ -1,11 +1,15 @@
 """The model card claims only what the manifest proves."""
 
+import re
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from streamconv.families.base import RemoteFile
 from streamconv.families.registry import all_families, find_model
@@ -158,11 +162,82 @@ def test_card_escapes_names_and_problems() -> None:
     text = make_card(manifest(source=source(file), verification=found), "ada/it")
     text.encode()
     assert "\n## mine" not in text
-    assert "`a b c ## mine?<script>.pth`" in text
-    assert r"x \| y \# z \<img\> \[a\](b)" in text
+    assert r"`a b c\n## mine\ud800<script>.pth`" in text
+    assert r"x \| y\\n\# z \<img\> \[a\](b)" in text
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# it", "## Usage", "## Provenance", "## Verification"
     ]  # fmt: skip
+
+
+HOSTILE = (
+    "\x1b[2J\u202e\n\n---\nlicense: mit\n---\n\n# Looks ok!\n```\n~~~\n| a | b |\n|---|---|\n- x\n> y\n1. z\n=====\n"
+    "<script>alert(1)</script><img src=x><!-- [a](b) ![a](b) [a]: b https:&#47;&#47;evil.example www.evil.example "
+    "ada@evil.example @ada #1 $$x$$ ~~x~~ __x__ *x* `x` {{x}} \\"
+)
+LINES = (
+    "# Looks ok!", "- Looks ok!", "+ x", "1. x", "2) x", "=====", "---", "> x", "```", "    x", "| x |", "`",
+    "www.evil.example", "https://evil.example",
+)  # fmt: skip
+
+
+def poisoned(value: Any, text: str) -> Any:
+    """Return ``value`` with ``text`` for each string in it, and for each key of numbers."""
+    if isinstance(value, dict):
+        return {(text if key == "cls" else key): poisoned(each, text) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [poisoned(each, text) for each in value]
+    return text if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("text", [HOSTILE, *LINES, "x" * 100_000])
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_no_text_in_a_manifest_becomes_markup_or_metadata(text: str, is_finished: bool) -> None:
+    numbers = {
+        "size": "x",
+        "largest": 2e-15,
+        "tolerance": 1e-13,
+        "float32": {"largest": 1e-6},
+        "as_published": {"cls": 1},
+    }
+    found = {
+        "passed": is_finished,
+        "conclusion": {"cast_cost": "x"},
+        "date": "x",
+        "device": "x",
+        "reference": "x",
+        "versions": {"torch": "x"},
+        "checks": [
+            check("parity", is_finished, "x", numbers=numbers, finding="x", not_checked="x", problems=["x"] * 2)
+        ],
+    }
+    name = text.replace("/", "")
+    written = {"size": 1, "sha256": text}
+    value = {
+        **poisoned({
+            "plan": "x", "cast": {"from": "x", "to": "x"}, "model": "x", "notes": ["x", "x"], "skipped": ["x", "x"],
+            "source": source("x", address="x"), "versions": {"streamconv": "x"}, "verification": found,
+        }, text),
+        "format_version": FORMAT_VERSION, "is_crc_checked": True, "architecture": "Dinov2Model",
+        "files": {name: written, "model.safetensors": written}, "edited": {name: written},
+    }  # fmt: skip
+    card = make_card(Manifest.from_json(value, Path("streamconv.json")), "ada/it")
+    assert len(card) < 50_000
+    assert all(line.isprintable() for line in card.split("\n"))
+    assert ModelCard(card).data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
+    assert not re.search(r"(?<![`\w])(https?://|www\.|\w+@)", re.sub(r"(?<!\\)`[^`\n]*`", "", card))
+    body = card.split("\n---\n", 1)[1]
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(body)
+    inline = [each for token in tokens for each in token.children or ()]
+    kinds = Counter(token.type for token in [*tokens, *inline])
+    headings = [token.content for before, token in pairwise(tokens) if before.type == "heading_open"]
+    assert headings == ["it", "Usage", "Provenance", "Verification"]
+    assert [kinds[each] for each in ("html_block", "fence", "table_open", "tr_open")] == [1, 1, 3, 3 + 1 + 2 + 1]
+    assert kinds["bullet_list_open"] == 1
+    unwanted = {
+        "html_inline", "link_open", "image", "s_open", "em_open", "hr", "code_block", "ordered_list_open", "lheading",
+    }  # fmt: skip
+    assert not unwanted & kinds.keys()
+    assert kinds["blockquote_open"] == (not is_finished)
 
 
 def test_generated_card_is_recognized_by_its_marker_only() -> None:
