@@ -206,7 +206,7 @@ class HttpFile(RemoteFile):
         if self._redirects_in_a_row > MAX_REDIRECTS:
             raise SourceError(f"{self.where} redirects more than {MAX_REDIRECTS} times in a row. Check the URL.")
         self._target = target
-        _log.debug("%s redirects to %s", self.address, Address(target))
+        _log.debug("%s redirects to %s", self.address, printable(str(Address(target))))
         raise RetryNow("redirected")
 
 

@@ -27,6 +27,7 @@ from streamconv.output.verdict import has_passed
 from streamconv.progress import Progress, ignore_progress, job
 
 _log = logger(__name__)
+MAX_WORD_LENGTH = 300
 
 
 @dataclass(frozen=True)
@@ -166,14 +167,19 @@ def _read_verified(folder: Path, push: PushOptions) -> Manifest:
 def _verify_command(folder: Path, manifest: Manifest) -> str:
     """Return the command that verifies a folder, as far as its manifest tells where the source is."""
     if manifest.model and all(file.published or file.found_in_cache for file in manifest.source.values()):
-        return shlex.join(["streamconv", "verify", str(folder), manifest.model])
+        return shlex.join(["streamconv", "verify", str(folder), _source_word(manifest.model)])
     in_folders = (SINGLE_NAME, "pytorch_model.bin")  # then the folder was the source, and the manifest does not name it
     sources = {
-        role: file.address or ("SOURCE" if file.file in in_folders else file.file)
+        role: _source_word(file.address or ("SOURCE" if file.file in in_folders else file.file))
         for role, file in manifest.source.items()
     }
     head = ["--head", sources["head"]] if "head" in sources else []
     return shlex.join(["streamconv", "verify", str(folder), sources.get("backbone", "SOURCE"), *head])
+
+
+def _source_word(name: str) -> str:
+    """Return a name from a manifest for a command that the user may copy: not one that would be an option."""
+    return "SOURCE" if name.startswith("-") or not name.isprintable() or len(name) > MAX_WORD_LENGTH else name
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from streamconv.display import printable
 from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.files.local import read_small
 from streamconv.output.typed_json import parse
 
 MANIFEST_NAME = "streamconv.json"
 FORMAT_VERSION = 1  # of manifests and journals; those of 0.1.0 had none
+MAX_NAME_BYTES = 255  # on the usual file systems
 CHANGE_TIME = "changed_ns"
 
 
@@ -208,11 +210,11 @@ class Manifest(Provenance):
             if not manifest.files:
                 raise ValueError("its field files is empty")
             for name in manifest.files:
-                if Path(name).name != name:
-                    raise ValueError(f"its field files names {name!r}, which is not a file of its folder")
+                if Path(name).name != name or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
+                    raise ValueError(f"its field files names '{printable(name)}', which is not a file of its folder")
             for name in manifest.edited:
                 if name not in manifest.files or is_weights(name):
-                    raise ValueError(f"its field edited names {name!r}, which is not one of its small files")
+                    raise ValueError(f"its field edited names '{printable(name)}', which is not one of its small files")
         except ValueError as error:
             raise OutputError(f"{path} is damaged: {error}. Move it away, or write to another folder.") from error
         return manifest

@@ -9,6 +9,8 @@ from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from streamconv.display import printable
+
 
 def parse(kind: Any, value: object, name: str = "") -> Any:
     """Return ``value`` as ``kind``: a dataclass, ``Mapping[str, X]``, ``tuple[X, ...]``, a union, or a type of JSON's.
@@ -71,4 +73,4 @@ def _mapping(value: object, name: str) -> Mapping[str, Any]:
 
 
 def _join(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
+    return f"{name}.{printable(key)}" if name else printable(key)

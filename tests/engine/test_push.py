@@ -105,6 +105,11 @@ def test_folder_that_is_not_verified_is_refused_with_the_command_to_run(
         assert done.returncode == 2
         assert f"{folder} {message}. Verify it first: `streamconv verify {folder} source.pth`." in done.stderr
     assert not hub.log
+    manifest = json.loads((folder / "streamconv.json").read_bytes())
+    for name in ("--reference=theirs", "\x1b[2J", "x" * 1_000):
+        manifest["source"]["backbone"]["file"] = name
+        (folder / "streamconv.json").write_text(json.dumps(manifest))
+        assert f"Verify it first: `streamconv verify {folder} SOURCE`." in run("push", folder, cwd=tmp_path).stderr
     done = run("push", folder, "--unverified", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "erif" in hub.files("ada/mine")["README.md"].decode().partition("## Usage")[0]
