@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from streamconv.families.base import RemoteFile
 from streamconv.families.registry import all_families, find_model
 from streamconv.hub.card import is_ours, make_card
-from streamconv.output.manifest import FORMAT_VERSION, Manifest
+from streamconv.output.manifest import FORMAT_VERSION, Manifest, WrittenFile
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"
 
@@ -211,16 +211,19 @@ def test_no_text_in_a_manifest_becomes_markup_or_metadata(text: str, is_finished
         ],
     }
     name = text.replace("/", "")
-    written = {"size": 1, "sha256": text}
+    written = WrittenFile(1, text)
     value = {
         **poisoned({
             "plan": "x", "cast": {"from": "x", "to": "x"}, "model": "x", "notes": ["x", "x"], "skipped": ["x", "x"],
             "source": source("x", address="x"), "versions": {"streamconv": "x"}, "verification": found,
         }, text),
         "format_version": FORMAT_VERSION, "is_crc_checked": True, "architecture": "Dinov2Model",
-        "files": {name: written, "model.safetensors": written}, "edited": {name: written},
+        "files": {"model.safetensors": {"size": 1, "sha256": text}},
     }  # fmt: skip
-    card = make_card(Manifest.from_json(value, Path("streamconv.json")), "ada/it")
+    read = Manifest.from_json(value, Path("streamconv.json"))
+    card = make_card(
+        replace(read, files={name: written, "model.safetensors": written}, edited={name: written}), "ada/it"
+    )
     assert len(card) < 50_000
     assert all(line.isprintable() for line in card.split("\n"))
     assert ModelCard(card).data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
