@@ -22,7 +22,7 @@ _MAX_JSON_COMMAS = 8 * MAX_TENSORS + 1_000
 _MAX_JSON_QUOTES = 10 * MAX_TENSORS + 4_000  # two per string: a name, three keys and a dtype
 
 MAX_SETTINGS_BYTES = 8 << 20  # the names of ImageNet's 21,841 classes take 2 MB
-_MAX_SETTINGS_CONTAINERS = 100_000
+_MAX_SETTINGS_CONTAINERS = 50_000
 MAX_SETTINGS_DEPTH = 50  # pickling, comparing and writing them recurses
 _MAX_SETTINGS_COMMAS = 200_000  # those classes, each in id2label and label2id, take 130,000 with those in their names
 
@@ -90,26 +90,48 @@ def read_settings(data: bytes, where: str) -> dict[str, Any]:
         CorruptError: it is not such an object.
         SourceError: it would take more memory than any model's configuration.
     """
-    if (
-        len(data) > MAX_SETTINGS_BYTES
-        or data.count(b"{") + data.count(b"[") > _MAX_SETTINGS_CONTAINERS
-        or data.count(b",") > _MAX_SETTINGS_COMMAS
-    ):
-        raise SourceError(f"{where} holds more than the settings of any model.")
     try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        value = parse_small_json(data)
+    except TooLargeError as error:
+        raise SourceError(f"{where} {error} than the settings of any model.") from None
+    except ValueError as error:
         raise CorruptError(f"{where} is not valid JSON: {printable(str(error))}.") from error
     if type(value) is not dict:
         raise CorruptError(f"{where} is not a JSON object.")
+    return value
+
+
+class TooLargeError(ValueError):
+    """The JSON holds more, or is nested deeper, than any file of its kind."""
+
+
+def parse_small_json(data: bytes) -> Any:
+    """Parse any small JSON file that others may have written: settings, labels, a manifest, a line of a journal.
+
+    The size of what it holds is estimated before it is parsed.
+
+    Raises:
+        TooLargeError: it would take more memory or time than any such file.
+        ValueError: it is not valid.
+    """
+    if (
+        len(data) > (MAX_SETTINGS_BYTES if data.isascii() else MAX_SETTINGS_BYTES // 2)  # as in `read_json`
+        or data.count(b"{") + data.count(b"[") > _MAX_SETTINGS_CONTAINERS
+        or data.count(b",") > _MAX_SETTINGS_COMMAS
+    ):
+        raise TooLargeError("holds more")
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if _is_deeper(value, MAX_SETTINGS_DEPTH):
-        raise SourceError(f"{where} is nested deeper than the settings of any model.")
+        raise TooLargeError("is nested deeper")
     return value
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
     """Return whether dicts and lists are nested in more than this number of levels, without recursion."""
-    containers = [value]
+    containers = [value] if type(value) in (dict, list) else []
     for _ in range(levels):
         values = (part for each in containers for part in (each.values() if type(each) is dict else each))
         containers = [each for each in values if type(each) in (dict, list)]

@@ -5,13 +5,15 @@ how many of its bytes are on the disk, with their sha256. So nothing has to be t
 interrupted process left is read back, and must match.
 """
 
-import json
 import os
 from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.files.local import read_small
+from streamconv.formats.limits import parse_small_json
 from streamconv.logs import logger
 from streamconv.output.manifest import FORMAT_VERSION, Provenance, WrittenFile
 from streamconv.output.processes import Process
@@ -20,6 +22,7 @@ from streamconv.output.typed_json import parse
 _log = logger(__name__)
 
 JOURNAL_NAME = ".streamconv-journal"  # in a folder that is written
+_MAX_ENTRIES = 20_000  # that are read, which takes up to a second: there is one for every 32 MB or more
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,12 @@ class Journal:
     def parse(cls, raw: bytes, path: Path) -> "Journal":
         """Parse the complete lines of the journal at ``path``; errors as for `read`."""
         journal = cls()
-        for line in raw.splitlines(keepends=True):
+        for line in islice(BytesIO(raw), _MAX_ENTRIES):
             try:
                 if not line.endswith(b"\n"):
                     break
-                journal._add(json.loads(line), path)
-            except (ValueError, RecursionError):
+                journal._add(parse_small_json(line), path)
+            except ValueError:
                 break
             journal.length += len(line)
         return journal

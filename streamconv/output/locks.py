@@ -16,6 +16,7 @@ from pathlib import Path
 
 from streamconv.errors import SourceError
 from streamconv.files.local import read_small
+from streamconv.formats.limits import parse_small_json
 from streamconv.output.fallbacks import NOT_SUPPORTED, Lack, report
 from streamconv.output.processes import Process
 from streamconv.output.typed_json import parse
@@ -208,7 +209,7 @@ def _read_mark(lock: Path) -> bytes | None:
 
 def _process_of(mark: bytes | None) -> Process | None:
     try:
-        process: Process = parse(Process, json.loads(mark or b""))
-    except (ValueError, RecursionError):  # its process was killed while it wrote it
+        process: Process = parse(Process, parse_small_json(mark or b""))
+    except ValueError:  # its process was killed while it wrote it
         return None
     return process

@@ -10,6 +10,7 @@ from typing import Any
 from streamconv.display import printable
 from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.files.local import read_small
+from streamconv.formats.limits import TooLargeError, parse_small_json
 from streamconv.output.typed_json import parse
 
 MANIFEST_NAME = "streamconv.json"
@@ -195,8 +196,10 @@ class Manifest(Provenance):
     def parse(cls, data: bytes, path: Path) -> "Manifest":
         """Parse the contents of the manifest at ``path``; errors as for `read`."""
         try:
-            value = json.loads(data)
-        except (ValueError, RecursionError) as error:
+            value = parse_small_json(data)
+        except TooLargeError as error:
+            raise _unreadable(path, f"it {error} than any manifest") from None
+        except ValueError as error:
             raise _unreadable(path, error) from error
         return cls.from_json(value, path)
 
@@ -224,5 +227,5 @@ class Manifest(Provenance):
         return (json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n").encode()
 
 
-def _unreadable(path: Path, error: Exception) -> OutputError:
+def _unreadable(path: Path, error: object) -> OutputError:
     return OutputError(f"{path} cannot be read ({error}). Move it away, or write to another folder.")

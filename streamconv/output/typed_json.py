@@ -36,7 +36,8 @@ def parse(kind: Any, value: object, name: str = "") -> Any:
         item = get_args(kind)[1]
         return {key: parse(item, each, _join(name, key)) for key, each in _mapping(value, name).items()}
     if type(value) is not kind:  # not isinstance: a bool is an int in Python
-        raise ValueError(f"its field {name} is {value!r:.60}, which is not of type {getattr(kind, '__name__', kind)}")
+        wanted = getattr(kind, "__name__", kind)
+        raise ValueError(f"its field {printable(name)} is {value!r:.60}, which is not of type {wanted}")
     return value
 
 
@@ -47,7 +48,7 @@ def _parse_dataclass(kind: Any, value: Mapping[str, Any], name: str) -> Any:
         if field.name in value:
             arguments[field.name] = parse(types[field.name], value[field.name], where)
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"its field {where} is missing")
+            raise ValueError(f"its field {printable(where)} is missing")
     return kind(**arguments)
 
 
@@ -68,7 +69,7 @@ def _parse_union(kind: Any, value: object, name: str) -> Any:
 
 def _mapping(value: object, name: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{f'its field {name}' if name else 'it'} is not a JSON object")
+        raise ValueError(f"{f'its field {printable(name)}' if name else 'it'} is not a JSON object")
     return value
 
 

@@ -25,6 +25,7 @@ from streamconv.errors import SourceError
 from streamconv.families.registry import published_files
 from streamconv.files.address import Address, hf_to_https
 from streamconv.files.local import read_small
+from streamconv.formats.limits import parse_small_json
 from streamconv.output.files import as_output_error, make_folder, sync_folder, write_file
 from streamconv.output.typed_json import parse
 
@@ -68,12 +69,12 @@ class Download:
     def read_unchecked(cls, path: Path) -> "Download | None":
         """Read the record of the file at ``path``, which may have been replaced by another one."""
         try:
-            value = json.loads(read_small(_record_path(path)))
+            value = parse_small_json(read_small(_record_path(path)))
             if not isinstance(value, dict) or value.get("format_version") != _FORMAT_VERSION:
                 return None
             found: Download = parse(cls, value)
             return found
-        except (SourceError, ValueError, RecursionError):
+        except (SourceError, ValueError):
             return None
 
     def write(self, path: Path) -> None:

@@ -4,7 +4,6 @@ A head's tensors do not contain the names of its classes, but config.json needs 
 """
 
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping
 from importlib.machinery import SourceFileLoader
@@ -14,7 +13,10 @@ from typing import Any
 
 from streamconv.errors import SourceError, UsageError
 from streamconv.files.local import read_small
+from streamconv.formats.limits import MAX_SETTINGS_BYTES, TooLargeError, parse_small_json
 
+_MAX_LABELS = 100_000  # the largest classifiers have 22,000
+_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # where `str.splitlines` splits
 HUB_DATASET, HUB_FILE = "huggingface/label-files", "imagenet-1k-id2label.json"
 
 
@@ -25,16 +27,21 @@ def read_labels(path: Path) -> list[str]:
         UsageError: the file cannot be read, or is none of these.
     """
     try:
-        text = read_small(path).decode("utf-8-sig")
+        data = read_small(path)
+        text = data.decode("utf-8-sig") if path.suffix.lower() != ".json" else ""
     except (SourceError, ValueError) as error:
         raise UsageError(f"The labels in {path} cannot be read: {str(error).rstrip('.')}.") from error
     if path.suffix.lower() != ".json":
+        if len(data) > MAX_SETTINGS_BYTES or sum(map(text.count, _LINE_ENDS)) > _MAX_LABELS:
+            raise UsageError(f"{path} holds more than the labels of any model. Give one label per line.")
         return text.rstrip().splitlines()
     try:
-        labels = json.loads(text)
+        labels = parse_small_json(data)
         if isinstance(labels, dict):
             labels = [labels[str(i)] for i in range(len(labels))]
-    except (ValueError, KeyError, RecursionError) as error:
+    except TooLargeError as error:
+        raise UsageError(f"{path} {error} than the labels of any model.") from None
+    except (ValueError, KeyError) as error:
         raise UsageError(
             f'{path} is not a JSON file of labels ({error}). Write {{"0": …, "1": …}} or a list of strings.'
         ) from error

@@ -1,6 +1,5 @@
 """Opens a source: reads the indexes of its files and selects the tensors to convert. No weight is read."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,6 +26,7 @@ from streamconv.files.base import FileRef
 from streamconv.files.local import read_small
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
+from streamconv.formats.limits import parse_small_json
 from streamconv.formats.shards import refuse_shard
 from streamconv.output.manifest import CHANGE_TIME, SourceFile
 from streamconv.source.authors import Authorship, authorship
@@ -248,7 +248,7 @@ def _is_at(error: SourceError, path: Path) -> bool:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read a model's config.json; return an empty one if there is none, or none that can be read."""
     try:
-        config = json.loads(read_small(folder / "config.json"))
-    except (SourceError, ValueError, RecursionError):
+        config = parse_small_json(read_small(folder / "config.json"))
+    except (SourceError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

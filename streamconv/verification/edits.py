@@ -13,6 +13,7 @@ from typing import Any
 
 from streamconv.errors import SourceError
 from streamconv.files.local import read_small
+from streamconv.formats.limits import parse_small_json
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.output.finished import find_edited
 from streamconv.output.manifest import MANIFEST_NAME, Manifest
@@ -81,8 +82,8 @@ def find_edits(folder: Path, plan: Plan, manifest: Manifest | None) -> Edits:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """Read a file that the config check refuses if it is not a JSON object."""
-    with suppress(SourceError, ValueError, RecursionError):
-        value = json.loads(read_small(path))
+    with suppress(SourceError, ValueError):
+        value = parse_small_json(read_small(path))
         return value if isinstance(value, dict) else None
     return None
 

@@ -12,6 +12,7 @@ from typing import Any
 from streamconv.errors import OutputError, SourceError
 from streamconv.files.local import read_small
 from streamconv.formats.checkpoint import Checkpoint, open_output
+from streamconv.formats.limits import TooLargeError, parse_small_json
 from streamconv.formats.safetensors import CONFLICTING_PATTERNS, INDEX_NAME, SINGLE_NAME, make_index
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
 from streamconv.planning.plan import Plan
@@ -93,8 +94,10 @@ def manifest_problems(folder: Path, files: Mapping[str, WrittenFile]) -> list[st
 def _json_differences(folder: Path, name: str, want: Mapping[str, Any]) -> list[str]:
     """Compare values: whitespace, and the version that transformers adds, do not matter."""
     try:
-        have = json.loads(read_small(folder / name))
-    except (SourceError, ValueError, RecursionError) as error:
+        have = parse_small_json(read_small(folder / name))
+    except TooLargeError as error:
+        return [f"{name} {error} than any such file"]
+    except (SourceError, ValueError) as error:
         return [f"{name} cannot be read: {error}"]
     if not isinstance(have, dict):
         return [f"{name} is not a JSON object"]

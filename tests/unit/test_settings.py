@@ -1,12 +1,23 @@
-"""The limits on a config.json and a preprocessor_config.json, which may come from anywhere."""
+"""The limits on a config.json and other small files of JSON, which may come from anywhere."""
 
 import json
 import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from streamconv import SourceError
-from streamconv.formats.limits import MAX_SETTINGS_DEPTH, read_settings
+from streamconv.errors import OutputError, StreamconvError, UsageError
+from streamconv.formats.limits import MAX_SETTINGS_BYTES, MAX_SETTINGS_DEPTH, read_settings
+from streamconv.jobs.options import ConversionOptions
+from streamconv.jobs.own_image_processor import own_image_processor
+from streamconv.output.journal import Journal
+from streamconv.output.manifest import Manifest
+from streamconv.source.labels import read_labels
+from streamconv.source.open import read_config
+from streamconv.source.small_files import read_json_beside
 
 HOSTILE = {
     "millions of numbers": b'{"x": [' + b"1.5," * 1_950_000 + b"1]}",
@@ -27,6 +38,46 @@ def test_settings_of_no_model_are_refused(attack: str) -> None:
         read_settings(HOSTILE[attack], "config.json")
     assert time.process_time() - start < 1
     assert str(caught.value).isprintable()
+
+
+READERS: dict[str, tuple[Callable[[Path], object], type[StreamconvError] | None]] = {  # None: as if there were no file
+    "config.json": (lambda path: read_json_beside(path.parent, path.name), SourceError),
+    "the config.json of an output/config.json": (lambda path: read_config(path.parent), None),
+    "preprocessor_config.json": (
+        lambda path: own_image_processor(ConversionOptions(image_processor=path), None), UsageError
+    ),
+    "streamconv.json": (lambda path: Manifest.read(path.parent), OutputError),
+    "labels.json": (read_labels, UsageError),
+    "labels.txt": (read_labels, UsageError),
+    ".streamconv-journal": (Journal.read, None),
+}  # fmt: skip
+MEMORY = {
+    "10 MB of objects": b'{"x": [' + b"{}," * 3_490_000 + b"1]}",
+    "8 MB of objects": b'{"x": [' + b"{}," * 2_790_000 + b"1]}",
+    "a long text with a wide character": b'{"x": "' + "🙂".encode() + b"a" * 8_000_000 + b'"}',
+    "a wide text of two-letter lines": "ab\n🙂".encode() * 1_000_000,
+    "a number for each of a million keys": HOSTILE["a million keys"],
+}
+
+
+@pytest.mark.parametrize("attack", MEMORY)
+@pytest.mark.parametrize("name", READERS)
+def test_hostile_small_file_takes_little_memory(tmp_path: Path, name: str, attack: str) -> None:
+    read, error = READERS[name]
+    path = tmp_path / Path(name).name
+    path.write_bytes(MEMORY[attack])
+    tracemalloc.start()
+    try:
+        is_one_label = name == "labels.txt" and len(MEMORY[attack]) < MAX_SETTINGS_BYTES and b"\n" not in MEMORY[attack]
+        if error is None or is_one_label:
+            read(path)
+        else:
+            with pytest.raises(error) as caught:
+                read(path)
+            assert len(str(caught.value)) < 1_000
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_settings_as_deep_as_allowed_are_read() -> None:
