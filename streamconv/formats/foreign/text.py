@@ -7,9 +7,11 @@ import html
 import json
 import re
 from codecs import getincrementaldecoder
+from collections.abc import Callable, Collection
 
 from streamconv.display import printable
 from streamconv.files.error_json import error_message
+from streamconv.redaction import redacted
 
 _FAILED = "the download failed"
 _HUB_ADVICE = (
@@ -41,20 +43,26 @@ _TITLE = re.compile(r"<title[^>]{0,200}>(.{0,500}?)</title>", re.IGNORECASE | re
 _FILE_PAGE = re.compile(r"(huggingface\.co|github\.com)/[\w./-]{1,200}?/blob/")
 
 
-def describe_text(start: bytes, name: str) -> str:
-    """Describe a text file by its first bytes; "" if it is not text. The last character may be cut."""
+def describe_text(start: bytes, name: str, secrets: Collection[str] = ()) -> str:
+    """Describe a text file by its first bytes; "" if it is not text. The last character may be cut.
+
+    ``secrets`` are hidden where the text is quoted.
+    """
     text = _decode(start)
     if text is None:
         return ""
-    for describe in (_pointer, _markup, _json):
-        if found := describe(text):
-            return found
+
+    def quoted(part: str) -> str:
+        return f"'{printable(redacted(' '.join(part[:1000].split()), secrets))}'"
+
+    if found := _pointer(text) or _markup(text, quoted) or _json(text, quoted):
+        return found
     kind = _SUFFIXES.get(name.rpartition(".")[2].lower()) or (
         "Python source code" if _IS_CODE.search(text) else "a text file"
     )
     if kind != "a text file":
         return f"is {kind}, not a checkpoint. Give the weights file."
-    return f"is a text file that begins '{printable(_line(text))}'. If it was downloaded, {_FAILED}."
+    return f"is a text file that begins {quoted(text)}. If it was downloaded, {_FAILED}."
 
 
 def _decode(start: bytes) -> str | None:
@@ -66,11 +74,6 @@ def _decode(start: bytes) -> str | None:
         return None
     text = text.strip()
     return text if text and not re.search(r"[\0-\x08\x0e-\x1a\x1c-\x1f]", text) else None
-
-
-def _line(text: str) -> str:
-    """Return the beginning of a text as one line."""
-    return " ".join(text[:1000].split())
 
 
 def _pointer(text: str) -> str:
@@ -88,25 +91,25 @@ def _pointer(text: str) -> str:
     return ""
 
 
-def _markup(text: str) -> str:
+def _markup(text: str, quoted: Callable[[str], str]) -> str:
     if not text.startswith("<"):
         return ""
     title = _TITLE.search(text)
     if title is None and re.match(r"<\?xml|<Error>", text):
         found = dict(re.findall(r"<(Code|Message)>([^<]*)</", text))
         message = ": ".join(found[key] for key in ("Code", "Message") if found.get(key))
-        answer = f"the server answered '{printable(_line(html.unescape(message)))}'"
+        answer = f"the server answered {quoted(html.unescape(message))}"
         return f"is an XML file, not a checkpoint: {answer if message else 'it may be an error message'}. So {_FAILED}."
     if title is None:
         return f"is a web page, not a checkpoint: {_FAILED}."
-    shown = _line(html.unescape(title[1]))
+    shown = " ".join(html.unescape(title[1]).split())
     advice = next((advice for mark, advice in _PAGES if mark in shown.lower()), "")
     if _FILE_PAGE.search(text):
         advice = _HUB_ADVICE
-    return f"is a web page ('{printable(shown)}'), not a checkpoint: {_FAILED}.{f' {advice}.' if advice else ''}"
+    return f"is a web page ({quoted(shown)}), not a checkpoint: {_FAILED}.{f' {advice}.' if advice else ''}"
 
 
-def _json(text: str) -> str:
+def _json(text: str, quoted: Callable[[str], str]) -> str:
     if not text.startswith(("{", "[")) or not re.match(r"[\[{]\s*([\"\[{}\]\d]|true|false|null|-)", text):
         return ""
     try:
@@ -119,5 +122,5 @@ def _json(text: str) -> str:
         if {"model_type", "architectures"} & value.keys():
             return "is the config.json of a model, not its weights. Give its folder or its weights file."
         if message := error_message(value):
-            return f"is a JSON file, not a checkpoint: the server answered '{printable(_line(message))}'. So {_FAILED}."
-    return f"is a JSON file that begins '{printable(_line(text))}', not a checkpoint. If it was downloaded, {_FAILED}."
+            return f"is a JSON file, not a checkpoint: the server answered {quoted(message)}. So {_FAILED}."
+    return f"is a JSON file that begins {quoted(text)}, not a checkpoint. If it was downloaded, {_FAILED}."
