@@ -16,6 +16,7 @@ from streamconv.output.writer import write_shard
 from streamconv.planning.plan import Plan
 from streamconv.planning.shards import Shard
 from streamconv.progress import Progress, ignore_progress, job
+from streamconv.source.outputs import remember_output
 from streamconv.source.resolve import default_output
 from streamconv.tensors.checksums import RecordChecks
 
@@ -127,10 +128,12 @@ def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: P
             if name not in edited:
                 work.write(name, data)
         recorded = {name: earlier.manifest.files[name] for name in edited} if earlier.manifest is not None else {}
-        work.write(MANIFEST_NAME, conversion.manifest(written, recorded).to_bytes())
+        manifest = conversion.manifest(written, recorded)
+        work.write(MANIFEST_NAME, manifest.to_bytes())
         if plan.index is not None and INDEX_NAME not in edited:
             work.write(INDEX_NAME, plan.index)  # last, because it makes the folder a model that can be loaded
         work.finish()
+    remember_output(manifest.source, manifest.files)
     done = conversion.result(written, resumed_bytes, time.monotonic() - start)
     return replace(done, edited=edited, restored=earlier.lost, replaced=replaced)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ from streamconv.display import printable
 from streamconv.errors import OutputError, SourceError, UsageError
 from streamconv.files.address import local_path
 from streamconv.files.local import read_small
-from streamconv.formats.safetensors import SINGLE_NAME
 from streamconv.hub.card import CARD_NAME, is_ours, kept_metadata, make_card
 from streamconv.hub.card_check import check_card
 from streamconv.hub.checks import LargeFile, hashed
 from streamconv.hub.destination import PushTarget
 from streamconv.hub.repository import Repository
+from streamconv.jobs.claims import verify_command, vouched_for
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
 from streamconv.logs import logger
@@ -25,9 +24,9 @@ from streamconv.output.journal import is_unfinished
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, is_weights
 from streamconv.output.verdict import has_passed
 from streamconv.progress import Progress, ignore_progress, job
+from streamconv.source.outputs import without_foreign_claims
 
 _log = logger(__name__)
-MAX_WORD_LENGTH = 300
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ def publish(
         HubError: there is no token, or the Hub does not accept the model.
     """
     path = local_path(folder, "folder")
-    repository = open_repository(push, path, _read_verified(path, push))
+    manifest = _read_verified(path, push)
+    repository = open_repository(push, path, vouched_for(manifest, path))
     on_push(repository.target)
     return publish_folder(path, repository, progress, push)
 
@@ -106,10 +106,11 @@ def preview_push(folder: StrPath, push: PushOptions, progress: Progress = ignore
     """
     path = local_path(folder, "folder")
     manifest = _read_verified(path, push)
-    repository = open_repository(push, path, manifest)
+    vouched = vouched_for(manifest, path)
+    repository = open_repository(push, path, vouched)
     repository.refuse_others(manifest.files)
     small, large = _read_files(path, manifest, progress)
-    small |= card_files(path, repository, manifest, push)
+    small |= card_files(path, repository, vouched, push)
     sizes = {name: file.operation.upload_info.size for name, file in large.items()}
     sizes |= {name: len(data) for name, data in small.items()}
     return PushPreview(
@@ -134,7 +135,7 @@ def publish_folder(
     manifest = _read_verified(folder, push)
     repository.refuse_others(manifest.files)
     small, large = _read_files(folder, manifest, progress)
-    small |= card_files(folder, repository, manifest, push)
+    small |= card_files(folder, repository, without_foreign_claims(manifest), push)
     repository.create()
     for name, file in large.items():
         repository.send(file, progress)
@@ -161,25 +162,7 @@ def _read_verified(folder: Path, push: PushOptions) -> Manifest:
         state = "failed verification"
     else:  # an older version recorded no files, or the manifest was copied from another folder
         state = "has a recorded verification that is not about its files"
-    raise UsageError(f"{folder} {state}. Verify it first: `{_verify_command(folder, manifest)}`.")
-
-
-def _verify_command(folder: Path, manifest: Manifest) -> str:
-    """Return the command that verifies a folder, as far as its manifest tells where the source is."""
-    if manifest.model and all(file.published or file.found_in_cache for file in manifest.source.values()):
-        return shlex.join(["streamconv", "verify", str(folder), _source_word(manifest.model)])
-    in_folders = (SINGLE_NAME, "pytorch_model.bin")  # then the folder was the source, and the manifest does not name it
-    sources = {
-        role: _source_word(file.address or ("SOURCE" if file.file in in_folders else file.file))
-        for role, file in manifest.source.items()
-    }
-    head = ["--head", sources["head"]] if "head" in sources else []
-    return shlex.join(["streamconv", "verify", str(folder), sources.get("backbone", "SOURCE"), *head])
-
-
-def _source_word(name: str) -> str:
-    """Return a name from a manifest for a command that the user may copy: not one that would be an option."""
-    return "SOURCE" if name.startswith("-") or not name.isprintable() or len(name) > MAX_WORD_LENGTH else name
+    raise UsageError(f"{folder} {state}. Verify it first: `{verify_command(folder, manifest)}`.")
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -213,7 +196,7 @@ def _read_files(folder: Path, manifest: Manifest, progress: Progress) -> tuple[d
     if changed or missing:
         found = [f"{', '.join(changed)} was changed after it was written or verified"] if changed else []
         found += [f"{', '.join(missing)} is missing"] if missing else []
-        fix = f"Verify the folder again, which records edits: `{_verify_command(folder, manifest)}`."
+        fix = f"Verify the folder again, which records edits: `{verify_command(folder, manifest)}`."
         if missing or any(map(is_weights, changed)):
             fix = "Convert again, which writes them again: see --force."
         raise OutputError(f"{folder}: {', and '.join(found)}. {fix}")

@@ -29,6 +29,7 @@ from streamconv.output.verdict import has_passed, record_verdict
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.open import OpenSource, read_config
+from streamconv.source.outputs import remember_output, without_foreign_claims
 from streamconv.tensors.info import CastDtype
 from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
 from streamconv.verification.config import check_config, small_files
@@ -140,7 +141,10 @@ def verify_prepared(
     verification = _verification(plan, source, checks, results, files, start, options.command)
     verification = replace(verification, edited=edits.files)
     verdict = verification.as_record()
-    return replace(verification, not_recorded=record_verdict(before, manifest, verdict, source.describe(), files))
+    not_recorded = record_verdict(before, manifest, verdict, source.describe(), files)
+    if verification.passed and not source.is_remote:  # a remote source's bytes are not compared
+        remember_output(verification.source, files)
+    return replace(verification, not_recorded=not_recorded)
 
 
 def verify_uploaded(
@@ -229,7 +233,7 @@ def _verify_alone(folder: Path, progress: Progress, command: str) -> Verificatio
         device=None,
         reference=None,
         versions={"streamconv": __version__, "python": sys.version.split()[0]},
-        source=manifest.source,
+        source=without_foreign_claims(manifest).source,
         output={
             "model": manifest.model,
             "shaped_like": manifest.shaped_like,

@@ -17,11 +17,13 @@ from huggingface_hub import constants
 
 import streamconv
 from streamconv import (
+    Conversion,
     ConversionOptions,
     CorruptError,
     NetworkError,
     OutputError,
     SourceError,
+    Verification,
     VerificationOptions,
 )
 from streamconv.families import dinov2
@@ -32,6 +34,7 @@ from streamconv.jobs.preview import preview
 from streamconv.output.journal import Journal
 from streamconv.output.manifest import Manifest, SourceFile
 from streamconv.source.cache import Download, own_path
+from streamconv.source.outputs import without_foreign_claims
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
@@ -103,7 +106,7 @@ def test_model_name_downloads_from_the_authors_address_into_the_cache(
     for file, state in zip(files, make_states(dimensions), strict=True):
         torch.save(state, server.folder / file.filename)
     streamed = api.convert(small.name, tmp_path / "streamed", stream=True)
-    assert not torch_hub.exists()
+    assert not list(torch_hub.rglob("*.pth"))
     done = api.convert(small.name, tmp_path / "out")
     assert done.shards == streamed.shards
     kept = {*(file.filename for file in files), "streamconv"}
@@ -205,10 +208,15 @@ def test_torch_hub_may_replace_a_download(
 
 
 def test_manifest_in_a_folder_from_someone_else_vouches_for_nothing(
-    server: FileServer, published: RemoteFile, tmp_path: Path
+    server: FileServer, published: RemoteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = api.convert(published.url, tmp_path / "theirs")
     assert source_of(done).published
+    manifest = Manifest.read(done.output)
+    assert manifest is not None
+    assert without_foreign_claims(manifest) == manifest  # it was made here
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "of another user"))
+    assert not without_foreign_claims(manifest).source["backbone"].published
     again = api.convert(done.output, tmp_path / "mine")
     assert not source_of(again).published
     assert again.plan.names["model"] is None
@@ -372,13 +380,23 @@ def test_download_that_nothing_identifies_is_repeated_and_the_same_bytes_are_rec
         api.convert(source, tmp_path / "out")
 
 
-def test_job_downloads_a_file_once_although_nothing_identifies_it(server: FileServer, tmp_path: Path) -> None:
-    path, source = server.folder / "x.safetensors", f"{server.url}/x.safetensors"
+def test_job_downloads_a_file_once_although_nothing_identifies_it(
+    server: FileServer, published: RemoteFile, torch_hub: Path, tmp_path: Path
+) -> None:
+    """And verification alone shows whose weights they are, if the folder was not converted on this machine."""
+    safetensors.torch.save_file(make_states(MODEL)[0], server.folder / published.filename)
     server.faults.etag = server.faults.last_modified = False
-    safetensors.torch.save_file(make_states(MODEL)[0], path)
-    verification = VerificationOptions(device="cpu", parity=False)
-    assert streamconv.run(source, tmp_path / "out", ConversionOptions(), verification).passed
-    assert path.stat().st_size < server.sent < path.stat().st_size + (2 << 20)
+    options = ConversionOptions(), VerificationOptions(device="cpu", parity=False)
+    outputs = torch_hub / "streamconv" / "outputs"
+
+    def forget(result: Conversion | Verification) -> None:
+        if isinstance(result, Conversion):
+            shutil.rmtree(outputs)
+
+    assert streamconv.run(published.url, tmp_path / "out", *options, on_result=forget).passed
+    size = (server.folder / published.filename).stat().st_size
+    assert size < server.sent < size + (2 << 20)
+    assert len(list(outputs.iterdir())) == 1
 
 
 def test_files_of_one_name_at_two_urls_are_kept_apart(server: FileServer, torch_hub: Path, tmp_path: Path) -> None:

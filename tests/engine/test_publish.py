@@ -26,7 +26,9 @@ from streamconv.hub import client, transport
 from streamconv.hub.destination import Destination
 from streamconv.hub.repository import Repository
 from streamconv.jobs.publish import publish_folder
+from streamconv.output.manifest import Manifest
 from streamconv.source.cache import Download
+from streamconv.source.outputs import remember_output
 from tests import api
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer, Repo, fine_grained, running, who
 from tests.support import PUBLISHED, Save, run, run_python, run_with_hub, sha256_of, tiny
@@ -537,6 +539,7 @@ def test_random_weights_are_not_published_under_a_published_name(tmp_path: Path)
 def test_folder_is_published_under_its_own_name_unless_it_is_the_published_model(
     hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(folder.parent / "torch"))
     path, push = folder / "streamconv.json", PushOptions(unverified=True)
     manifest = json.loads(path.read_text())
     authors = {**manifest["source"]["backbone"], **PUBLISHED, "published": False}
@@ -548,6 +551,9 @@ def test_folder_is_published_under_its_own_name_unless_it_is_the_published_model
         ("dinov2_vits14_1layer", {**authors, "published": True}, "ada/out"),  # the head is another file
     ):
         path.write_text(json.dumps({**manifest, "model": model, "source": {"backbone": source}}))
+        written = Manifest.read(folder)
+        assert written is not None
+        remember_output(written.source, written.files)
         assert streamconv.publish(folder, push).repository == name
     monkeypatch.chdir(folder)
     assert streamconv.publish(".", push).repository == "ada/out"

@@ -13,8 +13,10 @@ from huggingface_hub import ModelCard
 import streamconv
 from streamconv import Destination, HubError, PushOptions, PushTarget, UsageError
 from streamconv.hub.client import HubClient
+from streamconv.hub.names import published_model
 from streamconv.output.journal import JOURNAL_NAME
-from streamconv.output.manifest import Manifest
+from streamconv.output.manifest import Manifest, WrittenFile
+from streamconv.source.outputs import remember_output, without_foreign_claims
 from tests import api
 from tests.hub_server import TOKEN, HubServer, fine_grained, running, who
 from tests.support import PUBLISHED, Save, contents, run, run_with_hub, sha256_of, tiny
@@ -190,13 +192,17 @@ def test_own_model_gets_the_licence_and_tags_that_its_user_gives(hub: HubServer,
     assert card(hub)["license"] == "mit"
 
 
-def test_licence_of_a_published_model_is_its_authors(hub: HubServer, tmp_path: Path, folder: Path) -> None:
+def test_licence_of_a_published_model_is_its_authors(
+    hub: HubServer, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And does not stay when another model takes its place."""
     manifest = Manifest.read(folder)
     assert manifest is not None
     own = replace(manifest.source["backbone"], **PUBLISHED)
     published = replace(manifest, model="dinov2_vits14", source={"backbone": own})
     (folder / "streamconv.json").write_bytes(published.to_bytes())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    remember_output(published.source, published.files)
     done = run("push", folder, "--license", "mit", cwd=tmp_path)
     message = "dinov2_vits14 was published under the licence apache-2.0, not mit. Omit --license."
     assert (done.returncode, message in " ".join(done.stderr.split())) == (2, True)
@@ -207,6 +213,38 @@ def test_licence_of_a_published_model_is_its_authors(hub: HubServer, tmp_path: P
     (folder / "streamconv.json").write_bytes(manifest.to_bytes())
     assert run("push", folder, "dinov2-small", cwd=tmp_path).returncode == 0
     assert card(hub, "ada/dinov2-small").keys() == {"library_name", "pipeline_tag", "tags"}
+
+
+def test_folder_from_someone_else_is_not_pushed_as_its_authors(
+    hub: HubServer, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest may claim anything. A model that was made or compared with the source here is known."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    manifest = Manifest.read(folder)
+    assert manifest is not None
+    forged = replace(
+        manifest, model="dinov2_vits14", source={"backbone": replace(manifest.source["backbone"], **PUBLISHED)}
+    )
+    (folder / "streamconv.json").write_bytes(forged.to_bytes())
+    for words in ((), ("--dry-run",)):
+        done = run("push", folder, *words, cwd=tmp_path, COLUMNS="400")
+        assert done.returncode == 0, done.stderr
+        assert f"ada/{folder.name}" in done.stdout + done.stderr
+        assert f"verify it first: `streamconv verify {folder} dinov2_vits14`" in done.stderr
+    text = hub.files(f"ada/{folder.name}")["README.md"].decode()
+    assert not card(hub).keys() & {"license", "base_model"}
+    assert "as its authors published it" not in text
+    remember_output(forged.source, {"model.safetensors": WrittenFile(1, "ab")})  # other weights
+    assert not published_model(without_foreign_claims(forged))
+    remember_output(manifest.source, manifest.files)  # not the authors' source
+    assert not published_model(without_foreign_claims(forged))
+    other = replace(forged.source["backbone"], fingerprint="another")
+    remember_output({"backbone": other}, forged.files)
+    assert not published_model(without_foreign_claims(forged))
+    remember_output(forged.source, forged.files)
+    assert published_model(without_foreign_claims(forged))
+    assert run("push", folder, cwd=tmp_path).returncode == 0
+    assert card(hub, "ada/dinov2-small")["base_model"] == "facebook/dinov2-small"
 
 
 def test_licence_that_the_hub_does_not_know_is_refused_before_anything_is_uploaded(

@@ -92,6 +92,24 @@ def words(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<style.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)).split())
 
 
+def test_report_shows_what_is_known_about_the_source() -> None:
+    verification = passing()
+    file = verification["source"]["backbone"]
+    for known, expected in (
+        ({}, "Source, backbone vits14.pth Device"),
+        (
+            {"published": True, "address": "https://h/x"},
+            "vits14.pth, as its authors published it, downloaded from http",
+        ),
+        (
+            {"found_in_cache": True},
+            "vits14.pth, found in torch.hub's cache, not downloaded by streamconv: it may not be",
+        ),
+    ):
+        verification["source"]["backbone"] = {**file, **known}
+        assert expected in words(report.render(verification))
+
+
 def test_report_of_a_passed_verification_shows_every_number() -> None:
     page = report.render(passing())
     assert "<title>dinov2_vits14: verified · streamconv</title>" in page

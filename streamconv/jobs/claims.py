@@ -1,0 +1,42 @@
+"""What a finished folder's manifest says about its source, as far as this machine has seen that it is true."""
+
+import shlex
+from pathlib import Path
+
+from streamconv.formats.safetensors import SINGLE_NAME
+from streamconv.hub.names import published_model
+from streamconv.logs import logger
+from streamconv.output.manifest import MANIFEST_NAME, Manifest
+from streamconv.source.outputs import without_foreign_claims
+
+_log = logger(__name__)
+MAX_WORD_LENGTH = 300
+
+
+def vouched_for(manifest: Manifest, folder: Path) -> Manifest:
+    """Return the manifest with those of its claims about authors that this machine has seen to be true."""
+    if published_model(manifest) is not None and published_model(without_foreign_claims(manifest)) is None:
+        _log.warning(
+            "%s names the authors' file of %s as its source, but was not made or verified on this machine: it is "
+            "pushed as another model. To push it as theirs, verify it first: `%s`",
+            folder / MANIFEST_NAME, manifest.model, verify_command(folder, manifest),
+        )  # fmt: skip
+    return without_foreign_claims(manifest)
+
+
+def verify_command(folder: Path, manifest: Manifest) -> str:
+    """Return the command that verifies a folder, as far as its manifest tells where the source is."""
+    if manifest.model and all(file.published or file.found_in_cache for file in manifest.source.values()):
+        return shlex.join(["streamconv", "verify", str(folder), _source_word(manifest.model)])
+    in_folders = (SINGLE_NAME, "pytorch_model.bin")  # then the folder was the source, and the manifest does not name it
+    sources = {
+        role: _source_word(file.address or ("SOURCE" if file.file in in_folders else file.file))
+        for role, file in manifest.source.items()
+    }
+    head = ["--head", sources["head"]] if "head" in sources else []
+    return shlex.join(["streamconv", "verify", str(folder), sources.get("backbone", "SOURCE"), *head])
+
+
+def _source_word(name: str) -> str:
+    """Return a name from a manifest for a command that the user may copy: not one that would be an option."""
+    return "SOURCE" if name.startswith("-") or not name.isprintable() or len(name) > MAX_WORD_LENGTH else name
