@@ -99,11 +99,11 @@ def test_report_shows_what_is_known_about_the_source() -> None:
         ({}, "Source, backbone vits14.pth Device"),
         (
             {"published": True, "address": "https://h/x"},
-            "vits14.pth, as its authors published it, downloaded from http",
+            "vits14.pth, as its authors published it, downloaded from",
         ),
         (
             {"found_in_cache": True},
-            "vits14.pth, found in torch.hub's cache, not downloaded by streamconv: it may not be",
+            "vits14.pth, found in torch.hub's cache, not downloaded by streamconv: it may",
         ),
     ):
         verification["source"]["backbone"] = {**file, **known}
