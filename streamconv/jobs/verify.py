@@ -112,6 +112,7 @@ def verify_prepared(
     manifest records.
 
     Raises:
+        SourceError: the source cannot be read, or was changed meanwhile.
         OutputError: the folder was changed meanwhile.
     """
     start, source = time.monotonic(), prepared.source
@@ -140,6 +141,7 @@ def verify_prepared(
     checks = (check, config, *results.checks)
     verification = _verification(plan, source, checks, results, files, start, options.command)
     verification = replace(verification, edited=edits.files)
+    source.require_in_place()  # the models read it by its path, not from the open file
     verdict = verification.as_record()
     not_recorded = record_verdict(before, manifest, verdict, source.describe(), files)
     if verification.passed and not source.is_remote:  # a remote source's bytes are not compared

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from streamconv.families.prefixes import shown
 from streamconv.families.selection import Selection, find_backbone
 from streamconv.files.address import Address
 from streamconv.files.base import FileRef
-from streamconv.files.local import read_small
+from streamconv.files.local import LocalFile, read_small
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.limits import parse_small_json
@@ -95,6 +95,14 @@ class OpenSource:
     def has_checksums(self) -> bool:
         """True if every tensor has a CRC-32 in its file."""
         return _has_checksums(self.tensors)
+
+    def require_in_place(self) -> None:
+        """Raise `ChangedError` if the path of a local file does not name the file that was opened any more."""
+        for file in (file for checkpoint in self.checkpoints.values() for file in checkpoint.files):
+            if isinstance(file, LocalFile):
+                with closing(LocalFile(file.path)) as now:
+                    if now.ref != file.ref:
+                        raise ChangedError(f"{file.where} was changed while it was read. Run the same command again.")
 
     def describe(self) -> dict[str, SourceFile]:
         """Describe the checkpoints by role, for the manifest."""

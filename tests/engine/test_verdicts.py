@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 
 import streamconv
-from streamconv import OutputError, PushOptions, UsageError, Verification, VerificationOptions
+from streamconv import ChangedError, OutputError, PushOptions, UsageError, Verification, VerificationOptions
 from streamconv.hub.destination import Destination
 from streamconv.jobs.options import SourceOptions
 from streamconv.jobs.prepare import prepared_source
@@ -126,6 +126,16 @@ def test_folder_that_changes_meanwhile_gets_no_verdict(folder: Path, source: Pat
         verified(folder, source, during=lambda: function(folder, source))
     assert recorded(folder) is None
     assert not (folder / JOURNAL_NAME).exists()
+
+
+@pytest.mark.parametrize("change", [exchange, move_link])
+def test_source_that_changes_meanwhile_gets_no_verdict(
+    folder: Path, source: Path, change: Callable[[Path], object]
+) -> None:
+    """The bytes are read from the open file, and the original model's weights by the path."""
+    with pytest.raises(ChangedError, match="was changed while it was read"):
+        verified(folder, source, during=lambda: change(source))
+    assert recorded(folder) is None
 
 
 def test_verdict_names_every_file_and_may_stand_beside_other_changes(folder: Path, source: Path) -> None:
