@@ -9,89 +9,25 @@ check are logged to the logger "streamconv", which has no handler of its own.
 """
 
 import logging
-
-from streamconv._version import __version__
-from streamconv.errors import (
-    Cancelled,
-    ChangedError,
-    CorruptError,
-    HubError,
-    MappingError,
-    NetworkError,
-    NoRangesError,
-    NotACheckpointError,
-    OutputError,
-    SourceError,
-    SourceMissingError,
-    StreamconvError,
-    TruncatedError,
-    UnsafePickleError,
-    UsageError,
-)
-from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
-from streamconv.hub.destination import Destination, PushTarget
-from streamconv.jobs.conversion import Conversion
-from streamconv.jobs.convert import convert, plan
-from streamconv.jobs.options import ConversionOptions, PushOptions, SourceOptions, VerificationOptions
-from streamconv.jobs.publish import Published, publish
-from streamconv.jobs.revert import Reverted, revert
-from streamconv.jobs.run import RunResult, run
-from streamconv.jobs.synth import SyntheticFiles, synth
-from streamconv.jobs.verify import verify
-from streamconv.planning.plan import Plan
-from streamconv.progress import Progress, ProgressUnit
-from streamconv.tensors.expressions import SourceTensor
-from streamconv.tensors.info import CastDtype, DtypeCode, TensorInfo
-from streamconv.verification.result import CastCost, Check, Conclusion, Verification
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-__all__ = [
-    "Cancelled",
-    "CastCost",
-    "CastDtype",
-    "ChangedError",
-    "Check",
-    "Checkpoint",
-    "Conclusion",
-    "Conversion",
-    "ConversionOptions",
-    "CorruptError",
-    "Destination",
-    "DtypeCode",
-    "HubError",
-    "MappingError",
-    "NetworkError",
-    "NoRangesError",
-    "NotACheckpointError",
-    "OutputError",
-    "Plan",
-    "Progress",
-    "ProgressUnit",
-    "Published",
-    "PushOptions",
-    "PushTarget",
-    "Reverted",
-    "RunResult",
-    "SourceError",
-    "SourceMissingError",
-    "SourceOptions",
-    "SourceTensor",
-    "StreamconvError",
-    "SyntheticFiles",
-    "TensorInfo",
-    "TruncatedError",
-    "UnsafePickleError",
-    "UsageError",
-    "Verification",
-    "VerificationOptions",
-    "__version__",
-    "convert",
-    "open_checkpoint",
-    "plan",
-    "publish",
-    "revert",
-    "run",
-    "synth",
-    "verify",
-]
+if TYPE_CHECKING:
+    from streamconv.api import *  # noqa: F403
+else:
+    # The public names are imported with the first use of one. Importing them takes a fifth of a second, and the command
+    # line must handle signals before that.
+    def __getattr__(name: str) -> object:
+        if name.startswith("_") and name not in ("__all__", "__version__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        api = import_module("streamconv.api")
+        for each in ("__all__", *api.__all__):
+            globals().setdefault(each, getattr(api, each))
+        if name in globals():  # a public name, or a module that they need
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *import_module("streamconv.api").__all__})

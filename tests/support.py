@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 import streamconv
 from streamconv import Cancelled, Checkpoint, CorruptError, Verification
+from streamconv.cli.bugs import InternalError
 from streamconv.cli.commands import app
 from streamconv.families.dinov2 import FAMILY
 from streamconv.families.dinov2_geometry import Dimensions, ffn_size
@@ -91,6 +92,7 @@ def run(*words: object, cwd: Path, **environment: str) -> Ran:
         os.chdir(before)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
+    assert done.exit_code != InternalError.exit_code, done.stderr
     return Ran(done.exit_code, done.stdout, done.stderr)
 
 

@@ -67,7 +67,10 @@ class Command(click.Command):
         verbosity = ctx.params.pop("verbose")
         if verbosity or not printer.is_quiet:
             _log(ctx, verbosity)
-        return ctx.invoke(self.callback, printer, **ctx.params)  # type: ignore[arg-type]
+        try:
+            return ctx.invoke(self.callback, printer, **ctx.params)  # type: ignore[arg-type]
+        except (BrokenPipeError, EOFError, SystemExit) as error:  # a bug: click would exit with 1
+            raise RuntimeError(f"{type(error).__name__} ended the command") from error
 
     def get_short_help_str(self, limit: int = 45) -> str:
         """Return the first sentence for the list of commands; click would cut it off at ``limit``."""

@@ -8,7 +8,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from streamconv.cli.command import Argument, Option
-from streamconv.cli.terminal import shown_command
+from streamconv.cli.shown import shown_command
 from streamconv.errors import UsageError
 from streamconv.families.registry import all_families, is_model
 from streamconv.hub.destination import Destination

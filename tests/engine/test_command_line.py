@@ -62,7 +62,7 @@ def test_help_of_the_program_lists_commands_in_order_and_exit_codes(tmp_path: Pa
     done = run("-h", cwd=tmp_path, COLUMNS="80")
     listed = re.findall(r"^  ([a-z]+)  +\w", done.stdout, re.MULTILINE)
     assert listed == COMMANDS
-    assert re.findall(r"^ +(\d+)  ", done.stdout, re.MULTILINE) == ["0", "1", "2", "3", "4", "130"]
+    assert re.findall(r"^ +(\d+)  ", done.stdout, re.MULTILINE) == ["0", "1", "2", "3", "4", "70", "130"]
     assert "..." not in done.stdout.partition("Commands:")[2]
     bare = run(cwd=tmp_path, COLUMNS="80")
     assert (bare.returncode, bare.stdout, bare.stderr) == (2, "", done.stdout)
@@ -201,7 +201,7 @@ def test_failed_verification_under_json_is_a_result(tmp_path: Path, save: Save) 
 
 def test_interruption_under_json_is_one_document(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys, streamconv, streamconv.cli.commands as cli\n"
+        "import os, signal, sys, streamconv, streamconv.__main__ as cli\n"
         "streamconv.plan = lambda *given: os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.argv = ['streamconv', 'plan', 'x', '--json']\n"
         "cli.main()"

@@ -196,7 +196,7 @@ def test_process_ends_when_the_command_is_killed_or_interrupted(
     monkeypatch.setenv("SCRIPT", script)
     arguments = ["streamconv", "run", str(source), "-o", str(tmp_path / "out"), "--device", "cpu"]
     program = (
-        "import sys\nfrom streamconv.cli.commands import main\nfrom streamconv.verification import process\n"
+        "import sys\nfrom streamconv.__main__ import main\nfrom streamconv.verification import process\n"
         f"process.WORKER = 'tests.scripted_worker'\nsys.argv = {arguments}\nmain()"
     )
     words = [sys.executable, "-c", program]

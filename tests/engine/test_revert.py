@@ -184,7 +184,7 @@ def test_interrupted_revert_leaves_only_what_the_same_command_resumes(
 ) -> None:
     folder = converted_folder(tmp_path, tiny(classes=900))
     code = (
-        "import os, signal, sys, streamconv.cli.commands as cli, streamconv.cli.progress_bar as bar\n"
+        "import os, signal, sys, streamconv.__main__ as cli, streamconv.cli.progress_bar as bar\n"
         "def progress(self, what, done, total, unit):\n"
         f"    if what == 'writing {file}{suffix}': os.kill(os.getpid(), signal.SIGTERM)\n"
         "bar.ProgressReport.__call__ = progress\n"

@@ -91,7 +91,7 @@ def test_signal_at_any_moment_repeats_little(tmp_path: Path, save: Save, shard_s
 def test_killed_synthetic_run_is_resumed_and_leaves_nothing_behind(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "streamconv", "run", "dinov2_vits14", "--synthetic", "--no-verify", "-o", "out"]
     code = (
-        "import os, sys, streamconv.cli.commands as cli, streamconv.output.writer as s\n"
+        "import os, sys, streamconv.__main__ as cli, streamconv.output.writer as s\n"
         "real, seen = s.RecordChecks.add, []\n"
         "def add(*args):\n"
         "    seen.append(1)\n"
@@ -216,7 +216,7 @@ def test_killed_download_is_resumed(server: FileServer, tmp_path: Path) -> None:
 
 
 SLOW = (
-    "import sys, time, streamconv.cli.commands as cli, streamconv.output.writer as s\n"
+    "import sys, time, streamconv.__main__ as cli, streamconv.output.writer as s\n"
     "s.RecordChecks.add = lambda *args: print('ready', flush=True) or time.sleep(20)\n"
     "sys.argv = ['streamconv', 'convert', {source!r}, '-o', {out!r}]\n"
     "cli.main()"
@@ -255,7 +255,7 @@ def test_nohup_is_respected(tmp_path: Path, save: Save) -> None:
 
 def test_interruption_swallowed_by_an_import_still_interrupts(tmp_path: Path, save: Save) -> None:
     code = (
-        "import os, signal, sys, streamconv, streamconv.cli.commands as cli\n"
+        "import os, signal, sys, streamconv, streamconv.__main__ as cli\n"
         "def plan(*args, **options):\n"
         "    try: os.kill(os.getpid(), signal.SIGINT)\n"
         "    except BaseException: raise RecursionError\n"

@@ -13,11 +13,13 @@ from typing import Any
 import click
 
 from streamconv._version import __version__
+from streamconv.cli.bugs import to_our_error
 from streamconv.cli.command import SETTINGS
 from streamconv.cli.commands import completion, convert, models, plan, push, revert, run, synth, verify
 from streamconv.cli.layout import print_unwrapped
-from streamconv.cli.terminal import InterruptedByUser, Printer, run_with_signals
-from streamconv.errors import StreamconvError, UsageError
+from streamconv.cli.start import InterruptedByUser
+from streamconv.cli.terminal import Printer, stdout_may_be_closed
+from streamconv.errors import UsageError
 from streamconv.families.near_names import did_you_mean
 from streamconv.redaction import redacted
 
@@ -28,6 +30,7 @@ Exit codes:
     2  wrong usage
     3  the source cannot be converted
     4  the output is missing or cannot be written
+   70  a bug of streamconv: please report it
   130  interrupted"""
 
 
@@ -36,6 +39,15 @@ class Program(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        with stdout_may_be_closed():  # click prints the help, and would exit with 1
+            return super().make_context(*args, **settings)
+        raise click.exceptions.Exit(0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with stdout_may_be_closed():
+            return super().invoke(ctx)
 
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **settings: Any
@@ -54,11 +66,9 @@ class Program(click.Group):
                 sys.exit(error.exit_code)
             if isinstance(error, click.ClickException):
                 printer.fail(UsageError(_message(error)))
-            if isinstance(error, ModuleNotFoundError) and not (error.name or "streamconv").startswith("streamconv"):
-                error = _missing(error)
-            if isinstance(error, StreamconvError):
-                printer.fail(error)
-            raise  # a bug: show its traceback
+            if not isinstance(error, Exception):
+                raise
+            printer.fail(to_our_error(error, words))
         code = code if isinstance(code, int) else 0
         if standalone_mode:
             sys.exit(code)
@@ -81,12 +91,6 @@ def _message(error: click.ClickException) -> str:
     return f"{message.rstrip('.')}. See {ctx.command_path if ctx is not None else 'streamconv'} --help."
 
 
-def _missing(error: ModuleNotFoundError) -> UsageError:
-    """Return the error for a package that is not installed: a conversion needs only a few packages."""
-    package = str(error.name).partition(".")[0]
-    return UsageError(f"This needs the Python package {package}, which is not installed. Run `pip install {package}`.")
-
-
 @click.group(cls=Program, context_settings=SETTINGS, epilog=EXIT_CODES)
 @click.version_option(__version__, message="streamconv %(version)s", help="Show the version and exit.")
 def app() -> None:
@@ -105,11 +109,11 @@ for each in (
 
 
 def main() -> None:
-    """Run the console script. However it is interrupted, no incomplete file gets its final name."""
+    """Run the command line in this process, which is its own."""
     # Libraries' progress bars would garble ours, and the checks report what transformers warns of. As a library,
-    # streamconv leaves such settings to its caller; this process is ours.
+    # streamconv leaves such settings to its caller.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", "xFormers is")  # from the code of DINOv2's authors
     logging.captureWarnings(True)  # warnings of other packages are shown like ours
-    run_with_signals(app)
+    app()

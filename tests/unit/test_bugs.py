@@ -1,0 +1,141 @@
+"""Exceptions that no code expected: a bug of ours has an exit code of its own, and is reported without secrets."""
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner, Result
+
+import streamconv
+from streamconv.cli.bugs import MAX_LINE_LENGTH, MAX_LINES
+from streamconv.cli.commands import app
+from tests.support import ROOT, run_python
+
+TOKEN = "hf_itsme"
+
+
+def planning_raises(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
+    def plan(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr(streamconv, "plan", plan)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return CliRunner().invoke(app, ["plan", "https://me:passw0rd@host/x.pth?sig=passw0rd", *words])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("x"),
+        RecursionError("maximum recursion depth exceeded"),
+        UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        EOFError(),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_bug_is_one_message_that_asks_for_a_report(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = planning_raises(error, monkeypatch)
+    assert (done.exit_code, done.stdout) == (70, "")
+    assert done.stderr.startswith("error: This is a bug of streamconv. Please report it to its maintainers")
+    for part in ("streamconv plan https://host/x.pth", f"streamconv {streamconv.__version__}, Python 3.", "Traceback"):
+        assert part in done.stderr
+    assert type(error).__name__ in done.stderr
+
+
+def test_report_of_a_bug_shows_no_secret_and_no_control_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ValueError(
+        f"\x1b[2J\u202e\r\x85 https://me:passw0rd@host/y?sig=passw0rd {TOKEN} " + "x" * 10**6 + "\ny" * 10**5
+    )
+    done = planning_raises(error, monkeypatch)
+    assert done.exit_code == 70
+    assert "passw0rd" not in done.stderr
+    assert TOKEN not in done.stderr
+    assert all(line.isprintable() for line in done.stderr.split("\n"))
+    assert len(done.stderr) < 1.2 * MAX_LINES * MAX_LINE_LENGTH
+
+
+def test_bug_under_json_is_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = planning_raises(KeyError("x"), monkeypatch, "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (done.exit_code, error["type"], error["exit_code"]) == (70, "InternalError", 70)
+    assert "KeyError: 'x'" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (MemoryError(), 2, "too little memory"),
+        (RuntimeError("can't start new thread"), 2, "No more threads"),
+        (OSError(errno.EMFILE, "Too many open files", "x"), 2, "limit of the system was reached: Too many open files"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 2, "limit of the system"),
+        (OSError(errno.ENOSPC, "No space left on device", "a\x1b"), 4, r"a\x1b: No space left on device"),
+        (OSError(errno.EIO, "Input/output error"), 4, "Input/output error"),
+        (ModuleNotFoundError("No module named 'click.x'", name="click.x"), 2, "pip install click"),
+        (ImportError("cannot map", name="torch", path="x"), 2, "torch cannot be imported: cannot map"),
+    ],
+    ids=str,
+)
+def test_too_little_of_something_is_no_bug(
+    error: Exception, code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = planning_raises(error, monkeypatch)
+    assert done.exit_code == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+AT_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            {}
+sys.meta_path.insert(0, Finder())
+sys.argv = ["streamconv", "plan", "x.pth"]
+from streamconv.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("event", "code", "message"),
+    [
+        ("os.kill(os.getpid(), signal.SIGINT)", 130, "Interrupted. To resume, run\n  streamconv plan x.pth\n"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 130, "Interrupted. To resume, run\n  streamconv plan x.pth\n"),
+        (
+            "raise ModuleNotFoundError(name='click')", 2,
+            "error: This needs the Python package click, which is not installed. Run `pip install click`.\n",
+        ),
+        ("raise MemoryError", 2, "error: There is too little memory."),
+        ("raise KeyError", 70, "error: This is a bug of streamconv."),
+    ],
+    ids=["ctrl-c", "sigterm", "missing package", "memory", "bug"],
+)  # fmt: skip
+def test_what_happens_during_imports_ends_in_one_message(event: str, code: int, message: str) -> None:
+    words = [sys.executable, "-c", AT_IMPORT.format(event)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith(message)
+    assert ("Traceback" in done.stderr) == (code == 70)
+
+
+def test_signals_are_handled_before_anything_is_imported() -> None:
+    names = run_python("import sys, streamconv.cli.start; print(*sys.modules)").split()
+    ours = {name for name in names if name.startswith("streamconv")}
+    assert ours == {"streamconv", "streamconv.cli", "streamconv.cli.start"}
+    assert not {"click", "json", "urllib"} & {*names}
+
+
+@pytest.mark.parametrize("words", ["--help", "run --help"])
+def test_closed_pipe_and_full_disk_have_their_exit_codes(words: str) -> None:
+    command = f"{sys.executable} -m streamconv {words}"
+    script = f"{command} | true; echo ${{PIPESTATUS[0]}}; {command} >/dev/full; echo $?"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["0", "4"]
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
