@@ -2,7 +2,7 @@
 
 import sys
 
-from streamconv.cli.start import run_with_signals
+from streamconv.cli.start import print_early, run_with_signals
 
 
 def main() -> None:
@@ -18,8 +18,8 @@ def _import_and_run() -> None:
     except Exception as error:  # while importing
         from streamconv.cli.bugs import to_our_error
 
-        ours = to_our_error(error, sys.argv[1:])  # whose lines are visible
-        print(f"error: {ours}", file=sys.stderr)
+        ours = to_our_error(error, sys.argv[1:])
+        print_early(f"error: {ours}".splitlines())
         sys.exit(ours.exit_code)
 
 

@@ -8,9 +8,11 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NoReturn, TextIO
+
+from streamconv.cli.grace import end_after_signals
 
 
 class InterruptedByUser(BaseException):
@@ -20,6 +22,7 @@ class InterruptedByUser(BaseException):
     """
 
     was_raised = False
+    is_reported = False
 
 
 def _raise_interrupted(number: int, frame: object) -> NoReturn:
@@ -55,20 +58,34 @@ def run_with_signals(command: Callable[[], object]) -> None:
         for number in signals:  # signals that nohup or a shell script ignores stay ignored
             signal.signal(number, _raise_interrupted)
         _prepare_streams()
+        with suppress(RuntimeError):  # if no thread can be started, the command reports that
+            end_after_signals(signals, _print_how_to_resume)
         command()
     except BaseException as error:
         _ignore(signals)  # what follows takes a moment
         # A library may catch the interruption, for instance while it imports torch, and raise an error of its own.
         if not InterruptedByUser.was_raised or (isinstance(error, SystemExit) and not error.code):
             raise
-        from streamconv.cli.shown import command_to_resume
-        from streamconv.display import visible
-
-        command_line = command_to_resume(sys.argv[1:])
-        print(f"Interrupted. To resume, run\n  {visible(command_line, len(command_line))}", file=sys.stderr)
+        _print_how_to_resume()
         sys.exit(130)
     finally:
         _ignore(signals)
+
+
+def _print_how_to_resume() -> None:
+    from streamconv.cli.shown import command_to_resume
+
+    if InterruptedByUser.is_reported:
+        return
+    InterruptedByUser.is_reported = True
+    print_early(["Interrupted. To resume, run", f"  {command_to_resume(sys.argv[1:])}"])
+
+
+def print_early(lines: Iterable[str]) -> None:
+    """Print lines on stderr, however long, even if click cannot be imported."""
+    from streamconv.display import visible
+
+    print("\n".join(visible(line, max(len(line), 1)) for line in lines), file=sys.stderr)
 
 
 def _ignore(signals: list[signal.Signals]) -> None:

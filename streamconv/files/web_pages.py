@@ -4,9 +4,9 @@ On some sites, the URL of a page about a file leads to the URL of the file itsel
 to get the file.
 """
 
-import os
 import re
-from urllib.parse import urlsplit
+
+from streamconv.files.hub_settings import hub_endpoint
 
 _HUB = r"(?:www\.)?huggingface\.co|hf\.co|hf-mirror\.com"  # and HF_ENDPOINT
 _GITHUB, _GITLAB = r"(?:www\.)?github\.com", r"(?:[\w.-]+\.)?gitlab\.[\w.]+"
@@ -108,5 +108,4 @@ def _parts(url: str) -> tuple[str, str, str]:
 
 
 def _is_host(host: str, pattern: str) -> bool:
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc.lower()
-    return bool(re.fullmatch(pattern, host)) or (pattern == _HUB and bool(endpoint) and host == endpoint)
+    return bool(re.fullmatch(pattern, host)) or (pattern == _HUB and host == hub_endpoint().netloc.lower())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from streamconv._version import __version__
 from streamconv.display import shortened
 from streamconv.errors import HubError, StreamconvError
+from streamconv.files.hub_settings import hub_endpoint, hub_token
 from streamconv.hub.transport import network_errors, timeout_errors
 from streamconv.logs import logger
 from streamconv.redaction import redacted, shown_url
@@ -42,14 +43,15 @@ class HubClient:
     """
 
     def __init__(self) -> None:
-        from huggingface_hub import HfApi, constants, get_token
+        hub_endpoint()  # before huggingface_hub is imported, which fails if it is not valid
+        from huggingface_hub import HfApi, constants
 
         self._token = ""
         self.endpoint = shown_url(constants.ENDPOINT)  # for messages
         self.token_settings = f"{self.endpoint}/settings/tokens"
         if constants.HF_HUB_OFFLINE:
             raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it.")
-        token = self.call("The token cannot be read", get_token)
+        token = hub_token()
         if not token:
             raise HubError(
                 f"There is no token for pushing to the Hub. Create one with write access at {self.token_settings}, "

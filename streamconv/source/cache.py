@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from streamconv.errors import SourceError
+from streamconv.errors import SourceError, UsageError
 from streamconv.families.registry import published_files
 from streamconv.files.address import Address, hf_to_https
 from streamconv.files.local import read_small
@@ -101,10 +101,13 @@ def _record_path(path: Path) -> Path:
 
 
 def torch_hub_cache() -> Path:
-    """Return the folder in which torch.hub keeps checkpoints (https://docs.pytorch.org/docs/stable/hub.html)."""
+    """Return the folder in which torch.hub keeps checkpoints (https://docs.pytorch.org/docs/stable/hub.html).
+
+    It begins with "~" if the user has no home folder: HOME is not set, and the system's list of users lacks this one.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("TORCH_HOME") or f"{cache}/torch"
-    return Path(home).expanduser() / "hub" / "checkpoints"
+    return Path(os.path.expanduser(home)) / "hub" / "checkpoints"
 
 
 def torch_hub_path(address: Address) -> Path:
@@ -122,8 +125,14 @@ def own_path(address: Address) -> Path:
 
 
 def download_path(address: Address) -> Path:
-    """Return where the file at ``address`` is downloaded to."""
+    """Return where the file at ``address`` is downloaded to.
+
+    Raises:
+        UsageError: the user has no home folder.
+    """
     path = torch_hub_path(address)
+    if path.parts[0] == "~":
+        raise UsageError("There is no home folder to download into: set HOME or TORCH_HOME, or use --stream.")
     return path if is_published(address) and not os.path.lexists(path) else own_path(address)
 
 

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -31,7 +32,9 @@ class FileMappings:
     """The parts of this process's memory that are mapped from files when the object is created."""
 
     def __init__(self) -> None:
-        text = Path("/proc/self/maps").read_text(errors="replace") if _libc is not None else ""
+        text = ""
+        with suppress(OSError):  # not every system and container has it
+            text = Path("/proc/self/maps").read_text(errors="replace") if _libc is not None else ""
         # proc_pid_maps(5): start-end, permissions, offset, device, inode (0 for anonymous memory), path.
         mappings = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) r\S+ ([0-9a-f]+) \S+ [1-9]\d* *(.*)$", text, re.MULTILINE)
         self._ranges = [(int(start, 16), int(end, 16)) for start, end, _, _ in mappings]

@@ -127,7 +127,7 @@ def test_what_happens_during_imports_ends_in_one_message(event: str, code: int, 
 def test_signals_are_handled_before_anything_is_imported() -> None:
     names = run_python("import sys, streamconv.cli.start; print(*sys.modules)").split()
     ours = {name for name in names if name.startswith("streamconv")}
-    assert ours == {"streamconv", "streamconv.cli", "streamconv.cli.start"}
+    assert ours == {"streamconv", "streamconv.cli", "streamconv.cli.grace", "streamconv.cli.start"}
     assert not {"click", "json", "urllib"} & {*names}
 
 

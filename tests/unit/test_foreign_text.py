@@ -20,6 +20,7 @@ ESCAPED = r"\x1b[2J\x1b[1;1H\x9b2J\r\x08\n\nLooks ok!\u202e\u2066\u2028\u200b\U0
 
 # The places that write to a terminal, a log or a pipe, and everything that could. All other modules use these.
 BORDER = {
+    ("cli/start.py", "print"),  # before click is imported
     ("cli/layout.py", "echo"), ("cli/layout.py", "style"), ("cli/command.py", "StreamHandler"),
     ("cli/progress_bar.py", "print"),  # only the sequence that removes the bar
     ("cli/progress_bar.py", "progressbar"),

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import pytest
 
-from streamconv.cli.terminal import shown_command
+from streamconv.cli.shown import shown_command
 from streamconv.files.address import Address
 from streamconv.redaction import redacted, shown_argument, shown_url
 

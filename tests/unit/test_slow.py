@@ -110,7 +110,7 @@ def test_honest_slow_server_is_read(serve: Callable[..., str]) -> None:
 
 STUCK = """
 import sys, time
-from streamconv.cli import grace, terminal
+from streamconv.cli import grace, start
 grace.GRACE_SECONDS = 0.3
 def wait():
     print("ready", flush=True)
@@ -120,7 +120,7 @@ def wait():
         except BaseException:
             pass  # as a library that waits for its threads
 sys.argv = ["streamconv", "run", "http://me:word@h/x.pth"]
-terminal.run_with_signals(wait)
+start.run_with_signals(wait)
 """
 
 

@@ -21,6 +21,7 @@ from streamconv.cli.start import InterruptedByUser
 from streamconv.cli.terminal import Printer, stdout_may_be_closed
 from streamconv.errors import UsageError
 from streamconv.families.near_names import did_you_mean
+from streamconv.files.hub_settings import hub_endpoint
 from streamconv.redaction import redacted
 
 EXIT_CODES = """\b
@@ -99,6 +100,7 @@ def app() -> None:
         os.getcwd()
     except FileNotFoundError:
         raise UsageError("The current folder no longer exists. Change to another one.") from None
+    hub_endpoint()  # huggingface_hub, which several steps import, fails if it is not valid
 
 
 for each in (

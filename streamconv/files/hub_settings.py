@@ -1,0 +1,46 @@
+"""The Hub's address and the user's token, from the environment as huggingface_hub reads them."""
+
+import os
+from urllib.parse import SplitResult, urlsplit
+
+from streamconv.display import printable
+from streamconv.errors import UsageError
+from streamconv.redaction import shown_url
+
+
+def hub_endpoint() -> SplitResult:
+    """Return the URL of the Hub. It is read here, because importing huggingface_hub costs 20 MB.
+
+    Raises:
+        UsageError: HF_ENDPOINT is not a URL. Importing huggingface_hub would fail.
+    """
+    url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        parts = urlsplit(url)
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        shown = printable(shown_url(url))
+        raise UsageError(f"HF_ENDPOINT is {shown}, which is not a URL. Set it to https://HOST:PORT, or unset it.")
+    return parts
+
+
+def hub_token() -> str:
+    """Return the user's token; empty if there is none.
+
+    Raises:
+        UsageError: it cannot be read, or cannot be sent.
+    """
+    from huggingface_hub import get_token
+
+    try:
+        token = get_token() or ""
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UsageError(
+            f"The Hub's token cannot be read: {why}. Log in with `hf auth login`, or set HF_TOKEN."
+        ) from None
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise UsageError("The Hub's token holds characters that no token has. Set HF_TOKEN again, or `hf auth login`.")
+    return token
