@@ -174,7 +174,8 @@ def source_names_of(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) ->
         rule = makers.get(_NUMBER.sub("{i}", name, count=1)) if "{i}" not in name else None
         i = number and number[0]
         parts = tuple(target.format(i=i) for target in rule.targets) if rule is not None else ()
-        if rule is not None and targets.keys() >= {*parts} and len({targets[part] for part in parts}) == 1:
+        is_whole = targets.keys() >= {*parts} and len({targets[part] for part in parts}) == 1
+        if rule is not None and is_whole and (len(parts) == 1 or targets[name].shape):  # scalars cannot be joined
             sources[rule.source.format(i=i)] = parts
         else:
             sources[name] = (name,)

@@ -1,0 +1,35 @@
+"""Tensors of impossible shapes are listed as problems, whichever tensors of a model have them."""
+
+from pathlib import Path
+
+import pytest
+
+from streamconv import Checkpoint, Plan
+from streamconv.errors import MappingError
+from streamconv.families.dinov2 import FAMILY
+from streamconv.families.selection import find_backbone
+from streamconv.planning.make import make_plan
+from streamconv.tensors.expressions import joined
+from tests.support import checkpoint_of_shapes, plan_of_shapes, tiny
+
+DIMENSIONS = tiny(layers=1, hidden=64, classes=3)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 0, 0), (1, 2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("part", ["query", "norm", "cls_token", "position", "projection", "mlp", ""])
+def test_converted_model_of_impossible_shapes_is_refused(part: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    shapes = {key: info.shape for key, info in FAMILY.sources(DIMENSIONS).items()}
+    shards = plan_of_shapes(shapes, tmp_path).shards
+    changed = {
+        name: shape if part in name or (part == "query" and "attention.attention" in name) else tensor.target.shape
+        for shard in shards
+        for name, tensor in shard.tensors
+    }
+    with pytest.raises(MappingError):
+        plan_of(checkpoint_of_shapes(changed))
+
+
+def plan_of(checkpoint: Checkpoint) -> Plan:
+    selection = find_backbone(checkpoint, "x")
+    tensors = {key: joined([checkpoint[name] for name in names]) for key, names in selection.names.items()}
+    return make_plan(tensors, "x", selection=selection)
