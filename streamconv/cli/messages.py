@@ -21,6 +21,7 @@ GOOD, INCOMPLETE, BAD = "green", "yellow", "red"
 COLOURS = {"passed": GOOD, "incomplete": INCOMPLETE, "failed": BAD}
 INDENT = 23  # the column where the text of a check begins
 MORE_FILES = "files", "--json"
+MAX_WIDTH = 100  # of a column of names
 FEW = 5  # lines of one kind that are shown if there may be thousands
 
 
@@ -156,7 +157,7 @@ def plan_lines(plan: Plan, with_mapping: bool = False) -> Iterator[Line | str]:
         yield f"{becomes}; --mapping shows how."
         return
     yield f"{becomes}:"
-    width = max(len(move.source) for move in plan.mapping)
+    width = min(max(len(move.source) for move in plan.mapping), MAX_WIDTH)
     for move in plan.mapping:
         yield Line("", f"{move.source:{width}}  {move.info!s:24}  -> {', '.join(move.targets)}", 4)
 

@@ -1,13 +1,15 @@
 """A conversion before it is written, with all decisions, and its result."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from streamconv._version import __version__
+from streamconv.display import first_lines
+from streamconv.families.selection import Skipped
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.options import StrPath
 from streamconv.jobs.prepare import PreparedSource, output_folder
@@ -22,6 +24,8 @@ from streamconv.source.download import check_downloads
 from streamconv.source.labels import labels_in
 from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.casts import check_packages
+
+MAX_RECORDED = 100  # skipped parts
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class PreparedConversion:
             filled=plan.filled,
             block_chunks=plan.block_chunks,
             notes=plan.notes,
-            skipped=tuple(str(each) for each in plan.skipped),
+            skipped=_recorded(plan.skipped),
             labels=labels if "id2label" in plan.config else None,
             image_processor=_given_image_processor(prepared),
         )
@@ -233,6 +237,11 @@ class PreparedConversion:
             cast={"from": plan.cast["from"], "to": plan.cast["to"]} if plan.cast else None,
             versions={"streamconv": __version__, "python": sys.version.split()[0]},
         )
+
+
+def _recorded(skipped: Sequence[Skipped]) -> tuple[str, ...]:
+    """Return the skipped parts as the manifest and the model card list them; a hostile source has thousands."""
+    return tuple(first_lines([str(each) for each in skipped[:MAX_RECORDED]], MAX_RECORDED, len(skipped)))
 
 
 def _guessed_heads(prepared: PreparedSource) -> int | None:

@@ -1,9 +1,11 @@
 """Converts a source into a folder, from beginning to end."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from itertools import accumulate
 
 from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
@@ -12,7 +14,7 @@ from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.output.folder import OutputFolder, open_output_folder
 from streamconv.output.manifest import MANIFEST_NAME, WrittenFile
-from streamconv.output.writer import write_shard
+from streamconv.output.writer import Advance, write_shard
 from streamconv.planning.plan import Plan
 from streamconv.planning.shards import Shard
 from streamconv.progress import Progress, ignore_progress, job
@@ -148,20 +150,19 @@ def _write_shards(
     """
     resumed_bytes, checks = 0, RecordChecks(reader)
     written = {}
-    for shard in plan.shards:
-        written[shard.filename], kept = write_shard(
-            shard, folder, reader, checks, shard_progress(plan, shard, progress)
-        )
+    for shard, advance in with_progress(plan.shards, progress):
+        written[shard.filename], kept = write_shard(shard, folder, reader, checks, advance)
         resumed_bytes += kept
     return written, resumed_bytes
 
 
-def shard_progress(plan: Plan, shard: Shard, progress: Progress) -> Callable[[int, bool], None]:
-    """Return a callback for `write_shard` that reports one shard's progress as progress of all shards."""
-    sizes = [each.size for each in plan.shards]
-    before, total = sum(sizes[: plan.shards.index(shard)]), sum(sizes)
+def with_progress(shards: Sequence[Shard], progress: Progress) -> Iterator[tuple[Shard, Advance]]:
+    """Yield each shard with a callback for `write_shard` that reports its progress as progress of all shards."""
+    sizes = [shard.size for shard in shards]
+    total = sum(sizes)
 
-    def advance(position: int, is_kept: bool) -> None:
+    def advance(shard: Shard, before: int, position: int, is_kept: bool) -> None:
         progress(f"{'checking' if is_kept else 'writing'} {shard.filename}", before + position, total, "bytes")
 
-    return advance
+    for shard, before in zip(shards, accumulate(sizes, initial=0)):  # noqa: B905 - the last sum is of all shards
+        yield shard, partial(advance, shard, before)

@@ -16,7 +16,7 @@ from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.hub.card import CARD_NAME
 from streamconv.hub.repository import Repository
 from streamconv.jobs.conversion import Conversion, PreparedConversion
-from streamconv.jobs.convert import shard_progress
+from streamconv.jobs.convert import with_progress
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.jobs.prepare import PreparedSource
 from streamconv.jobs.publish import Published, card_files, commit
@@ -117,14 +117,14 @@ def _upload_shards(
         The shards by name, and how many of their bytes an interrupted run had uploaded or written.
     """
     written, resumed_bytes, checks = {}, 0, RecordChecks(reader)
-    for shard in plan.shards:
+    for shard, advance in with_progress(plan.shards, progress):
         uploaded = work.uploaded(shard.filename, repository.id)
         if uploaded is not None and uploaded.size == shard.size:
             repository.restore(shard.filename, uploaded.size, uploaded.sha256)
             _log.info("%s has %s already, from an interrupted run", repository.id, shard.filename)
             written[shard.filename], resumed_bytes = uploaded, resumed_bytes + uploaded.size
             continue
-        written[shard.filename], kept = write_shard(shard, work, reader, checks, shard_progress(plan, shard, progress))
+        written[shard.filename], kept = write_shard(shard, work, reader, checks, advance)
         sha256 = written[shard.filename].sha256
         # This reads the file back and compares its sha256.
         repository.upload(work.path / shard.filename, shard.filename, sha256, progress)

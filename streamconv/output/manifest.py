@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -196,12 +197,11 @@ class Manifest(Provenance):
     def parse(cls, data: bytes, path: Path) -> "Manifest":
         """Parse the contents of the manifest at ``path``; errors as for `read`."""
         try:
-            value = parse_small_json(data)
+            return _parsed(data, path)
         except TooLargeError as error:
             raise _unreadable(path, f"it {error} than any manifest") from None
         except ValueError as error:
             raise _unreadable(path, error) from error
-        return cls.from_json(value, path)
 
     @classmethod
     def from_json(cls, value: object, path: Path) -> "Manifest":
@@ -225,6 +225,11 @@ class Manifest(Provenance):
     def to_bytes(self) -> bytes:
         """Return the contents of its file."""
         return (json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n").encode()
+
+
+@lru_cache(maxsize=1)  # a job reads the same manifest more than ten times, which may list thousands of files
+def _parsed(data: bytes, path: Path) -> Manifest:
+    return Manifest.from_json(parse_small_json(data), path)
 
 
 def _unreadable(path: Path, error: object) -> OutputError:

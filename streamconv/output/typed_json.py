@@ -24,7 +24,7 @@ def parse(kind: Any, value: object, name: str = "") -> Any:
     Raises:
         ValueError: names the first field that is missing or has another type.
     """
-    if kind is Any:
+    if kind is Any or type(value) is kind:  # not isinstance: a bool is an int in Python
         return value
     if get_origin(kind) in (Union, UnionType):
         return _parse_union(kind, value, name)
@@ -35,26 +35,28 @@ def parse(kind: Any, value: object, name: str = "") -> Any:
     if issubclass(get_origin(kind) or kind, Mapping):
         item = get_args(kind)[1]
         return {key: parse(item, each, _join(name, key)) for key, each in _mapping(value, name).items()}
-    if type(value) is not kind:  # not isinstance: a bool is an int in Python
-        wanted = getattr(kind, "__name__", kind)
-        raise ValueError(f"its field {printable(name)} is {value!r:.60}, which is not of type {wanted}")
-    return value
+    wanted = getattr(kind, "__name__", kind)
+    raise ValueError(f"its field {printable(name)} is {value!r:.60}, which is not of type {wanted}")
 
 
 def _parse_dataclass(kind: Any, value: Mapping[str, Any], name: str) -> Any:
-    types, arguments = _types_of(kind), {}
-    for field in fields(kind):
-        where = _join(name, field.name)
-        if field.name in value:
-            arguments[field.name] = parse(types[field.name], value[field.name], where)
-        elif field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"its field {printable(where)} is missing")
+    arguments = {}
+    for field, field_type, is_required in _fields_of(kind):
+        if field in value:
+            arguments[field] = parse(field_type, value[field], _join(name, field))
+        elif is_required:
+            raise ValueError(f"its field {printable(_join(name, field))} is missing")
     return kind(**arguments)
 
 
 @cache  # most of the time to parse a manifest would be spent in it
-def _types_of(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+def _fields_of(kind: Any) -> list[tuple[str, Any, bool]]:
+    """Return the name and type of each field of a dataclass, and whether it has no default."""
+    types = get_type_hints(kind)
+    return [
+        (each.name, types[each.name], each.default is MISSING and each.default_factory is MISSING)
+        for each in fields(kind)
+    ]
 
 
 def _parse_union(kind: Any, value: object, name: str) -> Any:

@@ -16,6 +16,7 @@ from streamconv.tensors.expressions import SourceTensor
 
 PIECE_BYTES = 512 << 10  # read and written at once; small enough to stay in a CPU's cache
 DEFAULT_SHARD_BYTES = 5 * 10**9
+MAX_SHARDS = 10_000  # the manifest and the journal name each of them, and must be small enough to be read again
 MIN_BARE_BYTES = 100_000  # a smaller number without a unit is taken for a mistake, such as 5 for 5GB
 
 
@@ -76,6 +77,11 @@ def lay_out(targets: Mapping[str, SourceTensor], max_bytes: int) -> tuple[tuple[
         make_shard(filename, {name: targets[name] for name in names})
         for filename, names in split.filename_to_tensors.items()
     )
+    if len(shards) > MAX_SHARDS:
+        raise UsageError(
+            f"{len(shards):,} weight files are too many; up to {MAX_SHARDS:,} can be written. Give a larger "
+            "--max-shard-size."
+        )
     if not split.is_sharded:  # one tensor, larger than the limit
         return shards, None
     return shards, to_json(make_index(targets, split.tensor_to_filename))

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamconv.display import printable
+from streamconv.display import first_lines, printable
 from streamconv.errors import UsageError
 from streamconv.families.base import ConversionSpec, Family
 from streamconv.families.selection import Selection
@@ -21,6 +21,9 @@ from streamconv.tensors.info import DTYPES
 # The version and the folder that the source was saved by, an older name of dtype, code that the output does not have,
 # and a quantisation that its tensors do not have.
 DROPPED = ("transformers_version", "_name_or_path", "torch_dtype", "auto_map", "quantization_config")
+
+MAX_CLASSES = 90_000  # config.json names each twice, and has to stay within the limits on settings
+MAX_SHOWN = 20  # entries of config.json that a note names
 
 
 def make_config(
@@ -72,6 +75,8 @@ def label_problems(spec: ConversionSpec, family: Family, source: Mapping[str, An
     """Compare the number of labels in the source's config.json with the classes that its head has."""
     classes = spec.dims[family.classifier_head.classes] if family.classifier_head else 0
     ids = source.get("id2label")
+    if classes > MAX_CLASSES:
+        return [f"the head has {classes:,} classes; a config.json with more than {MAX_CLASSES:,} cannot be read again"]
     if not classes or ids is None or (isinstance(ids, Mapping) and len(ids) == classes):
         return []
     found = f"{len(ids)} classes" if isinstance(ids, Mapping) else printable(repr(ids))
@@ -104,7 +109,7 @@ def config_notes(config: Mapping[str, Any], selection: Selection) -> list[str]:
         ("added", [f"{key} {_shown(value)}" for key, value in config.items() if key not in before]),
         ("left out", [key for key in DROPPED if key in source and key != "torch_dtype"]),
     ]
-    listed = [f"; {kind}: {', '.join(entries)}" for kind, entries in parts if entries]
+    listed = [f"; {kind}: {', '.join(first_lines(each, MAX_SHOWN, len(each)))}" for kind, each in parts if each]
     return [f"{CONFIG_NAME}: kept from the source{''.join(listed)}"]
 
 
