@@ -9,6 +9,10 @@ from streamconv.families.rules import count_of
 from streamconv.tensors.info import TensorInfo
 
 BLOCK = "blocks.{i}."
+# Tensors that not every model has in its blocks.
+_OPTIONAL = re.compile(
+    r"blocks\.\d+\.(?:(?P<layer_scale>ls[12]\.gamma)|attn\.(?:(?P<qkv>qkv)|(?P<proj>proj))\.bias|(?P<ffn>mlp\.\w+)\.bias)"
+)
 HEAD_PREFIX = "linear_head."  # of the head's keys; in its file they are "weight" and "bias"
 MASK_KEYS = ("mask_token", "masked_embed")  # DINOv2's, and that of iBOT, which it comes from
 # Attention heads by hidden size: of the published models (DINOv2's and Web-DINO's), and of other vision transformers,
@@ -77,9 +81,8 @@ def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
         shape = infos[key].shape if key in infos else ()
         return shape[axis] if len(shape) == ndim else default
 
-    def has(pattern: str) -> bool:
-        return any(re.fullmatch(pattern, name) for name in infos)
-
+    found = (_OPTIONAL.fullmatch(name) for name in infos)
+    in_blocks = {match.lastgroup for match in found if match is not None}
     hidden = size("cls_token", 2, 3, size("norm.weight", 0, 1, 0))
     head_width = size(HEAD_PREFIX + "weight", 1, 2, 2 * hidden)
     swiglu = "blocks.0.mlp.w12.weight" in infos
@@ -97,11 +100,11 @@ def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
         registers=registers,
         classes=size(HEAD_PREFIX + "weight", 0, 2, 1000) if HEAD_PREFIX + "weight" in infos else None,
         head_layers=head_width // hidden - 1 if hidden and head_width % hidden == 0 else 1,
-        has_layer_scale=has(r"blocks\.\d+\.ls[12]\.gamma"),
+        has_layer_scale="layer_scale" in in_blocks,
         has_mask_token=bool(mask_key),
-        has_qkv_bias=has(r"blocks\.\d+\.attn\.qkv\.bias"),
-        has_proj_bias=has(r"blocks\.\d+\.attn\.proj\.bias"),
-        has_ffn_bias=has(r"blocks\.\d+\.mlp\.\w+\.bias"),
+        has_qkv_bias="qkv" in in_blocks,
+        has_proj_bias="proj" in in_blocks,
+        has_ffn_bias="ffn" in in_blocks,
         has_patch_bias="patch_embed.proj.bias" in infos,
         has_empty_registers="register_tokens" in infos and not registers,
         mask_key=mask_key or MASK_KEYS[0],

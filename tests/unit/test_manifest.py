@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from streamconv.output.identity import differences
 from streamconv.output.journal import Journal, ResumePoint
 from streamconv.output.manifest import (
     FORMAT_VERSION,
+    MANIFEST_NAME,
     Labels,
     Manifest,
     Provenance,
@@ -157,3 +158,22 @@ def test_files_are_listed_weights_first_and_by_their_numbers() -> None:
     shards = [f"model-{i}-of-12.safetensors" for i in (10, 2, 1, 12, 3, 4, 5, 6, 7, 8, 9, 11)]
     files = dict.fromkeys(["config.json", *shards], WrittenFile(1, "00"))
     assert list(in_order(files)) == [*(f"model-{i}-of-12.safetensors" for i in range(1, 13)), "config.json"]
+
+
+def test_manifest_of_many_files_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Path] = []
+    real = Manifest.from_json
+
+    def from_json(value: object, path: Path) -> Manifest:
+        parsed.append(path)
+        return real(value, path)
+
+    monkeypatch.setattr(Manifest, "from_json", from_json)
+    (tmp_path / MANIFEST_NAME).write_bytes(MANIFEST.to_bytes())
+    assert [Manifest.read(tmp_path) for _ in range(3)] == [MANIFEST] * 3
+    assert parsed == [tmp_path / MANIFEST_NAME]
+    other = replace(MANIFEST, plan="face")
+    (tmp_path / MANIFEST_NAME).write_bytes(other.to_bytes())  # of the same size, and perhaps at the same time
+    assert Manifest.read(tmp_path) == other
+    (tmp_path / MANIFEST_NAME).unlink()
+    assert Manifest.read(tmp_path) is None
