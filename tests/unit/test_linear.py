@@ -217,6 +217,7 @@ PREFIXES = st.lists(PARTS, max_size=4).map(lambda parts: "".join(f"{part}." for 
 
 
 @given(PREFIXES, PREFIXES, NAMES)
+@settings(deadline=None)
 def test_parent_of_a_name_is_what_it_shares_with_the_prefix(prefix: str, start: str, rest: str) -> None:
     layout = Layout(FAMILY, prefix, is_converted=False)
     parents = ["", *(prefix[: i + 1] for i, letter in enumerate(prefix) if letter == ".")]
@@ -241,6 +242,7 @@ def test_parent_of_a_name_is_what_it_shares_with_the_prefix(prefix: str, start: 
 
 
 @given(st.lists(st.sampled_from(["x", "b.{i}.x", "b.{i}.y.z", "c.{i}", "norm.w"]), unique=True), st.integers(0, 12))
+@settings(deadline=None)
 def test_expanded_names_are_those_of_every_block(patterns: list[str], count: int) -> None:
     names = ExpandedNames({each: lambda i, each=each: (each, i) for each in patterns}, count)  # type: ignore[misc]
     wanted: dict[str, tuple[str, int]] = {}
@@ -255,7 +257,7 @@ def test_expanded_names_are_those_of_every_block(patterns: list[str], count: int
 
 
 @given(PREFIXES, st.dictionaries(NAMES, st.just((2, 2)), max_size=8))
-@settings(max_examples=30)
+@settings(max_examples=20, deadline=None)
 def test_every_tensor_is_used_or_named_as_skipped(prefix: str, others: Shapes) -> None:
     ours = {prefix + key: shape for key, shape in BACKBONE.items()}
     checkpoint = checkpoint_of_shapes({**others, **ours})
