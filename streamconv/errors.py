@@ -96,6 +96,10 @@ class NoRangesError(SourceError):
     """The server sends only whole files, but parts of one are needed."""
 
 
+class RepeatedDataError(SourceError):
+    """The output would be much larger than the data that it is made from, which the user has not allowed."""
+
+
 class MappingError(SourceError):
     """Tensors are missing, unexpected or of the wrong shape.
 

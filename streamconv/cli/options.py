@@ -129,6 +129,10 @@ FORCE = Option(
     help="Replace files that streamconv wrote to DIR earlier. Other files are never replaced.",
 )  # fmt: skip
 REPLACE = Option("--force", is_flag=True, group="Output", help="Replace files that exist already.")
+YES = Option(
+    "-y", "--yes", is_flag=True, group="General",
+    help="Do not ask before the default model is downloaded, or before much more is written than is read.",
+)  # fmt: skip
 DRY_RUN = Option(
     "--dry-run", is_flag=True, group="Output", help="Check everything and show what would be done; write nothing."
 )

@@ -16,6 +16,7 @@ from streamconv.output.folder import OutputFolder, open_output_folder
 from streamconv.output.manifest import MANIFEST_NAME, WrittenFile
 from streamconv.output.writer import Advance, write_shard
 from streamconv.planning.plan import Plan
+from streamconv.planning.repeats import refuse_repeats
 from streamconv.planning.shards import Shard
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.outputs import remember_output
@@ -91,6 +92,8 @@ def convert_prepared(
     """
     conversion = PreparedConversion.of(prepared, output, force=options.force)
     finished = conversion.find_finished() if prepared.source.has_checksums else None
+    if finished is None:
+        refuse_repeats(prepared.plan.shards, is_allowed=options.allow_repeats)
     if finished is None and prepared.source.is_remote and not options.stream:
         conversion.find_downloads(prepared.source)
         prepared = stack.enter_context(local_copy(prepared, progress))

@@ -67,6 +67,8 @@ class ConversionOptions(SourceOptions):
         image_size: The height and width of its pixels: the shorter side of an image is resized to it, and the centre is
             cut out. An image processor that does not crop resizes both sides to it.
         image_processor: A preprocessor_config.json to write instead; excludes the other three.
+        allow_repeats: Write an output that is much larger than the data it is made from, because tensors repeat data:
+            more than twice as large, and by more than 100 MB. Otherwise, `RepeatedDataError` is raised.
 
     Raises:
         UsageError: the shard size, the dtype, the number of heads or a number for the image processor is not valid.
@@ -80,6 +82,7 @@ class ConversionOptions(SourceOptions):
     image_std: str | float | Sequence[float] | None = None
     image_size: int | None = None
     image_processor: StrPath | None = None
+    allow_repeats: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,6 +25,7 @@ from streamconv.output.manifest import MANIFEST_NAME
 from streamconv.output.open_journal import require_unlocked_journal
 from streamconv.output.ownership import owned_names
 from streamconv.planning.plan import Plan
+from streamconv.planning.repeats import refuse_repeats
 from streamconv.progress import Progress, ignore_progress
 from streamconv.source.resolve import default_output
 
@@ -118,6 +119,8 @@ def preview(
         if options.stream and push is not None:
             refuse_finished(conversion)
         is_finished = is_finished or conversion.find_finished() is not None
+        if not is_finished:
+            refuse_repeats(plan.shards, is_allowed=options.allow_repeats)
         earlier = conversion.find_earlier()
         files, resumed_bytes, replaced = ({}, 0, ()) if is_finished else _written(conversion, push, options, earlier)
         return Preview(

@@ -21,6 +21,7 @@ from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
 from streamconv.jobs.synth import synthetic_model, temporary_checkpoint
 from streamconv.jobs.verify import verify_prepared, verify_uploaded, write_report
 from streamconv.output.manifest import Manifest
+from streamconv.planning.repeats import refuse_repeats
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.resolve import default_output
 from streamconv.verification.process import ModelRunner
@@ -112,6 +113,7 @@ def run(
             repository = open_repository(push, planned.folder, planned.provenance)
             on_push(repository.target)
         if push is not None and repository is not None and conversion.stream:
+            refuse_repeats(prepared.plan.shards, is_allowed=conversion.allow_repeats)
             return _run_to_hub(
                 prepared, output, repository, push, verification, models, conversion.force, progress, on_result
             )

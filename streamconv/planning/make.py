@@ -14,6 +14,7 @@ from streamconv.formats.non_tensors import non_tensor_error
 from streamconv.planning.heads import choose_heads
 from streamconv.planning.image_processor import OwnImageProcessor, choose_image_processor
 from streamconv.planning.plan import MappedTensor, Plan
+from streamconv.planning.repeats import repeats_note
 from streamconv.planning.shards import DEFAULT_SHARD_BYTES, PIECE_BYTES, lay_out
 from streamconv.planning.small_files import architecture_of, config_notes, label_problems, make_config, to_small_files
 from streamconv.tensors.expressions import AnyTensor, SourceTensor, filled
@@ -103,6 +104,7 @@ def make_plan(
         small_files=to_small_files(config, chosen),
         index=index,
         notes=(
+            *filter(None, [repeats_note(shards)]),
             *([heads.note] if heads.note and not is_published else []),
             *assumed,
             *config_notes(config, selection),

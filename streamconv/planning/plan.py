@@ -18,6 +18,7 @@ from streamconv.families.registry import family_named
 from streamconv.families.selection import Skipped
 from streamconv.files.base import FileRef
 from streamconv.formats.safetensors import INDEX_NAME
+from streamconv.planning.repeats import distinct_bytes
 from streamconv.planning.shards import Shard, to_json
 from streamconv.tensors.expressions import Record
 from streamconv.tensors.info import DTYPES, CastDtype, DtypeCode, TensorInfo
@@ -138,6 +139,11 @@ class Plan:
         return sum(tensor.target.nbytes for shard in self.shards for _, tensor in shard.tensors)
 
     @property
+    def source_bytes(self) -> int:
+        """The number of bytes that the weights are made from, each counted once; see `distinct_bytes`."""
+        return distinct_bytes(tensor for shard in self.shards for _, tensor in shard.tensors)
+
+    @property
     def parameters(self) -> int:
         return sum(t.info.nbytes // t.info.itemsize for shard in self.shards for _, t in shard.tensors)
 
@@ -223,6 +229,7 @@ class Plan:
             "architecture": self.architecture,
             "parameters": self.parameters,
             "bytes": self.size,
+            "source_bytes": self.source_bytes,
             "shards": [
                 {"file": s.filename, "bytes": s.size, "tensors": [name for name, _ in s.tensors]} for s in self.shards
             ],

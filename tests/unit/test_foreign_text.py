@@ -24,7 +24,7 @@ BORDER = {
     ("cli/layout.py", "echo"), ("cli/layout.py", "style"), ("cli/command.py", "StreamHandler"),
     ("cli/progress_bar.py", "print"),  # only the sequence that removes the bar
     ("cli/progress_bar.py", "progressbar"),
-    ("cli/commands/run.py", "confirm"),  # only our own words
+    ("cli/consent.py", "confirm"),  # only our own words
     ("source/labels.py", "print"),  # in a child process, whose output is a path for its parent
     ("verification/worker.py", "print_exc"),  # when the pipe to the parent is broken
     ("logs.py", "getLogger"), ("__init__.py", "getLogger"), ("cli/command.py", "getLogger"),

@@ -3,11 +3,10 @@
 import sys
 from typing import Any
 
-import click
-
 import streamconv
-from streamconv import ConversionOptions
+from streamconv import ConversionOptions, RunResult
 from streamconv.cli.command import JSON, Option, command, values_of
+from streamconv.cli.consent import can_ask, confirmed, with_consent
 from streamconv.cli.layout import print_wrapped
 from streamconv.cli.options import (
     CONVERSION_OPTIONS,
@@ -16,6 +15,7 @@ from streamconv.cli.options import (
     PUSH_OPTIONS,
     SEED,
     VERIFICATION_OPTIONS,
+    YES,
     output_option,
     push_options,
     source_argument,
@@ -35,7 +35,6 @@ SYNTHETIC = Option(
     "--synthetic", is_flag=True, group="Source", help="Generate a random checkpoint of the model and convert it."
 )
 NO_VERIFY = Option("--no-verify", is_flag=True, group="Verification", help="Convert only; do not verify.")
-YES = Option("-y", "--yes", is_flag=True, group="General", help="Download without asking.")
 
 
 @command(
@@ -59,7 +58,7 @@ def run(
     if source is not None and model_name is not None:
         raise UsageError("SOURCE and --model_name mean the same thing. Give only one of them.")
     name = next((word for word in (source, model_name) if word is not None), DEFAULT_MODEL)
-    conversion = ConversionOptions(**values_of(CONVERSION_OPTIONS, given))
+    conversion = ConversionOptions(**values_of(CONVERSION_OPTIONS, given), allow_repeats=yes)
     verification = verification_options(**values_of(VERIFICATION_OPTIONS, given))
     push = push_options(**values_of(PUSH_OPTIONS, given))
     if push is not None:
@@ -77,12 +76,13 @@ def run(
     elif source is None and model_name is None:
         _announce_download(printer, conversion, is_confirmed=yes)
     results = Results(printer)
-    try:
+
+    def job(options: ConversionOptions) -> RunResult:
         with ProgressReport(printer.is_quiet) as progress:
-            done = streamconv.run(
+            return streamconv.run(
                 name,
                 output,
-                conversion,
+                options,
                 None if no_verify else verification,
                 push,
                 synthetic_seed=seed if synthetic else None,
@@ -90,6 +90,9 @@ def run(
                 on_result=results.shown_with(progress),
                 on_push=target_shown_with(printer, progress, is_conditional=not push.unverified if push else False),
             )
+
+    try:
+        done = with_consent(conversion, printer, job)
     except StreamconvError:
         results.finish()
         raise
@@ -114,13 +117,9 @@ def _announce_download(printer: Printer, options: ConversionOptions, *, is_confi
     family, model = find_model(DEFAULT_MODEL)
     size = sum(info.nbytes for info in family.sources(model.dimensions).values())
     what = f"{DEFAULT_MODEL} ({size / 1e9:.1f} GB) from {model.backbone.url}"
-    if is_confirmed or not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
+    if is_confirmed or not can_ask():
         if not printer.is_quiet:
             print_wrapped([f"No SOURCE was given: downloading {what}"], sys.stderr)
         return
-    try:
-        is_confirmed = click.confirm(f"No SOURCE was given. Download {what}?", err=True)
-    except click.Abort:  # the input ended
-        is_confirmed = False
-    if not is_confirmed:
+    if not confirmed(f"No SOURCE was given. Download {what}?"):
         raise UsageError("Nothing was downloaded. Give a SOURCE, or answer y.")
