@@ -81,7 +81,14 @@ class Attacked:
             [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
 
-    def refusal(self, path: Path, *options: object, command: str = "convert", seconds: float = MAX_SECONDS) -> str:
+    def refusal(
+        self,
+        path: Path,
+        *options: object,
+        command: str = "convert",
+        seconds: float = MAX_SECONDS,
+        peak_bytes: int = MAX_BYTES,
+    ) -> str:
         """Return the message of a command that refuses the source ``path`` and writes nothing.
 
         By default, that is a conversion: what it refuses before the plan is made, `plan` refuses likewise. Give files
@@ -89,14 +96,14 @@ class Attacked:
         """
         with tempfile.TemporaryDirectory() as folder:
             output = () if command == "plan" else ("-o", Path(folder, "out"))
-            ended = self.run(command, path, *output, *options, "--json", seconds=seconds)
+            ended = self.run(command, path, *output, *options, "--json", seconds=seconds, peak_bytes=peak_bytes)
             assert not os.listdir(folder), f"{command} wrote to its output"
         assert ended.code == 3, ended
         message = str(ended.document["error"]["message"])
         assert message.replace("\n", " ").isprintable(), message
         return message
 
-    def run(self, *words: object, seconds: float = MAX_SECONDS) -> Ended:
+    def run(self, *words: object, seconds: float = MAX_SECONDS, peak_bytes: int = MAX_BYTES) -> Ended:
         """Run a command, after which its time, its memory and the length of its output are checked.
 
         Other programs on the machine can only add to the time, so the fastest of three attempts counts.
@@ -107,7 +114,7 @@ class Attacked:
                 break
         shown = f"{ended.code}, {ended.stderr[:2000]}"
         assert ended.seconds < seconds, f"{ended.seconds:.2f} s for {shown}"
-        assert ended.peak_bytes < MAX_BYTES, f"{ended.peak_bytes:,} bytes for {shown}"
+        assert ended.peak_bytes < peak_bytes, f"{ended.peak_bytes:,} bytes for {shown}"
         assert len(ended.stdout) <= (MAX_JSON if "--json" in words else MAX_MESSAGE), ended.stdout[:2000]
         assert len(ended.stderr) <= MAX_MESSAGE, shown
         return ended

@@ -49,9 +49,8 @@ def made(kind: type[StreamconvError]) -> StreamconvError:
     """Make an error with an argument for each parameter, and with attributes that are set later."""
     takes_message = kind.__init__ is Exception.__init__
     parameters = [] if takes_message else inspect.signature(kind).parameters.values()
-    error = kind(
-        *(["text"] if takes_message else ["text" if p.annotation is str else ["one", "two"] for p in parameters])
-    )
+    samples = {str: "text", int | None: 7}
+    error = kind(*(["text"] if takes_message else [samples.get(p.annotation, ["one", "two"]) for p in parameters]))
     error.location = Address("https://host/x.pth?signature=secret")  # type: ignore[attr-defined]
     error.__notes__ = ["a note"]
     return error
