@@ -5,7 +5,9 @@ calling process has imported transformers already, they use that.
 
 Every job reports to a `Progress` callback, which can end the job by raising `Cancelled`. Options, results and errors
 can be copied, pickled and sent to other processes. Events such as a retried connection, a resumed file or a finished
-check are logged to the logger "streamconv", which has no handler of its own.
+check are logged to the logger "streamconv", which has no handler of its own. In errors' messages, log records and
+progress, what files and servers say is escaped and on one line. Strings in results and plans are data, as they were
+read.
 """
 
 import logging

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
+from streamconv.display import visible
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -29,7 +31,7 @@ class Progress(Protocol):
         """Receive a report.
 
         Args:
-            step: The current step in words, such as "writing model.safetensors".
+            step: The current step in words, such as "writing model.safetensors": one line that is safe to print.
             done: The part of the step that is done. A step that cannot be measured reports 0 of 1, once.
             total: The value of ``done`` at which the step is complete.
             unit: The unit of ``done`` and ``total``.
@@ -73,7 +75,7 @@ def job(function: Callable[P, R]) -> Callable[P, R]:
 def _carrying(callback: Any) -> Callable[..., None]:
     def call(*args: Any) -> None:
         try:
-            callback(*args)
+            callback(*(visible(each) if isinstance(each, str) else each for each in args))
         except Exception as error:
             raise _Raised(error) from None
 

@@ -104,7 +104,8 @@ def print_wrapped(lines: Iterable[str | Line], stream: TextIO) -> None:
 
 def print_unwrapped(lines: Iterable[str], stream: TextIO) -> None:
     """Print what is copied or read by a program: commands, scripts, JSON. However long, each line stays one line."""
-    click.echo("\n".join(visible(line, max(len(line), 1)) for line in lines), stream)
+    # The longest escape of a character has ten.
+    click.echo("\n".join(visible(line, 10 * len(line) + 1) for line in lines), stream)
 
 
 def laid_out(line: str | Line, columns: int | None) -> str:

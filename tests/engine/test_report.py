@@ -335,6 +335,28 @@ def test_hostile_text_is_escaped_and_only_data_images_are_shown() -> None:
     page.encode("utf-8")
 
 
+def test_no_text_controls_or_reorders_the_page() -> None:
+    attack = "\x1b[2J\x9b2J\u202e\u2066\u2028\u200b\x00\n</title><script>x</script>\" onload=\"x' onload='x"
+
+    def poisoned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: each if key in ("kind", "name") else poisoned(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [poisoned(each) for each in value]
+        return attack if isinstance(value, str) and not re.fullmatch(r"[0-9.e+-]+|inf|nan", value) else value
+
+    for found in (passing(), failing()):
+        poison = poisoned({**found, "pictures": {}, "versions": {attack: attack}})
+        poison["source"] = {attack: {"file": attack, "size": 1, "fingerprint": attack}}
+        page = report.render({**poison, "date": attack, "command": attack, "device": attack})
+        assert all(line.isprintable() for line in page.replace("\xa0", " ").split("\n"))
+        assert page.count("\\x1b[2J") > 10
+        tags, attributes = set(re.findall(r"<(\w+)", page)), set(re.findall(r"<[^>]*?\s(\w+)=", page))
+        assert not {"script", "iframe", "object"} & tags
+        assert "onload" not in attributes
+        assert page.count("</title>") == len(re.findall(r"<title\b", page))
+
+
 def test_report_is_reproducible_in_another_process(tmp_path: Path) -> None:
     found = failing()
     found["checks"][2]["numbers"]["differences"] |= dict.fromkeys("abcdef", 0.0)  # enough to reveal the order of a set

@@ -13,6 +13,7 @@ from streamconv.cli.layout import Line, error_lines, laid_out
 from streamconv.display import LINE_LENGTH, printable, visible
 from streamconv.errors import HubError, MappingError, SourceError, UsageError
 from streamconv.logs import logger
+from streamconv.progress import Progress, job
 
 PACKAGE = Path(streamconv.__file__).parent
 ATTACK = "\x1b[2J\x1b[1;1H\x9b2J\r\x08\n\nLooks ok!\u202e\u2066\u2028\u200b\U000e0041\udcff\x00"
@@ -124,3 +125,14 @@ def test_log_messages_are_templates_whose_arguments_are_escaped() -> None:
                 template = node.args[0]
                 choices = [template.body, template.orelse] if isinstance(template, ast.IfExp) else [template]
                 assert all(isinstance(each, ast.Constant) for each in choices), (path, ast.unparse(node))
+
+
+def test_steps_of_progress_are_safe_to_print() -> None:
+    seen: list[str] = []
+
+    @job
+    def work(progress: Progress) -> None:
+        progress(f"checking {ATTACK}", 0, 1, "steps")
+
+    work(progress=lambda step, done, total, unit: seen.append(step))
+    assert seen == [f"checking {ESCAPED}"]

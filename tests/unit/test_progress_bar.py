@@ -55,6 +55,18 @@ def test_bar_shows_sizes_speed_and_remaining_time_and_is_removed(report: Report)
     assert shown.endswith(REMOVE_BAR)
 
 
+def test_names_in_a_step_control_neither_the_bar_nor_a_log(report: Report) -> None:
+    step = "checking \x1b[2J\x9b2J\r\nLooks ok!\u202e" + "x" * 10_000
+    escaped = r"checking \x1b[2J\x9b2J\r\nLooks ok!\u202exxx"
+    for total in (1, 4 * 10**9):
+        (bar,) = drawn(report(Terminal(), (step, 0, total, "bytes"), columns=150))
+        assert bar.startswith(escaped)
+        assert bar.isprintable()
+        assert len(bar) < 150
+    line, empty = report(io.StringIO(), (step, 0, 1, "steps")).split("\n")
+    assert (line.startswith(escaped), line.isprintable(), len(line) < 2_500, empty) == (True, True, True, "")
+
+
 def test_bar_fits_into_the_terminal(report: Report) -> None:
     steps = [(f"writing model-{'0' * length}.safetensors", 10**9, 4 * 10**9, "bytes") for length in range(80)]
     for columns in (60, 80, 200):

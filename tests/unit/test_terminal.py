@@ -1,5 +1,13 @@
 """Interruptions."""
 
+import logging
+import sys
+import warnings
+
+import pytest
+
+from streamconv.cli import terminal
+from streamconv.cli.commands import app
 from streamconv.cli.shown import command_to_resume
 
 
@@ -10,3 +18,33 @@ def test_interruption_shows_the_command_without_its_secrets() -> None:
     assert "word" not in shown
     assert command_to_resume(["run", "cache::https://me:word@h/x"]).startswith("streamconv run cache::https://h/x")
     assert command_to_resume(["run", "x.pth"]) == "streamconv run x.pth"
+
+
+def test_interruption_shows_a_foreign_name_as_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`streamconv run *.pth` has names as arguments that the user did not type."""
+    monkeypatch.setattr(sys, "argv", ["streamconv", "run", f"\x1b[2J\nLooks ok!\u202e{'x' * 3_000}.pth"])
+    terminal._print_how_to_resume()
+    expected = rf"  streamconv run '\x1b[2J\nLooks ok!\u202e{'x' * 3_000}.pth'"
+    assert capsys.readouterr().err == f"Interrupted. To resume, run\n{expected}\n"
+
+
+def test_warnings_of_other_packages_are_shown_as_one_escaped_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("streamconv.cli.commands.models.models_as_dict", lambda: warn() or {})
+
+    def warn() -> None:
+        warnings.warn("\x1b[2J\nLooks ok!\u202e", stacklevel=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(True)
+        try:
+            app(["models", "--json"], standalone_mode=False)
+        finally:
+            logging.captureWarnings(False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ")
+    assert r"UserWarning: \x1b[2J\nLooks ok!\u202e" in line
