@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 
-from streamconv.cli import terminal
 from streamconv.cli.commands import app
+from streamconv.cli.layout import print_unwrapped
 from streamconv.cli.shown import command_to_resume
 
 
@@ -25,7 +25,7 @@ def test_interruption_shows_a_foreign_name_as_one_line(
 ) -> None:
     """`streamconv run *.pth` has names as arguments that the user did not type."""
     monkeypatch.setattr(sys, "argv", ["streamconv", "run", f"\x1b[2J\nLooks ok!\u202e{'x' * 3_000}.pth"])
-    terminal._print_how_to_resume()
+    print_unwrapped(["Interrupted. To resume, run", f"  {command_to_resume(sys.argv[1:])}"], sys.stderr)
     expected = rf"  streamconv run '\x1b[2J\nLooks ok!\u202e{'x' * 3_000}.pth'"
     assert capsys.readouterr().err == f"Interrupted. To resume, run\n{expected}\n"
 
