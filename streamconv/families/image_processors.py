@@ -4,7 +4,7 @@ Only processors are read whose steps are to resize, to crop the centre, to resca
 lacks have the defaults of transformers' class, and sizes may be spelled in all ways that transformers reads.
 """
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +129,7 @@ def _checked(values: Mapping[str, Any], key: str, is_valid: Callable[[Any], Any]
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # False for NaN
 
 
 def _unknown(values: Mapping[str, Any], key: str) -> UnknownStepsError:

@@ -237,7 +237,7 @@ def test_interruption_under_json_is_one_document(tmp_path: Path) -> None:
         ),
         (
             "plan x.pth https://me:word@host/y.pth?signature=word",
-            "error: Got unexpected extra argument (https://host/y.pth. See streamconv plan --help.\n",
+            "error: Got unexpected extra argument (https://host/y.pth). See streamconv plan --help.\n",
         ),
         (
             "run --push-to-hub https://me:word@host/y.pth?signature=word",
