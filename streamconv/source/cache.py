@@ -67,7 +67,12 @@ class Download:
 
     @classmethod
     def read_unchecked(cls, path: Path) -> "Download | None":
-        """Read the record of the file at ``path``, which may have been replaced by another one."""
+        """Read the record of the file at ``path``, which may have been replaced by another one.
+
+        Only records in the cache are read: in any other folder, such as one from somebody else, a record proves nothing.
+        """
+        if not _is_in_cache(path):
+            return None
         try:
             value = parse_small_json(read_small(_record_path(path)))
             if not isinstance(value, dict) or value.get("format_version") != _FORMAT_VERSION:
@@ -91,6 +96,11 @@ def forget_download(path: Path) -> None:
     with as_output_error(record), suppress(FileNotFoundError):
         record.unlink()
         sync_folder(record.parent)
+
+
+def _is_in_cache(path: Path) -> bool:
+    cache, folder = Path(os.path.realpath(torch_hub_cache())), Path(os.path.realpath(path.parent))
+    return folder == cache or cache / "streamconv" in folder.parents
 
 
 def _record_path(path: Path) -> Path:

@@ -78,6 +78,16 @@ def test_file_that_was_downloaded_from_there_is_its_authors(torch_hub: Path, tmp
     assert not found(path).is_published
 
 
+def test_record_in_a_folder_from_somebody_else_proves_nothing(torch_hub: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path / "theirs", torch_hub / "theirs"):
+        folder.mkdir()
+        path = write(folder / NAME)
+        assert Download.read(path) is None
+        assert after_reading(path) == (Authorship(), 0)
+        os.utime(path, ns=(5, 5))
+        assert after_reading(path) == (Authorship(), 0)
+
+
 def test_file_that_was_found_in_torch_hubs_cache_may_be_another_one(torch_hub: Path, tmp_path: Path) -> None:
     for path in (torch_hub / NAME, tmp_path / NAME, torch_hub / "mine.pth"):
         path.write_bytes(b"weights")
