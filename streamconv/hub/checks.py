@@ -1,7 +1,6 @@
 """Checks before the Hub is changed: names, other weights there, and files that are still as they were written."""
 
 import hashlib
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -10,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import OutputError, UsageError
 from streamconv.formats.safetensors import CONFLICTING_PATTERNS
+from streamconv.output.manifest import OUR_WEIGHTS
 from streamconv.output.snapshot import State, state_of
 from streamconv.progress import Progress
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
-
-# The names that streamconv gives to weights. A later conversion may replace files with these names.
-OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 def require_digest(path: Path, digest: str, expected: str) -> None:

@@ -13,10 +13,11 @@ from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.files.local import read_small
 from streamconv.formats.limits import TooLargeError, parse_small_json
 from streamconv.output.typed_json import parse
+from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 MANIFEST_NAME = "streamconv.json"
 FORMAT_VERSION = 1  # of manifests and journals; those of 0.1.0 had none
-MAX_NAME_BYTES = 255  # on the usual file systems
+OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 CHANGE_TIME = "changed_ns"
 
 
@@ -78,6 +79,14 @@ class WrittenFile:
     size: int
     sha256: str
     overflow_count: int = 0
+
+
+def is_our_name(name: str) -> bool:
+    """Return whether an output may have a file of this name.
+
+    A manifest or a journal from somebody else may name others. Those are not deleted with --force, nor published.
+    """
+    return name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME) or bool(OUR_WEIGHTS.fullmatch(name))
 
 
 def is_weights(name: str) -> bool:
@@ -213,8 +222,8 @@ class Manifest(Provenance):
             if not manifest.files:
                 raise ValueError("its field files is empty")
             for name in manifest.files:
-                if Path(name).name != name or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
-                    raise ValueError(f"its field files names '{printable(name)}', which is not a file of its folder")
+                if not is_our_name(name):
+                    raise ValueError(f"its field files names '{printable(name)}', which streamconv does not write")
             for name in manifest.edited:
                 if name not in manifest.files or is_weights(name):
                     raise ValueError(f"its field edited names '{printable(name)}', which is not one of its small files")

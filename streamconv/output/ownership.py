@@ -7,7 +7,7 @@ from pathlib import Path
 from streamconv.errors import OutputError
 from streamconv.output.identity import differences, is_unidentified
 from streamconv.output.journal import Journal
-from streamconv.output.manifest import Manifest, Provenance, is_weights
+from streamconv.output.manifest import Manifest, Provenance, is_our_name, is_weights
 
 
 def require_free(
@@ -48,7 +48,7 @@ def require_free(
 
 
 def owned_names(folder: Path, journal: Journal) -> set[str]:
-    """Return the names of the files in a folder that its manifest or journal names."""
+    """Return the names of the files of an output that a folder's manifest or journal names."""
     manifest = Manifest.read(folder)
     names = {*journal.resume_points, *(manifest.files if manifest is not None else ())}
-    return {name for name in names if Path(name).name == name}
+    return {name for name in names if is_our_name(name)}

@@ -69,7 +69,7 @@ class Download:
     def read_unchecked(cls, path: Path) -> "Download | None":
         """Read the record of the file at ``path``, which may have been replaced by another one.
 
-        Only records in the cache are read: in any other folder, such as one from somebody else, a record proves nothing.
+        Only those in the cache are read: in any other folder, such as one from somebody else, they prove nothing.
         """
         if not _is_in_cache(path):
             return None

@@ -75,7 +75,7 @@ def test_weights_that_the_manifest_does_not_list_are_found(folder: Path) -> None
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"../source.pth": {"size": 1, "sha256": ""}}, "names '../source.pth', which is not a file of its folder"),
+        ({"../source.pth": {"size": 1, "sha256": ""}}, "names '../source.pth', which streamconv does not write"),
         ({"config.json": {"size": "x", "sha256": ""}}, "files.config.json.size is 'x', which is not of type int"),
         ({"config.json": {"size": 1}}, "files.config.json.sha256 is missing"),
         (["config.json"], "files is not a JSON object"),

@@ -1,5 +1,6 @@
 """--force replaces what streamconv wrote, and nothing else."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,29 @@ def test_force_writes_the_same_conversion_again_but_resumes_it_if_unfinished(
     assert (tmp_path / "out" / JOURNAL_NAME).exists()
     assert api.convert(source, tmp_path / "out", force=True).resumed_bytes > 0
     assert model_files(tmp_path / "out") == before
+
+
+def test_force_deletes_no_file_of_the_users_that_a_manifest_or_journal_from_somebody_else_names(
+    tmp_path: Path, save: Save
+) -> None:
+    source, _ = save(tiny())
+    out, outside = api.convert(source, tmp_path / "out").output, tmp_path / ".out.streamconv-incomplete"
+    for path in (out / "thesis.txt", outside):
+        path.write_text("mine")
+    manifest = json.loads((out / "streamconv.json").read_bytes())
+    for name in ("thesis.txt", ".ssh", "x.safetensors", "streamconv.json", "", "."):
+        files = {**manifest["files"], name: {"size": 4, "sha256": ""}}
+        (out / "streamconv.json").write_text(json.dumps({**manifest, "files": files}))
+        with pytest.raises(OutputError, match=f"files names '{name}', which streamconv does not write"):
+            api.convert(source, out, force=True, dtype="float16")
+    for name in model_files(out).keys() - {"thesis.txt"}:
+        (out / name).unlink()
+    (out / "streamconv.json").unlink()
+    entries = [{"format_version": 1, "provenance": {"source": {}, "plan": "other"}}]
+    entries += [{"file": name, "resume_point": {"size": 4, "sha256": ""}} for name in ("thesis.txt", "", ".")]
+    (out / JOURNAL_NAME).write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    api.convert(source, out, force=True)
+    assert [path.read_text() for path in (out / "thesis.txt", outside)] == ["mine", "mine"]
 
 
 def test_force_deletes_nothing_before_the_plan_is_made(tmp_path: Path, save: Save) -> None:

@@ -269,15 +269,19 @@ def test_bytes_of_every_small_file_are_compared_with_the_manifest(folder: Path, 
     assert (
         "config.json has other bytes than streamconv.json records, but the same values" in found.check("config").proves
     )
-    manifest = json.loads((folder / "streamconv.json").read_text())
-    files = {**manifest["files"], "extra.json": {"size": 2, "sha256": "0" * 64, "overflow_count": 0}}
-    edit(folder / "streamconv.json", files=files)
-    assert "extra.json is missing, but streamconv.json lists it" in verified(folder, source).check("config").problems
-    (folder / "extra.json").write_text("{}")
-    found = verified(folder, source)
-    assert "extra.json was edited after the conversion (which was not compared with the source)" in (
-        found.conclusion.details
-    )
+
+
+def test_small_file_that_only_the_manifest_names_is_not_vouched_for(tmp_path: Path) -> None:
+    """Without three channels, no image processor is planned."""
+    source = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(make_states(replace(tiny(), channels=4))[0], source)
+    folder = api.convert(source, tmp_path / "out").output
+    files = json.loads((folder / "streamconv.json").read_text())["files"]
+    edit(folder / "streamconv.json", files={**files, PROCESSOR: {"size": 2, "sha256": "0" * 64}})
+    assert f"{PROCESSOR} is missing, but streamconv.json lists it" in verified(folder, source).check("config").problems
+    (folder / PROCESSOR).write_text("{}")
+    details = verified(folder, source).conclusion.details
+    assert f"{PROCESSOR} was edited after the conversion (which was not compared with the source)" in details
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "streamconv.json"])

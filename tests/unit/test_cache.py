@@ -74,10 +74,10 @@ def test_long_name_is_cut_at_its_beginning(torch_hub: Path) -> None:
 RECORD = Download("https://h.org/x.pth", 4, "ab", ({"etag": '"1"'}, {"key": None}), True, "2026-01-31")
 
 
-def test_record_is_read_only_for_a_file_of_its_size_and_format(tmp_path: Path) -> None:
-    path = tmp_path / "x.pth"
+def test_record_is_read_only_for_a_file_of_its_size_and_format(torch_hub: Path) -> None:
+    path = torch_hub / "streamconv" / "h.org-0" / "x.pth"
     RECORD.write(path)
-    (record,) = tmp_path.iterdir()
+    (record,) = path.parent.iterdir()
     assert Download.read(path) is None
     path.write_bytes(b"1234")
     assert Download.read(path) == RECORD

@@ -77,7 +77,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
         (["notes"], "a note", "its field notes is 'a note', which is not of type"),
         (["labels", "sha256"], None, "its field labels.sha256 is None, which is not of type str"),
         (["files", "model.safetensors"], {"size": 7}, "its field files.model.safetensors.sha256 is missing"),
-        (["files"], {"../x": {"size": 7, "sha256": ""}}, "files names '../x', which is not a file of its folder"),
+        (["files"], {"../x": {"size": 7, "sha256": ""}}, "files names '../x', which streamconv does not write"),
         (["cast", "to"], 16, "its field cast.to is 16, which is not of type str"),
         (["verification"], "passed", "its field verification is not a JSON object"),
     ],
