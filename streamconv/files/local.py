@@ -24,18 +24,18 @@ MAX_JSON_BYTES = 10 << 20  # 65,536 tensors take 7 MB to 9 MB of a safetensors h
 _EVICT_INTERVAL_BYTES = 32 << 20  # read from a file that memory cannot hold, before its cached pages are dropped
 
 
-def read_small(path: Path) -> bytes:
+def read_small(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """Read a whole file, such as an index, a configuration or a manifest.
 
     Raises:
         SourceMissingError: it does not exist.
-        SourceError: it is not a regular file, is larger than `MAX_JSON_BYTES`, or cannot be read.
+        SourceError: it is not a regular file, is larger than ``max_bytes``, or cannot be read.
     """
     file = LocalFile(path)
     try:
-        if file.size > MAX_JSON_BYTES:
+        if file.size > max_bytes:
             raise SourceError(
-                f"{path} has {file.size:,} bytes; streamconv reads at most {MAX_JSON_BYTES:,} bytes of such a file."
+                f"{path} has {file.size:,} bytes; streamconv reads at most {max_bytes:,} bytes of such a file."
             )
         return file.read(0, file.size)
     finally:

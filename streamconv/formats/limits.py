@@ -133,6 +133,8 @@ def _is_deeper(value: Any, levels: int) -> bool:
     """Return whether dicts and lists are nested in more than this number of levels, without recursion."""
     containers = [value] if type(value) in (dict, list) else []
     for _ in range(levels):
+        if not containers:
+            return False
         values = (part for each in containers for part in (each.values() if type(each) is dict else each))
         containers = [each for each in values if type(each) in (dict, list)]
     return bool(containers)

@@ -8,7 +8,6 @@ interrupted process left is read back, and must match.
 import os
 from dataclasses import dataclass, field
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 
 from streamconv.errors import OutputError, SourceError, SourceMissingError
@@ -22,7 +21,7 @@ from streamconv.output.typed_json import parse
 _log = logger(__name__)
 
 JOURNAL_NAME = ".streamconv-journal"  # in a folder that is written
-_MAX_ENTRIES = 20_000  # that are read, which takes up to a second: there is one for every 32 MB or more
+MAX_JOURNAL_BYTES = 40 << 20  # an entry takes 200 bytes for every 32 MB or more: this is enough for 6 TB
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Journal:
             OutputError: it cannot be read, or was written by another version of streamconv.
         """
         try:
-            raw = read_small(path)
+            raw = read_small(path, MAX_JOURNAL_BYTES)
         except SourceMissingError:
             return cls()
         except SourceError as error:
@@ -96,7 +95,7 @@ class Journal:
     def parse(cls, raw: bytes, path: Path) -> "Journal":
         """Parse the complete lines of the journal at ``path``; errors as for `read`."""
         journal = cls()
-        for line in islice(BytesIO(raw), _MAX_ENTRIES):
+        for line in BytesIO(raw):
             try:
                 if not line.endswith(b"\n"):
                     break

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import OutputError
-from streamconv.files.local import MAX_JSON_BYTES
 from streamconv.logs import logger
 from streamconv.output.files import as_output_error, sync_file, temporary_path
-from streamconv.output.journal import NOT_STARTED, Journal, ResumePoint, name_in
+from streamconv.output.journal import MAX_JOURNAL_BYTES, NOT_STARTED, Journal, ResumePoint, name_in
 from streamconv.output.locks import LockedError, LockedFile, open_exclusive, require_unlocked
 from streamconv.output.manifest import FORMAT_VERSION, Provenance, WrittenFile
 from streamconv.output.processes import Process
@@ -124,10 +123,10 @@ class OpenJournal:
 def _read(fd: int, path: Path) -> bytes:
     with as_output_error(path):
         size = os.fstat(fd).st_size
-        if size > MAX_JSON_BYTES:
+        if size > MAX_JOURNAL_BYTES:
             raise OutputError(f"{path} has {size:,} bytes, too many for the journal of a conversion. Delete it.")
         data = b""
-        while part := os.pread(fd, MAX_JSON_BYTES, len(data)):
+        while part := os.pread(fd, MAX_JOURNAL_BYTES, len(data)):
             data += part
         return data
 
