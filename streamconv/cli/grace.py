@@ -11,6 +11,7 @@ from _thread import start_new_thread
 from collections.abc import Callable, Collection
 
 GRACE_SECONDS = 4.0
+REPORT_SECONDS = 0.5  # for the last words: nobody may read them
 
 
 def end_after_signals(signals: Collection[int], report: Callable[[], None]) -> None:
@@ -26,6 +27,13 @@ def end_after_signals(signals: Collection[int], report: Callable[[], None]) -> N
         while os.read(receiver, 1)[0] not in signals:
             pass
         time.sleep(GRACE_SECONDS)
+        try:
+            start_new_thread(report_and_end, ())
+            time.sleep(REPORT_SECONDS)
+        finally:
+            os._exit(130)
+
+    def report_and_end() -> None:
         try:
             report()
         finally:

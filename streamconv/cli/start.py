@@ -23,6 +23,7 @@ class InterruptedByUser(BaseException):
 
     was_raised = False
     is_reported = False
+    show_as_json: Callable[[], object] | None = None  # what --json prints on stdout, once that is known
 
 
 def _raise_interrupted(number: int, frame: object) -> NoReturn:
@@ -79,6 +80,8 @@ def _print_how_to_resume() -> None:
         return
     InterruptedByUser.is_reported = True
     print_early(["Interrupted. To resume, run", f"  {command_to_resume(sys.argv[1:])}"])
+    if InterruptedByUser.show_as_json is not None:
+        InterruptedByUser.show_as_json()
 
 
 def print_early(lines: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from streamconv.errors import (
     TruncatedError,
     located,
 )
+from streamconv.files.address import Address
 from streamconv.files.base import ByteRange, FileRef
 
 MAX_JSON_BYTES = 10 << 20  # 65,536 tensors take 7 MB to 9 MB of a safetensors header
@@ -50,8 +51,8 @@ class LocalFile:
         SourceError: it is not a regular file, or cannot be opened.
     """
 
-    def __init__(self, path: Path, where: str | None = None):
-        self.path, self.where = path, where or str(path)
+    def __init__(self, path: Path, origin: Address | None = None):
+        self.path, self.origin, self.where = path, origin, str(origin or path)
         try:
             # preadv, not mmap: touched pages of a mapping count in RSS, a reused buffer does not grow.
             if not stat.S_ISREG(os.stat(path).st_mode):

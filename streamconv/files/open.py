@@ -8,18 +8,18 @@ from streamconv.files.base import File, Version
 from streamconv.files.local import LocalFile
 
 
-def open_file(location: Location, where: str | None = None, expected: Version = ()) -> File:
+def open_file(location: Location, origin: Address | None = None, expected: Version = ()) -> File:
     """Open a file.
 
     Args:
-        where: What messages call a file on this machine, instead of its path.
+        origin: The address that a file on this machine was downloaded from. Messages name it instead of the path.
         expected: The version that an earlier process has opened. A server that has several is asked for this one.
 
     Raises:
         UsageError, SourceError: see `LocalFile`, `HttpFile` and `FsspecFile`.
     """
     if isinstance(location, Path):
-        return LocalFile(location, where)
+        return LocalFile(location, origin)
     # Imported only when needed, so that a local conversion does not pay for their memory.
     if location.scheme == "data":
         from streamconv.files.inline import InlineFile

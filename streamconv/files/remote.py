@@ -120,7 +120,7 @@ class RemoteFile(ABC):
         Raises:
             TruncatedError: the file ends within the range.
             ChangedError: the file is not the one that was opened.
-            NetworkError: no byte arrived in any attempt of the last two minutes.
+            NetworkError: almost no byte arrived in any attempt of the last two minutes.
             SourceError: the server refuses the request.
         """
         if offset + len(buffer) > self.size:
@@ -213,9 +213,10 @@ class RemoteFile(ABC):
             except OSError as error:  # a broken connection; our own errors are not among them
                 pending.close()
                 self._retries.wait(error, pending.position if self.is_open else None)
-        self._retries.failures = 0
         pending.position += count
-        if pending.position >= pending.end:
+        is_complete = pending.position >= pending.end
+        self._retries.received(count, is_complete=is_complete)
+        if is_complete:
             pending.close()
         return count
 

@@ -10,8 +10,9 @@ from streamconv.redaction import redacted
 
 _log = logger(__name__)
 
-# Before each retry, until a byte arrives. The first is for a connection that the server closed while it was idle.
+# Before each retry, until enough bytes arrive. The first is for a connection that the server closed while it was idle.
 RETRY_WAITS_SECONDS = (0, 1, 2, 4, 8, 16, 30, 30)
+ENOUGH_BYTES = 30_000  # what the slowest server sends in a window; see `slow`
 RETRIES_BEFORE_OPEN = 3  # while no request has succeeded yet: the URL may be wrong
 
 
@@ -28,10 +29,19 @@ class RetryLater(OSError):
 
 
 class Retries:
-    """Counts the failures of a file's requests since a byte arrived."""
+    """Counts the failures of a file's requests since enough bytes arrived.
+
+    One byte is not enough: a server could send one in response to each request, for ever.
+    """
 
     def __init__(self, address: Address):
-        self.failures, self._where, self._secrets = 0, str(address), address.secrets
+        self.failures, self._bytes, self._where, self._secrets = 0, 0, str(address), address.secrets
+
+    def received(self, count: int, *, is_complete: bool) -> None:
+        """Count bytes that arrived; ``is_complete``: they are the last ones of a request's range."""
+        self._bytes += count
+        if is_complete or self._bytes >= ENOUGH_BYTES:
+            self.failures = 0
 
     def wait(self, error: OSError, position: int | None) -> None:
         """Wait before the next attempt. ``position`` is the offset to resume at, None if the file is not open yet.
@@ -53,7 +63,7 @@ class Retries:
         seconds: float = RETRY_WAITS_SECONDS[self.failures]
         if isinstance(error, RetryLater) and error.seconds is not None:
             seconds = max(seconds, min(error.seconds, RETRY_WAITS_SECONDS[-1]))
-        self.failures += 1
+        self.failures, self._bytes = self.failures + 1, self._bytes if self.failures else 0
         if seconds:
             _log.warning("%s: %s; trying again in %g s", self._where, reason, seconds)
             time.sleep(seconds)

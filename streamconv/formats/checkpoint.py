@@ -116,7 +116,7 @@ def open_checkpoint(
     place: str | PathLike[str] | Address,
     *,
     read_local_headers: bool = True,
-    where: str | None = None,
+    origin: Address | None = None,
 ) -> Checkpoint:
     """Open a .pth of any torch release, a safetensors file, an .npz of numpy.savez, or a folder with such files.
 
@@ -131,7 +131,7 @@ def open_checkpoint(
         read_local_headers: False skips the header before each weight of a .pth. At a URL, reading these headers takes a
             request for every few weights. Names, dtypes and shapes do not need them; the offsets of weights are then
             computed.
-        where: The name of a local file in messages, instead of its path.
+        origin: The address that a local file was downloaded from. Messages name it instead of the path.
 
     >>> with open_checkpoint("dinov2_vitg14_pretrain.pth") as checkpoint:  # doctest: +SKIP
     ...     checkpoint["pos_embed"].info
@@ -146,7 +146,7 @@ def open_checkpoint(
         return _open_files(find_weights(location), read_local_headers)
     if isinstance(location, Path) and is_index(location.name):
         return _open_files(read_weights_index(location), read_local_headers)
-    return _open_files(WeightFiles({location: None}), read_local_headers, where)
+    return _open_files(WeightFiles({location: None}), read_local_headers, origin)
 
 
 def open_output(folder: Path) -> Checkpoint:
@@ -161,7 +161,7 @@ def open_output(folder: Path) -> Checkpoint:
     return _open_files(weights)
 
 
-def _open_files(weights: WeightFiles, read_local_headers: bool = True, where: str | None = None) -> Checkpoint:
+def _open_files(weights: WeightFiles, read_local_headers: bool = True, origin: Address | None = None) -> Checkpoint:
     with ExitStack() as opened:
         files: list[File] = []
         tensors: dict[str, SourceTensor] = {}
@@ -169,7 +169,7 @@ def _open_files(weights: WeightFiles, read_local_headers: bool = True, where: st
         fingerprints: list[str] = []
         for each, names in weights.names_by_location.items():
             with located(each):
-                file = open_file(each, where)
+                file = open_file(each, origin)
                 opened.callback(file.close)
                 if isinstance(file, RemoteFile):
                     file.proved_by = "records"  # an index with CRC-32s that was mixed matches no record

@@ -142,6 +142,7 @@ class Repository:
                 additions=[operation],
                 revision=self._destination.revision,
                 create_pr=self._destination.create_pr,
+                is_upload=True,
             )
         except HubError:
             file.require_unchanged()  # the Hub refuses bytes that do not have the sha256

@@ -134,7 +134,7 @@ def _download(
         with written_file(path, [(path.name, contents)], journal, reader, RecordChecks(reader), advance) as result:
             partial = temporary_path(path)
             try:
-                is_crc_checked = _require_intact(partial, str(address), path.name, progress)
+                is_crc_checked = _require_intact(partial, address, path.name, progress)
             except SourceError:
                 journal.discard(path)  # the next attempt starts over
                 raise
@@ -194,16 +194,16 @@ def _set_time(partial: Path, path: Path, file: RemoteFile, *, is_same: bool) -> 
             os.utime(partial, (modified, modified))
 
 
-def _require_intact(path: Path, where: str, name: str, progress: Progress) -> bool:
+def _require_intact(path: Path, address: Address, name: str, progress: Progress) -> bool:
     """Compare every record with its CRC-32, before the file is renamed into place; return whether all have one."""
-    with open_checkpoint(path, where=where) as checkpoint:
+    with open_checkpoint(path, origin=address) as checkpoint:
         reader = checkpoint.reader
         records = {tensor.record for tensor in checkpoint.values() if tensor.record.crc32 is not None}
         total, done = sum(record.range.length for record in records), 0
         for record in sorted(records, key=lambda record: record.range.start):
             if read_crc(record, reader.open(record.file)) != record.crc32:
                 raise CorruptError(
-                    f"{where} was damaged on the way: bytes {record.range.start:,} to {record.range.end:,} do not "
+                    f"{address} was damaged on the way: bytes {record.range.start:,} to {record.range.end:,} do not "
                     "match their CRC-32. Run the same command again to download it again."
                 )
             done += record.range.length

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -367,6 +368,16 @@ def process_settings() -> list[object]:
 
 
 @pytest.mark.transformers
+def test_hub_that_does_not_answer_in_full_is_an_error_except_for_uploads(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.fail("GET /api/whoami")
+    monkeypatch.setattr(client, "CALL_SECONDS", 0.2)
+    with pytest.raises(HubError, match="The token cannot be used: the Hub did not answer in full in 0 s"):
+        Repository(Destination("ada/it"), None)
+    assert client.HubClient().call("x", Event().wait, 0.4, is_upload=True) is False
+
+
 def test_pushes_in_two_threads_change_no_setting_of_the_process(hub: HubServer, folder: Path) -> None:
     before = process_settings()
     seen: list[bool] = []

@@ -11,13 +11,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 import streamconv
-from streamconv import StreamconvError
+from streamconv import NotACheckpointError, StreamconvError
 from streamconv.files import retries
 from streamconv.files.address import Address, parse_location
 from streamconv.files.client import _authorization
@@ -109,6 +110,18 @@ def test_server_that_repeats_the_request_reveals_nothing(
         require_no_secret(shown(error))
         assert error.__cause__ is None
     require_no_secret(caplog.text)
+
+
+@pytest.mark.parametrize("how", ["json", "text"])
+def test_copy_of_what_a_server_repeats_is_described_without_it(
+    echo: str, how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file is copied before it is recognised if its server sends only whole files."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = f"http://{USER}:{QUOTED}@{echo}/200-{how}?sig={SIGNATURE}"
+    with pytest.raises(NotACheckpointError, match="you sent /200-") as caught:
+        streamconv.convert(url, tmp_path / "out")
+    require_no_secret(shown(caught.value))
 
 
 def test_what_is_stored_about_a_file_holds_no_echo(echo: str) -> None:

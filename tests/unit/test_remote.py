@@ -66,6 +66,7 @@ class FakeAnswer:
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retries, "ENOUGH_BYTES", 1)
 
 
 def read(file: RemoteFile, where: ByteRange) -> bytes:
@@ -167,7 +168,7 @@ def test_no_secret_of_an_address_is_logged_even_if_a_library_names_it(
     assert "secret" not in caplog.text + str(caught.value)
 
 
-def test_every_received_byte_resets_the_retries() -> None:
+def test_received_bytes_reset_the_retries() -> None:
     """Two failures and some bytes alternate: there are more failures in all than are allowed in a row."""
     file = FakeFile(seed=1)
     file.random.choice = lambda kinds: kinds[0]  # type: ignore[assignment]
@@ -183,6 +184,27 @@ def test_every_received_byte_resets_the_retries() -> None:
     file._retries.wait = counted  # type: ignore[method-assign]
     assert read(file, where) == DATA[:300]
     assert failures > len(retries.RETRY_WAITS_SECONDS)
+
+
+@pytest.mark.parametrize(("count", "is_enough"), [(1, False), (3_000, False), (4_000, True)])
+def test_server_that_sends_almost_nothing_in_each_response_is_given_up(
+    count: int, is_enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "ENOUGH_BYTES", 30_000)
+    file = FakeFile(breaks=False)
+    file.request_bytes = len(DATA)
+
+    def ask(wanted: ByteRange) -> FakeAnswer:
+        file.asked.append(wanted)
+        return FakeAnswer(file, ByteRange(wanted.start, min(count, wanted.length)))
+
+    file._request = ask  # type: ignore[method-assign]
+    if is_enough:
+        assert read(file, ByteRange(0, len(DATA))) == DATA
+        return
+    with pytest.raises(NetworkError, match=rf"at byte {9 * count:,}: the connection was closed \(tried 9 times\)"):
+        read(file, ByteRange(0, len(DATA)))
+    assert len(file.asked) == 9
 
 
 def test_requested_waits_are_respected_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

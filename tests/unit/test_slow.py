@@ -1,5 +1,6 @@
 """Servers that send without end or almost nothing end in an error, and honest slow ones do not; so do signals."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -109,18 +110,29 @@ def test_honest_slow_server_is_read(serve: Callable[..., str]) -> None:
 
 
 STUCK = """
-import sys, time
+import os, sys, time
+from contextlib import suppress
 from streamconv.cli import grace, start
 grace.GRACE_SECONDS = 0.3
 def wait():
+    if sys.argv[1] == "full":  # nobody reads what is printed
+        os.set_blocking(2, False)
+        with suppress(BlockingIOError):
+            while os.write(2, bytes(512)):
+                pass
+        os.set_blocking(2, True)
     print("ready", flush=True)
     while True:
         try:
             time.sleep(60)
         except BaseException:
             pass  # as a library that waits for its threads
-sys.argv = ["streamconv", "run", "http://me:word@h/x.pth"]
-start.run_with_signals(wait)
+sys.argv[1:] = sys.argv[1:] or ["run", "http://me:word@h/x.pth", "--json"]
+def run():
+    import streamconv.cli.commands.run, streamconv.cli.commands as commands
+    streamconv.cli.commands.run.run.callback = lambda *given, **options: wait()
+    commands.app()
+start.run_with_signals(wait if sys.argv[1] == "full" else run)
 """
 
 
@@ -135,6 +147,23 @@ def test_signal_ends_a_process_that_does_not_let_it_pass(number: signal.Signals)
             process.send_signal(number)
             assert process.wait(5) == 130
             assert process.stderr.read().startswith("Interrupted. To resume, run\n  streamconv run http://h/x.pth ")
+            assert json.loads(process.stdout.read())["error"] == {
+                "type": "Interrupted",
+                "message": "Interrupted. Run the same command again to resume.",
+                "exit_code": 130,
+            }
+        finally:
+            process.kill()
+
+
+def test_signal_ends_a_process_whose_last_words_nobody_reads() -> None:
+    command = [sys.executable, "-c", STUCK, "full"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == 130
         finally:
             process.kill()
 

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -56,11 +57,13 @@ class Program(click.Group):
         """Run a command. Exit with its exit code or, if not in standalone mode and without an error, return it."""
         words = sys.argv[1:] if args is None else list(args)
         printer = Printer(as_json="--json" in words)  # for usage errors; afterwards, as parsed
+        InterruptedByUser.show_as_json = partial(
+            printer.show_error_as_json, "Interrupted", "Interrupted. Run the same command again to resume.", 130
+        )
         try:
             code = super().main(words, "streamconv", standalone_mode=False, obj=printer)
         except BaseException as error:
             if InterruptedByUser.was_raised:
-                printer.show_error_as_json("Interrupted", "Interrupted. Run the same command again to resume.", 130)
                 raise
             if isinstance(error, click.exceptions.NoArgsIsHelpError):
                 print_unwrapped(error.format_message().splitlines(), sys.stderr)

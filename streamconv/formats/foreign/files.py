@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from streamconv.files.address import Address
 from streamconv.files.base import File
+from streamconv.files.local import LocalFile
 from streamconv.formats.foreign.advice import merge_distributed
 from streamconv.formats.foreign.binary import describe_binary
 from streamconv.formats.foreign.text import describe_text
@@ -14,8 +15,8 @@ START_BYTES = 64 << 10  # read to recognise a file
 
 def describe(file: File) -> str:
     """Return what an open file is and what to do, as the rest of a sentence. At most `START_BYTES` are read."""
-    location = file.ref.location
-    secrets = location.secrets if isinstance(location, Address) else []
+    address = file.origin if isinstance(file, LocalFile) else file.ref.location
+    secrets = address.secrets if isinstance(address, Address) else []
     return describe_start(file.read(0, min(START_BYTES, file.size)), file.name, secrets)
 
 
