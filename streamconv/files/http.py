@@ -240,6 +240,8 @@ class _HttpRangeResponse:
             return response.readinto(buffer[:_PIECE_BYTES])
         except HTTPError as error:
             raise self._file.client.translate(error, self._url) from None
+        except ValueError:  # urllib3's for chunks with negative sizes
+            raise ConnectionError("the response is not valid") from None
 
     def close(self) -> None:
         self._future.add_done_callback(_close)

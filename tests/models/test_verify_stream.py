@@ -46,12 +46,19 @@ def test_without_parity_no_weights_are_read_and_that_is_reported(
     server: FileServer, source: str, tmp_path: Path
 ) -> None:
     server.sent = 0
-    done = run("verify", "out", source, "--stream", "--no-parity", "--device", "cpu", cwd=tmp_path)
+    given = f"{source.replace('://', '://s0meone:p4ssword@')}?sig=s1gn4ture"
+    words = ("--stream", "--no-parity", "--device", "cpu", "--report", "report.html", "-vv")
+    done = run("verify", "out", given, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    for text in (done.stdout, done.stderr, (tmp_path / "report.html").read_text()):
+        assert not any(secret in text for secret in ("s0meone", "p4ssword", "s1gn4ture"))
     assert server.sent < 3 * remote.WINDOW_BYTES
     assert "parity        not run: --no-parity" in done.stdout
     left = "the source's bytes were not read again; the parity check did not run"
-    assert done.stdout.splitlines()[-1] == f"Looks ok, but not everything was checked: {left}."
+    assert done.stdout.splitlines()[-2:] == [
+        f"Looks ok, but not everything was checked: {left}.",
+        "report: report.html",
+    ]
 
 
 def test_without_parity_a_local_file_is_still_compared(source: str, server: FileServer, tmp_path: Path) -> None:

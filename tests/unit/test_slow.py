@@ -15,7 +15,7 @@ from itertools import repeat
 import pytest
 
 from streamconv import NetworkError
-from streamconv.files import fsspec, slow
+from streamconv.files import fsspec, retries, slow
 from streamconv.files.address import Address
 from streamconv.files.http import HttpFile
 
@@ -92,6 +92,14 @@ def test_server_that_sends_without_end_or_almost_nothing_is_refused_with_its_rat
         HttpFile(Address(serve(parts)))
     assert time.monotonic() - started < 5
     assert "s1gn" not in str(caught.value)
+
+
+def test_response_in_chunks_of_negative_size_is_no_bug(
+    serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", (0,))
+    with pytest.raises(NetworkError, match="the response is not valid"):
+        HttpFile(Address(serve(drip(HEAD + b"Transfer-Encoding: chunked\r\n\r\n-5\r\n", b"x"))))
 
 
 def test_response_that_never_comes_is_refused(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
