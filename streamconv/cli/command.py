@@ -1,6 +1,7 @@
 """Commands, options and arguments on click, with help in groups and with the options that every command has."""
 
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,8 @@ import click
 
 from streamconv.cli.terminal import Printer
 from streamconv.display import visible
+from streamconv.errors import UsageError
+from streamconv.files.hub_settings import hub_endpoint
 
 GROUPS = ("Source", "Output", "Verification", "Hub", "General")
 FIRST_COLUMN = 26  # of the help: options with longer names have their text on the next line
@@ -67,6 +70,7 @@ class Command(click.Command):
         verbosity = ctx.params.pop("verbose")
         if verbosity or not printer.is_quiet:
             _log(ctx, verbosity)
+        _check_environment()
         try:
             return ctx.invoke(self.callback, printer, **ctx.params)  # type: ignore[arg-type]
         except (BrokenPipeError, EOFError, SystemExit) as error:  # a bug: click would exit with 1
@@ -86,6 +90,19 @@ class Command(click.Command):
             if rows:
                 with formatter.section(group):
                     formatter.write_dl([(f"{names:{FIRST_COLUMN}}", text) for names, text in rows], FIRST_COLUMN)
+
+
+def _check_environment() -> None:
+    """Refuse what would fail in the middle of a command; the help needs neither.
+
+    Raises:
+        UsageError: the current folder was deleted, or HF_ENDPOINT is not a URL.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("The current folder no longer exists. Change to another one.") from None
+    hub_endpoint()  # huggingface_hub, which several steps import, fails if it is not valid
 
 
 def command(*parameters: click.Parameter, name: str | None = None) -> Callable[[Callable[..., int | None]], Command]:

@@ -8,6 +8,8 @@ import io
 import os
 import signal
 import sys
+import time
+from _thread import interrupt_main, start_new_thread
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NoReturn, TextIO
@@ -28,7 +30,21 @@ class InterruptedByUser(BaseException):
 
 def _raise_interrupted(number: int, frame: object) -> NoReturn:
     InterruptedByUser.was_raised = True
-    raise InterruptedByUser
+    raise InterruptedByUser(number)
+
+
+def _interrupt_again(ignored: "sys.UnraisableHookArgs") -> None:
+    """Repeat an interruption that Python has ignored, as it does in callbacks of the garbage collector."""
+
+    def repeat() -> None:
+        time.sleep(0.01)  # until the callback has ended
+        interrupt_main(number)
+
+    if isinstance(ignored.exc_value, InterruptedByUser):
+        (number,) = ignored.exc_value.args
+        start_new_thread(repeat, ())
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 class _IgnoreBrokenPipe(io.TextIOBase):
@@ -58,6 +74,7 @@ def run_with_signals(command: Callable[[], object]) -> None:
     try:
         for number in signals:  # signals that nohup or a shell script ignores stay ignored
             signal.signal(number, _raise_interrupted)
+        sys.unraisablehook = _interrupt_again
         _prepare_streams()
         with suppress(RuntimeError):  # if no thread can be started, the command reports that
             end_after_signals(signals, _print_how_to_resume)

@@ -124,6 +124,24 @@ def test_what_happens_during_imports_ends_in_one_message(event: str, code: int, 
     assert ("Traceback" in done.stderr) == (code == 70)
 
 
+IN_A_CALLBACK = """
+import os, signal, time, weakref
+from streamconv.cli.start import run_with_signals
+def work():
+    collected = set()
+    watched = weakref.ref(collected, lambda reference: os.kill(os.getpid(), signal.SIGTERM))
+    del collected
+    time.sleep(2)
+run_with_signals(work)
+"""
+
+
+def test_signal_that_arrives_in_a_callback_is_not_lost() -> None:
+    """Python prints a traceback of what such a callback raises, and goes on; imports have such callbacks."""
+    done = subprocess.run([sys.executable, "-c", IN_A_CALLBACK], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "Interrupted. To resume, run\n  streamconv\n")
+
+
 def test_signals_are_handled_before_anything_is_imported() -> None:
     names = run_python("import sys, streamconv.cli.start; print(*sys.modules)").split()
     ours = {name for name in names if name.startswith("streamconv")}

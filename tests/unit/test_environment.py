@@ -19,6 +19,7 @@ def test_hub_address_that_is_no_url_is_refused(url: str, monkeypatch: pytest.Mon
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith("error: HF_ENDPOINT is ")
     assert done.stderr.count("\n") == 1
+    assert CliRunner().invoke(app, ["plan", "--help"]).exit_code == 0
     with pytest.raises(UsageError, match="HF_ENDPOINT"):
         parse_location("https://host.invalid/x.pth")
 

@@ -22,7 +22,6 @@ from streamconv.cli.start import InterruptedByUser
 from streamconv.cli.terminal import Printer, stdout_may_be_closed
 from streamconv.errors import UsageError
 from streamconv.families.near_names import did_you_mean
-from streamconv.files.hub_settings import hub_endpoint
 from streamconv.redaction import redacted
 
 EXIT_CODES = """\b
@@ -99,11 +98,6 @@ def _message(error: click.ClickException) -> str:
 @click.version_option(__version__, message="streamconv %(version)s", help="Show the version and exit.")
 def app() -> None:
     """Convert published checkpoints to the Hugging Face format by streaming, and verify the result."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise UsageError("The current folder no longer exists. Change to another one.") from None
-    hub_endpoint()  # huggingface_hub, which several steps import, fails if it is not valid
 
 
 for each in (
