@@ -30,7 +30,7 @@ from streamconv.jobs.convert_to_hub import HubConversion, Verify, convert_to_hub
 from streamconv.jobs.model_options import started_models
 from streamconv.jobs.options import ConversionOptions, PushOptions, SourceOptions, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, prepared_source
-from streamconv.jobs.verify import _options_of as options_of
+from streamconv.jobs.recorded import recorded_options
 from streamconv.jobs.verify import verify_uploaded
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
@@ -328,7 +328,7 @@ def verdicts(found: Verification) -> dict[str, bool | None]:
 
 def byte_problems(folder: Path, source: Path, head: Path | None = None) -> str:
     """Return the problems that the bytes and config checks find. No model is built and no forward pass runs."""
-    options = options_of(folder, SourceOptions(head=head))
+    options = recorded_options(folder, SourceOptions(head=head))
     with prepared_source(source, options, ignore_progress, labels_of=folder) as prepared:
         found = check_bytes(folder, prepared.plan, prepared.source.reader, lambda count: None)
         return "\n".join([*found.problems, *check_config(folder, prepared.plan).problems])

@@ -4,40 +4,36 @@ Importing this module does not import torch; the checks that run models do when 
 """
 
 import os
-import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
-from streamconv._version import __version__
 from streamconv.errors import OutputError
 from streamconv.files.address import local_path
 from streamconv.jobs.beside import beside
 from streamconv.jobs.model_options import check_names, check_options, started_models
-from streamconv.jobs.options import ConversionOptions, SourceOptions, StrPath, VerificationOptions
+from streamconv.jobs.options import SourceOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
+from streamconv.jobs.recorded import naming_what_is_recorded, recorded_options
+from streamconv.jobs.verify_alone import log_checks, now, verify_alone
 from streamconv.logs import logger
 from streamconv.output.files import write_file
-from streamconv.output.finished import find_edited
 from streamconv.output.journal import is_unfinished
-from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, in_order
+from streamconv.output.manifest import Manifest, WrittenFile, in_order
 from streamconv.output.snapshot import Snapshot
-from streamconv.output.verdict import has_passed, record_verdict
+from streamconv.output.verdict import record_verdict
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress, job
-from streamconv.source.open import OpenSource, read_config
-from streamconv.source.outputs import remember_output, without_foreign_claims
-from streamconv.tensors.info import CastDtype
-from streamconv.verification.bytes import cast_note, check_files, compare_with_manifest, compare_with_source
+from streamconv.source.open import OpenSource
+from streamconv.source.outputs import remember_output
+from streamconv.verification.bytes import cast_note, compare_with_manifest, compare_with_source
 from streamconv.verification.config import check_config, small_files
 from streamconv.verification.edits import find_edits
 from streamconv.verification.process import ModelJob, ModelRunner
 from streamconv.verification.result import Check, ModelResults, Verification
 from streamconv.verification.sparse_folder import write_sparse_folder
-from streamconv.verification.structure import unexpected_weights
 
 _log = logger(__name__)
 
@@ -89,12 +85,13 @@ def verify(
     check_options(options, runs_models=source is not None)
     if source is None:
         check_names(options, progress)
-        verification = _verify_alone(path, progress, options.command)
+        verification = verify_alone(path, progress, options.command)
     else:
         with ExitStack() as stack:
             models = stack.enter_context(started_models(options, progress))
-            conversion = _options_of(path, source_options)
+            conversion = recorded_options(path, source_options)
             prepared = stack.enter_context(prepared_source(source, conversion, progress, output=path, labels_of=path))
+            prepared = naming_what_is_recorded(prepared, path, source_options)
             if not conversion.stream:
                 prepared = stack.enter_context(local_copy(prepared, progress))
             verification = verify_prepared(path, prepared, options, models, progress)
@@ -186,71 +183,6 @@ def write_report(verification: Verification, options: VerificationOptions) -> No
         write_file(Path(options.report), render(verification.as_dict()).encode())
 
 
-def _options_of(folder: Path, given: SourceOptions) -> ConversionOptions:
-    """Return the options that the folder was converted with, as far as its files show them, overridden by ``given``."""
-    manifest, dtype = Manifest.read(folder), read_config(folder).get("dtype")
-    recorded = manifest if manifest is not None else Provenance(source={}, plan="")
-    return ConversionOptions(
-        head=given.head,
-        select=given.select if given.select is not None else recorded.select,
-        head_select=given.head_select if given.head_select is not None else recorded.head_select,
-        num_heads=given.num_heads if given.num_heads is not None else recorded.num_heads,
-        stream=given.stream,
-        dtype=dtype if dtype in get_args(CastDtype) else None,
-    )
-
-
-def _log_checks(checks: Iterable[Check]) -> None:
-    for check in checks:
-        verdict = {True: "passed", False: "failed", None: "did not run"}[check.passed]
-        _log.info("%s: %s: %s", check.name, verdict, "; ".join(check.problems) or check.proves)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-
-
-def _verify_alone(folder: Path, progress: Progress, command: str) -> Verification:
-    start, manifest = time.monotonic(), Manifest.read(folder)
-    if manifest is None:
-        raise OutputError(
-            f"{folder} has no {MANIFEST_NAME} to check it against. Give the source: `streamconv verify DIR SOURCE`."
-        )
-    edited = tuple(sorted(find_edited(folder, manifest.files)))
-    accepted = manifest.edited if has_passed(manifest) else {}
-    written = {**manifest.files, **{name: file for name, file in accepted.items() if name in edited}}
-    problems = check_files(folder, written, progress)
-    problems = sorted([*problems, *unexpected_weights(folder, {*manifest.files})])
-    proves, not_checked = f"every file is as it was written, according to {MANIFEST_NAME}", ""
-    if edited:
-        proves = f"every file is as it was written or, if it was edited later, verified, according to {MANIFEST_NAME}"
-        not_checked = f"edited after the conversion: {', '.join(edited)}"
-    files = Check("files", not problems, proves, tuple(problems), not_checked=not_checked)
-    others = [
-        Check(name, None, "no source was given") for name in ("bytes", "config", "load", "parity", "preprocessing")
-    ]
-    _log_checks([files])
-    return Verification(
-        checks=(files.since(start), *others),
-        device=None,
-        reference=None,
-        versions={"streamconv": __version__, "python": sys.version.split()[0]},
-        source=without_foreign_claims(manifest).source,
-        output={
-            "model": manifest.model,
-            "shaped_like": manifest.shaped_like,
-            "architecture": manifest.architecture,
-            "cast": manifest.cast,
-            "files": in_order(written),
-        },
-        memory={},
-        seconds=time.monotonic() - start,
-        edited=edited,
-        date=_now(),
-        command=command,
-    )
-
-
 def _verification(
     plan: Plan,
     source: OpenSource,
@@ -260,7 +192,7 @@ def _verification(
     start: float,
     command: str,
 ) -> Verification:
-    _log_checks(checks)
+    log_checks(checks)
     return Verification(
         checks=checks,
         device=found.device,
@@ -281,6 +213,6 @@ def _verification(
         gpu=found.gpu,
         device_note=found.device_note,
         cast_cost=found.cast_cost,
-        date=_now(),
+        date=now(),
         command=command,
     )

@@ -11,7 +11,7 @@ from streamconv import SourceOptions
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.options import ConversionOptions
 from streamconv.jobs.prepare import prepared_source
-from streamconv.jobs.verify import _options_of as options_of
+from streamconv.jobs.recorded import recorded_options
 from streamconv.planning.plan import Plan
 from streamconv.progress import ignore_progress
 from streamconv.verification.bytes import compare_with_source
@@ -237,7 +237,7 @@ def test_size_of_all_tensors_is_computed_once(converted: Converted, monkeypatch:
 def test_bytes_check_covers_tensors_and_config_check_the_small_files(tmp_path: Path, save: Save) -> None:
     backbone, _ = save(tiny())
     folder = api.convert(backbone, tmp_path / "out", max_shard_size="300KB").output
-    options = options_of(folder, SourceOptions())
+    options = recorded_options(folder, SourceOptions())
 
     def found() -> tuple[bool | None, bool | None, int]:
         with prepared_source(backbone, options, ignore_progress) as prepared:

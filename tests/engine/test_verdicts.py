@@ -20,6 +20,7 @@ from streamconv import ChangedError, OutputError, PushOptions, UsageError, Verif
 from streamconv.hub.destination import Destination
 from streamconv.jobs.options import SourceOptions
 from streamconv.jobs.prepare import prepared_source
+from streamconv.jobs.recorded import naming_what_is_recorded, recorded_options
 from streamconv.jobs.verify import verify_prepared
 from streamconv.output.journal import JOURNAL_NAME
 from streamconv.output.manifest import Manifest
@@ -30,7 +31,7 @@ from streamconv.verification.result import Check, ModelResults
 from tests import api
 from tests.checkpoints import make_states
 from tests.hub_server import HubServer
-from tests.support import contents, options_of, sha256_of, tiny
+from tests.support import contents, sha256_of, tiny
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 FULL, PARTIAL = {"load": True, "parity": True, "preprocessing": True}, {"load": True, "preprocessing": True}
@@ -58,7 +59,7 @@ class Models:
 def verified(
     folder: Path, source: Path, checks: dict[str, bool] = FULL, during: Callable[[], object] = lambda: None
 ) -> Verification:
-    conversion = options_of(folder, SourceOptions())
+    conversion = recorded_options(folder, SourceOptions())
     with prepared_source(source, conversion, ignore_progress, output=folder, labels_of=folder) as prepared:
         options = VerificationOptions(device="cpu")
         return verify_prepared(folder, prepared, options, Models(checks, during), ignore_progress)
@@ -269,6 +270,36 @@ def test_bytes_of_every_small_file_are_compared_with_the_manifest(folder: Path, 
     assert (
         "config.json has other bytes than streamconv.json records, but the same values" in found.check("config").proves
     )
+
+
+def test_decisions_that_are_taken_from_the_manifest_are_named(tmp_path: Path, folder: Path, source: Path) -> None:
+    """Whoever wrote a wrong config.json could also write that the user had given these values."""
+    backbone, head = make_states(tiny(classes=3))
+    safetensors.torch.save_file(
+        {f"teacher.{key}": value for key, value in backbone.items()}, tmp_path / "c.safetensors"
+    )
+    safetensors.torch.save_file(head, tmp_path / "head.safetensors")
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+    files = {"head": tmp_path / "head.safetensors"}
+    decided = {"labels": tmp_path / "labels.txt", "num_heads": 4, "image_mean": 0.1, "select": "teacher"}
+    theirs = api.convert(tmp_path / "c.safetensors", tmp_path / "theirs", **files, **decided).output
+
+    def unproved(folder: Path, source: Path, given: SourceOptions) -> list[str]:
+        options = recorded_options(folder, given)
+        with prepared_source(source, options, ignore_progress, output=folder, labels_of=folder) as prepared:
+            found = naming_what_is_recorded(prepared, folder, given).plan.unproved
+            return [each for each in found if each not in prepared.plan.unproved]
+
+    assert unproved(theirs, tmp_path / "c.safetensors", SourceOptions(**files)) == [
+        "the number of attention heads (4) is taken from streamconv.json: give --num-heads if you know it",
+        "the prefix teacher is taken from streamconv.json: give --select if you know it",
+        "the image processor is taken from streamconv.json",
+        "the labels are taken from streamconv.json",
+    ]
+    given = SourceOptions(**files, num_heads=4, select="teacher")
+    assert len(unproved(theirs, tmp_path / "c.safetensors", given)) == 2
+    assert not unproved(folder, source, SourceOptions())
+    assert not unproved(api.convert(theirs, tmp_path / "again").output, theirs, SourceOptions())
 
 
 def test_small_file_that_only_the_manifest_names_is_not_vouched_for(tmp_path: Path) -> None:

@@ -689,7 +689,7 @@ def test_images_are_rotated_by_exif_and_unsuitable_ones_are_refused(tmp_path: Pa
 def test_verification_reports_what_it_assumes_about_a_model_that_was_not_published(tmp_path: Path) -> None:
     source = saved(make_states(tiny())[0], tmp_path / "x.pth")
     api.convert(source, tmp_path / "out", num_heads=4)
-    found = api.verify(tmp_path / "out", source, device="cpu")
+    found = api.verify(tmp_path / "out", source, device="cpu", num_heads=4)
     assert "assuming 4 attention heads in both models, which tensors do not show" in found.check("parity").proves
     assert "assuming the preprocessing of the published models" in found.check("preprocessing").proves
     assert found.conclusion.title == "Looks ok!"
