@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streamconv.display import visible
+from streamconv.errors import OutputError
 from streamconv.families.base import Family
 from streamconv.families.registry import all_families
 from streamconv.hub.names import published_model
-from streamconv.output.manifest import Manifest
+from streamconv.output.manifest import MANIFEST_NAME, Manifest
 from streamconv.planning.plan import IMAGE_PROCESSOR_NAME
 
 CARD_NAME = "README.md"
@@ -45,6 +46,9 @@ def make_card(manifest: Manifest, repo_id: str, license: str | None = None, tags
     Args:
         license: The licence that the user gave, by its name on the Hub.
         tags: The user's tags, which are added to ours.
+
+    Raises:
+        OutputError: the recorded verdict is damaged.
     """
     from huggingface_hub import ModelCard
 
@@ -68,7 +72,7 @@ def make_card(manifest: Manifest, repo_id: str, license: str | None = None, tags
         "## Provenance",
         "\n".join(_provenance(manifest)),
         "## Verification",
-        "\n".join(_verification(manifest.verification or {})),
+        "\n".join(_recorded_verification(manifest)),
     ]
     return str(ModelCard(f"{metadata}\n" + "\n\n".join(sections) + "\n"))
 
@@ -198,6 +202,17 @@ def _provenance(manifest: Manifest) -> Iterator[str]:
             "The source has no CRC-32s, so its bytes could not be checked for damage, and the fingerprint does not "
             "cover its weights."
         )
+
+
+def _recorded_verification(manifest: Manifest) -> list[str]:
+    """Return the lines about the recorded verdict, which is JSON that another version or another person wrote."""
+    try:
+        return [*_verification(manifest.verification or {})]
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise OutputError(
+            f"{MANIFEST_NAME} is damaged: its field verification is not the record of a verification ({error}). "
+            "Verify the folder against its source, which records it again."
+        ) from error
 
 
 def _verification(verification: Mapping[str, Any]) -> Iterator[str]:

@@ -207,6 +207,8 @@ def _read_files(folder: Path, manifest: Manifest, progress: Progress) -> tuple[d
 
 
 def _small(path: Path) -> bytes:
+    if os.path.islink(path):  # in a folder from somebody else, it may refer to a secret of this user's
+        raise OutputError(f"{path} is a link. To publish the file that it refers to, replace it with a copy of that.")
     try:
         return read_small(path)
     except SourceError as error:
@@ -224,7 +226,7 @@ def card_files(folder: Path, repository: Repository, manifest: Manifest, push: P
         OutputError: the folder's card cannot be read.
         HubError: the repository's card cannot be read.
     """
-    if os.path.exists(folder / CARD_NAME):
+    if os.path.lexists(folder / CARD_NAME):
         own = _small(folder / CARD_NAME)
         check_card(own.decode("utf-8", "replace"), str(folder / CARD_NAME))
         return {CARD_NAME: own}

@@ -11,6 +11,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from streamconv.display import printable
 
+MAX_BITS = 63  # of a file's size, or of a time in nanoseconds
+
 
 def parse(kind: Any, value: object, name: str = "") -> Any:
     """Return ``value`` as ``kind``: a dataclass, ``Mapping[str, X]``, ``tuple[X, ...]``, a union, or a type of JSON's.
@@ -25,6 +27,8 @@ def parse(kind: Any, value: object, name: str = "") -> Any:
         ValueError: names the first field that is missing or has another type.
     """
     if kind is Any or type(value) is kind:  # not isinstance: a bool is an int in Python
+        if kind is int and isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise ValueError(f"its field {printable(name)} is a number of {value.bit_length():,} bits")
         return value
     if get_origin(kind) in (Union, UnionType):
         return _parse_union(kind, value, name)

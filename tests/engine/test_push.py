@@ -119,6 +119,19 @@ def test_folder_that_is_not_verified_is_refused_with_the_command_to_run(
     assert done.stderr == "error: No such option --push-unverified. Did you mean --unverified?\n"
 
 
+@pytest.mark.parametrize("name", ["README.md", "config.json", "streamconv.json"])
+def test_file_that_a_link_refers_to_is_not_published(hub: HubServer, tmp_path: Path, folder: Path, name: str) -> None:
+    """Somebody else's folder may have a README.md that is a link to a token."""
+    (tmp_path / "secret").write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"hf_secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    for words in ((), ("--dry-run",), ("--unverified",)):
+        done = run("push", folder, *words, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (4, "")
+        assert f"{name} is a link. To publish the file" in done.stderr
+    assert "ada/mine" not in hub.repos
+
+
 def test_command_that_verifies_names_the_source(tmp_path: Path, folder: Path) -> None:
     manifest = Manifest.read(folder)
     assert manifest is not None

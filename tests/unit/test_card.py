@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from streamconv.errors import OutputError
 from streamconv.families.base import RemoteFile
 from streamconv.families.registry import all_families, find_model
 from streamconv.hub.card import is_ours, make_card
@@ -153,6 +154,20 @@ def test_card_states_the_cost_of_a_cast_and_the_difference_by_design() -> None:
     assert "authors" not in mine  # it may be a folder that transformers wrote
     failed = {"passed": False, "checks": [check("bytes", False, "all bytes are equal", finding="1 of 2 differs")]}
     assert "| bytes | **FAILED** | 1 of 2 differs |" in make_card(manifest(verification=failed), "ada/it")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"checks": 5}, {"checks": ["x"]}, {"versions": ["x"]}, {"conclusion": 1.5},
+        {"checks": [check("x", True, "y", numbers=5)]}, {"checks": [check("x", True, "y", numbers={"largest": "y"})]},
+        {"checks": [check("x", True, "y", numbers={"largest": 10**400, "tolerance": 1})]},
+        {"checks": [check("x", True, "y", numbers={"as_published": {"cls": {}}})]},
+    ],
+)  # fmt: skip
+def test_verdict_that_is_none_is_damaged(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OutputError, match=r"streamconv\.json is damaged: its field verification is not the record"):
+        make_card(manifest(verification={"passed": True, "device": "cpu", **wrong}), "ada/x")
 
 
 def test_card_escapes_names_and_problems() -> None:

@@ -76,6 +76,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
         (["filled", "norm.bias"], "0", "its field filled.norm.bias is '0', which is not of type float"),
         (["notes"], "a note", "its field notes is 'a note', which is not of type"),
         (["labels", "sha256"], None, "its field labels.sha256 is None, which is not of type str"),
+        (["files", "model.safetensors", "size"], 10**400, "files.model.safetensors.size is a number of 1,329"),
         (["files", "model.safetensors"], {"size": 7}, "its field files.model.safetensors.sha256 is missing"),
         (["files"], {"../x": {"size": 7, "sha256": ""}}, "files names '../x', which streamconv does not write"),
         (["cast", "to"], 16, "its field cast.to is 16, which is not of type str"),
