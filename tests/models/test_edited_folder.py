@@ -80,7 +80,7 @@ def test_edits_that_are_the_users_decision_are_named_and_pass(
 def test_reformatted_files_are_no_edits_of_values(source: Path, folder: Path) -> None:
     edit(folder / "config.json", {})
     edit(folder / PROCESSOR, {})
-    verified = api.verify(folder, source, device="cpu")
+    verified = api.verify(folder, source, device="cpu", num_heads=2)
     assert (verified.edited, verified.conclusion.title) == (("config.json", PROCESSOR), "Looks ok!")
     assert verified.check("preprocessing").proves.startswith(
         "with Pillow, the saved image processor produces exactly the original's pixels"
@@ -150,4 +150,4 @@ def test_edited_folder_is_published_once_it_was_verified(hub: HubServer, source:
     arrived = hub.files("ada/it")
     assert arrived[PROCESSOR] == (folder / PROCESSOR).read_bytes()
     assert "Edited after the conversion: `preprocessor_config.json`" in arrived["README.md"].decode()
-    assert "image\\_mean is" in arrived["README.md"].decode()
+    assert "image_mean is" in arrived["README.md"].decode()
