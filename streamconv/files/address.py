@@ -17,10 +17,11 @@ from streamconv.redaction import MIN_LENGTH, WEB, links_of, secret_user, secrets
 
 # RFC 3986, 3.1; at least two characters, since one is a drive on Windows. "::" chains fsspec's URLs.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::[A-Za-z])")
+_STORE_QUERY = re.compile(r"\?[^=/?]+=.*", re.DOTALL)  # such as s3's ?versionId=1; what?.pth is a name
 _ORDINARY_LENGTH = 6  # of the value of a query; shorter ones, such as "main", occur in any text
-# Parameters that sign a URL or give access to it (AWS, CloudFront, Google, Azure, Alibaba, GitLab and others).
+# Parameters that sign a URL (AWS, CloudFront, Google, Azure, Alibaba and others), or give access to it (GitLab).
 _SIGNED_BY = {"signature", "sig", "expires", "policy", "key-pair-id", "auth_key", "hdnea", "hdnts", "verify"}
-_SIGNED_BY |= {"token", "access_token", "private_token", "job_token", "api_key", "apikey", "key", "password", "jwt"}
+_TOKENS = {"token", "access_token", "private_token", "job_token", "api_key", "apikey", "password", "jwt"}
 _SIGNED_BY_PREFIXES = ("x-amz-", "x-goog-", "x-oss-", "x-ms-", "q-sign")
 _OF_BROWSERS = {"download", "dl", "raw"}  # show the file or save it: which file it is does not depend on them
 
@@ -47,20 +48,20 @@ class Address:
     def name(self) -> str:
         """The file name: the last part of the path, in a chain that of the first link with a path."""
         link = next((link for link in self._links if link.partition("://")[2]), "")
-        # Only http has queries, fragments and percent-encoding; elsewhere ?, # and % are ordinary characters.
+        # Only http has fragments and percent-encoding; elsewhere # and % are ordinary characters, and mostly ?, too.
         is_web = link.lower().startswith(("http://", "https://"))
-        path = unquote(urlsplit(link).path) if is_web else link.partition("://")[2]
+        path = unquote(urlsplit(link).path) if is_web else _STORE_QUERY.sub("", link.partition("://")[2])
         return path.rpartition("/")[2]
 
     @property
     def _query(self) -> list[tuple[str, str]]:
-        """The names and values of the query."""
-        return parse_qsl(self.url.partition("#")[0].partition("?")[2], keep_blank_values=True)
+        """The names and values of the query, in a chain those of all links."""
+        return [pair for link in links_of(self.url) for pair in _query_of(link)]
 
     @property
     def is_signed(self) -> bool:
         """True if the query holds a signature or a token, which may expire."""
-        return any(_signs(name) for name, _ in self._query)
+        return any(_signs(name) or _gives_access(name) for name, _ in self._query)
 
     @property
     def secrets(self) -> list[str]:
@@ -68,19 +69,23 @@ class Address:
         found = []
         for link in links_of(self.url):
             found += secrets_of_user(secret_user(link))
-            for name, value in parse_qsl(link.partition("#")[0].partition("?")[2]):
-                length = MIN_LENGTH if _signs(name) else _ORDINARY_LENGTH
+            for name, value in _query_of(link):
+                length = MIN_LENGTH if _signs(name) or _gives_access(name) else _ORDINARY_LENGTH
                 found += [value] if len(value) >= length else []
         return found
 
     @property
     def identity(self) -> str:
-        """The part that names the file: the URL without a user, and without a signed query. It is not for display.
+        """The part that names the file: the URL without a user, a signed query and a token. It is not for display.
 
-        A signature changes while the file stays the same; any other query, such as ?id=1, may choose the file.
+        A signature changes while the file stays the same, and so do the parameters that are signed; any other query,
+        such as ?id=1, may choose the file.
         """
-        query = [] if self.is_signed else [pair for pair in self._query if pair[0].lower() not in _OF_BROWSERS]
-        return f"{self}?{urlencode(sorted(query))}"
+        query = [(name, value) for name, value in self._query if name.lower() not in _OF_BROWSERS | _TOKENS]
+        if any(_signs(name) for name, _ in query):
+            query = []
+        shown = str(self)
+        return f"{self.url if '://…' in shown else shown}?{urlencode(sorted(query))}"
 
     def beside(self, name: str) -> "Address | None":
         """Return the address of a file in the same folder; None for a ``data:`` URL, which has no folder.
@@ -100,8 +105,17 @@ class Address:
         return shown_url(self.url)
 
 
+def _query_of(link: str) -> list[tuple[str, str]]:
+    is_web = link.lower().startswith(("http://", "https://"))  # only the web has fragments
+    return parse_qsl((link.partition("#")[0] if is_web else link).partition("?")[2], keep_blank_values=True)
+
+
 def _signs(parameter: str) -> bool:
     return parameter.lower() in _SIGNED_BY or parameter.lower().startswith(_SIGNED_BY_PREFIXES)
+
+
+def _gives_access(parameter: str) -> bool:
+    return parameter.lower() in _TOKENS or parameter.lower() == "key"  # ?key=a.pth may name a file, too
 
 
 Location: TypeAlias = Path | Address

@@ -16,7 +16,7 @@ from streamconv.files.address import Address, parse_location
         ("http://user:word@h.org/x.pth", "x.pth", "http://h.org/x.pth"),
         ("http://[::1]:80/x.pth", "x.pth", "http://[::1]:80/x.pth"),
         ("s3://bucket/a/x#1%20.pth", "x#1%20.pth", "s3://bucket/a/x#1%20.pth"),
-        ("abfs://user:word@h/x.pth?sv=word", "x.pth?sv=word", "abfs://h/x.pth"),
+        ("abfs://user:word@h/x.pth?sv=word", "x.pth", "abfs://h/x.pth"),
         ("ftp://user:word@h/x.pth", "x.pth", "ftp://h/x.pth"),
         ("tar://a/s.pth::http://u:word@h/x.tar?sig=word", "s.pth", "tar://a/s.pth::http://h/x.tar"),
         ("simplecache::https://h/a%20b.pth?sig=word", "a b.pth", "simplecache::https://h/a%20b.pth"),

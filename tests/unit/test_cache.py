@@ -37,10 +37,15 @@ def test_published_model_is_kept_where_torch_hub_looks_for_it_unless_another_fil
 def test_files_at_other_urls_have_a_folder_each_and_keep_their_names(torch_hub: Path) -> None:
     words = ["https://h.org/a/x.pth", "https://h.org/b/x.pth", "http://h.org/a/x.pth", "https://h.org:8443/a/x.pth"]
     words += ["https://h.org/a/x.pth?id=1", "https://h.org/a/x.pth?id=2", "s3://h.org/a/x.pth", "https://h.org/A/x.pth"]
+    words += ["https://h.org/a/x.pth?key=1", "https://h.org/a/x.pth?key=2"]
+    words += ["https://h.org/a/x.pth?id=3&token=word", "https://h.org/a/x.pth?id=4&token=word"]
+    words += ["s3://h.org/a#/x.pth?versionId=1", "s3://h.org/a#/x.pth?versionId=2"]
+    words += ["ftp://u:1#?2@h.org/a/x.pth", "ftp://u:1#?2@i.org/a/x.pth"]  # whose hosts are not shown
     paths = {place(each) for each in words}
     assert len(paths) == len(words)
     assert {path.name for path in paths} == {"x.pth"}
     assert {path.parents[1] for path in paths} == {torch_hub / "streamconv"}
+    assert place("https://h.org/a/x.pth?id=1&token=word") == place("https://h.org/a/x.pth?token=other&id=1")
     assert place(words[0]).parent.name.startswith("h.org-")
 
 
@@ -59,6 +64,12 @@ def test_files_at_other_urls_have_a_folder_each_and_keep_their_names(torch_hub: 
 )
 def test_secrets_and_ways_to_download_do_not_change_the_place(torch_hub: Path, words: str) -> None:
     assert place(words) == place("https://h.org/a/x.pth")
+
+
+def test_query_of_a_store_is_no_part_of_a_name() -> None:
+    assert Address("abfs://c@h/a/x.pth?sv=1&sig=wo/rd").name == "x.pth"
+    assert Address("simplecache::s3://b/a/x.pth?token=word").name == "x.pth"
+    assert Address("s3://b/a#1/what?%20.pth").name == "what?%20.pth"
 
 
 def test_hub_url_and_its_short_form_have_one_place(torch_hub: Path) -> None:
