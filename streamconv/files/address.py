@@ -17,6 +17,7 @@ from streamconv.redaction import MIN_LENGTH, WEB, links_of, secret_user, secrets
 
 # RFC 3986, 3.1; at least two characters, since one is a drive on Windows. "::" chains fsspec's URLs.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::[A-Za-z])")
+_MISSPELT = re.compile("https?(:(?!//)|//).*@", re.IGNORECASE)  # a URL with a password, not a path
 _STORE_QUERY = re.compile(r"\?[^=/?]+=.*", re.DOTALL)  # such as s3's ?versionId=1; what?.pth is a name
 _ORDINARY_LENGTH = 6  # of the value of a query; shorter ones, such as "main", occur in any text
 # Parameters that sign a URL (AWS, CloudFront, Google, Azure, Alibaba and others), or give access to it (GitLab).
@@ -134,18 +135,22 @@ def parse_location(location: str | PathLike[str] | Address) -> Location:
     text = fspath(location)
     if not text:
         raise UsageError("A file's name is empty. Give a path or a URL.")
+    if isinstance(location, str) and _MISSPELT.match(text):
+        raise UsageError("The URL is not valid: it needs :// after its scheme. Write it as https://HOST/PATH/FILE.pth.")
     if not isinstance(location, str) or not _ADDRESS.match(text):
         return Path(text)
     if text.lower().startswith("file://"):
         host, _, path = text[len("file://") :].partition("/")
         if host not in ("", "localhost"):
-            raise UsageError(f"{text} is on another machine, {host}, which file:// cannot reach. Give an https URL.")
+            host = host.rpartition("@")[2]
+            raise UsageError(
+                f"{shown_url(text)} is on another machine, {host}, which file:// cannot reach. Give an https URL."
+            )
         return Path(unquote(f"/{path}"))
     text = direct_url(text)
     address = Address(text)
     if not is_valid_url(text) or not text.isprintable() or not address.name.isprintable():
-        shown = printable(text.rpartition("@")[2])
-        raise UsageError(f"{shown} is not a valid URL. Write it as https://HOST/PATH/FILE.pth.")
+        raise UsageError(f"{printable(str(address))} is not a valid URL. Write it as https://HOST/PATH/FILE.pth.")
     if problem := page_problem(text):
         raise UsageError(f"{address} {problem}")
     if address.name in ("", ".", ".."):

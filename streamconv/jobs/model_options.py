@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
+from streamconv.files.address import local_path
 from streamconv.jobs.options import VerificationOptions
 from streamconv.progress import Progress
 from streamconv.verification.preflight import check_image, check_packages, check_reference, check_report
@@ -24,7 +24,7 @@ def check_options(options: VerificationOptions, runs_models: bool = True) -> Non
     if runs_models or _can_be_wrong(options):
         check_packages()
     if options.report is not None:
-        check_report(Path(options.report))
+        check_report(local_path(options.report, "report"))
 
 
 def _can_be_wrong(options: VerificationOptions) -> bool:

@@ -6,6 +6,7 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from streamconv.errors import OutputError, UsageError
+from streamconv.redaction import shown_argument
 
 # What verification runs models with, by the names of the modules.
 PACKAGES = {name: name for name in ("torch", "torchvision", "transformers", "accelerate")} | {"PIL": "Pillow"}
@@ -50,7 +51,7 @@ def check_image(image: str | PathLike[str]) -> None:
         UsageError: it does not.
     """
     if not fspath(image).lower().startswith(URL_SCHEMES) and not os.path.exists(image):
-        raise UsageError(f"The image {image} does not exist.")
+        raise UsageError(f"The image {shown_argument(fspath(image))} does not exist.")
 
 
 def check_reference(reference: str | PathLike[str]) -> None:

@@ -6,6 +6,8 @@ import pytest
 
 from streamconv import UsageError
 from streamconv.files.address import Address, parse_location
+from streamconv.jobs.model_options import check_options
+from streamconv.jobs.options import VerificationOptions
 
 
 @pytest.mark.parametrize(
@@ -43,12 +45,23 @@ def test_file_url_is_a_path() -> None:
     )
     with pytest.raises(UsageError, match="on another machine, other"):
         parse_location("file://other/x.pth")
+    with pytest.raises(UsageError, match=r"^file://other/x\.pth is on another machine, other, ") as caught:
+        parse_location("file://user:word@other/x.pth?sig=word")
+    assert "word" not in str(caught.value)
 
 
 NO_FILES = ["https://", "https:///x.pth", "https://h:port/x.pth", "https://h/", "https://h", "https://h/.."]
 NO_FILES += ["https://h/a%00b", "https://h/a\x1b[31m", "https://[::1/x.pth", "s3://", "s3://bucket/"]
 NO_FILES += ["http://h:99999/x.pth", "http://a..b/x.pth", f"http://{'a' * 70}/x.pth", "http://a b/x.pth"]
-NO_FILES += ["http://user:pass/word@h/x.pth"]
+NO_FILES += ["http://user:pass/word@h/x.pth", "http://h:99999/x.pth?sig=word", "https://user:word@h:x/x.pth?sig=word"]
+NO_FILES += ["http://user:word@[::1/x.pth", "http://h/x\x1b.pth?sig=word"]
+
+
+@pytest.mark.parametrize("words", ["http:/user:word@h/x.pth", "https:user:word@h/x.pth", "HTTP//user:word@h/x.pth"])
+def test_misspelt_url_is_no_path(words: str) -> None:
+    with pytest.raises(UsageError, match="it needs :// after its scheme") as caught:
+        parse_location(words)
+    assert "word" not in str(caught.value)
 
 
 @pytest.mark.parametrize("words", [*NO_FILES, "https://user:word@:1/x.pth"])
@@ -57,3 +70,10 @@ def test_url_without_a_file_is_refused_without_showing_secrets(words: str) -> No
         parse_location(words)
     assert str(caught.value).isprintable()
     assert "word" not in str(caught.value)
+
+
+def test_url_where_a_file_must_be_on_this_machine_is_not_shown_with_its_secrets() -> None:
+    for option in ({"report": "http://user:word@h/x.html"}, {"image": "s3://user:word@b/x.png"}):
+        with pytest.raises(UsageError) as caught:
+            check_options(VerificationOptions(**option), runs_models=False)
+        assert "word" not in str(caught.value)
