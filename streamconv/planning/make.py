@@ -53,6 +53,7 @@ def make_plan(
         UsageError: the number of labels is not the number of classes, the image processor does not suit the model, or
             ``num_heads`` is given for a family that does not have this aspect, or for a published model that has
             another number.
+        SourceError: a small file could not be read again.
     """
     family = selection.family
     read = family.read_dimensions({key: tensor.info for key, tensor in tensors.items()})
@@ -101,7 +102,7 @@ def make_plan(
         config=config,
         image_processor=chosen.config,
         image_processor_from=chosen.origin,
-        small_files=to_small_files(config, chosen),
+        small_files=to_small_files(config, chosen, has_own_labels=labels is not None),
         index=index,
         notes=(
             *filter(None, [repeats_note(shards)]),

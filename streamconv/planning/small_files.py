@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamconv.display import first_lines, printable
-from streamconv.errors import UsageError
+from streamconv.errors import SourceError, UsageError
 from streamconv.families.base import ConversionSpec, Family
 from streamconv.families.selection import Selection
+from streamconv.formats.limits import TooLargeError, parse_small_json
 from streamconv.planning.image_processor import ChosenImageProcessor
 from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME, label_config, with_int_ids
 from streamconv.planning.shards import to_json
@@ -76,17 +77,35 @@ def label_problems(spec: ConversionSpec, family: Family, source: Mapping[str, An
     classes = spec.dims[family.classifier_head.classes] if family.classifier_head else 0
     ids = source.get("id2label")
     if classes > MAX_CLASSES:
-        return [f"the head has {classes:,} classes; a config.json with more than {MAX_CLASSES:,} cannot be read again"]
+        return [
+            f"the head has {classes:,} classes, and a config.json with more than {MAX_CLASSES:,} could not be read "
+            "again: convert the backbone alone, without --head or with --select PREFIX"
+        ]
     if not classes or ids is None or (isinstance(ids, Mapping) and len(ids) == classes):
         return []
     found = f"{len(ids)} classes" if isinstance(ids, Mapping) else printable(repr(ids))
     return [f"its config.json sets id2label to {found}, but the tensors show {classes}"]
 
 
-def to_small_files(config: Mapping[str, Any], image_processor: ChosenImageProcessor) -> dict[str, bytes]:
+def to_small_files(
+    config: Mapping[str, Any], image_processor: ChosenImageProcessor, *, has_own_labels: bool
+) -> dict[str, bytes]:
+    """Format the files.
+
+    Raises:
+        UsageError, SourceError: one could not be read again, because of the user's labels or for another reason.
+    """
     files = {CONFIG_NAME: to_json(config)}
     if image_processor.config is not None:
         files[IMAGE_PROCESSOR_NAME] = image_processor.file or to_json(image_processor.config)
+    for name, data in files.items():
+        try:
+            parse_small_json(data)
+        except TooLargeError as error:
+            what = f"{name}, as it would be written, {error} than the settings of any model: it could not be read again"
+            if name == CONFIG_NAME and has_own_labels:
+                raise UsageError(f"{what}. Give shorter labels, with fewer commas.") from None
+            raise SourceError(f"{what}. Take out of the {name} that was read what the model does not need.") from None
     return files
 
 

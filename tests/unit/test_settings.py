@@ -10,14 +10,17 @@ import pytest
 
 from streamconv import SourceError
 from streamconv.errors import OutputError, StreamconvError, UsageError
+from streamconv.families.dinov2 import FAMILY
 from streamconv.formats.limits import MAX_SETTINGS_BYTES, MAX_SETTINGS_DEPTH, read_settings
 from streamconv.jobs.options import ConversionOptions
 from streamconv.jobs.own_image_processor import own_image_processor
 from streamconv.output.journal import Journal
 from streamconv.output.manifest import Manifest
+from streamconv.planning.image_processor import OwnImageProcessor
 from streamconv.source.labels import read_labels
 from streamconv.source.open import read_config
 from streamconv.source.small_files import read_json_beside
+from tests.support import plan_of_shapes, tiny
 
 HOSTILE = {
     "millions of numbers": b'{"x": [' + b"1.5," * 1_950_000 + b"1]}",
@@ -93,3 +96,22 @@ def test_settings_with_the_labels_of_the_largest_classifier_are_read() -> None:
     names = {i: f"great white shark, white shark, man-eater, {i}" for i in range(21_841)}  # more than ImageNet's own
     config = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     assert len(read_settings(json.dumps(config, indent=2).encode(), "config.json")["label2id"]) == 21_841
+
+
+@pytest.mark.parametrize("label", ["a" * 600, "a" + ", b" * 20])
+def test_labels_that_could_not_be_read_again_are_refused(label: str) -> None:
+    classes = 8_000
+    shapes = {name: info.shape for name, info in FAMILY.sources(tiny(classes=classes)).items()}
+    with pytest.raises(UsageError, match=r"config\.json, as it would be written, holds more .* Give shorter labels"):
+        plan_of_shapes(shapes, Path(), labels=[f"{label}{i}" for i in range(classes)])
+    plan = plan_of_shapes(shapes, Path(), labels=[f"great white shark, white shark {i}" for i in range(classes)])
+    assert len(read_settings(plan.small_files["config.json"], "config.json")["id2label"]) == classes
+
+
+def test_image_processor_that_grows_when_it_is_written_is_refused() -> None:
+    shapes = {name: info.shape for name, info in FAMILY.sources(tiny()).items()}
+    levels = MAX_SETTINGS_DEPTH - 1
+    deep = read_settings(b'{"x": ' + b"[" * levels + b"1," * 100_000 + b"1" + b"]" * levels + b"}", "x.json")
+    own = OwnImageProcessor(config=deep, origin="x.json")
+    with pytest.raises(SourceError, match=r"preprocessor_config\.json, as it would be written, holds more"):
+        plan_of_shapes(shapes, Path(), image_processor=own)
