@@ -12,6 +12,7 @@ from typing import Any
 from streamconv.display import printable
 
 BICUBIC = 3  # Pillow's number
+MAX_SIDE = 4_096  # pixels; verification makes images of this size, which take 200 MB each as float32
 _CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 _HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _COMMON = {
@@ -112,7 +113,7 @@ def _size(values: Mapping[str, Any], key: str, *, is_square: bool) -> int | tupl
         found = size if len(size) == 2 else []
     else:
         found = [size, size] if is_square else [size]
-    if not found or any(type(each) is not int or not 0 < each <= 1 << 14 for each in found):
+    if not found or any(type(each) is not int or not 0 < each <= MAX_SIDE for each in found):
         raise _unknown(values, key)
     return found[0] if len(found) == 1 else (found[0], found[1])
 

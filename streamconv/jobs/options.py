@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 
 from streamconv.errors import UsageError
+from streamconv.families.image_processors import MAX_SIDE
 from streamconv.hub.destination import Destination
 from streamconv.planning.image_processor import parse_channel_numbers
 from streamconv.planning.shards import parse_size
@@ -90,8 +91,10 @@ class ConversionOptions(SourceOptions):
         for name in ("image_mean", "image_std"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, parse_channel_numbers(name, getattr(self, name)))
-        if self.image_size is not None and (type(self.image_size) is not int or self.image_size < 1):
-            raise UsageError(f"{self.image_size!r} is not an image size. Give the height and width in pixels.")
+        if self.image_size is not None and (type(self.image_size) is not int or not 0 < self.image_size <= MAX_SIDE):
+            raise UsageError(
+                f"{self.image_size!r} is not an image size. Give the height and width in pixels, up to {MAX_SIDE:,}."
+            )
         if self.image_processor is not None and (self.image_mean, self.image_std, self.image_size) != (None,) * 3:
             raise UsageError(
                 "--image-processor gives the whole image processor. Omit --image-mean, --image-std and --image-size."

@@ -36,6 +36,7 @@ from streamconv.verification.sparse_folder import source_tensors_of
 from streamconv.verification.weights import MappedWeights, StreamedWeights, torch_dtype
 
 PREDICTION_COUNT = 5
+MAX_PATCHES = 80  # on a side of an image: 1,120 pixels in patches of 14; attention takes their fourth power
 
 
 class ModelVerifier:
@@ -166,7 +167,9 @@ class ModelVerifier:
         image, parity_pixels = self._parity_input()
         check, verdict = check_parity(pair, "parity", parity_pixels, default_dtype)
         checks = [self._described(check, is_sparse, why_streamed).since(start)]
-        if thorough and check.passed and parity_pixels.shape[-1] != native_size:
+        if thorough and check.passed and native_size > self._max_size:
+            checks.append(Check("native", None, f"images of {native_size:,} pixels would take all memory"))
+        elif thorough and check.passed and parity_pixels.shape[-1] != native_size:
             start = time.monotonic()
             pixels = to_pixels(resize(self.image, native_size), self.plan.pixel_steps, self.plan.channels)
             native, _ = check_parity(replace(pair, is_read_once=True), "native", pixels, default_dtype)
@@ -182,15 +185,19 @@ class ModelVerifier:
     def _parity_input(self) -> tuple[Image.Image, Tensor]:
         """The image as both models see it, and its pixels: at the image processor's size if that is a square.
 
-        Without an image processor, it is the native size.
+        Without an image processor, it is the native size. A larger image than `_max_size` is made smaller.
         """
         steps, patch = self.plan.pixel_steps, self.plan.patch_size
         height, width = steps.size or (0, 1) if steps is not None else (0, 1)
-        if steps is not None and height == width and height % patch == 0:
+        if steps is not None and height == width <= self._max_size and height % patch == 0:
             image = crop(self.image, steps)
         else:
-            image = resize(self.image, self.plan.native_size)
+            image = resize(self.image, min(self.plan.native_size, self._max_size))
         return image, to_pixels(image, steps, self.plan.channels)
+
+    @property
+    def _max_size(self) -> int:
+        return self.plan.patch_size * MAX_PATCHES
 
     def _described(self, check: Check, is_sparse: bool, why_streamed: str) -> Check:
         """Add to what a comparison of outputs proves how the weights were read, and what was assumed."""

@@ -3,6 +3,7 @@
 The steps are those of the original's code or, if the image processor is the source's own or the user's, its own.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torchvision.transforms import functional
 from torchvision.transforms.v2 import functional as functional_v2
 from transformers import AutoImageProcessor
 
-from streamconv.families.image_processors import PixelSteps, UnknownStepsError
+from streamconv.families.image_processors import MAX_SIDE, PixelSteps, UnknownStepsError
 from streamconv.planning.plan import Plan
 from streamconv.verification.bands import RGB, to_bands
 from streamconv.verification.result import Check
@@ -112,6 +113,9 @@ def _check_loading(folder: Path, plan: Plan, image: Image.Image, why: str) -> Ch
     """Check only that transformers loads and runs the image processor, since ``why``."""
     not_checked = f"the image processor's pixels were not compared: {why}"
     proves = _WHOSE.get(plan.image_processor_from, "the image processor is as planned")
+    if _has_number_above(MAX_SIDE, plan.image_processor):
+        reason = f"{proves}, but was not run: with a number above {MAX_SIDE:,}, its images may take all memory"
+        return Check("preprocessing", None, reason, not_checked=not_checked)
     try:
         load: Any = AutoImageProcessor.from_pretrained
         pixels = load(folder, local_files_only=True)(image, return_tensors="pt")["pixel_values"]
@@ -123,6 +127,12 @@ def _check_loading(folder: Path, plan: Plan, image: Image.Image, why: str) -> Ch
         return Check("preprocessing", None, reason, not_checked=not_checked)
     shape = " x ".join(map(str, pixels.shape[1:]))
     return Check("preprocessing", True, f"{proves}; it makes {shape} pixels", not_checked=not_checked)
+
+
+def _has_number_above(limit: int, value: Any) -> bool:
+    if isinstance(value, Mapping | list):
+        return any(_has_number_above(limit, each) for each in (value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, int | float) and value > limit
 
 
 def _compare_images(

@@ -118,6 +118,7 @@ def test_verification_knows_what_was_given(source: Path, tmp_path: Path) -> None
         ({"image_mean": "123.7,116.3,103.5"}, "is for 0 to 255, divide it by 255"),
         ({"image_mean": "0.5,0.5"}, "image_mean has 2 numbers, but the model takes 3 channels. Give --image-mean and"),
         ({"image_size": 0}, "0 is not an image size"),
+        ({"image_size": 14 * 10**9}, r"14000000000 is not an image size.* up to 4,096"),
         ({"image_size": 71}, "--image-size 71 does not divide into the model's patches. Give a multiple of 14"),
         ({"image_processor": "own.json", "image_mean": 0.5}, "Omit --image-mean, --image-std and --image-size"),
         ({"image_processor": "none.json"}, "The image processor cannot be read: .*none.json: there is no such file"),
