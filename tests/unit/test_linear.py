@@ -162,17 +162,17 @@ def attack(name: str, count: int) -> float:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_names_take_longer_than_those_of_a_model(name: str) -> None:
-    attack(name, 3_000)
+    attack(name, 1_500)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_names_take_much_memory_or_fill_a_screen(name: str) -> None:
-    shapes = ATTACKS[name][0](500)
+    shapes = ATTACKS[name][0](200)
     checkpoint_of_shapes(shapes)
-    refusal(name, 500)  # imports and caches
+    refusal(name, 200)  # imports and caches
     tracemalloc.start()
     try:
-        message = refusal(name, 500)
+        message = refusal(name, 200)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
