@@ -21,7 +21,9 @@ from streamconv.tensors.info import DTYPES
 
 # The version and the folder that the source was saved by, an older name of dtype, code that the output does not have,
 # and a quantisation that its tensors do not have.
-DROPPED = ("transformers_version", "_name_or_path", "torch_dtype", "auto_map", "quantization_config")
+DROPPED = (
+    "transformers_version", "_name_or_path", "torch_dtype", "auto_map", "quantization_config", "transformers_weights"
+)  # fmt: skip
 
 MAX_CLASSES = 90_000  # config.json names each twice, and has to stay within the limits on settings
 MAX_SHOWN = 20  # entries of config.json that a note names

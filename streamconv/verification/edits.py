@@ -25,7 +25,9 @@ from streamconv.verification.structure import value_differences
 
 MAX_NAMED = 5  # values of one file
 # Entries that transformers takes into account for any model, and that could change what is loaded or computed.
-_GENERAL_KEYS = frozenset({"architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype"})
+_GENERAL_KEYS = frozenset(
+    {"architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype", "transformers_weights"}
+)
 _LABEL_KEYS = frozenset({"id2label", "label2id"})
 
 

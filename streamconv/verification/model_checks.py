@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from streamconv.errors import StreamconvError, UsageError
+from streamconv.files.local import MAX_JSON_BYTES
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
 from streamconv.source.open import OpenSource
@@ -112,6 +113,10 @@ class ModelVerifier:
     def _check(
         self, folder: Path, source: OpenSource, progress: Progress, with_parity: bool, is_sparse: bool, thorough: bool
     ) -> ModelResults:
+        if too_large := _too_large_files(folder):
+            why = "transformers was not run: it would read all of a very large file"
+            load = Check("load", False, "transformers loads every tensor", too_large)
+            return ModelResults((load, Check("parity", None, why), Check("preprocessing", None, why)))
         start = time.monotonic()
         progress("loading with transformers", 0, 1, "steps")
         loaded, converted = check_load(folder, self.plan)
@@ -220,3 +225,9 @@ def top_predictions(logits: Tensor, config: Any) -> tuple[tuple[str, float], ...
     probabilities = logits[0].sigmoid() if is_multi_label else logits[0].softmax(-1)
     values, ids = probabilities.topk(min(PREDICTION_COUNT, logits.shape[-1]))
     return tuple((config.id2label[int(i)], float(value)) for i, value in zip(ids, values, strict=True))
+
+
+def _too_large_files(folder: Path) -> tuple[str, ...]:
+    """Return a problem for each JSON file in a folder that is larger than any that streamconv writes."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.json")) if path.is_file()}
+    return tuple(f"{name} has {size:,} bytes" for name, size in sizes.items() if size > MAX_JSON_BYTES)

@@ -228,16 +228,23 @@ def test_unreadable_config_is_an_error(model: Path) -> None:
 def test_differences_are_listed(model: Path, tmp_path: Path) -> None:
     edited(
         model / CONFIG, transformers_version="4.1", _name_or_path="/home/me", auto_map={"AutoModel": "x.Y"},
+        transformers_weights="a",
         torch_dtype="float16", architectures=["Mine"], use_mask_token=False,
     )  # fmt: skip
     done = api.convert(model, tmp_path / "out", dtype="bfloat16")
     assert done.plan.notes[0] == (
         "config.json: kept from the source; changed: use_mask_token False → True, architectures Mine → Dinov2Model, "
-        "dtype float32 → bfloat16; left out: transformers_version, _name_or_path, auto_map"
+        "dtype float32 → bfloat16; left out: transformers_version, _name_or_path, auto_map, transformers_weights"
     )
     config = small_files(tmp_path / "out")[CONFIG]
     assert config["mine"] == {"a": [1.5, None]}
-    assert not config.keys() & {"transformers_version", "_name_or_path", "auto_map", "torch_dtype"}
+    assert not config.keys() & {
+        "transformers_version",
+        "_name_or_path",
+        "auto_map",
+        "torch_dtype",
+        "transformers_weights",
+    }
     shown = run("plan", model, cwd=tmp_path, COLUMNS="300").stdout
     assert "config.json: kept from the source; changed: use_mask_token" in shown
 

@@ -96,6 +96,7 @@ def test_reformatted_files_are_no_edits_of_values(source: Path, folder: Path) ->
         ({"hidden_size": 256}, {"config", "load"}),
         ({"dtype": "float16"}, {"bytes"}),
         ({"quantization_config": {}}, {"config"}),
+        ({"transformers_weights": "other.safetensors"}, {"config"}),
     ],
 )
 def test_edits_that_contradict_the_weights_fail(
@@ -106,6 +107,18 @@ def test_edits_that_contradict_the_weights_fail(
     assert failed <= {name for name, passed in verdicts(verified).items() if passed is False}
     assert "config" not in failed or "changed after the conversion: config.json" in problems(verified)
     assert not api.verify(folder, source, device="cpu", parity=False).passed
+
+
+@pytest.mark.parametrize("name", [PROCESSOR, "generation_config.json"])
+def test_file_that_is_too_large_for_any_model_is_not_given_to_transformers(
+    source: Path, folder: Path, name: str
+) -> None:
+    with open(folder / name, "ab") as file:
+        file.truncate(2 << 30)  # sparse: reading it would take 4.9 GB of memory
+    verified = api.verify(folder, source, device="cpu")
+    assert f"{name} has 2,147,483,648 bytes" in problems(verified)
+    assert verified.check("load").passed is False
+    assert verified.check("parity").passed is verified.check("preprocessing").passed is None
 
 
 def test_steps_that_are_not_compared_are_named(source: Path, folder: Path) -> None:
