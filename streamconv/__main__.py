@@ -16,7 +16,11 @@ def _import_and_run() -> None:
 
         run()
     except Exception as error:  # while importing
-        from streamconv.cli.bugs import to_our_error
+        try:
+            from streamconv.cli.bugs import to_our_error
+        except (OSError, MemoryError) as reason:  # too few files can be open, or the disk fails
+            print_early([f"error: streamconv cannot be started: {str(reason) or 'there is too little memory'}."])
+            sys.exit(2)
 
         ours = to_our_error(error, sys.argv[1:])
         print_early(f"error: {ours}".splitlines())

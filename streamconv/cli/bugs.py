@@ -50,7 +50,7 @@ def to_our_error(error: Exception, words: Sequence[str]) -> StreamconvError:
     if isinstance(error, MemoryError):
         return UsageError("There is too little memory. Close other programs, or raise the limit (`ulimit -v`).")
     if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
-        return UsageError("No more threads can be started. End other programs, or raise the limit (`ulimit -u`).")
+        return UsageError("No more threads can be started. End other programs, or raise a limit (`ulimit -u`, `-v`).")
     if isinstance(error, OSError) and error.errno in _OF_A_LIMIT:
         return UsageError(f"A limit of the system was reached: {error.strerror}. End other programs, or raise it.")
     if isinstance(error, OSError) and error.errno in _OF_A_DISK:

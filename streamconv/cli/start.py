@@ -103,9 +103,13 @@ def _print_how_to_resume() -> None:
 
 def print_early(lines: Iterable[str]) -> None:
     """Print lines on stderr, however long, even if click cannot be imported."""
-    from streamconv.display import visible
+    try:
+        from streamconv.display import visible
 
-    print("\n".join(visible(line, max(len(line), 1)) for line in lines), file=sys.stderr)
+        shown = [visible(line, max(len(line), 1)) for line in lines]
+    except (OSError, MemoryError):  # nothing can be imported any more
+        shown = [ascii(line)[1:-1] for line in lines]
+    print("\n".join(shown), file=sys.stderr)
 
 
 def _ignore(signals: list[signal.Signals]) -> None:
@@ -118,8 +122,9 @@ def _prepare_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # print names that the terminal cannot show
     # If the user closed stdin, stdout or stderr, os.devnull takes its descriptor, so that no file of ours gets it.
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
+    with suppress(FileNotFoundError):  # in a container without devices
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(descriptor)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     sys.stderr = _IgnoreBrokenPipe(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115

@@ -87,7 +87,9 @@ class Layout:
         if state := OPTIMIZER_STATE.search(name):
             start = name[: state.end()]
             return start, ExtraPrefix(start, "optimizer state")
-        is_weight = info.shape and DTYPES[info.dtype].is_weight
+        head, own = self.family.classifier_head, name.removeprefix(self.parent_of(name))
+        is_head = head is not None and any(own == start + key for start in head.starts for key in head.keys)
+        is_weight = is_head or (info.shape and DTYPES[info.dtype].is_weight)  # a head of scalars is a wrong one
         return None if is_weight or name.startswith(self.prefix) else (name, ExtraPrefix(name, "training state"))
 
     def start(self, name: str) -> str:

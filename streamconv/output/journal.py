@@ -86,6 +86,8 @@ class Journal:
         except SourceMissingError:
             return cls()
         except SourceError as error:
+            if not os.path.lexists(path):  # its folder is a loop of links, in a file, or not accessible
+                raise OutputError(f"{error} Choose another place for the output.") from error
             raise OutputError(
                 f"{error} It should be the journal of a conversion: delete it and start again."
             ) from error
@@ -127,11 +129,17 @@ class Journal:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Return whether a conversion into a folder has begun and not ended; an empty journal records nothing."""
+    """Return whether a conversion into a folder has begun and not ended; an empty journal records nothing.
+
+    Raises:
+        OutputError: the folder cannot be accessed.
+    """
     try:
         return os.stat(folder / JOURNAL_NAME).st_size > 0
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be read: {error.strerror}.") from error
 
 
 def name_in(journal: Path, file: Path) -> str:

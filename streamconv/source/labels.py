@@ -51,12 +51,13 @@ def read_labels(path: Path) -> list[str]:
 
 
 def labels_in(config: Mapping[str, Any]) -> list[str]:
-    """Return the labels in a config.json, in class order; an empty list if it has none."""
+    """Return the labels in a config.json, in class order; an empty list if it has none, or other values than text."""
     try:
-        labels = config["id2label"]
-        return [labels[str(i)] for i in range(len(labels))]
+        ids = config["id2label"]
+        labels = [ids[str(i)] for i in range(len(ids))]
     except (KeyError, TypeError):
         return []
+    return labels if all(isinstance(label, str) for label in labels) else []
 
 
 def imagenet_labels() -> tuple[list[str], str]:

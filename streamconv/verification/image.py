@@ -16,6 +16,7 @@ from streamconv.verification.preflight import URL_SCHEMES, check_image
 
 WIDTH, HEIGHT = 640, 480
 MAX_DOWNLOAD_BYTES = 64 << 20
+MAX_PIXELS = 50_000_000  # a small file can claim to be large; each takes 14 bytes until the image is scaled
 MAX_ASPECT = 50  # longer side / shorter side; the image processor scales the shorter one to 256 pixels
 
 
@@ -32,6 +33,8 @@ def open_image(path: str | PathLike[str] | None) -> Image.Image:
     check_image(path)
     try:
         with Image.open(_download(where) if isinstance(where, Address) else where) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"its values have more than 8 bits (Pillow's mode {image.mode}); save it with 8 bits")
@@ -40,6 +43,9 @@ def open_image(path: str | PathLike[str] | None) -> Image.Image:
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise UsageError(f"{where} is not an image that Pillow can read.") from None
+    except Image.DecompressionBombError:  # ours, or Pillow's for a much larger one
+        problem = f"it has more than {MAX_PIXELS:,} pixels; scale it down"
+        raise UsageError(f"The image {where} cannot be read: {problem}.") from None
     except StreamconvError as error:
         raise UsageError(f"The image cannot be read: {error}") from error
     except Exception as error:  # anything that Pillow raises for a damaged file

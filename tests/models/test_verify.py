@@ -681,7 +681,13 @@ def test_images_are_rotated_by_exif_and_unsuitable_ones_are_refused(tmp_path: Pa
     assert open_image(tmp_path / "turned.jpg").size == (30, 40)
     Image.new("I;16", (40, 30)).save(tmp_path / "deep.png")
     Image.new("RGB", (1, 60)).save(tmp_path / "line.png")
-    for name, message in (("deep.png", "more than 8 bits"), ("line.png", "too narrow")):
+    Image.new("1", (8_000, 8_000)).save(tmp_path / "large.png")  # 8 kB
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "larger.png")  # which Pillow itself refuses
+    too_large = "large.* more than 50,000,000 pixels; scale it down"
+    for name, message in (
+        ("deep.png", "more than 8 bits"), ("line.png", "too narrow"),
+        ("large.png", too_large), ("larger.png", too_large),
+    ):  # fmt: skip
         with pytest.raises(UsageError, match=message):
             open_image(tmp_path / name)
 

@@ -2,8 +2,11 @@
 
 import errno
 import json
+import re
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
@@ -11,7 +14,8 @@ from click.testing import CliRunner, Result
 import streamconv
 from streamconv.cli.bugs import MAX_LINE_LENGTH, MAX_LINES
 from streamconv.cli.commands import app
-from tests.support import ROOT, run_python
+from streamconv.cli.start import _prepare_streams
+from tests.support import ROOT, run_python, save_zeros, tiny
 
 TOKEN = "hf_itsme"
 
@@ -142,11 +146,55 @@ def test_signal_that_arrives_in_a_callback_is_not_lost() -> None:
     assert (done.returncode, done.stderr) == (130, "Interrupted. To resume, run\n  streamconv\n")
 
 
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        ("raise OSError(24, 'Too many open files')", r"\[Errno 24\] Too many open files"),
+        ("raise MemoryError", "there is"),
+    ],
+    ids=["files", "memory"],
+)
+def test_nothing_that_can_be_imported_is_one_message(event: str, message: str) -> None:
+    code = AT_IMPORT.replace('"click"', '"click" or name == "streamconv.cli.bugs"').format(event)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"error: streamconv cannot be started: {message}.*\.\n", done.stderr)
+
+
+@pytest.mark.parametrize(("limit", "code"), [("RLIMIT_NOFILE, 5", 2), ("RLIMIT_FSIZE, 100", 4)])
+def test_small_limits_of_the_system_end_in_one_message(limit: str, code: int, tmp_path: Path) -> None:
+    name, value = limit.split(", ")
+    source = save_zeros(tmp_path / "x.pth", tiny(layers=1, hidden=64))
+    done = subprocess.run(
+        [sys.executable, "-m", "streamconv", "convert", source, "-q", "-o", tmp_path / "out"],
+        capture_output=True, text=True, cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(getattr(resource, name), (int(value), int(value))),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_signals_are_handled_before_anything_is_imported() -> None:
     names = run_python("import sys, streamconv.cli.start; print(*sys.modules)").split()
     ours = {name for name in names if name.startswith("streamconv")}
     assert ours == {"streamconv", "streamconv.cli", "streamconv.cli.grace", "streamconv.cli.start"}
     assert not {"click", "json", "urllib"} & {*names}
+
+
+@pytest.mark.parametrize("redirection", ["<&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(redirection: str) -> None:
+    script = f"{sys.executable} -m streamconv models {redirection}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) == (redirection == "<&-")
+
+
+def test_streams_are_prepared_without_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.devnull", "/nonexistent")
+    monkeypatch.setattr("sys.stderr", sys.stderr)  # which is wrapped
+    _prepare_streams()
 
 
 @pytest.mark.parametrize("words", ["--help", "run --help"])

@@ -10,7 +10,7 @@ import pytest
 
 from streamconv import OutputError
 from streamconv.output.identity import differences
-from streamconv.output.journal import Journal, ResumePoint
+from streamconv.output.journal import JOURNAL_NAME, Journal, ResumePoint, is_unfinished
 from streamconv.output.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -153,6 +153,19 @@ def test_a_journal_keeps_only_entries_that_are_complete(tmp_path: Path) -> None:
     assert str(journal.process) == "process 5 on here, since now"
     assert journal.resume_points == {"x": ResumePoint(5, "abcd")}
     assert journal.length == sum(len(json.dumps(line)) + 1 for line in lines[:3])
+
+
+def test_folder_that_cannot_be_accessed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "loop", tmp_path / "file" / "x"):
+        with pytest.raises(OutputError, match=r"(loop|file/x) cannot be read: "):
+            is_unfinished(folder)
+        with pytest.raises(OutputError, match=r"Choose another place for the output\.$"):
+            Journal.read(folder / JOURNAL_NAME)
+    (tmp_path / JOURNAL_NAME).symlink_to(JOURNAL_NAME)
+    with pytest.raises(OutputError, match="delete it and start again"):
+        Journal.read(tmp_path / JOURNAL_NAME)
 
 
 def test_files_are_listed_weights_first_and_by_their_numbers() -> None:

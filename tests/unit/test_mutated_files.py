@@ -4,21 +4,33 @@ import contextlib
 import copy
 import json
 import random
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from streamconv import open_checkpoint
 from streamconv.errors import StreamconvError
 from streamconv.families.dinov2 import FAMILY, IMAGE_PROCESSOR
 from streamconv.families.image_processors import UnknownStepsError, read_pixel_steps
+from streamconv.formats.shards import read_weights_index
 from streamconv.hub.card import make_card
 from streamconv.output.journal import Journal
+from streamconv.output.locks import LockedError, open_exclusive
 from streamconv.output.manifest import Manifest, Provenance, SourceFile, WrittenFile
+from streamconv.output.processes import Process
+from streamconv.output.verdict import has_passed
+from streamconv.planning.plan import label_config
+from streamconv.source.cache import Download
+from streamconv.source.labels import labels_in, read_labels
+from streamconv.verification.result import Check, Verification
 from tests.support import plan_of_shapes, tiny
 
-CASES = 200  # of each file; every entry is replaced a few times
+CASES = 100  # of each file; every entry is replaced a few times
 DEEP: Any = {}
 for _ in range(30):
     DEEP = {"a": [DEEP]}
@@ -57,13 +69,68 @@ def manifest() -> Manifest:
     provenance = Provenance(source=source, plan="ab", filled={"a": 0.0}, notes=("n",), skipped=("s",))
     files = {name: WrittenFile(1, "ab") for name in ("model.safetensors", "config.json")}
     versions = {"streamconv": "1"}
-    return Manifest.of(provenance, "Dinov2Model", files, True, {"from": "float32", "to": "float16"}, versions)
+    made = Manifest.of(provenance, "Dinov2Model", files, True, {"from": "float32", "to": "float16"}, versions)
+    return replace(made, verification=verification(made).as_record())
+
+
+def verification(made: Manifest) -> Verification:
+    numbers = {"size": 224, "largest": 0.1, "tolerance": 0.2, "float32": {"largest": 0.3}, "as_published": {"cls": 0.1}}
+    check = Check("parity", True, "proved", ("a problem",), numbers, "a gap")
+    output = {"files": {name: asdict(file) for name, file in made.files.items()}}
+    return Verification((check,), "cpu", "builtin", made.versions, made.source, output, {}, 1.0)
 
 
 def test_mutated_manifest_is_read_or_refused() -> None:
-    for value in mutations(json.loads(manifest().to_bytes())):
+    whole = json.loads(manifest().to_bytes())
+    for value in (*mutations(whole), *({**whole, "verification": each} for each in mutations(whole["verification"]))):
         with suppress(StreamconvError):
-            make_card(Manifest.from_json(value, Path("streamconv.json")), "a/b", None, ())
+            read = Manifest.from_json(value, Path("streamconv.json"))
+            has_passed(read)
+            make_card(read, "a/b", None, ()).encode()
+
+
+LABELS = {str(i): name for i, name in enumerate("abc")}
+DOWNLOAD = Download("https://host/x.pth", 3, "ab", ({"etag": "a", "size": 1},), True, "today", True, 1, 1)
+
+
+def object_in(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_bytes())
+    return value if isinstance(value, dict) else {}
+
+
+RECORD = {"format_version": 1, **asdict(DOWNLOAD)}
+SAFETENSORS = {
+    name: {"dtype": "F32", "shape": [1, 2], "data_offsets": [at, at + 8]} for name, at in (("a", 0), ("b", 8))
+}
+SMALL_FILES: dict[str, tuple[object, Callable[[Path], object]]] = {
+    "labels.json": (LABELS, read_labels),
+    "list.json": (list(LABELS.values()), read_labels),
+    "config.json": ({"id2label": LABELS}, lambda path: label_config(labels_in(object_in(path)))),
+    "x.safetensors.index.json": ({"weight_map": {"a": "y.safetensors"}, "metadata": {}}, read_weights_index),
+    ".x.pth.streamconv-download.json": (RECORD, lambda path: Download.read(path.parent / "x.pth")),
+    "x.lock": (asdict(Process.this()), lambda path: open_exclusive(path.with_name("x")).close()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_mutated_small_file_is_read_or_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, read = SMALL_FILES[name]
+    monkeypatch.setattr("streamconv.source.cache.torch_hub_cache", lambda: tmp_path)
+    monkeypatch.setattr("streamconv.source.cache._record_path", lambda path: tmp_path / name)
+    (tmp_path / "y.safetensors").touch()
+    (tmp_path / "x.pth").write_bytes(b"abc")
+    for value in mutations(json.loads(json.dumps(whole))):
+        (tmp_path / name).write_text(json.dumps(value))
+        with suppress(StreamconvError, LockedError):
+            read(tmp_path / name)
+
+
+def test_mutated_safetensors_header_is_read_or_refused(tmp_path: Path) -> None:
+    for value in mutations(SAFETENSORS):
+        header = json.dumps(value).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+        with suppress(StreamconvError), open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
+            assert {*checkpoint} <= {"a", "b"}
 
 
 def test_mutated_journal_is_read_or_refused() -> None:

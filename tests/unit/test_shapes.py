@@ -16,7 +16,7 @@ DIMENSIONS = tiny(layers=1, hidden=64, classes=3)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 0, 0), (1, 2, 3, 4, 5)], ids=str)
-@pytest.mark.parametrize("part", ["query", "norm", "cls_token", "position", "projection", "mlp", ""])
+@pytest.mark.parametrize("part", ["query", "norm", "cls_token", "position", "projection", "mlp", "classifier", ""])
 def test_converted_model_of_impossible_shapes_is_refused(part: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     shapes = {key: info.shape for key, info in FAMILY.sources(DIMENSIONS).items()}
     shards = plan_of_shapes(shapes, tmp_path).shards
