@@ -230,7 +230,7 @@ def test_values_beside_the_tensors_are_skipped(tmp_path: Path, is_zip: bool) -> 
     }
     training["parameter"].extra = 1
     torch.save(training, tmp_path / "x.pth", _use_new_zipfile_serialization=is_zip)
-    wanted = {"teacher.center": torch.ones(1, 4), "parameter": torch.ones(2)}
+    wanted = {"teacher.center": torch.ones(1, 4), "parameter": torch.ones(2), "scheduler.by.0.5": torch.ones(3)}
     for name in ("model", "teacher.backbone"):
         wanted |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
@@ -239,7 +239,7 @@ def test_values_beside_the_tensors_are_skipped(tmp_path: Path, is_zip: bool) -> 
         assert {name: tensor.tobytes() for name, tensor in checkpoint.items()} == {
             name: bytes_of(value) for name, value in wanted.items()
         }
-        assert list(checkpoint)[:5] == ["model.weight", "model.bias", *list(wanted)[4:6], "teacher.center"]
+        assert list(checkpoint)[:5] == ["model.weight", "model.bias", *list(wanted)[5:7], "teacher.center"]
         assert checkpoint.non_tensors["args"] == NonTensor(f"{Settings.__module__}.Settings")
         assert checkpoint.non_tensors["sparse"] == NonTensor("sparse tensor", Kind.SPARSE)
         assert checkpoint.non_tensors["history"] == NonTensor("list", Kind.LIST)

@@ -49,7 +49,7 @@ def test_small_file_of_a_large_model_is_reported_and_refused(
     assert note in text.stdout
     assert planned["bytes"] > 4_000_000_000
     assert planned["source_bytes"] < 10_000
-    assert planned["notes"][0].startswith(note)
+    assert planned["notes"][-1].startswith(note)
     for options in ((), ("--dry-run",)):
         message = refusal(path, *options)
         assert message.startswith(note.capitalize())
