@@ -372,6 +372,7 @@ def test_file_without_a_dict_says_what_it_holds(tmp_path: Path, what: str) -> No
         streamconv.open_checkpoint(saved(make(), tmp_path / "x.pth"))
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_quantized_weights_in_a_plain_state_dict_are_named_once(tmp_path: Path) -> None:
     state, _ = make_states(tiny())
     weights = {name: value for name, value in state.items() if value.ndim == 2 and name.startswith("blocks")}
