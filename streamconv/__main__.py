@@ -2,7 +2,7 @@
 
 import sys
 
-from streamconv.cli.start import print_early, run_with_signals
+from streamconv.cli.start import InterruptedByUser, print_early, run_with_signals
 
 
 def main() -> None:
@@ -16,6 +16,8 @@ def _import_and_run() -> None:
 
         run()
     except Exception as error:  # while importing
+        if InterruptedByUser.was_raised:  # a library has turned the interruption into an error of its own
+            raise
         try:
             from streamconv.cli.bugs import to_our_error
         except (OSError, MemoryError) as reason:  # too few files can be open, or the disk fails

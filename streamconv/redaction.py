@@ -6,7 +6,6 @@ the other side says, also percent-encoded, in base64 or in another case.
 """
 
 import base64
-import html
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -159,6 +158,8 @@ def _with_base64(values: Iterable[str]) -> Iterator[str]:
 
 
 def _decoded(text: str) -> str:
+    import html  # with large tables, which only a text with secrets needs
+
     for _ in range(3):  # a server may encode an echo of an encoded text
         text = re.sub(r"\\(?:u00|x)([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), text, flags=re.IGNORECASE)
         text = html.unescape(unquote(text)).replace("\\/", "/")
