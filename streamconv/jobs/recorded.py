@@ -30,7 +30,7 @@ def recorded_options(folder: Path, given: SourceOptions) -> ConversionOptions:
 def naming_what_is_recorded(prepared: PreparedSource, folder: Path, given: SourceOptions) -> PreparedSource:
     """Add to what the plan leaves unproved the decisions that only the folder states.
 
-    Whoever made the folder could also write a manifest that matches wrong files.
+    The author of the folder could also have written a manifest that matches wrong files.
     """
     recorded = _recorded(folder)
     labels = labels_in(read_config(folder)) if "id2label" in prepared.plan.config else []

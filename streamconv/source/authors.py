@@ -62,9 +62,9 @@ def authorship(location: Location, checkpoint: Checkpoint, digest: str = "") -> 
 
 
 def compute_digests(checkpoints: Mapping[str, Checkpoint], progress: Progress) -> dict[str, str]:
-    """Return the sha256 of the files of which nothing else tells whose they are, by role; all of such a file is read.
+    """Return, by role, the sha256 of the files whose origin only a sha256 can show. Such a file is read completely.
 
-    That is a download whose times have changed, such as in a cache that was moved, and a file whose published name
+    These are downloads whose times have changed, such as in a cache that was moved, and files whose published name
     holds a part of the sha256.
 
     Raises:

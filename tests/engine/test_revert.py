@@ -279,8 +279,9 @@ def test_partial_file_of_another_source_is_written_again(tmp_path: Path, change:
     assert contents(tmp_path / "whole") == {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
 
 
-def stop_after_renames(monkeypatch: pytest.MonkeyPatch, count: int, folder: Path, *paths: Path) -> None:
-    """Revert, and stop when some of the files have their names."""
+def half_reverted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int = 1) -> tuple[Path, tuple[Path, Path]]:
+    """Revert a folder, and stop when ``count`` of the two files have their names; return the folder and the files."""
+    folder, paths = converted_folder(tmp_path, tiny(classes=3)), (tmp_path / "back.pth", tmp_path / "head.pth")
     real, renamed = os.replace, 0
 
     def replace(old: Path, new: Path) -> None:
@@ -296,27 +297,29 @@ def stop_after_renames(monkeypatch: pytest.MonkeyPatch, count: int, folder: Path
         with pytest.raises(Interrupted):
             streamconv.revert(folder, paths[0], head=paths[1])
     assert sum(path.exists() for path in paths) == count
+    return folder, paths
+
+
+def require_reverted(tmp_path: Path, paths: tuple[Path, Path]) -> None:
+    """Assert that the files hold what was converted, and that nothing else is left beside the folder."""
+    for path, state in zip(paths, original_states(tiny(classes=3)), strict=True):
+        assert_same(state, path)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "back.pth", "head.pth"}
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_revert_stopped_between_renames_is_finished_by_the_same_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    folder = converted_folder(tmp_path, tiny(classes=3))
-    paths = (tmp_path / "back.pth", tmp_path / "head.pth")
-    stop_after_renames(monkeypatch, count, folder, *paths)
+    folder, paths = half_reverted(tmp_path, monkeypatch, count)
     streamconv.revert(folder, paths[0], head=paths[1])
-    for path, state in zip(paths, original_states(tiny(classes=3)), strict=True):
-        assert_same(state, path)
-    assert {path.name for path in tmp_path.iterdir()} == {"folder", "back.pth", "head.pth"}
+    require_reverted(tmp_path, paths)
 
 
 def test_file_put_in_the_place_of_a_finished_one_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = converted_folder(tmp_path, tiny(classes=3))
-    paths = (tmp_path / "back.pth", tmp_path / "head.pth")
-    stop_after_renames(monkeypatch, 1, folder, *paths)
+    folder, paths = half_reverted(tmp_path, monkeypatch)
     for mine in (b"mine", b"m" * paths[1].stat().st_size):
         paths[1].write_bytes(mine)
         with pytest.raises(OutputError, match=r"head\.pth exists already"):
@@ -327,15 +330,11 @@ def test_file_put_in_the_place_of_a_finished_one_is_not_replaced(
 def test_revert_stopped_between_renames_starts_over_if_the_folder_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever makes a hard link of a file, or changes its mode, changes its time."""
-    folder = converted_folder(tmp_path, tiny(classes=3))
-    paths = (tmp_path / "back.pth", tmp_path / "head.pth")
-    stop_after_renames(monkeypatch, 1, folder, *paths)
+    """A hard link to a file, or another mode, changes its time as well."""
+    folder, paths = half_reverted(tmp_path, monkeypatch)
     os.utime(folder / "model.safetensors", (5, 5))
     assert streamconv.revert(folder, paths[0], head=paths[1]).resumed_bytes == 0
-    for path, state in zip(paths, original_states(tiny(classes=3)), strict=True):
-        assert_same(state, path)
-    assert {path.name for path in tmp_path.iterdir()} == {"folder", "back.pth", "head.pth"}
+    require_reverted(tmp_path, paths)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

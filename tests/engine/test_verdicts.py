@@ -273,7 +273,7 @@ def test_bytes_of_every_small_file_are_compared_with_the_manifest(folder: Path, 
 
 
 def test_decisions_that_are_taken_from_the_manifest_are_named(tmp_path: Path, folder: Path, source: Path) -> None:
-    """Whoever wrote a wrong config.json could also write that the user had given these values."""
+    """The author of a wrong config.json could also have written that the user gave these values."""
     backbone, head = make_states(tiny(classes=3))
     safetensors.torch.save_file(
         {f"teacher.{key}": value for key, value in backbone.items()}, tmp_path / "c.safetensors"
