@@ -5,6 +5,7 @@ The limits: a file may take `TIMES_HONEST` times as long as a model of as many t
 several attempts counts, since other programs can only add to it.
 """
 
+import gc
 import itertools
 import time
 import tracemalloc
@@ -139,9 +140,14 @@ def refusal(name: str, count: int) -> str:
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
+    """Return the CPU time without garbage collection, which also visits whatever other tests have left."""
+    gc.disable()
+    try:
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    finally:
+        gc.enable()
 
 
 @cache
@@ -184,7 +190,8 @@ def test_no_names_take_much_memory_or_fill_a_screen(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_time_is_in_proportion_to_the_tensors(name: str) -> None:
-    assert attack(name, 64_000) < 8 * attack(name, 16_000)  # 4 times as many; quadratic time would be 16 times
+    # Four times as many: quadratic time would be 16 times as long. Other programs can only add to one of the times.
+    assert any(attack(name, 64_000) < 8 * attack(name, 16_000) for _ in range(3))
 
 
 def test_plan_of_many_blocks_is_shown_completely_and_without_filling_a_screen() -> None:
