@@ -1,5 +1,6 @@
 """Runs the command line: ``streamconv`` and ``python -m streamconv``."""
 
+import os
 import sys
 
 from streamconv.cli.start import InterruptedByUser, print_early, run_with_signals
@@ -22,7 +23,8 @@ def _import_and_run() -> None:
             from streamconv.cli.bugs import to_our_error
         except (OSError, MemoryError) as reason:  # too few files can be open, or the disk fails
             print_early([f"error: streamconv cannot be started: {str(reason) or 'there is too little memory'}."])
-            sys.exit(2)
+            sys.stderr.flush()
+            os._exit(2)  # Python would end the thread that waits for signals, and for that C may load a library
 
         ours = to_our_error(error, sys.argv[1:])
         print_early(f"error: {ours}".splitlines())
