@@ -17,11 +17,15 @@ from streamconv.verification.preflight import URL_SCHEMES, check_image
 WIDTH, HEIGHT = 640, 480
 MAX_DOWNLOAD_BYTES = 64 << 20
 MAX_PIXELS = 50_000_000  # a small file can claim to be large; each takes 14 bytes until the image is scaled
+# Not all that Pillow knows: it gives PostScript to Ghostscript, which runs it as a program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_ASPECT = 50  # longer side / shorter side; the image processor scales the shorter one to 256 pixels
 
 
 def open_image(path: str | PathLike[str] | None) -> Image.Image:
     """Open the user's image, a file or an http(s) URL, as RGB; for None, draw one.
+
+    Of an animation, it is the first picture; what is transparent has the colour that the file gives it.
 
     Raises:
         UsageError: the image cannot be read.
@@ -32,7 +36,7 @@ def open_image(path: str | PathLike[str] | None) -> Image.Image:
     where = Address(fspath(path)) if is_url else path
     check_image(path)
     try:
-        with Image.open(_download(where) if isinstance(where, Address) else where) as opened:
+        with Image.open(_download(where) if isinstance(where, Address) else where, formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             image = ImageOps.exif_transpose(opened)
@@ -40,10 +44,16 @@ def open_image(path: str | PathLike[str] | None) -> Image.Image:
                 raise ValueError(f"its values have more than 8 bits (Pillow's mode {image.mode}); save it with 8 bits")
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"it is too narrow, {image.width} x {image.height} pixels; crop it")
+            if "transparency" in image.info:
+                image = image.convert("RGBA")  # of a palette with it, Pillow warns otherwise
             return image.convert("RGB")
     except UnidentifiedImageError:
-        raise UsageError(f"{where} is not an image that Pillow can read.") from None
-    except Image.DecompressionBombError:  # ours, or Pillow's for a much larger one
+        formats = ", ".join(FORMATS)
+        raise UsageError(
+            f"{where} is not an image that can be read. Save it in one of these formats: {formats}."
+        ) from None
+    # Ours, or Pillow's for a much larger one; where warnings are errors, also Pillow's for one in between.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         problem = f"it has more than {MAX_PIXELS:,} pixels; scale it down"
         raise UsageError(f"The image {where} cannot be read: {problem}.") from None
     except StreamconvError as error:

@@ -45,13 +45,14 @@ def check_packages() -> None:
 
 
 def check_image(image: str | PathLike[str]) -> None:
-    """Check that an image exists, unless it is a URL.
+    """Check that an image is a file, unless it is a URL. A pipe or a device may never end.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it is not.
     """
-    if not fspath(image).lower().startswith(URL_SCHEMES) and not os.path.exists(image):
-        raise UsageError(f"The image {shown_argument(fspath(image))} does not exist.")
+    if not fspath(image).lower().startswith(URL_SCHEMES) and not os.path.isfile(image):
+        problem = "is not a file" if os.path.exists(image) else "does not exist"
+        raise UsageError(f"The image {shown_argument(fspath(image))} {problem}.")
 
 
 def check_reference(reference: str | PathLike[str]) -> None:

@@ -104,6 +104,7 @@ def main() -> NoReturn:
     sys.stdout = sys.stderr = _LoggedOutput()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the caller shows the progress
     warnings.filterwarnings("ignore", "xFormers is")  # from the code of DINOv2's authors
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with the user's image is an error of ours
     try:
         _import_models()
         options, level = parent.receive()
