@@ -67,7 +67,8 @@ def _system() -> str:
 def _start_of(pid: int) -> str | None:
     """Return when a process started, in ticks since the boot; `_ENDED` for a zombie, and None if it is not known."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # A program's name, in parentheses, may be any bytes.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
         return _ENDED if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         return None

@@ -244,3 +244,15 @@ def test_folder_that_cannot_be_opened_for_reading_is_not_synced(
 
 def test_lock_path_is_hidden_beside_a_hidden_file() -> None:
     assert locks._lock_path(temporary_path(Path("a/x"))) == Path("a/.x.streamconv-incomplete.lock")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_start_of_a_process_of_any_name_is_known() -> None:
+    name, this = Path("/proc/self/comm"), Process.this()
+    before = name.read_bytes()
+    name.write_bytes(b"\xff\n) Z (")
+    try:
+        assert replace(Process.this(), since=this.since) == this
+        assert not this.is_dead
+    finally:
+        name.write_bytes(before)
