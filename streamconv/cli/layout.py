@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -23,6 +24,7 @@ _UNBROKEN = r"`[^`]+`|--[\w-]+ \S+|\[[\d, ]+\]|streamconv \w+ --\w+|\d (?:bytes|
 _NO_BREAK = "\0"  # stands for their spaces while text is wrapped; no path can contain it
 MIN_COLUMNS = 40
 MIN_HANG = 2  # so that text from elsewhere, however it is wrapped, never looks like a line of ours
+_FOLDERS = ("HOME", "TORCH_HOME", "XDG_CACHE_HOME", "TMPDIR")
 LONGEST_PART = 80  # characters of a part that is not broken, unless the user typed it
 _BLOCK_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 FEW_ALIKE = 2  # lines that differ only in a block's number and are still printed one by one
@@ -116,7 +118,7 @@ def laid_out(line: str | Line, columns: int | None) -> str:
     begin = label + (click.style(head, fg=line.colour, bold=line.is_bold or None) if is_styled else head)
     if columns is None:
         return begin + text
-    typed = (re.escape(word) for word in sys.argv[1:] if " " in word)  # such as a path with a space
+    typed = map(re.escape, _with_spaces())
     head = " " * len(label + head)
     hang = " " * max(MIN_HANG, len(head) if line.hang is None else line.hang)
     wrapped = textwrap.fill(
@@ -130,7 +132,16 @@ def laid_out(line: str | Line, columns: int | None) -> str:
     return begin + wrapped[len(head) :].replace(_NO_BREAK, " ")
 
 
+def _with_spaces() -> list[str]:
+    """Return the paths with spaces that the user gave, from the longest: arguments, values of options, own folders."""
+    arguments = (each for word in sys.argv[1:] for each in (word, word.partition("=")[2]))
+    with suppress(OSError):  # it was deleted
+        arguments = (*arguments, os.getcwd())
+    folders = (os.environ.get(name, "") for name in _FOLDERS)
+    return sorted({visible(word) for word in (*arguments, *folders) if " " in word}, key=len, reverse=True)
+
+
 def _without_breaks(match: re.Match[str]) -> str:
     """Keep a part together unless it is so long that the terminal would break it, and begin a line within it."""
     part = match[0]
-    return part.replace(" ", _NO_BREAK) if len(part) <= LONGEST_PART or part in sys.argv else part
+    return part.replace(" ", _NO_BREAK) if len(part) <= LONGEST_PART or part in _with_spaces() else part

@@ -8,6 +8,7 @@ import struct
 import sys
 import termios
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import pytest
@@ -81,6 +82,20 @@ def test_paths_and_commands_are_not_broken(printed: Printed, monkeypatch: pytest
         assert each in text, text
     assert len(text.splitlines()) > 3
     assert "\0" not in text
+
+
+@pytest.mark.parametrize("columns", [40, 57, 80])
+def test_path_below_a_folder_of_the_user_is_not_broken(
+    printed: Printed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, columns: int
+) -> None:
+    (tmp_path / "my models and data").mkdir()
+    monkeypatch.chdir(tmp_path / "my models and data")
+    monkeypatch.setenv("TORCH_HOME", "/home/someone with a name/and a folder that has a rather long name/torch")
+    monkeypatch.setattr(sys, "argv", ["streamconv", "--report=a report of mine.html"])
+    paths = [f"{os.environ['TORCH_HOME']}/hub/x.pth", f"{os.getcwd()}/x", "a report of mine.html"]
+    text = printed(f"If you have x.pth, put it at {', or at '.join(paths)}", columns=columns)
+    assert all(path in text for path in paths), text
+    assert len(text.splitlines()) > 3
 
 
 def test_error_lists_each_problem_with_a_hanging_indent(printed: Printed) -> None:
