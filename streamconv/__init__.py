@@ -32,4 +32,5 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *import_module("streamconv.api").__all__})
+        dunders = (name for name in globals() if name.startswith("__"))
+        return sorted({*dunders, *import_module("streamconv.api").__all__})

@@ -49,3 +49,7 @@ def test_unit_tests_import_no_torch() -> None:
         "print([name for name in ('torch', 'transformers', 'torchvision') if name in sys.modules])"
     )
     assert run_python(code).splitlines()[-1] == "[]"
+
+
+def test_package_lists_its_public_names() -> None:
+    assert {name for name in dir(streamconv) if not name.startswith("__")} | {"__version__"} == {*streamconv.__all__}
