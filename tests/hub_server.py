@@ -20,7 +20,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -65,7 +65,8 @@ class Fault:
     """A fault of the next ``times`` requests whose "METHOD path" matches the pattern.
 
     Without a ``status``, the connection is cut after ``cut_after`` bytes of the request's body or, if that is None, the
-    response is withheld until the server closes. With ``late``, the request takes effect before it fails.
+    response is withheld until the server closes. With ``late``, the request takes effect before it fails. With
+    ``drips``, the response begins with these bytes and continues with a byte every 50 ms.
     """
 
     pattern: str
@@ -75,6 +76,7 @@ class Fault:
     times: int = 1
     cut_after: int | None = None
     late: bool = False
+    drips: bytes = b""
 
 
 class HubServer:
@@ -452,7 +454,10 @@ def _handler(hub: HubServer, part: str) -> type[BaseHTTPRequestHandler]:
                     fault.times -= 1
             size = int(self.headers.get("Content-Length") or 0)
             if fault is not None and fault.status is None and not fault.late:
-                if fault.cut_after is None:
+                if fault.drips:
+                    self.rfile.read(size)
+                    self._drip(fault.drips)
+                elif fault.cut_after is None:
                     hub.closing.wait(30)
                 else:
                     self.rfile.read(min(size, fault.cut_after))
@@ -472,6 +477,12 @@ def _handler(hub: HubServer, part: str) -> type[BaseHTTPRequestHandler]:
             self._send(answer)
 
         do_GET = do_HEAD = do_POST = do_PUT = do_any
+
+        def _drip(self, data: bytes) -> None:
+            with suppress(OSError):
+                while not hub.closing.wait(0.05):
+                    self.wfile.write(data)
+                    data = b"x"
 
         def _chunks(self) -> bytes:
             data = b""

@@ -7,16 +7,16 @@ The original exception is dropped, even as a cause: a server may have echoed the
 import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from inspect import signature
-from threading import Thread
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from streamconv._version import __version__
 from streamconv.display import shortened
 from streamconv.errors import HubError, StreamconvError
 from streamconv.files.hub_settings import hub_endpoint, hub_token
-from streamconv.hub.transport import network_errors, timeout_errors
+from streamconv.hub import transport
+from streamconv.hub.transport import NoAnswerError, in_time, network_errors, timeout_errors
 from streamconv.logs import logger
 from streamconv.redaction import redacted, shown_url
 
@@ -28,7 +28,6 @@ _log = logger(__name__)
 Result = TypeVar("Result")
 
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry
-CALL_SECONDS = 300.0  # for a call with a small answer; the transport's timeout starts again with every byte
 RUN_AGAIN = "Run the same command again: files that the Hub already has are not uploaded again."
 
 # Two failures can only be told by the Hub's text: their statuses are those of other failures, too, they have no error
@@ -78,14 +77,14 @@ class HubClient:
         Args:
             failure: The beginning of the error message, such as "x cannot be uploaded to y".
             is_repeatable: Calling twice has the same effect as calling once. Otherwise there is no retry.
-            is_upload: It sends large files, which takes as long as it takes. Anything else ends in `CALL_SECONDS`.
+            is_upload: It sends large files, which takes as long as it takes. Anything else ends in `ANSWER_SECONDS`.
 
         Raises:
             HubError: the call failed, and a retry did not help.
         """
         for delay in (*RETRY_DELAYS, None) if is_repeatable else (None,):
             try:
-                return function(*args, **kwargs) if is_upload else _in_time(failure, function, *args, **kwargs)
+                return function(*args, **kwargs) if is_upload else _in_time(function, *args, **kwargs)
             except StreamconvError:
                 raise
             except Exception as error:  # of any type, since none may show the token
@@ -106,7 +105,7 @@ class HubClient:
         if "write" not in signature(self.api.auth_check).parameters:
             return False
         try:
-            _in_time("", self.api.auth_check, repo_id, write=True)
+            _in_time(self.api.auth_check, repo_id, write=True)
         except Exception as error:  # of any type: only this answer is of interest
             return any(
                 isinstance(each, HfHubHTTPError) and each.response is not None and each.response.status_code == 403
@@ -121,7 +120,10 @@ class HubClient:
         causes = list(_causes(error))
         # Before 1.0, a HfHubHTTPError without a response is a download that failed without one.
         rejections = [e for e in causes if isinstance(e, HfHubHTTPError) and e.response is not None]
-        if rejections:
+        if any(isinstance(each, NoAnswerError) for each in causes):
+            message, problem = "", f"the Hub did not answer in full in {transport.ANSWER_SECONDS:,.0f} s"
+            fix, is_transient = RUN_AGAIN, False
+        elif rejections:
             status = rejections[0].response.status_code
             message = self._redact(next((e.server_message for e in rejections if e.server_message), ""))
             problem, fix = self._diagnose(rejections[0], status, message)
@@ -172,20 +174,9 @@ class HubClient:
         return shortened(redacted(" ".join(text.split()), [self._token]), 500)
 
 
-def _in_time(failure: str, function: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
-    """Call a function in another thread; raise `HubError` if it takes too long, such as if the Hub drips its answer."""
-    result: Future[Result] = Future()
-
-    def work() -> None:
-        try:
-            result.set_result(function(*args, **kwargs))
-        except BaseException as error:
-            result.set_exception(error)
-
-    Thread(target=work, name="hub", daemon=True).start()
-    if not wait([result], CALL_SECONDS).done:
-        raise HubError(f"{failure}: the Hub did not answer in full in {CALL_SECONDS:,.0f} s. {RUN_AGAIN}")
-    return result.result()
+def _in_time(function: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
+    started = monotonic()
+    return in_time(lambda: function(*args, **kwargs), lambda: started)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -5,14 +5,45 @@ would exclude transformers 4.57, which needs an older version, so there are two 
 """
 
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from importlib import import_module
-from typing import Any
+from threading import Thread
+from time import monotonic
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 TIMEOUT_SECONDS = 120.0  # without receiving a byte; by default, huggingface_hub waits forever
+ANSWER_SECONDS = 300.0  # for a whole answer: the timeout above starts again with every byte
+
+
+class NoAnswerError(Exception):
+    """The Hub did not answer in full in `ANSWER_SECONDS`, such as if it sends a byte every few seconds."""
+
+
+def in_time(function: Callable[[], Result], sent_at: Callable[[], float]) -> Result:
+    """Call a function in another thread; raise `NoAnswerError` if it takes longer than `ANSWER_SECONDS`.
+
+    ``sent_at`` returns the time from which they count, by `monotonic`. It may grow while the function runs.
+    """
+    result: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    Thread(target=work, name="hub", daemon=True).start()
+    while (seconds := sent_at() + ANSWER_SECONDS - monotonic()) > 0:
+        if wait([result], seconds).done:
+            return result.result()
+    raise NoAnswerError
 
 
 def configure_process() -> None:
-    """Give huggingface_hub a timeout, and silence its progress bars, its log and its warnings.
+    """Limit the time of huggingface_hub's requests, and silence its progress bars, its log and its warnings.
 
     These settings apply to the whole process, so only a program may change them: the command line does, the library
     never does. A service that embeds the library may have its own client, with its own proxies and certificates.
@@ -27,7 +58,8 @@ def configure_process() -> None:
     hub: Any = import_module("huggingface_hub")
     http = _http_library()
     if hasattr(hub, "set_client_factory"):
-        hub.set_client_factory(lambda: http.Client(follow_redirects=True, timeout=TIMEOUT_SECONDS))
+        client = _client_class(http)
+        hub.set_client_factory(lambda: client(follow_redirects=True, timeout=TIMEOUT_SECONDS))
         return
 
     class Session(http.Session):  # type: ignore[misc, name-defined]
@@ -35,6 +67,30 @@ def configure_process() -> None:
             return super().request(*args, **{"timeout": TIMEOUT_SECONDS, **options})
 
     hub.configure_http_backend(Session)
+
+
+def _client_class(http: Any) -> Any:
+    """Return a client that waits for answers as `in_time`, from the moment at which the request has been sent."""
+
+    class Body(http.SyncByteStream):  # type: ignore[misc]
+        def __init__(self, stream: Any):
+            self._stream, self.sent_at = stream, monotonic()
+
+        def __iter__(self) -> Iterator[bytes]:
+            for part in self._stream:
+                yield part
+                self.sent_at = monotonic()
+
+        def close(self) -> None:
+            self._stream.close()
+
+    class Client(http.Client):  # type: ignore[misc]
+        def send(self, request: Any, **options: Any) -> Any:
+            request.stream = body = Body(request.stream)
+            send = super().send
+            return in_time(lambda: send(request, **options), lambda: body.sent_at)
+
+    return Client
 
 
 def timeout_errors() -> tuple[type[Exception], ...]:

@@ -358,6 +358,30 @@ def test_unresponsive_hub_times_out_in_the_command_lines_process(
         repository.commit({"config.json": b"{}"}, "all")
 
 
+@pytest.mark.transformers
+@pytest.mark.skipif(not hasattr(_http, "set_client_factory"), reason="huggingface_hub before 1.0 uses requests")
+@pytest.mark.usefixtures("restored_process")
+@pytest.mark.parametrize(
+    ("what", "start"),
+    [
+        ("PUT /upload", b"HTTP/1.1 200 OK\r\nA: b"),
+        (r"POST /ada/it\.git/info/lfs/objects/batch", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"),
+    ],
+)
+def test_hub_that_drips_its_answer_to_an_upload_is_given_up_in_the_command_lines_process(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, what: str, start: bytes
+) -> None:
+    monkeypatch.setattr(transport, "ANSWER_SECONDS", 0.5)
+    transport.configure_process()
+    hub.fail(what, drips=start)
+    started = time.monotonic()
+    with pytest.raises(HubError, match=r"cannot be uploaded to ada/it: the Hub did not answer in full in 0 s"):
+        pushed(folder)
+    assert time.monotonic() - started < 5
+    monkeypatch.setattr(transport, "ANSWER_SECONDS", 300)
+    assert pushed(folder)  # the same call again succeeds
+
+
 def process_settings() -> list[object]:
     """Return huggingface_hub's settings that hold for the whole process, and the warnings' filters."""
     session: Any = get_session()
@@ -368,14 +392,12 @@ def process_settings() -> list[object]:
 
 
 @pytest.mark.transformers
-def test_hub_that_does_not_answer_in_full_is_an_error_except_for_uploads(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_that_does_not_answer_in_full_is_an_error(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.fail("GET /api/whoami")
-    monkeypatch.setattr(client, "CALL_SECONDS", 0.2)
+    monkeypatch.setattr(transport, "ANSWER_SECONDS", 0.2)
     with pytest.raises(HubError, match="The token cannot be used: the Hub did not answer in full in 0 s"):
         Repository(Destination("ada/it"), None)
-    assert client.HubClient().call("x", Event().wait, 0.4, is_upload=True) is False
+    assert client.HubClient().call("x", Event().wait, 0.4, is_upload=True) is False  # which may take longer
 
 
 def test_pushes_in_two_threads_change_no_setting_of_the_process(hub: HubServer, folder: Path) -> None:
