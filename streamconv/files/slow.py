@@ -71,6 +71,9 @@ class WatchedResponse(HTTPResponse):
 
     def begin(self) -> None:
         super().begin()
+        while 100 < self.status < 200 and self.status != 101:  # such as 103 Early Hints; http.client skips only 100
+            self.headers = self.msg = None  # type: ignore[assignment]
+            super().begin()
         self._watched.restart(reads_headers=False)
 
     def _read_and_discard_trailer(self) -> None:

@@ -24,6 +24,7 @@ HEAD = f"HTTP/1.1 206 Partial\r\nETag: 1\r\nContent-Range: bytes 0-{SIZE - 1}/{S
 LENGTH = f"Content-Length: {SIZE}\r\n\r\n".encode()
 CHUNK = f"Transfer-Encoding: chunked\r\n\r\n{SIZE - 1:x}\r\n".encode() + b"x" * (SIZE - 1) + b"\r\n0\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </x.css>\r\n\r\n"
 
 
 def drip(start: bytes, part: bytes, pause: float = 0.01) -> Callable[[], Iterator[tuple[bytes, float]]]:
@@ -76,6 +77,8 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (drip(b"", CONTINUE, 0), "sends headers without end"),
         (drip(b"", CONTINUE), "sends headers without end"),
+        (drip(b"", HINTS, 0), "sends headers without end"),
+        (drip(b"", HINTS), "sends headers without end"),
         (drip(b"HTTP/1.1 200 OK\r\n", b"x"), "sends headers without end"),
         (drip(b"HTTP/1.1 200 ", b"x"), "sends headers without end"),
         (drip(HEAD + LENGTH, b"x"), "sends too slowly"),
@@ -114,6 +117,12 @@ def test_response_that_never_comes_is_refused(serve: Callable[..., str], monkeyp
 def test_honest_slow_server_is_read(serve: Callable[..., str]) -> None:
     """It sends 5 kB a second, for longer than the window."""
     with closing(HttpFile(Address(serve(drip(HEAD + LENGTH, b"x" * 50))))) as file:
+        assert file.read(0, SIZE) == b"x" * SIZE
+
+
+def test_interim_responses_are_skipped(serve: Callable[..., str]) -> None:
+    interim = HINTS + CONTINUE + b"HTTP/1.1 102 Processing\r\n\r\n" + HINTS
+    with closing(HttpFile(Address(serve(drip(interim + HEAD + LENGTH, b"x" * SIZE))))) as file:
         assert file.read(0, SIZE) == b"x" * SIZE
 
 
