@@ -11,7 +11,6 @@ import click
 from streamconv.cli.terminal import Printer
 from streamconv.display import visible
 from streamconv.errors import UsageError
-from streamconv.files.hub_settings import hub_endpoint
 
 GROUPS = ("Source", "Output", "Verification", "Hub", "General")
 FIRST_COLUMN = 26  # of the help: options with longer names have their text on the next line
@@ -93,16 +92,15 @@ class Command(click.Command):
 
 
 def _check_environment() -> None:
-    """Refuse what would fail in the middle of a command; the help needs neither.
+    """Refuse what would fail in the middle of a command; the help does not need it.
 
     Raises:
-        UsageError: the current folder was deleted, or HF_ENDPOINT is not a URL.
+        UsageError: the current folder was deleted.
     """
     try:
         os.getcwd()
     except FileNotFoundError:
         raise UsageError("The current folder no longer exists. Change to another one.") from None
-    hub_endpoint()  # huggingface_hub, which several steps import, fails if it is not valid
 
 
 def command(*parameters: click.Parameter, name: str | None = None) -> Callable[[Callable[..., int | None]], Command]:

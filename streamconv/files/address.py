@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from streamconv.display import printable
 from streamconv.errors import UsageError
+from streamconv.files.hub_settings import hub_endpoint
 from streamconv.files.web_pages import direct_url, page_problem
 from streamconv.redaction import MIN_LENGTH, WEB, links_of, secret_user, secrets_of_user, shown_url
 
@@ -189,8 +190,9 @@ def hf_to_https(address: Address) -> Address:
     """Convert hf://[datasets/]OWNER/NAME[@REVISION]/FILE to the https URL of the same file.
 
     Raises:
-        UsageError: it is not of this form.
+        UsageError: it is not of this form, or HF_ENDPOINT is not a URL.
     """
+    hub_endpoint()  # huggingface_hub cannot be imported if it is not valid
     from huggingface_hub import hf_hub_url
 
     kind, *parts = address.url.partition("://")[2].split("/")

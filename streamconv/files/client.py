@@ -24,7 +24,7 @@ from streamconv.display import printable
 from streamconv.errors import NetworkError, SourceError, UsageError
 from streamconv.files import slow
 from streamconv.files.address import Address
-from streamconv.files.hub_settings import hub_endpoint, hub_token
+from streamconv.files.hub_settings import hub_endpoint_for, hub_token
 from streamconv.redaction import redacted, secrets_of_user
 
 TIMEOUT_SECONDS = 30.0  # to connect, and to wait for the next byte
@@ -207,7 +207,8 @@ def _authorization(url: SplitResult, origin: SplitResult) -> dict[str, str]:
     """Return credentials for the host of ``url``: those in ``origin`` if it has the same host, else the Hub's token."""
     if origin.username is not None and _host(url) == _host(origin):
         return {"Authorization": _basic(origin)}
-    if _host(url) == _host(hub_endpoint()):
+    hub = hub_endpoint_for(url.hostname or "")
+    if hub is not None and _host(url) == _host(hub):
         token = hub_token()
         return {"Authorization": f"Bearer {token}"} if token else {}
     return {}

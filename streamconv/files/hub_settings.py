@@ -1,6 +1,8 @@
 """The Hub's address and the user's token, from the environment as huggingface_hub reads them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import SplitResult, urlsplit
 
 from streamconv.display import printable
@@ -11,8 +13,10 @@ from streamconv.redaction import shown_url
 def hub_endpoint() -> SplitResult:
     """Return the URL of the Hub. It is read here, because importing huggingface_hub costs 20 MB.
 
+    To be called before huggingface_hub is imported, which then does not fail.
+
     Raises:
-        UsageError: HF_ENDPOINT is not a URL. Importing huggingface_hub would fail.
+        UsageError: HF_ENDPOINT is not a URL.
     """
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
@@ -24,6 +28,35 @@ def hub_endpoint() -> SplitResult:
         shown = printable(shown_url(url))
         raise UsageError(f"HF_ENDPOINT is {shown}, which is not a URL. Set it to https://HOST:PORT, or unset it.")
     return parts
+
+
+def hub_endpoint_for(host: str) -> SplitResult | None:
+    """Return the URL of the Hub; None if HF_ENDPOINT is not a URL, and ``host`` is certainly another host.
+
+    Raises:
+        UsageError: HF_ENDPOINT is not a URL, and may name this host.
+    """
+    try:
+        return hub_endpoint()
+    except UsageError:
+        if host in os.environ["HF_ENDPOINT"].lower() or host == "huggingface.co":
+            raise
+        return None
+
+
+@contextmanager
+def without_invalid_endpoint() -> Iterator[None]:
+    """Let others import huggingface_hub although HF_ENDPOINT is not a URL; they must not use the Hub."""
+    hidden = None
+    try:
+        hub_endpoint()
+    except UsageError:
+        hidden = os.environ.pop("HF_ENDPOINT")
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            os.environ["HF_ENDPOINT"] = hidden
 
 
 def hub_token() -> str:

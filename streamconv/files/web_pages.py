@@ -6,7 +6,7 @@ to get the file.
 
 import re
 
-from streamconv.files.hub_settings import hub_endpoint
+from streamconv.files.hub_settings import hub_endpoint_for
 
 _HUB = r"(?:www\.)?huggingface\.co|hf\.co|hf-mirror\.com"  # and HF_ENDPOINT
 _GITHUB, _GITLAB = r"(?:www\.)?github\.com", r"(?:[\w.-]+\.)?gitlab\.[\w.]+"
@@ -108,4 +108,7 @@ def _parts(url: str) -> tuple[str, str, str]:
 
 
 def _is_host(host: str, pattern: str) -> bool:
-    return bool(re.fullmatch(pattern, host)) or (pattern == _HUB and host == hub_endpoint().netloc.lower())
+    if re.fullmatch(pattern, host):
+        return True
+    hub = hub_endpoint_for(host) if pattern == _HUB and host else None
+    return hub is not None and host == hub.netloc.rpartition("@")[2].lower()

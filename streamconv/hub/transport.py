@@ -12,6 +12,8 @@ from threading import Thread
 from time import monotonic
 from typing import Any, TypeVar
 
+from streamconv.files.hub_settings import hub_endpoint
+
 Result = TypeVar("Result")
 
 TIMEOUT_SECONDS = 120.0  # without receiving a byte; by default, huggingface_hub waits forever
@@ -49,7 +51,11 @@ def configure_process() -> None:
     never does. A service that embeds the library may have its own client, with its own proxies and certificates.
     `set_client_factory` would replace that client and close it while other threads use it, and could not be undone,
     because huggingface_hub has no way to read the current factory.
+
+    Raises:
+        UsageError: HF_ENDPOINT is not a URL.
     """
+    hub_endpoint()
     from huggingface_hub.utils import disable_progress_bars, logging
 
     warnings.filterwarnings("ignore", module="huggingface_hub")

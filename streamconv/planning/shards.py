@@ -64,27 +64,35 @@ def lay_out(targets: Mapping[str, SourceTensor], max_bytes: int) -> tuple[tuple[
     """
     if sum(tensor.target.nbytes for tensor in targets.values()) <= max_bytes:
         return (make_shard(SINGLE_NAME, targets),), None
-    # Imported only here: huggingface_hub before 1.0 costs 20 MB of memory.
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    split = split_state_dict_into_shards_factory(
-        dict(targets),
-        get_storage_size=lambda tensor: tensor.target.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_bytes,
-    )
-    shards = tuple(
-        make_shard(filename, {name: targets[name] for name in names})
-        for filename, names in split.filename_to_tensors.items()
-    )
-    if len(shards) > MAX_SHARDS:
+    files = _cut(targets, max_bytes)
+    if len(files) == 1:  # one tensor, larger than the limit
+        return (make_shard(SINGLE_NAME, targets),), None
+    if len(files) > MAX_SHARDS:
         raise UsageError(
-            f"{len(shards):,} weight files are too many; up to {MAX_SHARDS:,} can be written. Give a larger "
+            f"{len(files):,} weight files are too many; up to {MAX_SHARDS:,} can be written. Give a larger "
             "--max-shard-size."
         )
-    if not split.is_sharded:  # one tensor, larger than the limit
-        return shards, None
-    return shards, to_json(make_index(targets, split.tensor_to_filename))
+    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    shards = tuple(make_shard(name, tensors) for name, tensors in zip(names, files, strict=True))
+    weight_map = {key: shard.filename for shard, tensors in zip(shards, files, strict=True) for key in tensors}
+    return shards, to_json(make_index(targets, weight_map))
+
+
+def _cut(targets: Mapping[str, SourceTensor], max_bytes: int) -> list[dict[str, SourceTensor]]:
+    """Fill one file after the other; a tensor larger than ``max_bytes`` comes before the file that is being filled."""
+    files: list[dict[str, SourceTensor]] = []
+    current: dict[str, SourceTensor] = {}
+    size = 0
+    for name, tensor in targets.items():
+        if tensor.target.nbytes > max_bytes:
+            files.append({name: tensor})
+            continue
+        if size + tensor.target.nbytes > max_bytes:
+            files.append(current)
+            current, size = {}, 0
+        current[name] = tensor
+        size += tensor.target.nbytes
+    return [*files, current] if current else files
 
 
 def make_shard(filename: str, tensors: Mapping[str, SourceTensor]) -> Shard:

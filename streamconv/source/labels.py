@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from streamconv.errors import SourceError, UsageError
+from streamconv.files.hub_settings import hub_endpoint
 from streamconv.files.local import read_small
 from streamconv.formats.limits import MAX_SETTINGS_BYTES, TooLargeError, parse_small_json
 
@@ -67,7 +68,7 @@ def imagenet_labels() -> tuple[list[str], str]:
     torchvision's, which are shorter ("tench" for "tench, Tinca tinca").
 
     Raises:
-        UsageError: neither is available.
+        UsageError: neither is available, or HF_ENDPOINT is not a URL.
     """
     hub = _hub_labels()
     if hub is not None:
@@ -77,6 +78,7 @@ def imagenet_labels() -> tuple[list[str], str]:
 
 def _hub_labels() -> list[str] | None:
     """Download the Hub's file or find it in the cache, in a separate process: an HTTP client costs 20 MB."""
+    hub_endpoint()  # if it is not valid, that process cannot import huggingface_hub
     import subprocess  # only classifiers need it
 
     command = [sys.executable, "-m", "streamconv.source.labels"]

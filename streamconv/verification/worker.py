@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from streamconv.display import visible
 from streamconv.errors import StreamconvError, UsageError
+from streamconv.files.hub_settings import without_invalid_endpoint
 from streamconv.logs import logger
 from streamconv.progress import ProgressUnit
 from streamconv.verification.process import OUT_OF_MEMORY, ModelsHere
@@ -126,7 +127,8 @@ def _import_models() -> None:
     """
     gc.disable()  # collecting garbage among the many new objects takes a fifth of the time
     try:
-        import streamconv.verification.model_checks  # noqa: F401
+        with without_invalid_endpoint():
+            import streamconv.verification.model_checks  # noqa: F401
     except (Exception, SystemExit) as error:
         lines = "".join(traceback.format_exception_only(error)).strip().splitlines()[-3:]
         raise UsageError(

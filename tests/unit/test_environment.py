@@ -1,6 +1,8 @@
 """Settings of the environment that cannot be used end in one message, never in a traceback."""
 
+from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from click.testing import CliRunner
@@ -8,20 +10,59 @@ from click.testing import CliRunner
 from streamconv.cli.commands import app
 from streamconv.errors import UsageError
 from streamconv.files.address import Address, parse_location
+from streamconv.files.client import Client, _authorization
 from streamconv.files.hub_settings import hub_endpoint, hub_token
+from streamconv.files.open import open_file
+from streamconv.hub.client import HubClient
+from streamconv.hub.transport import configure_process
 from streamconv.source.cache import download_path, torch_hub_cache
+from streamconv.source.labels import imagenet_labels
+from tests.support import run_python
+
+BAD_ENDPOINTS = ["http://h.org:99999", "http://h.org:bad", "http://[h.org", "h.org", "https://", "http://h.org:0"]
+ON_THE_HUB: dict[str, Callable[[], object]] = {
+    "a short URL": lambda: open_file(Address("hf://owner/name/x.pth")),
+    "a URL": lambda: Client("").get("https://huggingface.co/owner/name/resolve/main/x.pth", {}),
+    "labels": imagenet_labels,
+    "a push": HubClient,
+    "settings for a push": configure_process,
+}
 
 
-@pytest.mark.parametrize("url", ["http://h:99999", "http://h:bad", "http://[", "nonsense", "https://", "http://h:0"])
-def test_hub_address_that_is_no_url_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("url", BAD_ENDPOINTS)
+def test_hub_address_that_is_no_url_is_refused_only_if_the_hub_is_used(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_ENDPOINT", url)
-    done = CliRunner().invoke(app, ["plan", "https://host.invalid/x.pth"])
+    monkeypatch.setenv("HF_TOKEN", "hf_t0ken")
+    for act in ON_THE_HUB.values():
+        with pytest.raises(UsageError, match=r"HF_ENDPOINT is .*, which is not a URL"):
+            act()
+    if "h.org" in url:
+        with pytest.raises(UsageError, match="HF_ENDPOINT"):
+            parse_location("https://h.org/x.pth")
+    location = parse_location("https://host.invalid/x.pth")
+    assert _authorization(urlsplit(location.url), urlsplit(location.url)) == {}
+
+
+def test_hub_address_that_is_no_url_ends_a_command_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://h:bad")
+    done = CliRunner().invoke(app, ["plan", "hf://owner/name/x.pth"])
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith("error: HF_ENDPOINT is ")
     assert done.stderr.count("\n") == 1
-    assert CliRunner().invoke(app, ["plan", "--help"]).exit_code == 0
-    with pytest.raises(UsageError, match="HF_ENDPOINT"):
-        parse_location("https://host.invalid/x.pth")
+
+
+def test_library_that_imports_huggingface_hub_does_not_see_an_invalid_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://h:bad")
+    code = """
+import os
+from streamconv.files.hub_settings import without_invalid_endpoint
+with without_invalid_endpoint():
+    from huggingface_hub import hf_hub_url
+print(os.environ["HF_ENDPOINT"])
+"""
+    assert run_python(code) == "http://h:bad\n"
 
 
 def test_hub_address_is_the_usual_one_if_it_is_empty_and_hides_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
