@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
+from streamconv.arguments import checked
 from streamconv.display import visible
 
 P = ParamSpec("P")
@@ -54,8 +55,12 @@ class _Raised(BaseException):
 
 
 def job(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that exceptions of ``progress`` and ``on_result`` reach its caller unchanged."""
+    """Decorate a function so that exceptions of ``progress`` and ``on_result`` reach its caller unchanged.
 
+    Its arguments are checked first: see `checked`.
+    """
+
+    @checked
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in {"progress", "on_result"} & kwargs.keys():

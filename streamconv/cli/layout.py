@@ -134,11 +134,11 @@ def laid_out(line: str | Line, columns: int | None) -> str:
 
 def _with_spaces() -> list[str]:
     """Return the paths with spaces that the user gave, from the longest: arguments, values of options, own folders."""
-    arguments = (each for word in sys.argv[1:] for each in (word, word.partition("=")[2]))
+    words = [each for word in sys.argv[1:] for each in (word, word.partition("=")[2])]
+    words += [os.environ.get(name, "") for name in _FOLDERS]
     with suppress(OSError):  # it was deleted
-        arguments = (*arguments, os.getcwd())
-    folders = (os.environ.get(name, "") for name in _FOLDERS)
-    return sorted({visible(word) for word in (*arguments, *folders) if " " in word}, key=len, reverse=True)
+        words.append(os.getcwd())
+    return sorted({visible(word) for word in words if " " in word}, key=len, reverse=True)
 
 
 def _without_breaks(match: re.Match[str]) -> str:

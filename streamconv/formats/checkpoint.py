@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from types import TracebackType
 
+from streamconv.arguments import checked
 from streamconv.display import printable
 from streamconv.errors import CorruptError, NotACheckpointError, SourceMissingError, located
 from streamconv.files.address import Address, parse_location
@@ -112,6 +113,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
         self.close()
 
 
+@checked
 def open_checkpoint(
     place: str | PathLike[str] | Address,
     *,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from streamconv.arguments import check_fields
+
 
 @dataclass(frozen=True)
 class Destination:
@@ -18,6 +20,9 @@ class Destination:
     private: bool = False
     revision: str | None = None
     create_pr: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, Destination)
 
 
 @dataclass(frozen=True)

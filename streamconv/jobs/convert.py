@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 
+from streamconv.arguments import checked
 from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.conversion import Conversion, PreparedConversion
@@ -24,6 +25,7 @@ from streamconv.source.resolve import default_output
 from streamconv.tensors.checksums import RecordChecks
 
 
+@checked
 def plan(source: StrPath, options: ConversionOptions = ConversionOptions()) -> Plan:
     """Plan what `convert` would write. No weights are read and nothing is written.
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 
+from streamconv.arguments import check_fields, shown_value
 from streamconv.errors import UsageError
 from streamconv.families.image_processors import MAX_SIDE
 from streamconv.hub.destination import Destination
@@ -13,6 +14,7 @@ from streamconv.planning.shards import parse_size
 from streamconv.tensors.info import CastDtype, parse_cast_dtype
 
 StrPath = str | PathLike[str]
+MAX_HEADS = 65_536
 # Without float64, a difference in float32 may be rounding or a wrong weight.
 UNSUITABLE = {"mps": "Apple's GPUs have no float64.", "xpu": "Many of Intel's GPUs have no float64."}
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
@@ -42,11 +44,10 @@ class SourceOptions:
     head_select: str | None = None
 
     def __post_init__(self) -> None:
-        if self.num_heads is not None and (type(self.num_heads) is not int or self.num_heads < 1):
-            raise UsageError(f"A model cannot have {self.num_heads!r} attention heads. Give a positive number.")
-        for prefix in (self.select, self.head_select):
-            if prefix is not None and not isinstance(prefix, str):
-                raise UsageError(f"{prefix!r} is not a prefix of names. Give a string.")
+        check_fields(self, SourceOptions)
+        if self.num_heads is not None and not 0 < self.num_heads <= MAX_HEADS:
+            heads = shown_value(self.num_heads)
+            raise UsageError(f"A model cannot have {heads} attention heads. Give a number from 1 to {MAX_HEADS:,}.")
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,16 @@ class ConversionOptions(SourceOptions):
         for name in ("image_mean", "image_std"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, parse_channel_numbers(name, getattr(self, name)))
-        if self.image_size is not None and (type(self.image_size) is not int or not 0 < self.image_size <= MAX_SIDE):
-            raise UsageError(
-                f"{self.image_size!r} is not an image size. Give the height and width in pixels, up to {MAX_SIDE:,}."
-            )
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", parse_cast_dtype(self.dtype))
+        check_fields(self, ConversionOptions)
+        if self.image_size is not None and not 0 < self.image_size <= MAX_SIDE:
+            size = shown_value(self.image_size)
+            raise UsageError(f"{size} is not an image size. Give the height and width in pixels, up to {MAX_SIDE:,}.")
         if self.image_processor is not None and (self.image_mean, self.image_std, self.image_size) != (None,) * 3:
             raise UsageError(
                 "--image-processor gives the whole image processor. Omit --image-mean, --image-std and --image-size."
             )
-        if self.dtype is not None:
-            object.__setattr__(self, "dtype", parse_cast_dtype(self.dtype))
 
     @property
     def max_shard_bytes(self) -> int:
@@ -134,8 +135,9 @@ class VerificationOptions:
     command: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
-            kind = str(self.device).partition(":")[0]
+        check_fields(self, VerificationOptions)
+        if not _DEVICE.fullmatch(self.device):
+            kind = self.device.partition(":")[0]
             why = f" {UNSUITABLE[kind]}" if kind in UNSUITABLE else ""
             raise UsageError(f"{self.device!r} is not a device to verify on.{why} Use auto, cpu, cuda or cuda:N.")
 
@@ -169,7 +171,9 @@ class PushOptions:
         if self.license is not None:
             object.__setattr__(self, "license", _parse_license(self.license))
         if not isinstance(self.destination, Destination):
-            raise UsageError(f"{self.destination!r} is not a Destination. Give Destination(repo={self.destination!r}).")
+            given = shown_value(self.destination)
+            raise UsageError(f"{given} is not a Destination. Give Destination(repo={given}).")
+        check_fields(self, PushOptions)
         if self.destination.revision == "":
             raise UsageError("The revision's name is empty. Give the name of a branch.")
 
@@ -178,7 +182,9 @@ def _parse_license(name: str) -> str:
     """Return a licence's name as the Hub spells it."""
     spelled = name.strip().lower() if isinstance(name, str) else ""
     if not spelled or not spelled.isprintable():
-        raise UsageError(f"{name!r} is not a licence. Give its name on the Hub, such as apache-2.0 or cc-by-4.0.")
+        raise UsageError(
+            f"{shown_value(name)} is not a licence. Give its name on the Hub, such as apache-2.0 or cc-by-4.0."
+        )
     if spelled == "other":
         raise UsageError(
             'The licence "other" needs a name and a link. Write a README.md of your own into the folder, with '
@@ -192,5 +198,5 @@ def _parse_tags(tags: object) -> tuple[str, ...]:
     given = tuple(tags) if isinstance(tags, (tuple, list)) else (tags,)
     wrong = [tag for tag in given if not isinstance(tag, str) or not tag.strip() or not tag.isprintable()]
     if wrong or isinstance(tags, str):
-        raise UsageError(f"{wrong[0] if wrong else tags!r} is not a list of tags. Give a tuple of words.")
+        raise UsageError(f"{shown_value(wrong[0] if wrong else tags)} is not a list of tags. Give a tuple of words.")
     return tuple(dict.fromkeys(tag.strip() for tag in given))

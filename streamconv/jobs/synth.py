@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from streamconv.arguments import shown_value
 from streamconv.errors import OutputError, UsageError
 from streamconv.families.base import Model
 from streamconv.families.registry import find_model
@@ -64,7 +65,7 @@ def _synth(model: str, path: str | PathLike[str], seed: int, force: bool, progre
     backbone = local_path(path, "checkpoint")
     head = _head_path(backbone, found)
     if seed < 0:
-        raise UsageError(f"The seed {seed} is negative. Choose 0 or a greater number.")
+        raise UsageError(f"The seed {shown_value(seed)} is negative. Choose 0 or a greater number.")
     if backbone.suffix == ".safetensors":
         raise UsageError(f"{backbone} would be a .pth, as the authors publish it. End its name in .pth.")
     require_absent([file for file in (backbone, head) if file is not None], Journal(), force=force)

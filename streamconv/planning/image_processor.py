@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from streamconv.arguments import shown_value
 from streamconv.errors import UsageError
 from streamconv.families.base import ConversionSpec, Family, Model
 from streamconv.families.image_processors import UnknownStepsError, class_name
@@ -52,20 +53,20 @@ def parse_channel_numbers(name: str, value: str | float | Sequence[float]) -> tu
     Raises:
         UsageError: it is none of these, or does not suit values from 0 to 1.
     """
-    option = f"--{name.replace('_', '-')}"
+    shown = f"--{name.replace('_', '-')} {shown_value(value)}"
     given: Sequence[Any] = (
         value.split(",") if isinstance(value, str) else ([*value] if isinstance(value, Sequence) else [value])
     )
     try:
         numbers = tuple(float(each) for each in given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = ()
     if not numbers or not all(map(math.isfinite, numbers)):
-        raise UsageError(f"{option} {value!r} is not a list of numbers. Give one per channel, such as 0.5,0.5,0.5.")
+        raise UsageError(f"{shown} is not a list of numbers. Give one per channel, such as 0.5,0.5,0.5.")
     if max(map(abs, numbers)) > MAX_CHANNEL_NUMBER:
-        raise UsageError(f"{option} {value!r} is not for values from 0 to 1. If it is for 0 to 255, divide it by 255.")
+        raise UsageError(f"{shown} is not for values from 0 to 1. If it is for 0 to 255, divide it by 255.")
     if name == "image_std" and min(numbers) <= 0:
-        raise UsageError(f"{option} {value!r} has a number that is not above 0, and each channel is divided by one.")
+        raise UsageError(f"{shown} has a number that is not above 0, and each channel is divided by one.")
     return numbers
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from streamconv.arguments import shown_value
 from streamconv.errors import UsageError
 from streamconv.formats.safetensors import SINGLE_NAME, make_header, make_index
 from streamconv.tensors.expressions import SourceTensor
@@ -42,11 +43,12 @@ def parse_size(size: int | str) -> int:
     Raises:
         UsageError: it is not a size, is not above 0, or is a number without a unit that cannot be meant in bytes.
     """
-    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(B|([KMGT])(I?)B?)?", str(size).strip().upper())
+    text = shown_value(size) if isinstance(size, int) else str(size)
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(B|([KMGT])(I?)B?)?", text.strip().upper())
     number, unit, prefix, is_binary = match.groups() if match is not None else ("0", "", "", "")
     count = int(float(number) * (1024 if is_binary else 1000) ** " KMGT".index(prefix or " "))
     if not count:
-        raise UsageError(f"{size!r} is not a shard size. Write it as 500MB or 5GB.")
+        raise UsageError(f"{shown_value(size)} is not a shard size. Write it as 500MB or 5GB.")
     if unit is None and count < MIN_BARE_BYTES:
         raise UsageError(
             f"{size} is a shard size in bytes, which is too small. Add its unit: {number}GB or {number}MB."

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from streamconv.arguments import shown_value
 from streamconv.errors import UsageError
 
 CastDtype = Literal["float32", "float16", "bfloat16"]
@@ -105,9 +106,9 @@ def parse_cast_dtype(name: object) -> CastDtype:
     Raises:
         UsageError: it is not one of the dtypes that weights can be cast to.
     """
-    dtype = CAST_SPELLINGS.get(str(name).strip().lower().removeprefix("torch."))
+    dtype = CAST_SPELLINGS.get("" if isinstance(name, int) else str(name).strip().lower().removeprefix("torch."))
     if dtype is None:
-        raise UsageError("Cannot cast to {!r}. Choose {}, {} or {}.".format(name, *get_args(CastDtype)))
+        raise UsageError("Cannot cast to {}. Choose {}, {} or {}.".format(shown_value(name), *get_args(CastDtype)))
     return dtype
 
 

@@ -199,7 +199,7 @@ def test_head_select_needs_a_head(tmp_path: Path, states: tuple[State, State]) -
     done = run("plan", source, "--head-select", "linear_head", cwd=tmp_path)
     assert done.returncode == 2
     assert "x.pth holds no head, so --head-select linear_head finds none. Give its file with --head." in done.stderr
-    with pytest.raises(UsageError, match="3 is not a prefix of names"):
+    with pytest.raises(UsageError, match="head_select must be a string or None, not 3"):
         api.plan(source, head_select=3)
 
 
