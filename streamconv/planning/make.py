@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from streamconv.errors import MappingError, SourceError, UsageError
+from streamconv.errors import MappingError, UsageError
 from streamconv.families.base import ConversionSpec, Family, Model
 from streamconv.families.other_models import recognise
 from streamconv.families.rules import ExpectedTensor, constants, expand, map_tensors, without_fills
@@ -14,8 +14,9 @@ from streamconv.formats.non_tensors import non_tensor_error
 from streamconv.planning.heads import choose_heads
 from streamconv.planning.image_processor import OwnImageProcessor, choose_image_processor
 from streamconv.planning.plan import MappedTensor, Plan
+from streamconv.planning.reads import refuse_unstreamable
 from streamconv.planning.repeats import repeats_note
-from streamconv.planning.shards import DEFAULT_SHARD_BYTES, PIECE_BYTES, lay_out
+from streamconv.planning.shards import DEFAULT_SHARD_BYTES, lay_out
 from streamconv.planning.small_files import architecture_of, config_notes, label_problems, make_config, to_small_files
 from streamconv.tensors.expressions import AnyTensor, SourceTensor, filled
 from streamconv.tensors.info import BY_TORCH_NAME, DTYPES, CastDtype, DtypeCode, TensorInfo
@@ -74,13 +75,14 @@ def make_plan(
         targets = map_tensors(rules, tensors, spec.dims, spec.count, where, problems, names, is_cast=dtype is not None)
     except MappingError as error:
         raise _explained(error, tensors, expected, names, where) from error
-    _refuse_unstreamable(targets)
 
     stored_dtype = _dtype_of(targets, where)
     written_dtype = stored_dtype if dtype is None else BY_TORCH_NAME[dtype].code
     fills = constants(spec.rules, spec.dims, spec.count)
     config = make_config(spec, family, written_dtype, labels, selection.config)
-    shards, index = lay_out(_as_written(targets, fills, written_dtype, family), max_shard_bytes)
+    written = _as_written(targets, fills, written_dtype, family)
+    refuse_unstreamable(written)
+    shards, index = lay_out(written, max_shard_bytes)
     known = model or _with_dimensions(candidates, filename)
     # Any file can have a published model's shapes, so only the published name makes it that model.
     is_published = known is not None and (model is not None or known.backbone.filename == filename)
@@ -187,18 +189,6 @@ def _explained(
     shapes = {names.get(key, key): tensor.info.shape for key, tensor in tensors.items()}
     ranks = {names.get(key, key): len(expected[key].shape or ()) for key in tensors if key in expected}
     return recognise(shapes, where, ranks=ranks) or error
-
-
-def _refuse_unstreamable(targets: Mapping[str, SourceTensor]) -> None:
-    problems = []
-    for name, tensor in targets.items():
-        if not tensor.is_contiguous:
-            try:
-                next(tensor.split(PIECE_BYTES))
-            except SourceError as error:
-                problems.append(f"{name}: {error}")
-    if problems:
-        raise MappingError("Some tensors are laid out so that they cannot be streamed:", problems)
 
 
 def _dtype_of(targets: Mapping[str, SourceTensor], where: str) -> DtypeCode:

@@ -17,7 +17,8 @@ from streamconv.files.inline import inline_ref
 from streamconv.files.reader import Reader
 from streamconv.tensors.info import DtypeCode, TensorInfo, contiguous_strides
 
-# The bytes that a piece of a strided tensor may span. It is read with the gaps between its elements.
+# The bytes that a row of a strided tensor may span. It is read with the gaps between its elements. A piece may span a
+# sixteenth more: otherwise, each row of the largest transposed matrices would be a piece, for which all of it is read.
 MAX_SPAN_BYTES = 16 << 20
 
 
@@ -95,23 +96,44 @@ class SourceTensor:
             step = max(1, max_bytes // larger)
             yield from (flat.rows(i, min(i + step, count)) for i in range(0, count, step))
             return
-        row = replace(self, info=TensorInfo(self.info.dtype, self.info.shape[1:]), strides=self.strides[1:])
+        row = self._row
         if row.span > MAX_SPAN_BYTES:
             raise SourceError(
                 f"{self.record.file.name}: the tensor {self.info} in {self.record.name} has strides "
                 f"{list(self.strides)}, so that one row spans {row.span:,} bytes; it cannot be streamed. "
                 "Save it again after tensor.contiguous()."
             )
-        count, pitch = self.info.shape[0], self.strides[0] * self.info.itemsize
-        row_bytes = math.prod(row.info.shape) * larger
-        if row_bytes > max_bytes:
-            for i in range(count):
+        pitch = self.strides[0] * self.info.itemsize
+        step = self._rows_at_once(row, max_bytes)
+        if not step:
+            for i in range(self.info.shape[0]):
                 yield from replace(row, offset=self.offset + i * pitch).split(max_bytes)
             return
-        step = max_bytes // row_bytes
-        if pitch:
-            step = min(step, 1 + (MAX_SPAN_BYTES - row.span) // pitch)
+        count = self.info.shape[0]
         yield from (self.rows(i, min(i + step, count)) for i in range(0, count, step))
+
+    def bytes_read(self, max_bytes: int) -> int:
+        """Return how many bytes all pieces of `split` read together, gaps between elements included."""
+        if self.is_contiguous:
+            return self.info.nbytes
+        row, count = self._row, self.info.shape[0]
+        step = self._rows_at_once(row, max_bytes)
+        if not step:
+            return count * row.bytes_read(max_bytes)
+        pieces, rest = divmod(count, step)
+        return pieces * self.rows(0, step).span + self.rows(0, rest).span
+
+    @property
+    def _row(self) -> "SourceTensor":
+        """The first row along dim 0."""
+        return replace(self, info=TensorInfo(self.info.dtype, self.info.shape[1:]), strides=self.strides[1:])
+
+    def _rows_at_once(self, row: "SourceTensor", max_bytes: int) -> int:
+        """Return how many rows a piece may have, 0 if a single one must be cut itself. ``row`` is any of them."""
+        row_bytes = math.prod(row.info.shape) * max(self.info.itemsize, self.target.itemsize)
+        step, pitch = max_bytes // row_bytes, self.strides[0] * self.info.itemsize
+        max_span = MAX_SPAN_BYTES + MAX_SPAN_BYTES // 16
+        return min(step, 1 + (max_span - row.span) // pitch) if pitch else step
 
     def read_into(self, buffer: memoryview, reader: Reader) -> memoryview:
         """Read the tensor into ``buffer``, which has ``info.nbytes`` bytes, in row-major order and without a cast.
