@@ -1,7 +1,7 @@
 """The contents of a file to be written: segments, which are cut into pieces and read into buffers."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -158,12 +158,17 @@ class Contents:
         Resuming there reads whole records again, so their CRC-32s can be compared.
         """
         places = self._places
-        proven = min(
-            (first for record, (first, _) in places.items() if self._checks.is_pending(record)), default=position
-        )
-        while cut := [first for first, last in places.values() if first < proven <= last]:
-            proven = min(cut)
-        return proven
+        pending = (first for record, (first, _) in places.items() if self._checks.is_pending(record))
+        return uncut(min(pending, default=position), places.values())
+
+
+def uncut(position: int, places: Iterable[tuple[int, int]]) -> int:
+    """Return the largest offset up to ``position`` that is in none of ``places``: offsets of first and last pieces."""
+    for first, last in sorted(places, key=lambda place: -place[1]):
+        if last < position:
+            break
+        position = min(position, first)
+    return position
 
 
 def size_of(segment: bytes | tuple[str, AnyTensor] | LateBytes) -> int:

@@ -5,6 +5,7 @@ Python's zlib module computes the CRC-32 of a piece, but lacks crc32_combine. A 
 """
 
 import zlib
+from bisect import bisect_left, insort
 from functools import lru_cache
 
 from streamconv.errors import CorruptError, located
@@ -15,8 +16,7 @@ from streamconv.tensors.expressions import Record, SourceTensor
 _POLYNOMIAL = 0xEDB88320  # the polynomial of IEEE 802.3 with its bits reversed: the highest bit is x^0
 _ONE, _X = 1 << 31, 1 << 30
 _READ_BYTES = 128 << 10  # small, since a conversion's other buffers are in use at the same time
-
-_Piece = tuple[int, int, int]  # offset in the record, length, CRC-32
+_MAX_OVERLAPS = 200  # earlier pieces that a strided one covers, before its record is read again instead
 
 
 def combine(first: int, second: int, second_length: int) -> int:
@@ -60,7 +60,7 @@ class RecordChecks:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._pieces: dict[Record, list[_Piece]] = {}  # incomplete records only
+        self._pieces: dict[Record, _Pieces] = {}  # incomplete records only
         self._names: dict[Record, str] = {}
         self._pending: set[Record] = set()
         self._verified: set[Record] = set()  # read once more, and matched
@@ -68,7 +68,7 @@ class RecordChecks:
     def add(self, name: str, piece: SourceTensor, stored: memoryview | None) -> None:
         """Record that ``piece`` of the tensor ``name`` was read.
 
-        If a contiguous piece is added twice, `verify_pending` reads its record again.
+        If a contiguous piece overlaps an earlier one, `verify_pending` reads their record again.
 
         Args:
             stored: The bytes of ``piece.read_range`` as they are in the file; None if only the gathered values
@@ -80,19 +80,13 @@ class RecordChecks:
         record = piece.record
         if record.crc32 is None:
             return
-        pieces = self._pieces.setdefault(record, [])
+        pieces = self._pieces.setdefault(record, _Pieces())
         self._names.setdefault(record, name)
         self._pending.add(record)
         if stored is None:
             return
-        if piece.is_contiguous:
-            pieces.append((piece.offset, len(stored), zlib.crc32(stored)))
-        else:  # spans of strided pieces may overlap
-            for start, end in _uncovered(pieces, piece.offset, piece.offset + len(stored)):
-                part = stored[start - piece.offset : end - piece.offset]
-                pieces.append((start, len(part), zlib.crc32(part)))
-        is_last = piece.offset + len(stored) == record.range.length
-        if is_last and sum(length for _, length, _ in pieces) == record.range.length:
+        pieces.add(piece.offset, stored, may_overlap=not piece.is_contiguous)
+        if pieces.size == record.range.length:
             self._require_match(record)
             self._pending.remove(record)
             del self._pieces[record]  # so that a second read of the record is checked, too
@@ -123,7 +117,8 @@ class RecordChecks:
 
     def _require_match(self, record: Record) -> None:
         file = self._reader.open(record.file)
-        if _crc_of(record, self._pieces[record], file) != record.crc32:
+        crc = self._pieces[record].crc(record.range.length)
+        if (read_crc(record, file) if crc is None else crc) != record.crc32:
             file.require_unchanged()
             with located(record.file.location):
                 raise CorruptError(
@@ -132,25 +127,53 @@ class RecordChecks:
                 )
 
 
-def _uncovered(pieces: list[_Piece], start: int, end: int) -> list[tuple[int, int]]:
-    """Return the ranges of [start, end) that no piece covers."""
-    ranges = []
-    for offset, length, _ in sorted(pieces):
-        if start < offset < end:
-            ranges.append((start, offset))
-        if offset < end and offset + length > start:
-            start = offset + length
-    return [*ranges, (start, end)] if start < end else ranges
+class _Pieces:
+    """The pieces of a record that were read: offset, length and CRC-32 of each, in order and without overlaps.
 
+    ``size`` is their total length in bytes. Once pieces overlap that should not, or too many to go through each time,
+    none are kept.
+    """
 
-def _crc_of(record: Record, pieces: list[_Piece], file: File) -> int:
-    """Combine the CRC-32s of the pieces. If they overlap or leave gaps, read the record instead."""
-    crc, at = 0, 0
-    for offset, length, piece_crc in sorted(pieces):
-        if offset != at:
-            return read_crc(record, file)
-        crc, at = combine(crc, piece_crc, length), at + length
-    return crc if at == record.range.length else read_crc(record, file)
+    def __init__(self) -> None:
+        self.size = 0
+        self._pieces: list[tuple[int, int, int]] = []
+        self._is_kept = True
+
+    def add(self, start: int, stored: memoryview, *, may_overlap: bool) -> None:
+        """Add the bytes from the offset ``start`` on that no earlier piece has."""
+        if not self._is_kept:
+            return
+        gaps = self._gaps(start, start + len(stored))
+        if gaps is None or not (may_overlap or gaps == [(start, start + len(stored))]):
+            self.size, self._pieces, self._is_kept = 0, [], False
+            return
+        for at, end in gaps:
+            insort(self._pieces, (at, end - at, zlib.crc32(stored[at - start : end - start])))
+            self.size += end - at
+
+    def _gaps(self, start: int, end: int) -> list[tuple[int, int]] | None:
+        """Return the ranges of [start, end) that no piece covers; None if too many pieces overlap it."""
+        first = max(0, bisect_left(self._pieces, (start,)) - 1)
+        gaps = []
+        for offset, length, _ in self._pieces[first : first + _MAX_OVERLAPS]:
+            if offset >= end:
+                break
+            if start < offset:
+                gaps.append((start, offset))
+            start = max(start, offset + length)
+        else:
+            if len(self._pieces) > first + _MAX_OVERLAPS:
+                return None
+        return [*gaps, (start, end)] if start < end else gaps
+
+    def crc(self, size: int) -> int | None:
+        """Return the CRC-32 of all pieces; None if they are not the whole record of ``size`` bytes."""
+        if self.size != size:
+            return None
+        crc = 0
+        for _, length, piece_crc in self._pieces:
+            crc = combine(crc, piece_crc, length)
+        return crc
 
 
 def read_crc(record: Record, file: File) -> int:

@@ -1,11 +1,84 @@
-"""CRC-32s combined from pieces equal those of zlib."""
+"""CRC-32s combined from pieces equal those of zlib, and collecting them takes time in proportion to the pieces."""
 
+import time
 import zlib
+from contextlib import closing
+from pathlib import Path
 
-from hypothesis import given
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamconv.tensors.checksums import combine
+from streamconv.files.base import ByteRange, FileRef
+from streamconv.files.local import LocalFile
+from streamconv.files.reader import Reader
+from streamconv.output.contents import uncut
+from streamconv.tensors.checksums import RecordChecks, combine
+from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.info import TensorInfo
+
+LENGTH = 1 << 20
+RECORD = Record(FileRef(Path("x.pth"), LENGTH), "x/data/0", ByteRange(0, LENGTH), 7)
+
+
+def view(offset: int, count: int, stride: int = 1) -> SourceTensor:
+    return SourceTensor(TensorInfo("U8", (count,)), RECORD, offset, (stride,))
+
+
+VIEWS = {
+    "the last bytes": [view(LENGTH - 8, 8)] * 8_000,
+    "parts that overlap": [view(i, 8) for i in range(8_000)],
+    "parts with gaps": [view(16 * i, 8) for i in range(8_000)],
+    "parts and gaps in turn": [view(16 * (i // 2), 2, 1 + 7 * (i % 2)) for i in range(8_000)],
+    "crossing parts": [view(16 * i, 2) for i in range(4_000)] + [view(i, 2, 60_000) for i in range(4_000)],
+}
+
+
+@pytest.mark.parametrize("views", VIEWS)
+def test_views_of_one_record_are_checked_in_time_in_proportion_to_their_number(views: str) -> None:
+    stored = memoryview(bytes(LENGTH))
+    seconds = []
+    for _ in range(3):  # other programs can only add to the time
+        start, checks = time.process_time(), RecordChecks(Reader())
+        for tensor in VIEWS[views]:
+            checks.add("x", tensor, stored[: tensor.span])
+        seconds.append(time.process_time() - start)
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+    assert checks.is_pending(RECORD)
+
+
+@given(st.lists(st.tuples(st.integers(0, 31), st.integers(1, 9), st.sampled_from([1, 2])), max_size=40))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_record_is_complete_when_each_byte_was_read(tmp_path: Path, views: list[tuple[int, int, int]]) -> None:
+    data = bytes(range(64))
+    (tmp_path / "x").write_bytes(bytes(64))  # which nothing reads
+    with closing(LocalFile(tmp_path / "x")) as file:
+        check_views(data, file, views)
+
+
+def check_views(data: bytes, file: LocalFile, views: list[tuple[int, int, int]]) -> None:
+    record = Record(file.ref, "x", ByteRange(0, 64), zlib.crc32(data))
+    checks, read = RecordChecks(Reader([file])), set[int]()
+    for offset, count, stride in [*views, (0, 32, 2), (1, 32, 2)]:
+        count = min(count, (64 - offset + stride - 1) // stride)
+        tensor = SourceTensor(TensorInfo("U8", (count,)), record, offset, (stride,))
+        part = set(range(offset, offset + tensor.span))
+        if tensor.is_contiguous and part & read:
+            return  # such a record is read again
+        checks.add("x", tensor, memoryview(data)[offset : offset + tensor.span])
+        read |= part
+        assert checks.is_pending(record) == (len(read) < 64)
+        if len(read) == 64:
+            return
+
+
+@given(st.integers(0, 40), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=12))
+def test_uncut_offset_is_in_no_place(position: int, found: list[tuple[int, int]]) -> None:
+    places = [(first, first + size) for first, size in found]
+    wanted = next(p for p in range(position, -1, -1) if not any(first < p <= last for first, last in places))
+    assert uncut(position, places) == wanted
 
 
 @given(st.binary(), st.binary())
