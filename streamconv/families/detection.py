@@ -20,7 +20,7 @@ from streamconv.families.wrapped_names import prefix_before, unwrapped
 from streamconv.tensors.info import TensorInfo
 
 # A dot-free part of a name that is one of the numbers from 0 on.
-_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])")
+NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])")
 
 
 def find_prefixes(names: Iterable[str]) -> dict[str, list[Family]]:
@@ -56,7 +56,7 @@ def _signature_targets(family: Family) -> Iterator[tuple[str, str]]:
     """Yield each key of the signature with its targets, without the prefix that some architectures have before them."""
     rules = family.rules
     for key in family.signature:
-        number, pattern = _NUMBER.search(key), _NUMBER.sub("{i}", key, count=1)
+        number, pattern = NUMBER.search(key), NUMBER.sub("{i}", key, count=1)
         i = number and number[0]
         targets = {
             target.format(i=i)
@@ -159,7 +159,7 @@ def _completeness(family: Family, keys: Iterable[str]) -> float:
 def _count_known(rules: Iterable[Rule], keys: Iterable[str]) -> int:
     """Count the keys that match a rule as a whole."""
     sources = {rule.source for rule in rules if rule.value is None}
-    return sum(key in sources or _NUMBER.sub("{i}", key, count=1) in sources for key in keys)
+    return sum(key in sources or NUMBER.sub("{i}", key, count=1) in sources for key in keys)
 
 
 def source_names_of(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
@@ -170,8 +170,8 @@ def source_names_of(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) ->
     makers = {target: rule for rule in rules for target in rule.targets if rule.value is None}
     sources: dict[str, tuple[str, ...]] = {}
     for name in targets:
-        number = _NUMBER.search(name)
-        rule = makers.get(_NUMBER.sub("{i}", name, count=1)) if "{i}" not in name else None
+        number = NUMBER.search(name)
+        rule = makers.get(NUMBER.sub("{i}", name, count=1)) if "{i}" not in name else None
         i = number and number[0]
         parts = tuple(target.format(i=i) for target in rule.targets) if rule is not None else ()
         is_whole = targets.keys() >= {*parts} and len({targets[part] for part in parts}) == 1

@@ -1,14 +1,14 @@
 """The layout of a backbone's names in a file: the prefix before them, and how the keys of the rules are spelled."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from streamconv.families.base import ExtraPrefix, Family
-from streamconv.families.detection import source_names_of
+from streamconv.families.detection import NUMBER, source_names_of
 from streamconv.families.other_contents import OPTIMIZER_STATE
-from streamconv.families.rules import expand
+from streamconv.families.rules import Rule, expand
 from streamconv.families.wrapped_names import untrained_start, unwrapped
 from streamconv.tensors.info import DTYPES, TensorInfo
 
@@ -54,19 +54,42 @@ class Layout:
             for target in rule.targets
         )
 
+    def is_known(self, spelling: str) -> bool:
+        """Return whether a model of the family may have a tensor of this spelling, whatever its number of blocks."""
+        return spelling in self._patterns or NUMBER.sub("{i}", spelling, count=1) in self._patterns
+
+    @cached_property
+    def _patterns(self) -> frozenset[str]:
+        rules = self.family.converted_rules if self.is_converted else self.family.rules
+        return frozenset(
+            spelling for rule in rules for spelling in (rule.targets if self.is_converted else (rule.source,))
+        )
+
     def strays(self, infos: Mapping[str, TensorInfo]) -> list[str]:
         """Return the spellings of names that are inside the prefix, but not inside any module of the backbone."""
-        head, sources = self.family.classifier_head, self.sources(infos)
+        sources = self.sources(infos)
         spec = self.family.conversion_spec(
             self.family.read_dimensions({key: infos[keys[0]] for key, keys in sources.items()})
         )
-        known = {
+        known = self._modules | self._modules_of(spec.rules)
+        return [spelling for spelling in infos if spelling.partition(".")[0] not in known]
+
+    def is_in_module(self, spelling: str) -> bool:
+        """Return whether a spelling is inside a module that published models have."""
+        return spelling.partition(".")[0] in self._modules
+
+    @cached_property
+    def _modules(self) -> frozenset[str]:
+        return self._modules_of(self.family.rules)
+
+    def _modules_of(self, rules: Iterable[Rule]) -> frozenset[str]:
+        head = self.family.classifier_head
+        return frozenset(
             spelling.partition(".")[0]
-            for rule in (*self.family.rules, *spec.rules)
+            for rule in rules
             if head is None or not rule.source.startswith(head.prefix)
             for spelling in (rule.targets if self.is_converted else (rule.source,))
-        }
-        return [spelling for spelling in infos if spelling.partition(".")[0] not in known]
+        )
 
     def extra(self, name: str, info: TensorInfo) -> tuple[str, ExtraPrefix] | None:
         """Recognise what is not part of the model, and where its names start."""

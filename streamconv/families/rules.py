@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from streamconv.display import first_few
 from streamconv.errors import MappingError
 from streamconv.families.expected import ExpandedNames, numbered
 from streamconv.tensors.expressions import AnyTensor, Joined, SourceTensor, joined
+from streamconv.tensors.info import DTYPES, DtypeCode
 
 Shape = tuple[int, ...]
 
@@ -97,7 +99,7 @@ def map_tensors(
     """Return the targets by name, in the order of the rules.
 
     ``known_problems`` are listed together with those found here, in which ``display_names`` replace the keys.
-    Mixed dtypes are accepted if all tensors will be cast to one.
+    Different dtypes of weights are accepted if all tensors will be cast to one.
 
     Raises:
         MappingError: source keys are missing, match no rule, or have another shape.
@@ -168,18 +170,19 @@ def _require_fit(
     optional: Mapping[str, Shape | None] | None = None,
 ) -> None:
     """Compare names, shapes and dtypes. ``optional`` tensors may be missing, and their dtypes do not matter."""
-    optional, missing, unexpected, wrong, dtypes = optional or {}, len(expected), [], [], set()
+    optional, missing, unexpected, wrong = optional or {}, len(expected), [], []
+    dtypes: dict[DtypeCode, list[str]] = {}
     for name, tensor in tensors.items():
         if is_expected := name in expected:
             missing -= 1
-            dtypes.add(tensor.info.dtype)
+            dtypes.setdefault(tensor.info.dtype, []).append(display_names.get(name, name))
         elif name not in optional:
             unexpected.append(name)
             continue
         shape = (expected if is_expected else optional)[name]
         if shape is not None and tensor.info.shape != shape:
             wrong.append((name, shape))
-    mixed = [", ".join(sorted(dtypes))] if len(dtypes) > 1 and one_dtype is not None else []
+    wrong_dtypes = _dtype_problems(dtypes, one_dtype)
     problems = chain(  # written one by one: there may be millions, of which a message lists a few
         known_problems,
         (
@@ -192,11 +195,26 @@ def _require_fit(
             f"wrong shape: {display_names.get(name, name)} is {list(tensors[name].info.shape)}, not {list(shape)}"
             for name, shape in wrong
         ),
-        (f"mixed dtypes: {each}; {one_dtype}" for each in mixed),
+        wrong_dtypes,
     )
-    if count := len(known_problems) + missing + len(unexpected) + len(wrong) + len(mixed):
+    if count := len(known_problems) + missing + len(unexpected) + len(wrong) + len(wrong_dtypes):
         counted = "1 problem" if count == 1 else f"{count:,} problems"
         raise MappingError(f"{where} does not fit ({counted}):", problems, count)
+
+
+def _dtype_problems(dtypes: Mapping[DtypeCode, Sequence[str]], one_dtype: str | None) -> list[str]:
+    """Say which of the dtypes, given with the names of their tensors, no model has, and whether there are several."""
+    known = [code for code, dtype in DTYPES.items() if dtype.is_weight]
+    problems = [
+        f"wrong dtype: {first_few(names, 1)} in {dtype}; only {', '.join(known)} are converted"
+        for dtype, names in dtypes.items()
+        if dtype not in known
+    ]
+    weights = sorted((len(names), dtype) for dtype, names in dtypes.items() if dtype in known)
+    if len(weights) > 1 and one_dtype is not None:
+        held = " and ".join(f"{dtype} ({first_few(dtypes[dtype], 1)})" for _, dtype in reversed(weights))
+        problems.append(f"mixed dtypes: {held}; {one_dtype}")
+    return problems
 
 
 def constants(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[str, tuple[float, tuple[int, ...]]]:

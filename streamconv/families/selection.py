@@ -4,13 +4,12 @@ The backbone's names start with a prefix ("", "teacher.backbone.", "state_dict.m
 start of whole keys only, never from their middle: `head.norm.bias` is not a backbone's `norm.bias`.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 from streamconv.errors import MappingError
-from streamconv.families import other_models
 from streamconv.families.base import ExtraPrefix, Family
 from streamconv.families.classifier_heads import HeadsBeside
 from streamconv.families.detection import (
@@ -18,16 +17,16 @@ from streamconv.families.detection import (
     find_converted_prefixes,
     find_prefixes,
     source_names_of,
-    unknown_model,
 )
 from streamconv.families.layout import Layout
-from streamconv.families.other_contents import OPTIMIZER_STATE, other_contents_error
+from streamconv.families.no_backbone import no_backbone_error, refuse_other_models
 from streamconv.families.prefixes import complete_prefix, several_backbones, shown
-from streamconv.families.registry import all_families
 from streamconv.families.wrapped_names import unwrapped
 from streamconv.formats.checkpoint import Checkpoint
 from streamconv.formats.non_tensors import NonTensor
 from streamconv.tensors.info import DTYPES, TensorInfo
+
+_WEIGHT = TensorInfo("F32", (1,))  # of a tensor whose dtype and shape are not known
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,20 @@ class Selection:
 
     ``names`` maps each key of the backbone, and of a head in the same file, as the family's rules spell it, to the
     file's name for it; in a model that was converted before, to all names that make up the key's tensor. ``head_names``
-    maps the keys of a head in a file of its own to that file's names. ``unread`` maps the keys of values that are not
-    tensors to their names and what they are. ``config`` is the config.json of a model that was converted before, and
-    ``image_processor`` its preprocessor_config.json, None if it has none; ``image_processor_file`` has that file's
-    bytes. ``config_beside`` is the config.json that was found beside a file in its authors' names; it may belong to
-    another model. ``guessed_heads`` is the number of attention heads that an earlier conversion guessed for ``config``.
-    ``unproved`` are assumptions that verification shares. ``small_file_notes`` are remarks on the files that were
-    found.
+    maps the keys of a head in a file of its own to that file's names. ``unread`` are the values, by their names in
+    the file, that would be parts of the model if they were plain tensors. ``config`` is the config.json of a model that
+    was converted before, and ``image_processor`` its preprocessor_config.json, None if it has none;
+    ``image_processor_file`` has that file's bytes. ``config_beside`` is the config.json that was found beside a file in
+    its authors' names; it may belong to another model. ``guessed_heads`` is the number of attention heads that an
+    earlier conversion guessed for ``config``. ``unproved`` are assumptions that verification shares.
+    ``small_file_notes`` are remarks on the files that were found.
     """
 
     family: Family
     prefix: str
     names: Mapping[str, tuple[str, ...]]
     skipped: tuple[Skipped, ...] = ()
-    unread: Mapping[str, tuple[str, NonTensor]] = field(default_factory=dict)
+    unread: Mapping[str, NonTensor] = field(default_factory=dict)
     is_converted: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     image_processor: Mapping[str, Any] | None = None
@@ -102,7 +101,7 @@ def find_backbone(
     original = find_prefixes(checkpoint)
     found = {**find_converted_prefixes(checkpoint), **original}
     if not found:
-        raise _no_backbone(checkpoint, where)
+        raise no_backbone_error(checkpoint, where)
     if prefix is None and len(found) > 1:
         raise several_backbones(found, checkpoint, where)
     chosen = next(iter(found)) if prefix is None else complete_prefix(prefix, found, where)
@@ -118,13 +117,6 @@ def find_backbone(
 
     layout = Layout(choose_family(found[chosen], keys_of, where), chosen, is_converted)
     return _select(checkpoint, where, layout, is_chosen=prefix is not None, head_prefix=head_prefix)
-
-
-def _no_backbone(checkpoint: Checkpoint, where: str) -> MappingError:
-    """Return the error for a file without a backbone, which explains what it is."""
-    _refuse_heads(checkpoint, where)
-    _refuse_other_models(checkpoint, where)
-    return other_contents_error(checkpoint, where) or unknown_model(checkpoint.keys(), where)
 
 
 def _select(
@@ -152,14 +144,16 @@ def _select(
         names |= {key: (name,) for key, name in strays.items() if name not in head.values()}
     rest = {name: each for name, each in others.items() if name not in head.values()}
     skipped, unknown = _skip(rest, infos, heads, is_chosen=is_chosen)
+    unread, unknown_unread = _sort_unread(checkpoint.non_tensors, layout, is_chosen=is_chosen)
+    unknown |= {name: f"is a {each}" for name, each in unknown_unread.items()}
     if unknown or any(name in rest for name in strays.values()):
         # Even if the user selected it, what changes the computation is not left out.
-        _refuse_other_models(checkpoint, where, layout.prefix, is_part=True)
+        refuse_other_models(checkpoint, where, layout.prefix, is_part=True)
     if unknown or doubled:
         also = f" and --head-select {shown(heads.prefix_of(head))}" if head else ""
         fix = f". To skip other tensors, use --select {shown(layout.prefix)}{also}:" if unknown else ":"
         problems = chain(  # written one by one: there may be thousands, of which a message lists a few
-            (f"{name} {list(infos[name].shape)}{f': {why}' if why else ''}" for name, why in unknown.items()),
+            (f"{name} {what}" for name, what in unknown.items()),
             (f"{one} and {other} are both {key}" for one, other, key in doubled),
         )
         raise MappingError(f"{where} holds more than a backbone{fix}", problems, len(unknown) + len(doubled))
@@ -170,11 +164,7 @@ def _select(
         layout.prefix,
         layout.family.join_head(names, {key: (name,) for key, name in head.items()}),
         skipped,
-        {
-            layout.spelling(name): (name, kind)
-            for name, kind in checkpoint.non_tensors.items()
-            if name.startswith(layout.prefix)
-        },
+        unread,
         layout.is_converted,
         unproved=tuple(filter(None, assumptions)),
     )
@@ -204,6 +194,28 @@ def _sort(
     return spelled, others, doubled
 
 
+def _sort_unread(
+    values: Mapping[str, NonTensor], layout: Layout, *, is_chosen: bool
+) -> tuple[dict[str, NonTensor], dict[str, NonTensor]]:
+    """Return the values that would be a part of the model if they were plain tensors, and other unknown tensors.
+
+    Without them, the model would be another one: it may lack a bias. Objects that are not tensors are a part of it only
+    if they have the name of one.
+    """
+    inside: dict[str, NonTensor] = {}
+    unknown: dict[str, NonTensor] = {}
+    for name, each in values.items():
+        if layout.extra(name, _WEIGHT) is not None:
+            continue
+        spelling = layout.spelling(name) if name.startswith(layout.prefix) else ""
+        is_in_module = layout.is_in_module(spelling)
+        if (each.kind.is_tensor and is_in_module) or (layout.is_known(spelling) and (is_in_module or not is_chosen)):
+            inside[name] = each
+        elif each.kind.is_tensor and not is_chosen:
+            unknown[name] = each
+    return inside, unknown
+
+
 def _skip(
     others: Mapping[str, tuple[str, ExtraPrefix | None]],
     infos: Mapping[str, TensorInfo],
@@ -211,7 +223,7 @@ def _skip(
     *,
     is_chosen: bool,
 ) -> tuple[tuple[Skipped, ...], dict[str, str]]:
-    """Return what is skipped of the tensors beside a backbone, and those that are unknown, with the reason or ""."""
+    """Return what is skipped of the tensors beside a backbone, and those that are unknown, with a description."""
     skipped: dict[tuple[str, str], list[int]] = {}
     unknown: dict[str, str] = {}
     for name, (start, extra) in others.items():
@@ -219,7 +231,8 @@ def _skip(
             reason = extra.reason if extra is not None and extra.is_skipped else "not selected"
             skipped.setdefault((start, reason), []).append(infos[name].nbytes)
         else:
-            unknown[name] = extra.reason if extra is not None else heads.problem(name)
+            why = extra.reason if extra is not None else heads.problem(name)
+            unknown[name] = f"{list(infos[name].shape)}{f': {why}' if why else ''}"
     parts = (Skipped(start, len(sizes), sum(sizes), reason) for (start, reason), sizes in skipped.items())
     return tuple(parts), unknown
 
@@ -228,32 +241,3 @@ def _joined_info(parts: Sequence[TensorInfo]) -> TensorInfo:
     """Return the dtype and shape of equal parts that are joined along dim 0."""
     first = parts[0]
     return TensorInfo(first.dtype, (len(parts) * first.shape[0], *first.shape[1:])) if first.shape else first
-
-
-def _refuse_other_models(checkpoint: Checkpoint, where: str, prefix: str = "", *, is_part: bool = False) -> None:
-    """Name what is under ``prefix``, if it is known and cannot be converted; see `other_models.recognise`."""
-    shapes = {name: tensor.info.shape for name, tensor in checkpoint.items() if name.startswith(prefix)}
-    others = [name for name in checkpoint.non_tensors if name.startswith(prefix)]
-    if (error := other_models.recognise(shapes, where, others, is_part=is_part)) is not None:
-        raise error
-
-
-def _refuse_heads(names: Collection[str], where: str) -> None:
-    for family in all_families():
-        for extra in family.extra_prefixes:
-            found = [name for name in names if f".{extra.start}" in f".{name}"]
-            if found and not extra.is_skipped:
-                raise MappingError(f"{where} is {extra.reason}. It holds:", found)
-        if family.classifier_head is not None and {*names} == family.classifier_head.keys:
-            raise MappingError(f"{where} is a classifier's head. Give it with --head, and its backbone as SOURCE.", ())
-        reasons = dict.fromkeys(_reason_to_skip(name, family) for name in names)
-        if reasons and None not in reasons:
-            held = " and ".join(filter(None, reasons))
-            raise MappingError(f"{where} holds no backbone, but {held}. Give the file of the backbone.", ())
-
-
-def _reason_to_skip(name: str, family: Family) -> str | None:
-    """Return what a name belongs to that is never part of a backbone."""
-    if OPTIMIZER_STATE.search(name):
-        return "optimizer state"
-    return next((extra.reason for extra in family.extra_prefixes if f".{extra.start}" in f".{name}"), None)

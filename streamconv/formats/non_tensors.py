@@ -44,6 +44,10 @@ class Kind(Enum):
         "they were offloaded",
         "Save it again with the weights loaded; accelerate has accelerator.get_state_dict(model).",
     )
+    LAZY = (
+        "holds tensors whose values are lazy views of their bytes, conjugated or negated",
+        "Save tensor.resolve_conj().resolve_neg() for each.",
+    )
     XLA = (
         "holds tensors of an XLA device, whose values are numpy arrays in the pickle",
         "Save tensor.cpu() for each.",

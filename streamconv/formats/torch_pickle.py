@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamconv.display import printable
-from streamconv.errors import CorruptError, SourceError, UnsafePickleError
+from streamconv.errors import CorruptError, UnsafePickleError
 from streamconv.formats.limits import MAX_TENSORS, are_sizes, is_shape
 from streamconv.formats.non_tensors import Kind, NonTensor, tensor_of_class
 from streamconv.formats.unread import PickleError, Unread
@@ -143,7 +143,7 @@ class Index:
 
     def _tensor(
         self, dtype: DtypeCode, storage: _Storage, offset: Any, shape: Any, strides: Any, metadata: Any
-    ) -> SourceTensor:
+    ) -> SourceTensor | NonTensor:
         self._tensor_count += 1
         if self._tensor_count > MAX_TENSORS:
             raise PickleError(f"it describes more than {MAX_TENSORS:,} tensors")
@@ -152,10 +152,7 @@ class Index:
         if not is_shape(shape) or not are_sizes((offset, *strides)):
             raise PickleError("it has a tensor with an impossible offset, shape or strides")
         if metadata:  # {"conj": True} or {"neg": True}: the bytes are not the values
-            raise SourceError(
-                f"{self._where} holds a tensor whose values are a lazy view of its bytes, conjugated or negated. "
-                "Save it again after tensor.resolve_conj().resolve_neg()."
-            )
+            return NonTensor("lazily conjugated or negated tensor", Kind.LAZY)
         tensor = SourceTensor(TensorInfo(dtype, shape), storage.record, offset * DTYPES[dtype].itemsize, strides)
         if 0 not in shape and tensor.offset + tensor.span > storage.record.range.length:
             raise PickleError(

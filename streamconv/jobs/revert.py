@@ -21,6 +21,7 @@ from streamconv.families.registry import all_families, family_named
 from streamconv.families.rules import invert
 from streamconv.files.address import local_path
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
+from streamconv.formats.non_tensors import non_tensor_error
 from streamconv.formats.safetensors import make_header
 from streamconv.formats.segments import Segment
 from streamconv.output.contents import Segments, fingerprint, size_of
@@ -114,6 +115,9 @@ def revert(
         raise SourceMissingError(f"{source} is not a folder. Give the folder of the safetensors files.")
     manifest = Manifest.read(source)
     with open_checkpoint(source) as checkpoint:
+        others = {name: each for name, each in checkpoint.non_tensors.items() if each.kind.is_tensor}
+        if others:
+            raise non_tensor_error(others, str(source))
         family, model, count, tensors = _originals(
             _without_fillings(checkpoint, manifest.filled if manifest else {}),
             str(source),
@@ -189,9 +193,6 @@ def _originals(
     spec = family.conversion_spec(heads.with_number(dimensions, heads.number_in(config) or 1) if heads else dimensions)
     problems = family.config_problems(spec, config)
     tensors = invert(spec.rules, checkpoint, spec.dims, spec.count, where, problems)
-    dtype = next(iter(tensors.values())).info.dtype  # of them all: `invert` refuses mixed ones
-    if not DTYPES[dtype].is_weight:
-        raise MappingError(f"{where} cannot be reverted:", [f"its tensors are {dtype}, but weights are floats"])
     model = next((known for known in family.models if known.dimensions == dimensions), None)
     return family, model, spec.count, tensors
 

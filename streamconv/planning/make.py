@@ -19,7 +19,7 @@ from streamconv.planning.repeats import repeats_note
 from streamconv.planning.shards import DEFAULT_SHARD_BYTES, lay_out
 from streamconv.planning.small_files import architecture_of, config_notes, label_problems, make_config, to_small_files
 from streamconv.tensors.expressions import AnyTensor, SourceTensor, filled
-from streamconv.tensors.info import BY_TORCH_NAME, DTYPES, CastDtype, DtypeCode, TensorInfo
+from streamconv.tensors.info import BY_TORCH_NAME, CastDtype, DtypeCode, TensorInfo
 
 
 def make_plan(
@@ -66,8 +66,8 @@ def make_plan(
     spec = family.conversion_spec(dimensions)
     expected = expand(spec.rules, spec.dims, spec.count)
     block_chunks = _block_chunks(selection, spec.count)
-    _refuse_other_tensors(selection, expected, where)
-    problems = _problems(spec, selection, expected, block_chunks)
+    _refuse_other_tensors(selection, where)
+    problems = _problems(spec, selection, block_chunks)
     names = selection.display_names
     # A converted model has every tensor of its class; only its authors' file may leave out what has no effect.
     rules = without_fills(spec.rules) if selection.is_converted else spec.rules
@@ -76,7 +76,7 @@ def make_plan(
     except MappingError as error:
         raise _explained(error, tensors, expected, names, where) from error
 
-    stored_dtype = _dtype_of(targets, where)
+    stored_dtype = next(iter(targets.values())).info.dtype
     written_dtype = stored_dtype if dtype is None else BY_TORCH_NAME[dtype].code
     fills = constants(spec.rules, spec.dims, spec.count)
     config = make_config(spec, family, written_dtype, labels, selection.config)
@@ -157,21 +157,17 @@ def _block_chunks(selection: Selection, layers: int) -> int | None:
     return None
 
 
-def _refuse_other_tensors(selection: Selection, expected: Mapping[str, ExpectedTensor], where: str) -> None:
-    others = [each for key, each in selection.unread.items() if key in expected]
-    tensors = {name: each for name, each in others if each.kind.is_tensor}
+def _refuse_other_tensors(selection: Selection, where: str) -> None:
+    tensors = {name: each for name, each in selection.unread.items() if each.kind.is_tensor}
     if tensors:
         raise non_tensor_error(tensors, where)
 
 
-def _problems(
-    spec: ConversionSpec, selection: Selection, expected: Mapping[str, ExpectedTensor], block_chunks: int | None
-) -> list[str]:
+def _problems(spec: ConversionSpec, selection: Selection, block_chunks: int | None) -> list[str]:
     """List problems other than those with the tensors' names, shapes and dtypes."""
-    unread = [each for key, each in selection.unread.items() if key in expected]
     return [
         *spec.problems,
-        *(f"{name} is a {kind}, which is not read" for name, kind in unread),
+        *(f"{name} is a {kind}, which is not read" for name, kind in selection.unread.items()),
         *selection.family.config_problems(spec, selection.config),
         *label_problems(spec, selection.family, selection.config),
         *(["its blocks are in lists of unequal lengths, or in the wrong order"] if block_chunks is None else []),
@@ -189,16 +185,6 @@ def _explained(
     shapes = {names.get(key, key): tensor.info.shape for key, tensor in tensors.items()}
     ranks = {names.get(key, key): len(expected[key].shape or ()) for key in tensors if key in expected}
     return recognise(shapes, where, ranks=ranks) or error
-
-
-def _dtype_of(targets: Mapping[str, SourceTensor], where: str) -> DtypeCode:
-    """Return the dtype of the first tensor; refuse dtypes that no model has."""
-    others = {tensor.info.dtype for tensor in targets.values() if not DTYPES[tensor.info.dtype].is_weight}
-    if others:
-        held = ", ".join(sorted(others))
-        known = ", ".join(code for code, dtype in DTYPES.items() if dtype.is_weight)
-        raise MappingError(f"{where} cannot become a model:", [f"its tensors are {held}; only {known} are converted"])
-    return next(iter(targets.values())).info.dtype
 
 
 def _as_written(

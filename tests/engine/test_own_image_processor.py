@@ -173,7 +173,7 @@ def test_processor_of_other_channels_works_with_tensors(tmp_path: Path, channels
 
 def test_family_without_an_image_processor_takes_none(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = replace(FAMILY, image_processor=None)
-    for module in ("registry", "detection", "selection"):
+    for module in ("registry", "detection", "no_backbone"):
         monkeypatch.setattr(f"streamconv.families.{module}.all_families", lambda: (family,))
     with pytest.raises(UsageError, match=r"A dinov2 model has no image processor\. Omit --image-mean and --image-std"):
         streamconv.plan(source, ConversionOptions(image_mean=0.5, image_std=0.5))

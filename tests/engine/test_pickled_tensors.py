@@ -213,7 +213,7 @@ def test_torch_with_stand_ins_loads_the_tensors_that_are_read(tmp_path: Path, pr
     """Verification makes torch load the original's weights, whatever objects of other classes are beside them."""
     mappings = {kind: make({"x": torch.rand(2), "y": make({"z": torch.rand(1)})}) for kind, make in MAPPINGS.items()}
     states = {what: make(tensors_of(is_zip)) for what, make in TENSORS.items()}
-    left_out = OTHER_DTYPES if is_zip else OTHER_DTYPES | QUANTIZED
+    left_out = OTHERS if is_zip else OTHERS | QUANTIZED
     others = {kind: make() for kind, (make, _, _) in MADE_BY.items() if kind not in left_out}
     settings = {
         "list": OwnList([1, 2]), "enum": Mode.A, "set": {Mode.A, 2}, "frozen set": frozenset([Path("a")]),
@@ -311,6 +311,9 @@ MADE_BY: dict[str, tuple[Callable[[], Any], str, str]] = {
     "complex": (
         lambda: torch.ones(2, dtype=torch.complex128), r"a tensor in a torch\.ComplexDoubleStorage", "of a dtype that"
     ),
+    "lazy": (
+        lambda: torch.ones(2, dtype=torch.complex64).conj(), "a lazily conjugated or negated tensor", "resolve_conj"
+    ),
     "new dtype": (lambda: torch.ones(2).to(torch.float8_e4m3fnuz), r"a tensor of torch\.float8_e4m3fnuz", "of a dtype"),
     "own class": (lambda: torch.ones(2).as_subclass(OwnTensor), r"a tests.*OwnTensor", "as_subclass"),
     "parameter": (
@@ -328,7 +331,7 @@ MADE_BY: dict[str, tuple[Callable[[], Any], str, str]] = {
 
 
 QUANTIZED = {"quantized", "channels"}  # streamconv refuses an older file with these, and torch cannot load it
-OTHER_DTYPES = {"complex", "new dtype"}
+OTHERS = {"complex", "lazy", "new dtype"}  # torch loads these, and streamconv does not
 
 
 @pytest.mark.parametrize("kind", MADE_BY)

@@ -91,7 +91,7 @@ def test_reverting_lists_all_problems_at_once(tmp_path: Path) -> None:
         streamconv.revert(folder, tmp_path / "back.pth")
     assert sorted(caught.value.problems) == [
         "missing: encoder.layer.1.attention.attention.key.weight [128, 128]",
-        "mixed dtypes: F16, F32; a model has one",
+        "mixed dtypes: F32 (embeddings.cls_token and 58 more) and F16 (encoder.layer.0.norm1.bias); a model has one",
         "unexpected: pooler.weight [1]",
         "wrong shape: encoder.layer.2.attention.attention.value.bias is [127], not [128]",
     ]
@@ -133,7 +133,7 @@ def test_folders_and_paths_that_cannot_be_reverted_are_refused_with_a_fix(tmp_pa
         (CorruptError, "has no dtype, shape or data_offsets for", "damaged", "x.pth", None),
         (MappingError, r"\(.*dinov2.*\). It holds:\n  bert.encoder.layer.0.weight\n", "bert", "x.pth", None),
         (MappingError, r"\(.*dinov2.*\). It holds:\n", "original", "x.pth", None),
-        (MappingError, "its tensors are I32, but weights are floats", "whole", "x.pth", None),
+        (MappingError, "wrong dtype: embeddings.cls_token and 60 more in I32", "whole", "x.pth", None),
         (
             OutputError,
             "there.pth exists already. Choose another .* with --force",

@@ -21,6 +21,7 @@ from tests.checkpoints import (
     checkpoint_with_settings,
     chunked,
     make_states,
+    original_mapping,
     prefixed,
     save_sharded,
     saved,
@@ -421,6 +422,50 @@ def test_tensor_of_an_unreadable_class_is_named(tmp_path: Path) -> None:
         api.plan(saved({"model": state}, tmp_path / "x.pth"))
     assert list(caught.value.problems) == ["model.norm.bias is a sparse tensor"]
     assert "Save tensor.to_dense() for each" in str(caught.value)
+
+
+# What a model may lack, so that one that is not read must not count as missing.
+OPTIONAL = ("attn.qkv.bias", "attn.proj.bias", "ls1.gamma", "patch_embed.proj.bias", "mask_token")
+
+
+@pytest.mark.parametrize("is_converted", [False, True])
+@pytest.mark.parametrize("part", OPTIONAL)
+def test_unreadable_tensor_is_not_taken_for_a_missing_one(tmp_path: Path, part: str, is_converted: bool) -> None:
+    state, _ = make_states(tiny(layers=1, registers=4))
+    is_part = {key: part in key for key in state}
+    unread = {key: value.to_sparse() if is_part[key] else value for key, value in state.items()}
+    arrays = {key: value.numpy() if is_part[key] else value for key, value in state.items()}
+    if is_converted:
+        names = {key: [*original_mapping({key: value})] for key, value in state.items()}
+        unread = {name: unread[key] for key in state for name in names[key]}
+        arrays = {name: arrays[key] for key in state for name in names[key]}
+    with pytest.raises(MappingError, match=r"holds sparse tensors\. Save tensor\.to_dense\(\)"):
+        api.plan(saved({"model": unread}, tmp_path / "x.pth"))
+    with pytest.raises(MappingError, match=r"model\..* is a numpy\..*, which is not read"):
+        api.plan(saved({"model": arrays}, tmp_path / "x.pth"))
+
+
+def test_unreadable_tensor_inside_the_backbone_is_part_of_the_computation(tmp_path: Path) -> None:
+    """A tensor of an unknown name may be an adapter; objects of other classes are settings."""
+    state, _ = make_states(tiny())
+    adapter = {"blocks.0.attn.lora": torch.ones(1).to_sparse(), "blocks.0.attn.config": argparse.Namespace()}
+    with pytest.raises(MappingError) as caught:
+        api.plan(saved({**state, **adapter}, tmp_path / "x.pth"))
+    assert list(caught.value.problems) == ["blocks.0.attn.lora is a sparse tensor"]
+
+
+def test_unreadable_head_beside_a_backbone_is_not_left_out_silently(tmp_path: Path) -> None:
+    state, head = make_states(tiny(classes=3))
+    sparse = {f"linear_head.{key}": value.to_sparse() for key, value in head.items()}
+    arrays = {f"linear_head.{key}": value.numpy() for key, value in head.items()}
+    source = saved({"model": {**state, **sparse}}, tmp_path / "x.pth")
+    with pytest.raises(MappingError, match=r"model\.linear_head\.weight is a sparse tensor"):
+        api.plan(source)
+    assert api.plan(source, select="model").architecture == "Dinov2Model"
+    source = saved({"model": {**state, **arrays}}, tmp_path / "y.pth")
+    with pytest.raises(MappingError, match=r"model\.linear_head\.weight is a numpy.*, which is not read"):
+        api.plan(source)
+    assert api.plan(source, select="model").architecture == "Dinov2Model"
 
 
 def test_unreadable_objects_outside_the_backbone_are_ignored(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.support import Save, tiny
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Family], None]:
     def make(family: Family) -> None:
-        for module in ("registry", "detection", "selection"):
+        for module in ("registry", "detection", "no_backbone"):
             monkeypatch.setattr(f"streamconv.families.{module}.all_families", lambda: (family,))
 
     return make

@@ -64,7 +64,7 @@ def with_rules(base: Family, *rules: Rule) -> Family:
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     def make(*families: Family) -> None:
-        for module in ("registry", "detection", "selection"):
+        for module in ("registry", "detection", "no_backbone"):
             monkeypatch.setattr(f"streamconv.families.{module}.all_families", lambda: families)
 
     return make

@@ -61,7 +61,7 @@ def test_error_counts_the_problems(make) -> None:  # type: ignore[no-untyped-def
 
 
 def test_mixed_dtypes_are_refused(make) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(MappingError, match="mixed dtypes: BF16, F32"):
+    with pytest.raises(MappingError, match=r"mixed dtypes: F32 \(cls\) and BF16 \(blocks.0.qkv\)"):
         map_tensors(RULES, {"cls": make(1, 2), "blocks.0.qkv": make(6, 2, dtype="BF16")}, DIMS, 1, "x")
 
 
@@ -94,7 +94,7 @@ def test_inverting_lists_all_problems_at_once(make) -> None:  # type: ignore[no-
     assert sorted(caught.value.problems) == [
         "known",
         "missing: layer.0.v [2, 2]",
-        "mixed dtypes: F16, F32; a model has one",
+        "mixed dtypes: F32 (layer.0.q and 1 more) and F16 (embeddings.cls); a model has one",
         "unexpected: cls [1, 2]",
         "unexpected: layer.00.v [2, 2]",
         "wrong shape: layer.0.k is [3, 2], not [2, 2]",
