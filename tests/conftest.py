@@ -1,9 +1,12 @@
 """Fixtures that several test modules share. Importing this module imports no torch: tests/unit must run without it."""
 
 import os
+import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -102,6 +105,36 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServ
 
 
 @pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """Return a function that starts a server, which sends these parts to every client, and returns its URL."""
+    servers = []
+
+    def start(parts: Callable[[], Iterator[tuple[bytes, float]]]) -> str:
+        server = socket.create_server(("127.0.0.1", 0))
+        servers.append(server)
+
+        def send(client: socket.socket) -> None:
+            with closing(client), suppress(OSError):
+                client.recv(65536)
+                for part, pause in parts():
+                    time.sleep(pause)
+                    client.sendall(part)
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    threading.Thread(target=send, args=(server.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        return f"http://127.0.0.1:{server.getsockname()[1]}/x.pth?sig=s1gn4ture"
+
+    yield start
+    for server in servers:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+@pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """Run a small Hub that this process is logged in to, without waits before retries."""
     from huggingface_hub import constants, file_download
@@ -114,6 +147,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         for name, value in {**patched, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # 0.x has its own
+        monkeypatch.setenv("HF_ENDPOINT", hub_server.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         forget_sessions()

@@ -9,7 +9,7 @@ import os
 import ssl
 from concurrent.futures import Future, wait
 from functools import cached_property
-from http.client import IncompleteRead
+from http.client import BadStatusLine, IncompleteRead, RemoteDisconnected
 from importlib import import_module
 from socket import gaierror
 from threading import Thread
@@ -99,7 +99,7 @@ class Client:
     def translate(self, error: HTTPError, url: str) -> OSError | SourceError:
         """Convert an error of urllib3 to one that names its cause. urllib3's own messages contain class names."""
         cause: BaseException = error
-        while inner := cause.__cause__ or next((each for each in cause.args if isinstance(each, BaseException)), None):
+        while inner := _cause_of(cause):
             cause = inner
         proxy = _find_proxy(urlsplit(url)) if isinstance(error, _NOT_CONNECTED) else None
         peer = urlsplit(proxy or url)
@@ -112,12 +112,19 @@ class Client:
             return self._slow(cause)
         if isinstance(cause, IncompleteRead):
             return ConnectionError("the connection was closed")
-        reason = cause.strerror if isinstance(cause, gaierror) else str(cause) or type(cause).__name__
-        reason = self.redacted(str(reason), url)
+        if isinstance(cause, BadStatusLine) and not isinstance(cause, RemoteDisconnected):
+            reason = f"the response is not HTTP: {printable(self.redacted(str(cause), url))}"
+        else:
+            reason = self.redacted(str(getattr(cause, "strerror", None) or cause) or type(cause).__name__, url)
         if proxy:
-            return ConnectionError(f"cannot connect through the proxy {peer.hostname} ({reason})")
+            return ConnectionError(
+                f"cannot connect through the proxy {peer.hostname}, which {_proxy_variable(urlsplit(url))} names "
+                f"({reason})"
+            )
         if isinstance(cause, gaierror):
             return ConnectionError(f"cannot find the host {peer.hostname} ({reason})")
+        if isinstance(error, _NOT_CONNECTED):
+            return ConnectionError(f"cannot connect to {peer.hostname} ({reason})")
         return ConnectionError(reason)
 
     def _slow(self, error: slow.SlowServerError) -> NetworkError:
@@ -201,6 +208,17 @@ def _find_proxy(url: SplitResult) -> str | None:
     if not proxy or proxy_bypass(_without_user(url).netloc):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _proxy_variable(url: SplitResult) -> str:
+    return f"{url.scheme.upper()}_PROXY" if getproxies().get(url.scheme) else "ALL_PROXY"
+
+
+def _cause_of(error: BaseException) -> BaseException | None:
+    """Return what an error of urllib3 was raised for, if there is anything."""
+    inner = next((each for each in error.args if isinstance(each, BaseException)), None)
+    # urllib3's SOCKS connections name no cause, but they raise the error while they handle it.
+    return error.__cause__ or inner or (error.__context__ if isinstance(error, NewConnectionError) else None)
 
 
 def _authorization(url: SplitResult, origin: SplitResult) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import time
 
-from streamconv.display import printable
+from streamconv.display import visible
 from streamconv.errors import NetworkError
 from streamconv.files.address import Address
 from streamconv.logs import logger
@@ -14,6 +14,7 @@ _log = logger(__name__)
 RETRY_WAITS_SECONDS = (0, 1, 2, 4, 8, 16, 30, 30)
 MAX_POOR_RESPONSES = 100  # in a row that broke before they gave `ENOUGH_BYTES`
 ENOUGH_BYTES = 30_000  # what the slowest server sends in a window; see `slow`
+MAX_REASON = 300  # characters of what went wrong, which may quote a server
 RETRIES_BEFORE_OPEN = 3  # while no request has succeeded yet: the URL may be wrong
 
 
@@ -53,7 +54,7 @@ class Retries:
         """
         if isinstance(error, RetryNow):
             return
-        reason = printable(redacted(str(error), self._secrets) or type(error).__name__)
+        reason = visible(redacted(str(error), self._secrets) or type(error).__name__, MAX_REASON)
         is_poor = self._poor == MAX_POOR_RESPONSES
         if is_poor or self.failures == (RETRIES_BEFORE_OPEN if position is None else len(RETRY_WAITS_SECONDS)):
             problem, fix = "cannot be opened", "Check the URL and the network, and run the same command again."

@@ -2,14 +2,12 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import closing
 from itertools import repeat
 
 import pytest
@@ -33,36 +31,6 @@ def drip(start: bytes, part: bytes, pause: float = 0.01) -> Callable[[], Iterato
         yield from repeat((part, pause))
 
     return parts
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., str]]:
-    """Return a function that starts a server, which sends these parts to every client, and returns its URL."""
-    servers = []
-
-    def start(parts: Callable[[], Iterator[tuple[bytes, float]]]) -> str:
-        server = socket.create_server(("127.0.0.1", 0))
-        servers.append(server)
-
-        def send(client: socket.socket) -> None:
-            with closing(client), suppress(OSError):
-                client.recv(65536)
-                for part, pause in parts():
-                    time.sleep(pause)
-                    client.sendall(part)
-
-        def accept() -> None:
-            with suppress(OSError):
-                while True:
-                    threading.Thread(target=send, args=(server.accept()[0],), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
-        return f"http://127.0.0.1:{server.getsockname()[1]}/x.pth?sig=s1gn4ture"
-
-    yield start
-    for server in servers:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
 
 
 @pytest.fixture
