@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from streamconv.display import printable
 from streamconv.errors import UsageError
-from streamconv.files.hub_settings import hub_endpoint
+from streamconv.files.hub_settings import hub_url
 from streamconv.files.web_pages import direct_url, page_problem
 from streamconv.redaction import MIN_LENGTH, WEB, links_of, secret_user, secrets_of_user, shown_url
 
@@ -190,9 +190,9 @@ def hf_to_https(address: Address) -> Address:
     """Convert hf://[datasets/]OWNER/NAME[@REVISION]/FILE to the https URL of the same file.
 
     Raises:
-        UsageError: it is not of this form, or HF_ENDPOINT is not a URL.
+        UsageError: it is not of this form, or as for `hub_url`.
     """
-    hub_endpoint()  # huggingface_hub cannot be imported if it is not valid
+    endpoint = hub_url()
     from huggingface_hub import hf_hub_url
 
     kind, *parts = address.url.partition("://")[2].split("/")
@@ -207,5 +207,7 @@ def hf_to_https(address: Address) -> Address:
     if revision == "refs" and len(parts) > 4:  # refs/pr/1 and refs/convert/NAME
         revision, parts = "/".join(["refs", *parts[2:4]]), parts[:2] + parts[4:]
     file = "/".join(parts[2:])
-    url = hf_hub_url(f"{parts[0]}/{name}", file, repo_type=kinds.get(kind), revision=unquote(revision) or None)
+    url = hf_hub_url(
+        f"{parts[0]}/{name}", file, repo_type=kinds.get(kind), revision=unquote(revision) or None, endpoint=endpoint
+    )
     return Address(url)

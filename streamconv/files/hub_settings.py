@@ -7,18 +7,16 @@ from urllib.parse import SplitResult, urlsplit
 
 from streamconv.display import printable
 from streamconv.errors import UsageError
-from streamconv.redaction import shown_url
+from streamconv.redaction import redacted, shown_url
 
 
 def hub_endpoint() -> SplitResult:
     """Return the URL of the Hub. It is read here, because importing huggingface_hub costs 20 MB.
 
-    To be called before huggingface_hub is imported, which then does not fail.
-
     Raises:
         UsageError: HF_ENDPOINT is not a URL.
     """
-    url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    url = os.environ.get("HF_ENDPOINT", "").strip() or "https://huggingface.co"
     try:
         parts = urlsplit(url)
         is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -28,6 +26,25 @@ def hub_endpoint() -> SplitResult:
         shown = printable(shown_url(url))
         raise UsageError(f"HF_ENDPOINT is {shown}, which is not a URL. Set it to https://HOST:PORT, or unset it.")
     return parts
+
+
+def hub_url() -> str:
+    """Return the URL of the Hub, to be given to huggingface_hub, which takes an empty HF_ENDPOINT for a URL.
+
+    To be called before huggingface_hub is imported for the first time.
+
+    Raises:
+        UsageError: HF_ENDPOINT is not a URL, or huggingface_hub cannot use another of its settings.
+    """
+    url = hub_endpoint().geturl().rstrip("/")
+    try:
+        import huggingface_hub.constants  # noqa: F401 - parses the environment
+    except ValueError as error:
+        raise UsageError(
+            f"A setting of huggingface_hub in the environment is not valid: {printable(redacted(str(error)))}. Correct "
+            "or unset the variable whose name begins with HF_."
+        ) from None
+    return url
 
 
 def hub_endpoint_for(host: str) -> SplitResult | None:
@@ -63,8 +80,9 @@ def hub_token() -> str:
     """Return the user's token; empty if there is none.
 
     Raises:
-        UsageError: it cannot be read, or cannot be sent.
+        UsageError: it cannot be read or sent, or as for `hub_url`.
     """
+    hub_url()
     from huggingface_hub import get_token
 
     try:

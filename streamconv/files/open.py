@@ -5,7 +5,7 @@ from pathlib import Path
 from streamconv.errors import NetworkError
 from streamconv.files.address import Address, Location, hf_to_https
 from streamconv.files.base import File, Version
-from streamconv.files.hub_settings import hub_endpoint
+from streamconv.files.hub_settings import hub_url
 from streamconv.files.local import LocalFile
 
 
@@ -39,7 +39,7 @@ def open_file(location: Location, origin: Address | None = None, expected: Versi
 
 def _on_the_hub(address: Address) -> Address:
     """Return the https URL of an hf:// URL, unless HF_HUB_OFFLINE forbids requests."""
-    hub_endpoint()  # huggingface_hub cannot be imported if it is not valid
+    hub_url()
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

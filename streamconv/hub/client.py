@@ -8,13 +8,14 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from inspect import signature
+from json import JSONDecodeError
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from streamconv._version import __version__
 from streamconv.display import shortened
 from streamconv.errors import HubError, StreamconvError
-from streamconv.files.hub_settings import hub_endpoint, hub_token
+from streamconv.files.hub_settings import hub_token, hub_url
 from streamconv.hub import transport
 from streamconv.hub.transport import NoAnswerError, in_time, network_errors, timeout_errors
 from streamconv.logs import logger
@@ -29,6 +30,7 @@ Result = TypeVar("Result")
 
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry
 RUN_AGAIN = "Run the same command again: files that the Hub already has are not uploaded again."
+NOT_THE_HUB = "Check HF_ENDPOINT, your proxy, and whether your network wants you to log in."
 
 # Two failures can only be told by the Hub's text: their statuses are those of other failures, too, they have no error
 # code, and huggingface_hub has no exceptions for them.
@@ -45,11 +47,11 @@ class HubClient:
     """
 
     def __init__(self) -> None:
-        hub_endpoint()  # before huggingface_hub is imported, which fails if it is not valid
+        url = hub_url()
         from huggingface_hub import HfApi, constants
 
         self._token = ""
-        self.endpoint = shown_url(constants.ENDPOINT)  # for messages
+        self.endpoint = shown_url(url)  # for messages
         self.token_settings = f"{self.endpoint}/settings/tokens"
         if constants.HF_HUB_OFFLINE:
             raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it.")
@@ -60,7 +62,7 @@ class HubClient:
                 "then log in with `hf auth login` or set HF_TOKEN."
             )
         self._token = token
-        self.api = HfApi(token=token, library_name="streamconv", library_version=__version__)
+        self.api = HfApi(endpoint=url, token=token, library_name="streamconv", library_version=__version__)
 
     def call(
         self,
@@ -94,6 +96,18 @@ class HubClient:
             _log.warning("%s; trying again in %g s", failure, delay)
             time.sleep(delay)
         raise hub_error  # outside the except block, so that the original exception does not become its context
+
+    def whoami(self) -> dict[str, Any]:
+        """Return the Hub's answer about the token's user, whose name is a string.
+
+        Raises:
+            HubError: the token is not accepted, or it is not the Hub that answers.
+        """
+        failure = "The token cannot be used"
+        user = self.call(failure, self.api.whoami, is_repeatable=False)
+        if not isinstance(user, dict) or not isinstance(user.get("name"), str):
+            raise HubError(f"{failure}: {self.endpoint} does not answer like the Hub. {NOT_THE_HUB}")
+        return user
 
     def forbids_writing(self, repo_id: str) -> bool:
         """Return whether the Hub answers that the token may not write to an existing repository.
@@ -132,6 +146,13 @@ class HubClient:
             has_timed_out = any(isinstance(e, timeout_errors()) for e in causes)
             what = "does not respond in time" if has_timed_out else "cannot be reached, or the connection broke"
             message, problem, fix, is_transient = "", f"{self.endpoint} {what}", RUN_AGAIN, True
+        elif any(isinstance(each, JSONDecodeError) for each in causes):
+            message, problem, fix, is_transient = (
+                "",
+                f"{self.endpoint} does not answer like the Hub",
+                NOT_THE_HUB,
+                False,
+            )
         else:
             message = self._redact(str(error))
             problem, fix = NO_STORAGE if FULL_ACCOUNT.search(message) else ("it failed", f"Fix that. {RUN_AGAIN}")

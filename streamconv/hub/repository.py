@@ -55,7 +55,7 @@ class Repository:
         check_name(name)
         self._hub = HubClient()
         self._api = self._hub.api
-        user = self._hub.call("The token cannot be used", self._api.whoami, is_repeatable=False)
+        user = self._hub.whoami()
         self.id = name if "/" in name else f"{user['name']}/{name}"
         check_name(self.id)
         self._uploaded: dict[str, CommitOperationAdd] = {}

@@ -12,7 +12,7 @@ from threading import Thread
 from time import monotonic
 from typing import Any, TypeVar
 
-from streamconv.files.hub_settings import hub_endpoint
+from streamconv.files.hub_settings import hub_url
 
 Result = TypeVar("Result")
 
@@ -53,9 +53,9 @@ def configure_process() -> None:
     because huggingface_hub has no way to read the current factory.
 
     Raises:
-        UsageError: HF_ENDPOINT is not a URL.
+        UsageError: see `hub_url`.
     """
-    hub_endpoint()
+    hub_url()
     from huggingface_hub.utils import disable_progress_bars, logging
 
     warnings.filterwarnings("ignore", module="huggingface_hub")

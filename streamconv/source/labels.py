@@ -4,6 +4,7 @@ A head's tensors do not contain the names of its classes, but config.json needs 
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from importlib.machinery import SourceFileLoader
@@ -78,11 +79,11 @@ def imagenet_labels() -> tuple[list[str], str]:
 
 def _hub_labels() -> list[str] | None:
     """Download the Hub's file or find it in the cache, in a separate process: an HTTP client costs 20 MB."""
-    hub_endpoint()  # if it is not valid, that process cannot import huggingface_hub
+    environment = {**os.environ, "HF_ENDPOINT": hub_endpoint().geturl()}
     import subprocess  # only classifiers need it
 
     command = [sys.executable, "-m", "streamconv.source.labels"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     return read_labels(Path(done.stdout.strip())) if done.returncode == 0 else None
 
 

@@ -234,7 +234,7 @@ def test_invalid_destinations_are_refused_before_anything_is_changed(
 
 
 def test_unreachable_hub_and_offline_mode_are_reported_at_once(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(HubError, match=r"127\.0\.0\.1:1 cannot be reached"):
         Repository(Destination("it"), None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -309,6 +309,18 @@ def test_permanent_fault_is_reported_in_one_message_with_a_fix(
     assert "\n" not in message
     assert len(message) < 500
     assert "ada/it" not in hub.repos or commits(hub) == 1
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("body", [b"<html>Log in to use this network</html>", "text", ["a list"], {"name": 1}])
+def test_page_of_a_network_that_wants_a_login_is_not_the_hub(hub: HubServer, body: Any) -> None:
+    if isinstance(body, bytes):
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(body)
+        hub.fail("GET /api/whoami", drips=head + body)
+    else:
+        hub.fail("GET /api/whoami", status=200, body=body)
+    with pytest.raises(HubError, match=r"token cannot be used: http.* does not answer like the Hub\. Check HF_"):
+        Repository(Destination("it"), None)
 
 
 @pytest.mark.transformers

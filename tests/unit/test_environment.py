@@ -6,10 +6,11 @@ from urllib.parse import urlsplit
 
 import pytest
 from click.testing import CliRunner
+from huggingface_hub import constants
 
 from streamconv.cli.commands import app
 from streamconv.errors import UsageError
-from streamconv.files.address import Address, parse_location
+from streamconv.files.address import Address, hf_to_https, parse_location
 from streamconv.files.client import Client, _authorization
 from streamconv.files.hub_settings import hub_endpoint, hub_token
 from streamconv.files.open import open_file
@@ -53,16 +54,39 @@ def test_hub_address_that_is_no_url_ends_a_command_in_one_message(monkeypatch: p
     assert done.stderr.count("\n") == 1
 
 
-def test_library_that_imports_huggingface_hub_does_not_see_an_invalid_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huggingface_hub_is_imported_with_valid_settings_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other libraries import it without HF_ENDPOINT; they do not use the Hub."""
     monkeypatch.setenv("HF_ENDPOINT", "http://h:bad")
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "soon")
     code = """
 import os
-from streamconv.files.hub_settings import without_invalid_endpoint
+from streamconv.errors import UsageError
+from streamconv.files.hub_settings import hub_url, without_invalid_endpoint
 with without_invalid_endpoint():
+    try:
+        hub_url()
+    except UsageError as error:
+        print(error)
+    del os.environ["HF_HUB_ETAG_TIMEOUT"]
     from huggingface_hub import hf_hub_url
 print(os.environ["HF_ENDPOINT"])
 """
-    assert run_python(code) == "http://h:bad\n"
+    error, endpoint = run_python(code).splitlines()
+    assert error.startswith("A setting of huggingface_hub in the environment is not valid: invalid literal for int()")
+    assert "'soon'. Correct or unset the variable whose name begins with HF_." in error
+    assert endpoint == "http://h:bad"
+
+
+@pytest.mark.parametrize("url", ["", " ", "https://huggingface.co/", " https://huggingface.co\n"])
+def test_huggingface_hub_is_given_the_address_without_spaces_and_never_an_empty_one(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("HF_TOKEN", "hf_t0ken")
+    assert hf_to_https(Address("hf://a/b/x.pth")).url == "https://huggingface.co/a/b/resolve/main/x.pth"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    client = HubClient()
+    assert (client.endpoint, client.api.endpoint) == ("https://huggingface.co",) * 2
 
 
 def test_hub_address_is_the_usual_one_if_it_is_empty_and_hides_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
