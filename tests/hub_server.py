@@ -439,6 +439,7 @@ def _entry(name: str, file: bytes | Pointer) -> dict[str, Any]:
 def _handler(hub: HubServer, part: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # or each body would wait 40 ms for the acknowledgement of its headers
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -518,7 +519,7 @@ def _handler(hub: HubServer, part: str) -> type[BaseHTTPRequestHandler]:
 @contextmanager
 def running() -> Iterator[HubServer]:
     hub = HubServer()
-    threads = [threading.Thread(target=server.serve_forever, args=(0.05,)) for server in hub._servers]
+    threads = [threading.Thread(target=server.serve_forever, args=(0.01,)) for server in hub._servers]
     for server in hub._servers:
         server.daemon_threads = True
     for thread in threads:
