@@ -26,6 +26,13 @@ def _default_colours(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait only a moment before a request is sent again, as many times as for a user."""
+    waits = [min(seconds, 0.01) for seconds in retries.RETRY_WAITS_SECONDS]
+    monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", tuple(waits))
+
+
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
     """Save a random checkpoint of given dimensions with torch.save; returns the paths of its files."""
@@ -96,8 +103,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """Run a file server on the loopback, with short waits before retries and a separate torch.hub cache."""
-    monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", (0, 0.01, 0.01, 0.01, 0.01, 0.01))
+    """Run a file server on the loopback, with a separate torch.hub cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     (tmp_path / "served").mkdir()
     with serving(tmp_path / "served") as running_server:

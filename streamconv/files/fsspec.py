@@ -21,11 +21,10 @@ from streamconv.errors import (
     StreamconvError,
     UsageError,
 )
-from streamconv.files import slow
+from streamconv.files import retries, slow
 from streamconv.files.address import Address
 from streamconv.files.base import UNVERSIONED, ByteRange
 from streamconv.files.remote import MAX_IN_FLIGHT, RemoteFile
-from streamconv.files.retries import RETRIES_BEFORE_OPEN, RETRY_WAITS_SECONDS
 from streamconv.logs import logger
 from streamconv.redaction import redacted
 
@@ -79,7 +78,7 @@ class FsspecFile(RemoteFile):
 
         The version is empty if the store reports none.
         """
-        for pause in (*RETRY_WAITS_SECONDS[:RETRIES_BEFORE_OPEN], None):
+        for pause in (*retries.RETRY_WAITS_SECONDS[: retries.RETRIES_BEFORE_OPEN], None):
             try:
                 return result_in_time(self._threads.submit(self._query_state), 0, self.address)
             except FileNotFoundError:

@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 
 from streamconv import ChangedError, NetworkError, SourceError, SourceMissingError, UsageError
-from streamconv.files import retries
 from streamconv.formats.checkpoint import open_checkpoint
 from tests import api
 from tests.checkpoints import make_states
@@ -20,8 +19,7 @@ from tests.support import tiny
 
 
 @pytest.fixture
-def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", (0, 0.01, 0.01))
+def files() -> Iterator[Any]:
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     yield memory

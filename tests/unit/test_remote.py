@@ -16,6 +16,7 @@ from streamconv.files.retries import RetryLater, RetryNow
 
 DATA = random.Random(0).randbytes(300_000)
 SHARE_THAT_BREAKS = 4
+WAITS_SECONDS = retries.RETRY_WAITS_SECONDS  # those of a user: each test runs with shorter ones
 
 
 class FakeFile(RemoteFile):
@@ -143,6 +144,7 @@ def test_broken_connection_is_retried_with_growing_waits_for_at_most_two_minutes
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     waited: list[float] = []
+    monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", WAITS_SECONDS)
     monkeypatch.setattr(retries.time, "sleep", waited.append)
     file = FakeFile()
     file._request = lambda wanted: exec("raise ConnectionRefusedError('refused')")  # type: ignore[assignment, method-assign]
@@ -209,6 +211,7 @@ def test_server_that_sends_almost_nothing_in_each_response_is_given_up(
 
 def test_requested_waits_are_respected_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
+    monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", WAITS_SECONDS)
     monkeypatch.setattr(retries.time, "sleep", waited.append)
     file = FakeFile()
     errors = [RetryNow("moved"), RetryLater("busy", 17.0), RetryLater("busy", 9999.0), RetryLater("busy", None)]
