@@ -89,9 +89,12 @@ def watched() -> Iterator[Caller]:
     caller.join()
 
 
+Jobs = dict[Callable[[], Verification], Verification]
+
+
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[Callable[[], Verification]]:
-    """Verifications of a classifier and a cast model, both correct, and of damaged folders; each has run once."""
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Verifications of a classifier and a cast model, both correct, and of damaged folders, with their results."""
     folder = tmp_path_factory.mktemp("jobs")
     backbone, head = (saved(state, folder / f"{i}.pth") for i, state in enumerate(make_states(tiny(classes=5))))
     source = saved(make_states(tiny())[0], folder / "x.pth")
@@ -103,9 +106,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[Callable[[], Verifica
     alter(changed, lambda state: state["encoder.layer.1.mlp.fc2.weight"].add_(1))
     made = [lambda: api.verify(classifier, backbone, head=head, device="cpu")]
     made += [lambda output=output: api.verify(output, source, device="cpu") for output in (cast, missing, changed)]
-    for job in made:
-        job()  # imports modules, which changes the process, too
-    return made
+    return {job: job() for job in made}  # which also imports modules, and so changes the process
 
 
 def results(found: Verification) -> tuple[Any, ...]:
@@ -114,9 +115,9 @@ def results(found: Verification) -> tuple[Any, ...]:
 
 
 def test_verifications_in_threads_disturb_neither_each_other_nor_the_caller(
-    jobs: list[Callable[[], Verification]],
+    jobs: Jobs,
 ) -> None:
-    expected = [results(job()) for job in jobs]
+    expected = [results(found) for found in jobs.values()]
     assert [list(result[0].values()) for result in expected] == [
         [True, True, True, True, True], [True, True, True, True, True], [False, True, False, None, True],
         [False, True, True, False, True],
@@ -130,7 +131,7 @@ def test_verifications_in_threads_disturb_neither_each_other_nor_the_caller(
     assert changes(caller.before) == set()
 
 
-def test_verification_leaves_random_numbers_alone(jobs: list[Callable[[], Verification]]) -> None:
+def test_verification_leaves_random_numbers_alone(jobs: Jobs) -> None:
     torch.rand(7)  # whatever state a job might have set before
     before = torch.get_rng_state()
     for job in jobs:
@@ -148,14 +149,14 @@ def test_verification_leaves_random_numbers_alone(jobs: list[Callable[[], Verifi
     ids=["float64", "float16", "meta"],
 )
 def test_verification_does_not_depend_on_the_callers_default_dtype_and_device(
-    jobs: list[Callable[[], Verification]], change: Callable[[], None]
+    jobs: Jobs, change: Callable[[], None]
 ) -> None:
     def exact_results(found: Verification) -> tuple[Any, ...]:
         # transformers' default image processor, which is only reported, computes in the default dtype.
         checks = [replace(c, numbers={k: v for k, v in c.numbers.items() if k != "default"}) for c in found.checks]
         return results(replace(found, checks=tuple(checks)))
 
-    expected = [exact_results(job()) for job in jobs]
+    expected = [exact_results(found) for found in jobs.values()]
     try:
         change()
         before = process_state()
