@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import time
 import traceback
 import warnings
@@ -32,7 +31,7 @@ from streamconv.source.cache import Download
 from streamconv.source.outputs import remember_output
 from tests import api
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer, Repo, fine_grained, running, who
-from tests.support import PUBLISHED, Save, run, run_python, run_with_hub, sha256_of, tiny
+from tests.support import PUBLISHED, Ran, Save, run, run_python, run_with_hub, sha256_of, tiny
 
 UNVERIFIED = PushOptions(unverified=True)
 SMALL = {"config.json", "preprocessor_config.json", "streamconv.json", "model.safetensors.index.json"}
@@ -523,7 +522,7 @@ def test_failed_publishing_exits_with_4_and_can_be_repeated(tmp_path: Path, save
         assert "Not verified" in hub.files("ada/it")["README.md"].decode()
 
 
-def repository_of(done: subprocess.CompletedProcess[str]) -> str:
+def repository_of(done: Ran) -> str:
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1].removeprefix("published: ").rpartition("/commit/")[0]
 
@@ -537,48 +536,48 @@ def record_download(path: Path) -> None:
     ).write(path)  # fmt: skip
 
 
-def test_only_the_authors_file_is_published_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_authors_file_is_published_under_its_name(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is known by the record of its download. Another file in torch.hub's cache is used, but not vouched for."""
     cache = tmp_path / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     cached = streamconv.synth("dinov2_vits14", cache / "dinov2_vits14_pretrain.pth").backbone
     options = ("--no-verify", "--push-unverified", "--push-to-hub")
-    with running() as hub:
-        done = run_with_hub(hub, tmp_path, "run", "dinov2_vits14", *options)
+    done = run("run", "dinov2_vits14", *options, cwd=tmp_path)
+    assert (done.returncode, "not known to be its own. Name the repository" in done.stderr) == (2, True)
+    record_download(cached)
+    for source in ("dinov2_vits14", "facebook/dinov2-small", cached):
+        done = run("run", source, *options, cwd=tmp_path)
+        assert repository_of(done) == f"{hub.url}/ada/dinov2-small" or "nothing was changed" in done.stdout
+        assert "base_model: facebook/dinov2-small" in hub.files("ada/dinov2-small")["README.md"].decode()
+    copies = [tmp_path / "dinov2_vits14_pretrain.pth", tmp_path / "dinov2_vits14_finetuned.pth"]
+    for number, copy in enumerate(copies):
+        shutil.copy(cached, copy)
+        done = run("run", copy, "-o", f"my model {number}", *options, cwd=tmp_path)
+        assert repository_of(done) == f"{hub.url}/ada/my-model-{number}"
+        assert f"pushing to {hub.url}/ada/my-model-{number}, a new repository: public" in done.stderr
+        card = ModelCard(hub.files(f"ada/my-model-{number}")["README.md"].decode())
+        assert not card.data.to_dict().keys() & {"license", "base_model"}
+        done = run("run", copy, "-o", "DINOv2-small", *options, cwd=tmp_path)
         assert (done.returncode, "not known to be its own. Name the repository" in done.stderr) == (2, True)
-        record_download(cached)
-        for source in ("dinov2_vits14", "facebook/dinov2-small", cached):
-            done = run_with_hub(hub, tmp_path, "run", source, *options)
-            assert repository_of(done) == f"{hub.url}/ada/dinov2-small" or "nothing was changed" in done.stdout
-            assert "base_model: facebook/dinov2-small" in hub.files("ada/dinov2-small")["README.md"].decode()
-        copies = [tmp_path / "dinov2_vits14_pretrain.pth", tmp_path / "dinov2_vits14_finetuned.pth"]
-        for number, copy in enumerate(copies):
-            shutil.copy(cached, copy)
-            done = run_with_hub(hub, tmp_path, "run", copy, "-o", f"my model {number}", *options)
-            assert repository_of(done) == f"{hub.url}/ada/my-model-{number}"
-            assert f"pushing to {hub.url}/ada/my-model-{number}, a new repository: public" in done.stderr
-            card = ModelCard(hub.files(f"ada/my-model-{number}")["README.md"].decode())
-            assert not card.data.to_dict().keys() & {"license", "base_model"}
-            done = run_with_hub(hub, tmp_path, "run", copy, "-o", "DINOv2-small", *options)
-            assert (done.returncode, "not known to be its own. Name the repository" in done.stderr) == (2, True)
-        (tmp_path / "elsewhere").mkdir()
-        done = run_with_hub(hub, tmp_path / "elsewhere", "run", copies[0], *options)  # into a folder dinov2-small
-        assert (done.returncode, "not known to be its own. Name the repository" in done.stderr) == (2, True)
-        done = run_with_hub(hub, tmp_path, "run", copies[0], "-o", "other", *options, "dinov2-small")
-        assert repository_of(done) == f"{hub.url}/ada/dinov2-small"
-        assert "which is public" in done.stderr
+    (tmp_path / "elsewhere").mkdir()
+    done = run("run", copies[0], *options, cwd=tmp_path / "elsewhere")  # into a folder dinov2-small
+    assert (done.returncode, "not known to be its own. Name the repository" in done.stderr) == (2, True)
+    done = run("run", copies[0], "-o", "other", *options, "dinov2-small", cwd=tmp_path)
+    assert repository_of(done) == f"{hub.url}/ada/dinov2-small"
+    assert "which is public" in done.stderr
 
 
-def test_random_weights_are_not_published_under_a_published_name(tmp_path: Path) -> None:
+def test_random_weights_are_not_published_under_a_published_name(hub: HubServer, tmp_path: Path) -> None:
     words = ("run", "dinov2_vits14", "--synthetic", "--no-verify", "--push-unverified", "--push-to-hub")
-    with running() as hub:
-        done = run_with_hub(hub, tmp_path, *words)
-        assert (done.returncode, "not known to be its own. Name the repository" in done.stderr) == (2, True)
-        assert not (tmp_path / "dinov2-small").exists()
-        done = run_with_hub(hub, tmp_path, *words, "-o", "random")
-        assert repository_of(done) == f"{hub.url}/ada/random"
-        assert "Random weights" in hub.files("ada/random")["README.md"].decode()
+    done = run(*words, cwd=tmp_path)
+    assert (done.returncode, "not known to be its own. Name the repository" in done.stderr) == (2, True)
+    assert not (tmp_path / "dinov2-small").exists()
+    done = run(*words, "-o", "random", cwd=tmp_path)
+    assert repository_of(done) == f"{hub.url}/ada/random"
+    assert "Random weights" in hub.files("ada/random")["README.md"].decode()
 
 
 def test_folder_is_published_under_its_own_name_unless_it_is_the_published_model(
