@@ -5,7 +5,6 @@ set, those in SSL_CERT_FILE, SSL_CERT_DIR or REQUESTS_CA_BUNDLE. Credentials are
 """
 
 import base64
-import os
 import ssl
 from concurrent.futures import Future, wait
 from functools import cached_property
@@ -25,7 +24,8 @@ from streamconv.errors import NetworkError, SourceError, UsageError
 from streamconv.files import slow
 from streamconv.files.address import Address
 from streamconv.files.hub_settings import hub_endpoint_for, hub_token
-from streamconv.redaction import redacted, secrets_of_user
+from streamconv.files.tls import tls_context
+from streamconv.redaction import WEB, redacted, secrets_of_user
 
 TIMEOUT_SECONDS = 30.0  # to connect, and to wait for the next byte
 _Host = tuple[str, str | None, int | None]  # scheme, name, port
@@ -179,18 +179,20 @@ class Client:
 
     @cached_property
     def _tls_context(self) -> ssl.SSLContext:
-        """The trusted certificates. All connections share them, because loading them takes 50 ms."""
-        if "SSL_CERT_FILE" in os.environ or "SSL_CERT_DIR" in os.environ:  # OpenSSL reads these
-            return ssl.create_default_context()
-        bundle = os.environ.get("REQUESTS_CA_BUNDLE") or None
+        return tls_context()  # all connections share it, because loading the certificates takes 50 ms
+
+
+def environment_problem(host: str) -> str:
+    """Return why the environment's proxies and certificates allow no connections, also of other libraries; or ""."""
+    for scheme in WEB:
+        url = urlsplit(f"{scheme}://{host}")
+        if (_find_proxy(url) or "").startswith("socks"):
+            continue  # libraries need different packages for it, which they name
         try:
-            if bundle and os.path.isdir(bundle):
-                return ssl.create_default_context(capath=bundle)
-            return ssl.create_default_context(cafile=bundle)
-        except OSError as error:
-            raise UsageError(
-                f"The certificates in {bundle}, which REQUESTS_CA_BUNDLE names, cannot be read. Correct or unset it."
-            ) from error
+            Client(url.geturl())._manager(url)
+        except UsageError as error:
+            return str(error)
+    return ""
 
 
 def seconds_to_wait(response: BaseHTTPResponse) -> float | None:

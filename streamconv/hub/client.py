@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from streamconv._version import __version__
 from streamconv.display import shortened
 from streamconv.errors import HubError, StreamconvError
-from streamconv.files.hub_settings import hub_token, hub_url
+from streamconv.files.client import environment_problem
+from streamconv.files.hub_settings import hub_endpoint, hub_token, hub_url
 from streamconv.hub import transport
 from streamconv.hub.transport import NoAnswerError, in_time, network_errors, timeout_errors
 from streamconv.logs import logger
@@ -145,7 +146,8 @@ class HubClient:
         elif any(isinstance(e, network_errors()) for e in causes):
             has_timed_out = any(isinstance(e, timeout_errors()) for e in causes)
             what = "does not respond in time" if has_timed_out else "cannot be reached, or the connection broke"
-            message, problem, fix, is_transient = "", f"{self.endpoint} {what}", RUN_AGAIN, True
+            reason = self._redact(str(causes[-1])) or type(causes[-1]).__name__
+            message, problem, fix, is_transient = "", f"{self.endpoint} {what} ({reason})", RUN_AGAIN, True
         elif any(isinstance(each, JSONDecodeError) for each in causes):
             message, problem, fix, is_transient = (
                 "",
@@ -153,6 +155,8 @@ class HubClient:
                 NOT_THE_HUB,
                 False,
             )
+        elif found := environment_problem(hub_endpoint().hostname or ""):
+            return HubError(f"{failure}: {found}"), False
         else:
             message = self._redact(str(error))
             problem, fix = NO_STORAGE if FULL_ACCOUNT.search(message) else ("it failed", f"Fix that. {RUN_AGAIN}")

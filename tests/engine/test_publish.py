@@ -310,6 +310,29 @@ def test_permanent_fault_is_reported_in_one_message_with_a_fix(
     assert "ada/it" not in hub.repos or commits(hub) == 1
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("HTTP_PROXY", "http://me:p4ssw0rd@h:bad", r"cannot use the proxy h:bad .* Set HTTP_PROXY to"),
+        ("ALL_PROXY", "ftp://me:p4ssw0rd@h:1", r"cannot use the proxy h:1 .* Set HTTP_PROXY to"),
+        ("HTTP_PROXY", "http://me:p4ssw0rd@127.0.0.1:9", r"cannot be reached.* \(\[Errno 111\] Connection refused\)"),
+        ("SSL_CERT_FILE", "/nonexistent", r"certificates in /nonexistent, which SSL_CERT_FILE names, cannot be read"),
+    ],
+)
+def test_environment_that_allows_no_connection_is_named(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, setting: str, value: str, message: str
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv(setting, value)
+    if setting == "HTTP_PROXY":
+        monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    with pytest.raises(HubError, match=message) as caught:
+        Repository(Destination("it"), None)
+    assert "p4ssw0rd" not in str(caught.value)
+
+
 @pytest.mark.transformers
 @pytest.mark.parametrize("body", [b"<html>Log in to use this network</html>", "text", ["a list"], {"name": 1}])
 def test_page_of_a_network_that_wants_a_login_is_not_the_hub(hub: HubServer, body: Any) -> None:
