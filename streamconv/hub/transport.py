@@ -4,6 +4,7 @@ It uses requests before 1.0, httpx in 1.x and httpx2 since 2.0. `set_client_fact
 would exclude transformers 4.57, which needs an older version, so there are two branches.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -76,7 +77,10 @@ def configure_process() -> None:
 
 
 def _client_class(http: Any) -> Any:
-    """Return a client that waits for answers as `in_time`, from the moment at which the request has been sent."""
+    """Return a client that waits for answers as `in_time`, from the moment at which the request has been sent.
+
+    If the Hub asks to wait longer than that before a retry, huggingface_hub does not see it.
+    """
 
     class Body(http.SyncByteStream):  # type: ignore[misc]
         def __init__(self, stream: Any):
@@ -94,7 +98,13 @@ def _client_class(http: Any) -> Any:
         def send(self, request: Any, **options: Any) -> Any:
             request.stream = body = Body(request.stream)
             send = super().send
-            return in_time(lambda: send(request, **options), lambda: body.sent_at)
+            response = in_time(lambda: send(request, **options), lambda: body.sent_at)
+            for name in ("retry-after", "ratelimit"):  # huggingface_hub sleeps for as long as they say
+                if any(
+                    int(number[:9]) > ANSWER_SECONDS for number in re.findall("[0-9]+", response.headers.get(name, ""))
+                ):
+                    del response.headers[name]
+            return response
 
     return Client
 

@@ -416,6 +416,20 @@ def test_hub_that_drips_its_answer_to_an_upload_is_given_up_in_the_command_lines
     assert pushed(folder)  # the same call again succeeds
 
 
+@pytest.mark.usefixtures("restored_process")
+@pytest.mark.parametrize("name", ["Retry-After", "RateLimit"])
+def test_hub_that_asks_to_wait_for_years_is_asked_again_soon(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    transport.configure_process()
+    value = {"Retry-After": "99999999", "RateLimit": '"api";r=0;t=99999999'}[name]
+    hub.fail("PUT /upload", status=429, body={}, headers={name: value})
+    assert pushed(folder)
+    assert max(waits) < 300
+
+
 def process_settings() -> list[object]:
     """Return huggingface_hub's settings that hold for the whole process, and the warnings' filters."""
     session: Any = get_session()
