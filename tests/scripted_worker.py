@@ -35,6 +35,11 @@ def shows_how_threads_wait(progress: Progress, source: OpenSource) -> None:
     progress(os.environ["OMP_WAIT_POLICY"], 0, 1, "steps")
 
 
+def has_docstrings(progress: Progress, source: OpenSource) -> None:
+    if not Path.__doc__:  # no assert, which Python leaves out then, too
+        raise UsageError("There are no docstrings.")
+
+
 def logs(progress: Progress, source: OpenSource) -> None:
     logging.getLogger("streamconv.files").info("not shown")
     logging.getLogger("streamconv.files").warning("%s is %d", "one", 1)

@@ -234,6 +234,7 @@ _ADVICE = {
     errno.EDQUOT: "Make room and run the same command again.",
     errno.ENOENT: "Its folder is gone. Run the same command again.",
     errno.ESTALE: "Its server has replaced or removed it. Run the same command again.",
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`) and run the same command again.",
     errno.EFBIG: "Choose a disk that takes files of this size, or give convert a smaller --max-shard-size.",
 }
 

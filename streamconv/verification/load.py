@@ -10,6 +10,7 @@ import transformers
 
 from streamconv.planning.plan import Plan
 from streamconv.verification.empty_weights import empty_weights
+from streamconv.verification.machine import refuse_machine_failure
 from streamconv.verification.result import Check
 
 PROVES = "transformers loads every tensor; none is missing, unexpected or of the wrong shape"
@@ -24,7 +25,8 @@ def check_load(folder: Path, plan: Plan) -> tuple[Check, Any]:
     """
     try:
         model, info = _load_model(folder, plan)
-    except Exception as error:  # whatever transformers raises is the result of the check
+    except Exception as error:  # whatever else transformers raises is the result of the check
+        refuse_machine_failure(error)
         return Check("load", False, PROVES, (f"{type(error).__name__}: {error}",)), None
     problems = [f"{kind}: {name}" for kind in PROBLEM_LISTS for name in sorted(map(str, info.get(kind, ())))]
     problems += sorted(f"mismatched_keys: {_mismatch(each)}" for each in info["mismatched_keys"])

@@ -25,6 +25,7 @@ from streamconv.verification.devices import (
 from streamconv.verification.image import open_image
 from streamconv.verification.load import check_load, default_dtype_of
 from streamconv.verification.lockstep import Pair
+from streamconv.verification.machine import refuse_machine_failure
 from streamconv.verification.memory import MemoryWatch
 from streamconv.verification.offload import OffloadedModel, WeightBuffer
 from streamconv.verification.parity import PROVES, check_parity
@@ -146,6 +147,7 @@ class ModelVerifier:
         try:
             weights, why_streamed = load_weights(self.original, source)
         except Exception as error:  # torch rejects the file, or the model its tensors
+            refuse_machine_failure(error)
             problem = f"{type(error).__name__}: {error}"
             if self.reference != BUILTIN:
                 message = f"The reference {self.reference} does not accept the source's tensors: {problem}"

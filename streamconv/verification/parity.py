@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamconv.errors import StreamconvError, UsageError
+from streamconv.errors import StreamconvError
 from streamconv.verification.comparison import Comparison, largest_difference
 from streamconv.verification.lockstep import Pair, Variant, run_converted, run_pair
+from streamconv.verification.machine import is_out_of_memory, refuse_machine_failure
 from streamconv.verification.precision import exact_float32
 from streamconv.verification.result import CastCost, Check
 
@@ -58,8 +59,7 @@ def check_parity(pair: Pair, name: str, pixels: Tensor, default_dtype: torch.dty
     except Exception as error:  # torch or transformers rejects the output or the source, or a GPU fails
         if pair.device.type != "cpu":
             raise  # the caller finds out which
-        if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):  # which says nothing about the output
-            raise UsageError(f"{pair.device} has too little memory to run the models: {error}.") from error
+        refuse_machine_failure(error, str(pair.device))
         problem = f"{type(error).__name__}: {error}"
         return Check(name, False, proves, (problem,), {"error": problem}), None
     numbers = {"size": size, "native_size": pair.native_size, **verdict.numbers}
@@ -86,7 +86,9 @@ def compare(pair: Pair, pixels: Tensor, what: str, default_dtype: torch.dtype) -
     if not in_float32.problems and max(in_float32.relative().values(), default=0.0) > 0:
         try:
             in_float64 = run_pair(pair, pixels, torch.float64, [decisive], f"{what}, in float64")[decisive]
-        except (torch.cuda.OutOfMemoryError, MemoryError):
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             numbers["float32_only"] = f"{pair.device} has too little memory for float64"
             limit = f"errors below {FLOAT32_TOLERANCE:g} of a layer's largest value"
             not_checked.append(f"{numbers['float32_only']}, so {limit} cannot be excluded")

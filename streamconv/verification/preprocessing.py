@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor
 from streamconv.families.image_processors import MAX_SIDE, PixelSteps, UnknownStepsError
 from streamconv.planning.plan import Plan
 from streamconv.verification.bands import RGB, to_bands
+from streamconv.verification.machine import refuse_machine_failure
 from streamconv.verification.result import Check
 
 PROVES = "with Pillow, the saved image processor produces exactly the original's pixels"
@@ -60,6 +61,7 @@ def check_preprocessing(folder: Path, plan: Plan, image: Image.Image) -> Check:
     try:
         numbers, problems = compare(folder, plan, steps, image)
     except Exception as error:  # transformers or torch rejects the output
+        refuse_machine_failure(error)
         return Check("preprocessing", False, proves, (f"{type(error).__name__}: {error}",))
     return Check("preprocessing", not problems, proves, tuple(problems), numbers)
 
@@ -120,6 +122,7 @@ def _check_loading(folder: Path, plan: Plan, image: Image.Image, why: str) -> Ch
         load: Any = AutoImageProcessor.from_pretrained
         pixels = load(folder, local_files_only=True)(image, return_tensors="pt")["pixel_values"]
     except Exception as error:
+        refuse_machine_failure(error)
         if plan.image_processor_from != "source":
             return Check("preprocessing", False, proves, (f"{type(error).__name__}: {error}",))
         # It may need code that is not there, or other images.

@@ -27,6 +27,9 @@ WORKER = "streamconv.verification.worker"
 # By default, threads that wait for others keep a CPU busy. If other programs need the CPUs, the models then take 5 to
 # 10 times as long.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# transformers reads docstrings, and does not load a model without them: not under `python -OO`, or PYTHONOPTIMIZE=2.
+WITH_DOCSTRINGS = {"PYTHONOPTIMIZE": ""}
+NO_DOCSTRINGS = 2  # of sys.flags.optimize
 AGAIN = "Then run the same command again; a finished conversion is not repeated."
 OUT_OF_MEMORY = f"Close other programs, or use a machine with more memory. {AGAIN}"
 
@@ -84,7 +87,7 @@ def start_models(options: ModelOptions) -> ModelRunner:
         UsageError: the process cannot be started.
     """
     # Where Python is embedded in another program, sys.executable is empty.
-    is_here = "transformers" in sys.modules or not sys.executable
+    is_here = ("transformers" in sys.modules and sys.flags.optimize < NO_DOCSTRINGS) or not sys.executable
     return ModelsHere(options) if is_here else _ModelsInChild(options)
 
 
@@ -139,7 +142,7 @@ class _ModelsInChild:
                 [sys.executable, "-c", code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=ENVIRONMENT | os.environ,
+                env=ENVIRONMENT | os.environ | WITH_DOCSTRINGS,
                 start_new_session=True,  # Ctrl-C in a terminal interrupts this process, which then ends the child
             )
         except OSError as error:

@@ -289,6 +289,21 @@ def test_models_run_here_if_transformers_is_imported(monkeypatch: pytest.MonkeyP
         assert isinstance(models, process.ModelsHere)
 
 
+def test_process_has_the_docstrings_that_transformers_reads(
+    source: Path, tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCRIPT", "has_docstrings")
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    assert streamconv.run(source, tmp_path / "out", verification=ON_CPU).passed
+
+
+def test_models_run_in_a_process_if_this_one_has_no_docstrings(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", sys.modules[__name__])
+    monkeypatch.setattr(process, "NO_DOCSTRINGS", sys.flags.optimize)
+    with started_models(ON_CPU, ignore_progress) as models:
+        assert not isinstance(models, process.ModelsHere)
+
+
 @pytest.mark.parametrize("executable", ["", None])
 def test_models_run_here_if_python_is_embedded(monkeypatch: pytest.MonkeyPatch, executable: str | None) -> None:
     monkeypatch.delitem(sys.modules, "transformers", raising=False)

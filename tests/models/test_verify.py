@@ -1,6 +1,7 @@
 """Verification passes correct outputs and names what is wrong in others."""
 
 import base64
+import errno
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from streamconv.hub.card import make_card
 from streamconv.output.manifest import Manifest
 from streamconv.verification.devices import choose_device
 from streamconv.verification.image import make_image, open_image
+from streamconv.verification.machine import refuse_machine_failure
 from streamconv.verification.originals import dinov2
 from streamconv.verification.preprocessing import crop, to_pixels
 from tests import api
@@ -453,9 +455,9 @@ def test_cost_of_a_cast_is_that_of_loading_and_running_the_output(tmp_path: Path
         assert cost.largest > cost.largest_in_float32 > 1e-3
 
 
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("tried to allocate"), MemoryError()])
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("tried to allocate"), MemoryError(), None])
 def test_too_little_memory_for_float64_is_a_gap_and_not_a_failure(
-    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, error: Exception
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, error: Exception | None
 ) -> None:
     backbone, _ = save(tiny())
     api.convert(backbone, tmp_path / "out")
@@ -463,7 +465,7 @@ def test_too_little_memory_for_float64_is_a_gap_and_not_a_failure(
 
     def rounded(self: dinov2.VisionTransformer, pixels: torch.Tensor) -> torch.Tensor:
         if pixels.dtype == torch.float64:
-            raise error
+            raise error or RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return real(self, pixels) * (1 + 1e-6)
 
     monkeypatch.setattr(dinov2.VisionTransformer, "prepare_tokens_with_masks", rounded)
@@ -527,6 +529,7 @@ def test_image_can_be_loaded_from_a_url(server: FileServer, monkeypatch: pytest.
 
 HUBCONF = """
 from streamconv.families.registry import find_model
+from streamconv.verification.machine import refuse_machine_failure
 from streamconv.verification.originals import dinov2
 
 def dinov2_vits14(**arguments):
@@ -554,6 +557,7 @@ def test_folder_with_the_authors_code_is_used_as_reference(tmp_path: Path, publi
 WITH_XFORMERS = """
 from torch.nn import functional
 from streamconv.families.registry import find_model
+from streamconv.verification.machine import refuse_machine_failure
 from streamconv.verification.originals import dinov2
 
 XFORMERS_AVAILABLE = True
@@ -660,18 +664,41 @@ def test_reference_without_a_model_is_a_usage_error(tmp_path: Path, published: C
         published.verify(reference=tmp_path)
 
 
-def test_out_of_memory_is_an_error_and_not_a_failed_check(
-    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "place",
+    [
+        "streamconv.verification.load._load_model",
+        "streamconv.verification.preprocessing._compare_images",
+        "streamconv.verification.model_checks.load_weights",
+        "streamconv.verification.originals.dinov2.VisionTransformer.prepare_tokens_with_masks",
+    ],
+)
+def test_failure_of_the_machine_is_an_error_and_not_a_failed_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    backbone, _ = save(tiny())
-    api.convert(backbone, tmp_path / "out")
+    def fail(*given: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
 
-    def full(self: object, pixels: torch.Tensor) -> torch.Tensor:
-        raise torch.cuda.OutOfMemoryError("tried to allocate")
+    converted = convert(tmp_path, tiny())
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(UsageError, match="limit of the system was reached: Too many open files"):
+        converted.verify()
 
-    monkeypatch.setattr(dinov2.VisionTransformer, "prepare_tokens_with_masks", full)
-    with pytest.raises(UsageError, match="cpu has too little memory"):
-        api.verify(tmp_path / "out", backbone, device="cpu")
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("x"), MemoryError(), OSError(errno.ENOMEM, "x"), None],
+    ids=["gpu", "python", "system", "torch"],
+)
+def test_too_little_memory_is_a_failure_of_the_machine(error: Exception | None) -> None:
+    if error is None:
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(10**15)
+        error = caught.value
+    with pytest.raises(UsageError, match="cpu has too little memory to run the models"):
+        refuse_machine_failure(error)
+    refuse_machine_failure(RuntimeError("x"))
+    refuse_machine_failure(FileNotFoundError(errno.ENOENT, "x"))
 
 
 def test_images_are_rotated_by_exif_and_unsuitable_ones_are_refused(tmp_path: Path) -> None:
