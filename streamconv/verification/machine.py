@@ -1,16 +1,20 @@
-"""Failures of the machine that runs the models. They say nothing about the output, so they are no check's result."""
+"""Failures of the machine that runs the models. They say nothing about the output, so they are no check's result.
+
+A conversion alone imports this module, too, so torch is imported only on use.
+"""
 
 import errno
 
-import torch
-
 from streamconv.errors import UsageError
-from streamconv.verification.process import AGAIN, OUT_OF_MEMORY
 
+AGAIN = "Then run the same command again; a finished conversion is not repeated."
+OUT_OF_MEMORY = f"Close other programs, or use a machine with more memory. {AGAIN}"
 _OF_A_LIMIT = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN})
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    import torch
+
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
     if isinstance(error, OSError):

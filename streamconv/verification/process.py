@@ -21,6 +21,7 @@ from streamconv.errors import UsageError
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
 from streamconv.source.open import OpenSource
+from streamconv.verification.machine import AGAIN, OUT_OF_MEMORY
 from streamconv.verification.result import ModelResults
 
 WORKER = "streamconv.verification.worker"
@@ -30,8 +31,6 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 # transformers reads docstrings, and does not load a model without them: not under `python -OO`, or PYTHONOPTIMIZE=2.
 WITH_DOCSTRINGS = {"PYTHONOPTIMIZE": ""}
 NO_DOCSTRINGS = 2  # of sys.flags.optimize
-AGAIN = "Then run the same command again; a finished conversion is not repeated."
-OUT_OF_MEMORY = f"Close other programs, or use a machine with more memory. {AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class _ModelsInChild:
         self._is_ready = False
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code],
+                [sys.executable, *_isolation(), "-c", code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=ENVIRONMENT | os.environ | WITH_DOCSTRINGS,
@@ -203,6 +202,12 @@ class _ModelsInChild:
                 raise error from (RuntimeError(trace) if trace else None)
             else:
                 return value
+
+
+def _isolation() -> list[str]:
+    """Return the options by which this Python ignores what its environment names, which the child then ignores, too."""
+    flags = (("-I", sys.flags.isolated), ("-E", sys.flags.ignore_environment), ("-s", sys.flags.no_user_site))
+    return [option for option, is_given in flags if is_given]
 
 
 def _end_message(code: int) -> str:

@@ -20,7 +20,8 @@ from streamconv.errors import StreamconvError, UsageError
 from streamconv.files.hub_settings import without_invalid_endpoint
 from streamconv.logs import logger
 from streamconv.progress import ProgressUnit
-from streamconv.verification.process import OUT_OF_MEMORY, ModelsHere
+from streamconv.verification.machine import OUT_OF_MEMORY
+from streamconv.verification.process import ModelsHere
 
 MAX_PRINTED = 10_000  # characters of what a library prints at once
 

@@ -23,7 +23,7 @@ from streamconv.jobs.model_options import started_models
 from streamconv.progress import ignore_progress
 from streamconv.verification import process
 from tests.file_server import FileServer
-from tests.support import Raising, linux, run_python, save_zeros, tiny
+from tests.support import ROOT, Raising, linux, run_python, save_zeros, tiny
 
 ON_CPU = VerificationOptions(device="cpu")
 SECONDS = 60  # to wait for what should happen at once
@@ -295,6 +295,28 @@ def test_process_has_the_docstrings_that_transformers_reads(
     monkeypatch.setenv("SCRIPT", "has_docstrings")
     monkeypatch.setenv("PYTHONOPTIMIZE", "2")
     assert streamconv.run(source, tmp_path / "out", verification=ON_CPU).passed
+
+
+ISOLATED = """
+import sys
+sys.path.insert(0, {root!r})
+from streamconv.verification import process
+process.WORKER = "tests.scripted_worker"
+models = process.start_models(process.ModelOptions("cpu", None, "builtin"))
+models.wait_until_ready(lambda *given: None)
+models.close()
+"""
+
+
+@pytest.mark.parametrize("option", ["-I", "-E"])
+def test_process_runs_no_code_of_an_environment_that_this_one_ignores(
+    tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    subprocess.run([sys.executable, option, "-c", ISOLATED.format(root=str(ROOT))], check=True)
+    assert started.exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_models_run_in_a_process_if_this_one_has_no_docstrings(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
