@@ -106,7 +106,7 @@ def print_early(lines: Iterable[str]) -> None:
     try:
         from streamconv.display import visible
 
-        shown = [visible(line, max(len(line), 1)) for line in lines]
+        shown = [visible(line, 10 * len(line) + 1) for line in lines]  # the longest escape has ten characters
     except (OSError, MemoryError):  # nothing can be imported any more
         shown = [ascii(line)[1:-1] for line in lines]
     print("\n".join(shown), file=sys.stderr)
