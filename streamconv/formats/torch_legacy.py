@@ -53,7 +53,7 @@ def read_index(
         TruncatedError, CorruptError, NotACheckpointError, UnsafePickleError, SourceError
     """
     pieces = _PieceReader(file)
-    pickles = Pickles(pieces.read(HEAD_BYTES), pieces.read)
+    pickles = Pickles(pieces.read(HEAD_BYTES), pieces.read, record_count=None)
     storages = _Storages(file)
     index = Index(file.where, storages.record_of)
     try:

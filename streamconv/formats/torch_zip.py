@@ -7,7 +7,6 @@ https://docs.pytorch.org/docs/stable/notes/serialization.html and in torch/seria
 """
 
 from collections.abc import Mapping
-from hashlib import sha256
 
 from streamconv.display import printable
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError
@@ -17,7 +16,7 @@ from streamconv.formats.pickled_tensors import find_tensors
 from streamconv.formats.torch_pickle import Index
 from streamconv.formats.unpickle import MAX_PICKLE_BYTES, Pickles
 from streamconv.formats.unread import PickleError
-from streamconv.formats.zip_directory import read_record
+from streamconv.formats.zip_record import RecordPieces, read_record
 from streamconv.tensors.expressions import Record, SourceTensor
 from streamconv.tensors.info import DTYPES
 
@@ -40,7 +39,7 @@ def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, Sou
     byteorders = [name for name in records if name.lower() == f"{prefix}byteorder".lower()]  # torch ignores the case
     if byteorders and read_record(file, records[byteorders[0]], 16) != b"little":
         raise SourceError(f"{file.where} was saved on a big-endian machine. Load and save it on a little-endian one.")
-    pickled = read_record(file, records[pickles[0]], MAX_PICKLE_BYTES)
+    pickled = RecordPieces(file, records[pickles[0]], MAX_PICKLE_BYTES)
 
     def record_of(key: str, dtype: str, numel: int) -> Record:
         record = records.get(f"{prefix}data/{key}")
@@ -55,18 +54,21 @@ def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, Sou
 
     index = Index(file.where, record_of)
     try:
-        contents = Pickles(pickled).load(index.find_global, index.storage)
+        try:
+            contents = Pickles(b"", pickled.read, len(records)).load(index.find_global, index.storage)
+        finally:
+            pickled.finish()  # if it is damaged, that is what is reported
     except (PickleError, TypeError) as error:  # TypeError: a function was given too few or too many values
         raise CorruptError(f"{file.where}: its data.pkl is damaged or not from torch.save: {error}.") from error
     return *find_tensors(contents, file.where), _fingerprint(records, pickled)
 
 
-def _fingerprint(records: Mapping[str, Record], pickled: bytes) -> str:
+def _fingerprint(records: Mapping[str, Record], pickled: RecordPieces) -> str:
     """Return the sha256 of the pickle and of every record's name, size and CRC-32.
 
     If the file has CRC-32s, this covers every byte of every weight without reading any.
     """
-    digest = sha256(pickled)
+    digest = pickled.digest.copy()
     for name, record in sorted(records.items()):
         digest.update(f"\0{name}\0{record.range.length}\0{record.crc32 or 0}".encode())
     return digest.hexdigest()

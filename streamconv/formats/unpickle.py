@@ -11,19 +11,22 @@ https://github.com/python/cpython/blob/main/Lib/pickletools.py describes every o
 
 import struct
 from collections.abc import Callable
-from sys import getsizeof
+from sys import getrefcount, getsizeof
 from typing import Any
 
 from streamconv.formats.rare_opcodes import MAX_GLOBAL_BYTES, RARE_OPCODES, Machine
 from streamconv.formats.unread import PickleError, Unread, set_items
 
-# For each tensor, torch.save writes 32 to 38 opcodes, which are 110 to 140 bytes of pickle and take 800 bytes of
+# For each tensor, torch.save writes 32 to 38 opcodes, which are 110 to 140 bytes of pickle and take 600 bytes of
 # memory by the estimates below, slightly more than in fact. 65,536 tensors with names of 60 characters are accepted.
 MAX_PICKLE_BYTES = 12 << 20
 MAX_OPCODES = 2_600_000
-MAX_MEMORY_BYTES = 66 << 20  # the pickle and the objects that it builds
+MAX_MEMORY_BYTES = 64 << 20  # the objects that the pickle builds, and the file's records
+RECORD_BYTES = 340
+_STORAGE_BYTES = 200  # of a record, beside what the estimates below exceed the memory by
 MAX_TEXT_BYTES = 1 << 20
 _LONG_TEXT_BYTES = 64 << 10
+_COPIED_TEXT_BYTES = 1_000
 MAX_STACK = 200_000  # picklers set a dict's items in thousands, `torch_writer.write_pth` all at once
 MAX_DEPTH = 1_000  # of marks; picklers recurse, so Python's recursion limit applies to them
 
@@ -35,20 +38,18 @@ _TOO_LARGE = f"it describes more than {MAX_MEMORY_BYTES:,} bytes of objects, or 
 _USED = type("used value", (), {})()  # replaces the arguments of a call in the memo
 
 
-def _no_more_bytes(count: int) -> bytes:
-    return b""
-
-
 class Pickles:
     """Loads pickles that are stored one after another, within one limit on their memory.
 
     ``more(count)`` returns the bytes after ``data`` piece by piece, at least ``count`` unless there are fewer. Pieces
-    are not kept, so of the pickles only ``data`` is ever in memory as a whole.
+    are not kept, so of the pickles only ``data`` is ever in memory as a whole. ``record_count`` is the number of the
+    file's records in memory. If it is None, ``load_persistent`` makes a record for each persistent id.
     """
 
-    def __init__(self, data: bytes, more: Callable[[int], bytes] = _no_more_bytes):
+    def __init__(self, data: bytes, more: Callable[[int], bytes], record_count: int | None = 0):
         self.rest = data  # read, but not part of a loaded pickle
-        self._free_memory, self._more = MAX_MEMORY_BYTES - len(data), more
+        self._more, self._free_memory = more, MAX_MEMORY_BYTES - len(data) - RECORD_BYTES * (record_count or 0)
+        self._storage_bytes = _STORAGE_BYTES if record_count is None else 0
 
     def load(
         self,
@@ -66,7 +67,7 @@ class Pickles:
         """
         try:
             value, self.rest, self._free_memory = _run(
-                self.rest, self._more, max_opcodes, self._free_memory, find_global, load_persistent
+                self.rest, self._more, max_opcodes, self._free_memory, self._storage_bytes, find_global, load_persistent
             )
         except (IndexError, struct.error):
             raise PickleError("it ends too early, or takes more from its stack than there is") from None
@@ -76,7 +77,7 @@ class Pickles:
 
 
 def _run(
-    data: bytes, more: Callable[[int], bytes], max_opcodes: int, free_memory: int,
+    data: bytes, more: Callable[[int], bytes], max_opcodes: int, free_memory: int, storage_bytes: int,
     find_global: Callable[[str, str], Any], load_persistent: Callable[[Any], Any],
 ) -> tuple[Any, bytes, int]:  # fmt: skip
     """Execute one pickle. Return its value, the bytes after it, and how much of ``free_memory`` is left, in bytes."""
@@ -143,6 +144,11 @@ def _run(
                 raise PickleError(f"it calls a {type(function).__name__} at byte {dropped + at - 1}")
             if memo and memo[-1] is arguments:  # no pickler uses them again; they are a fifth of the memory
                 memo[-1] = _USED
+                if len(memo) > 1 and arguments and memo[-2] is arguments[-1] == {}:  # a tensor's hooks
+                    free_memory += _CONTAINER if getrefcount(memo[-2]) <= 3 else 0
+                    memo[-2] = _USED
+                if not is_unread and getrefcount(arguments) <= 2:
+                    free_memory += _TUPLE + _SLOT * len(arguments)
             stack[-1] = Unread(function.name, arguments) if is_unread else function(*arguments)
             free_memory -= _CONTAINER
         elif opcode == 0x58 or opcode == 0x8C or opcode == 0x8D:  # BINUNICODE, SHORT_BINUNICODE, BINUNICODE8
@@ -169,6 +175,8 @@ def _run(
             text = data[at - size : at].decode("utf-8", "surrogatepass")
             push(text)
             free_memory -= getsizeof(text) + _SLOT  # the allocator rounds up
+            if size > _COPIED_TEXT_BYTES and not text.isascii():  # it was copied as it grew, which leaves gaps
+                free_memory -= getsizeof(text)
         elif opcode == 0x94:  # MEMOIZE
             memo.append(stack[-1])
             free_memory -= _SLOT
@@ -180,8 +188,11 @@ def _run(
             persistent_id = pop()
             if memo and memo[-1] is persistent_id:
                 memo[-1] = _USED
+                if type(persistent_id) is tuple and getrefcount(persistent_id) <= 2:
+                    free_memory += _TUPLE + _SLOT * len(persistent_id)
             else:  # no pickler writes one twice, and each takes time
                 free_memory -= 3 * _CONTAINER
+            free_memory -= storage_bytes
             push(load_persistent(persistent_id))
         elif opcode == 0x89 or opcode == 0x88:  # NEWFALSE, NEWTRUE
             push(opcode == 0x88)

@@ -7,7 +7,6 @@ https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT; the numbers below a
 """
 
 import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -85,21 +84,6 @@ def read_records(file: File, read_local_headers: bool = True) -> dict[str, Recor
         records[entry.name] = Record(file.ref, entry.name, data_range, entry.crc32 if has_crcs else None)
         end = data_range.end
     return records
-
-
-def read_record(file: File, record: Record, max_bytes: int) -> bytes:
-    """Read a whole record of at most ``max_bytes``, and check its CRC-32."""
-    if record.range.length > max_bytes:
-        raise SourceError(
-            f"{file.where}: its record {record.name} has {record.range.length:,} bytes, and streamconv reads up to "
-            f"{max_bytes:,}: {MAX_TENSORS:,} tensors need no more. Do not trust this file."
-        )
-    data = file.read(record.range.start, record.range.length)
-    if record.crc32 not in (None, zlib.crc32(data)):
-        raise CorruptError(
-            f"{file.where}: its record {record.name} does not match its CRC-32: the file is damaged. Fetch it again."
-        )
-    return data
 
 
 def _find_directory(file: File) -> tuple[int, int, int]:

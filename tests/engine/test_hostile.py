@@ -442,7 +442,7 @@ LEGACY: dict[str, tuple[Callable[[], bytes], str]] = {
     "one storage of two types": (lambda: legacy(state(tensor(), tensor(store=INTS))), "as another dtype"),
     "too many storages": (
         lambda: legacy(b"\x80\x02]" + b"".join(storage(key=str(i)) + b"a" for i in range(66_000)) + b"."),
-        "more than 65,536 storages",
+        "more than 65,536 storages|bytes of objects",
     ),
     "no keys": (lambda: legacy(ONE, ()), "list of storages"),
     "a duplicate key": (lambda: legacy(ONE, ("0", "0"), TWO * 2), "list of storages"),
