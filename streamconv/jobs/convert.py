@@ -20,7 +20,7 @@ from streamconv.planning.plan import Plan
 from streamconv.planning.repeats import refuse_repeats
 from streamconv.planning.shards import Shard
 from streamconv.progress import Progress, ignore_progress, job
-from streamconv.source.outputs import remember_output
+from streamconv.source.outputs import remember_output, with_claims_of_all
 from streamconv.source.resolve import default_output
 from streamconv.tensors.checksums import RecordChecks
 
@@ -136,11 +136,14 @@ def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: P
                 work.write(name, data)
         recorded = {name: earlier.manifest.files[name] for name in edited} if earlier.manifest is not None else {}
         manifest = conversion.manifest(written, recorded)
+        if resumed_bytes:
+            manifest = with_claims_of_all(manifest, (work.journal.contents.provenance, earlier.manifest))
         work.write(MANIFEST_NAME, manifest.to_bytes())
         if plan.index is not None and INDEX_NAME not in edited:
             work.write(INDEX_NAME, plan.index)  # last, because it makes the folder a model that can be loaded
         work.finish()
-    remember_output(manifest.source, manifest.files)
+    if not resumed_bytes:  # others may have written what was kept; verification compares it with the source
+        remember_output(manifest.source, manifest.files)
     done = conversion.result(written, resumed_bytes, time.monotonic() - start)
     return replace(done, edited=edited, restored=earlier.lost, replaced=replaced)
 

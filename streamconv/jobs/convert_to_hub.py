@@ -27,6 +27,7 @@ from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
 from streamconv.output.writer import write_shard
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
+from streamconv.source.outputs import with_claims_of_all
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.verification.result import Verification
 
@@ -79,6 +80,8 @@ def convert_to_hub(
         written, resumed_bytes = _upload_shards(plan, work, repository, prepared.source.reader, progress)
         seconds = time.monotonic() - start
         manifest = conversion.manifest(written)
+        if resumed_bytes:
+            manifest = with_claims_of_all(manifest, (work.journal.contents.provenance,))
         verification, published = None, None
         if verify is not None:
             with _sparse_folder(work.path) as folder:

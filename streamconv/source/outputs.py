@@ -7,8 +7,8 @@ been seen here. So a small record in the cache names the sources of an output by
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from streamconv.errors import OutputError, SourceError
 from streamconv.files.local import read_small
 from streamconv.logs import logger
 from streamconv.output.files import as_output_error, make_folder, write_file
-from streamconv.output.manifest import Manifest, SourceFile, WrittenFile, is_weights
+from streamconv.output.manifest import Manifest, Provenance, SourceFile, WrittenFile, is_weights
 from streamconv.output.typed_json import parse
 from streamconv.source.cache import torch_hub_cache
 
@@ -25,20 +25,24 @@ _log = logger(__name__)
 
 @dataclass(frozen=True)
 class _Output:
-    """The fingerprints of an output's sources by role."""
+    """The names and fingerprints of an output's sources by role."""
 
-    source: Mapping[str, str]
+    source: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, source: Mapping[str, SourceFile]) -> "_Output":
+        return cls({role: (file.file, file.fingerprint) for role, file in source.items()})
 
 
 def remember_output(source: Mapping[str, SourceFile], files: Mapping[str, WrittenFile]) -> None:
     """Record that ``files`` have the weights of ``source``, if that is its authors' own."""
     if not all(file.published for file in source.values()):
         return
-    path, record = _record_path(files), {"source": {role: file.fingerprint for role, file in source.items()}}
+    path = _record_path(files)
     try:
         with as_output_error(path):
             make_folder(path.parent)
-        write_file(path, json.dumps(record).encode())
+        write_file(path, json.dumps(asdict(_Output.of(source))).encode())
     except OutputError as error:
         _log.info("%s A later push will not know whose weights these are.", error)
 
@@ -50,12 +54,27 @@ def without_foreign_claims(manifest: Manifest) -> Manifest:
     return replace(manifest, source={role: replace(file, published=False) for role, file in manifest.source.items()})
 
 
+def with_claims_of_all(manifest: Manifest, earlier: Iterable[Provenance | None]) -> Manifest:
+    """Return the manifest of an output that keeps bytes of ``earlier`` conversions, with the claims that all share.
+
+    The earlier source may have been another file, made to have the same CRC-32s.
+    """
+    published = {
+        role: all(each.source[role].published for each in earlier if each is not None and role in each.source)
+        for role in manifest.source
+    }
+    source = {
+        role: replace(file, published=file.published and published[role]) for role, file in manifest.source.items()
+    }
+    return replace(manifest, source=source)
+
+
 def _is_remembered(manifest: Manifest) -> bool:
     try:
         record: _Output = parse(_Output, json.loads(read_small(_record_path(manifest.files))))
     except (SourceError, ValueError, RecursionError):
         return False
-    return record.source == {role: file.fingerprint for role, file in manifest.source.items()}
+    return record == _Output.of(manifest.source)
 
 
 def _record_path(files: Mapping[str, WrittenFile]) -> Path:

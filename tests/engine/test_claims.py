@@ -1,0 +1,155 @@
+"""No order of commands turns another file's bytes into those that the authors published.
+
+CRC-32s can be forged, so that a file of other weights has the fingerprint of the published one. And a folder from
+somebody else can have any manifest.
+"""
+
+import dataclasses
+import zlib
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+
+import streamconv
+from streamconv.hub.names import published_model
+from streamconv.output.manifest import MANIFEST_NAME, Manifest
+from streamconv.source.cache import Download, torch_hub_cache
+from streamconv.source.outputs import remember_output, without_foreign_claims
+from tests import api
+from tests.checkpoints import make_states
+from tests.support import PUBLISHED, interrupt_after, tiny
+
+SHARDS = {"max_shard_size": "500kB"}
+
+
+def with_crc32(data: bytes, wanted: int) -> bytes:
+    """Return ``data`` with other last four bytes, so that it has the CRC-32 ``wanted``."""
+    table = [0] * 256
+    for byte in range(256):
+        value = byte
+        for _ in range(8):
+            value = value >> 1 ^ (0xEDB88320 if value & 1 else 0)
+        table[byte] = value
+    inverse = {value >> 24: byte for byte, value in enumerate(table)}
+    register, indexes = wanted ^ 0xFFFFFFFF, []
+    for _ in range(4):
+        indexes.append(inverse[register >> 24])
+        register = (register ^ table[indexes[-1]]) << 8 & 0xFFFFFFFF
+    register, end = zlib.crc32(data[:-4]) ^ 0xFFFFFFFF, bytearray()
+    for index in reversed(indexes):
+        end.append((register ^ index) & 0xFF)
+        register = register >> 8 ^ table[index]
+    return data[:-4] + end
+
+
+@pytest.fixture
+def genuine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a file that was downloaded from its authors' URL; a small model takes its place."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    torch_hub_cache().mkdir(parents=True)
+    path = torch_hub_cache() / PUBLISHED["file"]
+    torch.save(make_states(tiny())[0], path)
+    state, digest = path.stat(), sha256(path.read_bytes()).hexdigest()
+    times = {"modified_ns": state.st_mtime_ns, "changed_ns": state.st_ctime_ns}
+    Download(PUBLISHED["address"], state.st_size, digest, (), True, "2026-01-31", is_published=True, **times).write(
+        path
+    )
+    return path
+
+
+@pytest.fixture
+def forged(genuine: Path, tmp_path: Path) -> Path:
+    """Return a file with another CLS token, and with the name, the size and the CRC-32s of the genuine one."""
+    data = bytearray(genuine.read_bytes())
+    with streamconv.open_checkpoint(genuine) as checkpoint:
+        place, fingerprint = checkpoint["cls_token"].record.range, checkpoint.fingerprint
+    before = bytes(data[place.start : place.end])
+    data[place.start : place.end] = with_crc32(bytes([before[0] ^ 1]) + before[1:], zlib.crc32(before))
+    (tmp_path / "elsewhere").mkdir()
+    path = tmp_path / "elsewhere" / genuine.name
+    path.write_bytes(data)
+    with streamconv.open_checkpoint(path) as checkpoint:
+        assert checkpoint.fingerprint == fingerprint
+    return path
+
+
+def manifest_of(folder: Path) -> Manifest:
+    manifest = Manifest.read(folder)
+    assert manifest is not None
+    return manifest
+
+
+def is_published(folder: Path) -> bool:
+    return manifest_of(folder).source["backbone"].published
+
+
+def is_vouched_for(folder: Path) -> bool:
+    """Return whether a model card would say that the authors published the source."""
+    return without_foreign_claims(manifest_of(folder)).source["backbone"].published
+
+
+def lose_the_last_shard(folder: Path) -> None:
+    max(folder.glob("*.safetensors")).unlink()
+
+
+def test_other_bytes_that_an_interrupted_conversion_left_are_not_the_authors(
+    genuine: Path, forged: Path, tmp_path: Path, frequent_journal_entries: None
+) -> None:
+    out = tmp_path / "out"
+    interrupt_after(forged, out, 0.7)
+    assert api.convert(genuine, out).resumed_bytes
+    assert not is_published(out)
+    assert not is_vouched_for(out)
+
+
+def test_other_bytes_that_a_finished_conversion_left_are_not_the_authors(
+    genuine: Path, forged: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    api.convert(forged, out, **SHARDS)
+    assert api.convert(genuine, out, **SHARDS).was_finished
+    assert not is_published(out)
+    lose_the_last_shard(out)
+    assert api.convert(genuine, out, **SHARDS).resumed_bytes
+    assert not is_published(out)
+    assert not is_vouched_for(out)
+    api.convert(genuine, out, force=True, **SHARDS)
+    assert is_vouched_for(out)
+
+
+def test_bytes_in_a_folder_from_somebody_else_are_not_vouched_for(genuine: Path, forged: Path, tmp_path: Path) -> None:
+    """Their manifest says that the source was published. The folder is completed from the published file."""
+    theirs = api.convert(forged, tmp_path / "theirs", **SHARDS).output
+    manifest = manifest_of(theirs)
+    source = {role: dataclasses.replace(file, published=True) for role, file in manifest.source.items()}
+    (theirs / MANIFEST_NAME).write_bytes(dataclasses.replace(manifest, source=source).to_bytes())
+    lose_the_last_shard(theirs)
+    assert api.convert(genuine, theirs, **SHARDS).resumed_bytes
+    assert not is_vouched_for(theirs)
+
+
+def test_resumed_conversion_of_the_authors_file_is_vouched_for_once_it_is_compared(
+    genuine: Path, tmp_path: Path, frequent_journal_entries: None
+) -> None:
+    out = tmp_path / "out"
+    interrupt_after(genuine, out, 0.7)
+    assert api.convert(genuine, out).resumed_bytes
+    assert is_published(out)
+    assert not is_vouched_for(out)
+    manifest = manifest_of(out)
+    remember_output(manifest.source, manifest.files)  # as a verification that passed
+    assert is_vouched_for(out)
+
+
+def test_weights_that_are_remembered_cannot_take_the_name_of_another_model(genuine: Path, tmp_path: Path) -> None:
+    """Such as one with another licence."""
+    manifest = manifest_of(api.convert(genuine, tmp_path / "out").output)
+    manifest = dataclasses.replace(manifest, model="dinov2_vits14")
+    assert published_model(without_foreign_claims(manifest)) is not None
+    other = {"file": "dinov2_vitb14_pretrain.pth", "address": PUBLISHED["address"].replace("vits", "vitb")}
+    source = {role: dataclasses.replace(file, **other) for role, file in manifest.source.items()}
+    claim = dataclasses.replace(manifest, model="dinov2_vitb14", source=source)
+    assert published_model(claim) is not None
+    assert published_model(without_foreign_claims(claim)) is None
