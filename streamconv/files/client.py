@@ -13,7 +13,6 @@ from importlib import import_module
 from socket import gaierror
 from threading import Thread
 from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Retry
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
@@ -24,6 +23,7 @@ from streamconv.errors import NetworkError, SourceError, UsageError
 from streamconv.files import slow
 from streamconv.files.address import Address
 from streamconv.files.hub_settings import hub_endpoint_for, hub_token
+from streamconv.files.proxies import find_proxy, proxy_variable
 from streamconv.files.tls import tls_context
 from streamconv.redaction import WEB, redacted, secrets_of_user
 
@@ -91,7 +91,7 @@ class Client:
     def redacted(self, text: str, url: str) -> str:
         """Return a text that came in response to a request for ``url``, without the secrets of the request."""
         sent = _authorization(urlsplit(url), self._origin).get("Authorization", "").rpartition(" ")[2]
-        proxy = urlsplit(_find_proxy(urlsplit(url)) or "").netloc.rpartition("@")[0]
+        proxy = urlsplit(find_proxy(urlsplit(url)) or "").netloc.rpartition("@")[0]
         addresses = Address(self._origin.geturl()), Address(url)
         secrets = [secret for address in addresses for secret in address.secrets]
         return redacted(text, [sent, *secrets, *secrets_of_user(proxy)])
@@ -101,7 +101,7 @@ class Client:
         cause: BaseException = error
         while inner := _cause_of(cause):
             cause = inner
-        proxy = _find_proxy(urlsplit(url)) if isinstance(error, _NOT_CONNECTED) else None
+        proxy = find_proxy(urlsplit(url)) if isinstance(error, _NOT_CONNECTED) else None
         peer = urlsplit(proxy or url)
         if isinstance(cause, ssl.SSLCertVerificationError):
             return SourceError(
@@ -118,7 +118,7 @@ class Client:
             reason = self.redacted(str(getattr(cause, "strerror", None) or cause) or type(cause).__name__, url)
         if proxy:
             return ConnectionError(
-                f"cannot connect through the proxy {peer.hostname}, which {_proxy_variable(urlsplit(url))} names "
+                f"cannot connect through the proxy {peer.hostname}, which {proxy_variable(urlsplit(url))} names "
                 f"({reason})"
             )
         if isinstance(cause, gaierror):
@@ -144,7 +144,7 @@ class Client:
         scheme, host, _ = key = _host(url)
         if key in self._managers:
             return self._managers[key]
-        proxy = _find_proxy(url)
+        proxy = find_proxy(url)
         try:
             manager = self._managers[key] = self._make_manager(scheme, proxy)
             slow.watch_responses(manager)
@@ -186,7 +186,7 @@ def environment_problem(host: str) -> str:
     """Return why the environment's proxies and certificates allow no connections, also of other libraries; or ""."""
     for scheme in WEB:
         url = urlsplit(f"{scheme}://{host}")
-        if (_find_proxy(url) or "").startswith("socks"):
+        if (find_proxy(url) or "").startswith("socks"):
             continue  # libraries need different packages for it, which they name
         try:
             Client(url.geturl())._manager(url)
@@ -201,19 +201,6 @@ def seconds_to_wait(response: BaseHTTPResponse) -> float | None:
         return Retry().get_retry_after(response)
     except (HTTPError, ValueError, OverflowError):
         return None
-
-
-def _find_proxy(url: SplitResult) -> str | None:
-    """Return the URL of the proxy for ``url``, if the environment sets one."""
-    proxies = getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(_without_user(url).netloc):
-        return None
-    return proxy if "://" in proxy else f"http://{proxy}"
-
-
-def _proxy_variable(url: SplitResult) -> str:
-    return f"{url.scheme.upper()}_PROXY" if getproxies().get(url.scheme) else "ALL_PROXY"
 
 
 def _cause_of(error: BaseException) -> BaseException | None:

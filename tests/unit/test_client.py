@@ -10,6 +10,7 @@ from streamconv import NetworkError
 from streamconv.files import retries
 from streamconv.files.address import Address
 from streamconv.files.http import HttpFile
+from streamconv.files.proxies import find_proxy
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +66,31 @@ def test_host_of_a_redirect_that_cannot_be_reached_is_named(serve: Callable[...,
     message = failure(serve(lambda: [(answer, 0)]))
     assert "cannot connect to localhost (Connection refused) (tried" in message
     assert "s1gn" not in message
+
+
+@pytest.mark.parametrize(
+    ("url", "entry", "is_excluded"),
+    [
+        ("https://h.org/x", "h.org", True),
+        ("https://me:word@H.org/x", " a, .H.ORG ", True),
+        ("https://a.h.org/x", "*.h.org", True),
+        ("https://h.org/x", "*.h.org", False),
+        ("https://ah.org/x", "h.org", False),
+        ("https://h.org/x", "h.org:443", True),
+        ("https://h.org:443/x", "h.org:443", True),
+        ("http://h.org/x", "h.org:443", False),
+        ("https://h.org/x", "*", True),
+        ("https://10.1.2.3:8/x", "10.0.0.0/8", True),
+        ("https://11.1.2.3/x", "10.0.0.0/8, 300.0.0.0/8, x/y", False),
+        ("https://10.1.2.3/x", "10.1.2.3", True),
+        ("https://[::1]:8/x", "::1", True),
+        ("https://[fd00::1]/x", "fd00::/8", True),
+        ("https://h.org/x", "", False),
+    ],
+)
+def test_host_that_no_proxy_names_is_reached_directly(
+    monkeypatch: pytest.MonkeyPatch, url: str, entry: str, is_excluded: bool
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "someone:p4ssw0rd@proxy.org:1")
+    monkeypatch.setenv("NO_PROXY", entry)
+    assert find_proxy(urlsplit(url)) == (None if is_excluded else "http://someone:p4ssw0rd@proxy.org:1")
