@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.display import printable
-from streamconv.errors import CorruptError, NotACheckpointError, SourceMissingError
+from streamconv.errors import CorruptError, NotACheckpointError, SourceError, SourceMissingError
 from streamconv.files.address import Location
 from streamconv.files.local import read_small
 from streamconv.formats.foreign.folders import missing_link
@@ -18,6 +18,7 @@ from streamconv.formats.limits import MAX_TENSORS, read_json
 
 _INDEX = re.compile(r"\.(safetensors|bin)\.index\.(\w+\.)?json$")  # of all weights, or of a variant such as fp16
 _SHARD = re.compile(r"(.*)[-_](\d{5,6})-of-(\d{5,6})((?:\.\w+)+)")
+MAX_FILES = 10_000  # of one checkpoint, each of which is open until the checkpoint is closed
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def read_weights_index(index: Path) -> WeightFiles:
     Raises:
         CorruptError: it is damaged, or names a file that is not in its folder.
         SourceMissingError: a file is missing.
+        SourceError: it names too many files.
     """
     # Some releases of transformers wrote the total size as a float.
     weight_map = read_json(read_small(index), str(index), parse_float=float).get("weight_map")
@@ -51,6 +53,11 @@ def read_weights_index(index: Path) -> WeightFiles:
             what = f"'{printable(filename)}'" if type(filename) is str else f"a {type(filename).__name__}"
             raise CorruptError(f"{index} names {what}, which is not a {kind} file in its folder.")
         files.setdefault(filename, set()).add(name)
+    if len(files) > MAX_FILES:
+        raise SourceError(
+            f"{index} names {len(files):,} files of weights, and streamconv reads up to {MAX_FILES:,}. Save the model "
+            "again in larger files."
+        )
     missing = [index.with_name(name) for name in sorted(files) if not os.path.exists(index.with_name(name))]
     if missing:
         link = missing_link(missing[0])

@@ -71,7 +71,7 @@ def from_json(text: str) -> Plan:
                 "Make it again."
             )
         return _plan(value)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"This is not a streamconv plan ({type(error).__name__}: {error}). Make it again.") from error
 
 

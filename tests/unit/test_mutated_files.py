@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from streamconv import open_checkpoint
-from streamconv.errors import StreamconvError
+from streamconv.errors import SourceError, StreamconvError, UsageError
 from streamconv.families.dinov2 import FAMILY, IMAGE_PROCESSOR
 from streamconv.families.image_processors import UnknownStepsError, read_pixel_steps
-from streamconv.formats.shards import read_weights_index
+from streamconv.formats.shards import MAX_FILES, read_weights_index
 from streamconv.hub.card import make_card
 from streamconv.output.journal import Journal
 from streamconv.output.locks import LockedError, open_exclusive
@@ -25,6 +25,7 @@ from streamconv.output.manifest import Manifest, Provenance, SourceFile, Written
 from streamconv.output.processes import Process
 from streamconv.output.verdict import has_passed
 from streamconv.planning.plan import label_config
+from streamconv.planning.plan_json import from_json
 from streamconv.source.cache import Download
 from streamconv.source.labels import labels_in, read_labels
 from streamconv.verification.result import Check, Verification
@@ -161,3 +162,16 @@ def test_mutated_config_is_compared_or_refused(tmp_path: Path) -> None:
                 FAMILY.config_problems(FAMILY.conversion_spec(read), value)
             except StreamconvError:
                 pass
+
+
+def test_index_of_too_many_files_is_refused(tmp_path: Path) -> None:
+    names = {str(i): f"{i}.safetensors" for i in range(MAX_FILES + 1)}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(SourceError, match=r"names 10,001 files of weights, and streamconv reads up to 10,000\."):
+        read_weights_index(index)
+
+
+def test_plan_that_is_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(UsageError, match="not a streamconv plan"):
+        from_json("[" * 100_000)
