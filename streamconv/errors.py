@@ -64,6 +64,17 @@ class SourceMissingError(SourceError):
     """The source does not exist."""
 
 
+class UnreadableError(SourceError):
+    """The file exists, but cannot be read: there is no permission, its disk fails, or it is a folder.
+
+    ``reason`` is the message without advice.
+    """
+
+    def __init__(self, reason: str, advice: str = ""):
+        self.reason = reason
+        super().__init__(f"{reason}. {advice}".rstrip())
+
+
 class RefusedError(SourceError):
     """The server refuses access to the file."""
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from streamconv.errors import (
     ChangedError,
-    NotACheckpointError,
     SourceError,
     SourceMissingError,
     TruncatedError,
+    UnreadableError,
     located,
 )
 from streamconv.files.address import Address
@@ -30,7 +30,8 @@ def read_small(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
 
     Raises:
         SourceMissingError: it does not exist.
-        SourceError: it is not a regular file, is larger than ``max_bytes``, or cannot be read.
+        UnreadableError: it is not a regular file, or cannot be read.
+        SourceError: it is larger than ``max_bytes``.
     """
     file = LocalFile(path)
     try:
@@ -43,12 +44,27 @@ def read_small(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         file.close()
 
 
+def exists(path: Path) -> bool:
+    """Return whether a path exists, and so does what it refers to if it is a link.
+
+    Raises:
+        UnreadableError: the system does not tell, because a folder in the path cannot be accessed or links form a loop.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a null byte is a ValueError
+        return False
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be opened: {error.strerror}") from error
+    return True
+
+
 class LocalFile:
     """A file opened for reading at offsets; safe to use from several threads.
 
     Raises:
         SourceMissingError: it does not exist.
-        SourceError: it is not a regular file, or cannot be opened.
+        UnreadableError: it is not a regular file, or cannot be opened.
     """
 
     def __init__(self, path: Path, origin: Address | None = None):
@@ -56,12 +72,13 @@ class LocalFile:
         try:
             # preadv, not mmap: touched pages of a mapping count in RSS, a reused buffer does not grow.
             if not stat.S_ISREG(os.stat(path).st_mode):
-                raise NotACheckpointError(f"{self.where} is not a regular file.")
+                raise UnreadableError(f"{self.where} is not a regular file")
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         except FileNotFoundError:
             raise SourceMissingError(f"{self.where}: there is no such file.") from None
         except (OSError, ValueError) as error:
-            raise SourceError(f"{self.where} cannot be opened: {error}.") from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UnreadableError(f"{self.where} cannot be opened: {reason}") from error
         state = os.fstat(self._file.fileno())
         self.size, self.modified_ns, self.changed_ns = state.st_size, state.st_mtime_ns, state.st_ctime_ns
         self._evicts_read_pages = hasattr(os, "posix_fadvise") and self.size > _memory_bytes() // 2
@@ -85,7 +102,7 @@ class LocalFile:
 
         Raises:
             TruncatedError: the file ends within the range.
-            SourceError: the disk reports an error.
+            UnreadableError: the disk reports an error.
         """
         at = 0
         with located(self.path):
@@ -93,9 +110,9 @@ class LocalFile:
                 try:
                     count = os.preadv(self._file.fileno(), [buffer[at:]], offset + at)
                 except OSError as error:
-                    raise SourceError(
-                        f"{self.where} cannot be read at byte {offset + at:,}: {error.strerror}. "
-                        "Fetch it again, or copy it to another disk, and run the same command again."
+                    raise UnreadableError(
+                        f"{self.where} cannot be read at byte {offset + at:,}: {error.strerror}",
+                        "Fetch it again, or copy it to another disk, and run the same command again.",
                     ) from error
                 if not count:
                     raise TruncatedError(

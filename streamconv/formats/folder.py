@@ -12,7 +12,7 @@ from pathlib import Path
 
 from streamconv.display import first_few, printable
 from streamconv.errors import NotACheckpointError, SourceError, SourceMissingError
-from streamconv.files.local import LocalFile
+from streamconv.files.local import LocalFile, exists
 from streamconv.formats.foreign.folders import describe_folder, missing_link, snapshot_of
 from streamconv.formats.foreign.zips import WEIGHTS_SUFFIXES
 from streamconv.formats.safetensors import INDEX_NAME, SINGLE_NAME
@@ -81,9 +81,10 @@ def standard_weights(folder: Path, names: Iterable[str]) -> WeightFiles | None:
     Raises:
         SourceMissingError: it is a link to a file that does not exist, or an index that names one.
         CorruptError: it is a damaged index.
+        UnreadableError: whether there is one is not known.
     """
     for name in names:
-        if os.path.exists(folder / name):
+        if exists(folder / name):
             if is_index(name):
                 return read_weights_index(folder / name)
             return WeightFiles({folder / name: None})

@@ -7,9 +7,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamconv.errors import OutputError, UsageError
+from streamconv.errors import OutputError, UnreadableError, UsageError
+from streamconv.files.local import LocalFile
 from streamconv.formats.safetensors import CONFLICTING_PATTERNS
 from streamconv.output.manifest import OUR_WEIGHTS
+from streamconv.output.readable import reading_output
 from streamconv.output.snapshot import State, state_of
 from streamconv.progress import Progress
 
@@ -44,12 +46,21 @@ class LargeFile:
 
 
 def hashed(path: Path, name: str, progress: Progress) -> LargeFile:
-    """Compute a large file's sha256, by which the Hub knows it; the result is uploaded later."""
+    """Compute a large file's sha256, by which the Hub knows it; the result is uploaded later.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
     from huggingface_hub import CommitOperationAdd
 
     progress(f"checking {name}", 0, 1, "steps")
     state = state_of(path)
-    return LargeFile(path, CommitOperationAdd(name, str(path)), state)
+    with reading_output():
+        LocalFile(path).close()  # huggingface_hub's own error does not say why a file cannot be opened
+        try:
+            return LargeFile(path, CommitOperationAdd(name, str(path)), state)
+        except OSError as error:
+            raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def check_name(name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from streamconv.display import printable
 from streamconv.errors import OutputError, SourceError, UsageError
 from streamconv.files.address import local_path
-from streamconv.files.local import read_small
+from streamconv.files.local import exists, read_small
 from streamconv.hub.card import CARD_NAME, is_ours, kept_metadata, make_card
 from streamconv.hub.card_check import check_card
 from streamconv.hub.checks import LargeFile, hashed
@@ -22,6 +22,7 @@ from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
 from streamconv.logs import logger
 from streamconv.output.journal import is_unfinished
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, is_weights
+from streamconv.output.readable import reading_output, require_folder
 from streamconv.output.verdict import has_passed
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.outputs import without_foreign_claims
@@ -166,8 +167,7 @@ def _read_verified(folder: Path, push: PushOptions) -> Manifest:
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    if not os.path.isdir(folder):
-        raise OutputError(f"{folder} is not a folder. Give a folder that streamconv wrote.")
+    require_folder(folder)
     if is_unfinished(folder):
         raise OutputError(f"{folder} holds an unfinished conversion. Finish it first: run the same command again.")
     manifest = Manifest.read(folder)
@@ -180,10 +180,11 @@ def _read_files(folder: Path, manifest: Manifest, progress: Progress) -> tuple[d
     """Return the contents of the small files, and the weight files with their sha256.
 
     Raises:
-        OutputError: files are missing, or are not as they were verified.
+        OutputError: files are missing, cannot be read, or are not as they were verified.
     """
     small, large = {}, {}
-    present = [name for name in manifest.current_files if os.path.isfile(folder / name)]
+    with reading_output():
+        present = [name for name in manifest.current_files if exists(folder / name)]
     for name in present:
         if is_weights(name):
             large[name] = hashed(folder / name, name, progress)

@@ -3,7 +3,6 @@
 Importing this module does not import torch; the checks that run models do when they run.
 """
 
-import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from streamconv.logs import logger
 from streamconv.output.files import write_file
 from streamconv.output.journal import is_unfinished
 from streamconv.output.manifest import Manifest, WrittenFile, in_order
+from streamconv.output.readable import require_folder
 from streamconv.output.snapshot import Snapshot
 from streamconv.output.verdict import record_verdict
 from streamconv.planning.plan import Plan
@@ -76,8 +76,7 @@ def verify(
             a source and none is given.
     """
     path = local_path(folder, "folder")
-    if not os.path.isdir(path):
-        raise OutputError(f"{path} is not a folder. Give a folder that streamconv wrote.")
+    require_folder(path)
     if is_unfinished(path):
         raise OutputError(
             f"{path} holds an unfinished conversion. Finish it first: run the same convert command again."

@@ -10,7 +10,8 @@ from streamconv.errors import OutputError
 from streamconv.logs import logger
 from streamconv.output.finished import find_edited
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, in_order
-from streamconv.output.verdict import has_passed
+from streamconv.output.snapshot import Snapshot
+from streamconv.output.verdict import has_passed, require_same
 from streamconv.progress import Progress
 from streamconv.source.outputs import without_foreign_claims
 from streamconv.verification.bytes import check_files
@@ -24,18 +25,21 @@ def verify_alone(folder: Path, progress: Progress, command: str) -> Verification
     """Compare a folder with its own manifest; see `verify`.
 
     Raises:
-        OutputError: it has no manifest.
+        OutputError: it has no manifest, a file cannot be read, or something was changed meanwhile.
     """
     start, manifest = time.monotonic(), Manifest.read(folder)
     if manifest is None:
         raise OutputError(
             f"{folder} has no {MANIFEST_NAME} to check it against. Give the source: `streamconv verify DIR SOURCE`."
         )
-    edited = tuple(sorted(find_edited(folder, manifest.files)))
+    before = Snapshot.of(folder, manifest.files)
+    found = find_edited(folder, manifest.files)
+    edited = tuple(sorted(name for name, file in found.items() if file.sha256))  # the others are too large to be edits
     accepted = manifest.edited if has_passed(manifest) else {}
     written = {**manifest.files, **{name: file for name, file in accepted.items() if name in edited}}
     problems = check_files(folder, written, progress)
     problems = sorted([*problems, *unexpected_weights(folder, {*manifest.files})])
+    require_same(before, manifest)
     proves, not_checked = f"every file is as it was written, according to {MANIFEST_NAME}", ""
     if edited:
         proves = f"every file is as it was written or, if it was edited later, verified, according to {MANIFEST_NAME}"

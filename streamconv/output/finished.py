@@ -1,17 +1,18 @@
 """Compares an output folder with what was written to it: files may be unchanged, edited by the user, or lost."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from streamconv.errors import SourceError
-from streamconv.files.local import read_small
+from streamconv.errors import SourceError, SourceMissingError
+from streamconv.files.local import LocalFile, read_small
 from streamconv.output.journal import JOURNAL_NAME, Journal, is_unfinished
 from streamconv.output.manifest import Manifest, Provenance, WrittenFile, is_weights
 from streamconv.output.ownership import require_free
+from streamconv.output.readable import reading_output
 
 Loss = Literal["missing", "incomplete"]
 
@@ -49,7 +50,7 @@ def find_earlier(
         small_files: The contents of the small ones, by name. They count if there is no manifest yet.
 
     Raises:
-        OutputError: the folder holds something else.
+        OutputError: the folder holds something else, or a file that cannot be read.
     """
     journal = Journal.read(folder / JOURNAL_NAME)
     require_free(folder, provenance, names, journal)
@@ -67,20 +68,32 @@ def find_earlier(
 def find_edited(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, WrittenFile]:
     """Return the small files that have other contents than were ``written``, as they are now.
 
-    The sha256 of a file that cannot be read is empty.
+    The sha256 of a file that is larger than any file of its kind is empty.
+
+    Raises:
+        OutputError: a file cannot be read.
     """
     found = {}
     for name, file in written.items():
         path = folder / name
-        if not is_weights(name) and path.is_file():
-            try:
+        if is_weights(name) or (size := _size(path)) is None:
+            continue
+        try:
+            with reading_output():
                 data = read_small(path)
-                now = WrittenFile(len(data), sha256(data).hexdigest())
-            except SourceError:  # larger than any file that streamconv writes, or unreadable
-                now = WrittenFile(path.stat().st_size, "")
-            if now.sha256 != file.sha256 and not _is_blank(path):
-                found[name] = now
+            now = WrittenFile(len(data), sha256(data).hexdigest())
+        except SourceError:
+            now = WrittenFile(size, "")
+        if now.sha256 != file.sha256 and not _is_blank(path):
+            found[name] = now
     return found
+
+
+def _size(path: Path) -> int | None:
+    """Return the size of a file in bytes, None if it does not exist."""
+    with suppress(SourceMissingError), reading_output(), closing(LocalFile(path)) as file:
+        return file.size
+    return None
 
 
 def _is_blank(path: Path) -> bool:
@@ -93,8 +106,9 @@ def _is_blank(path: Path) -> bool:
 def _lost(folder: Path, manifest: Manifest) -> dict[str, Loss]:
     lost: dict[str, Loss] = {}
     for name, file in manifest.files.items():
-        if not (folder / name).is_file():
+        size = _size(folder / name)
+        if size is None:
             lost[name] = "missing"
-        elif (folder / name).stat().st_size != file.size if is_weights(name) else _is_blank(folder / name):
+        elif size != file.size if is_weights(name) else _is_blank(folder / name):
             lost[name] = "incomplete"
     return lost

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.formats.safetensors import CONFLICTING_PATTERNS
+from streamconv.output.readable import weights_in
 
 State = tuple[int, ...]
 """What identifies a file and its contents: device, inode, size, and the times of the last change, if it exists."""
@@ -44,4 +44,4 @@ class Snapshot:
 
 def _other_weights(folder: Path) -> set[str]:
     """Return the names of the files that transformers would load as a model's; unfinished files are hidden."""
-    return {path.name for pattern in CONFLICTING_PATTERNS for path in folder.glob(pattern) if path.name[:1] != "."}
+    return {name for name in weights_in(folder) if name[:1] != "."}

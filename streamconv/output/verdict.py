@@ -36,7 +36,7 @@ def record_verdict(
         OutputError: the folder was changed after ``before``, so the verdict is about no files that exist.
     """
     folder = before.folder
-    _require_same(before, manifest)
+    require_same(before, manifest)
     if manifest is None:
         return f"{folder} has no {MANIFEST_NAME}."
     if (reason := _of_another_source(manifest, verdict, source)) or (reason := _less_than_recorded(manifest, verdict)):
@@ -46,7 +46,7 @@ def record_verdict(
             if journal.contents.length:
                 return f"another process has begun to convert into {folder}."
             try:
-                now = _require_same(before, manifest)
+                now = require_same(before, manifest)
                 small = {name: file for name, file in files.items() if name in manifest.files and not is_weights(name)}
                 edited = {name: file for name, file in small.items() if file.sha256 != manifest.files[name].sha256}
                 if now is not None:
@@ -64,8 +64,12 @@ class ChangedOutputError(OutputError):
     """A folder was changed while it was verified."""
 
 
-def _require_same(before: Snapshot, manifest: Manifest | None) -> Manifest | None:
-    """Return the manifest as it is now: another verification may have recorded its verdict in it meanwhile."""
+def require_same(before: Snapshot, manifest: Manifest | None) -> Manifest | None:
+    """Return the manifest as it is now: another verification may have recorded its verdict in it meanwhile.
+
+    Raises:
+        ChangedOutputError: something else was changed after ``before``.
+    """
     now, changed = Manifest.read(before.folder), before.changed()
     if _without_verdict(now) != _without_verdict(manifest):
         changed.append(MANIFEST_NAME)

@@ -22,6 +22,7 @@ from streamconv.families.registry import (
     suggest_models,
 )
 from streamconv.files.address import Address, Location, parse_location
+from streamconv.files.local import exists
 from streamconv.formats.foreign.folders import missing_link
 from streamconv.source.cache import Download, own_path, torch_hub_cache
 
@@ -131,8 +132,11 @@ def default_output(source: str | os.PathLike[str]) -> str | None:
 
 
 def _require_exists(location: Location | None) -> None:
-    if not isinstance(location, Path) or os.path.exists(location):
+    if not isinstance(location, Path):
         return
+    with located(location):
+        if exists(location):
+            return
     if missing := missing_link(location):
         with located(location):
             raise SourceMissingError(f"{location} {missing}")

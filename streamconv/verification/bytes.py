@@ -9,13 +9,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.errors import CorruptError, SourceError
+from streamconv.errors import CorruptError, OutputError, SourceError, SourceMissingError, TruncatedError
 from streamconv.files.base import File, FileRef
 from streamconv.files.local import LocalFile
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_output
 from streamconv.output.hashing import BUFFER_BYTES, BackgroundHash
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
+from streamconv.output.readable import reading_output
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
 from streamconv.tensors.casts import cast_into
@@ -105,14 +106,16 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
     Each source record that has a CRC-32 is checked on the way, and so are the digests in the folder's own manifest.
 
     Raises:
-        SourceError: the source cannot be read. An unreadable output is one of the problems.
+        SourceError: the source cannot be read.
+        OutputError: a file of the output cannot be read. One that is missing, or not in its format, is a problem.
     """
     wanted = planned_tensors(plan)
     checks, compared, wrong = RecordChecks(reader), 0, 0
     problems: list[str] = []
     files: dict[str, WrittenFile] = {}
     try:
-        written = open_output(folder)
+        with reading_output():
+            written = open_output(folder)
     except SourceError as error:
         return ByteCheck(0, len(wanted), len(wanted), (f"the output cannot be read: {error}",), files)
     with written, BackgroundHash() as digest:
@@ -142,28 +145,29 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
 
 
 def check_files(folder: Path, written: Mapping[str, WrittenFile], progress: Progress) -> list[str]:
-    """List the ``written`` files whose size or sha256 is another now."""
+    """List the ``written`` files whose size or sha256 is another now.
+
+    Raises:
+        OutputError: a file cannot be read.
+    """
     problems = []
     total, done = sum(each.size for each in written.values()), 0
     for name, each in written.items():
         try:
-            file = LocalFile(folder / name)
-        except SourceError as error:
+            with reading_output():
+                file = LocalFile(folder / name)
+        except SourceMissingError as error:
             problems.append(str(error))
             continue
         with closing(file), BackgroundHash() as digest:
             if file.size != each.size:
                 problems.append(f"{name} has {file.size:,} bytes, not {each.size:,}")
                 continue
-            try:
-                for start in range(0, file.size, REPORT_BYTES):
-                    end = min(start + REPORT_BYTES, file.size)
-                    _hash(file, start, end, digest)
-                    done += end - start
-                    progress("reading files", done, total, "bytes")
-            except SourceError as error:
-                problems.append(str(error))
-                continue
+            for start in range(0, file.size, REPORT_BYTES):
+                end = min(start + REPORT_BYTES, file.size)
+                _hash(file, start, end, digest)
+                done += end - start
+                progress("reading files", done, total, "bytes")
             if (found := digest.hexdigest()) != each.sha256:
                 hashes = f"its sha256 is {found[:12]}…, not {each.sha256[:12]}…"
                 problems.append(f"{name} has changed since it was written: {hashes}")
@@ -181,8 +185,21 @@ def _in_file_order(written: Checkpoint) -> dict[FileRef, list[str]]:
 def _hash(file: File, start: int, end: int, digest: BackgroundHash) -> None:
     for at in range(start, end, BUFFER_BYTES):
         part = digest.next_buffer()[: min(BUFFER_BYTES, end - at)]
-        file.read_at(at, part)
+        _read(file, at, part)
         digest.update(part)
+
+
+def _read(file: File, at: int, buffer: memoryview) -> None:
+    """Read a part of the output.
+
+    Raises:
+        OutputError: it cannot be read, or the file has become shorter.
+    """
+    try:
+        with reading_output():
+            file.read_at(at, buffer)
+    except TruncatedError as error:
+        raise OutputError(f"{file.where} was changed while it was verified. Run the same command again.") from error
 
 
 def _differences(
@@ -212,7 +229,7 @@ def _differences(
         if source.cast_to:
             cast_into(data, source.info.dtype, memoryview(wanted), source.cast_to)
         part = digest.next_buffer()[:size]
-        file.read_at(at, part)
+        _read(file, at, part)
         digest.update(part)
         if not differs and wanted != part:
             differs = True

@@ -62,11 +62,18 @@ class Edits:
 
 
 def find_edits(folder: Path, plan: Plan, manifest: Manifest | None) -> Edits:
-    """Return the plan with the user's edits of the folder, so far as they are the user's decision."""
+    """Return the plan with the user's edits of the folder, so far as they are the user's decision.
+
+    Raises:
+        OutputError: a file cannot be read.
+    """
     values: dict[str, tuple[str, ...]] = {}
-    for name in sorted(find_edited(folder, manifest.files) if manifest is not None else ()):
-        values[name] = ()
+    edited = find_edited(folder, manifest.files) if manifest is not None else {}
+    for name, file in sorted(edited.items()):
         have, data = _read(folder / name), plan.small_files.get(name)
+        if data is not None and not file.sha256:  # too large to be an edit; the config check reports it
+            continue
+        values[name] = ()
         if data is None and name != INDEX_NAME:
             values[name] = ("which was not compared with the source",)
         if have is None or data is None:

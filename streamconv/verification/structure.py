@@ -13,8 +13,9 @@ from streamconv.errors import OutputError, SourceError
 from streamconv.files.local import read_small
 from streamconv.formats.checkpoint import Checkpoint, open_output
 from streamconv.formats.limits import TooLargeError, parse_small_json
-from streamconv.formats.safetensors import CONFLICTING_PATTERNS, INDEX_NAME, SINGLE_NAME, make_index
+from streamconv.formats.safetensors import INDEX_NAME, SINGLE_NAME, make_index
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
+from streamconv.output.readable import reading_output, weights_in
 from streamconv.planning.plan import Plan
 from streamconv.tensors.expressions import SourceTensor
 
@@ -23,9 +24,13 @@ _ABSENT = object()
 
 
 def header_problems(folder: Path, plan: Plan) -> list[str]:
-    """List everything in which the headers of the weight files differ from the plan."""
+    """List everything in which the headers of the weight files differ from the plan.
+
+    Raises:
+        OutputError: a file cannot be read.
+    """
     try:
-        with open_output(folder) as written:
+        with reading_output(), open_output(folder) as written:
             return tensor_problems(planned_tensors(plan), written) + weight_file_problems(folder, written)
     except SourceError as error:
         return [f"the output cannot be read: {error}"]
@@ -70,8 +75,7 @@ def index_problems(folder: Path, written: Checkpoint) -> list[str]:
 
 def unexpected_weights(folder: Path, expected: set[str]) -> list[str]:
     """List files that transformers would load although they are not among the ``expected`` ones."""
-    found = {path.name for pattern in CONFLICTING_PATTERNS for path in folder.glob(pattern)}
-    return [f"{name} is not part of the model" for name in found - expected]
+    return [f"{name} is not part of the model" for name in weights_in(folder) - expected]
 
 
 def manifest_problems(folder: Path, files: Mapping[str, WrittenFile]) -> list[str]:
@@ -94,7 +98,8 @@ def manifest_problems(folder: Path, files: Mapping[str, WrittenFile]) -> list[st
 def _json_differences(folder: Path, name: str, want: Mapping[str, Any]) -> list[str]:
     """Compare values: whitespace, and the version that transformers adds, do not matter."""
     try:
-        have = parse_small_json(read_small(folder / name))
+        with reading_output():
+            have = parse_small_json(read_small(folder / name))
     except TooLargeError as error:
         return [f"{name} {error} than any such file"]
     except (SourceError, ValueError) as error:

@@ -129,6 +129,82 @@ def test_folder_that_changes_meanwhile_gets_no_verdict(folder: Path, source: Pat
     assert not (folder / JOURNAL_NAME).exists()
 
 
+def in_a_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("make", [in_a_loop, a_folder])
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, PROCESSOR])
+def test_file_that_cannot_be_read_is_an_error_and_no_difference(
+    hub: HubServer, folder: Path, source: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    verified(folder, source)
+    make(folder / name)
+    for command in (lambda: api.verify(folder), lambda: verified(folder, source), lambda: api.convert(source, folder)):
+        with pytest.raises(OutputError, match=rf"{name} .*, so nothing is known about its contents\. Make it a file"):
+            command()
+    with pytest.raises(OutputError, match=rf"{name} (cannot be opened: Too many|is not a regular|is a link)"):
+        streamconv.publish(folder)
+    assert (recorded(folder) or {})["passed"] is True
+    assert not (folder / JOURNAL_NAME).exists()
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_failing_disk_of_the_output_is_an_error_and_no_difference(
+    folder: Path, source: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, inode = os.preadv, os.stat(folder / name).st_ino
+
+    def failing(fd: int, buffers: Any, offset: int) -> int:
+        if os.fstat(fd).st_ino == inode:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    for command in (lambda: api.verify(folder), lambda: verified(folder, source)):
+        with pytest.raises(OutputError, match=rf"{name} cannot be read at byte 0: Input/output error, so nothing"):
+            command()
+
+
+def test_folder_that_cannot_be_listed_may_hold_other_weights(
+    folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    for command in (lambda: api.verify(folder), lambda: verified(folder, source)):
+        with pytest.raises(OutputError, match=r"names of the files in .*Permission denied, so it may hold other"):
+            command()
+
+
+@pytest.mark.parametrize("name", [CONFIG, PROCESSOR])
+def test_file_that_is_too_large_is_altered_and_not_edited(folder: Path, source: Path, name: str) -> None:
+    with (folder / name).open("ab") as file:
+        file.write(b" " * (11 << 20))
+    found = api.verify(folder)
+    assert (found.passed, found.edited) == (False, ())
+    assert found.conclusion.details == "Failed: files."
+    assert found.checks[0].problems[0].startswith(f"{name} has 11,53")
+    found = verified(folder, source)
+    assert (found.passed, found.edited) == (False, ())
+    assert any(f"{name} has 11,53" in problem for problem in found.check("config").problems)
+
+
+def test_folder_that_changes_while_it_is_read_alone_is_no_difference(folder: Path, source: Path) -> None:
+    def change(step: str, done: int, total: int, unit: str) -> None:
+        exchange(folder / WEIGHTS)
+
+    with pytest.raises(OutputError, match=r"was changed while it was verified \(model\.safetensors\)"):
+        api.verify(folder, progress=change)
+
+
 @pytest.mark.parametrize("change", [exchange, move_link])
 def test_source_that_changes_meanwhile_gets_no_verdict(
     folder: Path, source: Path, change: Callable[[Path], object]

@@ -1,0 +1,61 @@
+"""Tells a file of an output that cannot be read from one that is missing or altered: about the first, nothing is known.
+
+A missing or altered file is a difference, which verification reports; one that cannot be read is an error.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from streamconv.errors import OutputError, UnreadableError
+from streamconv.formats.safetensors import CONFLICTING_PATTERNS
+
+_FIX = "Make it readable, and run the same command again."
+
+
+@contextmanager
+def reading_output() -> Iterator[None]:
+    """Raise an `UnreadableError` of the block as an `OutputError`."""
+    try:
+        yield
+    except UnreadableError as error:
+        raise OutputError(
+            f"{error.reason}, so nothing is known about its contents. Make it a file "
+            "that can be read, and run the same command again."
+        ) from error
+
+
+def require_folder(path: Path) -> None:
+    """Refuse a path that is not a folder.
+
+    Raises:
+        OutputError
+    """
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a null byte is a ValueError
+        is_folder = False
+    except OSError as error:
+        raise OutputError(f"{path} cannot be accessed: {error.strerror}. {_FIX}") from error
+    if not is_folder:
+        raise OutputError(f"{path} is not a folder. Give a folder that streamconv wrote.")
+
+
+def weights_in(folder: Path) -> set[str]:
+    """Return the names of the files that transformers could load as a model's; none if there is no such folder.
+
+    Raises:
+        OutputError: the folder cannot be listed.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise OutputError(
+            f"The names of the files in {folder} cannot be read: {error.strerror}, so it may hold other weights. {_FIX}"
+        ) from error
+    return {name for name in names if any(fnmatch(name, pattern) for pattern in CONFLICTING_PATTERNS)}
