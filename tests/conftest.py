@@ -33,6 +33,20 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", tuple(waits))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_real_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's own cache, which remembers outputs and verdicts, out of fixtures that several tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test a cache of its own."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
     """Save a random checkpoint of given dimensions with torch.save; returns the paths of its files."""

@@ -28,6 +28,10 @@ _MARKUP = re.compile(
     r"|^[-+=]|(?<=^\d)[.)](?= |$)",  # what begins a list or underlines a heading
     re.IGNORECASE,
 )
+NOT_REPEATED = (
+    f"**As recorded in {MANIFEST_NAME} by whoever made this folder.** Whoever published it did not repeat the "
+    "verification."
+)
 VERDICTS = {True: "passed", False: "**FAILED**", None: "not run"}
 
 # The Hub's name of a task: transformers' class for it, and the last line of the example.
@@ -40,12 +44,20 @@ USAGE = {
 }
 
 
-def make_card(manifest: Manifest, repo_id: str, license: str | None = None, tags: Sequence[str] = ()) -> str:
+def make_card(
+    manifest: Manifest,
+    repo_id: str,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    *,
+    was_verified_here: bool = True,
+) -> str:
     """Generate README.md for a finished conversion in the repository ``repo_id``.
 
     Args:
         license: The licence that the user gave, by its name on the Hub.
         tags: The user's tags, which are added to ours.
+        was_verified_here: This machine reached the recorded verdict, if there is one.
 
     Raises:
         OutputError: the recorded verdict is damaged.
@@ -70,8 +82,9 @@ def make_card(manifest: Manifest, repo_id: str, license: str | None = None, tags
         _origin(manifest, license),
         *(["## Usage", _usage(repo_id, task, manifest)] if task else []),
         "## Provenance",
-        "\n".join(_provenance(manifest)),
+        "\n".join(_provenance(manifest, was_verified_here)),
         "## Verification",
+        *([NOT_REPEATED] if manifest.verification and not was_verified_here else []),
         "\n".join(_recorded_verification(manifest)),
     ]
     return str(ModelCard(f"{metadata}\n" + "\n\n".join(sections) + "\n"))
@@ -173,7 +186,7 @@ def _takes_pictures(manifest: Manifest) -> bool:
     return IMAGE_PROCESSOR_NAME in manifest.files and not (isinstance(given, list) and len(given) != 3)
 
 
-def _provenance(manifest: Manifest) -> Iterator[str]:
+def _provenance(manifest: Manifest, was_verified_here: bool) -> Iterator[str]:
     yield "| source file | bytes | fingerprint |"
     yield "|---|---|---|"
     for file in manifest.source.values():
@@ -196,7 +209,8 @@ def _provenance(manifest: Manifest) -> Iterator[str]:
             yield f"{overflow_count:,} finite values were outside its range and are now infinite."
     yield "A fingerprint is the sha256 of a source's index: names, sizes and, if the file has them, CRC-32s."
     if manifest.is_crc_checked:
-        yield "Every byte that was read matched its CRC-32."
+        claim = "very byte that was read matched its CRC-32."
+        yield f"E{claim}" if was_verified_here else f"As {MANIFEST_NAME} records, e{claim}"
     else:
         yield (
             "The source has no CRC-32s, so its bytes could not be checked for damage, and the fingerprint does not "

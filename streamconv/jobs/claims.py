@@ -1,27 +1,51 @@
 """What a finished folder's manifest says about its source, as far as this machine has seen that it is true."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from streamconv.formats.safetensors import SINGLE_NAME
 from streamconv.hub.names import published_model
 from streamconv.logs import logger
 from streamconv.output.manifest import MANIFEST_NAME, Manifest
-from streamconv.source.outputs import without_foreign_claims
+from streamconv.output.verdict import has_passed
+from streamconv.source.outputs import is_verdict_remembered, without_foreign_claims
 
 _log = logger(__name__)
 MAX_WORD_LENGTH = 300
 
 
 def vouched_for(manifest: Manifest, folder: Path) -> Manifest:
-    """Return the manifest with those of its claims about authors that this machine has seen to be true."""
+    """Return what `seen_here` does, and warn about claims that this machine has not seen to be true."""
     if published_model(manifest) is not None and published_model(without_foreign_claims(manifest)) is None:
         _log.warning(
             "%s names the authors' file of %s as its source, but was not made or verified on this machine: it is "
             "pushed as another model. To push it as theirs, verify it first: `%s`",
             folder / MANIFEST_NAME, manifest.model, verify_command(folder, manifest),
         )  # fmt: skip
-    return without_foreign_claims(manifest)
+    elif has_passed(manifest) and not was_verified_here(manifest):
+        _log.warning(
+            "%s records that verification passed, but this machine did not verify these files, and the model card says "
+            "so. To verify them first: `%s`",
+            folder / MANIFEST_NAME, verify_command(folder, manifest),
+        )  # fmt: skip
+    return seen_here(manifest)
+
+
+def seen_here(manifest: Manifest) -> Manifest:
+    """Return the manifest without claims about authors that this machine has not seen to be true.
+
+    Nor does it have a verdict that other files passed, which may be pushed as unverified.
+    """
+    verdict = manifest.verification
+    if verdict is not None and verdict.get("passed") is not False and not has_passed(manifest):
+        verdict = None
+    return replace(without_foreign_claims(manifest), verification=verdict)
+
+
+def was_verified_here(manifest: Manifest) -> bool:
+    """Return whether this machine reached the recorded verdict."""
+    return is_verdict_remembered(manifest.verification or {})
 
 
 def verify_command(folder: Path, manifest: Manifest) -> str:

@@ -143,7 +143,7 @@ def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: P
             work.write(INDEX_NAME, plan.index)  # last, because it makes the folder a model that can be loaded
         work.finish()
     if not resumed_bytes:  # others may have written what was kept; verification compares it with the source
-        remember_output(manifest.source, manifest.files)
+        remember_output(manifest.source, manifest.files, is_remote=prepared.source.is_remote)
     done = conversion.result(written, resumed_bytes, time.monotonic() - start)
     return replace(done, edited=edited, restored=earlier.lost, replaced=replaced)
 

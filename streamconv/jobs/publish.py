@@ -16,7 +16,7 @@ from streamconv.hub.card_check import check_card
 from streamconv.hub.checks import LargeFile, hashed
 from streamconv.hub.destination import PushTarget
 from streamconv.hub.repository import Repository
-from streamconv.jobs.claims import verify_command, vouched_for
+from streamconv.jobs.claims import seen_here, verify_command, vouched_for, was_verified_here
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
 from streamconv.logs import logger
@@ -25,7 +25,6 @@ from streamconv.output.manifest import MANIFEST_NAME, Manifest, is_weights
 from streamconv.output.readable import reading_output, require_folder
 from streamconv.output.verdict import has_passed
 from streamconv.progress import Progress, ignore_progress, job
-from streamconv.source.outputs import without_foreign_claims
 
 _log = logger(__name__)
 
@@ -111,7 +110,7 @@ def preview_push(folder: StrPath, push: PushOptions, progress: Progress = ignore
     repository = open_repository(push, path, vouched)
     repository.refuse_others(manifest.files)
     small, large = _read_files(path, manifest, progress)
-    small |= card_files(path, repository, vouched, push)
+    small |= card_files(path, repository, vouched, push, was_verified_here=was_verified_here(manifest))
     sizes = {name: file.operation.upload_info.size for name, file in large.items()}
     sizes |= {name: len(data) for name, data in small.items()}
     return PushPreview(
@@ -136,7 +135,8 @@ def publish_folder(
     manifest = _read_verified(folder, push)
     repository.refuse_others(manifest.files)
     small, large = _read_files(folder, manifest, progress)
-    small |= card_files(folder, repository, without_foreign_claims(manifest), push)
+    seen = seen_here(manifest)
+    small |= card_files(folder, repository, seen, push, was_verified_here=was_verified_here(manifest))
     repository.create()
     for name, file in large.items():
         repository.send(file, progress)
@@ -216,7 +216,9 @@ def _small(path: Path) -> bytes:
         raise OutputError(f"{error} It is one of the files to push.") from error
 
 
-def card_files(folder: Path, repository: Repository, manifest: Manifest, push: PushOptions) -> dict[str, bytes]:
+def card_files(
+    folder: Path, repository: Repository, manifest: Manifest, push: PushOptions, *, was_verified_here: bool = True
+) -> dict[str, bytes]:
     """Return the model card by file name: the folder's own, or a generated one.
 
     The result is empty if the folder has none and the repository has one that someone else wrote. A generated card
@@ -235,4 +237,6 @@ def card_files(folder: Path, repository: Repository, manifest: Manifest, push: P
     if there is not None and not is_ours(there):
         return {}
     license, tags = kept_metadata(there) if there is not None else (None, [])
-    return {CARD_NAME: make_card(manifest, repository.id, push.license or license, (*tags, *push.tags)).encode()}
+    license, tags = push.license or license, [*tags, *push.tags]
+    card = make_card(manifest, repository.id, license, tags, was_verified_here=was_verified_here)
+    return {CARD_NAME: card.encode()}

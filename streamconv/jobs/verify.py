@@ -27,7 +27,7 @@ from streamconv.output.verdict import record_verdict
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.open import OpenSource
-from streamconv.source.outputs import remember_output
+from streamconv.source.outputs import is_remembered, remember_output, remember_verdict
 from streamconv.verification.bytes import cast_note, compare_with_manifest, compare_with_source
 from streamconv.verification.config import check_config, small_files
 from streamconv.verification.edits import find_edits
@@ -104,8 +104,8 @@ def verify_prepared(
     """Verify a converted folder against an open source, and record the result in the folder's manifest.
 
     The bytes are compared while another process runs ``models``, if one does: the one mostly waits for the disk, the
-    other computes. A remote source is read again for parity only: its bytes were checked when they were written, as the
-    manifest records.
+    other computes. If this machine made the folder from a remote source, that is read again for parity only: its bytes
+    were checked when they were written, as the manifest records.
 
     Raises:
         SourceError: the source cannot be read, or was changed meanwhile.
@@ -117,10 +117,9 @@ def verify_prepared(
     before = Snapshot.of(folder, names)  # everything is read after this, here and in the process that runs the models
     edits = find_edits(folder, prepared.plan, manifest)
     plan = edits.plan
-    is_ours = manifest is not None and manifest.is_from(source.describe())
 
     def compare(progress: Progress) -> tuple[Check, Mapping[str, WrittenFile]]:
-        if manifest is not None and is_ours and source.is_remote and source.has_checksums:
+        if manifest is not None and source.is_remote and source.has_checksums and _was_made_here(manifest, source):
             return compare_with_manifest(folder, plan, manifest, progress)
         return compare_with_source(folder, plan, source.reader, source.has_checksums, progress)
 
@@ -140,9 +139,16 @@ def verify_prepared(
     source.require_in_place()  # the models read it by its path, not from the open file
     verdict = verification.as_record()
     not_recorded = record_verdict(before, manifest, verdict, source.describe(), files)
-    if verification.passed and not source.is_remote:  # a remote source's bytes are not compared
-        remember_output(verification.source, files)
+    if not not_recorded:
+        remember_verdict(verdict)
+    if verification.passed:
+        remember_output(verification.source, files, is_remote=source.is_remote)
     return replace(verification, not_recorded=not_recorded)
+
+
+def _was_made_here(manifest: Manifest, source: OpenSource) -> bool:
+    """Return whether this machine wrote the files that the manifest lists, and from this source."""
+    return manifest.is_from(source.describe()) and is_remembered(manifest.source, manifest.files)
 
 
 def verify_uploaded(

@@ -1,55 +1,58 @@
-"""Remembers which outputs were made from their authors' own files, or were compared with them, on this machine.
+"""Remembers what this machine saw of outputs: the sources that they were made from or compared with, and the verdicts.
 
-A folder may come from somebody else, with any claim in its manifest. What a model card says about its authors must have
-been seen here. So a small record in the cache names the sources of an output by the sha256 of its weight files:
+A folder may come from somebody else, with any claim in its manifest. What a model card says about its authors and its
+verification must have been seen here. So each claim that was, leaves a small file in the cache, which is named after
+the claim's sha256:
 
     hub/checkpoints/streamconv/outputs/5a1f0c9e2b7d4836….json
 """
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
-from streamconv.errors import OutputError, SourceError
-from streamconv.files.local import read_small
+from streamconv.errors import OutputError
 from streamconv.logs import logger
 from streamconv.output.files import as_output_error, make_folder, write_file
-from streamconv.output.manifest import Manifest, Provenance, SourceFile, WrittenFile, is_weights
-from streamconv.output.typed_json import parse
+from streamconv.output.manifest import Manifest, Provenance, SourceFile, WrittenFile
 from streamconv.source.cache import torch_hub_cache
 
 _log = logger(__name__)
 
 
-@dataclass(frozen=True)
-class _Output:
-    """The names and fingerprints of an output's sources by role."""
+def remember_output(
+    source: Mapping[str, SourceFile], files: Mapping[str, WrittenFile], *, is_remote: bool = False
+) -> None:
+    """Record that these very files were made from ``source``, or compared with it.
 
-    source: Mapping[str, tuple[str, ...]]
+    Later commands ask this about authors' own files, and about sources that were read over a network (``is_remote``).
+    """
+    if is_remote or all(file.published for file in source.values()):
+        _remember(_origin(source, files))
 
-    @classmethod
-    def of(cls, source: Mapping[str, SourceFile]) -> "_Output":
-        return cls({role: (file.file, file.fingerprint) for role, file in source.items()})
+
+def is_remembered(source: Mapping[str, SourceFile], files: Mapping[str, WrittenFile]) -> bool:
+    """Return whether `remember_output` recorded this."""
+    return _path(_origin(source, files)).is_file()
 
 
-def remember_output(source: Mapping[str, SourceFile], files: Mapping[str, WrittenFile]) -> None:
-    """Record that ``files`` have the weights of ``source``, if that is its authors' own."""
-    if not all(file.published for file in source.values()):
-        return
-    path = _record_path(files)
-    try:
-        with as_output_error(path):
-            make_folder(path.parent)
-        write_file(path, json.dumps(asdict(_Output.of(source))).encode())
-    except OutputError as error:
-        _log.info("%s A later push will not know whose weights these are.", error)
+def remember_verdict(verdict: Mapping[str, Any]) -> None:
+    """Record that this machine reached a verdict, `Verification.as_record`, which names its files' sha256."""
+    _remember({"verdict": verdict})
+
+
+def is_verdict_remembered(verdict: Mapping[str, Any]) -> bool:
+    """Return whether `remember_verdict` recorded this very verdict."""
+    return _path({"verdict": verdict}).is_file()
 
 
 def without_foreign_claims(manifest: Manifest) -> Manifest:
     """Return the manifest without its claims that a file is its authors' own, unless this machine remembers it."""
-    if not any(file.published for file in manifest.source.values()) or _is_remembered(manifest):
+    is_claimed = any(file.published for file in manifest.source.values())
+    if not is_claimed or is_remembered(manifest.source, manifest.current_files):
         return manifest
     return replace(manifest, source={role: replace(file, published=False) for role, file in manifest.source.items()})
 
@@ -69,14 +72,26 @@ def with_claims_of_all(manifest: Manifest, earlier: Iterable[Provenance | None])
     return replace(manifest, source=source)
 
 
-def _is_remembered(manifest: Manifest) -> bool:
+def _origin(source: Mapping[str, SourceFile], files: Mapping[str, WrittenFile]) -> dict[str, Any]:
+    return {
+        "source": {role: [file.file, file.fingerprint, file.published] for role, file in source.items()},
+        "files": {name: file.sha256 for name, file in files.items()},
+    }
+
+
+def _remember(claim: Mapping[str, Any]) -> None:
+    path = _path(claim)
     try:
-        record: _Output = parse(_Output, json.loads(read_small(_record_path(manifest.files))))
-    except (SourceError, ValueError, RecursionError):
-        return False
-    return record == _Output.of(manifest.source)
+        with as_output_error(path):
+            make_folder(path.parent)
+        write_file(path, _as_json(claim))
+    except OutputError as error:
+        _log.info("%s Later commands will not know what was seen of this output.", error)
 
 
-def _record_path(files: Mapping[str, WrittenFile]) -> Path:
-    weights = sorted(file.sha256 for name, file in files.items() if is_weights(name))
-    return torch_hub_cache() / "streamconv" / "outputs" / f"{sha256(' '.join(weights).encode()).hexdigest()[:32]}.json"
+def _path(claim: Mapping[str, Any]) -> Path:
+    return torch_hub_cache() / "streamconv" / "outputs" / f"{sha256(_as_json(claim)).hexdigest()[:32]}.json"
+
+
+def _as_json(claim: Mapping[str, Any]) -> bytes:
+    return json.dumps(claim, sort_keys=True).encode()

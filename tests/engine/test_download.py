@@ -396,7 +396,7 @@ def test_job_downloads_a_file_once_although_nothing_identifies_it(
     assert streamconv.run(published.url, tmp_path / "out", *options, on_result=forget).passed
     size = (server.folder / published.filename).stat().st_size
     assert size < server.sent < size + (2 << 20)
-    assert len(list(outputs.iterdir())) == 1
+    assert len(list(outputs.iterdir())) == 2  # the verdict, and whose weights these are
 
 
 def test_files_of_one_name_at_two_urls_are_kept_apart(server: FileServer, torch_hub: Path, tmp_path: Path) -> None:

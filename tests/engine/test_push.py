@@ -16,7 +16,7 @@ from streamconv.hub.client import HubClient
 from streamconv.hub.names import published_model
 from streamconv.output.journal import JOURNAL_NAME
 from streamconv.output.manifest import Manifest, WrittenFile
-from streamconv.source.outputs import remember_output, without_foreign_claims
+from streamconv.source.outputs import remember_output, remember_verdict, without_foreign_claims
 from tests import api
 from tests.hub_server import TOKEN, HubServer, fine_grained, running, who
 from tests.support import PUBLISHED, Save, contents, run, run_with_hub, sha256_of, tiny
@@ -36,6 +36,7 @@ def record(folder: Path, verification: dict[str, Any] | None) -> None:
     if verification is not None:
         files = {name: vars(file) for name, file in manifest.files.items()}
         verification = {**verification, "output": {"files": files}}
+        remember_verdict(verification)
     (folder / "streamconv.json").write_bytes(replace(manifest, verification=verification).to_bytes())
 
 
@@ -258,6 +259,60 @@ def test_folder_from_someone_else_is_not_pushed_as_its_authors(
     assert published_model(without_foreign_claims(forged))
     assert run("push", folder, cwd=tmp_path).returncode == 0
     assert card(hub, "ada/dinov2-small")["base_model"] == "facebook/dinov2-small"
+
+
+def test_verdict_of_somebody_else_is_not_vouched_for(hub: HubServer, tmp_path: Path, folder: Path) -> None:
+    """Anybody can write into a manifest that verification passed, also a user who converts on another machine."""
+    manifest = json.loads((folder / "streamconv.json").read_text())
+    check = {"name": "parity", "passed": True, "proves": "the same outputs", "problems": [], "numbers": {}}
+    manifest["verification"]["checks"] = [check]
+    (folder / "streamconv.json").write_text(json.dumps(manifest))
+    for words in (("--dry-run",), ()):
+        done = run("push", folder, *words, cwd=tmp_path, COLUMNS="400")
+        assert done.returncode == 0, done.stderr
+        assert (
+            f"this machine did not verify these files, and the model card says so. To verify them first: `"
+            f"streamconv verify {folder} source.pth`" in done.stderr
+        )
+    text = hub.files("ada/mine")["README.md"].decode()
+    assert "## Verification\n\n**As recorded in streamconv.json by whoever made this folder.** Whoever" in text
+    assert "| parity | passed | the same outputs |" in text
+    assert "As streamconv.json records, every byte that was read matched its CRC-32." in text
+    remember_verdict(manifest["verification"])
+    done = run("push", folder, cwd=tmp_path, COLUMNS="400")
+    assert (done.returncode, "did not verify" in done.stderr) == (0, False)
+    text = hub.files("ada/mine")["README.md"].decode()
+    assert "| parity | passed | the same outputs |" in text
+    assert "s recorded in" not in text
+    assert "\nEvery byte that was read matched its CRC-32." in text
+
+
+def test_unverified_push_shows_no_verdict_about_other_files(hub: HubServer, tmp_path: Path, folder: Path) -> None:
+    manifest = json.loads((folder / "streamconv.json").read_text())
+    manifest["verification"]["output"]["files"]["config.json"]["sha256"] = "0" * 64
+    (folder / "streamconv.json").write_text(json.dumps(manifest))
+    assert run("push", folder, "--unverified", cwd=tmp_path).returncode == 0
+    text = hub.files("ada/mine")["README.md"].decode()
+    assert "> **Not verified.**" in text
+    assert "No check was run." in text
+
+
+def test_edited_folder_does_not_inherit_its_authors(hub: HubServer, tmp_path: Path, folder: Path) -> None:
+    manifest = Manifest.read(folder)
+    assert manifest is not None
+    own = replace(
+        manifest, model="dinov2_vits14", source={"backbone": replace(manifest.source["backbone"], **PUBLISHED)}
+    )
+    remember_output(own.source, own.files)
+    edited = replace(own, edited={"config.json": WrittenFile(2, "ab")})
+    assert published_model(without_foreign_claims(own))
+    assert not published_model(without_foreign_claims(edited))
+    assert not published_model(
+        without_foreign_claims(replace(own, files={**own.files, "config.json": WrittenFile(2, "ab")}))
+    )
+    assert not published_model(without_foreign_claims(replace(own, model="dinov2_vitb14")))
+    remember_output(own.source, edited.current_files)  # as after a verification of the edited folder
+    assert published_model(without_foreign_claims(edited))
 
 
 def test_licence_that_the_hub_does_not_know_is_refused_before_anything_is_uploaded(
