@@ -43,8 +43,8 @@ def _no_real_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test a cache of its own."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    """Give each test a cache of its own, beside its folder."""
+    monkeypatch.setenv("TORCH_HOME", f"{tmp_path}-cache")
 
 
 @pytest.fixture

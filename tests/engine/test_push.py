@@ -23,8 +23,9 @@ from tests.support import PUBLISHED, Save, contents, run, run_with_hub, sha256_o
 
 
 @pytest.fixture
-def folder(tmp_path: Path, save: Save) -> Path:
-    """A verified folder in several shards, as its manifest says."""
+def folder(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A verified folder in several shards, as its manifest says, and this machine's memory."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     done = api.convert(save(tiny())[0], tmp_path / "mine", max_shard_size="1MB")
     record(done.output, {"passed": True})
     return done.output

@@ -39,7 +39,7 @@ def test_parity_reads_the_weights_once_more(server: FileServer, source: str, tmp
     assert server.sent < (passes + 0.5) * size + 2 * remote.WINDOW_BYTES
     assert found.check("bytes").not_checked == "the source's bytes were not read again"
     assert "as_published" not in found.check("parity").numbers  # it would read the weights again
-    assert not (tmp_path / "torch").exists()
+    assert not [*(tmp_path / "torch").rglob("*.pth")]
 
 
 def test_without_parity_no_weights_are_read_and_that_is_reported(
@@ -79,14 +79,14 @@ def test_flipped_bit_in_the_output_is_found_without_reading_the_source(source: s
 
 
 def test_wrong_output_with_a_matching_manifest_fails_parity(source: str, tmp_path: Path) -> None:
-    """The manifest only proves that the files are as they were written; the models have to run to find more."""
+    """The bytes check, too: this machine has written no such files, so it reads the source's bytes."""
     alter(tmp_path / "out", lambda state: state["encoder.layer.1.norm1.weight"].mul_(1.5))
     manifest = json.loads((tmp_path / "out" / "streamconv.json").read_text())
     data = (tmp_path / "out" / "model.safetensors").read_bytes()
     manifest["files"]["model.safetensors"] = {"size": len(data), "sha256": sha256(data).hexdigest()}
     (tmp_path / "out" / "streamconv.json").write_text(json.dumps(manifest))
     found = api.verify(tmp_path / "out", source, device="cpu", stream=True)
-    assert verdicts(found)["bytes"] is True
+    assert verdicts(found)["bytes"] is False
     assert "the first difference is in layer 1" in problems(found)
 
 
@@ -161,7 +161,8 @@ def test_run_streams_and_verifies(server: FileServer, source: str, tmp_path: Pat
     done = run("run", source, "-o", "other", "--stream", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("Looks ok, but not everything was checked: the source's bytes")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "served"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "served", "torch"]
+    assert not [*(tmp_path / "torch").rglob("*.pth")]
 
 
 def test_file_whose_server_names_no_version_is_verified(server: FileServer, tmp_path: Path) -> None:
