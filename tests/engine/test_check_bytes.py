@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from streamconv import SourceOptions
+from streamconv import CorruptError, SourceOptions
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.options import ConversionOptions
 from streamconv.jobs.prepare import prepared_source
@@ -86,9 +86,11 @@ def test_transformers_version_in_config_is_ignored(converted: Converted) -> None
     assert byte_problems(*converted) == ""
 
 
-def test_damaged_source_is_found(converted: Converted) -> None:
-    flip(converted[1], "mask_token", 0)
-    assert "does not match its CRC-32" in byte_problems(*converted)
+@pytest.mark.parametrize("tensor", ["mask_token", "blocks.1.mlp.fc1.weight"])
+def test_damaged_source_is_an_error_and_says_nothing_about_the_output(converted: Converted, tensor: str) -> None:
+    flip(converted[1], tensor, 0)
+    with pytest.raises(CorruptError, match=r"is damaged: .* does not match its CRC-32\. Fetch"):
+        byte_problems(*converted)
 
 
 @pytest.mark.parametrize(
