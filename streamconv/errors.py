@@ -108,7 +108,14 @@ class NoRangesError(SourceError):
 
 
 class RepeatedDataError(SourceError):
-    """The output would be much larger than the data that it is made from, which the user has not allowed."""
+    """The output would be much larger than the data that it is made from, which the user has not allowed.
+
+    ``reason`` is the message without advice.
+    """
+
+    def __init__(self, reason: str, advice: str):
+        self.reason = reason
+        super().__init__(f"{reason}. {advice}")
 
 
 class MappingError(SourceError):

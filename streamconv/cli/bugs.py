@@ -1,4 +1,4 @@
-"""Turns exceptions that no code expected into errors of ours: too little of something, or a bug to report."""
+"""Turns unexpected exceptions into errors with an exit code: a shortage of memory, files or disk space, or a bug."""
 
 import errno
 import os
@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from threading import Thread
 
 from streamconv._version import __version__
 from streamconv.cli.shown import shown_command
@@ -15,14 +16,14 @@ from streamconv.errors import OutputError, StreamconvError, UsageError
 from streamconv.redaction import redacted
 
 MAX_LINES, MAX_LINE_LENGTH = 100, 500  # of a traceback
-_OF_A_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
-_OF_A_LIMIT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
+_LIMIT_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 
 
 class InternalError(StreamconvError):
-    """A bug of streamconv. ``report`` holds the lines that a report of it needs.
+    """A bug in streamconv. ``report`` holds the lines to send to its maintainers.
 
-    Its exit code is that of sysexits.h, and never 1, which means that verification found a difference.
+    The exit code is EX_SOFTWARE of sysexits.h. Python's own, 1, would mean that verification found a difference.
     """
 
     exit_code = 70
@@ -37,7 +38,7 @@ class InternalError(StreamconvError):
 
 
 def to_our_error(error: Exception, words: Sequence[str]) -> StreamconvError:
-    """Return the error to show for any exception that ended a command, whose arguments are ``words``."""
+    """Return the error to show for an exception that ended a command with the arguments ``words``."""
     if isinstance(error, StreamconvError):
         return error
     if isinstance(error, ImportError) and not (error.name or "streamconv").startswith("streamconv"):
@@ -49,19 +50,25 @@ def to_our_error(error: Exception, words: Sequence[str]) -> StreamconvError:
         return UsageError(f"The Python package {package} cannot be imported: {error}. Reinstall it.")
     if isinstance(error, MemoryError):
         return UsageError("There is too little memory. Close other programs, or raise the limit (`ulimit -v`).")
-    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+    if _could_not_start_thread(error):
         return UsageError("No more threads can be started. End other programs, or raise a limit (`ulimit -u`, `-v`).")
-    if isinstance(error, OSError) and error.errno in _OF_A_LIMIT:
-        return UsageError(f"A limit of the system was reached: {error.strerror}. End other programs, or raise it.")
-    if isinstance(error, OSError) and error.errno in _OF_A_DISK:
+    if isinstance(error, OSError) and error.errno in _LIMIT_ERRORS:
+        return UsageError(f"A system limit was reached: {error.strerror}. End other programs, or raise the limit.")
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         return OutputError(f"{where}{error.strerror}. Make sure that the disk works, and run the same command again.")
     return InternalError(_report(error, words))
 
 
+def _could_not_start_thread(error: Exception) -> bool:
+    # Python raises a plain RuntimeError, so the place decides, not the message.
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return type(error) is RuntimeError and bool(frames) and frames[-1].f_code is Thread.start.__code__
+
+
 def _report(error: Exception, words: Sequence[str]) -> list[str]:
-    """Return what a report of a bug needs, without what may be secret."""
-    # Very long words are left out whole: a part of a URL could show a password.
+    """Return the lines of a bug report, without secrets: the command, the versions and the traceback."""
+    # Very long words are left out, not cut: what is left of a URL could show a password.
     text = re.sub(rf"\S{{{MAX_LINE_LENGTH},}}", "…", "".join(traceback.format_exception(error)))
     lines = [line for line in text.splitlines() if line.strip(" ~^")]
     if len(lines) > MAX_LINES:

@@ -1,4 +1,4 @@
-"""Asks before more is written than the user can expect."""
+"""Asks the user before a command downloads or writes more than the user may expect."""
 
 import sys
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import TypeVar
 import click
 
 from streamconv.cli.terminal import Printer
+from streamconv.display import visible
 from streamconv.errors import RepeatedDataError
 from streamconv.jobs.options import ConversionOptions
 
@@ -20,6 +21,7 @@ def can_ask() -> bool:
 
 
 def confirmed(question: str) -> bool:
+    """Ask a question on stderr, and return whether the answer is yes."""
     try:
         return click.confirm(question, err=True)
     except click.Abort:  # the input ended
@@ -27,7 +29,7 @@ def confirmed(question: str) -> bool:
 
 
 def with_consent(options: ConversionOptions, printer: Printer, job: Callable[[ConversionOptions], Result]) -> Result:
-    """Run a job. If its output would repeat data, ask, and run it again if the answer is yes.
+    """Run a job. If its output would repeat data, ask the user, and run the job again if the answer is yes.
 
     Raises:
         RepeatedDataError: the answer is no, or nobody can answer.
@@ -37,7 +39,6 @@ def with_consent(options: ConversionOptions, printer: Printer, job: Callable[[Co
     except RepeatedDataError as error:
         if printer.as_json or not can_ask():
             raise
-        what = str(error).partition(". ")[0]
-        if not confirmed(f"{what}. Write it?"):
+        if not confirmed(f"{visible(error.reason)}. Write it?"):
             raise
     return job(replace(options, allow_repeats=True))

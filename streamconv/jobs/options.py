@@ -69,8 +69,8 @@ class ConversionOptions(SourceOptions):
         image_size: The height and width of its pixels: the shorter side of an image is resized to it, and the centre is
             cut out. An image processor that does not crop resizes both sides to it.
         image_processor: A preprocessor_config.json to write instead; excludes the other three.
-        allow_repeats: Write an output that is much larger than the data it is made from, because tensors repeat data:
-            more than twice as large, and by more than 100 MB. Otherwise, `RepeatedDataError` is raised.
+        allow_repeats: Write an output that is much larger than the data it is made from, because tensors repeat data.
+            Otherwise, `RepeatedDataError` is raised if it is more than 100 MB larger than twice that data.
 
     Raises:
         UsageError: the shard size, the dtype, the number of heads or a number for the image processor is not valid.

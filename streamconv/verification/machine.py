@@ -1,6 +1,6 @@
-"""Failures of the machine that runs the models. They say nothing about the output, so they are no check's result.
+"""Detects failures of the machine that runs the models. They prove nothing about the output, so no check reports them.
 
-A conversion alone imports this module, too, so torch is imported only on use.
+A conversion imports this module, too, so torch is imported only when it is needed.
 """
 
 import errno
@@ -9,17 +9,19 @@ from streamconv.errors import UsageError
 
 AGAIN = "Then run the same command again; a finished conversion is not repeated."
 OUT_OF_MEMORY = f"Close other programs, or use a machine with more memory. {AGAIN}"
-_OF_A_LIMIT = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN})
+_LIMIT_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN})
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    """Return whether Python, the system or torch could not allocate memory, on the CPU or a GPU."""
     import torch
 
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # For a CPU's memory, torch has no class of its own: only the allocator's name tells.
+    # torch's CPU allocator raises a plain RuntimeError, so its name in the message is the only sign. If torch rewords
+    # the message, the check fails and shows it.
     return type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
 
 
@@ -31,5 +33,5 @@ def refuse_machine_failure(error: Exception, device: str = "cpu") -> None:
     """
     if is_out_of_memory(error):
         raise UsageError(f"{device} has too little memory to run the models: {error}. {OUT_OF_MEMORY}") from error
-    if isinstance(error, OSError) and error.errno in _OF_A_LIMIT:
-        raise UsageError(f"A limit of the system was reached: {error.strerror}. Raise it. {AGAIN}") from error
+    if isinstance(error, OSError) and error.errno in _LIMIT_ERRORS:
+        raise UsageError(f"A system limit was reached: {error.strerror}. Raise the limit. {AGAIN}") from error

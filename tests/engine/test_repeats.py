@@ -32,7 +32,7 @@ def save_expanded(path: Path, dimensions: Dimensions) -> Path:
 @pytest.fixture
 def repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a tiny checkpoint of repeated numbers, and let no repetition be too small to be asked about."""
-    monkeypatch.setattr(repeats, "_MIN_BYTES", 0)
+    monkeypatch.setattr(repeats, "_MAX_BYTES", 0)
     return save_expanded(tmp_path / "x.pth", tiny())
 
 

@@ -681,7 +681,7 @@ def test_failure_of_the_machine_is_an_error_and_not_a_failed_check(
 
     converted = convert(tmp_path, tiny())
     monkeypatch.setattr(place, fail)
-    with pytest.raises(UsageError, match="limit of the system was reached: Too many open files"):
+    with pytest.raises(UsageError, match="system limit was reached: Too many open files"):
         converted.verify()
 
 

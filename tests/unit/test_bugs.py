@@ -1,4 +1,4 @@
-"""Exceptions that no code expected: a bug of ours has an exit code of its own, and is reported without secrets."""
+"""Unexpected exceptions: a bug in streamconv has an exit code of its own, and its report contains no secrets."""
 
 import errno
 import json
@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,8 @@ def test_bug_under_json_is_one_document(monkeypatch: pytest.MonkeyPatch) -> None
     ("error", "code", "message"),
     [
         (MemoryError(), 2, "too little memory"),
-        (RuntimeError("can't start new thread"), 2, "No more threads"),
-        (OSError(errno.EMFILE, "Too many open files", "x"), 2, "limit of the system was reached: Too many open files"),
-        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 2, "limit of the system"),
+        (OSError(errno.EMFILE, "Too many open files", "x"), 2, "system limit was reached: Too many open files"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 2, "system limit"),
         (OSError(errno.ENOSPC, "No space left on device", "a\x1b"), 4, r"a\x1b: No space left on device"),
         (OSError(errno.EIO, "Input/output error"), 4, "Input/output error"),
         (ModuleNotFoundError("No module named 'click.x'", name="click.x"), 2, "pip install click"),
@@ -83,14 +83,24 @@ def test_bug_under_json_is_one_document(monkeypatch: pytest.MonkeyPatch) -> None
     ],
     ids=str,
 )
-def test_too_little_of_something_is_no_bug(
-    error: Exception, code: int, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shortage_is_not_a_bug(error: Exception, code: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = planning_raises(error, monkeypatch)
     assert done.exit_code == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_thread_that_cannot_be_started_is_not_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.stack_size(1 << 47)  # more than the address space has
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            threading.Thread(target=print).start()
+    finally:
+        threading.stack_size(before)
+    done = planning_raises(caught.value, monkeypatch)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: No more threads can be started.")
 
 
 AT_IMPORT = """
