@@ -9,6 +9,7 @@ from streamconv.families.detection import unknown_model
 from streamconv.families.other_contents import OPTIMIZER_STATE, other_contents_error
 from streamconv.families.registry import all_families
 from streamconv.formats.checkpoint import Checkpoint
+from streamconv.formats.non_tensors import Kind
 
 
 def no_backbone_error(checkpoint: Checkpoint, where: str) -> MappingError:
@@ -21,7 +22,11 @@ def no_backbone_error(checkpoint: Checkpoint, where: str) -> MappingError:
 def refuse_other_models(checkpoint: Checkpoint, where: str, prefix: str = "", *, is_part: bool = False) -> None:
     """Name what is under ``prefix``, if it is known and cannot be converted; see `other_models.recognise`."""
     shapes = {name: tensor.info.shape for name, tensor in checkpoint.items() if name.startswith(prefix)}
-    others = [name for name in checkpoint.non_tensors if name.startswith(prefix)]
+    others = [
+        name
+        for name, each in checkpoint.non_tensors.items()
+        if name.startswith(prefix) and each.kind is not Kind.VALUE  # settings have any names
+    ]
     if (error := other_models.recognise(shapes, where, others, is_part=is_part)) is not None:
         raise error
 

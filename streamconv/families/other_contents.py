@@ -13,7 +13,11 @@ OPTIMIZER_STATE = re.compile(r"(?:^|\.)state\.(?=\d+\.)")
 
 def other_contents_error(checkpoint: Checkpoint, where: str) -> MappingError | None:
     """Return the error for a file whose weights are not plain tensors: most of them, or all."""
-    others = {name: each for name, each in checkpoint.non_tensors.items() if not OPTIMIZER_STATE.search(name)}
+    others = {
+        name: each
+        for name, each in checkpoint.non_tensors.items()
+        if each.kind is not Kind.VALUE and not OPTIMIZER_STATE.search(name)
+    }
     weights = [
         name
         for name, tensor in checkpoint.items()

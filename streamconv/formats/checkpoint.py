@@ -32,7 +32,7 @@ from streamconv.tensors.expressions import SourceTensor
 class Checkpoint(Mapping[str, SourceTensor]):
     """The tensors of a checkpoint by name. Close it, or use it in a ``with`` statement.
 
-    ``non_tensors`` maps the names of other objects to what they are; the objects themselves are not read.
+    ``non_tensors`` maps the names of other values to what they are; the values themselves are not read.
     ``fingerprint`` is the sha256 of the index, in hexadecimal. ``note`` says which files of a folder were chosen, if
     they do not have the names that transformers looks for.
     """

@@ -76,10 +76,11 @@ class Kind(Enum):
         "or torch.save(dict(torch.load('old.pth')NAME), 'new.pth') if it is one of names with tensors.",
     )
     OBJECT = ("holds objects, which are not read, and no tensor", "Save a dict of tensors, such as model.state_dict().")
+    VALUE = ("holds plain Python values, and no tensor", "Save a dict of tensors, such as model.state_dict().")
 
     @property
     def is_tensor(self) -> bool:
-        return self not in (Kind.MODULE, Kind.ATTRIBUTES, Kind.LIST, Kind.OBJECT)
+        return self not in (Kind.MODULE, Kind.ATTRIBUTES, Kind.LIST, Kind.OBJECT, Kind.VALUE)
 
 
 @dataclass(frozen=True, slots=True)

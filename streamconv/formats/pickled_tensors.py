@@ -22,8 +22,8 @@ def find_tensors(contents: Any, where: str) -> tuple[dict[str, SourceTensor], di
 
     A key that is not a string is named as Python prints it, or <tuple 1>, <tuple 2> and so on; see `UnreadKey`.
 
-    Objects of other classes are read as dicts if they are mappings (`_items_of`). Plain Python values are not listed,
-    lists only if they hold tensors.
+    Objects of other classes are read as dicts if they are mappings (`_items_of`). None is not listed, as a model that
+    has no bias may state one as None.
 
     Raises:
         NotACheckpointError, UnsafePickleError, SourceError
@@ -43,7 +43,10 @@ def find_tensors(contents: Any, where: str) -> tuple[dict[str, SourceTensor], di
             tensors[name] = value
             if len(tensors) > MAX_TENSORS:
                 raise SourceError(f"{where} has more than {MAX_TENSORS:,} tensors. Do not trust this file.")
-        elif len(non_tensors) < _MAX_NON_TENSORS and (other := search.describe(value)) is not None:
+        elif value is not None and (
+            (other := search.describe(value) or _plain_value(value)).kind.is_tensor
+            or len(non_tensors) < _MAX_NON_TENSORS
+        ):
             non_tensors[name] = other
         else:
             continue
@@ -138,6 +141,11 @@ class _Search:
                 return False
             waiting += parts
         return False
+
+
+def _plain_value(value: Any) -> NonTensor:
+    name = type(value).__name__ if type(value).__module__ == "builtins" else "object"  # such as torch.uint16
+    return NonTensor(f"Python {name}", Kind.VALUE)
 
 
 def _not_a_dict(contents: Any, where: str, search: _Search) -> SourceError:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import streamconv
 from streamconv import MappingError, NotACheckpointError, SourceError
 from streamconv.errors import UnsafePickleError
-from streamconv.formats.non_tensors import Kind
+from streamconv.formats.non_tensors import Kind, NonTensor
 from streamconv.verification.originals.dinov2 import build as build_dinov2
 from streamconv.verification.reference import flatten
 from streamconv.verification.torch_loading import load
@@ -248,7 +248,7 @@ def test_mapping_of_any_class_is_read_as_a_dict(tmp_path: Path, kind: str, proto
     assert read(path) == described(wanted)
     assert list(read(path)) == list(wanted)
     with streamconv.open_checkpoint(path) as checkpoint:
-        assert not checkpoint.non_tensors
+        assert checkpoint.non_tensors == {"lr": NonTensor("Python float", Kind.VALUE)}
 
 
 @FORMATS

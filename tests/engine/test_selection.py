@@ -445,6 +445,34 @@ def test_unreadable_tensor_is_not_taken_for_a_missing_one(tmp_path: Path, part: 
         api.plan(saved({"model": arrays}, tmp_path / "x.pth"))
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    zip([*OPTIONAL, "register_tokens"], [[0.5] * 128, 0.5, (1.0,), [], torch.uint16, True], strict=True),
+)
+def test_python_value_is_not_taken_for_a_missing_tensor(tmp_path: Path, part: str, value: object) -> None:
+    state, _ = make_states(tiny(layers=1, registers=4))
+    names = [key for key in state if part in key]
+    source = saved({"model": {**state, **dict.fromkeys(names, value)}, "epoch": 3}, tmp_path / "x.pth")
+    with pytest.raises(MappingError) as caught:
+        api.plan(source)
+    kind = "object" if value is torch.uint16 else type(value).__name__
+    assert {f"model.{name} is a Python {kind}, which is not read" for name in names} <= {*caught.value.problems}
+
+
+def test_none_states_that_there_is_no_tensor(tmp_path: Path) -> None:
+    state, _ = make_states(tiny(layers=1))
+    bias = "patch_embed.proj.bias"
+    lacking = {key: value for key, value in state.items() if key != bias}
+    assert api.plan(saved({**state, bias: None}, tmp_path / "x.pth")).filled == (
+        api.plan(saved(lacking, tmp_path / "y.pth")).filled
+    )
+
+
+def test_settings_with_names_of_other_architectures_do_not_matter(tmp_path: Path) -> None:
+    settings = {"roi_heads": 2, "lm_head": [1], "cls_token": True, "blocks": {"0": {"norm1": {"weight": 1}}}}
+    assert api.plan(saved({"model": make_states(tiny())[0], "args": settings, **settings}, tmp_path / "x.pth"))
+
+
 def test_unreadable_tensor_inside_the_backbone_is_part_of_the_computation(tmp_path: Path) -> None:
     """A tensor of an unknown name may be an adapter; objects of other classes are settings."""
     state, _ = make_states(tiny())
