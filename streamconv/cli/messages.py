@@ -5,6 +5,7 @@ from typing import Any
 
 from streamconv.cli.layout import Line, folded
 from streamconv.cli.units import duration, size, speed
+from streamconv.display import printable
 from streamconv.families.base import Family, Model
 from streamconv.families.registry import all_families
 from streamconv.families.selection import Skipped
@@ -210,7 +211,7 @@ def verification_lines(verification: Verification) -> Iterator[Line | str]:
     if verification.predictions:
         yield "Predicted classes:"
         for label, probability in verification.predictions:
-            yield f"  {probability:6.1%}  {label}"
+            yield f"  {probability:6.1%}  {printable(label)}"
     yield ", ".join(_cost(verification.memory, verification.seconds))
     yield _verdict(verification)
 

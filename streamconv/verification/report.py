@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.display import visible
+from streamconv.display import printable, visible
 from streamconv.verification.chart import make_chart
 
 DATA_URL = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+")
@@ -27,7 +27,8 @@ def render(verification: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "size": _size, "difference": _difference, "seconds": _seconds, "sentence": _sentence, "date": _date
+        "size": _size, "difference": _difference, "seconds": _seconds, "sentence": _sentence, "date": _date,
+        "printable": printable
     }  # fmt: skip
     known = _without_none(verification)
     pictures = {key: picture for key, picture in known.get("pictures", {}).items() if DATA_URL.fullmatch(picture)}

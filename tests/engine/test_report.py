@@ -294,6 +294,8 @@ def test_report_of_a_classifier_shows_its_best_labels() -> None:
     page = report.render(passing() | {"predictions": [["tabby, tabby cat", 0.9312], ["tub", 0.0004]]})
     assert "tabby, tabby cat 93.1 % tub 0.0 %" in words(page)
     assert 'style="width: 93.1%"' in page
+    long = report.render(passing() | {"predictions": [["x" * 10_000, 0.5]]})
+    assert f"{'x' * 79}… 50.0 %" in words(long)
 
 
 def test_report_shows_float64_and_float32_side_by_side() -> None:
@@ -420,6 +422,12 @@ def faults(browser: Browser, file: Path, width: int, scheme: Any) -> list[str]:
                     if (overlap(boxes[j], boxes[i]))
                         faults.push(`${texts[j].textContent} overlaps ${text.textContent}`);
             });
+            for (const number of document.querySelectorAll("td.number")) {
+                const range = document.createRange();
+                range.selectNodeContents(number);
+                if (new Set([...range.getClientRects()].map(box => Math.round(box.top))).size > 1)
+                    faults.push(`${number.textContent} is on two lines`);
+            }
             return faults;
         }"""
     )

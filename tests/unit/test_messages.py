@@ -254,6 +254,11 @@ def test_failed_check_says_what_failed_not_what_it_would_have_proved(check: Chec
     assert verification(found).as_dict()["checks"][0]["finding"] == finding
 
 
+def test_long_label_does_not_fill_the_screen() -> None:
+    found = replace(verification(), predictions=(("x" * 10_000, 0.5),))
+    assert f"   50.0%  {'x' * 79}…" in plain(verification_lines(found))
+
+
 def test_verdict_states_the_cost_of_a_cast() -> None:
     found = replace(
         verification(Check("bytes", True, "a")), cast_cost=CastCost("bfloat16", 0.0571, 0.0242, 4.1),
