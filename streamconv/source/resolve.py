@@ -91,7 +91,7 @@ def resolve_source(
     if not _is_model(source, output):
         location = parse_location(source)
         is_word = (
-            isinstance(source, str) and isinstance(location, Path) and len(location.parts) == 1 and not location.suffix
+            isinstance(source, str) and isinstance(location, Path) and location.name == name and not location.suffix
         )
         if is_word and not os.path.exists(name):
             raise UsageError(f"{name} is neither a file nor a model that streamconv knows. {suggest_models(name)}")

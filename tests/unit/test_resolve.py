@@ -50,6 +50,13 @@ def test_unreachable_model_names_its_address_and_its_place_in_the_cache(
     assert str(kept / "dinov2_vitg14_pretrain.pth") in str(caught.value)
 
 
+def test_word_after_a_dot_and_slash_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dinov2-small").mkdir()
+    with pytest.raises(SourceMissingError, match=r"no such file\. Did you mean `dinov2-small`\?"):
+        resolve_source("./dinov2-smal")
+
+
 def test_unknown_model_name_suggests_similar_names() -> None:
     with pytest.raises(UsageError, match="Did you mean dinov2_vitg14,"):
         resolve_source("dino2_vitg14")
