@@ -11,7 +11,7 @@ from streamconv.families.rules import ExpectedTensor, constants, expand, map_ten
 from streamconv.families.selection import Selection, Skipped
 from streamconv.families.wrapped_names import unwrapped
 from streamconv.formats.non_tensors import non_tensor_error
-from streamconv.planning.heads import choose_heads
+from streamconv.planning.heads import choose_heads, with_given_heads
 from streamconv.planning.image_processor import OwnImageProcessor, choose_image_processor
 from streamconv.planning.plan import MappedTensor, Plan
 from streamconv.planning.reads import refuse_unstreamable
@@ -67,7 +67,8 @@ def make_plan(
     expected = expand(spec.rules, spec.dims, spec.count)
     block_chunks = _block_chunks(selection, spec.count)
     _refuse_other_tensors(selection, where)
-    problems = _problems(spec, selection, block_chunks)
+    corrected = with_given_heads(selection, num_heads)
+    problems = _problems(spec, corrected, block_chunks)
     names = selection.display_names
     # A converted model has every tensor of its class; only its authors' file may leave out what has no effect.
     rules = without_fills(spec.rules) if selection.is_converted else spec.rules
@@ -79,7 +80,7 @@ def make_plan(
     stored_dtype = next(iter(targets.values())).info.dtype
     written_dtype = stored_dtype if dtype is None else BY_TORCH_NAME[dtype].code
     fills = constants(spec.rules, spec.dims, spec.count)
-    config = make_config(spec, family, written_dtype, labels, selection.config)
+    config = make_config(spec, family, written_dtype, labels, corrected.config)
     written = _as_written(targets, fills, written_dtype, family)
     refuse_unstreamable(written)
     shards, index = lay_out(written, max_shard_bytes)

@@ -166,7 +166,7 @@ def test_config_of_a_converted_model_gives_the_number(tmp_path: Path) -> None:
         plan = api.plan(place)
         assert (plan.config["num_attention_heads"], plan.assumed_heads, plan.unproved) == (4, None, ())
         assert not any("attention heads" in note for note in plan.notes)
-    with pytest.raises(MappingError, match=r"its config\.json sets num_attention_heads to 4, but dinov2 models have 2"):
+    with pytest.raises(UsageError, match=r"The config\.json of the source gives 4 attention heads\. Omit --num-heads"):
         api.plan(tmp_path / "out", num_heads=2)
 
 
@@ -176,7 +176,12 @@ def test_guess_does_not_become_a_fact_in_a_folder_that_is_converted_again(tmp_pa
         done = api.convert(source, tmp_path / output)
         assert done.plan.unproved == ("the number of attention heads (2) is assumed: give --num-heads if you know it",)
         source = done.output
+    assert any("2 attention heads, assumed earlier" in note for note in api.plan(source).notes)
     assert api.plan(source, num_heads=2).unproved == ()
+    corrected = api.convert(source, tmp_path / "corrected", num_heads=1).plan
+    assert corrected.config["num_attention_heads"] == 1
+    assert "config.json: kept from the source; changed: num_attention_heads 2 → 1" in corrected.notes
+    assert corrected.unproved == api.plan(tmp_path / "corrected").unproved == ()
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
     assert api.plan(source).unproved == ()
