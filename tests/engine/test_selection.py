@@ -447,7 +447,7 @@ def test_unreadable_tensor_is_not_taken_for_a_missing_one(tmp_path: Path, part: 
 
 @pytest.mark.parametrize(
     ("part", "value"),
-    zip([*OPTIONAL, "register_tokens"], [[0.5] * 128, 0.5, (1.0,), [], torch.uint16, True], strict=True),
+    [*zip([*OPTIONAL, "register_tokens"], [[0.5] * 128, 0.5, (1.0,), [], torch.uint16, True], strict=True)],
 )
 def test_python_value_is_not_taken_for_a_missing_tensor(tmp_path: Path, part: str, value: object) -> None:
     state, _ = make_states(tiny(layers=1, registers=4))
