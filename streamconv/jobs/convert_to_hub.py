@@ -25,9 +25,8 @@ from streamconv.output.files import as_output_error
 from streamconv.output.folder import OutputFolder, open_output_folder
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
 from streamconv.output.writer import write_shard
-from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
-from streamconv.source.outputs import with_claims_of_all
+from streamconv.source.outputs import is_shard_remembered, remember_shard
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.verification.result import Verification
 
@@ -77,11 +76,9 @@ def convert_to_hub(
     start = time.monotonic()
     with open_output_folder(conversion.folder, conversion.provenance, plan.filenames, largest, force=force) as work:
         repository.create()
-        written, resumed_bytes = _upload_shards(plan, work, repository, prepared.source.reader, progress)
+        written, resumed_bytes = _upload_shards(conversion, work, repository, prepared.source.reader, progress)
         seconds = time.monotonic() - start
         manifest = conversion.manifest(written)
-        if resumed_bytes:
-            manifest = with_claims_of_all(manifest, (work.journal.contents.provenance,))
         verification, published = None, None
         if verify is not None:
             with _sparse_folder(work.path) as folder:
@@ -112,25 +109,35 @@ def refuse_finished(conversion: PreparedConversion) -> None:
 
 
 def _upload_shards(
-    plan: Plan, work: OutputFolder, repository: Repository, reader: Reader, progress: Progress
+    conversion: PreparedConversion, work: OutputFolder, repository: Repository, reader: Reader, progress: Progress
 ) -> tuple[dict[str, WrittenFile], int]:
     """Write each shard, upload it, and delete it from the disk.
+
+    Nothing compares the uploaded bytes with the source. So a model that is called its authors' own resumes only shards
+    that this machine wrote as a whole: other bytes may be from another file, with the same CRC-32s, or another machine.
 
     Returns:
         The shards by name, and how many of their bytes an interrupted run had uploaded or written.
     """
+    source = conversion.provenance.source
+    is_published = any(file.published for file in source.values())
     written, resumed_bytes, checks = {}, 0, RecordChecks(reader)
-    for shard, advance in with_progress(plan.shards, progress):
+    for shard, advance in with_progress(conversion.plan.shards, progress):
         uploaded = work.uploaded(shard.filename, repository.id)
-        if uploaded is not None and uploaded.size == shard.size:
+        is_known = not is_published or (uploaded and is_shard_remembered(source, shard.filename, uploaded))
+        if uploaded is not None and uploaded.size == shard.size and is_known:
             repository.restore(shard.filename, uploaded.size, uploaded.sha256)
             _log.info("%s has %s already, from an interrupted run", repository.id, shard.filename)
             written[shard.filename], resumed_bytes = uploaded, resumed_bytes + uploaded.size
             continue
+        if is_published:
+            work.discard(shard.filename)
         written[shard.filename], kept = write_shard(shard, work, reader, checks, advance)
         sha256 = written[shard.filename].sha256
         # This reads the file back and compares its sha256.
         repository.upload(work.path / shard.filename, shard.filename, sha256, progress)
+        if is_published:
+            remember_shard(source, shard.filename, written[shard.filename])
         work.mark_uploaded(shard.filename, repository.id)
         _log.info("uploaded %s to %s", shard.filename, repository.id)
         resumed_bytes += kept

@@ -39,6 +39,16 @@ def is_remembered(source: Mapping[str, SourceFile], files: Mapping[str, WrittenF
     return _path(_origin(source, files)).is_file()
 
 
+def remember_shard(source: Mapping[str, SourceFile], name: str, shard: WrittenFile) -> None:
+    """Record that this process wrote all bytes of a shard from ``source``."""
+    _remember({"shard": _origin(source, {name: shard})})
+
+
+def is_shard_remembered(source: Mapping[str, SourceFile], name: str, shard: WrittenFile) -> bool:
+    """Return whether `remember_shard` recorded this."""
+    return _path({"shard": _origin(source, {name: shard})}).is_file()
+
+
 def remember_verdict(verdict: Mapping[str, Any]) -> None:
     """Record that this machine reached a verdict, `Verification.as_record`, which names its files' sha256."""
     _remember({"verdict": verdict})

@@ -14,12 +14,14 @@ import torch
 
 import streamconv
 from streamconv.hub.names import published_model
+from streamconv.output.journal import JOURNAL_NAME
 from streamconv.output.manifest import MANIFEST_NAME, Manifest
 from streamconv.source.cache import Download, torch_hub_cache
 from streamconv.source.outputs import remember_output, without_foreign_claims
 from tests import api
 from tests.checkpoints import make_states
-from tests.support import PUBLISHED, interrupt_after, tiny
+from tests.hub_server import HubServer
+from tests.support import PUBLISHED, contents, interrupt_after, tiny, to_hub
 
 SHARDS = {"max_shard_size": "500kB"}
 
@@ -141,6 +143,47 @@ def test_resumed_conversion_of_the_authors_file_is_vouched_for_once_it_is_compar
     manifest = manifest_of(out)
     remember_output(manifest.source, manifest.files)  # as a verification that passed
     assert is_vouched_for(out)
+
+
+def interrupt_upload(source: Path, stage: Path) -> None:
+    """Upload one shard, and write a part of the second one."""
+
+    def progress(what: str, done: int, total: int, unit: str) -> None:
+        if what.startswith("writing") and "00002-of" in what and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to_hub(str(source), stage, progress=progress, **SHARDS)
+
+
+@pytest.mark.parametrize("is_journal_forged", [False, True])
+def test_published_source_does_not_resume_an_upload_of_other_bytes(
+    genuine: Path, forged: Path, tmp_path: Path, hub: HubServer, frequent_journal_entries: None, is_journal_forged: bool
+) -> None:
+    stage = tmp_path / "stage"
+    interrupt_upload(forged, stage)
+    if is_journal_forged:
+        journal = stage / JOURNAL_NAME
+        text = journal.read_text("utf-8")
+        journal.write_text(text.replace('"published": false', '"published": true'), "utf-8")
+        assert journal.read_text("utf-8") != text
+    assert not to_hub(str(genuine), stage, **SHARDS).conversion.resumed_bytes
+    expected = contents(api.convert(genuine, tmp_path / "expected", **SHARDS).output)
+    sent = hub.files("ada/it")
+    shards = [name for name in expected if name.endswith(".safetensors")]
+    assert {name: sent[name] for name in shards} == {name: expected[name] for name in shards}
+    (tmp_path / "sent").mkdir()
+    (tmp_path / "sent" / MANIFEST_NAME).write_bytes(sent[MANIFEST_NAME])
+    assert is_published(tmp_path / "sent")
+
+
+def test_published_source_resumes_its_own_upload(
+    genuine: Path, tmp_path: Path, hub: HubServer, frequent_journal_entries: None
+) -> None:
+    interrupt_upload(genuine, tmp_path / "stage")
+    done = to_hub(str(genuine), tmp_path / "stage", **SHARDS).conversion
+    assert done.resumed_bytes == done.plan.shards[0].size
+    assert {*hub.uploads.values()} == {1}
 
 
 def test_weights_that_are_remembered_cannot_take_the_name_of_another_model(genuine: Path, tmp_path: Path) -> None:
