@@ -214,6 +214,8 @@ def _end_message(code: int) -> str:
     """Describe why the child ended without a result; ``code`` is `Popen.returncode`."""
     if code == -signal.SIGKILL:
         return f"The process that runs the models was killed, probably because memory ran out. {OUT_OF_MEMORY}"
+    if code == -signal.SIGPROF:
+        return f"Importing torch and transformers did not end, probably because memory is limited. {OUT_OF_MEMORY}"
     how = f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with exit code {code}"
     return (
         f"The process that runs the models {how}. Check that `python -c 'import torch, transformers'` works, "

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import pickle
+import signal
 import sys
 import traceback
 import warnings
@@ -24,6 +25,7 @@ from streamconv.verification.machine import OUT_OF_MEMORY
 from streamconv.verification.process import ModelsHere
 
 MAX_PRINTED = 10_000  # characters of what a library prints at once
+MAX_IMPORT_SECONDS = 180  # of CPU time; 5 to 20 are usual. Under a limit of memory, OpenBLAS may ask for it forever.
 
 
 class _Parent:
@@ -126,6 +128,7 @@ def _import_models() -> None:
     Raises:
         UsageError: something is missing or broken.
     """
+    signal.setitimer(signal.ITIMER_PROF, MAX_IMPORT_SECONDS)  # ends the process, even within a library's loop
     gc.disable()  # collecting garbage among the many new objects takes a fifth of the time
     try:
         with without_invalid_endpoint():
@@ -138,6 +141,7 @@ def _import_models() -> None:
         ) from error
     gc.freeze()
     gc.enable()
+    signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _portable(error: BaseException) -> tuple[BaseException, str]:

@@ -146,6 +146,7 @@ def test_source_without_its_open_files_can_be_read_in_the_process(
         ("is_killed", UsageError, "was killed, probably because memory ran out"),
         ("aborts", UsageError, r"ended by signal 6 \(Aborted\)"),
         ("ends", UsageError, "ended with exit code 3"),
+        ("is_never_imported", UsageError, "Importing torch and transformers did not end"),
     ],
 )
 def test_errors_reach_the_caller_and_the_conversion_is_kept(
