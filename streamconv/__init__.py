@@ -5,8 +5,8 @@ calling process has imported transformers already, they use that.
 
 Every job reports to a `Progress` callback, which can end the job by raising `Cancelled`. Options, results and errors
 can be copied, pickled and sent to other processes. Events such as a retried connection, a resumed file or a finished
-check are logged to the logger "streamconv", which has no handler of its own. In errors' messages, log records and
-progress, what files and servers say is escaped and on one line. Strings in results and plans are data, as they were
+check are logged to the logger "streamconv", which has no handler of its own. In error messages, log records and
+progress reports, text from files and servers is escaped and on one line. Strings in results and plans are as they were
 read.
 """
 
@@ -19,15 +19,15 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 if TYPE_CHECKING:
     from streamconv.api import *  # noqa: F403
 else:
-    # The public names are imported with the first use of one. Importing them takes a fifth of a second, and the command
-    # line must handle signals before that.
+    # The public names are imported when one is first used: importing them takes 0.2 s, and the command line must handle
+    # signals before that.
     def __getattr__(name: str) -> object:
         if name.startswith("_") and name not in ("__all__", "__version__"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         api = import_module("streamconv.api")
         for each in ("__all__", *api.__all__):
             globals().setdefault(each, getattr(api, each))
-        if name in globals():  # a public name, or a module that they need
+        if name in globals():  # a public name, or a module that was imported with them
             return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

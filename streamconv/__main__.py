@@ -7,24 +7,25 @@ from streamconv.cli.start import InterruptedByUser, print_early, run_with_signal
 
 
 def main() -> None:
-    """Run the command line. However it is interrupted, no incomplete file gets its final name."""
+    """Run the command line. If it is interrupted, no incomplete file is left under its final name."""
     run_with_signals(_import_and_run)
 
 
 def _import_and_run() -> None:
     try:
-        from streamconv.cli.commands import main as run  # which takes a fifth of a second
+        from streamconv.cli.commands import main as run  # takes 0.2 s
 
         run()
     except Exception as error:  # while importing
-        if InterruptedByUser.was_raised:  # a library has turned the interruption into an error of its own
+        if InterruptedByUser.was_raised:  # a library caught it and raised its own error
             raise
         try:
             from streamconv.cli.bugs import to_our_error
-        except (OSError, MemoryError) as reason:  # too few files can be open, or the disk fails
+        except (OSError, MemoryError) as reason:  # the limit on open files is too low, or the disk fails
             print_early([f"error: streamconv cannot be started: {str(reason) or 'there is too little memory'}."])
             sys.stderr.flush()
-            os._exit(2)  # Python would end the thread that waits for signals, and for that C may load a library
+            # Not sys.exit: ending the thread that waits for signals may need a C library, which cannot be loaded now.
+            os._exit(2)
 
         ours = to_our_error(error, sys.argv[1:])
         print_early(f"error: {ours}".splitlines())

@@ -1,4 +1,4 @@
-"""The public names of the package, which `streamconv` offers as its own once one of them is used."""
+"""The public names of the package. `streamconv` imports them from here when one is first used."""
 
 from streamconv._version import __version__
 from streamconv.errors import (

@@ -1,7 +1,6 @@
-"""Checks the types of what a program passes to the library, by the annotations that a type checker reads.
+"""Checks the types of the arguments and options that a program passes to the library, by their annotations.
 
-A value of another type would otherwise fail in the middle of a job, or be taken for one that it is not: as a flag, the
-text "no" would mean yes.
+A value of a wrong type would otherwise fail in the middle of a job, or be misread: as a flag, "no" would be true.
 """
 
 import inspect
@@ -46,7 +45,7 @@ def check_fields(options: object, kind: type) -> None:
 
 
 def shown_value(value: object) -> str:
-    """Return a value for use in a message, whatever it is: Python does not write integers of over 4,300 digits."""
+    """Return any value for use in a message, even an integer of over 4,300 digits, which Python refuses to print."""
     try:
         return printable(repr(value))
     except Exception:
@@ -57,13 +56,13 @@ def shown_value(value: object) -> str:
 def _check(given: Mapping[str, object], annotations: Mapping[str, Any]) -> None:
     for name, value in given.items():
         kinds = [*_alternatives(annotations[name])]
-        if not any(_is_of(value, kind) for kind in kinds):
+        if not any(_is_instance(value, kind) for kind in kinds):
             names = " or ".join(_NAMES.get(kind) or f"a {kind.__name__}" for kind in kinds)
             raise UsageError(f"{name} must be {names}, not {shown_value(value)}.")
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
-    """Yield the types of a union, without their own arguments; of a callback, `Callable`."""
+    """Yield the types of a union, without their type arguments; for a callback protocol, `Callable`."""
     if get_origin(annotation) in (Union, UnionType):
         for each in get_args(annotation):
             yield from _alternatives(each)
@@ -74,7 +73,7 @@ def _alternatives(annotation: Any) -> Iterator[Any]:
         yield Callable if Protocol in kind.__mro__ else kind
 
 
-def _is_of(value: object, kind: type) -> bool:
+def _is_instance(value: object, kind: type) -> bool:
     if kind in (bool, int):  # True is an int in Python
         return type(value) is kind
     if kind is os.PathLike:

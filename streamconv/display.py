@@ -1,33 +1,33 @@
-"""How text from elsewhere is shown: names of files and tensors, what a file or a server says.
+"""Escapes and shortens text from files and servers, such as names of tensors and messages, so that it is safe to show.
 
-Nothing that others wrote may control a terminal, reorder a line, begin a line of its own or fill a screen. `visible` is
-applied to every line where it leaves the program: in a terminal, a log, an error's message, a report, a model card.
-`printable` and `first_few` also keep each name short, where a message is written.
+Such text must not control a terminal, reorder a line, begin a new line or fill a screen. `visible` is applied to every
+line where it leaves the program: in a terminal, a log, an error message, a report, a model card. `printable` and
+`first_few` also keep each name short, where a message is composed.
 
-Text that leaves the program is therefore one line. Lines of their own are separate strings up to that border.
+A string is therefore shown as one line. Text of several lines is several strings until it is printed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 
 LINE_LENGTH = 2_000  # two paths of ordinary length and an explanation, and less than a screen of 80 x 25 characters
 NAME_LENGTH = 80
-MAX_MARKS = 4  # accents on one letter; more would be drawn over other lines
-# Characters that Python calls printable and that fonts draw as nothing, or as a space.
+MAX_MARKS = 4  # accents on one letter; more would cover other lines
+# Characters that Python calls printable, but that fonts draw as nothing or as a space.
 _BLANK = frozenset(
     map(chr, (0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x2800, 0x3164, *range(0xFE00, 0xFE10),
               0xFFA0, *range(0xE0100, 0xE01F0)))
 )  # fmt: skip
-# Persian and Indic words, and pictures of several people, are spelled with them. They join what is beside them.
+# Persian and Indic words and emoji sequences need these characters to join their neighbours.
 _JOINERS = "\u200c\u200d\ufe0f"
 _FIRST_JOINED = "\u0590"
 
 
 def visible(text: str, length: int = LINE_LENGTH) -> str:
-    """Return ``text`` as one line for people, in which what controls a terminal or reorders text is escaped.
+    """Return ``text`` as one line for people, with every character escaped that controls a terminal or reorders text.
 
-    Escaped are line breaks, all other control and format characters, every space but " ", unassigned and private
-    characters, half of a surrogate pair, and what is drawn as nothing. Letters of all scripts and pictures stay. If the
-    line is longer than ``length``, its middle is replaced by "…": its end may say how to fix an error.
+    These are line breaks, all other control and format characters, every space but " ", unassigned and private-use
+    characters, lone surrogates, and characters that are drawn as nothing. Letters of all scripts and emoji stay. If the
+    line is longer than ``length``, its middle is replaced by "…", since its end may say how to fix an error.
 
     >>> visible("a\\x1b[2Jb\\nLooks ok!\\u202e")
     'a\\\\x1b[2Jb\\\\nLooks ok!\\\\u202e'
@@ -61,7 +61,7 @@ def _without_middle(text: str, length: int) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """Return ``text``, with "…" for what is beyond ``length`` characters."""
+    """Return ``text`` cut to ``length`` characters, with "…" at the end if anything was cut."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 

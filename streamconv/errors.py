@@ -16,13 +16,13 @@ from streamconv.display import first_lines, shortened, visible
 
 SHOWN_PROBLEMS = 20
 KEPT_PROBLEMS = 1_000
-PROBLEM_LENGTH = 500  # two shapes, and two names of ordinary length
+PROBLEM_LENGTH = 500  # characters: two shapes and two names of ordinary length
 
 
 class StreamconvError(Exception):
     """Base class of all errors. ``exit_code`` is the exit code of the command line.
 
-    ``str(error)`` is one line, safe to print and to log: what a file or a server says is escaped (`display.visible`).
+    ``str(error)`` is safe to print and to log: text from files and servers in it is escaped (`display.visible`).
     """
 
     exit_code = 2
@@ -65,7 +65,7 @@ class SourceMissingError(SourceError):
 
 
 class UnreadableError(SourceError):
-    """The file exists, but cannot be read: there is no permission, its disk fails, or it is a folder.
+    """The file exists, but cannot be read: permission is denied, its disk fails, or it is a folder.
 
     ``reason`` is the message without advice.
     """
@@ -123,10 +123,10 @@ class MappingError(SourceError):
 
     The message is ``summary`` and, on lines of their own, the first `SHOWN_PROBLEMS` of the problems.
     ``problems`` holds up to `KEPT_PROBLEMS` of them, each shortened to `PROBLEM_LENGTH` characters; ``problem_count``
-    is the number of all.
+    is their total number.
 
     Args:
-        count: The number of all problems, if it is known; then the others are not iterated over.
+        count: The total number of problems, if it is known: then only those that are kept are made.
     """
 
     def __init__(self, summary: str, problems: Iterable[str], count: int | None = None):

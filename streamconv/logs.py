@@ -1,4 +1,4 @@
-"""The loggers of the library. What they log is safe to show: text from elsewhere in it is escaped."""
+"""The loggers of the library. Their records are safe to show: text from files and servers is escaped."""
 
 import logging
 
@@ -6,12 +6,12 @@ from streamconv.display import visible
 
 
 def logger(name: str) -> logging.Logger:
-    """Return the logger of a module, whose records have arguments that are numbers or text without control characters.
+    """Return the logger of a module. Arguments of its records that are not numbers become escaped text.
 
-    They are escaped here rather than in a handler, since the handlers are the caller's own.
+    This happens here and not in a handler, because handlers belong to the caller.
     """
     found = logging.getLogger(name)
-    found.addFilter(_escape_arguments)  # which adds it once
+    found.addFilter(_escape_arguments)  # added once, however often this is called
     return found
 
 

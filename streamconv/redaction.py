@@ -1,8 +1,8 @@
-"""Text without secrets: what of a URL, and of a text from elsewhere, may be shown. Nothing else decides that.
+"""Removes secrets from URLs and from the text of servers and packages, for all code that shows or stores them.
 
-Two ways complement each other. By form: a URL or a chain of URLs loses its user, password, query and fragment, and what
-looks like a token or a header with credentials is hidden. By value: the secrets that were sent are hidden in whatever
-the other side says, also percent-encoded, in base64 or in another case.
+Two methods complement each other. By form: a URL or a chain of URLs loses its user, password, query and fragment, and
+anything that looks like a token or a header with credentials is hidden. By value: the secrets that were sent to a
+server are hidden in its responses, also percent-encoded, in base64 or in another case.
 """
 
 import base64
@@ -14,10 +14,10 @@ from urllib.parse import quote, quote_plus, unquote, urlsplit
 from streamconv.display import shortened
 
 HIDDEN = "***"
-MAX_SEARCHED = 20_000  # characters of a foreign text
-MAX_TEXT = 2_000  # of them that may be shown: messages show 500 at most
+MAX_SEARCHED = 20_000  # characters of a text that are searched for secrets; the rest is dropped
+MAX_TEXT = 2_000  # characters of it that are returned: messages show 500 at most
 SHORT = 8  # shorter values are hidden only if they are whole words: "main" is not hidden in "domain"
-MIN_LENGTH = 4  # shorter values occur anywhere, so they are not hidden by themselves
+MIN_LENGTH = 4  # shorter values occur in any text, so they are not hidden on their own
 
 WEB = ("http", "https")
 # Between the links of one of fsspec's chains, such as zip://a.pth::simplecache::https://h/b.zip, but not in [::1].
@@ -25,7 +25,7 @@ _BETWEEN_LINKS = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]*(?:://|::|$))")
 _HOST = re.compile(r"(?:\[[^\]@]*\]|[^:@\[\]]*)(?::\d*)?")
 _TOKEN = r"hf_[A-Za-z0-9]{16,}|gh[oprsu]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
 _IS_TOKEN = re.compile(rf"{_TOKEN}|[0-9a-f]{{40}}")
-# What stands before the @ there is a part of the file's name: github://OWNER:NAME@REVISION, abfs://CONTAINER@ACCOUNT.
+# Schemes in which the part before the @ names the file: github://OWNER:NAME@REVISION, abfs://CONTAINER@ACCOUNT.
 _NAMES = {"github": re.compile(r"[\w.-]+:[\w.-]+")} | dict.fromkeys(
     ("abfs", "abfss", "az", "wasb", "wasbs", "zip", "tar", "libarchive", "memory"), re.compile(r"[^:]+")
 )
@@ -51,23 +51,23 @@ _BY_FORM = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-_KEPT = ("data", "encoded", "cookie", "header", "scheme", "name")  # and what follows is hidden
+_KEPT = ("data", "encoded", "cookie", "header", "scheme", "name")  # these are shown, and what follows is hidden
 
 
 def redacted(text: str, secrets: Iterable[str] = ()) -> str:
-    """Return a text from elsewhere, such as a server's or a library's message, without what may be secret in it.
+    """Return the text of a server or a package, such as an error message, without anything that may be secret.
 
     Args:
-        secrets: Values to hide, in addition to those that the environment holds: what was sent to the other side.
+        secrets: What was sent to the server. It is hidden in addition to the secrets in environment variables.
     """
     text = text[:MAX_SEARCHED]
     known = (*(each for each in secrets if len(each) >= MIN_LENGTH), *_environment_secrets())
     values = sorted({*_with_base64(known)}, key=len, reverse=True)
-    for value in _found(values, text):
+    for value in _occurring(values, text):
         text = _pattern(value).sub(HIDDEN, text)
     decoded = _decoded(text)
-    if decoded != text and any(_pattern(value).search(decoded) for value in _found(values, decoded)):
-        return HIDDEN  # it is there in an encoding that cannot be cut out
+    if decoded != text and any(_pattern(value).search(decoded) for value in _occurring(values, decoded)):
+        return HIDDEN  # a secret is in it in an encoding that cannot be cut out
     return _BY_FORM.sub(_shown, shortened(text, MAX_TEXT))
 
 
@@ -81,7 +81,7 @@ def shown_url(url: str) -> str:
 
 
 def shown_argument(word: str) -> str:
-    """Return an argument of the command line without secrets. A URL in it reaches to its end."""
+    """Return an argument of the command line without secrets. A URL in it is taken to end where the argument ends."""
     match = re.search(r"[A-Za-z][A-Za-z0-9+.-]*(://|::[A-Za-z])", word)
     if match is not None:
         return word[: match.start()] + shown_url(word[match.start() :])
@@ -89,12 +89,12 @@ def shown_argument(word: str) -> str:
 
 
 def links_of(url: str) -> list[str]:
-    """Return the URLs of a chain; those of most URLs are one."""
+    """Return the URLs of a chain; for most URLs, only the URL itself."""
     return _BETWEEN_LINKS.split(url)
 
 
 def secret_user(link: str) -> str:
-    """Return the user and password in a URL as they are written there; empty if there are none."""
+    """Return the user and password of a URL as they are written in it; empty if it has none."""
     scheme, _, rest = link.partition("://")
     user, _, _ = re.split("[?#]" if scheme.lower() in WEB else "[?]", rest)[0].partition("/")[0].rpartition("@")
     names = _NAMES.get(scheme.lower())
@@ -103,7 +103,7 @@ def secret_user(link: str) -> str:
 
 
 def secrets_of_user(user: str) -> list[str]:
-    """Return what to hide of the ``user:password`` of a URL: both together, also as they are sent, and each alone."""
+    """Return the texts to hide for the ``user:password`` of a URL: both, their base64 as it is sent, and each alone."""
     plain = ":".join(map(unquote, user.partition(":")[::2])) if ":" in user else unquote(user)
     name, _, password = plain.partition(":")
     pairs = [user, plain, base64.b64encode(plain.encode()).decode()] if password else []
@@ -135,8 +135,8 @@ def _shown(match: re.Match[str]) -> str:
     return f"{match[kind]}{HIDDEN}" if kind in _KEPT else HIDDEN
 
 
-def _found(values: Iterable[str], text: str) -> list[str]:
-    """Return the values that occur in a text, found faster than by their patterns."""
+def _occurring(values: Iterable[str], text: str) -> list[str]:
+    """Return the values that may occur in a text; this is faster than searching for their patterns."""
     folded = text.casefold()
     return [value for value in values if value.casefold() in folded]
 
@@ -147,7 +147,7 @@ def _pattern(value: str) -> re.Pattern[str]:
 
 
 def _with_base64(values: Iterable[str]) -> Iterator[str]:
-    """Yield the values, percent-encoded ones and, if they are long enough, their part of any base64 text."""
+    """Yield the values as they are, percent-encoded and, if they are long enough, as they appear inside any base64."""
     for value in values:
         yield from {value, quote(value, safe=""), quote(value), quote_plus(value)}
         for before in range(3):  # bytes before it, of a group of three
@@ -158,7 +158,7 @@ def _with_base64(values: Iterable[str]) -> Iterator[str]:
 
 
 def _decoded(text: str) -> str:
-    import html  # with large tables, which only a text with secrets needs
+    import html  # has large tables, and only a text with secrets needs it
 
     for _ in range(3):  # a server may encode an echo of an encoded text
         text = re.sub(r"\\(?:u00|x)([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), text, flags=re.IGNORECASE)

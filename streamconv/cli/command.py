@@ -92,7 +92,7 @@ class Command(click.Command):
 
 
 def _check_environment() -> None:
-    """Refuse what would fail in the middle of a command; the help does not need it.
+    """Refuse an environment in which a command would fail later. The help does not need this check.
 
     Raises:
         UsageError: the current folder was deleted.
@@ -131,7 +131,7 @@ class _Formatter(logging.Formatter):
 def _log(ctx: click.Context, verbosity: int) -> None:
     """Log to stderr until the command ends: warnings; with -v also the important steps, with -vv everything."""
     logger, handler = logging.getLogger("streamconv"), logging.StreamHandler()
-    loggers = (logger, logging.getLogger("py.warnings"))  # the latter are of Python and of other packages
+    loggers = (logger, logging.getLogger("py.warnings"))  # the latter: warnings of Python and other packages
     handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s" if verbosity else "warning: %(message)s"))
     before = logger.level
 

@@ -1,7 +1,8 @@
 """Ends an interrupted process that does not end by itself.
 
 An interruption is an exception in the main thread. It cannot be raised while that thread waits in C code, such as for a
-name server, and libraries wait for their threads before they let it pass. What is on disk allows a kill at any time.
+name server, and libraries wait for their threads before they let it pass. Ending the process at any time is safe: files
+are complete or absent, and unfinished work resumes.
 """
 
 import os
@@ -11,13 +12,13 @@ from _thread import start_new_thread
 from collections.abc import Callable, Collection
 
 GRACE_SECONDS = 4.0
-REPORT_SECONDS = 0.5  # for the last words: nobody may read them
+REPORT_SECONDS = 0.5  # for the final message, which blocks if its pipe is full and not read
 
 
 def end_after_signals(signals: Collection[int], report: Callable[[], None]) -> None:
     """End this process with 130, `GRACE_SECONDS` after one of these signals, once ``report`` has returned.
 
-    The signals need handlers in Python; the system's own part of these runs at once, and writes to a pipe.
+    The signals need Python handlers: their C part runs at once, and writes to the pipe that is read here.
     """
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
@@ -39,4 +40,4 @@ def end_after_signals(signals: Collection[int], report: Callable[[], None]) -> N
         finally:
             os._exit(130)
 
-    start_new_thread(watch, ())  # not a Thread, for which the process would wait, and which costs an import
+    start_new_thread(watch, ())  # not threading.Thread, which costs an import

@@ -1,7 +1,7 @@
 """Prints lines for people: wrapped at words and coloured in a terminal, unwrapped in a pipe or a log.
 
-This is the border for all text that reaches a terminal. A line may contain anything that a file or a server says:
-`laid_out` escapes it, so only `Line` makes colours, and only the end of a line is a line break.
+All text that reaches a terminal passes through here. A line may contain text from a file or a server, which `laid_out`
+escapes, so only `Line` makes colours, and only the end of a line is a line break.
 """
 
 import os
@@ -23,9 +23,9 @@ from streamconv.errors import SHOWN_PROBLEMS
 _UNBROKEN = r"`[^`]+`|--[\w-]+ \S+|\[[\d, ]+\]|streamconv \w+ --\w+|\d (?:bytes|[kMGT]B(?:/s)?|s|min|h)\b"
 _NO_BREAK = "\0"  # stands for their spaces while text is wrapped; no path can contain it
 MIN_COLUMNS = 40
-MIN_HANG = 2  # so that text from elsewhere, however it is wrapped, never looks like a line of ours
+MIN_HANG = 2  # so that wrapped text from a file or server never looks like a new line
 _FOLDERS = ("HOME", "TORCH_HOME", "XDG_CACHE_HOME", "TMPDIR")
-LONGEST_PART = 80  # characters of a part that is not broken, unless the user typed it
+MAX_UNBROKEN = 80  # characters; longer parts are broken, unless the user typed them
 _BLOCK_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 FEW_ALIKE = 2  # lines that differ only in a block's number and are still printed one by one
 
@@ -53,7 +53,7 @@ def indented(text: str) -> Line:
 
 
 def error_lines(message: str, problems: Sequence[str] = (), count: int = 0) -> list[Line]:
-    """Return an error's lines. ``count``: the number of all problems, if ``problems`` are the first of them."""
+    """Return an error's lines. ``count``: the total number of problems, if ``problems`` are the first of them."""
     listed = [f"  {line}" for line in folded(problems, max(count, len(problems)))]
     return [Line("error: ", message, colour="red", is_bold=True), *map(indented, listed)]
 
@@ -61,8 +61,8 @@ def error_lines(message: str, problems: Sequence[str] = (), count: int = 0) -> l
 def folded(lines: Sequence[str], count: int = 0) -> Iterator[str]:
     """Yield one line for all that differ only in block numbers, which become a *: a model may have many blocks.
 
-    At most `SHOWN_PROBLEMS` are yielded, and a line that counts the rest. ``count``: the number of all, if ``lines``
-    are the first of them.
+    At most `SHOWN_PROBLEMS` are yielded, and a line that counts the rest. ``count``: the total number of lines, if
+    ``lines`` are the first of them.
     """
     groups: dict[str, list[str]] = {}
     for line in lines:
@@ -105,8 +105,8 @@ def print_wrapped(lines: Iterable[str | Line], stream: TextIO) -> None:
 
 
 def print_unwrapped(lines: Iterable[str], stream: TextIO) -> None:
-    """Print what is copied or read by a program: commands, scripts, JSON. However long, each line stays one line."""
-    # The longest escape of a character has ten.
+    """Print lines that are copied or read by a program: commands, scripts, JSON. No line is wrapped or shortened."""
+    # The longest escape of a character has ten characters.
     click.echo("\n".join(visible(line, 10 * len(line) + 1) for line in lines), stream)
 
 
@@ -118,7 +118,7 @@ def laid_out(line: str | Line, columns: int | None) -> str:
     begin = label + (click.style(head, fg=line.colour, bold=line.is_bold or None) if is_styled else head)
     if columns is None:
         return begin + text
-    typed = map(re.escape, _with_spaces())
+    typed = map(re.escape, _paths_with_spaces())
     head = " " * len(label + head)
     hang = " " * max(MIN_HANG, len(head) if line.hang is None else line.hang)
     wrapped = textwrap.fill(
@@ -132,16 +132,16 @@ def laid_out(line: str | Line, columns: int | None) -> str:
     return begin + wrapped[len(head) :].replace(_NO_BREAK, " ")
 
 
-def _with_spaces() -> list[str]:
-    """Return the paths with spaces that the user gave, from the longest: arguments, values of options, own folders."""
+def _paths_with_spaces() -> list[str]:
+    """Return the user's texts with spaces, the longest first: arguments, values of options, and folders."""
     words = [each for word in sys.argv[1:] for each in (word, word.partition("=")[2])]
     words += [os.environ.get(name, "") for name in _FOLDERS]
-    with suppress(OSError):  # it was deleted
+    with suppress(OSError):  # the current folder was deleted
         words.append(os.getcwd())
     return sorted({visible(word) for word in words if " " in word}, key=len, reverse=True)
 
 
 def _without_breaks(match: re.Match[str]) -> str:
-    """Keep a part together unless it is so long that the terminal would break it, and begin a line within it."""
+    """Keep a part on one line unless it is so long that the terminal itself would break it, without our indentation."""
     part = match[0]
-    return part.replace(" ", _NO_BREAK) if len(part) <= LONGEST_PART or part in _with_spaces() else part
+    return part.replace(" ", _NO_BREAK) if len(part) <= MAX_UNBROKEN or part in _paths_with_spaces() else part

@@ -22,7 +22,7 @@ GOOD, INCOMPLETE, BAD = "green", "yellow", "red"
 COLOURS = {"passed": GOOD, "incomplete": INCOMPLETE, "failed": BAD}
 INDENT = 23  # the column where the text of a check begins
 MORE_FILES = "files", "--json"
-MAX_WIDTH = 100  # of a column of names
+MAX_WIDTH = 100  # characters of the column of names
 FEW = 5  # lines of one kind that are shown if there may be thousands
 
 

@@ -1,4 +1,4 @@
-"""The command line as it may be shown: in messages, logs and reports."""
+"""The user's command line as messages, logs and reports show it: quoted, and without secrets."""
 
 import os
 import shlex
@@ -13,15 +13,17 @@ def shown_command(arguments: list[str]) -> str:
 
 
 def command_to_resume(arguments: list[str]) -> str:
+    """Return the command line, with a note if secrets had to be left out, so that it cannot be pasted as it is."""
     is_whole = all(shown_argument(word) == word for word in arguments)
     note = "" if is_whole else "  (with the full URLs; parts that may be secret are not shown here)"
     return f"{shown_command(arguments)}{note}"
 
 
 def _quoted(word: str) -> str:
-    """Quote a word for a shell, so that it is shown and pasted unchanged.
+    """Quote a word for a shell, so that it can be shown and pasted.
 
-    In a word with characters that are not shown, all but letters, digits and ASCII are bytes, in $'' of bash and zsh.
+    A word with invisible characters becomes $'…' of bash and zsh, with the bytes of all but letters, digits and ASCII
+    as hexadecimal escapes.
     """
     if visible(word, len(word) + 1) == word:
         return shlex.quote(word)

@@ -1,7 +1,7 @@
 """Starts the command line: handles signals and prepares the output streams before anything else is imported.
 
 A conversion must not fail because its terminal was closed or its output is no longer read. An interrupted command must
-print how to resume it, from its first moment on, so this module imports only what Python itself has imported.
+print how to resume it from the very start, so this module imports only modules that Python itself has imported.
 """
 
 import io
@@ -25,7 +25,7 @@ class InterruptedByUser(BaseException):
 
     was_raised = False
     is_reported = False
-    show_as_json: Callable[[], object] | None = None  # what --json prints on stdout, once that is known
+    show_as_json: Callable[[], object] | None = None  # prints the JSON document of --json, once the options are known
 
 
 def _raise_interrupted(number: int, frame: object) -> NoReturn:
@@ -80,7 +80,7 @@ def run_with_signals(command: Callable[[], object]) -> None:
             end_after_signals(signals, _print_how_to_resume)
         command()
     except BaseException as error:
-        _ignore(signals)  # what follows takes a moment
+        _ignore(signals)  # a second one must not interrupt the message
         # A library may catch the interruption, for instance while it imports torch, and raise an error of its own.
         if not InterruptedByUser.was_raised or (isinstance(error, SystemExit) and not error.code):
             raise
@@ -102,7 +102,7 @@ def _print_how_to_resume() -> None:
 
 
 def print_early(lines: Iterable[str]) -> None:
-    """Print lines on stderr, however long, even if click cannot be imported."""
+    """Print lines on stderr, unshortened, even if click cannot be imported."""
     try:
         from streamconv.display import visible
 

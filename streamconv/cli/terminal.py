@@ -1,4 +1,4 @@
-"""What the command line prints: results, error messages with their exit codes, and JSON."""
+"""Prints the results of the command line, its JSON, and error messages with their exit codes."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def print_lines(lines: Iterable[str | Line]) -> None:
 
 
 def print_script(text: str) -> None:
-    """Print JSON or a shell's script on stdout; errors as for `print_lines`."""
+    """Print JSON or a shell script on stdout; errors as for `print_lines`."""
     _print(lambda: print_unwrapped(text.splitlines(), sys.stdout))
 
 
@@ -82,7 +82,7 @@ def _print(write: Callable[[], None]) -> None:
 
 @contextmanager
 def stdout_may_be_closed() -> Iterator[None]:
-    """Ignore that a pipe's reader has read enough, as in ``… | head``: keep the command's own exit code."""
+    """Ignore a pipe that its reader has closed, as in ``… | head``: the command keeps its own exit code."""
     try:
         yield
     except BrokenPipeError:

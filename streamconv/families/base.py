@@ -45,9 +45,9 @@ class RemoteFile:
 
     @property
     def sha256_start(self) -> str:
-        """The first digits of its sha256, if its name holds them, as in name-1a2b3c4d.pth; see torch.hub's check_hash.
+        """The first digits of its sha256, if its name ends in them: name-1a2b3c4d.pth. See torch.hub's check_hash.
 
-        Eight digits exclude accidents, but not intent: another file with the same digits can be made.
+        Eight digits exclude accidents, but not attacks: another file with the same digits can be made.
         """
         found = re.search(r"-([0-9a-f]{8,64})[.][^.]+$", self.filename)
         return found[1] if found else ""

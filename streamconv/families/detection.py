@@ -74,7 +74,7 @@ def _find_prefixes(names: Iterable[str], spellings: Iterable[tuple[str, str, str
     by_last_part: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for each in spellings:
         by_last_part[each[0].rpartition(".")[2]].append(each)
-    # The keys of the families' signatures under each prefix. A hostile file may have thousands of prefixes: they are
+    # The keys of the families' signatures under each prefix. A hostile file may have thousands of prefixes, so they are
     # found in one pass, and prefixes with the same keys share a set.
     found: dict[str, frozenset[tuple[str, str]]] = {}
     with_key = cache(lambda keys, key: keys | {key})

@@ -1,7 +1,7 @@
-"""The names that patterns stand for, with any number of blocks.
+"""Expands patterns such as ``blocks.{i}.norm.weight`` to the names of all blocks.
 
-A checkpoint decides the number of blocks, and a hostile one asks for many more tensors than it has. So a name's value
-is made when it is looked up or listed, and nothing is stored for each block.
+The number of blocks comes from the checkpoint, and a hostile one can claim many more than it has. So a name's value is
+made when it is looked up or listed, and nothing is stored for each block.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ def numbered(pattern: str, i: int) -> str:
 
 
 class ExpandedNames(Mapping[str, T]):
-    """The names that ``patterns`` stand for; a pattern's function makes the value of the name with number ``i``.
+    """Maps every name of ``patterns`` to its value, which the pattern's function makes from the block's number.
 
     ``{i}`` may occur once in a pattern, as a dot-free part; ``count`` is how many values it takes, from 0. Consecutive
     patterns with ``{i}`` form a block: all names of block 0 come first, as in a model's own state dict.

@@ -112,7 +112,8 @@ class Layout:
             return start, ExtraPrefix(start, "optimizer state")
         head, own = self.family.classifier_head, name.removeprefix(self.parent_of(name))
         is_head = head is not None and any(own == start + key for start in head.starts for key in head.keys)
-        is_weight = is_head or (info.shape and DTYPES[info.dtype].is_weight)  # a head of scalars is a wrong one
+        # Scalars in a head are weights, so that the head is reported as wrong, not skipped.
+        is_weight = is_head or (info.shape and DTYPES[info.dtype].is_weight)
         return None if is_weight or name.startswith(self.prefix) else (name, ExtraPrefix(name, "training state"))
 
     def start(self, name: str) -> str:

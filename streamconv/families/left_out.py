@@ -55,7 +55,7 @@ def left_out_beside_head(
     layout, starts = Layout(family, parent, is_converted=False), _outermost(filter(None, backbones))
 
     def is_in_backbone(name: str) -> bool:
-        at = bisect_right(starts, name)  # only the last of the starts before a name can begin it
+        at = bisect_right(starts, name)  # only the last start that sorts before a name can be its prefix
         return at > 0 and name.startswith(starts[at - 1])
 
     return left_out(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 MIN_LETTERS = 3  # shorter words are parts of too many names
-MAX_COMPARED, MAX_COMPARED_LETTERS = 1_000, 100  # names that are searched for a typing error, and their length
+MAX_COMPARED, MAX_COMPARED_LETTERS = 1_000, 100  # names that are compared to find a typing error, and their length
 
 
 def near_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
@@ -29,7 +29,7 @@ def near_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
         shorter = [
             each for each, spelling in spellings.items() if word.startswith(spelling) and len(spelling) >= MIN_LETTERS
         ]
-        # Comparing takes long for long words, and there may be thousands of names; a typing error is in a short one.
+        # Long words take long to compare, and there may be thousands of names. Names that people type are short.
         comparable = [each for each in spellings.values() if len(each) <= MAX_COMPARED_LETTERS]
         alike = (
             difflib.get_close_matches(word, comparable[:MAX_COMPARED], n=count, cutoff=0.7)

@@ -1,4 +1,4 @@
-"""Explains a file without a backbone: what it is instead, and which file to give."""
+"""Explains what a file without a backbone is, and which file to give instead."""
 
 from collections.abc import Collection
 
@@ -13,7 +13,7 @@ from streamconv.formats.non_tensors import Kind
 
 
 def no_backbone_error(checkpoint: Checkpoint, where: str) -> MappingError:
-    """Return the error for a file without a backbone, which explains what it is."""
+    """Return the error for a file without a backbone; if the file holds heads or another model, raise it at once."""
     _refuse_heads(checkpoint, where)
     refuse_other_models(checkpoint, where)
     return other_contents_error(checkpoint, where) or unknown_model(checkpoint.keys(), where)
@@ -46,7 +46,7 @@ def _refuse_heads(names: Collection[str], where: str) -> None:
 
 
 def _reason_to_skip(name: str, family: Family) -> str | None:
-    """Return what a name belongs to that is never part of a backbone."""
+    """Return what a name belongs to if it is never part of a backbone; None otherwise."""
     if OPTIMIZER_STATE.search(name):
         return "optimizer state"
     return next((extra.reason for extra in family.extra_prefixes if f".{extra.start}" in f".{name}"), None)

@@ -55,7 +55,7 @@ def drop(source: str, reason: str, shape: str | None = None) -> Rule:
 
 
 def without_fills(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Return the rules of a model that has all targets: what would be filled is a source of the same name."""
+    """Return the rules for a model that has all targets: each filled target becomes a source of the same name."""
     return tuple(rule if rule.value is None else replace(rule, source=rule.targets[0], value=None) for rule in rules)
 
 
@@ -183,7 +183,7 @@ def _require_fit(
         if shape is not None and tensor.info.shape != shape:
             wrong.append((name, shape))
     wrong_dtypes = _dtype_problems(dtypes, one_dtype)
-    problems = chain(  # written one by one: there may be millions, of which a message lists a few
+    problems = chain(  # formatted lazily: there may be millions, and the error keeps the first of them
         known_problems,
         (
             f"missing: {name}{'' if shape is None else f' {list(shape)}'}"
@@ -203,7 +203,7 @@ def _require_fit(
 
 
 def _dtype_problems(dtypes: Mapping[DtypeCode, Sequence[str]], one_dtype: str | None) -> list[str]:
-    """Say which of the dtypes, given with the names of their tensors, no model has, and whether there are several."""
+    """List dtypes that no model has, and a mixture of dtypes. ``dtypes`` maps each to the names of its tensors."""
     known = [code for code, dtype in DTYPES.items() if dtype.is_weight]
     problems = [
         f"wrong dtype: {first_few(names, 1)} in {dtype}; only {', '.join(known)} are converted"

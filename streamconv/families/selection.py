@@ -26,7 +26,7 @@ from streamconv.formats.checkpoint import Checkpoint
 from streamconv.formats.non_tensors import NonTensor
 from streamconv.tensors.info import DTYPES, TensorInfo
 
-_WEIGHT = TensorInfo("F32", (1,))  # of a tensor whose dtype and shape are not known
+_WEIGHT = TensorInfo("F32", (1,))  # stands for a tensor whose dtype and shape are not known
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _select(
     if unknown or doubled:
         also = f" and --head-select {shown(heads.prefix_of(head))}" if head else ""
         fix = f". To skip other tensors, use --select {shown(layout.prefix)}{also}:" if unknown else ":"
-        problems = chain(  # written one by one: there may be thousands, of which a message lists a few
+        problems = chain(  # formatted lazily: there may be thousands, and the error keeps the first of them
             (f"{name} {what}" for name, what in unknown.items()),
             (f"{one} and {other} are both {key}" for one, other, key in doubled),
         )
@@ -197,10 +197,10 @@ def _sort(
 def _sort_unread(
     values: Mapping[str, NonTensor], layout: Layout, *, is_chosen: bool
 ) -> tuple[dict[str, NonTensor], dict[str, NonTensor]]:
-    """Return the values that would be a part of the model if they were plain tensors, and other unknown tensors.
+    """Return the values that would be part of the model if they were plain tensors, and other unknown tensors.
 
-    Without them, the model would be another one: it may lack a bias. Objects that are not tensors are a part of it only
-    if they have the name of one.
+    Leaving out the first would change the model: it could lose a bias. An object that is not a tensor counts as part of
+    the model only if it has the name of one of its tensors.
     """
     inside: dict[str, NonTensor] = {}
     unknown: dict[str, NonTensor] = {}
@@ -223,7 +223,7 @@ def _skip(
     *,
     is_chosen: bool,
 ) -> tuple[tuple[Skipped, ...], dict[str, str]]:
-    """Return what is skipped of the tensors beside a backbone, and those that are unknown, with a description."""
+    """Return the tensors beside a backbone that are skipped, and those that are unknown, with a description."""
     skipped: dict[tuple[str, str], list[int]] = {}
     unknown: dict[str, str] = {}
     for name, (start, extra) in others.items():

@@ -20,7 +20,7 @@ from streamconv.redaction import MIN_LENGTH, WEB, links_of, secret_user, secrets
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::[A-Za-z])")
 _MISSPELT = re.compile("https?(:(?!//)|//).*@", re.IGNORECASE)  # a URL with a password, not a path
 _STORE_QUERY = re.compile(r"\?[^=/?]+=.*", re.DOTALL)  # such as s3's ?versionId=1; what?.pth is a name
-_ORDINARY_LENGTH = 6  # of the value of a query; shorter ones, such as "main", occur in any text
+_MIN_QUERY_LENGTH = 6  # shorter values of a query, such as "main", occur in any text and are not hidden
 # Parameters that sign a URL (AWS, CloudFront, Google, Azure, Alibaba and others), or give access to it (GitLab).
 _SIGNED_BY = {"signature", "sig", "expires", "policy", "key-pair-id", "auth_key", "hdnea", "hdnts", "verify"}
 _TOKENS = {"token", "access_token", "private_token", "job_token", "api_key", "apikey", "password", "jwt"}
@@ -67,18 +67,18 @@ class Address:
 
     @property
     def secrets(self) -> list[str]:
-        """The values to hide in what others say: user and password, and the values of the query."""
+        """The values to hide in text from servers and packages: user, password and the values of the query."""
         found = []
         for link in links_of(self.url):
             found += secrets_of_user(secret_user(link))
             for name, value in _query_of(link):
-                length = MIN_LENGTH if _signs(name) or _gives_access(name) else _ORDINARY_LENGTH
+                length = MIN_LENGTH if _signs(name) or _gives_access(name) else _MIN_QUERY_LENGTH
                 found += [value] if len(value) >= length else []
         return found
 
     @property
     def identity(self) -> str:
-        """The part that names the file: the URL without a user, a signed query and a token. It is not for display.
+        """The part that identifies the file: the URL without user, token and signed query. It is not for display.
 
         A signature changes while the file stays the same, and so do the parameters that are signed; any other query,
         such as ?id=1, may choose the file.

@@ -83,13 +83,18 @@ class Client:
         return future
 
     def wait_for(self, future: "Future[BaseHTTPResponse]") -> BaseHTTPResponse:
-        """Return the response, or raise what `get` names or, if there is none in time, `NetworkError`."""
+        """Wait for the response.
+
+        Raises:
+            NetworkError: it did not begin within `RESPONSE_SECONDS`.
+            OSError, SourceError: as for `get`.
+        """
         if not wait([future], slow.RESPONSE_SECONDS).done:
             raise self._slow(slow.SlowServerError(f"sent no response in {slow.RESPONSE_SECONDS:,.0f} s"))
         return future.result()
 
     def redacted(self, text: str, url: str) -> str:
-        """Return a text that came in response to a request for ``url``, without the secrets of the request."""
+        """Return text from a response to a request for ``url``, without the secrets that the request contained."""
         sent = _authorization(urlsplit(url), self._origin).get("Authorization", "").rpartition(" ")[2]
         proxy = urlsplit(find_proxy(urlsplit(url)) or "").netloc.rpartition("@")[0]
         addresses = Address(self._origin.geturl()), Address(url)
@@ -183,7 +188,7 @@ class Client:
 
 
 def environment_problem(host: str) -> str:
-    """Return why the environment's proxies and certificates allow no connections, also of other libraries; or ""."""
+    """Return why no library can connect to ``host`` with the environment's proxies and certificates; "" if it can."""
     for scheme in WEB:
         url = urlsplit(f"{scheme}://{host}")
         if (find_proxy(url) or "").startswith("socks"):

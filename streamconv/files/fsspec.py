@@ -39,10 +39,10 @@ _IDENTIFYING = re.compile(
 
 
 class FsspecFile(RemoteFile):
-    """A file in a store. Its version is what the store reports about its contents: a hash, a version or a time.
+    """A file in a store. Its version is whatever identifies its contents to the store: a hash, a version or a time.
 
-    It is not fsspec's unique key (``ukey``), which never changes for a file at an http URL, and differs in each process
-    for a file in an archive.
+    fsspec's own key (``ukey``) is not one: for a file at an http URL it never changes, and for a file in an archive it
+    differs in each process.
 
     Raises:
         UsageError: fsspec does not know the scheme, or the package for it is not installed.
@@ -71,7 +71,8 @@ class FsspecFile(RemoteFile):
 
     def close(self) -> None:
         super().close()
-        self._threads.shutdown(wait=False, cancel_futures=True)  # a silent store may keep a thread for long
+        # Do not wait: a store that does not respond may block a thread for long.
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _state(self) -> tuple[int, str]:
         """Return the file's size and version as they are now; failures are retried a few times.
@@ -127,23 +128,29 @@ class _FsspecResponse:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """Return a hash of the entries of fsspec's ``info`` that change with a file's contents: some may be secret."""
+    """Return a hash of those entries of fsspec's ``info`` that change with the contents; "" if there are none.
+
+    A hash, because entries may be secret.
+    """
     plain = (str, bytes, int, float, date, tuple)  # other values may show an address in memory
     found = {name: value for name, value in info.items() if _IDENTIFYING.search(name) and isinstance(value, plain)}
     return sha256(repr(sorted(found.items(), key=str)).encode()).hexdigest() if found else ""
 
 
 def result_in_time(future: "Future[Result]", length: int, address: Address) -> Result:
-    """Return a future's result, or raise `NetworkError` if ``length`` bytes take longer than over the slowest link.
+    """Return a future's result, which holds ``length`` bytes of the file at ``address``.
 
-    Links of a chain may fetch the whole file first, which has no limit.
+    A chain of file systems may fetch a whole file first, so it has no limit.
+
+    Raises:
+        NetworkError: it takes longer than at `MIN_STORE_RATE`.
     """
     seconds = slow.RESPONSE_SECONDS + length / slow.MIN_STORE_RATE
     if not wait([future], seconds if "::" not in address.url else None).done:
         what = f"{length:,} bytes" if length else "the file's size"
         raise NetworkError(
-            f"{address} cannot be read: its store did not send {what} in {seconds:,.0f} s"
-            f"{f', {length / seconds:,.0f} bytes a second' if length else ''}. Check the network, and run the same "
+            f"{address} cannot be read: its store did not send {what} within {seconds:,.0f} s"
+            f"{f' ({length / seconds:,.0f} bytes/s)' if length else ''}. Check the network, and run the same "
             "command again."
         )
     return future.result()

@@ -186,7 +186,7 @@ class HttpFile(RemoteFile):
         return printable(self.client.redacted(text, url))
 
     def _version(self, size: int, headers: Mapping[str, str], url: str) -> HttpVersion:
-        """Return the version by a response's headers; it is stored, so it must not hold what a server echoes."""
+        """Return the version that a response's headers name, without secrets that a server may echo: it is stored."""
         names = (headers.get("ETag"), headers.get("Last-Modified"))
         return HttpVersion(size, *(name and self.client.redacted(name, url) for name in names))
 
@@ -240,7 +240,7 @@ class _HttpRangeResponse:
             return response.readinto(buffer[:_PIECE_BYTES])
         except HTTPError as error:
             raise self._file.client.translate(error, self._url) from None
-        except ValueError:  # urllib3's for chunks with negative sizes
+        except ValueError:  # raised by urllib3 for chunks of negative size
             raise ConnectionError("the response is not valid") from None
 
     def close(self) -> None:

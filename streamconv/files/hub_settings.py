@@ -29,9 +29,9 @@ def hub_endpoint() -> SplitResult:
 
 
 def hub_url() -> str:
-    """Return the URL of the Hub, to be given to huggingface_hub, which takes an empty HF_ENDPOINT for a URL.
+    """Return the URL of the Hub for huggingface_hub, which on its own would accept an empty HF_ENDPOINT as a URL.
 
-    To be called before huggingface_hub is imported for the first time.
+    Call this before huggingface_hub is imported for the first time.
 
     Raises:
         UsageError: HF_ENDPOINT is not a URL, or huggingface_hub cannot use another of its settings.
@@ -41,8 +41,8 @@ def hub_url() -> str:
         import huggingface_hub.constants  # noqa: F401 - parses the environment
     except ValueError as error:
         raise UsageError(
-            f"A setting of huggingface_hub in the environment is not valid: {printable(redacted(str(error)))}. Correct "
-            "or unset the variable whose name begins with HF_."
+            f"An environment variable of huggingface_hub is not valid: {printable(redacted(str(error)))}. Correct or "
+            "unset the variable, whose name begins with HF_."
         ) from None
     return url
 
@@ -63,7 +63,7 @@ def hub_endpoint_for(host: str) -> SplitResult | None:
 
 @contextmanager
 def without_invalid_endpoint() -> Iterator[None]:
-    """Let others import huggingface_hub although HF_ENDPOINT is not a URL; they must not use the Hub."""
+    """Hide an invalid HF_ENDPOINT, so that packages can import huggingface_hub. The block must not use the Hub."""
     hidden = None
     try:
         hub_endpoint()
@@ -93,5 +93,7 @@ def hub_token() -> str:
             f"The Hub's token cannot be read: {why}. Log in with `hf auth login`, or set HF_TOKEN."
         ) from None
     if not (token.isascii() and token.isprintable()) or " " in token:
-        raise UsageError("The Hub's token holds characters that no token has. Set HF_TOKEN again, or `hf auth login`.")
+        raise UsageError(
+            "The Hub's token contains characters that no token has. Set HF_TOKEN again, or run `hf auth login`."
+        )
     return token

@@ -45,10 +45,10 @@ def read_small(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
 
 
 def exists(path: Path) -> bool:
-    """Return whether a path exists, and so does what it refers to if it is a link.
+    """Return whether a path exists and, if it is a link, its target, too.
 
     Raises:
-        UnreadableError: the system does not tell, because a folder in the path cannot be accessed or links form a loop.
+        UnreadableError: that cannot be determined: a folder in the path cannot be accessed, or links form a loop.
     """
     try:
         os.stat(path)

@@ -23,7 +23,7 @@ def proxy_variable(url: SplitResult) -> str:
 
 
 def _is_excluded(url: SplitResult, no_proxy: str) -> bool:
-    """Return whether NO_PROXY names the host of ``url``; urllib knows neither *.DOMAIN nor networks, as curl does."""
+    """Return whether NO_PROXY matches the host of ``url``. Unlike urllib, this supports *.DOMAIN and networks."""
     host, netloc = url.hostname or "", url.netloc.rpartition("@")[2]
     if proxy_bypass(netloc) or (url.port is None and proxy_bypass(f"{netloc}:{_PORTS.get(url.scheme)}")):
         return True

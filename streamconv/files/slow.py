@@ -1,7 +1,7 @@
-"""Refuses servers that send without end, or almost nothing: header by header, or a byte every few seconds.
+"""Refuses servers that send headers without end, or almost nothing, such as a byte every few seconds.
 
-A timeout of the socket alone does not: each byte, and each "100 Continue", starts it again. What counts here is the
-time spent waiting, not the time in which nobody read the response.
+A socket's timeout does not catch them, because it restarts with each byte and each "100 Continue". Only the time spent
+waiting for the server counts here, not the time in which this process did not read.
 """
 
 import io
@@ -11,24 +11,25 @@ from typing import Any
 
 from urllib3 import PoolManager
 
-MAX_HEADER_BYTES = 256 << 10  # with the informational responses before it; a hundred times those of real servers
+MAX_HEADER_BYTES = 256 << 10  # including interim responses; a hundred times what real servers send
 HEADER_SECONDS = 60.0
-WINDOW_SECONDS = 60.0  # in which a body must arrive at this rate
-MIN_RATE = 500  # bytes a second; four responses share a link, so this suits one of 2 kB/s
+WINDOW_SECONDS = 60.0  # the rate of a body is measured over this time
+MIN_RATE = 500  # bytes a second of each response; four of them share a link, so a link of 2 kB/s is enough
 MIN_STORE_RATE = 2_000  # bytes a second of each of the pieces that fsspec fetches at once
 RESPONSE_SECONDS = 120.0  # to find the host, connect, agree on encryption and read the headers
 
 
 class SlowServerError(OSError):
-    """The server sends too little, or too much before its response. The message is the end of a sentence."""
+    """The server sends too slowly, or too many headers. The message continues "its server …"."""
 
 
-def in_time(count: int, seconds: float) -> str:
+def rate_text(count: int, seconds: float) -> str:
+    """Describe how many bytes arrived in a time, and at which rate."""
     return f"{count:,} bytes in {seconds:,.0f} s, {count / max(seconds, 0.001):,.1f} bytes a second"
 
 
 class _WatchedSocket(io.RawIOBase):
-    """The bytes of one response, as they arrive. Reading raises `SlowServerError`."""
+    """Measures the bytes of one response as they arrive. Reading raises `SlowServerError` beyond a limit."""
 
     def __init__(self, raw: io.RawIOBase):
         self._raw, self._bytes, self._seconds, self.reads_headers = raw, 0, 0.0, True
@@ -49,10 +50,10 @@ class _WatchedSocket(io.RawIOBase):
         self._bytes += count
         if self.reads_headers:
             if self._bytes > MAX_HEADER_BYTES or self._seconds > HEADER_SECONDS:
-                raise SlowServerError(f"sends headers without end ({in_time(self._bytes, self._seconds)})")
+                raise SlowServerError(f"sends headers without end ({rate_text(self._bytes, self._seconds)})")
         elif self._seconds >= WINDOW_SECONDS:
             if self._bytes < MIN_RATE * self._seconds:
-                raise SlowServerError(f"sends too slowly: {in_time(self._bytes, self._seconds)}")
+                raise SlowServerError(f"sends too slowly: {rate_text(self._bytes, self._seconds)}")
             self.restart(reads_headers=False)
         return count
 

@@ -15,7 +15,7 @@ def tls_context() -> ssl.SSLContext:
     """
     if "SSL_CERT_FILE" in os.environ or "SSL_CERT_DIR" in os.environ:  # OpenSSL reads these
         file = os.environ.get("SSL_CERT_FILE")
-        if file and not os.path.isfile(file):  # which OpenSSL ignores, and then trusts nobody
+        if file and not os.path.isfile(file):  # OpenSSL would ignore it and trust no server
             raise _unusable("SSL_CERT_FILE", file)
         return ssl.create_default_context()
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or None

@@ -52,7 +52,9 @@ def find_tensors(contents: Any, where: str) -> tuple[dict[str, SourceTensor], di
             continue
         names_bytes += getsizeof(name)
         if names_bytes > _MAX_NAMES_BYTES:
-            raise SourceError(f"{where} has names of more than {_MAX_NAMES_BYTES:,} bytes. Do not trust this file.")
+            raise SourceError(
+                f"{where} has names of more than {_MAX_NAMES_BYTES:,} bytes in total. Do not trust this file."
+            )
     return tensors, non_tensors
 
 

@@ -29,7 +29,7 @@ def require_digest(path: Path, digest: str, expected: str) -> None:
 
 @dataclass(frozen=True)
 class LargeFile:
-    """A file to upload, whose sha256 is known. ``state`` is from before it was read."""
+    """A large file to upload, with its sha256. ``state`` was taken before the file was read."""
 
     path: Path
     operation: "CommitOperationAdd"

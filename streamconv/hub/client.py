@@ -80,7 +80,7 @@ class HubClient:
         Args:
             failure: The beginning of the error message, such as "x cannot be uploaded to y".
             is_repeatable: Calling twice has the same effect as calling once. Otherwise there is no retry.
-            is_upload: It sends large files, which takes as long as it takes. Anything else ends in `ANSWER_SECONDS`.
+            is_upload: It sends large files, which has no time limit. Any other call must end within `ANSWER_SECONDS`.
 
         Raises:
             HubError: the call failed, and a retry did not help.
@@ -99,10 +99,10 @@ class HubClient:
         raise hub_error  # outside the except block, so that the original exception does not become its context
 
     def whoami(self) -> dict[str, Any]:
-        """Return the Hub's answer about the token's user, whose name is a string.
+        """Return the Hub's answer about the token's user, with a "name" that is a string.
 
         Raises:
-            HubError: the token is not accepted, or it is not the Hub that answers.
+            HubError: the token is not accepted, or the response is not from the Hub.
         """
         failure = "The token cannot be used"
         user = self.call(failure, self.api.whoami, is_repeatable=False)
@@ -136,7 +136,7 @@ class HubClient:
         # Before 1.0, a HfHubHTTPError without a response is a download that failed without one.
         rejections = [e for e in causes if isinstance(e, HfHubHTTPError) and e.response is not None]
         if any(isinstance(each, NoAnswerError) for each in causes):
-            message, problem = "", f"the Hub did not answer in full in {transport.ANSWER_SECONDS:,.0f} s"
+            message, problem = "", f"the Hub did not send a complete response within {transport.ANSWER_SECONDS:,.0f} s"
             fix, is_transient = RUN_AGAIN, False
         elif rejections:
             status = rejections[0].response.status_code

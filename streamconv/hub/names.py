@@ -12,8 +12,8 @@ from streamconv.output.manifest import Provenance, SourceFile
 def published_model(provenance: Provenance) -> tuple[Family, Model] | None:
     """Return the published model that an output was made from, if all of its source files are the authors' own.
 
-    A name that a user gave proves nothing: any file may have the name of a published one. Nor does a place: manifests
-    of streamconv 0.2.0 call a file published that was found in torch.hub's cache.
+    A name that a user gave proves nothing: any file may have the name of a published one. Nor does a manifest of
+    streamconv 0.2.0, which calls any file published that was found in torch.hub's cache.
     """
     try:
         family, model = find_model(str(provenance.model))

@@ -18,17 +18,17 @@ from streamconv.files.hub_settings import hub_url
 Result = TypeVar("Result")
 
 TIMEOUT_SECONDS = 120.0  # without receiving a byte; by default, huggingface_hub waits forever
-ANSWER_SECONDS = 300.0  # for a whole answer: the timeout above starts again with every byte
+ANSWER_SECONDS = 300.0  # for a complete response: the timeout above restarts with every byte
 
 
 class NoAnswerError(Exception):
-    """The Hub did not answer in full in `ANSWER_SECONDS`, such as if it sends a byte every few seconds."""
+    """The Hub did not send a complete response within `ANSWER_SECONDS`: it may send a byte every few seconds."""
 
 
 def in_time(function: Callable[[], Result], sent_at: Callable[[], float]) -> Result:
     """Call a function in another thread; raise `NoAnswerError` if it takes longer than `ANSWER_SECONDS`.
 
-    ``sent_at`` returns the time from which they count, by `monotonic`. It may grow while the function runs.
+    ``sent_at`` returns when the request was sent, by `monotonic`. It may grow while the function runs.
     """
     result: Future[Result] = Future()
 
@@ -77,9 +77,9 @@ def configure_process() -> None:
 
 
 def _client_class(http: Any) -> Any:
-    """Return a client that waits for answers as `in_time`, from the moment at which the request has been sent.
+    """Return a client class whose responses must be complete within `ANSWER_SECONDS` after the request was sent.
 
-    If the Hub asks to wait longer than that before a retry, huggingface_hub does not see it.
+    If the Hub asks to wait longer than that before a retry, huggingface_hub does not see these headers.
     """
 
     class Body(http.SyncByteStream):  # type: ignore[misc]

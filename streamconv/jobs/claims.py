@@ -1,4 +1,4 @@
-"""What a finished folder's manifest says about its source, as far as this machine has seen that it is true."""
+"""Removes the claims from a finished folder's manifest that this machine cannot confirm: authorship and verdicts."""
 
 import shlex
 from dataclasses import replace
@@ -49,7 +49,7 @@ def was_verified_here(manifest: Manifest) -> bool:
 
 
 def verify_command(folder: Path, manifest: Manifest) -> str:
-    """Return the command that verifies a folder, as far as its manifest tells where the source is."""
+    """Return the command that verifies a folder; SOURCE stands for a file whose place the manifest does not tell."""
     if manifest.model and all(file.published or file.found_in_cache for file in manifest.source.values()):
         return shlex.join(["streamconv", "verify", str(folder), _source_word(manifest.model)])
     in_folders = (SINGLE_NAME, "pytorch_model.bin")  # then the folder was the source, and the manifest does not name it
@@ -62,5 +62,5 @@ def verify_command(folder: Path, manifest: Manifest) -> str:
 
 
 def _source_word(name: str) -> str:
-    """Return a name from a manifest for a command that the user may copy: not one that would be an option."""
+    """Return a name from a manifest if it is safe in a command that the user may copy, and not an option; or SOURCE."""
     return "SOURCE" if name.startswith("-") or not name.isprintable() or len(name) > MAX_WORD_LENGTH else name

@@ -25,7 +25,7 @@ from streamconv.source.labels import labels_in
 from streamconv.source.open import OpenSource, read_config
 from streamconv.tensors.casts import check_packages
 
-MAX_RECORDED = 100  # skipped parts
+MAX_RECORDED = 100  # skipped parts that a manifest lists
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class PreparedConversion:
         return replace(result, was_finished=True, edited=earlier.edited)
 
     def find_unidentified(self) -> Manifest | None:
-        """Return the manifest of a conversion that may be the same: only the bytes of the source can tell."""
+        """Return the manifest of the folder if only a comparison of bytes can show that it is this conversion."""
         manifest = Manifest.read(self.folder) if not self.force else None
         return manifest if manifest is not None and is_unidentified(manifest, self.provenance) else None
 
@@ -240,7 +240,7 @@ class PreparedConversion:
 
 
 def _recorded(skipped: Sequence[Skipped]) -> tuple[str, ...]:
-    """Return the skipped parts as the manifest and the model card list them; a hostile source has thousands."""
+    """Return the skipped parts as the manifest and the model card list them; a hostile source can have thousands."""
     return tuple(first_lines([str(each) for each in skipped[:MAX_RECORDED]], MAX_RECORDED, len(skipped)))
 
 

@@ -109,9 +109,9 @@ def convert_prepared(
 
 
 def _recognised(conversion: PreparedConversion, prepared: PreparedSource, progress: Progress) -> PreparedConversion:
-    """Return the conversion as the finished folder records it, if only its bytes can tell that it is the same.
+    """Return the conversion with the source that the finished folder records, if the folder has the same bytes.
 
-    They are compared with the source's, which takes as long as reading it.
+    Nothing else identifies a source without versions and checksums. The comparison reads the whole source.
     """
     manifest = conversion.find_unidentified()
     if manifest is None:
@@ -142,7 +142,7 @@ def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: P
         if plan.index is not None and INDEX_NAME not in edited:
             work.write(INDEX_NAME, plan.index)  # last, because it makes the folder a model that can be loaded
         work.finish()
-    if not resumed_bytes:  # others may have written what was kept; verification compares it with the source
+    if not resumed_bytes:  # what is resumed may come from elsewhere; verification compares it with the source
         remember_output(manifest.source, manifest.files, is_remote=prepared.source.is_remote)
     done = conversion.result(written, resumed_bytes, time.monotonic() - start)
     return replace(done, edited=edited, restored=earlier.lost, replaced=replaced)

@@ -29,7 +29,7 @@ from streamconv.planning.repeats import refuse_repeats
 from streamconv.progress import Progress, ignore_progress
 from streamconv.source.resolve import default_output
 
-_ONLY_BYTES = "finished, if the source has not changed; its server names no version, so their bytes will be compared"
+_ONLY_BYTES = "finished if the source has not changed: its server reports no version, so the bytes will be compared"
 
 
 @dataclass(frozen=True)

@@ -127,9 +127,9 @@ def publish_folder(
     repository has a card that someone else wrote. Files that the Hub already has are not uploaded again.
 
     Raises:
-        UsageError: the folder's recorded verdict is not that these files passed, and ``push.unverified`` is not set; or
-            the Hub does not accept the card.
-        OutputError: the folder is not finished, its files do not match its manifest, or are changed meanwhile.
+        UsageError: the folder records no verdict that these files passed, and ``push.unverified`` is not set; or the
+            Hub does not accept the card.
+        OutputError: the folder is not finished, or its files do not match its manifest or change meanwhile.
         HubError: the Hub does not accept it.
     """
     manifest = _read_verified(folder, push)
@@ -161,7 +161,7 @@ def _read_verified(folder: Path, push: PushOptions) -> Manifest:
         state = "has not been verified"
     elif not verification.get("passed"):
         state = "failed verification"
-    else:  # an older version recorded no files, or the manifest was copied from another folder
+    else:  # recorded by an older version, without files, or copied from another folder
         state = "has a recorded verification that is not about its files"
     raise UsageError(f"{folder} {state}. Verify it first: `{verify_command(folder, manifest)}`.")
 
@@ -208,8 +208,8 @@ def _read_files(folder: Path, manifest: Manifest, progress: Progress) -> tuple[d
 
 
 def _small(path: Path) -> bytes:
-    if os.path.islink(path):  # in a folder from somebody else, it may refer to a secret of this user's
-        raise OutputError(f"{path} is a link. To publish the file that it refers to, replace it with a copy of that.")
+    if os.path.islink(path):  # a link in a folder from elsewhere may lead to this user's secrets
+        raise OutputError(f"{path} is a link. To publish the file that it leads to, replace the link with a copy.")
     try:
         return read_small(path)
     except SourceError as error:

@@ -1,4 +1,4 @@
-"""What a verification takes from the folder that it verifies, since neither the user nor the source states it."""
+"""Reads from a folder the decisions that its verification needs and that neither the user nor the source states."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,10 +27,10 @@ def recorded_options(folder: Path, given: SourceOptions) -> ConversionOptions:
     )
 
 
-def naming_what_is_recorded(prepared: PreparedSource, folder: Path, given: SourceOptions) -> PreparedSource:
-    """Add to what the plan leaves unproved the decisions that only the folder states.
+def with_recorded_as_unproved(prepared: PreparedSource, folder: Path, given: SourceOptions) -> PreparedSource:
+    """Add the decisions that only the folder states to those that the plan lists as unproved.
 
-    The author of the folder could also have written a manifest that matches wrong files.
+    Whoever made the folder could have written a manifest to match wrong files.
     """
     recorded = _recorded(folder)
     labels = labels_in(read_config(folder)) if "id2label" in prepared.plan.config else []

@@ -15,7 +15,7 @@ from streamconv.jobs.beside import beside
 from streamconv.jobs.model_options import check_names, check_options, started_models
 from streamconv.jobs.options import SourceOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
-from streamconv.jobs.recorded import naming_what_is_recorded, recorded_options
+from streamconv.jobs.recorded import recorded_options, with_recorded_as_unproved
 from streamconv.jobs.verify_alone import log_checks, now, verify_alone
 from streamconv.logs import logger
 from streamconv.output.files import write_file
@@ -49,8 +49,8 @@ def verify(
 ) -> Verification:
     """Verify a converted folder against its source or, without one, against its own manifest.
 
-    The result is recorded in the folder's manifest if the folder was made from this source. It names the sha256 of each
-    file that was read; if any of them is changed meanwhile, there is no result. A difference is a result, not an error:
+    The result is recorded in the folder's manifest if the folder was made from this source. It lists the sha256 of each
+    file that was read; if any of them changes meanwhile, there is no result. A difference is a result, not an error:
     see `Verification.passed`.
 
     The models run in a process that this one starts, and that ends with the job. If this process has imported
@@ -90,7 +90,7 @@ def verify(
             models = stack.enter_context(started_models(options, progress))
             conversion = recorded_options(path, source_options)
             prepared = stack.enter_context(prepared_source(source, conversion, progress, output=path, labels_of=path))
-            prepared = naming_what_is_recorded(prepared, path, source_options)
+            prepared = with_recorded_as_unproved(prepared, path, source_options)
             if not conversion.stream:
                 prepared = stack.enter_context(local_copy(prepared, progress))
             verification = verify_prepared(path, prepared, options, models, progress)

@@ -25,7 +25,7 @@ def verify_alone(folder: Path, progress: Progress, command: str) -> Verification
     """Compare a folder with its own manifest; see `verify`.
 
     Raises:
-        OutputError: it has no manifest, a file cannot be read, or something was changed meanwhile.
+        OutputError: the folder has no manifest or was changed meanwhile, or a file in it cannot be read.
     """
     start, manifest = time.monotonic(), Manifest.read(folder)
     if manifest is None:

@@ -163,7 +163,7 @@ class Contents:
 
 
 def uncut(position: int, places: Iterable[tuple[int, int]]) -> int:
-    """Return the largest offset up to ``position`` that is in none of ``places``: offsets of first and last pieces."""
+    """Return the largest offset up to ``position`` that cuts none of ``places``, offsets of first and last pieces."""
     for first, last in sorted(places, key=lambda place: -place[1]):
         if last < position:
             break

@@ -68,7 +68,7 @@ def find_earlier(
 def find_edited(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, WrittenFile]:
     """Return the small files that have other contents than were ``written``, as they are now.
 
-    The sha256 of a file that is larger than any file of its kind is empty.
+    A file that is too large to be read has an empty sha256.
 
     Raises:
         OutputError: a file cannot be read.

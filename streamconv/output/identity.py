@@ -1,4 +1,4 @@
-"""Decides whether two conversions are the same: by their sources, as far as these can be identified, and options."""
+"""Decides whether two conversions are the same, by their options and whatever identifies their sources."""
 
 from dataclasses import replace
 
@@ -23,9 +23,9 @@ def differences(one: Provenance, other: Provenance) -> list[str]:
 
 
 def is_unidentified(one: Provenance, other: Provenance) -> bool:
-    """Return whether two conversions differ only in a file's version, and its server named none at least once.
+    """Return whether two conversions differ only in the versions of files, for which a server sent none at least once.
 
-    Then nothing but the bytes can tell whether the file is the same.
+    Then only a comparison of bytes can show whether the files are the same.
     """
     unversioned = {role for each in (one, other) for role, file in each.source.items() if UNVERSIONED in file.version}
 

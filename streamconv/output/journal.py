@@ -86,7 +86,7 @@ class Journal:
         except SourceMissingError:
             return cls()
         except SourceError as error:
-            if not os.path.lexists(path):  # its folder is a loop of links, in a file, or not accessible
+            if not os.path.lexists(path):  # its folder is a loop of links, below a file, or not accessible
                 raise OutputError(f"{error} Choose another place for the output.") from error
             raise OutputError(
                 f"{error} It should be the journal of a conversion: delete it and start again."
@@ -129,7 +129,7 @@ class Journal:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Return whether a conversion into a folder has begun and not ended; an empty journal records nothing.
+    """Return whether a folder holds an unfinished conversion. An empty journal records none.
 
     Raises:
         OutputError: the folder cannot be accessed.

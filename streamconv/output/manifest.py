@@ -28,9 +28,9 @@ class SourceFile:
     ``fingerprint`` is the sha256 of its index. It stands for the weights only if they carry CRC-32s; otherwise
     ``version`` distinguishes the checkpoint's files from others with the same names and shapes: each file's times in
     nanoseconds since 1970, or its server's name for this version. ``address`` is the URL that it was read or downloaded
-    from, without secrets, and ``sha256`` that of its bytes, empty if it is not known. ``published``: it is the file
-    that its authors published, read from their URL, or known by a sha256. ``found_in_cache``: it has the name of a
-    published file in torch.hub's cache, but streamconv did not download it, so it may be another one.
+    from, without secrets. ``sha256`` is that of the whole file, empty if it was not computed. ``published``: it is the
+    authors' own file, read from their URL or recognised by its sha256. ``found_in_cache``: it was in torch.hub's cache
+    under the name of a published file, but streamconv did not download it, so it may be another file.
     """
 
     file: str
@@ -82,9 +82,9 @@ class WrittenFile:
 
 
 def is_our_name(name: str) -> bool:
-    """Return whether an output may have a file of this name.
+    """Return whether streamconv gives this name to a file of an output.
 
-    A manifest or a journal from somebody else may name others. Those are not deleted with --force, nor published.
+    A manifest or a journal from elsewhere may name other files. --force must not delete them, nor a push publish them.
     """
     return name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME) or bool(OUR_WEIGHTS.fullmatch(name))
 

@@ -17,8 +17,8 @@ def require_free(
 
     Args:
         names: The files to be written.
-        journal: The folder's own. One of another conversion is no obstacle as long as nothing was written, nor is one
-            that nobody can resume, because nothing identifies its source.
+        journal: The folder's own. One of another conversion is no obstacle if nothing was written, or if it cannot be
+            resumed because nothing identifies its source.
         force: Another conversion is no obstacle either; files that streamconv did not write are.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Tells a file of an output that cannot be read from one that is missing or altered: about the first, nothing is known.
+"""Reports files of an output that cannot be read as errors.
 
-A missing or altered file is a difference, which verification reports; one that cannot be read is an error.
+A missing or altered file is a difference, which verification reports. One that cannot be read proves nothing.
 """
 
 import os
@@ -18,21 +18,21 @@ _FIX = "Make it readable, and run the same command again."
 
 @contextmanager
 def reading_output() -> Iterator[None]:
-    """Raise an `UnreadableError` of the block as an `OutputError`."""
+    """Turn an `UnreadableError` that the block raises into an `OutputError`."""
     try:
         yield
     except UnreadableError as error:
         raise OutputError(
-            f"{error.reason}, so nothing is known about its contents. Make it a file "
-            "that can be read, and run the same command again."
+            f"{error.reason}, so its contents are not known. Make it a file that can be read, and run the same command "
+            "again."
         ) from error
 
 
 def require_folder(path: Path) -> None:
-    """Refuse a path that is not a folder.
+    """Check that a path is a folder.
 
     Raises:
-        OutputError
+        OutputError: it is not, or cannot be accessed.
     """
     try:
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)

@@ -28,7 +28,7 @@ def journal_path(files: Iterable[Path]) -> Path:
 def resumable_files(files: Mapping[Path, int], provenance: Provenance, *, force: bool = False) -> Iterator[OpenJournal]:
     """Open the journal of files that this process alone writes; it is deleted when the block ends well.
 
-    Partial files of another source are not resumed, but written again, as are those of them that are complete.
+    Files that were written from another source, partly or completely, are not resumed, but written again.
 
     Args:
         files: The files, with their sizes in bytes.
@@ -49,7 +49,7 @@ def resumable_files(files: Mapping[Path, int], provenance: Provenance, *, force:
                     names = " and ".join(map(str, files))
                     _log.info("starting over with %s, because the %s changed", names, " and ".join(changes))
                 with as_output_error(journal.path):
-                    for file in finished:  # before they are forgotten: then they would be anybody's
+                    for file in finished:  # first: without the journal, they would count as the user's
                         file.unlink()
                 journal.forget()
             for file, size in files.items():
@@ -88,7 +88,7 @@ def require_absent(files: Iterable[Path], journal: Journal, *, force: bool = Fal
 
 
 def _require_recorded(finished: Iterable[Path], journal: OpenJournal) -> None:
-    """Refuse to replace files that do not have the sha256 with which an interrupted process completed them."""
+    """Refuse to replace files whose sha256 is not the one that an interrupted process recorded."""
     for file in finished:
         if _sha256(file) != journal.recorded(file).sha256:
             raise _exists(file)

@@ -1,4 +1,4 @@
-"""Tells whether a folder was changed while it was read, also by an edit that was undone or a link that was moved."""
+"""Detects whether a folder changed while it was read, even by an edit that was undone or a link that was moved."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from pathlib import Path
 from streamconv.output.readable import weights_in
 
 State = tuple[int, ...]
-"""What identifies a file and its contents: device, inode, size, and the times of the last change, if it exists."""
+"""Identifies a file and its contents: device, inode, size, mtime and ctime; empty if there is no file."""
 
 
 def state_of(path: Path) -> State:
@@ -24,9 +24,9 @@ def state_of(path: Path) -> State:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The states of a folder's files at one time: those with the given names, and whatever else is loaded as weights.
+    """The states of a folder's files at one time: those with given names, and all that could be loaded as weights.
 
-    ``states`` maps names to states, for files that do not exist, too.
+    ``states`` maps names to states, also of files that do not exist.
     """
 
     folder: Path

@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from streamconv.display import printable
 
-MAX_BITS = 63  # of a file's size, or of a time in nanoseconds
+MAX_BITS = 63  # of an integer: file sizes and times in nanoseconds need no more
 
 
 def parse(kind: Any, value: object, name: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""Records the verdict of a verification in a folder's manifest, for the very files that were verified and no others."""
+"""Records the verdict of a verification in a folder's manifest, only for the files that were verified."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +24,7 @@ def record_verdict(
 
     Args:
         before: The folder before any of its files was read.
-        manifest: Its manifest then.
+        manifest: Its manifest at that time.
         verdict: `Verification.as_record`.
         source: The source that it was compared with.
         files: Its files as they were verified. Small ones that differ from what was written were edited.
@@ -33,13 +33,13 @@ def record_verdict(
         Why the verdict was not recorded; empty if it was.
 
     Raises:
-        OutputError: the folder was changed after ``before``, so the verdict is about no files that exist.
+        OutputError: the folder was changed after ``before``, so the verdict does not apply to its files.
     """
     folder = before.folder
     require_same(before, manifest)
     if manifest is None:
         return f"{folder} has no {MANIFEST_NAME}."
-    if (reason := _of_another_source(manifest, verdict, source)) or (reason := _less_than_recorded(manifest, verdict)):
+    if (reason := _why_another_source(manifest, verdict, source)) or (reason := _why_incomplete(manifest, verdict)):
         return reason
     try:
         with locked_journal(folder / JOURNAL_NAME, folder) as journal:
@@ -55,7 +55,7 @@ def record_verdict(
                 journal.remove()
     except ChangedOutputError:
         raise
-    except OutputError as error:  # it is being written, or cannot be
+    except OutputError as error:  # another process writes to the folder, or this one may not
         return str(error)
     return ""
 
@@ -85,10 +85,10 @@ def _without_verdict(manifest: Manifest | None) -> Manifest | None:
     return replace(manifest, verification=None, edited={}) if manifest is not None else None
 
 
-def _of_another_source(manifest: Manifest, verdict: Mapping[str, Any], source: Mapping[str, SourceFile]) -> str:
-    """Return why a comparison with ``source`` is no verdict about the conversion; empty if it is one.
+def _why_another_source(manifest: Manifest, verdict: Mapping[str, Any], source: Mapping[str, SourceFile]) -> str:
+    """Return why ``source`` is not the one that the folder was made from; empty if it is.
 
-    Without checksums, equal fingerprints only mean equal names and shapes; then the bytes decide.
+    Without checksums, equal fingerprints only mean equal names and shapes, so the comparison of bytes decides.
     """
     has_same_bytes = any(check["name"] == "bytes" and check["passed"] for check in verdict["checks"])
     is_same = manifest.is_from(source) and (
@@ -97,8 +97,8 @@ def _of_another_source(manifest: Manifest, verdict: Mapping[str, Any], source: M
     return "" if is_same else f"{MANIFEST_NAME} names another file as the source."
 
 
-def _less_than_recorded(manifest: Manifest, verdict: Mapping[str, Any]) -> str:
-    """Return which checks of the recorded verdict on the same files did not run this time, if this one passed."""
+def _why_incomplete(manifest: Manifest, verdict: Mapping[str, Any]) -> str:
+    """Return which checks only the recorded verdict on the same files has; empty if none, or if this one failed."""
     recorded = manifest.verification or {}
     if not verdict["passed"] or recorded_digests(recorded) != recorded_digests(verdict):
         return ""
@@ -107,10 +107,10 @@ def _less_than_recorded(manifest: Manifest, verdict: Mapping[str, Any]) -> str:
 
 
 def recorded_digests(verdict: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 by name of the files that a verdict is about; none if it does not say."""
+    """Return the sha256 of the files that a verdict is about, by name; empty if it does not list them."""
     try:
         return {str(name): str(file["sha256"]) for name, file in verdict["output"]["files"].items()}
-    except (KeyError, TypeError, AttributeError):  # of an older version, or altered
+    except (KeyError, TypeError, AttributeError):  # written by an older version, or altered
         return {}
 
 
@@ -122,11 +122,11 @@ def _checks_that_ran(verdict: Mapping[str, Any]) -> set[str]:
 
 
 def is_about_the_files(manifest: Manifest) -> bool:
-    """Return whether the recorded verdict is about the files that the manifest lists, as they are or were edited."""
+    """Return whether the recorded verdict is about the files that the manifest lists, edits included."""
     digests = recorded_digests(manifest.verification or {})
     return all(digests.get(name) == file.sha256 for name, file in manifest.current_files.items())
 
 
 def has_passed(manifest: Manifest) -> bool:
-    """Return whether the recorded verdict is that these very files passed."""
+    """Return whether the recorded verdict is that exactly these files passed."""
     return bool((manifest.verification or {}).get("passed") is True and is_about_the_files(manifest))

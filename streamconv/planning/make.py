@@ -54,7 +54,7 @@ def make_plan(
         UsageError: the number of labels is not the number of classes, the image processor does not suit the model, or
             ``num_heads`` is given for a family that does not have this aspect, or for a published model that has
             another number.
-        SourceError: a small file could not be read again.
+        SourceError: a small file would be too large to be read again.
     """
     family = selection.family
     read = family.read_dimensions({key: tensor.info for key, tensor in tensors.items()})
@@ -146,8 +146,8 @@ def _block_chunks(selection: Selection, layers: int) -> int | None:
     names = {key: unwrapped(name.removeprefix(selection.prefix)) for key, (name,) in keys.items()}
     if all(key == name for key, name in names.items()):
         return 0
-    # With more lists, the number of a block's list does not decrease. So what is wrong for one number mostly is for the
-    # next ones, and is compared first: the time does not grow with blocks times tensors.
+    # A name that does not fit one number of lists mostly does not fit the next ones either, so it is compared first.
+    # Comparing all names for each number would take time in proportion to blocks times tensors.
     wrong = next(iter(names))
     for count in range(1, layers + 1):
         if chunks.chunked_key(wrong, layers, count) == names[wrong]:

@@ -1,8 +1,8 @@
-"""Refuses tensors that their layout makes slow to read: a piece of a target is read with the gaps between its elements.
+"""Refuses tensors whose strides make them slow to read: a piece of a target is read with the gaps between its elements.
 
-A transposed matrix is read once for each of its pieces, up to 64 times if it has 16 MB, the largest that is streamed. A
-column of a matrix is read with the whole matrix, but takes little. A small file whose strides were chosen for it could
-have a few megabytes read thousands of times.
+Reading a piece of a transposed matrix reads most of the matrix, so one of 16 MB, the largest that is streamed, is read
+up to 64 times. A column is read with its whole matrix, but takes little. A hostile file could choose strides so that a
+few megabytes are read thousands of times.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from streamconv.errors import MappingError, SourceError
 from streamconv.planning.shards import PIECE_BYTES
 from streamconv.tensors.expressions import SourceTensor
 
-_MAX_TIMES = 64  # that a tensor may be read
-_MAX_BYTES = 1 << 30  # read for all tensors together that are read more often
+_MAX_TIMES = 64  # how often a tensor may be read
+_MAX_BYTES = 1 << 30  # may be read in total for tensors that are read more often
 
 
 def refuse_unstreamable(targets: Mapping[str, SourceTensor]) -> None:

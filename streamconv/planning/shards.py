@@ -18,7 +18,7 @@ from streamconv.tensors.expressions import SourceTensor
 
 PIECE_BYTES = 512 << 10  # read and written at once; small enough to stay in a CPU's cache
 DEFAULT_SHARD_BYTES = 5 * 10**9
-MAX_SHARDS = MAX_FILES  # the manifest and the journal name each of them, and must be small enough to be read again
+MAX_SHARDS = MAX_FILES  # the manifest and the journal list them all, and must be small enough to be read again
 MIN_BARE_BYTES = 100_000  # a smaller number without a unit is taken for a mistake, such as 5 for 5GB
 
 

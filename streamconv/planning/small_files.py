@@ -95,7 +95,8 @@ def to_small_files(
     """Format the files.
 
     Raises:
-        UsageError, SourceError: one could not be read again, because of the user's labels or for another reason.
+        UsageError: config.json would be too large to be read again, because of the user's labels.
+        SourceError: a file would be too large to be read again, because of the source.
     """
     files = {CONFIG_NAME: to_json(config)}
     if image_processor.config is not None:
@@ -104,7 +105,7 @@ def to_small_files(
         try:
             parse_small_json(data)
         except TooLargeError as error:
-            what = f"{name}, as it would be written, {error} than the settings of any model: it could not be read again"
+            what = f"{name} could not be read again: as it would be written, it {error} than the settings of any model"
             if name == CONFIG_NAME and has_own_labels:
                 raise UsageError(f"{what}. Give shorter labels, with fewer commas.") from None
             raise SourceError(f"{what}. Take out of the {name} that was read what the model does not need.") from None

@@ -1,7 +1,7 @@
-"""Tells whether a file is the one that its authors published.
+"""Decides whether a file is the one that its authors published.
 
-Its name, its shapes and its CRC-32s prove nothing: any file can have them. What counts is that streamconv downloaded
-it from the very URL at which it was published, or its sha256, if its published name holds the first digits of that.
+Its name, its shapes and its CRC-32s prove nothing: any file can have them. Two things do: streamconv downloaded it from
+exactly the published URL, or its sha256 begins with the digits in its published name.
 """
 
 import os
@@ -25,11 +25,11 @@ _PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Authorship:
-    """Whether a file is its authors' own.
+    """The answer to whether a file is the one that its authors published.
 
-    ``address`` is the URL that the authors' file was downloaded from, and ``sha256`` that of a file's bytes; each is
-    empty if it is not known. ``found``: the published file that one in torch.hub's cache is named after, although
-    streamconv did not download it, so that it may be another one.
+    ``address`` is the URL that the authors' file was downloaded from, and ``sha256`` that of the file's bytes; each is
+    empty if it is not known. ``found`` is the published file that a file in torch.hub's cache is named after, if
+    streamconv did not download it, so that it may be another file.
     """
 
     is_published: bool = False
@@ -41,7 +41,7 @@ class Authorship:
 def authorship(location: Location, checkpoint: Checkpoint, digest: str = "") -> Authorship:
     """Return whether the checkpoint at ``location`` is its authors' own; ``digest`` is its sha256, if it was computed.
 
-    No weight is read: a record of a download is believed if the file has the times that it had then.
+    No weights are read: the record of a download is trusted if the file still has the times in it.
     """
     if not isinstance(location, Path):
         return Authorship(is_published(location), str(location))
@@ -62,10 +62,10 @@ def authorship(location: Location, checkpoint: Checkpoint, digest: str = "") -> 
 
 
 def compute_digests(checkpoints: Mapping[str, Checkpoint], progress: Progress) -> dict[str, str]:
-    """Return, by role, the sha256 of the files whose origin only a sha256 can show. Such a file is read completely.
+    """Return, by role, the sha256 of each file whose origin only a sha256 can prove. Such a file is read completely.
 
-    These are downloads whose times have changed, such as in a cache that was moved, and files whose published name
-    holds a part of the sha256.
+    These are downloads whose times have changed, for example because the cache was moved, and files whose published
+    name contains digits of the sha256.
 
     Raises:
         SourceError: a file cannot be read.
@@ -84,7 +84,7 @@ def _digest(file: LocalFile | None, progress: Progress) -> str:
         return ""
     digest = _sha256(file, progress)
     if record is not None and record.sha256 == digest:
-        with suppress(OutputError):  # a cache that this user cannot write; then it is computed every time
+        with suppress(OutputError):  # if this user cannot write the cache, it is computed each time
             replace(record, modified_ns=file.modified_ns, changed_ns=file.changed_ns).write(file.path)
     return digest
 
@@ -100,13 +100,13 @@ def _sha256(file: LocalFile, progress: Progress) -> str:
 
 
 def _only_file(checkpoint: Checkpoint) -> LocalFile | None:
-    """Return the checkpoint's file, if it is one on this machine."""
+    """Return the checkpoint's file, if it is a single one on this machine."""
     files = checkpoint.files
     return files[0] if len(files) == 1 and isinstance(files[0], LocalFile) else None
 
 
 def _has_times(file: LocalFile, record: Download) -> bool:
-    """Return whether neither the file's contents nor its place, owner or mode changed since it was downloaded."""
+    """Return whether the file has the size, mtime and ctime that it had when it was downloaded."""
     return (record.size, record.modified_ns, record.changed_ns) == (file.size, file.modified_ns, file.changed_ns)
 
 

@@ -7,9 +7,9 @@ that TORCH_HOME and XDG_CACHE_HOME apply to it, too. The folder is named after t
     hub/checkpoints/dinov2_vits14_pretrain.pth
     hub/checkpoints/streamconv/huggingface.co-5a1f0c9e2b7d4836/model.safetensors
 
-A hidden record names its address and the server's name for this version of the file: beside it or, of a file where
-torch.hub looks, in hub/checkpoints/streamconv. The record is written after the file and deleted before the file is
-replaced. Since other programs may replace the file, too, a record is only of a file with its size and its times.
+A hidden record names a file's address and the server's name for this version of it. The record is beside the file or,
+for a file where torch.hub looks, in hub/checkpoints/streamconv. It is written after the file and deleted before the
+file is replaced. Other programs may replace the file, too, so a record counts only if the file has its size and times.
 """
 
 import json
@@ -40,9 +40,9 @@ class Download:
 
     ``address`` is without secrets. ``size`` is in bytes, ``sha256`` is the file's in hexadecimal. ``versions`` are
     what the servers called this version: an ETag and a Last-Modified, or fsspec's key. ``is_crc_checked``: every record
-    of the file matched its CRC-32. ``date`` is in UTC. ``is_published``: it was requested from the very URL at which
-    its authors published it. ``modified_ns`` and ``changed_ns`` are the times of the last change of the file's
-    contents, and of those or its name, owner or mode, in nanoseconds since 1970; older records have none.
+    of the file matched its CRC-32. ``date`` is in UTC. ``is_published``: it was requested from exactly the URL at which
+    its authors published it. ``modified_ns`` and ``changed_ns`` are the file's mtime and ctime in nanoseconds since
+    1970; older records have none.
     """
 
     address: str
@@ -69,7 +69,7 @@ class Download:
     def read_unchecked(cls, path: Path) -> "Download | None":
         """Read the record of the file at ``path``, which may have been replaced by another one.
 
-        Only those in the cache are read: in any other folder, such as one from somebody else, they prove nothing.
+        Only records in the cache are read: in other folders, which may come from elsewhere, they prove nothing.
         """
         if not _is_in_cache(path):
             return None
@@ -113,7 +113,7 @@ def _record_path(path: Path) -> Path:
 def torch_hub_cache() -> Path:
     """Return the folder in which torch.hub keeps checkpoints (https://docs.pytorch.org/docs/stable/hub.html).
 
-    It begins with "~" if the user has no home folder: HOME is not set, and the system's list of users lacks this one.
+    It begins with "~" if the user has no home folder: HOME is not set, and the system does not know the user.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("TORCH_HOME") or f"{cache}/torch"
@@ -149,7 +149,7 @@ def download_path(address: Address) -> Path:
 def is_published(address: Address) -> bool:
     """Return whether this is the URL at which authors published a file, spelled as they did.
 
-    Another spelling may name another file: with http instead of https, anybody on the way can replace it.
+    Another spelling may lead to another file: over http instead of https, anyone on the network can replace it.
     """
     return any(file.url == address.url for file in published_files())
 

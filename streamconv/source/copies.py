@@ -21,8 +21,8 @@ _log = logger(__name__)
 def find_copy(address: Address, file: RemoteFile, remote: Checkpoint | None) -> Checkpoint | None:
     """Open the copy of a file in the cache, if there is one that is known to be of the version at ``address``.
 
-    The copy of a published file must have been downloaded from there: another one could not be vouched for, although
-    its names, sizes and CRC-32s are the same.
+    The copy of a published file must have been downloaded from its URL: equal names, sizes and CRC-32s would not prove
+    that it is the authors' own.
 
     Args:
         file: The open file at ``address``.

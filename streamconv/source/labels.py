@@ -53,7 +53,7 @@ def read_labels(path: Path) -> list[str]:
 
 
 def labels_in(config: Mapping[str, Any]) -> list[str]:
-    """Return the labels in a config.json, in class order; an empty list if it has none, or other values than text."""
+    """Return the labels in a config.json, in class order; an empty list if it has none, or some are not strings."""
     try:
         ids = config["id2label"]
         labels = [ids[str(i)] for i in range(len(ids))]

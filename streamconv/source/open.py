@@ -97,7 +97,11 @@ class OpenSource:
         return _has_checksums(self.tensors)
 
     def require_in_place(self) -> None:
-        """Raise `ChangedError` if the path of a local file does not name the file that was opened any more."""
+        """Check that the paths of local files still lead to the files that were opened.
+
+        Raises:
+            ChangedError: one does not.
+        """
         for file in (file for checkpoint in self.checkpoints.values() for file in checkpoint.files):
             if isinstance(file, LocalFile):
                 with closing(LocalFile(file.path)) as now:
@@ -125,13 +129,13 @@ class OpenSource:
     def _version(self, role: str, checkpoint: Checkpoint) -> Mapping[str, tuple[str | int | None, ...]]:
         if _has_checksums(checkpoint):
             return {}
-        # A copy that was downloaded again keeps its time only if it has the same bytes: see `download`.
+        # Downloading the same bytes again keeps a copy's mtime (see `download`), but changes its ctime.
         ignored = CHANGE_TIME if role in self.source.origins else None
         return {key: value for key, value in checkpoint.version.items() if key != ignored}
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is assumed about the files."""
+        """Assumptions about the files, for the notes of the plan."""
         found = (each.found for each in self._authorship().values())
         return (
             *self.source.notes,

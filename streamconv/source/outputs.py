@@ -1,8 +1,8 @@
-"""Remembers what this machine saw of outputs: the sources that they were made from or compared with, and the verdicts.
+"""Records which outputs this machine made or verified, from which sources and with which verdicts.
 
-A folder may come from somebody else, with any claim in its manifest. What a model card says about its authors and its
-verification must have been seen here. So each claim that was, leaves a small file in the cache, which is named after
-the claim's sha256:
+A folder may come from elsewhere, with any claim in its manifest. A model card may repeat claims about authors and
+verification only if this machine can confirm them. So each confirmed claim is a small file in the cache, named after
+the sha256 of the claim:
 
     hub/checkpoints/streamconv/outputs/5a1f0c9e2b7d4836….json
 """
@@ -26,16 +26,16 @@ _log = logger(__name__)
 def remember_output(
     source: Mapping[str, SourceFile], files: Mapping[str, WrittenFile], *, is_remote: bool = False
 ) -> None:
-    """Record that these very files were made from ``source``, or compared with it.
+    """Record that exactly these files were made from ``source``, or match it.
 
-    Later commands ask this about authors' own files, and about sources that were read over a network (``is_remote``).
+    Nothing is recorded for a source that is neither its authors' own nor ``is_remote``: no later command needs it.
     """
     if is_remote or all(file.published for file in source.values()):
         _remember(_origin(source, files))
 
 
 def is_remembered(source: Mapping[str, SourceFile], files: Mapping[str, WrittenFile]) -> bool:
-    """Return whether `remember_output` recorded this."""
+    """Return whether `remember_output` recorded these files with this source."""
     return _path(_origin(source, files)).is_file()
 
 
@@ -55,12 +55,12 @@ def remember_verdict(verdict: Mapping[str, Any]) -> None:
 
 
 def is_verdict_remembered(verdict: Mapping[str, Any]) -> bool:
-    """Return whether `remember_verdict` recorded this very verdict."""
+    """Return whether `remember_verdict` recorded exactly this verdict."""
     return _path({"verdict": verdict}).is_file()
 
 
 def without_foreign_claims(manifest: Manifest) -> Manifest:
-    """Return the manifest without its claims that a file is its authors' own, unless this machine remembers it."""
+    """Return the manifest without claims that a file is its authors' own, unless this machine has confirmed them."""
     is_claimed = any(file.published for file in manifest.source.values())
     if not is_claimed or is_remembered(manifest.source, manifest.current_files):
         return manifest
@@ -68,9 +68,9 @@ def without_foreign_claims(manifest: Manifest) -> Manifest:
 
 
 def with_claims_of_all(manifest: Manifest, earlier: Iterable[Provenance | None]) -> Manifest:
-    """Return the manifest of an output that keeps bytes of ``earlier`` conversions, with the claims that all share.
+    """Return the manifest of an output that keeps bytes of ``earlier`` conversions, with the claims that all make.
 
-    The earlier source may have been another file, made to have the same CRC-32s.
+    An earlier source may have been another file that was made to have the same CRC-32s.
     """
     published = {
         role: all(each.source[role].published for each in earlier if each is not None and role in each.source)
@@ -96,7 +96,7 @@ def _remember(claim: Mapping[str, Any]) -> None:
             make_folder(path.parent)
         write_file(path, _as_json(claim))
     except OutputError as error:
-        _log.info("%s Later commands will not know what was seen of this output.", error)
+        _log.info("%s Later commands will treat this output as one from another machine.", error)
 
 
 def _path(claim: Mapping[str, Any]) -> Path:

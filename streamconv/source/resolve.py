@@ -1,7 +1,7 @@
 """Resolves what the user typed (a model's name, or the path or URL of a checkpoint) to locations.
 
-A model's files are those that were downloaded from their published URLs, those in torch.hub's cache or, without
-either, those at the published URLs.
+A model's file is the one that streamconv downloaded from its published URL, or else the one in torch.hub's cache, or
+else the one at the URL.
 """
 
 import os
@@ -37,7 +37,7 @@ class Source:
 
     ``origins`` are the URLs that local files were downloaded from, by role. ``select`` is the prefix of the
     backbone's names, ``head_select`` that of the head's, and ``num_heads`` the number of attention heads, if the user
-    gave them. ``is_synthetic``: the weights are random and were generated for this run. ``notes`` say what is assumed
+    gave them. ``is_synthetic``: the weights are random and were generated for this run. ``notes`` are assumptions
     about the files. ``digests`` are the sha256 of local files by role, if they were computed: see `compute_digests`.
     """
 
@@ -164,7 +164,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _cached_or_remote(file: RemoteFile) -> Location:
-    """Return a copy that was downloaded from the file's URL or, without one, torch.hub's file, or else the URL."""
+    """Return the copy that was downloaded from the URL, or else the file in torch.hub's cache, or else the URL."""
     address, path = Address(file.url), torch_hub_cache() / file.filename
     for copy in (path, own_path(address)):
         record = Download.read(copy)

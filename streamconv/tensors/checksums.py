@@ -16,7 +16,7 @@ from streamconv.tensors.expressions import Record, SourceTensor
 _POLYNOMIAL = 0xEDB88320  # the polynomial of IEEE 802.3 with its bits reversed: the highest bit is x^0
 _ONE, _X = 1 << 31, 1 << 30
 _READ_BYTES = 128 << 10  # small, since a conversion's other buffers are in use at the same time
-_MAX_OVERLAPS = 200  # earlier pieces that a strided one covers, before its record is read again instead
+_MAX_OVERLAPS = 200  # earlier pieces that one may overlap; beyond that, its record is read again
 
 
 def combine(first: int, second: int, second_length: int) -> int:
@@ -130,8 +130,8 @@ class RecordChecks:
 class _Pieces:
     """The pieces of a record that were read: offset, length and CRC-32 of each, in order and without overlaps.
 
-    ``size`` is their total length in bytes. Once pieces overlap that should not, or too many to go through each time,
-    none are kept.
+    ``size`` is their total length in bytes. If contiguous pieces overlap, or a piece overlaps too many, all pieces are
+    dropped, and the record is read again to be checked.
     """
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class _Pieces:
         self._is_kept = True
 
     def add(self, start: int, stored: memoryview, *, may_overlap: bool) -> None:
-        """Add the bytes from the offset ``start`` on that no earlier piece has."""
+        """Add those of the ``stored`` bytes, which begin at the offset ``start``, that no earlier piece covers."""
         if not self._is_kept:
             return
         gaps = self._gaps(start, start + len(stored))

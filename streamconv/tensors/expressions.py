@@ -17,8 +17,8 @@ from streamconv.files.inline import inline_ref
 from streamconv.files.reader import Reader
 from streamconv.tensors.info import DtypeCode, TensorInfo, contiguous_strides
 
-# The bytes that a row of a strided tensor may span. It is read with the gaps between its elements. A piece may span a
-# sixteenth more: otherwise, each row of the largest transposed matrices would be a piece, for which all of it is read.
+# The bytes that a row of a strided tensor may span; it is read with the gaps between its elements. A piece may span a
+# sixteenth more. Otherwise, each row of the largest transposed matrices would be a piece that reads the whole matrix.
 MAX_SPAN_BYTES = 16 << 20
 
 

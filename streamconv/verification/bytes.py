@@ -106,8 +106,8 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
     Each source record that has a CRC-32 is checked on the way, and so are the digests in the folder's own manifest.
 
     Raises:
-        SourceError: the source cannot be read, or does not match its own CRC-32s: that says nothing about the output.
-        OutputError: a file of the output cannot be read. One that is missing, or not in its format, is a problem.
+        SourceError: the source cannot be read, or does not match its own CRC-32s. That proves nothing about the output.
+        OutputError: a file of the output cannot be read. A file that is missing or malformed is one of the problems.
     """
     wanted = planned_tensors(plan)
     checks, compared, wrong = RecordChecks(reader), 0, 0
@@ -142,7 +142,7 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
 
 
 def check_files(folder: Path, written: Mapping[str, WrittenFile], progress: Progress) -> list[str]:
-    """List the ``written`` files whose size or sha256 is another now.
+    """List the ``written`` files whose size or sha256 has changed.
 
     Raises:
         OutputError: a file cannot be read.

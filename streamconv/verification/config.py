@@ -38,7 +38,7 @@ def check_config(folder: Path, plan: Plan, edited: Container[str] = ()) -> Check
 
 
 def small_files(folder: Path, names: Iterable[str]) -> dict[str, WrittenFile]:
-    """Return the sizes and sha256 of those of the files that are small, and that the folder has."""
+    """Return the sizes and sha256 of the small files among ``names`` that the folder has."""
     found = {}
     for name in names:
         if is_weights(name):
@@ -59,7 +59,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _missing_files(folder: Path, plan: Plan) -> list[str]:
-    """List the small files that the folder's manifest names and that are neither there nor among the planned ones."""
+    """List the small files that the folder's manifest names, but that are neither in the folder nor in the plan."""
     with suppress(OutputError):  # the bytes check reports an unreadable manifest
         manifest = Manifest.read(folder)
         names = [] if manifest is None else [name for name in manifest.files if not is_weights(name)]

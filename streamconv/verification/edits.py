@@ -62,7 +62,7 @@ class Edits:
 
 
 def find_edits(folder: Path, plan: Plan, manifest: Manifest | None) -> Edits:
-    """Return the plan with the user's edits of the folder, so far as they are the user's decision.
+    """Return what the user edited in a folder, and the plan with those edits that are the user's decision.
 
     Raises:
         OutputError: a file cannot be read.

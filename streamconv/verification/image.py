@@ -16,8 +16,8 @@ from streamconv.verification.preflight import URL_SCHEMES, check_image
 
 WIDTH, HEIGHT = 640, 480
 MAX_DOWNLOAD_BYTES = 64 << 20
-MAX_PIXELS = 50_000_000  # a small file can claim to be large; each takes 14 bytes until the image is scaled
-# Not all that Pillow knows: it gives PostScript to Ghostscript, which runs it as a program.
+MAX_PIXELS = 50_000_000  # a small file can decode to many pixels; each takes 14 bytes until the image is scaled
+# Not every format that Pillow reads: it passes PostScript to Ghostscript, which runs it as a program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_ASPECT = 50  # longer side / shorter side; the image processor scales the shorter one to 256 pixels
 
@@ -25,7 +25,7 @@ MAX_ASPECT = 50  # longer side / shorter side; the image processor scales the sh
 def open_image(path: str | PathLike[str] | None) -> Image.Image:
     """Open the user's image, a file or an http(s) URL, as RGB; for None, draw one.
 
-    Of an animation, it is the first picture; what is transparent has the colour that the file gives it.
+    An animation gives its first frame. Transparent pixels keep the colour that the file stores for them.
 
     Raises:
         UsageError: the image cannot be read.
@@ -45,14 +45,14 @@ def open_image(path: str | PathLike[str] | None) -> Image.Image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"it is too narrow, {image.width} x {image.height} pixels; crop it")
             if "transparency" in image.info:
-                image = image.convert("RGBA")  # of a palette with it, Pillow warns otherwise
+                image = image.convert("RGBA")  # otherwise Pillow warns about a palette with transparency
             return image.convert("RGB")
     except UnidentifiedImageError:
         formats = ", ".join(FORMATS)
         raise UsageError(
             f"{where} is not an image that can be read. Save it in one of these formats: {formats}."
         ) from None
-    # Ours, or Pillow's for a much larger one; where warnings are errors, also Pillow's for one in between.
+    # Raised above, or by Pillow for a much larger image; the warning, if it is an error, for one in between.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         problem = f"it has more than {MAX_PIXELS:,} pixels; scale it down"
         raise UsageError(f"The image {where} cannot be read: {problem}.") from None

@@ -25,7 +25,7 @@ def check_load(folder: Path, plan: Plan) -> tuple[Check, Any]:
     """
     try:
         model, info = _load_model(folder, plan)
-    except Exception as error:  # whatever else transformers raises is the result of the check
+    except Exception as error:  # anything else that transformers raises is the result of the check
         refuse_machine_failure(error)
         return Check("load", False, PROVES, (f"{type(error).__name__}: {error}",)), None
     problems = [f"{kind}: {name}" for kind in PROBLEM_LISTS for name in sorted(map(str, info.get(kind, ())))]

@@ -38,7 +38,7 @@ from streamconv.verification.sparse_folder import source_tensors_of
 from streamconv.verification.weights import MappedWeights, StreamedWeights, torch_dtype
 
 PREDICTION_COUNT = 5
-MAX_PATCHES = 80  # on a side of an image: 1,120 pixels in patches of 14; attention takes their fourth power
+MAX_PATCHES = 80  # along one side of an image, 1,120 pixels in patches of 14; memory grows with the fourth power
 
 
 class ModelVerifier:
@@ -115,7 +115,7 @@ class ModelVerifier:
         self, folder: Path, source: OpenSource, progress: Progress, with_parity: bool, is_sparse: bool, thorough: bool
     ) -> ModelResults:
         if too_large := _too_large_files(folder):
-            why = "transformers was not run: it would read all of a very large file"
+            why = "transformers was not run, because it would read the whole of a very large file"
             load = Check("load", False, "transformers loads every tensor", too_large)
             return ModelResults((load, Check("parity", None, why), Check("preprocessing", None, why)))
         start = time.monotonic()
@@ -175,7 +175,8 @@ class ModelVerifier:
         check, verdict = check_parity(pair, "parity", parity_pixels, default_dtype)
         checks = [self._described(check, is_sparse, why_streamed).since(start)]
         if thorough and check.passed and native_size > self._max_size:
-            checks.append(Check("native", None, f"images of {native_size:,} pixels would take all memory"))
+            why = f"images of {native_size:,} pixels a side would take too much memory"
+            checks.append(Check("native", None, why))
         elif thorough and check.passed and parity_pixels.shape[-1] != native_size:
             start = time.monotonic()
             pixels = to_pixels(resize(self.image, native_size), self.plan.pixel_steps, self.plan.channels)
@@ -230,6 +231,6 @@ def top_predictions(logits: Tensor, config: Any) -> tuple[tuple[str, float], ...
 
 
 def _too_large_files(folder: Path) -> tuple[str, ...]:
-    """Return a problem for each JSON file in a folder that is larger than any that streamconv writes."""
+    """List the JSON files in a folder that are larger than any that streamconv writes."""
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.json")) if path.is_file()}
     return tuple(f"{name} has {size:,} bytes" for name, size in sizes.items() if size > MAX_JSON_BYTES)

@@ -33,7 +33,7 @@ class FileMappings:
 
     def __init__(self) -> None:
         text = ""
-        with suppress(OSError):  # not every system and container has it
+        with suppress(OSError):  # some systems and containers do not have it
             text = Path("/proc/self/maps").read_text(errors="replace") if _libc is not None else ""
         # proc_pid_maps(5): start-end, permissions, offset, device, inode (0 for anonymous memory), path.
         mappings = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) r\S+ ([0-9a-f]+) \S+ [1-9]\d* *(.*)$", text, re.MULTILINE)

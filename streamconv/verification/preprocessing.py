@@ -116,7 +116,7 @@ def _check_loading(folder: Path, plan: Plan, image: Image.Image, why: str) -> Ch
     not_checked = f"the image processor's pixels were not compared: {why}"
     proves = _WHOSE.get(plan.image_processor_from, "the image processor is as planned")
     if _has_number_above(MAX_SIDE, plan.image_processor):
-        reason = f"{proves}, but was not run: with a number above {MAX_SIDE:,}, its images may take all memory"
+        reason = f"{proves}, but was not run: it has a number above {MAX_SIDE:,}, and its images may be too large"
         return Check("preprocessing", None, reason, not_checked=not_checked)
     try:
         load: Any = AutoImageProcessor.from_pretrained

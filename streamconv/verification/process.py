@@ -28,9 +28,9 @@ WORKER = "streamconv.verification.worker"
 # By default, threads that wait for others keep a CPU busy. If other programs need the CPUs, the models then take 5 to
 # 10 times as long.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-# transformers reads docstrings, and does not load a model without them: not under `python -OO`, or PYTHONOPTIMIZE=2.
+# transformers needs docstrings to load a model, which `python -OO` and PYTHONOPTIMIZE=2 remove.
 WITH_DOCSTRINGS = {"PYTHONOPTIMIZE": ""}
-NO_DOCSTRINGS = 2  # of sys.flags.optimize
+NO_DOCSTRINGS = 2  # the value of sys.flags.optimize
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class _ModelsInChild:
 
 
 def _isolation() -> list[str]:
-    """Return the options by which this Python ignores what its environment names, which the child then ignores, too."""
+    """Return the options with which this Python ignores its environment, so that the child ignores it, too."""
     flags = (("-I", sys.flags.isolated), ("-E", sys.flags.ignore_environment), ("-s", sys.flags.no_user_site))
     return [option for option, is_given in flags if is_given]
 

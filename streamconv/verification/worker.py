@@ -24,7 +24,7 @@ from streamconv.progress import ProgressUnit
 from streamconv.verification.machine import OUT_OF_MEMORY
 from streamconv.verification.process import ModelsHere
 
-MAX_PRINTED = 10_000  # characters of what a library prints at once
+MAX_PRINTED = 10_000  # characters that are kept of what a library prints at once
 MAX_IMPORT_SECONDS = 180  # of CPU time; 5 to 20 are usual. Under a limit of memory, OpenBLAS may ask for it forever.
 
 
@@ -83,7 +83,7 @@ class _SentLog(logging.Handler):
 
 
 class _LoggedOutput(io.TextIOBase):
-    """Logs, line by line, what torch and transformers print: they quote the config.json and the names of tensors."""
+    """Logs, line by line, what torch and transformers print, because it quotes config.json and the names of tensors."""
 
     def __init__(self) -> None:
         self._log = logger(f"{__name__}.libraries")
@@ -108,7 +108,7 @@ def main() -> NoReturn:
     sys.stdout = sys.stderr = _LoggedOutput()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the caller shows the progress
     warnings.filterwarnings("ignore", "xFormers is")  # from the code of DINOv2's authors
-    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with the user's image is an error of ours
+    warnings.filterwarnings("ignore", module="PIL")  # problems with the user's image are reported as errors
     try:
         _import_models()
         options, level = parent.receive()

@@ -409,7 +409,9 @@ def test_hub_that_drips_its_answer_to_an_upload_is_given_up_in_the_command_lines
     transport.configure_process()
     hub.fail(what, drips=start)
     started = time.monotonic()
-    with pytest.raises(HubError, match=r"cannot be uploaded to ada/it: the Hub did not answer in full in 0 s"):
+    with pytest.raises(
+        HubError, match=r"cannot be uploaded to ada/it: the Hub did not send a complete response within 0 s"
+    ):
         pushed(folder)
     assert time.monotonic() - started < 5
     monkeypatch.setattr(transport, "ANSWER_SECONDS", 300)
@@ -443,7 +445,7 @@ def process_settings() -> list[object]:
 def test_hub_that_does_not_answer_in_full_is_an_error(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.fail("GET /api/whoami")
     monkeypatch.setattr(transport, "ANSWER_SECONDS", 0.2)
-    with pytest.raises(HubError, match="The token cannot be used: the Hub did not answer in full in 0 s"):
+    with pytest.raises(HubError, match="The token cannot be used: the Hub did not send a complete response within 0 s"):
         Repository(Destination("ada/it"), None)
     assert client.HubClient().call("x", Event().wait, 0.4, is_upload=True) is False  # which may take longer
 

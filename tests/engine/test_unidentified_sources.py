@@ -116,7 +116,7 @@ def test_dry_run_says_that_only_bytes_can_tell(source: str, tmp_path: Path) -> N
     shown = run("convert", source, "-o", out, "--stream", "--dry-run", "--json", cwd=tmp_path)
     preview = json.loads(shown.stdout)
     assert preview["write"] == []
-    assert "finished, if the source has not changed; its server names no version" in preview["notes"][-1]
+    assert "finished if the source has not changed: its server reports no version" in preview["notes"][-1]
 
 
 @pytest.mark.parametrize("source", ["http"], indirect=True)

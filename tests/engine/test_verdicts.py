@@ -20,7 +20,7 @@ from streamconv import ChangedError, OutputError, PushOptions, UsageError, Verif
 from streamconv.hub.destination import Destination
 from streamconv.jobs.options import SourceOptions
 from streamconv.jobs.prepare import prepared_source
-from streamconv.jobs.recorded import naming_what_is_recorded, recorded_options
+from streamconv.jobs.recorded import recorded_options, with_recorded_as_unproved
 from streamconv.jobs.verify import verify_prepared
 from streamconv.output.journal import JOURNAL_NAME
 from streamconv.output.manifest import Manifest
@@ -147,7 +147,7 @@ def test_file_that_cannot_be_read_is_an_error_and_no_difference(
     verified(folder, source)
     make(folder / name)
     for command in (lambda: api.verify(folder), lambda: verified(folder, source), lambda: api.convert(source, folder)):
-        with pytest.raises(OutputError, match=rf"{name} .*, so nothing is known about its contents\. Make it a file"):
+        with pytest.raises(OutputError, match=rf"{name} .*, so its contents are not known\. Make it a file"):
             command()
     with pytest.raises(OutputError, match=rf"{name} (cannot be opened: Too many|is not a regular|is a link)"):
         streamconv.publish(folder)
@@ -168,7 +168,7 @@ def test_failing_disk_of_the_output_is_an_error_and_no_difference(
 
     monkeypatch.setattr(os, "preadv", failing)
     for command in (lambda: api.verify(folder), lambda: verified(folder, source)):
-        with pytest.raises(OutputError, match=rf"{name} cannot be read at byte 0: Input/output error, so nothing"):
+        with pytest.raises(OutputError, match=rf"{name} cannot be read at byte 0: Input/output error, so its contents"):
             command()
 
 
@@ -363,7 +363,7 @@ def test_decisions_that_are_taken_from_the_manifest_are_named(tmp_path: Path, fo
     def unproved(folder: Path, source: Path, given: SourceOptions) -> list[str]:
         options = recorded_options(folder, given)
         with prepared_source(source, options, ignore_progress, output=folder, labels_of=folder) as prepared:
-            found = naming_what_is_recorded(prepared, folder, given).plan.unproved
+            found = with_recorded_as_unproved(prepared, folder, given).plan.unproved
             return [each for each in found if each not in prepared.plan.unproved]
 
     assert unproved(theirs, tmp_path / "c.safetensors", SourceOptions(**files)) == [

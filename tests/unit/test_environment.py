@@ -72,8 +72,8 @@ with without_invalid_endpoint():
 print(os.environ["HF_ENDPOINT"])
 """
     error, endpoint = run_python(code).splitlines()
-    assert error.startswith("A setting of huggingface_hub in the environment is not valid: invalid literal for int()")
-    assert "'soon'. Correct or unset the variable whose name begins with HF_." in error
+    assert error.startswith("An environment variable of huggingface_hub is not valid: invalid literal for int()")
+    assert "'soon'. Correct or unset the variable, whose name begins with HF_." in error
     assert endpoint == "http://h:bad"
 
 
@@ -101,7 +101,7 @@ def test_hub_address_is_the_usual_one_if_it_is_empty_and_hides_a_password(monkey
 @pytest.mark.parametrize("token", ["tökén", "hf_€", "a\x1bb", "a b", "\udcff"])
 def test_token_that_no_header_can_hold_is_refused_unseen(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(UsageError, match="holds characters that no token has") as caught:
+    with pytest.raises(UsageError, match="contains characters that no token has") as caught:
         hub_token()
     assert token not in str(caught.value)
 

@@ -108,7 +108,7 @@ for each in (
 
 
 def main() -> None:
-    """Run the command line in this process, which is its own."""
+    """Run the command line in this process, and change its environment, warnings and logging."""
     # Libraries' progress bars would garble ours, and the checks report what transformers warns of. As a library,
     # streamconv leaves such settings to its caller.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
