@@ -4,15 +4,14 @@ The card is generated from the folder's manifest alone, so it cannot claim more 
 huggingface_hub, which writes the card's front matter, is imported only when a card is made.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from streamconv.display import visible
-from streamconv.errors import OutputError
 from streamconv.families.base import Family
 from streamconv.families.registry import all_families
+from streamconv.hub.markdown import as_code, as_text
 from streamconv.hub.names import published_model
+from streamconv.hub.verification_section import verification_section
 from streamconv.output.manifest import MANIFEST_NAME, Manifest
 from streamconv.planning.plan import IMAGE_PROCESSOR_NAME
 
@@ -20,19 +19,6 @@ CARD_NAME = "README.md"
 # The first words of the comment in a generated card; the rest of the comment is for the reader.
 MARKER = "<!-- streamconv:generated-card"
 RANDOM_TAG = "random-weights"
-MAX_LENGTH = 500  # characters of one text from elsewhere
-_MARKUP = re.compile(
-    r"[\\`*{}\[\]<>|#~$&@]"  # Markdown's and GitHub's punctuation, and TeX's
-    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # but not within a word, where it is no markup
-    r"|:(?=//)|(?<=www)\."  # of an address, which would become a link
-    r"|^[-+=]|(?<=^\d)[.)](?= |$)",  # what begins a list or underlines a heading
-    re.IGNORECASE,
-)
-NOT_REPEATED = (
-    f"**As recorded in {MANIFEST_NAME} by whoever made this folder.** Whoever published it did not repeat the "
-    "verification."
-)
-VERDICTS = {True: "passed", False: "**FAILED**", None: "not run"}
 
 # The Hub's name of a task: transformers' class for it, and the last line of the example.
 USAGE = {
@@ -84,8 +70,7 @@ def make_card(
         "## Provenance",
         "\n".join(_provenance(manifest, was_verified_here)),
         "## Verification",
-        *([NOT_REPEATED] if manifest.verification and not was_verified_here else []),
-        "\n".join(_recorded_verification(manifest)),
+        *verification_section(manifest, was_verified_here=was_verified_here),
     ]
     return str(ModelCard(f"{metadata}\n" + "\n\n".join(sections) + "\n"))
 
@@ -147,16 +132,16 @@ def _tags(manifest: Manifest, family: Family | None) -> Iterator[str]:
 
 def _origin(manifest: Manifest, license: str | None) -> str:
     version = manifest.versions.get("streamconv")
-    names = " and ".join(_code(file.file) for file in manifest.source.values())
+    names = " and ".join(as_code(file.file) for file in manifest.source.values())
     published = published_model(manifest)
     shape = manifest.shaped_like or manifest.model
-    model = f", a model shaped like {_cell(shape)}" if shape else ""  # whose format the manifest does not record
+    model = f", a model shaped like {as_text(shape)}" if shape else ""  # whose format the manifest does not record
     if published:
         model = f", {published[1].name}, as its authors published it"
         if not all(file.address for file in manifest.source.values()):
             model = f", {published[1].name}, whose published name holds the first digits of its sha256"
     licence = "" if published or license else " streamconv does not know its licence: please add it before publishing."
-    return f"Converted to the Hugging Face format by streamconv {_cell(version)} from {names}{model}.{licence}"
+    return f"Converted to the Hugging Face format by streamconv {as_text(version)} from {names}{model}.{licence}"
 
 
 def _usage(repo_id: str, task: str, manifest: Manifest) -> str:
@@ -190,88 +175,29 @@ def _provenance(manifest: Manifest, was_verified_here: bool) -> Iterator[str]:
     yield "| source file | bytes | fingerprint |"
     yield "|---|---|---|"
     for file in manifest.source.values():
-        address = f", {_code(file.address)}" if file.address else ""
-        digest = f", sha256 {_code(file.sha256)}" if file.sha256 else ""
-        yield f"| {_code(file.file)}{address}{digest} | {file.size:,} | {_code(file.fingerprint)} |"
+        address = f", {as_code(file.address)}" if file.address else ""
+        digest = f", sha256 {as_code(file.sha256)}" if file.sha256 else ""
+        yield f"| {as_code(file.file)}{address}{digest} | {file.size:,} | {as_code(file.fingerprint)} |"
     yield ""
     yield "| file | bytes | sha256 |"
     yield "|---|---|---|"
     for name, written in manifest.current_files.items():
-        yield f"| {_code(name)} | {written.size:,} | {_code(written.sha256)} |"
+        yield f"| {as_code(name)} | {written.size:,} | {as_code(written.sha256)} |"
     yield ""
-    yield from (f"{_cell(note)}.\n" for note in manifest.notes)
-    yield from (f"Skipped: {_code(each)}.\n" for each in manifest.skipped)
-    yield from (f"Edited after the conversion: {_code(name)}.\n" for name in sorted(manifest.edited))
+    yield from (f"{as_text(note)}.\n" for note in manifest.notes)
+    yield from (f"Skipped: {as_code(each)}.\n" for each in manifest.skipped)
+    yield from (f"Edited after the conversion: {as_code(name)}.\n" for name in sorted(manifest.edited))
     if manifest.cast is not None:
-        yield f"The weights were cast from {_code(manifest.cast.get('from'))} to {_code(manifest.cast.get('to'))}."
+        yield f"The weights were cast from {as_code(manifest.cast.get('from'))} to {as_code(manifest.cast.get('to'))}."
         overflow_count = sum(written.overflow_count for written in manifest.files.values())
         if overflow_count:
             yield f"{overflow_count:,} finite values were outside its range and are now infinite."
     yield "A fingerprint is the sha256 of a source's index: names, sizes and, if the file has them, CRC-32s."
     if manifest.is_crc_checked:
-        claim = "very byte that was read matched its CRC-32."
-        yield f"E{claim}" if was_verified_here else f"As {MANIFEST_NAME} records, e{claim}"
+        source = "" if was_verified_here else f", according to {MANIFEST_NAME}"
+        yield f"Every byte that was read matched its CRC-32{source}."
     else:
         yield (
             "The source has no CRC-32s, so its bytes could not be checked for damage, and the fingerprint does not "
             "cover its weights."
         )
-
-
-def _recorded_verification(manifest: Manifest) -> list[str]:
-    """Return the lines about the recorded verdict, which is JSON that another version or another person wrote."""
-    try:
-        return [*_verification(manifest.verification or {})]
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise OutputError(
-            f"{MANIFEST_NAME} is damaged: its field verification is not the record of a verification ({error}). "
-            "Verify the folder against its source, which records it again."
-        ) from error
-
-
-def _verification(verification: Mapping[str, Any]) -> Iterator[str]:
-    if not verification:
-        yield "No check was run."
-        return
-    yield "| check | result | finding |"
-    yield "|---|---|---|"
-    for check in verification.get("checks") or ():
-        result = VERDICTS[check["passed"] if isinstance(check.get("passed"), bool) else None]
-        not_checked = check.get("not_checked")
-        found = check.get("finding") or check.get("proves")
-        text = f"{found}. But {not_checked}." if not_checked else found
-        yield f"| {_cell(check.get('name'))} | {result} | {_cell(text)} |"
-    for check in verification.get("checks") or ():
-        numbers = check.get("numbers") or {}
-        if "largest" in numbers:
-            pixels = f" at {_cell(numbers['size'])}x{_cell(numbers['size'])}" if "size" in numbers else ""
-            arithmetic = ", in a second pass in float64" if "float32" in numbers else ""
-            largest, allowed = (float(numbers.get(key, "nan")) for key in ("largest", "tolerance"))
-            yield f"\nLargest difference in any layer{pixels}{arithmetic}: {largest:.3g} (allowed: {allowed:g})."
-        if check.get("passed") and (published := numbers.get("as_published")):
-            found = ", ".join(f"{float(difference):.3g} ({_cell(name)})" for name, difference in published.items())
-            yield (
-                "\nBy design, not an error: transformers resizes position embeddings slightly differently from the "
-                f"authors' code, which changes outputs by up to {found}."
-            )
-    if cast_cost := (verification.get("conclusion") or {}).get("cast_cost"):
-        yield f"\n{_cell(cast_cost)}"
-    for problem in (problem for check in verification.get("checks") or () for problem in check.get("problems") or ()):
-        yield f"\n- {_cell(problem)}"
-    if verification.get("device"):
-        versions = ", ".join(f"{name} {version}" for name, version in (verification.get("versions") or {}).items())
-        date = str(verification.get("date") or "").replace("T", " ").replace("+00:00", " UTC")
-        yield f"\nRun on {_cell(verification['device'])} with {_cell(versions)}{f', {_cell(date)}' if date else ''}."
-    if reference := verification.get("reference"):
-        code = "streamconv's own" if reference == "builtin" else _cell(reference)
-        yield f"Original model's code: {code}."
-
-
-def _code(text: object) -> str:
-    """``text`` as code in a table cell, safe for any file name."""
-    return f"`{re.sub(r'[`| ]+', ' ', visible(str(text), MAX_LENGTH)).strip() or ' '}`"
-
-
-def _cell(text: object) -> str:
-    """``text`` as plain text in a paragraph or a table cell: on one line, with markup escaped."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(visible(str(text), MAX_LENGTH).split()))

@@ -15,8 +15,8 @@ _log = logger(__name__)
 MAX_WORD_LENGTH = 300
 
 
-def vouched_for(manifest: Manifest, folder: Path) -> Manifest:
-    """Return what `seen_here` does, and warn about claims that this machine has not seen to be true."""
+def confirm_claims(manifest: Manifest, folder: Path) -> Manifest:
+    """Return what `without_unconfirmed_claims` does, and log a warning about the claims that it removes."""
     if published_model(manifest) is not None and published_model(without_foreign_claims(manifest)) is None:
         _log.warning(
             "%s names the authors' file of %s as its source, but was not made or verified on this machine: it is "
@@ -29,13 +29,13 @@ def vouched_for(manifest: Manifest, folder: Path) -> Manifest:
             "so. To verify them first: `%s`",
             folder / MANIFEST_NAME, verify_command(folder, manifest),
         )  # fmt: skip
-    return seen_here(manifest)
+    return without_unconfirmed_claims(manifest)
 
 
-def seen_here(manifest: Manifest) -> Manifest:
-    """Return the manifest without claims about authors that this machine has not seen to be true.
+def without_unconfirmed_claims(manifest: Manifest) -> Manifest:
+    """Return the manifest without claims about authors that this machine cannot confirm.
 
-    Nor does it have a verdict that other files passed, which may be pushed as unverified.
+    It also lacks a recorded verdict that other files passed: the folder can then be pushed only as unverified.
     """
     verdict = manifest.verification
     if verdict is not None and verdict.get("passed") is not False and not has_passed(manifest):

@@ -16,7 +16,7 @@ from streamconv.hub.card_check import check_card
 from streamconv.hub.checks import LargeFile, hashed
 from streamconv.hub.destination import PushTarget
 from streamconv.hub.repository import Repository
-from streamconv.jobs.claims import seen_here, verify_command, vouched_for, was_verified_here
+from streamconv.jobs.claims import confirm_claims, verify_command, was_verified_here, without_unconfirmed_claims
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
 from streamconv.logs import logger
@@ -93,7 +93,7 @@ def publish(
     """
     path = local_path(folder, "folder")
     manifest = _read_verified(path, push)
-    repository = open_repository(push, path, vouched_for(manifest, path))
+    repository = open_repository(push, path, confirm_claims(manifest, path))
     on_push(repository.target)
     return publish_folder(path, repository, progress, push)
 
@@ -106,11 +106,11 @@ def preview_push(folder: StrPath, push: PushOptions, progress: Progress = ignore
     """
     path = local_path(folder, "folder")
     manifest = _read_verified(path, push)
-    vouched = vouched_for(manifest, path)
-    repository = open_repository(push, path, vouched)
+    confirmed = confirm_claims(manifest, path)
+    repository = open_repository(push, path, confirmed)
     repository.refuse_others(manifest.files)
     small, large = _read_files(path, manifest, progress)
-    small |= card_files(path, repository, vouched, push, was_verified_here=was_verified_here(manifest))
+    small |= card_files(path, repository, confirmed, push, was_verified_here=was_verified_here(manifest))
     sizes = {name: file.operation.upload_info.size for name, file in large.items()}
     sizes |= {name: len(data) for name, data in small.items()}
     return PushPreview(
@@ -135,8 +135,8 @@ def publish_folder(
     manifest = _read_verified(folder, push)
     repository.refuse_others(manifest.files)
     small, large = _read_files(folder, manifest, progress)
-    seen = seen_here(manifest)
-    small |= card_files(folder, repository, seen, push, was_verified_here=was_verified_here(manifest))
+    confirmed = without_unconfirmed_claims(manifest)
+    small |= card_files(folder, repository, confirmed, push, was_verified_here=was_verified_here(manifest))
     repository.create()
     for name, file in large.items():
         repository.send(file, progress)

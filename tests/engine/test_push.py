@@ -122,7 +122,7 @@ def test_folder_that_is_not_verified_is_refused_with_the_command_to_run(
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json", "streamconv.json"])
-def test_file_that_a_link_refers_to_is_not_published(hub: HubServer, tmp_path: Path, folder: Path, name: str) -> None:
+def test_target_of_a_link_is_not_published(hub: HubServer, tmp_path: Path, folder: Path, name: str) -> None:
     """Somebody else's folder may have a README.md that is a link to a token."""
     (tmp_path / "secret").write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"hf_secret")
     (folder / name).unlink(missing_ok=True)
@@ -262,7 +262,7 @@ def test_folder_from_someone_else_is_not_pushed_as_its_authors(
     assert card(hub, "ada/dinov2-small")["base_model"] == "facebook/dinov2-small"
 
 
-def test_verdict_of_somebody_else_is_not_vouched_for(hub: HubServer, tmp_path: Path, folder: Path) -> None:
+def test_verdict_from_another_machine_is_named_as_such(hub: HubServer, tmp_path: Path, folder: Path) -> None:
     """Anybody can write into a manifest that verification passed, also a user who converts on another machine."""
     manifest = json.loads((folder / "streamconv.json").read_text())
     check = {"name": "parity", "passed": True, "proves": "the same outputs", "problems": [], "numbers": {}}
@@ -278,7 +278,7 @@ def test_verdict_of_somebody_else_is_not_vouched_for(hub: HubServer, tmp_path: P
     text = hub.files("ada/mine")["README.md"].decode()
     assert "## Verification\n\n**As recorded in streamconv.json by whoever made this folder.** Whoever" in text
     assert "| parity | passed | the same outputs |" in text
-    assert "As streamconv.json records, every byte that was read matched its CRC-32." in text
+    assert "Every byte that was read matched its CRC-32, according to streamconv.json." in text
     remember_verdict(manifest["verification"])
     done = run("push", folder, cwd=tmp_path, COLUMNS="400")
     assert (done.returncode, "did not verify" in done.stderr) == (0, False)
@@ -298,7 +298,7 @@ def test_unverified_push_shows_no_verdict_about_other_files(hub: HubServer, tmp_
     assert "No check was run." in text
 
 
-def test_edited_folder_does_not_inherit_its_authors(hub: HubServer, tmp_path: Path, folder: Path) -> None:
+def test_edited_folder_is_not_its_authors_own(hub: HubServer, tmp_path: Path, folder: Path) -> None:
     manifest = Manifest.read(folder)
     assert manifest is not None
     own = replace(
