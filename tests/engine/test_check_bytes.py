@@ -87,7 +87,7 @@ def test_transformers_version_in_config_is_ignored(converted: Converted) -> None
 
 
 @pytest.mark.parametrize("tensor", ["mask_token", "blocks.1.mlp.fc1.weight"])
-def test_damaged_source_is_an_error_and_says_nothing_about_the_output(converted: Converted, tensor: str) -> None:
+def test_damaged_source_is_an_error_and_not_a_difference(converted: Converted, tensor: str) -> None:
     flip(converted[1], tensor, 0)
     with pytest.raises(CorruptError, match=r"is damaged: .* does not match its CRC-32\. Fetch"):
         byte_problems(*converted)

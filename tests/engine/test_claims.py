@@ -96,7 +96,7 @@ def lose_the_last_shard(folder: Path) -> None:
     max(folder.glob("*.safetensors")).unlink()
 
 
-def test_other_bytes_that_an_interrupted_conversion_left_are_not_the_authors(
+def test_resumed_bytes_of_another_file_are_not_the_authors_own(
     genuine: Path, forged: Path, tmp_path: Path, frequent_journal_entries: None
 ) -> None:
     out = tmp_path / "out"
@@ -106,9 +106,7 @@ def test_other_bytes_that_an_interrupted_conversion_left_are_not_the_authors(
     assert not is_vouched_for(out)
 
 
-def test_other_bytes_that_a_finished_conversion_left_are_not_the_authors(
-    genuine: Path, forged: Path, tmp_path: Path
-) -> None:
+def test_kept_bytes_of_another_file_are_not_the_authors_own(genuine: Path, forged: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     api.convert(forged, out, **SHARDS)
     assert api.convert(genuine, out, **SHARDS).was_finished
@@ -121,7 +119,7 @@ def test_other_bytes_that_a_finished_conversion_left_are_not_the_authors(
     assert is_vouched_for(out)
 
 
-def test_bytes_in_a_folder_from_somebody_else_are_not_vouched_for(genuine: Path, forged: Path, tmp_path: Path) -> None:
+def test_bytes_in_a_folder_from_elsewhere_are_not_the_authors_own(genuine: Path, forged: Path, tmp_path: Path) -> None:
     """Their manifest says that the source was published. The folder is completed from the published file."""
     theirs = api.convert(forged, tmp_path / "theirs", **SHARDS).output
     manifest = manifest_of(theirs)
@@ -132,7 +130,7 @@ def test_bytes_in_a_folder_from_somebody_else_are_not_vouched_for(genuine: Path,
     assert not is_vouched_for(theirs)
 
 
-def test_resumed_conversion_of_the_authors_file_is_vouched_for_once_it_is_compared(
+def test_resumed_conversion_is_the_authors_own_once_it_is_verified(
     genuine: Path, tmp_path: Path, frequent_journal_entries: None
 ) -> None:
     out = tmp_path / "out"
@@ -186,7 +184,7 @@ def test_published_source_resumes_its_own_upload(
     assert {*hub.uploads.values()} == {1}
 
 
-def test_weights_that_are_remembered_cannot_take_the_name_of_another_model(genuine: Path, tmp_path: Path) -> None:
+def test_recorded_weights_cannot_take_the_name_of_another_model(genuine: Path, tmp_path: Path) -> None:
     """Such as one with another licence."""
     manifest = manifest_of(api.convert(genuine, tmp_path / "out").output)
     manifest = dataclasses.replace(manifest, model="dinov2_vits14")

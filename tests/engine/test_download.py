@@ -142,7 +142,7 @@ def source_of(done: streamconv.Conversion) -> SourceFile:
 
 
 @pytest.mark.parametrize("is_same", [True, False])
-def test_file_that_was_found_in_torch_hubs_cache_is_used_but_not_vouched_for(
+def test_file_found_in_torch_hubs_cache_is_used_but_not_called_published(
     server: FileServer, published: RemoteFile, torch_hub: Path, tmp_path: Path, is_same: bool
 ) -> None:
     """The file at the published URL is downloaded if that is given, although a file there has the same CRC-32s."""
@@ -207,7 +207,7 @@ def test_torch_hub_may_replace_a_download(
     assert (source_of(done).published, source_of(done).found_in_cache) == (False, True)
 
 
-def test_manifest_in_a_folder_from_someone_else_vouches_for_nothing(
+def test_manifest_of_a_folder_from_elsewhere_proves_nothing(
     server: FileServer, published: RemoteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = api.convert(published.url, tmp_path / "theirs")

@@ -60,9 +60,7 @@ def test_force_writes_the_same_conversion_again_but_resumes_it_if_unfinished(
     assert model_files(tmp_path / "out") == before
 
 
-def test_force_deletes_no_file_of_the_users_that_a_manifest_or_journal_from_somebody_else_names(
-    tmp_path: Path, save: Save
-) -> None:
+def test_force_deletes_no_user_file_that_a_foreign_manifest_or_journal_names(tmp_path: Path, save: Save) -> None:
     source, _ = save(tiny())
     out, outside = api.convert(source, tmp_path / "out").output, tmp_path / ".out.streamconv-incomplete"
     for path in (out / "thesis.txt", outside):

@@ -57,7 +57,7 @@ def poison(path: Path, text: str, *kept: str, **changed: Any) -> None:
 
 
 @pytest.mark.parametrize("text", [ATTACK, LONG])
-def test_configuration_and_labels(tmp_path: Path, save: Save, attack: Attack, text: str) -> None:
+def test_text_in_configuration_and_labels_stays_data(tmp_path: Path, save: Save, attack: Attack, text: str) -> None:
     backbone, head = save(tiny(classes=5))
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps([f"{text} {i}" for i in range(5)]))
@@ -80,7 +80,7 @@ def test_configuration_and_labels(tmp_path: Path, save: Save, attack: Attack, te
 
 
 @pytest.mark.parametrize("name", [NAME, MARK * 20])
-def test_names_of_files(tmp_path: Path, attack: Attack, save: Save, name: str) -> None:
+def test_file_names_stay_data(tmp_path: Path, attack: Attack, save: Save, name: str) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / f"{name}.pth").write_bytes(b"")
@@ -106,9 +106,7 @@ def test_names_of_files(tmp_path: Path, attack: Attack, save: Save, name: str) -
 
 
 @pytest.mark.parametrize("text", [ATTACK, LONG])
-def test_manifest_of_another_persons_folder(
-    tmp_path: Path, save: Save, hub: HubServer, attack: Attack, text: str
-) -> None:
+def test_text_in_a_manifest_stays_data(tmp_path: Path, save: Save, hub: HubServer, attack: Attack, text: str) -> None:
     source, _ = save(tiny())
     attack("convert", source, "-o", "out")
     folder = tmp_path / "out"
@@ -148,7 +146,7 @@ def test_manifest_of_another_persons_folder(
 
 
 @pytest.mark.usefixtures("frequent_journal_entries")
-def test_journal_and_lock_of_another_person(tmp_path: Path, save: Save, attack: Attack) -> None:
+def test_text_in_a_journal_and_a_lock_stays_data(tmp_path: Path, save: Save, attack: Attack) -> None:
     source, _ = save(tiny())
     interrupt_after(source, tmp_path / "out", 0.9)
     journal = tmp_path / "out" / JOURNAL_NAME
@@ -163,7 +161,7 @@ def test_journal_and_lock_of_another_person(tmp_path: Path, save: Save, attack: 
 
 
 @pytest.mark.parametrize("text", [ATTACK, LONG])
-def test_answers_of_a_server(
+def test_text_of_a_server_stays_data(
     tmp_path: Path, save: Save, server: FileServer, attack: Attack, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -192,7 +190,7 @@ def test_answers_of_a_server(
 
 
 @pytest.mark.parametrize("text", [ATTACK, LONG])
-def test_answers_of_the_hub(tmp_path: Path, save: Save, hub: HubServer, attack: Attack, text: str) -> None:
+def test_text_of_the_hub_stays_data(tmp_path: Path, save: Save, hub: HubServer, attack: Attack, text: str) -> None:
     source, _ = save(tiny())
     attack("convert", source, "-o", "out")
     header = re.sub(r"[\r\n]+", "\r\n\t", text).encode().decode("latin-1")

@@ -33,7 +33,7 @@ def test_postscript_is_not_given_to_ghostscript(tmp_path: Path, name: str, monke
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "link"])
-def test_image_that_is_no_file_is_refused_without_waiting(tmp_path: Path, kind: str) -> None:
+def test_image_that_is_not_a_file_is_refused_without_waiting(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.png"
     if kind == "pipe":
         os.mkfifo(path)

@@ -219,7 +219,7 @@ def test_process_ends_when_the_command_is_killed_or_interrupted(
             command.kill()
 
 
-def test_what_libraries_print_is_logged(
+def test_output_of_libraries_is_logged(
     source: Path, tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip

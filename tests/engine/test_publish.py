@@ -335,7 +335,7 @@ def test_environment_that_allows_no_connection_is_named(
 
 @pytest.mark.transformers
 @pytest.mark.parametrize("body", [b"<html>Log in to use this network</html>", "text", ["a list"], {"name": 1}])
-def test_page_of_a_network_that_wants_a_login_is_not_the_hub(hub: HubServer, body: Any) -> None:
+def test_login_page_of_a_network_is_not_taken_for_the_hub(hub: HubServer, body: Any) -> None:
     if isinstance(body, bytes):
         head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(body)
         hub.fail("GET /api/whoami", drips=head + body)
@@ -402,7 +402,7 @@ def test_unresponsive_hub_times_out_in_the_command_lines_process(
         (r"POST /ada/it\.git/info/lfs/objects/batch", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"),
     ],
 )
-def test_hub_that_drips_its_answer_to_an_upload_is_given_up_in_the_command_lines_process(
+def test_upload_of_the_command_line_ends_if_the_hub_drips_its_response(
     hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, what: str, start: bytes
 ) -> None:
     monkeypatch.setattr(transport, "ANSWER_SECONDS", 0.5)

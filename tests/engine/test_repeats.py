@@ -90,7 +90,7 @@ def test_repetition_is_written_once_it_is_allowed(repeated: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("command", [["convert"], ["run", "--no-verify"]])
-def test_question_in_a_terminal_decides(
+def test_answer_in_a_terminal_decides(
     repeated: Path, tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []

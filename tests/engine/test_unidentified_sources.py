@@ -111,7 +111,7 @@ def test_edits_are_kept_and_a_lost_file_is_written_again(source: str, tmp_path: 
     assert api.convert(source, out, stream=True).was_finished
 
 
-def test_dry_run_says_that_only_bytes_can_tell(source: str, tmp_path: Path) -> None:
+def test_dry_run_notes_that_bytes_will_be_compared(source: str, tmp_path: Path) -> None:
     out = api.convert(source, tmp_path / "out", stream=True).output
     shown = run("convert", source, "-o", out, "--stream", "--dry-run", "--json", cwd=tmp_path)
     preview = json.loads(shown.stdout)
@@ -132,9 +132,7 @@ def test_run_twice_verifies_twice(source: str, tmp_path: Path, monkeypatch: pyte
         assert not done.verification.not_recorded
 
 
-def test_version_of_a_file_in_a_store_is_what_changes_with_its_contents(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_version_in_a_store_changes_with_the_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.bin").write_bytes(b"one")
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
         file.write(tmp_path / "x.bin", "x.bin")

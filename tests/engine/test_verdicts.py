@@ -141,7 +141,7 @@ def a_folder(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [in_a_loop, a_folder])
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, PROCESSOR])
-def test_file_that_cannot_be_read_is_an_error_and_no_difference(
+def test_file_that_cannot_be_read_is_an_error_and_not_a_difference(
     hub: HubServer, folder: Path, source: Path, name: str, make: Callable[[Path], None]
 ) -> None:
     verified(folder, source)
@@ -156,7 +156,7 @@ def test_file_that_cannot_be_read_is_an_error_and_no_difference(
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
-def test_failing_disk_of_the_output_is_an_error_and_no_difference(
+def test_failing_disk_of_the_output_is_an_error_and_not_a_difference(
     folder: Path, source: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, inode = os.preadv, os.stat(folder / name).st_ino
@@ -172,9 +172,7 @@ def test_failing_disk_of_the_output_is_an_error_and_no_difference(
             command()
 
 
-def test_folder_that_cannot_be_listed_may_hold_other_weights(
-    folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_that_cannot_be_listed_is_an_error(folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: object) -> list[str]:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -197,7 +195,7 @@ def test_file_that_is_too_large_is_altered_and_not_edited(folder: Path, source: 
     assert any(f"{name} has 11,53" in problem for problem in found.check("config").problems)
 
 
-def test_folder_that_changes_while_it_is_read_alone_is_no_difference(folder: Path, source: Path) -> None:
+def test_folder_that_changes_while_it_is_verified_alone_is_not_a_difference(folder: Path, source: Path) -> None:
     def change(step: str, done: int, total: int, unit: str) -> None:
         exchange(folder / WEIGHTS)
 
@@ -215,7 +213,7 @@ def test_source_that_changes_meanwhile_gets_no_verdict(
     assert recorded(folder) is None
 
 
-def test_verdict_names_every_file_and_may_stand_beside_other_changes(folder: Path, source: Path) -> None:
+def test_verdict_lists_every_file_and_allows_unrelated_changes(folder: Path, source: Path) -> None:
     found = verified(folder, source, during=lambda: (folder / "README.md").write_text("mine"))
     assert found.passed
     assert not found.not_recorded
@@ -269,7 +267,7 @@ def test_read_only_folder_is_verified(folder: Path, source: Path, monkeypatch: p
     assert "Read-only file system" in found.not_recorded
 
 
-def test_lock_that_a_killed_verification_left_means_nothing(folder: Path, source: Path) -> None:
+def test_lock_of_a_killed_verification_is_ignored(folder: Path, source: Path) -> None:
     (folder / JOURNAL_NAME).touch()
     assert api.verify(folder).passed
     assert api.convert(source, folder).was_finished
@@ -277,7 +275,7 @@ def test_lock_that_a_killed_verification_left_means_nothing(folder: Path, source
     assert not (folder / JOURNAL_NAME).exists()
 
 
-def test_comparison_with_another_file_is_no_verdict(tmp_path: Path, folder: Path, source: Path) -> None:
+def test_comparison_with_another_file_is_not_recorded(tmp_path: Path, folder: Path, source: Path) -> None:
     """Without checksums, other weights with the same names and shapes have the same fingerprint."""
     verified(folder, source)
     other = tmp_path / "other.safetensors"
@@ -313,9 +311,7 @@ def test_partial_verification_neither_upgrades_nor_downgrades_a_fuller_one(
 @pytest.mark.parametrize(
     "verdict", [{"passed": True}, {"passed": True, "output": []}, {"passed": True, "output": {"files": 1}}]
 )
-def test_verdict_that_is_not_about_the_files_is_not_trusted(
-    folder: Path, source: Path, verdict: dict[str, Any]
-) -> None:
+def test_verdict_about_other_files_is_not_trusted(folder: Path, source: Path, verdict: dict[str, Any]) -> None:
     """An older version recorded no files; or the manifest's verdict was copied from another folder."""
     edit(folder / "streamconv.json", verification=verdict)
     with pytest.raises(UsageError, match=r"recorded verification that is not about its files\. Verify it first"):

@@ -58,7 +58,7 @@ NO_FILES += ["http://user:word@[::1/x.pth", "http://h/x\x1b.pth?sig=word"]
 
 
 @pytest.mark.parametrize("words", ["http:/user:word@h/x.pth", "https:user:word@h/x.pth", "HTTP//user:word@h/x.pth"])
-def test_misspelt_url_is_no_path(words: str) -> None:
+def test_misspelt_url_is_not_taken_for_a_path(words: str) -> None:
     with pytest.raises(UsageError, match="it needs :// after its scheme") as caught:
         parse_location(words)
     assert "word" not in str(caught.value)

@@ -53,7 +53,7 @@ def after_reading(path: Path) -> tuple[Authorship, int]:
         return authorship(path, opened, digests.get("backbone", "")), max(read, default=0)
 
 
-def test_only_the_published_url_is_its_authors(torch_hub: Path) -> None:
+def test_only_the_published_url_is_the_authors_own(torch_hub: Path) -> None:
     """Any other spelling could name another file, so that its download never has a place where torch.hub looks."""
     for url in (
         URL.replace("https", "http"), URL.replace("dl.fbaipublicfiles.com", "example.org"), f"{URL}?x=1",
@@ -67,7 +67,7 @@ def test_only_the_published_url_is_its_authors(torch_hub: Path) -> None:
     assert download_path(Address(URL)) == torch_hub / NAME
 
 
-def test_file_that_was_downloaded_from_there_is_its_authors(torch_hub: Path, tmp_path: Path) -> None:
+def test_file_downloaded_from_the_published_url_is_the_authors_own(torch_hub: Path, tmp_path: Path) -> None:
     path = write(torch_hub / NAME)
     assert found(path) == Authorship(True, URL, DIGEST)
     (tmp_path / "link").symlink_to(torch_hub)
@@ -78,7 +78,7 @@ def test_file_that_was_downloaded_from_there_is_its_authors(torch_hub: Path, tmp
     assert not found(path).is_published
 
 
-def test_record_in_a_folder_from_somebody_else_proves_nothing(torch_hub: Path, tmp_path: Path) -> None:
+def test_download_record_outside_the_cache_proves_nothing(torch_hub: Path, tmp_path: Path) -> None:
     for folder in (tmp_path / "theirs", torch_hub / "theirs"):
         folder.mkdir()
         path = write(folder / NAME)
@@ -88,7 +88,7 @@ def test_record_in_a_folder_from_somebody_else_proves_nothing(torch_hub: Path, t
         assert after_reading(path) == (Authorship(), 0)
 
 
-def test_file_that_was_found_in_torch_hubs_cache_may_be_another_one(torch_hub: Path, tmp_path: Path) -> None:
+def test_file_found_in_torch_hubs_cache_may_be_another_file(torch_hub: Path, tmp_path: Path) -> None:
     for path in (torch_hub / NAME, tmp_path / NAME, torch_hub / "mine.pth"):
         path.write_bytes(b"weights")
         assert not found(path).is_published

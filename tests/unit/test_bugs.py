@@ -130,7 +130,7 @@ main()
     ],
     ids=["ctrl-c", "sigterm", "missing package", "memory", "bug"],
 )  # fmt: skip
-def test_what_happens_during_imports_ends_in_one_message(event: str, code: int, message: str) -> None:
+def test_failure_or_signal_during_imports_ends_in_one_message(event: str, code: int, message: str) -> None:
     words = [sys.executable, "-c", AT_IMPORT.format(event)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (code, "")
@@ -164,7 +164,7 @@ def test_signal_that_arrives_in_a_callback_is_not_lost() -> None:
     ],
     ids=["files", "memory"],
 )
-def test_nothing_that_can_be_imported_is_one_message(event: str, message: str) -> None:
+def test_failing_imports_end_in_one_message(event: str, message: str) -> None:
     code = AT_IMPORT.replace('"click"', '"click" or name == "streamconv.cli.bugs"').format(event)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
@@ -194,7 +194,7 @@ def test_signals_are_handled_before_anything_is_imported() -> None:
 
 
 @pytest.mark.parametrize("redirection", ["<&-", "<&- >&-", "<&- >&- 2>&-"])
-def test_closed_streams_are_no_error(redirection: str) -> None:
+def test_closed_streams_are_not_an_error(redirection: str) -> None:
     script = f"{sys.executable} -m streamconv models {redirection}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")

@@ -66,7 +66,7 @@ def test_secrets_and_ways_to_download_do_not_change_the_place(torch_hub: Path, w
     assert place(words) == place("https://h.org/a/x.pth")
 
 
-def test_query_of_a_store_is_no_part_of_a_name() -> None:
+def test_query_of_a_store_is_not_part_of_a_name() -> None:
     assert Address("abfs://c@h/a/x.pth?sv=1&sig=wo/rd").name == "x.pth"
     assert Address("simplecache::s3://b/a/x.pth?token=word").name == "x.pth"
     assert Address("s3://b/a#1/what?%20.pth").name == "what?%20.pth"

@@ -165,7 +165,7 @@ def test_card_states_the_cost_of_a_cast_and_the_difference_by_design() -> None:
         {"checks": [check("x", True, "y", numbers={"as_published": {"cls": {}}})]},
     ],
 )  # fmt: skip
-def test_verdict_that_is_none_is_damaged(wrong: dict[str, Any]) -> None:
+def test_malformed_verdict_is_reported_as_damage(wrong: dict[str, Any]) -> None:
     with pytest.raises(OutputError, match=r"streamconv\.json is damaged: its field verification is not the record"):
         make_card(manifest(verification={"passed": True, "device": "cpu", **wrong}), "ada/x")
 

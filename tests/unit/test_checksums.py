@@ -75,7 +75,7 @@ def check_views(data: bytes, file: LocalFile, views: list[tuple[int, int, int]])
 
 
 @given(st.integers(0, 40), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=12))
-def test_uncut_offset_is_in_no_place(position: int, found: list[tuple[int, int]]) -> None:
+def test_uncut_offset_cuts_no_piece(position: int, found: list[tuple[int, int]]) -> None:
     places = [(first, first + size) for first, size in found]
     wanted = next(p for p in range(position, -1, -1) if not any(first < p <= last for first, last in places))
     assert uncut(position, places) == wanted

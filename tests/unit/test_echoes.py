@@ -113,7 +113,7 @@ def test_server_that_repeats_the_request_reveals_nothing(
 
 
 @pytest.mark.parametrize("how", ["json", "text"])
-def test_copy_of_what_a_server_repeats_is_described_without_it(
+def test_saved_response_that_echoes_secrets_is_described_without_them(
     echo: str, how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A file is copied before it is recognised if its server sends only whole files."""
@@ -124,7 +124,7 @@ def test_copy_of_what_a_server_repeats_is_described_without_it(
     require_no_secret(shown(caught.value))
 
 
-def test_what_is_stored_about_a_file_holds_no_echo(echo: str) -> None:
+def test_stored_version_contains_no_echoed_secret(echo: str) -> None:
     address = parse_location(f"http://{USER}:{QUOTED}@{echo}/206-x?sig={SIGNATURE}")
     with closing(open_file(address)) as file:
         assert isinstance(file, RemoteFile)

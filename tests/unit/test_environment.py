@@ -31,9 +31,7 @@ ON_THE_HUB: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("url", BAD_ENDPOINTS)
-def test_hub_address_that_is_no_url_is_refused_only_if_the_hub_is_used(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_hub_address_is_refused_only_if_the_hub_is_used(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("HF_TOKEN", "hf_t0ken")
     for act in ON_THE_HUB.values():
@@ -46,7 +44,7 @@ def test_hub_address_that_is_no_url_is_refused_only_if_the_hub_is_used(
     assert _authorization(urlsplit(location.url), urlsplit(location.url)) == {}
 
 
-def test_hub_address_that_is_no_url_ends_a_command_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_hub_address_ends_a_command_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://h:bad")
     done = CliRunner().invoke(app, ["plan", "hf://owner/name/x.pth"])
     assert (done.exit_code, done.stdout) == (2, "")
@@ -99,7 +97,7 @@ def test_hub_address_is_the_usual_one_if_it_is_empty_and_hides_a_password(monkey
 
 
 @pytest.mark.parametrize("token", ["tökén", "hf_€", "a\x1bb", "a b", "\udcff"])
-def test_token_that_no_header_can_hold_is_refused_unseen(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_that_no_header_can_hold_is_refused_and_not_shown(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(UsageError, match="contains characters that no token has") as caught:
         hub_token()

@@ -101,7 +101,7 @@ def test_log_records_are_safe_to_show_with_any_handler(caplog: pytest.LogCapture
     assert len(log.filters) == 1
 
 
-def test_only_the_border_writes_to_a_terminal_or_a_log() -> None:
+def test_only_known_places_write_to_a_terminal_or_a_log() -> None:
     """A new output cannot forget to escape what it shows, since it has to go through the functions that do."""
     found = set()
     for path in PACKAGE.rglob("*.py"):

@@ -24,7 +24,7 @@ def test_last_entry_of_each_file_counts_however_many_there_are() -> None:
     }
 
 
-def test_nothing_after_a_line_that_is_no_entry_counts() -> None:
+def test_journal_ends_at_the_first_invalid_line() -> None:
     for line in ([], entry(["a"], 5), {"file": "a"}, entry(None, 5), entry("a", "6")):
         journal = read(entry("a", 5), line, entry("a", 7))
         assert journal.size_of("a") == 5, line

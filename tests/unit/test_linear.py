@@ -167,12 +167,12 @@ def attack(name: str, count: int) -> float:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_no_names_take_longer_than_those_of_a_model(name: str) -> None:
+def test_hostile_names_take_no_longer_than_those_of_a_model(name: str) -> None:
     attack(name, 1_500)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_no_names_take_much_memory_or_fill_a_screen(name: str) -> None:
+def test_hostile_names_take_little_memory_and_fill_no_screen(name: str) -> None:
     shapes = ATTACKS[name][0](200)
     checkpoint_of_shapes(shapes)
     refusal(name, 200)  # imports and caches
@@ -276,7 +276,7 @@ def test_every_tensor_is_used_or_named_as_skipped(prefix: str, others: Shapes) -
     assert len(used) + sum(each.tensors for each in selection.skipped) == len(checkpoint)
 
 
-def test_weights_of_backbones_beside_a_head_are_not_assumed_about() -> None:
+def test_backbones_beside_a_head_cause_no_assumption() -> None:
     infos = {f"{prefix}{key}": TensorInfo("F32", BACKBONE[key]) for prefix in ("m.b.", "m.a.", "m.a.c.", "m.d.")
              for key in FEW_KEYS}  # fmt: skip
     infos |= {f"m.head.{key}": TensorInfo("F32", shape) for key, shape in HEAD.items()}
@@ -286,7 +286,7 @@ def test_weights_of_backbones_beside_a_head_are_not_assumed_about() -> None:
     assert text.startswith("m.a, m.b2., m.norm.: left out")
 
 
-def test_a_typing_error_is_searched_in_few_names() -> None:
+def test_typing_errors_are_searched_in_few_names() -> None:
     words = [f"{'ab' * 45}{i}" for i in range(3_000)]
     assert seconds_of(lambda: near_names("ba" * 45, words)) < TIMES_HONEST * honest_seconds(3_000)
     assert near_names("ba" * 450, words * 2) == []

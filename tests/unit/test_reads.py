@@ -32,7 +32,7 @@ def view(
     cast_to=st.sampled_from(["", "F64"]),
 )
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_estimate_is_what_is_read(
+def test_estimate_equals_the_bytes_read(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     read_counts: list[int],

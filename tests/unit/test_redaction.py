@@ -126,7 +126,7 @@ def test_secrets_of_the_environment_and_well_known_forms_are_hidden(monkeypatch:
 @pytest.mark.parametrize(
     "text", ["a" * 100_000, "a:" * 50_000, "a://" * 30_000, "=?" * 50_000, "%25" * 30_000, "::a" * 30_000]
 )
-def test_long_texts_and_many_secrets_take_no_time(text: str) -> None:
+def test_long_texts_and_many_secrets_take_little_time(text: str) -> None:
     started = time.process_time()
     assert len(redacted(text, [f"secret{i}" for i in range(1_000)])) <= 2_000
     assert time.process_time() - started < 1

@@ -65,7 +65,7 @@ def test_server_that_sends_without_end_or_almost_nothing_is_refused_with_its_rat
     assert "s1gn" not in str(caught.value)
 
 
-def test_response_in_chunks_of_negative_size_is_no_bug(
+def test_chunks_of_negative_size_are_an_error_and_not_a_bug(
     serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retries, "RETRY_WAITS_SECONDS", (0,))
@@ -122,7 +122,7 @@ start.run_with_signals(wait if sys.argv[1] == "full" else run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_a_process_that_does_not_let_it_pass(number: signal.Signals) -> None:
+def test_signal_ends_a_process_that_is_stuck(number: signal.Signals) -> None:
     command = [sys.executable, "-c", STUCK]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -141,7 +141,7 @@ def test_signal_ends_a_process_that_does_not_let_it_pass(number: signal.Signals)
             process.kill()
 
 
-def test_signal_ends_a_process_whose_last_words_nobody_reads() -> None:
+def test_signal_ends_a_process_whose_output_is_not_read() -> None:
     command = [sys.executable, "-c", STUCK, "full"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
