@@ -22,7 +22,9 @@ def _import_and_run() -> None:
         try:
             from streamconv.cli.bugs import to_our_error
         except (OSError, MemoryError) as reason:  # the limit on open files is too low, or the disk fails
-            print_early([f"error: streamconv cannot be started: {str(reason) or 'there is too little memory'}."])
+            why = getattr(reason, "strerror", None) or "there is too little memory"
+            fix = "Raise the limits on open files and memory (`ulimit -n`, `ulimit -v`), or check the disk."
+            print_early([f"error: streamconv cannot be started: {why}. {fix}"])
             sys.stderr.flush()
             # Not sys.exit: ending the thread that waits for signals may need a C library, which cannot be loaded now.
             os._exit(2)

@@ -29,7 +29,7 @@ class InternalError(StreamconvError):
     exit_code = 70
 
     def __init__(self, report: Sequence[str]):
-        self.summary = "This is a bug of streamconv. Please report it to its maintainers, with the lines below:"
+        self.summary = "This is a bug in streamconv. Please report it to its maintainers, with the lines below:"
         self.report = tuple(report)
         super().__init__(self.summary)
 

@@ -88,7 +88,7 @@ def columns_of(stream: TextIO) -> int:
     """Return a terminal's width: COLUMNS, or that of stdout or, if stdout is a file, of ``stream``."""
     try:
         size = os.get_terminal_size(stream.fileno())
-    except OSError:  # it is no terminal
+    except OSError:  # it is not a terminal
         size = os.terminal_size((80, 24))
     return shutil.get_terminal_size(size).columns
 

@@ -89,7 +89,7 @@ class ClassifierHead:
 
     Its tensors are ``keys`` in that file, and ``prefix`` + key among a family's source keys. In a backbone's file, a
     head may also have one of the prefixes ``starts``. ``classes`` is the symbol in `ConversionSpec.dims` for the number
-    of classes, 0 without a head; ``reads`` says which outputs of the backbone it reads. A head of ``imagenet_classes``
+    of classes, 0 without a head; ``reads`` names the backbone's outputs that it reads. A head of ``imagenet_classes``
     classes gets ImageNet's labels, unless the user gives others.
     """
 

@@ -50,7 +50,7 @@ class Address:
     def name(self) -> str:
         """The file name: the last part of the path, in a chain that of the first link with a path."""
         link = next((link for link in self._links if link.partition("://")[2]), "")
-        # Only http has fragments and percent-encoding; elsewhere # and % are ordinary characters, and mostly ?, too.
+        # Only http has fragments and percent-encoding; elsewhere, # and % are ordinary characters, and ? mostly is.
         is_web = link.lower().startswith(("http://", "https://"))
         path = unquote(urlsplit(link).path) if is_web else _STORE_QUERY.sub("", link.partition("://")[2])
         return path.rpartition("/")[2]

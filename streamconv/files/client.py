@@ -136,7 +136,7 @@ class Client:
         """Return the error for a server that is too slow, which is not retried."""
         return NetworkError(
             f"{Address(self._origin.geturl())} cannot be read: its server {error}. Check the network, and run the same "
-            "command again; a conversion resumes."
+            "command again to resume."
         )
 
     def close_idle(self) -> None:
@@ -209,7 +209,7 @@ def seconds_to_wait(response: BaseHTTPResponse) -> float | None:
 
 
 def _cause_of(error: BaseException) -> BaseException | None:
-    """Return what an error of urllib3 was raised for, if there is anything."""
+    """Return the exception that caused an error of urllib3, if there is one."""
     inner = next((each for each in error.args if isinstance(each, BaseException)), None)
     # urllib3's SOCKS connections name no cause, but they raise the error while they handle it.
     return error.__cause__ or inner or (error.__context__ if isinstance(error, NewConnectionError) else None)

@@ -20,7 +20,7 @@ _log = logger(__name__)
 MAX_OTHERS_IN_A_ROW = 20  # if two servers answer at random, one of them does so 20 times in a row once in a million
 
 ProvedBy = Literal["version", "records", "copy"]
-"""What proves that all bytes that are read belong to one file.
+"""The proof that all bytes that are read belong to one file.
 
 "version": every response must be of the first one's version. "records": the reader compares whole records with their
 CRC-32s; other versions are accepted if the first one does not come back, but parts of records are not proved then.

@@ -33,8 +33,8 @@ class Checkpoint(Mapping[str, SourceTensor]):
     """The tensors of a checkpoint by name. Close it, or use it in a ``with`` statement.
 
     ``non_tensors`` maps the names of other values to what they are; the values themselves are not read.
-    ``fingerprint`` is the sha256 of the index, in hexadecimal. ``note`` says which files of a folder were chosen, if
-    they do not have the names that transformers looks for.
+    ``fingerprint`` is the sha256 of the index, in hexadecimal. ``note`` names the files of a folder that were chosen,
+    if transformers looks for other names.
     """
 
     def __init__(

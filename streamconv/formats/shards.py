@@ -25,8 +25,8 @@ MAX_FILES = 10_000  # of one checkpoint, each of which is open until the checkpo
 class WeightFiles:
     """The weight files of a checkpoint, each with the names of its tensors; None if no index lists them.
 
-    ``index`` is the name of the index, "" without one. ``note`` says which files were chosen, if transformers would not
-    find them.
+    ``index`` is the name of the index, "" without one. ``note`` names the files that were chosen, if transformers would
+    not find them.
     """
 
     names_by_location: Mapping[Location, set[str] | None]

@@ -34,7 +34,7 @@ _IS_FOLDER = 0x10  # in the DOS attributes
 class _Entry(NamedTuple):
     """A directory entry: ``offset`` is that of the local header, ``size`` the record's, both in bytes.
 
-    ``fault`` says why torch would not have written it.
+    ``fault`` is the reason why torch would not have written it.
     """
 
     offset: int

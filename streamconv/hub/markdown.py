@@ -7,9 +7,9 @@ from streamconv.display import visible
 MAX_LENGTH = 500  # characters of one text
 _MARKUP = re.compile(
     r"[\\`*{}\[\]<>|#~$&@]"  # Markdown's and GitHub's punctuation, and TeX's
-    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # but not within a word, where it is no markup
-    r"|:(?=//)|(?<=www)\."  # of an address, which would become a link
-    r"|^[-+=]|(?<=^\d)[.)](?= |$)",  # what begins a list or underlines a heading
+    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # but not within a word, where it is not markup
+    r"|:(?=//)|(?<=www)\."  # in an address, which would become a link
+    r"|^[-+=]|(?<=^\d)[.)](?= |$)",  # at the start, where it begins a list or underlines a heading
     re.IGNORECASE,
 )
 

@@ -1,4 +1,4 @@
-"""What a repository holds at the revision that a model is pushed to."""
+"""Reads what a repository holds at the revision that a model is pushed to."""
 
 from collections.abc import Collection
 from pathlib import Path

@@ -245,7 +245,7 @@ def _recorded(skipped: Sequence[Skipped]) -> tuple[str, ...]:
 
 
 def _guessed_heads(prepared: PreparedSource) -> int | None:
-    """Return the number of attention heads if nothing but its being usual speaks for it."""
+    """Return the number of attention heads if it is only assumed, because it is usual; None otherwise."""
     plan, heads = prepared.plan, prepared.plan.family.attention_heads
     is_stated = heads is None or prepared.source.source.num_heads is not None or heads.is_published(plan.dimensions)
     return None if is_stated else plan.assumed_heads

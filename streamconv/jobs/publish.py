@@ -49,7 +49,7 @@ class Published:
 
 @dataclass(frozen=True)
 class PushPreview:
-    """What `publish` would do. ``files`` are the sizes in bytes of the files of the commit, by name.
+    """The effects that `publish` would have. ``files`` are the sizes in bytes of the files of the commit, by name.
 
     ``present`` are those that the repository already has, with the same contents.
     """

@@ -16,8 +16,8 @@ from streamconv.families.selection import Selection
 class ChosenHeads:
     """The dimensions with the number of heads that was chosen.
 
-    ``assumed`` is the number if no config.json confirms it. ``note`` says where it comes from; ``unproved`` says what
-    verification cannot prove because of it. Both may be empty.
+    ``assumed`` is the number if no config.json confirms it. ``note`` states its origin;
+    ``unproved`` states what verification cannot prove because of it. Both may be empty.
     """
 
     dimensions: Any

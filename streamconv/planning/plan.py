@@ -54,10 +54,10 @@ class Plan:
     """The output of a conversion.
 
     ``model_name`` is None if no published model has these dimensions, or if several have and the file's name does not
-    tell which it is. ``is_published``: the user or the file's name says that it is this model; otherwise, only the
+    tell which it is. ``is_published``: the user or the file's name states that it is this model; otherwise, only the
     shapes are the same. ``assumed_heads`` is a number of attention heads that neither a published model nor a
     config.json confirms, None if nothing is assumed. ``dimensions`` is a dataclass of the family.
-    ``image_processor`` is None if none is written; ``image_processor_from`` says whose it is.
+    ``image_processor`` is None if none is written; ``image_processor_from`` states whose it is.
     ``small_files`` maps the names of config.json and other small files to their bytes; ``index`` holds the bytes of the
     shards' index, None for a single file. ``notes`` are assumptions that the tensors do not confirm; ``unproved`` are
     those that change what the model computes, and that nothing confirms. ``skipped`` is the part of the source that is

@@ -18,7 +18,7 @@ CAST_SPELLINGS: dict[str, CastDtype] = {
     **dict.fromkeys(("float16", "fp16", "f16", "half"), "float16"),
     **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
 }
-"""What other tools call these dtypes, in lower case."""
+"""The names that other tools give to these dtypes, in lower case."""
 
 
 DtypeCode = Literal[

@@ -1,6 +1,6 @@
 """The device that a verification runs on, and the versions of the libraries.
 
-A GPU is used only if it has computed something small correctly. One that fails says nothing about an output, then or
+A GPU is used only if it has computed something small correctly. One that fails proves nothing about an output, then or
 later: "auto" falls back to the CPU and reports why, and a GPU that the user has named is an error with its cause.
 """
 
@@ -186,7 +186,7 @@ def _model_of(device: torch.device) -> str:
 
 
 def _has_gpu() -> bool:
-    """Whether the system shows a GPU that a torch of some build could use."""
+    """Return whether the system shows a GPU that some build of torch could use."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or os.path.exists("/dev/kfd")
 
 

@@ -73,7 +73,7 @@ class ModelRunner(Protocol):
         """Run the checks.
 
         Raises:
-            UsageError: see `wait_until_ready`; or the models could not run, which says nothing about the output.
+            UsageError: see `wait_until_ready`; or the models could not run, which proves nothing about the output.
         """
 
     def close(self) -> None: ...

@@ -13,7 +13,7 @@ from streamconv.output.manifest import SourceFile
 class Check:
     """The result of one check. ``passed`` is None if it did not run; then ``proves`` gives the reason.
 
-    It proves what ``proves`` says only if it passed: see `finding`. ``not_checked`` describes what the check usually
+    ``proves`` is proved only if the check passed: see `finding`. ``not_checked`` describes what the check usually
     covers but did not cover this time.
     """
 

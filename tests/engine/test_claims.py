@@ -1,7 +1,7 @@
 """No order of commands turns another file's bytes into those that the authors published.
 
-CRC-32s can be forged, so that a file of other weights has the fingerprint of the published one. And a folder from
-somebody else can have any manifest.
+CRC-32s can be forged, so that other weights have the fingerprint of the published file. And a folder from elsewhere can
+have any manifest.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ SHARDS = {"max_shard_size": "500kB"}
 
 
 def with_crc32(data: bytes, wanted: int) -> bytes:
-    """Return ``data`` with other last four bytes, so that it has the CRC-32 ``wanted``."""
+    """Return ``data`` with its last four bytes replaced, so that its CRC-32 is ``wanted``."""
     table = [0] * 256
     for byte in range(256):
         value = byte
@@ -48,7 +48,7 @@ def with_crc32(data: bytes, wanted: int) -> bytes:
 
 @pytest.fixture
 def genuine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a file that was downloaded from its authors' URL; a small model takes its place."""
+    """Return a small model that is recorded as downloaded from the authors' URL."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     torch_hub_cache().mkdir(parents=True)
     path = torch_hub_cache() / PUBLISHED["file"]
@@ -185,7 +185,7 @@ def test_published_source_resumes_its_own_upload(
 
 
 def test_recorded_weights_cannot_take_the_name_of_another_model(genuine: Path, tmp_path: Path) -> None:
-    """Such as one with another licence."""
+    """The other model could have another licence."""
     manifest = manifest_of(api.convert(genuine, tmp_path / "out").output)
     manifest = dataclasses.replace(manifest, model="dinov2_vits14")
     assert published_model(without_foreign_claims(manifest)) is not None

@@ -1,4 +1,4 @@
-"""What others wrote stays data: hostile names and values in every input, and each output that shows them."""
+"""Text from files and servers stays data: hostile names and values in every input, and every output that shows them."""
 
 import html.parser
 import json

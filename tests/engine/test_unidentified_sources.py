@@ -1,4 +1,4 @@
-"""Sources that only their bytes identify: no checksums, and a server that names no version of a file."""
+"""Sources that only their bytes identify: they have no checksums, and their server reports no version."""
 
 import json
 import sys

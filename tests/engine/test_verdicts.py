@@ -1,4 +1,4 @@
-"""A verdict is recorded only for the very files that were verified, and only such files are published.
+"""A verdict is recorded only for the files that were verified, and only such files are published.
 
 No model runs here: a stand-in for them changes the folder while it is verified.
 """

@@ -54,7 +54,7 @@ def after_reading(path: Path) -> tuple[Authorship, int]:
 
 
 def test_only_the_published_url_is_the_authors_own(torch_hub: Path) -> None:
-    """Any other spelling could name another file, so that its download never has a place where torch.hub looks."""
+    """Any other spelling could name another file, so a download from it is never put where torch.hub looks."""
     for url in (
         URL.replace("https", "http"), URL.replace("dl.fbaipublicfiles.com", "example.org"), f"{URL}?x=1",
         f"{URL}?X-Amz-Signature=1", URL.replace("https://", "https://user:word@"), f"{URL}#x",

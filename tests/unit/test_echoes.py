@@ -1,6 +1,6 @@
-"""Every message about every form of an address, from servers and stores that repeat all that they were sent.
+"""No secret leaks, for any form of an address, if servers and stores repeat everything that they were sent.
 
-Neither messages, tracebacks, logs nor what is stored about a file shows a secret; nor does another host receive one.
+Messages, tracebacks, logs and stored records contain no secret, and no other host receives one.
 """
 
 import base64

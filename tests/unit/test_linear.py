@@ -1,7 +1,7 @@
 """Selecting and planning take time and memory in proportion to the tensors, whatever their names are.
 
 The limits: a file may take `TIMES_HONEST` times as long as a model of as many tensors, 8 times as many tensors may take
-16 times as long, and each tensor may take `BYTES_PER_TENSOR` beside its name. Seconds are CPU time, and the best of
+16 times as long, and each tensor may take `BYTES_PER_TENSOR` in addition to its name. Seconds are CPU time. The best of
 several attempts counts, since other programs can only add to it.
 """
 

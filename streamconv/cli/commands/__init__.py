@@ -31,7 +31,7 @@ Exit codes:
     2  wrong usage
     3  the source cannot be converted
     4  the output is missing or cannot be written
-   70  a bug of streamconv: please report it
+   70  a bug in streamconv: please report it
   130  interrupted"""
 
 
