@@ -1,7 +1,7 @@
 """Selecting and planning take time and memory in proportion to the tensors, whatever their names are.
 
 The limits: a file may take `TIMES_HONEST` times as long as a model of as many tensors, 8 times as many tensors may take
-16 times as long, and each tensor may take `BYTES_PER_TENSOR` in addition to its name. Seconds are CPU time. The best of
+11 times as long, and each tensor may take `BYTES_PER_TENSOR` in addition to its name. Seconds are CPU time. The best of
 several attempts counts, since other programs can only add to it.
 """
 
@@ -190,8 +190,8 @@ def test_hostile_names_take_little_memory_and_fill_no_screen(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_time_is_in_proportion_to_the_tensors(name: str) -> None:
-    # Four times as many: quadratic time would be 16 times as long. Other programs can only add to one of the times.
-    assert any(attack(name, 64_000) < 8 * attack(name, 16_000) for _ in range(3))
+    # Other programs can only add to one of the times. A quadratic part of 45% of the longer one is noticed.
+    assert any(attack(name, 16_000) < 11 * attack(name, 2_000) for _ in range(3))
 
 
 def test_plan_of_many_blocks_is_shown_completely_and_without_filling_a_screen() -> None:
