@@ -9,13 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 from streamconv.verification import report
 from tests.support import run_python
@@ -382,26 +382,32 @@ def test_rendering_a_report_imports_nothing_large() -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def window() -> Iterator[Page]:
+    """Yield one page for all documents: to open a page takes longer than to show a document."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("there is no chromium here")
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield launched
+        yield launched.new_page()
         launched.close()
 
 
-def faults(browser: Browser, file: Path, width: int, scheme: Any) -> list[str]:
+def faults(window: Page, file: Path, width: int, scheme: Any) -> list[str]:
     """List the faults of the page in a window of ``width`` pixels: errors, requests, broken images, excess width."""
     found: list[str] = []
-    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    page.on("console", lambda message: found.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: found.append(str(error)))
-    page.on("requestfailed", lambda request: found.append(f"failed: {request.url[:80]}"))
-    page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else found.append(f"asks for {r.url}"))
-    page.goto(file.as_uri())
-    found += page.evaluate(
+    listeners: dict[Any, Callable[[Any], None]] = {
+        "console": lambda message: found.append(message.text) if message.type == "error" else None,
+        "pageerror": lambda error: found.append(str(error)),
+        "requestfailed": lambda request: found.append(f"failed: {request.url[:80]}"),
+        "request": lambda r: None if r.url.startswith(("file:", "data:")) else found.append(f"asks for {r.url}"),
+    }
+    window.set_viewport_size({"width": width, "height": 800})
+    window.emulate_media(color_scheme=scheme)
+    for event, listener in listeners.items():
+        window.on(event, listener)
+    window.goto(file.as_uri())
+    found += window.evaluate(
         """async () => {
             const faults = [];
             if (document.documentElement.scrollWidth > innerWidth) faults.push("scrolls sideways");
@@ -432,24 +438,25 @@ def faults(browser: Browser, file: Path, width: int, scheme: Any) -> list[str]:
         }"""
     )
     for words in (".verdict strong", "h1", ".plot > svg"):
-        if page.locator(words).count() != 1 or not page.locator(words).is_visible():
+        if window.locator(words).count() != 1 or not window.locator(words).is_visible():
             found.append(f"{words} is not seen")
-    page.close()
+    for event, listener in listeners.items():
+        window.remove_listener(event, listener)
     return found
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_browser_reports_no_fault(browser: Browser, tmp_path: Path, width: int, scheme: str) -> None:
+def test_browser_reports_no_fault(window: Page, tmp_path: Path, width: int, scheme: str) -> None:
     labelled = {"predictions": [["tabby, tabby cat", 0.93], ["x" * 200, 0.07]]}
     for found in (passing() | labelled, failing() | labelled):
         (tmp_path / "report.html").write_text(report.render(found), "utf-8")
-        assert faults(browser, tmp_path / "report.html", width, scheme) == []
+        assert faults(window, tmp_path / "report.html", width, scheme) == []
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("layers", [14, 26, 42, 66])
-def test_chart_of_any_depth_has_no_overlapping_text(browser: Browser, tmp_path: Path, layers: int, width: int) -> None:
+def test_chart_of_any_depth_has_no_overlapping_text(window: Page, tmp_path: Path, layers: int, width: int) -> None:
     names = ("embeddings", *(f"layer {i}" for i in range(layers)), "cls", "registers", "patches", "logits")
     float64: dict[str, Any] = {
         "tolerance": 1e-13, "differences": dict.fromkeys(names, 1e-15),
@@ -467,7 +474,7 @@ def test_chart_of_any_depth_has_no_overlapping_text(browser: Browser, tmp_path: 
         found = passing()
         found["checks"][2]["numbers"] = numbers
         (tmp_path / "report.html").write_text(report.render(found), "utf-8")
-        assert faults(browser, tmp_path / "report.html", width, "light") == []
+        assert faults(window, tmp_path / "report.html", width, "light") == []
 
 
 @pytest.mark.parametrize(
@@ -483,7 +490,7 @@ def test_chart_of_any_depth_has_no_overlapping_text(browser: Browser, tmp_path: 
         ("<style>.plot > svg { margin-left: -900px }</style>", "exactly 0 is cut off"),
     ],
 )
-def test_browser_test_detects_broken_pages(browser: Browser, tmp_path: Path, broken: str, fault: str) -> None:
+def test_browser_test_detects_broken_pages(window: Page, tmp_path: Path, broken: str, fault: str) -> None:
     page = report.render(passing()).replace("</body>", broken + "</body>")
     (tmp_path / "report.html").write_text(page, "utf-8")
-    assert fault in "\n".join(faults(browser, tmp_path / "report.html", 1280, "light"))
+    assert fault in "\n".join(faults(window, tmp_path / "report.html", 1280, "light"))
