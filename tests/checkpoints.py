@@ -206,7 +206,8 @@ NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=50).filter(st
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
     """Return a tensor's bytes in row-major order, by torch."""
-    return bytes(tensor.detach().clone(memory_format=torch.contiguous_format).untyped_storage().tolist())
+    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return copy.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @st.composite
