@@ -260,9 +260,9 @@ class SparseFile(io.BufferedRandom):
         return super().write(data)
 
 
-def save_zeros(path: Path, geometry: Dimensions, dtype: str = "F32") -> Path:
+def save_zeros(path: Path, geometry: Dimensions, dtype: str = "F32", block_chunks: int = 0) -> Path:
     """Write a .pth of zeros, with correct CRC-32s, that takes almost no disk space."""
-    infos = {name: TensorInfo(dtype, info.shape) for name, info in FAMILY.sources(geometry).items()}
+    infos = {name: TensorInfo(dtype, info.shape) for name, info in FAMILY.sources(geometry, block_chunks).items()}
     zeros = bytes(1 << 20)
 
     def data(name: str) -> Iterator[bytes]:
