@@ -83,7 +83,9 @@ def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
 
     found = (_OPTIONAL.fullmatch(name) for name in infos)
     in_blocks = {match.lastgroup for match in found if match is not None}
-    hidden = size("cls_token", 2, 3, size("norm.weight", 0, 1, 0))
+    places = (("cls_token", 2, 3), ("pos_embed", 2, 3), ("patch_embed.proj.weight", 0, 4), ("norm.weight", 0, 1))
+    sizes = [each for each in (size(*place, 0) for place in places) if each]
+    hidden = max(sizes, key=sizes.count, default=0)  # so that one wrong tensor is reported, not all others
     head_width = size(HEAD_PREFIX + "weight", 1, 2, 2 * hidden)
     swiglu = "blocks.0.mlp.w12.weight" in infos
     ffn = size("blocks.0.mlp.w3.weight", 1, 2, 0) if swiglu else size("blocks.0.mlp.fc1.weight", 0, 2, 0)

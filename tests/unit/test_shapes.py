@@ -29,6 +29,15 @@ def test_converted_model_of_impossible_shapes_is_refused(part: str, shape: tuple
         plan_of(checkpoint_of_shapes(changed))
 
 
+@pytest.mark.parametrize("key", ["cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"])
+def test_one_tensor_of_another_hidden_size_is_one_problem(key: str, tmp_path: Path) -> None:
+    shapes = {key: info.shape for key, info in FAMILY.sources(tiny(hidden=64)).items()}
+    shape = tuple(128 if size == 64 else size for size in shapes[key])
+    with pytest.raises(MappingError) as caught:
+        plan_of_shapes({**shapes, key: shape}, tmp_path)
+    assert list(caught.value.problems) == [f"wrong shape: {key} is {list(shape)}, not {list(shapes[key])}"]
+
+
 def plan_of(checkpoint: Checkpoint) -> Plan:
     selection = find_backbone(checkpoint, "x")
     tensors = {key: joined([checkpoint[name] for name in names]) for key, names in selection.names.items()}
