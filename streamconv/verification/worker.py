@@ -25,7 +25,7 @@ from streamconv.verification.machine import OUT_OF_MEMORY
 from streamconv.verification.process import ModelsHere
 
 MAX_PRINTED = 10_000  # characters that are kept of what a library prints at once
-MAX_IMPORT_SECONDS = 180  # of CPU time; 5 to 20 are usual. Under a limit of memory, OpenBLAS may ask for it forever.
+MAX_IMPORT_SECONDS = 120  # of CPU time; 5 to 20 are usual. Under a limit of memory, OpenBLAS may ask for it forever.
 
 
 class _Parent:
