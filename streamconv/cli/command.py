@@ -52,7 +52,7 @@ class Argument(click.Argument):
 QUIET = Option("-q", "--quiet", is_flag=True, group="General", help="Print only errors and differences.")
 VERBOSE = Option(
     "-v", "--verbose", count=True, default=0, show_default=False, group="General",
-    help="Log to stderr what is done; -vv logs more details.",
+    help="Log the important steps to stderr; -vv logs all.",
 )  # fmt: skip
 JSON = Option(
     "--json", "as_json", is_flag=True, group="General", help="Print results and errors on stdout as one JSON object."

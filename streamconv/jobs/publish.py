@@ -162,7 +162,7 @@ def _read_verified(folder: Path, push: PushOptions) -> Manifest:
     elif not verification.get("passed"):
         state = "failed verification"
     else:  # recorded by an older version, without files, or copied from another folder
-        state = "has a recorded verification that is not about its files"
+        state = "has a recorded verification, but of other files"
     raise UsageError(f"{folder} {state}. Verify it first: `{verify_command(folder, manifest)}`.")
 
 

@@ -74,7 +74,7 @@ def explain_new_download(address: Address, file: RemoteFile) -> None:
     """Log why a file is downloaded although there is a copy of it."""
     if Download.read(own_path(address)) is None:
         if is_published(address) and os.path.exists(path := torch_hub_path(address)):
-            _log.warning("%s is not known to come from %s: downloading that file", path, address)
+            _log.warning("%s may not be the file at %s, which is downloaded instead", path, address)
         return
     if {UNVERSIONED} == file.validators.keys():
         why = "its server sends neither an ETag nor a Last-Modified, so it may have changed"

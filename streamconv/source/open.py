@@ -1,6 +1,5 @@
 """Opens a source: reads the indexes of its files and selects the tensors to convert. No weight is read."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -10,11 +9,8 @@ from typing import Any
 
 from streamconv.errors import (
     ChangedError,
-    CorruptError,
     NetworkError,
-    NotACheckpointError,
     SourceError,
-    TruncatedError,
     UsageError,
 )
 from streamconv.families.classifier_heads import find_layers, head_in_file
@@ -29,6 +25,7 @@ from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.limits import parse_small_json
 from streamconv.formats.shards import refuse_shard
 from streamconv.output.manifest import CHANGE_TIME, SourceFile
+from streamconv.source.advice import named_torch_hub_copy
 from streamconv.source.authors import Authorship, authorship
 from streamconv.source.cache import torch_hub_cache
 from streamconv.source.resolve import Source
@@ -176,7 +173,7 @@ def open_source(
         UsageError: a head is given for a model that takes none, or there is no backbone under ``source.select``.
     """
     with ExitStack() as stack:
-        stack.enter_context(_name_torch_hub_copy(source))
+        stack.enter_context(named_torch_hub_copy(source))
         checkpoints: dict[str, Checkpoint] = {**(opened or {})}
         for role, location in source.locations.items():
             if role in checkpoints:
@@ -235,26 +232,6 @@ def _beside_head(
     infos, family = {name: tensor.info for name, tensor in checkpoints["head"].items()}, selection.family
     layers = find_layers(infos, family.classifier_head) if family.classifier_head is not None else {}
     return list(filter(None, [left_out_beside_head(family.split_head(head_names)[1], infos, layers.values(), family)]))
-
-
-@contextmanager
-def _name_torch_hub_copy(source: Source) -> Iterator[None]:
-    """Add to an error about a file in torch.hub's cache the advice to delete it, so that it is fetched again."""
-    try:
-        yield
-    except (CorruptError, TruncatedError, NotACheckpointError) as error:
-        cached = [
-            path for path in source.locations.values() if isinstance(path, Path) and torch_hub_cache() in path.parents
-        ]
-        path = next((path for path in cached if _is_at(error, path)), None)
-        if path is None or isinstance(error, ChangedError):
-            raise
-        hint = f"It is a copy in torch.hub's cache. Delete it to fetch it again: {path}"
-        raise type(error)(f"{error} {hint}") from error
-
-
-def _is_at(error: SourceError, path: Path) -> bool:
-    return isinstance(error.location, Path) and os.path.abspath(error.location) == os.path.abspath(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

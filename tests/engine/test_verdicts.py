@@ -314,7 +314,7 @@ def test_partial_verification_neither_upgrades_nor_downgrades_a_fuller_one(
 def test_verdict_about_other_files_is_not_trusted(folder: Path, source: Path, verdict: dict[str, Any]) -> None:
     """An older version recorded no files; or the manifest's verdict was copied from another folder."""
     edit(folder / "streamconv.json", verification=verdict)
-    with pytest.raises(UsageError, match=r"recorded verification that is not about its files\. Verify it first"):
+    with pytest.raises(UsageError, match=r"recorded verification, but of other files\. Verify it first"):
         streamconv.publish(folder)
     assert not verified(folder, source, PARTIAL).not_recorded
 
@@ -323,7 +323,7 @@ def test_verdict_of_another_folder_is_not_trusted(tmp_path: Path, folder: Path, 
     verified(folder, source)
     other = api.convert(source, tmp_path / "other", dtype="float16").output
     edit(other / "streamconv.json", verification=recorded(folder))
-    with pytest.raises(UsageError, match="recorded verification that is not about its files"):
+    with pytest.raises(UsageError, match="recorded verification, but of other files"):
         streamconv.publish(other)
 
 
@@ -374,7 +374,7 @@ def test_decisions_that_are_taken_from_the_manifest_are_named(tmp_path: Path, fo
     assert not unproved(api.convert(theirs, tmp_path / "again").output, theirs, SourceOptions())
 
 
-def test_small_file_that_only_the_manifest_names_is_not_vouched_for(tmp_path: Path) -> None:
+def test_small_file_that_only_the_manifest_names_is_reported(tmp_path: Path) -> None:
     """Without three channels, no image processor is planned."""
     source = tmp_path / "x.safetensors"
     safetensors.torch.save_file(make_states(replace(tiny(), channels=4))[0], source)

@@ -14,7 +14,7 @@ SHELL = Argument(
 
 @command(SHELL)
 def completion(printer: Printer, shell: str) -> None:
-    """Print the script by which a shell completes commands, options, models and files.
+    """Print the script with which a shell completes commands, options, models and files.
 
     \b
     bash: echo 'eval "$(streamconv completion bash)"' >> ~/.bashrc
