@@ -2,7 +2,7 @@
 
 The source's entries are kept as they are, unknown ones included: a threshold, a list of layers or a task that training
 recorded cannot be found in tensors. Only these are not kept: the dtype; the architecture, if the output has another
-one; and `DROPPED`, which describe the files that the source came in.
+one; and `DROPPED`, which describe the files that the source came in, or which code is to run the model.
 """
 
 import json
@@ -20,9 +20,12 @@ from streamconv.planning.shards import to_json
 from streamconv.tensors.info import DTYPES
 
 # The version and the folder that the source was saved by, an older name of dtype, code that the output does not have,
-# and a quantisation that its tensors do not have.
+# and a quantisation that its tensors do not have. transformers writes none of the others, which choose kernels (it may
+# download and run those that are named by a repository) and devices. Verification runs the model without them.
 DROPPED = (
-    "transformers_version", "_name_or_path", "torch_dtype", "auto_map", "quantization_config", "transformers_weights"
+    "transformers_version", "_name_or_path", "torch_dtype", "auto_map", "quantization_config", "transformers_weights",
+    "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation",
+    "fusion_config", "distributed_config", "base_model_tp_plan", "base_model_pp_plan", "base_model_fsdp_plan",
 )  # fmt: skip
 
 MAX_CLASSES = 90_000  # config.json names each twice, and has to stay within the limits on settings

@@ -249,6 +249,15 @@ def test_differences_are_listed(model: Path, tmp_path: Path) -> None:
     assert "config.json: kept from the source; changed: use_mask_token" in shown
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_code_that_a_config_chooses_is_left_out(model: Path, tmp_path: Path, key: str) -> None:
+    """from_pretrained would download and run it; verification chooses its own."""
+    edited(model / CONFIG, **{key: "kernels-community/other"})
+    done = api.convert(model, tmp_path / "out")
+    assert done.plan.notes[0].endswith(f"; left out: {key}")
+    assert key not in small_files(tmp_path / "out")[CONFIG]
+
+
 def test_entries_that_a_config_leaves_to_transformers_are_those_of_transformers(model: Path, tmp_path: Path) -> None:
     """Without a number of heads, transformers takes 12, which do not divide 128; epsilon is the authors' own."""
     config = json.loads((model / CONFIG).read_bytes())
