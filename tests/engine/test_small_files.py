@@ -320,7 +320,8 @@ def test_labels_that_are_given_win_and_the_task_stays(classifier: Path, tmp_path
     assert config["label2id"] == {"x": 0, "y": 1, "z": 2}
     assert config["problem_type"] == "multi_label_classification"
     assert done.labels_from == "labels.txt"
-    assert "changed: id2label 3 entries → 3 entries, label2id 2 entries → 3 entries" in done.plan.notes[0]
+    kept = "config.json: kept from the source; changed: id2label 3 entries → 3 entries, label2id 2 entries → 3 entries"
+    assert kept in done.plan.notes
     found = api.verify(tmp_path / "out", classifier, device="cpu", parity=False)
     assert found.check("config").passed
 
