@@ -72,7 +72,7 @@ class UnreadableError(SourceError):
 
     def __init__(self, reason: str, advice: str = ""):
         self.reason = reason
-        super().__init__(f"{reason}. {advice}".rstrip())
+        super().__init__(f"{reason.removesuffix('.')}. {advice}".rstrip())
 
 
 class RefusedError(SourceError):

@@ -29,8 +29,9 @@ from streamconv.output.journal import Journal
 from streamconv.output.manifest import Manifest, Provenance, SourceFile, WrittenFile
 from streamconv.output.resumable import journal_path, require_absent, resumable_files
 from streamconv.output.writer import written_file
+from streamconv.planning.plan import CONFIG_NAME
 from streamconv.progress import Progress, ignore_progress, job
-from streamconv.source.open import read_config
+from streamconv.source.small_files import read_json_beside
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.expressions import AnyTensor, SourceTensor, filled, joined
 from streamconv.tensors.info import DTYPES
@@ -121,7 +122,7 @@ def revert(
         family, model, count, tensors = _originals(
             _without_fillings(checkpoint, manifest.filled if manifest else {}),
             str(source),
-            read_config(checkpoint.folder or source),
+            read_json_beside(checkpoint.folder or source, CONFIG_NAME)[0] or {},
         )
         known = model.block_chunks if model is not None else 0
         recorded = manifest.block_chunks if manifest is not None else known

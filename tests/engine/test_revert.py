@@ -20,7 +20,15 @@ import safetensors.torch
 import torch
 
 import streamconv
-from streamconv import ChangedError, CorruptError, MappingError, OutputError, SourceMissingError, UsageError
+from streamconv import (
+    ChangedError,
+    CorruptError,
+    MappingError,
+    OutputError,
+    SourceError,
+    SourceMissingError,
+    UsageError,
+)
 from streamconv.families.registry import find_model
 from tests import api
 from tests.checkpoints import assert_same, chunked, converted_folder, original_states
@@ -598,6 +606,18 @@ def test_config_that_contradicts_the_tensors_is_refused(tmp_path: Path, changed:
     )
     message = f"its config.json sets {key} to {value!r}, but {whose}"
     assert any(message in problem for problem in caught.value.problems)
+    assert not (tmp_path / "back.pth").exists()
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", None])
+def test_config_that_cannot_be_read_is_refused(tmp_path: Path, data: bytes | None) -> None:
+    folder = converted_folder(tmp_path, tiny())
+    if data is None:
+        os.mkfifo(folder / "config.json")
+    else:
+        (folder / "config.json").write_bytes(data)
+    with pytest.raises(SourceError, match=r"config\.json"):
+        streamconv.revert(folder, tmp_path / "back.pth")
     assert not (tmp_path / "back.pth").exists()
 
 

@@ -225,6 +225,13 @@ def test_unreadable_config_is_an_error(model: Path) -> None:
         api.plan(model)
 
 
+def test_config_that_is_no_file_is_an_error(model: Path) -> None:
+    (model / CONFIG).unlink()
+    os.mkfifo(model / CONFIG)
+    with pytest.raises(SourceError, match=r"not a regular file\.$"):
+        api.plan(model)
+
+
 def test_differences_are_listed(model: Path, tmp_path: Path) -> None:
     edited(
         model / CONFIG, transformers_version="4.1", _name_or_path="/home/me", auto_map={"AutoModel": "x.Y"},
