@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from streamconv._version import __version__
 from streamconv.display import shortened
 from streamconv.errors import HubError, StreamconvError
-from streamconv.files.client import environment_problem
 from streamconv.files.hub_settings import hub_endpoint, hub_token, hub_url
 from streamconv.hub import transport
 from streamconv.hub.transport import NoAnswerError, in_time, network_errors, timeout_errors
@@ -130,39 +129,40 @@ class HubClient:
 
     def _convert(self, failure: str, error: Exception) -> tuple[HubError, bool]:
         """The error to raise instead, and whether it is transient: a retry may succeed."""
+        message, problem, fix, is_transient = self._explain(error, list(_causes(error)))
+        details = f": {message.rstrip('.')}" if message else ""
+        return HubError(f"{failure}: {problem}{details}. {fix}".rstrip(), message), is_transient
+
+    def _explain(self, error: Exception, causes: "list[BaseException]") -> tuple[str, str, str, bool]:
+        """Return the Hub's own message, what went wrong, how to fix it, and whether a retry may succeed."""
         from huggingface_hub.errors import HfHubHTTPError
 
-        causes = list(_causes(error))
+        from streamconv.files.client import environment_problem  # imports urllib3, which only an error needs
+
         # Before 1.0, a HfHubHTTPError without a response is a download that failed without one.
         rejections = [e for e in causes if isinstance(e, HfHubHTTPError) and e.response is not None]
         if any(isinstance(each, NoAnswerError) for each in causes):
-            message, problem = "", f"the Hub did not send a complete response within {transport.ANSWER_SECONDS:,.0f} s"
-            fix, is_transient = RUN_AGAIN, False
-        elif rejections:
+            problem = f"the Hub did not send a complete response within {transport.ANSWER_SECONDS:,.0f} s"
+            return "", problem, RUN_AGAIN, False
+        if rejections:
             status = rejections[0].response.status_code
             message = self._redact(next((e.server_message for e in rejections if e.server_message), ""))
-            problem, fix = self._diagnose(rejections[0], status, message)
-            is_transient = status in (408, 429) or status >= 500
-        elif any(isinstance(e, network_errors()) for e in causes):
+            return message, *self._diagnose(rejections[0], status, message), status in (408, 429) or status >= 500
+        if any(isinstance(e, network_errors()) for e in causes):
             has_timed_out = any(isinstance(e, timeout_errors()) for e in causes)
             what = "does not respond in time" if has_timed_out else "cannot be reached, or the connection broke"
             reason = self._redact(str(causes[-1])) or type(causes[-1]).__name__
-            message, problem, fix, is_transient = "", f"{self.endpoint} {what} ({reason})", RUN_AGAIN, True
-        elif any(isinstance(each, JSONDecodeError) for each in causes):
-            message, problem, fix, is_transient = (
-                "",
-                f"{self.endpoint} does not answer like the Hub",
-                NOT_THE_HUB,
-                False,
-            )
-        elif found := environment_problem(hub_endpoint().hostname or ""):
-            return HubError(f"{failure}: {found}"), False
-        else:
-            message = self._redact(str(error))
-            problem, fix = NO_STORAGE if FULL_ACCOUNT.search(message) else ("it failed", f"Fix that. {RUN_AGAIN}")
-            is_transient = False
-        details = f": {message.rstrip('.')}" if message else ""
-        return HubError(f"{failure}: {problem}{details}. {fix}", message), is_transient
+            return "", f"{self.endpoint} {what} ({reason})", RUN_AGAIN, True
+        if any(isinstance(each, JSONDecodeError) for each in causes):
+            return "", f"{self.endpoint} does not answer like the Hub", NOT_THE_HUB, False
+        if found := environment_problem(hub_endpoint().hostname or ""):
+            return "", found.rstrip("."), "", False  # it says how to fix it
+        message = self._redact(str(error))
+        return (
+            message,
+            *(NO_STORAGE if FULL_ACCOUNT.search(message) else ("it failed", f"Fix that. {RUN_AGAIN}")),
+            False,
+        )
 
     def _diagnose(self, rejection: "HfHubHTTPError", status: int, message: str) -> tuple[str, str]:
         """Return why the Hub rejected a request and how to fix that, as text."""

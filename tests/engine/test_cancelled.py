@@ -19,9 +19,13 @@ FREQUENT = pytest.mark.usefixtures("frequent_journal_entries")
 
 
 def files_in(folder: Path) -> Mapping[str, bytes]:
-    """Return the complete files below a folder, except manifests, which record times of the source."""
+    """Return the complete files below a folder, except what records times of the source, or what was seen of it."""
     paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return {path.name: path.read_bytes() for path in paths if path.name != "streamconv.json"}
+    return {
+        path.name: path.read_bytes()
+        for path in paths
+        if path.name != "streamconv.json" and path.parent.name != "outputs"
+    }
 
 
 @FREQUENT

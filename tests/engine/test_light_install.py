@@ -111,7 +111,6 @@ def test_store_without_fsspec_is_refused_with_the_packages_to_install(tmp_path: 
 @pytest.mark.parametrize(
     ("words", "package"),
     [
-        (["convert", "source.pth", "-o", "out", "--max-shard-size", "300KB"], "huggingface_hub"),
         (["convert", "hf://a/b/c.pth", "-o", "out"], "huggingface_hub"),
         (["run", "source.pth", "--no-verify", "--push-to-hub", "a/b", "--push-unverified"], "huggingface_hub"),
     ],
