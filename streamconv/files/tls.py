@@ -3,7 +3,7 @@
 import os
 import ssl
 
-from streamconv.display import printable
+from streamconv.display import visible
 from streamconv.errors import UsageError
 
 
@@ -29,5 +29,5 @@ def tls_context() -> ssl.SSLContext:
 
 def _unusable(variable: str, path: str) -> UsageError:
     return UsageError(
-        f"The certificates in {printable(path)}, which {variable} names, cannot be read. Correct or unset it."
+        f"The certificates in {visible(path)}, which {variable} names, cannot be read. Correct or unset it."
     )
