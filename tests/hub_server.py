@@ -46,12 +46,16 @@ class Pointer:
 
 @dataclass
 class Repo:
-    """A repository. Each branch is a list of commits: a name of 40 hexadecimal digits, and files."""
+    """A repository. Each branch is a list of commits: a name of 40 hexadecimal digits, and files.
+
+    ``titles`` are those of the commits that clients made.
+    """
 
     private: bool
     gated: bool = False
     branches: dict[str, list[tuple[str, dict[str, bytes | Pointer]]]] = field(default_factory=dict)
     pull_requests: int = 0
+    titles: list[str] = field(default_factory=list)
 
     def add(self, branch: str, files: dict[str, bytes | Pointer]) -> str:
         commits = self.branches.setdefault(branch, [])
@@ -316,6 +320,7 @@ class HubServer:
             known.branches[branch] = [commit]
             address = {"pullRequestUrl": f"{self.url}/{repo}/discussions/{known.pull_requests}"}
         name = known.add(branch, files)
+        known.titles.append(header["summary"])
         return Answer(200, {"commitUrl": f"{self.url}/{repo}/commit/{name}", "commitOid": name, **address})
 
     def _yaml(self, body: bytes, accept: str, **_: Any) -> "Answer":

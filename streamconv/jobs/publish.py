@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamconv.display import printable
 from streamconv.errors import OutputError, SourceError, UsageError
 from streamconv.files.address import local_path
 from streamconv.files.local import exists, read_small
@@ -15,6 +14,7 @@ from streamconv.hub.card import CARD_NAME, is_ours, kept_metadata, make_card
 from streamconv.hub.card_check import check_card
 from streamconv.hub.checks import LargeFile, hashed
 from streamconv.hub.destination import PushTarget
+from streamconv.hub.names import published_model
 from streamconv.hub.repository import Repository
 from streamconv.jobs.claims import confirm_claims, verify_command, was_verified_here, without_unconfirmed_claims
 from streamconv.jobs.options import PushOptions, StrPath
@@ -141,13 +141,17 @@ def publish_folder(
     for name, file in large.items():
         repository.send(file, progress)
         _log.info("uploaded %s to %s", name, repository.id)
-    return commit(repository, small, manifest, progress)
+    return commit(repository, small, confirmed, progress)
 
 
 def commit(repository: Repository, small: Mapping[str, bytes], manifest: Manifest, progress: Progress) -> Published:
-    """Commit the small files together with the large ones that were uploaded."""
+    """Commit the small files together with the large ones that were uploaded.
+
+    ``manifest`` has confirmed claims only: the commit's title names a model if the source is its authors' own.
+    """
     progress(f"committing to {repository.id}", 0, 1, "steps")
-    made = repository.commit(small, f"Add {printable(manifest.model or 'the model')}, converted by streamconv")
+    found = published_model(manifest)
+    made = repository.commit(small, f"Add {found[1].name if found else 'the model'}, converted by streamconv")
     _log.info("committed %s" if made.is_new else "%s has all files already", made.url)
     return Published(repository.id, made.url, made.private, was_published=not made.is_new)
 

@@ -249,6 +249,7 @@ def test_folder_from_someone_else_is_not_pushed_as_its_authors(
     text = hub.files(f"ada/{folder.name}")["README.md"].decode()
     assert not card(hub).keys() & {"license", "base_model"}
     assert "as its authors published it" not in text
+    assert hub.repos[f"ada/{folder.name}"].titles == ["Add the model, converted by streamconv"]
     remember_output(forged.source, {"model.safetensors": WrittenFile(1, "ab")})  # other weights
     assert not published_model(without_foreign_claims(forged))
     remember_output(manifest.source, manifest.files)  # not the authors' source
@@ -260,6 +261,7 @@ def test_folder_from_someone_else_is_not_pushed_as_its_authors(
     assert published_model(without_foreign_claims(forged))
     assert run("push", folder, cwd=tmp_path).returncode == 0
     assert card(hub, "ada/dinov2-small")["base_model"] == "facebook/dinov2-small"
+    assert hub.repos["ada/dinov2-small"].titles == ["Add dinov2_vits14, converted by streamconv"]
 
 
 def test_verdict_from_another_machine_is_named_as_such(hub: HubServer, tmp_path: Path, folder: Path) -> None:
