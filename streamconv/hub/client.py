@@ -148,21 +148,19 @@ class HubClient:
             status = rejections[0].response.status_code
             message = self._redact(next((e.server_message for e in rejections if e.server_message), ""))
             return message, *self._diagnose(rejections[0], status, message), status in (408, 429) or status >= 500
+        # Before 1.0, this one is also a network error.
+        if any(isinstance(each, JSONDecodeError) for each in causes):
+            return "", f"{self.endpoint} does not answer like the Hub", NOT_THE_HUB, False
         if any(isinstance(e, network_errors()) for e in causes):
             has_timed_out = any(isinstance(e, timeout_errors()) for e in causes)
             what = "does not respond in time" if has_timed_out else "cannot be reached, or the connection broke"
             reason = self._redact(str(causes[-1])) or type(causes[-1]).__name__
             return "", f"{self.endpoint} {what} ({reason})", RUN_AGAIN, True
-        if any(isinstance(each, JSONDecodeError) for each in causes):
-            return "", f"{self.endpoint} does not answer like the Hub", NOT_THE_HUB, False
         if found := environment_problem(hub_endpoint().hostname or ""):
             return "", found.rstrip("."), "", False  # it says how to fix it
         message = self._redact(str(error))
-        return (
-            message,
-            *(NO_STORAGE if FULL_ACCOUNT.search(message) else ("it failed", f"Fix that. {RUN_AGAIN}")),
-            False,
-        )
+        problem, fix = NO_STORAGE if FULL_ACCOUNT.search(message) else ("it failed", f"Fix that. {RUN_AGAIN}")
+        return message, problem, fix, False
 
     def _diagnose(self, rejection: "HfHubHTTPError", status: int, message: str) -> tuple[str, str]:
         """Return why the Hub rejected a request and how to fix that, as text."""
