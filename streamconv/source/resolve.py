@@ -90,11 +90,10 @@ def resolve_source(
     _require_exists(given_head)
     if not _is_model(source, output):
         location = parse_location(source)
-        is_word = (
-            isinstance(source, str) and isinstance(location, Path) and location.name == name and not location.suffix
-        )
-        if is_word and not os.path.exists(name):
-            raise UsageError(f"{name} is neither a file nor a model that streamconv knows. {suggest_models(name)}")
+        is_word = isinstance(source, str) and os.path.basename(name) == name and not os.path.splitext(name)[1]
+        if is_word and isinstance(location, Path) and not os.path.exists(name):
+            near = did_you_mean([*_near_paths(location), *near_models(name)][:3]) or suggest_models(name)
+            raise UsageError(f"{name} is neither a file nor a model that streamconv knows. {near}")
         _require_exists(location)
         notes = [f"{name} is a path here; a model is published under this name, too"] if is_hub_name(name) else []
         notes += _page_notes({source: location, head: given_head})
@@ -140,14 +139,18 @@ def _require_exists(location: Location | None) -> None:
     if missing := missing_link(location):
         with located(location):
             raise SourceMissingError(f"{location} {missing}")
-    files = {Path(name).stem: name for name in _names_in(location.parent)}
-    near = [f"`{location.with_name(files[stem])}`" for stem in near_names(location.stem, files)]
-    near = near or [f"the model {name}" for name in near_models(location.stem)[:1]]
+    near = _near_paths(location) or [f"the model {name}" for name in near_models(location.stem)[:1]]
     fix = did_you_mean(near)
     if _is_repository(location):
         fix = f"For a repository on the Hub, give the URL of its file: hf://{location}/model.safetensors. {fix}"
     with located(location):
         raise SourceMissingError(f"{location}: there is no such file. {fix}".rstrip())
+
+
+def _near_paths(path: Path) -> list[str]:
+    """Return the paths beside ``path`` that it may stand for, quoted for a message."""
+    files = {Path(name).stem: name for name in _names_in(path.parent)}
+    return [f"`{path.with_name(files[stem])}`" for stem in near_names(path.stem, files)]
 
 
 def _is_repository(path: Path) -> bool:

@@ -57,6 +57,13 @@ def test_word_after_a_dot_and_slash_is_a_path(tmp_path: Path, monkeypatch: pytes
         resolve_source("./dinov2-smal")
 
 
+def test_mistyped_word_suggests_a_folder_beside_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dinov2-small").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"Did you mean `dinov2-small`, dinov2_vits14 or "):
+        resolve_source("dinov2-smal")
+
+
 def test_unknown_model_name_suggests_similar_names() -> None:
     with pytest.raises(UsageError, match="Did you mean dinov2_vitg14,"):
         resolve_source("dino2_vitg14")
