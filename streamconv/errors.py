@@ -7,6 +7,7 @@ All errors can be copied and pickled with their attributes, so that a worker pro
 """
 
 import copyreg
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -17,6 +18,8 @@ from streamconv.display import first_lines, shortened, visible
 SHOWN_PROBLEMS = 20
 KEPT_PROBLEMS = 1_000
 PROBLEM_LENGTH = 500  # characters: two shapes and two names of ordinary length
+# The errors of the system that mean that a limit on files, processes or memory was reached.
+LIMIT_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 
 
 class StreamconvError(Exception):

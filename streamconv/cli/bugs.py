@@ -12,12 +12,11 @@ from threading import Thread
 from streamconv._version import __version__
 from streamconv.cli.shown import shown_command
 from streamconv.display import shortened, visible
-from streamconv.errors import OutputError, StreamconvError, UsageError
+from streamconv.errors import LIMIT_ERRORS, OutputError, StreamconvError, UsageError
 from streamconv.redaction import redacted
 
 MAX_LINES, MAX_LINE_LENGTH = 100, 500  # of a traceback
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
-_LIMIT_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 
 
 class InternalError(StreamconvError):
@@ -52,7 +51,7 @@ def to_our_error(error: Exception, words: Sequence[str]) -> StreamconvError:
         return UsageError("There is too little memory. Close other programs, or raise the limit (`ulimit -v`).")
     if _could_not_start_thread(error):
         return UsageError("No more threads can be started. End other programs, or raise a limit (`ulimit -u`, `-v`).")
-    if isinstance(error, OSError) and error.errno in _LIMIT_ERRORS:
+    if isinstance(error, OSError) and error.errno in LIMIT_ERRORS:
         return UsageError(f"A system limit was reached: {error.strerror}. End other programs, or raise the limit.")
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""

@@ -5,11 +5,10 @@ A conversion imports this module, too, so torch is imported only when it is need
 
 import errno
 
-from streamconv.errors import UsageError
+from streamconv.errors import LIMIT_ERRORS, UsageError
 
 AGAIN = "Then run the same command again; a finished conversion is not repeated."
 OUT_OF_MEMORY = f"Close other programs, or use a machine with more memory. {AGAIN}"
-_LIMIT_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN})
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -33,5 +32,5 @@ def refuse_machine_failure(error: Exception, device: str = "cpu") -> None:
     """
     if is_out_of_memory(error):
         raise UsageError(f"{device} has too little memory to run the models: {error}. {OUT_OF_MEMORY}") from error
-    if isinstance(error, OSError) and error.errno in _LIMIT_ERRORS:
+    if isinstance(error, OSError) and error.errno in LIMIT_ERRORS:
         raise UsageError(f"A system limit was reached: {error.strerror}. Raise the limit. {AGAIN}") from error
