@@ -7,10 +7,7 @@ from streamconv.errors import OutputError
 from streamconv.hub.markdown import as_text
 from streamconv.output.manifest import MANIFEST_NAME, Manifest
 
-NOT_REPEATED = (
-    f"**As recorded in {MANIFEST_NAME} by whoever made this folder.** Whoever published it did not repeat the "
-    "verification."
-)
+NOT_REPEATED = f"**As recorded in {MANIFEST_NAME}.** The verification was not repeated before this was published."
 VERDICTS = {True: "passed", False: "**FAILED**", None: "not run"}
 
 

@@ -30,7 +30,7 @@ def recorded_options(folder: Path, given: SourceOptions) -> ConversionOptions:
 def with_recorded_as_unproved(prepared: PreparedSource, folder: Path, given: SourceOptions) -> PreparedSource:
     """Add the decisions that only the folder states to those that the plan lists as unproved.
 
-    Whoever made the folder could have written a manifest to match wrong files.
+    The author of the folder could have written a manifest that matches wrong files.
     """
     recorded = _recorded(folder)
     labels = labels_in(read_config(folder)) if "id2label" in prepared.plan.config else []

@@ -9,7 +9,7 @@ from pathlib import Path
 from streamconv.output.readable import weights_in
 
 State = tuple[int, ...]
-"""Identifies a file and its contents: device, inode, size, mtime and ctime; empty if there is no file."""
+"""Identifies a file and its contents: device, inode, size, mtime and ctime; empty if it does not exist."""
 
 
 def state_of(path: Path) -> State:

@@ -278,7 +278,7 @@ def test_verdict_from_another_machine_is_named_as_such(hub: HubServer, tmp_path:
             f"streamconv verify {folder} source.pth`" in done.stderr
         )
     text = hub.files("ada/mine")["README.md"].decode()
-    assert "## Verification\n\n**As recorded in streamconv.json by whoever made this folder.** Whoever" in text
+    assert "## Verification\n\n**As recorded in streamconv.json.** The verification was not repeated" in text
     assert "| parity | passed | the same outputs |" in text
     assert "Every byte that was read matched its CRC-32, according to streamconv.json." in text
     remember_verdict(manifest["verification"])

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 import streamconv
 from streamconv.cli.bugs import MAX_LINE_LENGTH, MAX_LINES
 from streamconv.cli.commands import app
-from streamconv.cli.start import _prepare_streams
+from streamconv.cli.start import _IgnoreBrokenPipe, _prepare_streams
 from tests.support import ROOT, run_python, save_zeros, tiny
 
 TOKEN = "hf_itsme"
@@ -205,6 +205,7 @@ def test_streams_are_prepared_without_any_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("os.devnull", "/nonexistent")
     monkeypatch.setattr("sys.stderr", sys.stderr)  # which is wrapped
     _prepare_streams()
+    assert isinstance(sys.stderr, _IgnoreBrokenPipe)
 
 
 @pytest.mark.parametrize("words", ["--help", "run --help"])
