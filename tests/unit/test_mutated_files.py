@@ -15,7 +15,8 @@ import pytest
 
 from streamconv import open_checkpoint
 from streamconv.errors import SourceError, StreamconvError, UsageError
-from streamconv.families.dinov2 import FAMILY, IMAGE_PROCESSOR
+from streamconv.families.dinov2 import FAMILY
+from streamconv.families.dinov2_models import IMAGE_PROCESSOR
 from streamconv.families.image_processors import UnknownStepsError, read_pixel_steps
 from streamconv.formats.shards import MAX_FILES, read_weights_index
 from streamconv.hub.card import make_card

@@ -1,0 +1,108 @@
+"""The rules for DINOv2's tensors, and the spellings of their names.
+
+The names on the right are those in transformers' files, which 4.x and 5.x both write and read;
+5.x has other names for some of them in memory.
+"""
+
+import re
+
+from streamconv.families.dinov2_geometry import BLOCK, HEAD_PREFIX, Dimensions
+from streamconv.families.rules import Rule, chunk, drop, fill, rename
+
+LAYER = "encoder.layer.{i}."
+
+
+def rules(sizes: Dimensions, prefix: str) -> tuple[Rule, ...]:
+    """Return the rules for every key of a backbone.
+
+    Symbols: D hidden, F feed-forward width, N positions, R registers, C channels, P patch.
+    """
+    to, layer = prefix, prefix + LAYER
+    scale1, scale2 = (layer + f"layer_scale{n}.lambda1" for n in (1, 2))
+    mask_token = to + "embeddings.mask_token"
+
+    # transformers' classes always have these biases and a LayerScale, and the one with registers has a mask token.
+    def bias(source: str, target: str, shape: str, is_there: bool) -> Rule:
+        return rename(source, target, shape) if is_there else fill(target, 0.0, shape)
+
+    has_bias = sizes.has_ffn_bias
+    feed_forward = (
+        rename(BLOCK + "mlp.w12.weight", layer + "mlp.weights_in.weight", "2F D"),
+        bias(BLOCK + "mlp.w12.bias", layer + "mlp.weights_in.bias", "2F", has_bias),
+        rename(BLOCK + "mlp.w3.weight", layer + "mlp.weights_out.weight", "D F"),
+        bias(BLOCK + "mlp.w3.bias", layer + "mlp.weights_out.bias", "D", has_bias),
+    ) if sizes.swiglu else (
+        rename(BLOCK + "mlp.fc1.weight", layer + "mlp.fc1.weight", "F D"),
+        bias(BLOCK + "mlp.fc1.bias", layer + "mlp.fc1.bias", "F", has_bias),
+        rename(BLOCK + "mlp.fc2.weight", layer + "mlp.fc2.weight", "D F"),
+        bias(BLOCK + "mlp.fc2.bias", layer + "mlp.fc2.bias", "D", has_bias),
+    )  # fmt: skip
+    layer_scale = (
+        rename(BLOCK + "ls1.gamma", scale1, "D"),
+        rename(BLOCK + "ls2.gamma", scale2, "D"),
+    ) if sizes.has_layer_scale else (fill(scale1, 1.0, "D"), fill(scale2, 1.0, "D"))  # fmt: skip
+    mask = (rename(sizes.mask_key, mask_token, "1 D"),) if sizes.has_mask_token else ()
+    if sizes.registers and not sizes.has_mask_token:
+        mask = (fill(mask_token, 0.0, "1 D"),)
+    registers = (rename("register_tokens", to + "embeddings.register_tokens", "1 R D"),) if sizes.registers else ()
+    if sizes.has_empty_registers:
+        registers = (drop("register_tokens", "it is empty: the model has no registers", "1 R D"),)
+
+    def query_key_value(part: str) -> tuple[str, ...]:
+        return tuple(f"{layer}attention.attention.{name}.{part}" for name in ("query", "key", "value"))
+
+    return (
+        rename("cls_token", to + "embeddings.cls_token", "1 1 D"),
+        rename("pos_embed", to + "embeddings.position_embeddings", "1 N D"),
+        *registers,
+        *mask,
+        rename("patch_embed.proj.weight", to + "embeddings.patch_embeddings.projection.weight", "D C P P"),
+        bias("patch_embed.proj.bias", to + "embeddings.patch_embeddings.projection.bias", "D", sizes.has_patch_bias),
+        rename(BLOCK + "norm1.weight", layer + "norm1.weight", "D"),
+        rename(BLOCK + "norm1.bias", layer + "norm1.bias", "D"),
+        chunk(BLOCK + "attn.qkv.weight", query_key_value("weight"), "3D D"),
+        *((chunk(BLOCK + "attn.qkv.bias", query_key_value("bias"), "3D"),) if sizes.has_qkv_bias else ()),
+        rename(BLOCK + "attn.proj.weight", layer + "attention.output.dense.weight", "D D"),
+        bias(BLOCK + "attn.proj.bias", layer + "attention.output.dense.bias", "D", sizes.has_proj_bias),
+        layer_scale[0],
+        rename(BLOCK + "norm2.weight", layer + "norm2.weight", "D"),
+        rename(BLOCK + "norm2.bias", layer + "norm2.bias", "D"),
+        *feed_forward,
+        layer_scale[1],
+        rename("norm.weight", to + "layernorm.weight", "D"),
+        rename("norm.bias", to + "layernorm.bias", "D"),
+    )
+
+
+# A linear head reads the CLS token beside the mean of the patch tokens, hence 2D; K classes.
+HEAD_RULES = (
+    rename(HEAD_PREFIX + "weight", "classifier.weight", "K 2D"),
+    rename(HEAD_PREFIX + "bias", "classifier.bias", "K"),
+)
+
+_LOADED_NAMES = {
+    "attention.attention.query": ("attention.q_proj",),
+    "attention.attention.key": ("attention.k_proj",),
+    "attention.attention.value": ("attention.v_proj",),
+    "attention.output.dense": ("attention.o_proj",),
+    "mlp.weights_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.weights_out": ("mlp.down_proj",),
+}
+_LOADED = re.compile("|".join(map(re.escape, _LOADED_NAMES)))
+
+
+def loaded_keys(target: str) -> tuple[str, ...]:
+    """Return the names of the parts that ``target`` has in memory, in transformers 5, cut along dim 0."""
+    found = _LOADED.search(target)
+    return tuple(target.replace(found[0], name) for name in _LOADED_NAMES[found[0]]) if found else (target,)
+
+
+def unchunked_key(key: str) -> str:
+    """Return ``blocks.{chunk}.{i}.…`` without the chunk, which adds nothing: ``i`` counts through all chunks."""
+    return re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", key)
+
+
+def chunked_key(key: str, layers: int, chunks: int) -> str:
+    """Return the key that DinoVisionTransformer has with ``block_chunks`` (Meta's vision_transformer.py)."""
+    block = re.match(r"blocks\.(\d+)\.", key)
+    return f"blocks.{int(block[1]) // max(1, layers // chunks)}.{key[7:]}" if block else key
