@@ -57,8 +57,10 @@ class RemoteFile:
 class Model:
     """A published model. ``dimensions`` is a frozen dataclass of the family, compared with those read from a file.
 
-    ``licence`` is the Hub's name for the licence that the authors chose. ``image_processor`` is None if the family has
-    none. ``block_chunks`` is the number of lists that the blocks of its file are in, 0 for one plain list.
+    ``licence`` is the Hub's name for the licence that the authors chose. If the Hub has none, it is their own name for
+    it, and ``licence_link`` is the address of its text. ``image_processor`` is None if the family has none;
+    ``image_processor_note`` states how it differs from the one that the authors published. ``block_chunks`` is the
+    number of lists that the blocks of its file are in, 0 for one plain list.
     """
 
     name: str
@@ -69,6 +71,8 @@ class Model:
     image_processor: Mapping[str, Any] | None = None
     head: RemoteFile | None = None
     block_chunks: int = 0
+    licence_link: str = ""
+    image_processor_note: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,12 @@ class ImageProcessor:
     """The image processor of a family's models.
 
     ``default`` is its config for a model that was never published; a config of another class may take its place.
+    ``authors_round``: the authors' own transform rounds resized images to whole grey levels, although the class of
+    ``default`` does not.
     """
 
     default: Mapping[str, Any]
+    authors_round: bool = False
 
     def pixel_steps(self, processor: Mapping[str, Any]) -> PixelSteps:
         """Return the steps that a preprocessor_config.json of such a model stands for.

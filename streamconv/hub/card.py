@@ -4,10 +4,10 @@ The card is generated from the folder's manifest alone, so it cannot claim more 
 huggingface_hub, which writes the card's front matter, is imported only when a card is made.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from streamconv.families.base import Family
+from streamconv.families.base import Family, Model
 from streamconv.families.registry import all_families
 from streamconv.hub.markdown import as_code, as_text
 from streamconv.hub.names import published_model
@@ -19,6 +19,7 @@ CARD_NAME = "README.md"
 # The first words of the comment in a generated card; the rest of the comment is for the reader.
 MARKER = "<!-- streamconv:generated-card"
 RANDOM_TAG = "random-weights"
+_LICENCE_KEYS = ("license", "license_name", "license_link")
 
 # The Hub's name of a task: transformers' class for it, and the last line of the example.
 USAGE = {
@@ -33,7 +34,7 @@ USAGE = {
 def make_card(
     manifest: Manifest,
     repo_id: str,
-    license: str | None = None,
+    licence: Mapping[str, str] | None = None,
     tags: Sequence[str] = (),
     *,
     was_verified_here: bool = True,
@@ -41,7 +42,7 @@ def make_card(
     """Generate README.md for a finished conversion in the repository ``repo_id``.
 
     Args:
-        license: The licence that the user gave, by its name on the Hub.
+        licence: The entries for a licence that the user gave or that an earlier card had; see `licence_entries`.
         tags: The user's tags, which are added to ours.
         was_verified_here: This machine reached the recorded verdict, if there is one.
 
@@ -55,8 +56,8 @@ def make_card(
     published = published_model(manifest)
     task = family.pipeline_tags[architecture] if family else None
     metadata = front_matter(
-        license or (published[1].licence if published else None),
         [*_tags(manifest, family), *tags],
+        **licence_entries(licence or {}, published[1] if published else None),
         base_model=f"{published[0].organisation}/{published[1].published_name}" if published else None,
         library_name="transformers",
         pipeline_tag=task,
@@ -65,7 +66,7 @@ def make_card(
         f"# {repo_id.split('/')[-1]}",
         f"{MARKER} The next push replaces this card. Delete this line to keep your own changes. -->",
         *_warnings(manifest),
-        _origin(manifest, license),
+        _origin(manifest, licence),
         *(["## Usage", _usage(repo_id, task, manifest)] if task else []),
         "## Provenance",
         "\n".join(_provenance(manifest, was_verified_here)),
@@ -75,16 +76,28 @@ def make_card(
     return str(ModelCard(f"{metadata}\n" + "\n\n".join(sections) + "\n"))
 
 
-def front_matter(license: str | None, tags: Sequence[str], **more: Any) -> str:
+def licence_entries(given: Mapping[str, str], published: Model | None) -> Mapping[str, str]:
+    """Return a card's entries for a licence that was given, or else for that of a published model.
+
+    A licence that the Hub does not know is the licence "other" with a name and a link.
+    """
+    if published is None or given.get("license") not in (None, published.licence):
+        return given
+    if not published.licence_link:
+        return {"license": published.licence}
+    return {"license": "other", "license_name": published.licence, "license_link": published.licence_link}
+
+
+def front_matter(tags: Sequence[str], **more: Any) -> str:
     """Return a card's metadata, with each tag once."""
     from huggingface_hub import ModelCardData
 
-    data = ModelCardData(license=license, tags=list(dict.fromkeys(tags)) or None, **more)
+    data = ModelCardData(tags=list(dict.fromkeys(tags)) or None, **more)
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def kept_metadata(card: str) -> tuple[str | None, list[str]]:
-    """Return the licence and the tags that were added to a generated card; its successor keeps them.
+def kept_metadata(card: str) -> tuple[dict[str, str], list[str]]:
+    """Return the licence's entries and the tags that were added to a generated card; its successor keeps them.
 
     A published model's card has its authors' licence, which is not kept: its successor may be of another model.
     """
@@ -94,11 +107,12 @@ def kept_metadata(card: str) -> tuple[str | None, list[str]]:
     try:
         data: dict[str, Any] = ModelCard(card).data.to_dict()  # type: ignore[no-untyped-call]
     except (ValueError, YAMLError):
-        return None, []
+        return {}, []
     ours = {family.name for family in all_families()} | {"streamconv", RANDOM_TAG}
-    license, tags = data.get("license"), data.get("tags")
+    tags = data.get("tags")
     added = [tag for tag in tags if isinstance(tag, str) and tag not in ours] if isinstance(tags, list) else []
-    return (license if isinstance(license, str) and "base_model" not in data else None), added
+    licence = {key: data[key] for key in _LICENCE_KEYS if isinstance(data.get(key), str) and "base_model" not in data}
+    return licence, added
 
 
 def is_ours(card: str) -> bool:
@@ -130,7 +144,7 @@ def _tags(manifest: Manifest, family: Family | None) -> Iterator[str]:
         yield RANDOM_TAG
 
 
-def _origin(manifest: Manifest, license: str | None) -> str:
+def _origin(manifest: Manifest, given: Mapping[str, str] | None) -> str:
     version = manifest.versions.get("streamconv")
     names = " and ".join(as_code(file.file) for file in manifest.source.values())
     published = published_model(manifest)
@@ -140,7 +154,7 @@ def _origin(manifest: Manifest, license: str | None) -> str:
         model = f", {published[1].name}, as its authors published it"
         if not all(file.address for file in manifest.source.values()):
             model = f", {published[1].name}, whose published name holds the first digits of its sha256"
-    licence = "" if published or license else " streamconv does not know its licence: please add it before publishing."
+    licence = "" if published or given else " streamconv does not know its licence: please add it before publishing."
     return f"Converted to the Hugging Face format by streamconv {as_text(version)} from {names}{model}.{licence}"
 
 

@@ -240,7 +240,7 @@ def card_files(
     there = repository.read_card()
     if there is not None and not is_ours(there):
         return {}
-    license, tags = kept_metadata(there) if there is not None else (None, [])
-    license, tags = push.license or license, [*tags, *push.tags]
-    card = make_card(manifest, repository.id, license, tags, was_verified_here=was_verified_here)
+    kept, tags = kept_metadata(there) if there is not None else ({}, [])
+    licence = {"license": push.license} if push.license is not None else kept
+    card = make_card(manifest, repository.id, licence, [*tags, *push.tags], was_verified_here=was_verified_here)
     return {CARD_NAME: card.encode()}

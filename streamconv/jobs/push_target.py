@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from streamconv.errors import UsageError
-from streamconv.hub.card import CARD_NAME, front_matter, is_ours
+from streamconv.families.base import Model
+from streamconv.hub.card import CARD_NAME, front_matter, is_ours, licence_entries
 from streamconv.hub.card_check import check_card
 from streamconv.hub.destination import PushTarget
 from streamconv.hub.names import default_name, published_model
@@ -33,7 +34,9 @@ def open_repository(push: PushOptions, folder: Path, provenance: Provenance | No
         HubError: see `Repository`. Nothing was changed on the Hub.
     """
     has_card = os.path.exists(folder / CARD_NAME)
-    _check_licence(push, folder / CARD_NAME if has_card else None, provenance)
+    published = published_model(provenance) if provenance is not None else None
+    model = published[1] if published is not None else None
+    _check_licence(push, folder / CARD_NAME if has_card else None, model)
     named = push.destination.repo is not None
     repository = Repository(push.destination, None if named else default_name(folder, provenance))
     if push.license is not None or push.tags:
@@ -43,19 +46,18 @@ def open_repository(push: PushOptions, folder: Path, provenance: Provenance | No
                 f"{repository.id} has a model card that streamconv did not write and does not change. Set its licence "
                 f"and tags at {repository.url}/edit/main/{CARD_NAME}, and omit --license and --tag."
             )
-        check_card(front_matter(push.license, push.tags), "this licence and these tags", push.license)
+        entries = licence_entries({} if push.license is None else {"license": push.license}, model)
+        check_card(front_matter(push.tags, **entries), "this licence and these tags", push.license)
     return repository
 
 
-def _check_licence(push: PushOptions, card: Path | None, provenance: Provenance | None) -> None:
+def _check_licence(push: PushOptions, card: Path | None, published: Model | None) -> None:
     if card is not None and (push.license is not None or push.tags):
         raise UsageError(
             f"{card} is your own model card, which --license and --tag do not change. Write the licence and the tags "
             "into it, and omit the options, or delete it."
         )
-    published = published_model(provenance) if provenance is not None else None
-    if published is not None and push.license not in (None, published[1].licence):
+    if published is not None and push.license not in (None, published.licence):
         raise UsageError(
-            f"{published[1].name} was published under the licence {published[1].licence}, not {push.license}. Omit "
-            "--license."
+            f"{published.name} was published under the licence {published.licence}, not {push.license}. Omit --license."
         )

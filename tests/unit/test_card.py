@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from streamconv.errors import OutputError
 from streamconv.families.base import RemoteFile
 from streamconv.families.registry import all_families, find_model
-from streamconv.hub.card import is_ours, make_card
+from streamconv.hub.card import is_ours, kept_metadata, make_card
 from streamconv.output.manifest import FORMAT_VERSION, Manifest, WrittenFile
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"
@@ -111,6 +111,29 @@ def test_hash_in_a_published_name_is_named_as_the_reason(monkeypatch: pytest.Mon
         assert ("whose published name holds the first digits of its sha256" in text) == is_known
         assert "as its authors published it" not in text
         assert ("license: apache-2.0" in text) == is_known
+
+
+OWN_LICENCE = {"license": "other", "license_name": "its-own", "license_link": "https://example.org/licence"}
+
+
+@pytest.mark.parametrize("given", [None, {"license": "its-own"}])
+def test_licence_that_the_hub_does_not_know_has_its_name_and_link(
+    given: dict[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, model = find_model("dinov2_vits14")
+    model = replace(model, licence="its-own", licence_link="https://example.org/licence")
+    monkeypatch.setattr("streamconv.hub.names.find_model", lambda name: (family, model))
+    found = source("dinov2_vits14_pretrain.pth", published=True, address=PUBLISHED, sha256="beef")
+    card = make_card(manifest(source=found), "ada/it", given)
+    data = ModelCard(card).data.to_dict()
+    assert data.items() >= OWN_LICENCE.items()
+    assert kept_metadata(card) == ({}, [])  # the authors' licence is not the next model's
+
+
+def test_name_and_link_of_a_licence_that_was_added_are_kept() -> None:
+    card = make_card(manifest(source=source("mine.pth")), "ada/it", OWN_LICENCE, ["x"])
+    assert kept_metadata(card) == (OWN_LICENCE, ["x"])
+    assert "does not know its licence" not in card
 
 
 def test_card_starts_with_warnings() -> None:
