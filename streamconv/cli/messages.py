@@ -234,6 +234,8 @@ def _number_lines(check: Check, device: str | None) -> Iterator[str]:
         pillow = f"{numbers['pil']:.3g} with Pillow, " if numbers.get("pil") is not None else ""
         default = f"{numbers['default']:.3g} with transformers' default, {numbers['default_backend']}"
         yield f"largest difference {pillow}{default} (one grey level is {numbers['grey_level']:.3g})"
+    if check.name == "preprocessing" and check.passed and numbers.get("rounded") is not None:
+        yield f"by design, not an error: the original's rounding changes pixels by up to {numbers['rounded']:.3g}"
 
 
 def _size_lines(check: Check, verification: Verification) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Reads the image processors of transformers: the steps by which a preprocessor_config.json makes pixels of an image.
 
-Only processors are read whose steps are to resize, to crop the centre, to rescale and to normalise. Keys that a file
-lacks have the defaults of transformers' class, and sizes may be spelled in all ways that transformers reads.
+Only processors are read whose steps are to resize, to crop the centre, to rescale and to normalise, or to rescale
+before all others. Keys that a file lacks have the defaults of transformers' class, and sizes may be spelled in all ways
+that transformers reads.
 """
 
 import sys
@@ -14,12 +15,14 @@ from streamconv.display import printable
 BICUBIC = 3  # Pillow's number
 MAX_SIDE = 4_096  # pixels; verification makes images of this size, which take 200 MB each as float32
 _CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _COMMON = {
     "do_resize": True,
     "do_rescale": True,
     "do_normalize": True,
     "do_center_crop": False,
+    "crop_size": None,
     "rescale_factor": 1 / 255,
 }
 _SHORTEST = {
@@ -33,11 +36,17 @@ _SHORTEST = {
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "BitImageProcessor": _SHORTEST,
     "CLIPImageProcessor": _SHORTEST,
+    "DINOv3ViTImageProcessor": {**_COMMON, **_IMAGENET, "size": {"height": 224, "width": 224}, "resample": 2},
     "DeiTImageProcessor": {**_COMMON, **_HALF, "size": 256, "crop_size": 224, "do_center_crop": True, "resample": 3},
     "SiglipImageProcessor": {**_COMMON, **_HALF, "size": {"height": 224, "width": 224}, "resample": 3},
     "ViTImageProcessor": {**_COMMON, **_HALF, "size": 224, "resample": 2},
 }
-_SQUARE = ("DeiTImageProcessor", "ViTImageProcessor")  # a size that is one number is a square, not the shorter side
+_SQUARE = (
+    "DINOv3ViTImageProcessor",
+    "DeiTImageProcessor",
+    "ViTImageProcessor",
+)  # a size that is one number is a square, not the shorter side
+_RESCALING_FIRST = ("DINOv3ViTImageProcessor",)
 _OTHER_STEPS = ("do_pad", "keep_aspect_ratio", "use_square_size")  # that change the pixels, if they are true
 
 
@@ -52,7 +61,8 @@ class PixelSteps:
     ``resize`` is the length of the shorter side, or (height, width), None for the image's own size; ``resample`` is
     Pillow's number of the filter. ``crop`` is the (height, width) that is cut from the centre, None for no crop. Values
     from 0 to 255 are multiplied by ``scale``; then each channel is normalised by its ``mean`` and ``std``, unless these
-    are empty.
+    are empty. ``rescales_first``: the multiplication comes before the resizing, whose results are then not rounded to
+    whole grey levels.
     """
 
     resize: int | tuple[int, int] | None
@@ -61,6 +71,7 @@ class PixelSteps:
     std: tuple[float, ...]
     resample: int = BICUBIC
     scale: float = 1 / 255
+    rescales_first: bool = False
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -99,6 +110,7 @@ def read_pixel_steps(processor: Mapping[str, Any]) -> PixelSteps:
         std=std,
         resample=_checked(values, "resample", lambda value: type(value) is int and 0 <= value <= 5),
         scale=float(_checked(values, "rescale_factor", _is_number)) if values["do_rescale"] else 1.0,
+        rescales_first=name in _RESCALING_FIRST and bool(values["do_rescale"]),
     )
 
 

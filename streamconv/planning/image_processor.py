@@ -103,8 +103,9 @@ def choose_image_processor(
         )
         return ChosenImageProcessor(None, notes=(note,))
     config = _published(family, candidates)
-    notes = () if is_published else (_published_note(family, config, selection, spec),)
-    return ChosenImageProcessor(config, notes=notes)
+    note = "" if is_published else _published_note(family, config, selection, spec)
+    own_note = candidates[0].image_processor_note if candidates else ""
+    return ChosenImageProcessor(config, notes=tuple(filter(None, (note, own_note))))
 
 
 def _published(family: Family, candidates: Sequence[Model]) -> Mapping[str, Any]:

@@ -30,8 +30,9 @@ from streamconv.verification.memory import MemoryWatch
 from streamconv.verification.offload import OffloadedModel, WeightBuffer
 from streamconv.verification.parity import PROVES, check_parity
 from streamconv.verification.patch_pca import draw_pictures
+from streamconv.verification.pixels import crop, resize, to_pixels
 from streamconv.verification.preflight import BUILTIN, HUB
-from streamconv.verification.preprocessing import check_preprocessing, crop, resize, to_pixels
+from streamconv.verification.preprocessing import check_preprocessing
 from streamconv.verification.reference import build_original, load_weights
 from streamconv.verification.result import Check, ModelResults
 from streamconv.verification.sparse_folder import source_tensors_of

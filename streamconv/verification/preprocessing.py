@@ -4,24 +4,23 @@ The steps are those of the original's code or, if the image processor is the sou
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms import functional
-from torchvision.transforms.v2 import functional as functional_v2
 from transformers import AutoImageProcessor
 
 from streamconv.families.image_processors import MAX_SIDE, PixelSteps, UnknownStepsError
 from streamconv.planning.plan import Plan
 from streamconv.verification.bands import RGB, to_bands
 from streamconv.verification.machine import refuse_machine_failure
+from streamconv.verification.pixels import crop, tensor_to_pixels, to_pixels
 from streamconv.verification.result import Check
 
 PROVES = "with Pillow, the saved image processor produces exactly the original's pixels"
+ROUNDED = "the saved image processor produces the original's pixels, which the original rounds to whole grey levels"
 OWN_STEPS = "with Pillow, it produces exactly the pixels of its own steps, computed by torchvision"
 TENSOR_STEPS = "with tensors, it produces the pixels of its own steps, computed by torchvision"
 _WHOSE = {
@@ -29,16 +28,9 @@ _WHOSE = {
     "user": "the saved image processor is the one that was given",
     "edited": "the saved image processor was edited after the conversion",
 }
-# Pillow's numbers of filters.
-_FILTERS = {
-    0: functional.InterpolationMode.NEAREST,
-    1: functional.InterpolationMode.LANCZOS,
-    2: functional.InterpolationMode.BILINEAR,
-    3: functional.InterpolationMode.BICUBIC,
-    4: functional.InterpolationMode.BOX,
-    5: functional.InterpolationMode.HAMMING,
-}
-_ROUNDING = 0.01  # of a grey level: transformers' backend for tensors rescales and normalises in one step
+# In grey levels. transformers' backend for tensors rescales and normalises in one step, unless it rescales first.
+_ROUNDING, _ROUNDING_IN_ORDER = 0.01, 0.001
+_ROUNDING_OF_BYTES = 1.1  # torch rounds after it has resized the rows, and again after the columns
 
 
 def check_preprocessing(folder: Path, plan: Plan, image: Image.Image) -> Check:
@@ -55,8 +47,8 @@ def check_preprocessing(folder: Path, plan: Plan, image: Image.Image) -> Check:
         return _check_loading(folder, plan, image, f"streamconv does not know {error}")
     if steps.mean and len(steps.mean) != plan.channels:
         return _check_loading(folder, plan, image, f"it normalises {len(steps.mean)} channels, not {plan.channels}")
-    is_tensor = plan.channels not in (1, RGB)
-    proves = _claim(plan, TENSOR_STEPS if is_tensor else OWN_STEPS)
+    is_tensor = steps.rescales_first or plan.channels not in (1, RGB)  # which no class for Pillow's images does
+    proves = _claim(plan, is_tensor)
     compare = _compare_tensors if is_tensor else _compare_images
     try:
         numbers, problems = compare(folder, plan, steps, image)
@@ -66,49 +58,12 @@ def check_preprocessing(folder: Path, plan: Plan, image: Image.Image) -> Check:
     return Check("preprocessing", not problems, proves, tuple(problems), numbers)
 
 
-def crop(image: Image.Image, steps: PixelSteps, *, is_own: bool = False) -> Image.Image:
-    """Resize and crop with torchvision, as the original conversion script does.
-
-    ``is_own``: an odd margin is divided as transformers does it, which for an image processor of its own is right.
-    """
-    if steps.resize is not None:
-        size = [steps.resize] if isinstance(steps.resize, int) else [*steps.resize]
-        image = functional.resize(image, size, _FILTERS[steps.resample])
-    if steps.crop is None:
-        return image
-    if not is_own:
-        return functional.center_crop(image, [*steps.crop])  # type: ignore[no-any-return]
-    height, width = steps.crop
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))  # beyond the image, pixels are black
-
-
-def resize(image: Image.Image, size: int) -> Image.Image:
-    """Resize to a square, such as the original's native size, at which positions need no interpolation."""
-    return functional.resize(image, [size, size], functional.InterpolationMode.BICUBIC)  # type: ignore[no-any-return]
-
-
-def to_pixels(image: Image.Image, steps: PixelSteps | None, channels: int = RGB) -> Tensor:
-    """Convert to (1, C, H, W), normalised if the steps of the image processor are known."""
-    return _normalised(to_bands(image, channels), steps).unsqueeze(0)
-
-
-def _normalised(bands: Tensor, steps: PixelSteps | None) -> Tensor:
-    """Convert (C, H, W) of uint8 to float32, rescaled and normalised."""
-    if steps is None or steps.scale == 1 / 255:
-        values: Tensor = functional.convert_image_dtype(bands, torch.float32)
-    else:
-        values = (bands.double() * steps.scale).float()
-    if steps is None or not steps.mean:
-        return values
-    return functional.normalize(values, [*steps.mean], [*steps.std])  # type: ignore[no-any-return]
-
-
-def _claim(plan: Plan, steps: str) -> str:
+def _claim(plan: Plan, is_tensor: bool) -> str:
     """Return what a passed check proves about the image processor."""
     if plan.image_processor_from in _WHOSE:
-        return f"{_WHOSE[plan.image_processor_from]}; {steps}"
-    return PROVES if plan.is_published else f"{PROVES}, assuming the preprocessing of the published models"
+        return f"{_WHOSE[plan.image_processor_from]}; {TENSOR_STEPS if is_tensor else OWN_STEPS}"
+    proves = ROUNDED if is_tensor else PROVES
+    return proves if plan.is_published else f"{proves}, assuming the preprocessing of the published models"
 
 
 def _check_loading(folder: Path, plan: Plan, image: Image.Image, why: str) -> Check:
@@ -175,29 +130,31 @@ def _compare_images(
 def _compare_tensors(
     folder: Path, plan: Plan, steps: PixelSteps, image: Image.Image
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compare the pixels that the saved processor makes of a tensor, since images have up to four channels."""
-    bands = to_bands(image, plan.channels)
-    wanted = bands
-    if steps.resize is not None:
-        size = [steps.resize] if isinstance(steps.resize, int) else [*steps.resize]
-        # The first version of this function rounds bytes in another way.
-        wanted = functional_v2.resize(wanted, size, _FILTERS[steps.resample], antialias=True)
-    if steps.crop is not None:
-        (height, width), (rows, columns) = wanted.shape[1:], steps.crop
-        wanted = functional.crop(wanted, (height - rows) // 2, (width - columns) // 2, rows, columns)
-    wanted = _normalised(wanted, steps).unsqueeze(0)
+    """Compare the pixels that the saved processor makes of a tensor, since images have up to four channels.
+
+    A class that rescales first makes a tensor of an image itself. Authors who round have other pixels, and that
+    difference, of about a grey level, is a number of its own.
+    """
     load: Any = AutoImageProcessor.from_pretrained
     processor = load(folder, local_files_only=True)
-    pixels = processor(bands, return_tensors="pt")["pixel_values"]
-    if pixels.shape != wanted.shape:
-        shapes = f"{list(pixels.shape)}, but its steps {list(wanted.shape)}"
-        return {}, [f"{type(processor).__name__} produces pixels of shape {shapes}"]
-    difference = float((pixels - wanted).abs().max())
-    allowed = _ROUNDING * _grey_level(steps)
-    problem = f"{type(processor).__name__}'s pixels differ from those of its steps by {difference:.3g}"
-    return {"default": difference, "default_backend": type(processor).__name__, "grey_level": _grey_level(steps)}, (
-        [problem] if not difference <= allowed else []
-    )
+    bands = to_bands(image, plan.channels)
+    pixels = processor(image if plan.channels == RGB else bands, return_tensors="pt")["pixel_values"]
+    grey_level = _grey_level(steps)
+    wanted = {"default": ("those of its steps", steps, _ROUNDING_IN_ORDER if steps.rescales_first else _ROUNDING)}
+    aspect = plan.family.image_processor
+    if plan.image_processor_from == "family" and aspect is not None and aspect.authors_round:
+        wanted["rounded"] = ("the original's", replace(steps, rescales_first=False), _ROUNDING_OF_BYTES)
+    numbers: dict[str, Any] = {"default_backend": type(processor).__name__, "grey_level": grey_level}
+    problems = []
+    for name, (whose, theirs, allowed) in wanted.items():
+        expected = tensor_to_pixels(bands, theirs)
+        if pixels.shape != expected.shape:
+            shapes = f"{list(pixels.shape)}, but {whose} {list(expected.shape)}"
+            return {}, [f"{type(processor).__name__} produces pixels of shape {shapes}"]
+        numbers[name] = float((pixels - expected).abs().max())
+        if not numbers[name] <= allowed * grey_level:
+            problems.append(f"{type(processor).__name__}'s pixels differ from {whose} by {numbers[name]:.3g}")
+    return numbers, problems
 
 
 def _grey_level(steps: PixelSteps) -> float:

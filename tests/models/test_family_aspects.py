@@ -4,19 +4,24 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torchvision.transforms import v2
+from transformers import AutoImageProcessor
 
 import streamconv
 from streamconv import MappingError, UsageError
-from streamconv.families.base import ConversionSpec, Family
+from streamconv.families.base import ConversionSpec, Family, ImageProcessor
 from streamconv.families.dinov2 import FAMILY, conversion_spec
 from streamconv.families.dinov2_geometry import Dimensions
+from streamconv.families.registry import find_model
 from streamconv.families.rules import drop
+from streamconv.verification.image import make_image
 from tests import api
 from tests.checkpoints import make_states
-from tests.support import Save, tiny
+from tests.support import GOLDEN, Save, expanded, plan_of_shapes, tiny
 
 
 @pytest.fixture
@@ -43,6 +48,47 @@ def test_without_an_image_processor_none_is_written_or_checked(
         assert found.passed
         assert [check.passed for check in found.checks] == [True, True, True, parity or None, None]
         assert found.check("preprocessing").proves == "dinov2 models have no image processor"
+
+
+DINOV3_PROCESSOR = {
+    "image_processor_type": "DINOv3ViTImageProcessorFast", "size": {"height": 224, "width": 224}, "resample": 2,
+    "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+}  # fmt: skip
+
+
+@pytest.mark.transformers
+def test_rounding_by_the_authors_is_measured_and_other_differences_fail(
+    tmp_path: Path, save: Save, use: Callable[[Family], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(replace(FAMILY, image_processor=ImageProcessor(DINOV3_PROCESSOR, authors_round=True)))
+    backbone, _ = save(tiny())
+    folder = api.convert(backbone, tmp_path / "out").output
+    check = api.verify(folder, backbone, device="cpu", parity=False).check("preprocessing")
+    authors = v2.Compose([
+        v2.ToImage(), v2.Resize((224, 224), antialias=True), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(DINOV3_PROCESSOR["image_mean"], DINOV3_PROCESSOR["image_std"]),
+    ])  # fmt: skip
+    processor: Any = AutoImageProcessor.from_pretrained(folder)
+    pixels = processor(make_image(), return_tensors="pt")["pixel_values"][0]
+    assert check.passed
+    assert check.numbers["rounded"] == (pixels - authors(make_image())).abs().max()
+    assert 0.5 < check.numbers["rounded"] / check.numbers["grey_level"] < 1
+    assert check.numbers["default"] < 1e-5
+    assert "rounds to whole grey levels" in check.proves
+    load = AutoImageProcessor.from_pretrained
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", lambda *given, **more: load(*given, **more, resample=3))
+    check = api.verify(folder, backbone, device="cpu", parity=False).check("preprocessing")
+    assert check.passed is False
+    assert ["those of its steps" in check.problems[0], "the original's" in check.problems[1]] == [True, True]
+
+
+def test_note_about_the_image_processor_of_a_published_model_is_in_the_output(
+    tmp_path: Path, use: Callable[[Family], None]
+) -> None:
+    family, model = find_model("dinov2_vits14")
+    note = "preprocessor_config.json: not the one that was published"
+    use(replace(family, models=(replace(model, image_processor_note=note),)))
+    assert note in plan_of_shapes(expanded(GOLDEN[model.name]["source"], 12), tmp_path, f"{model.name}.pth").notes
 
 
 def test_without_attention_heads_nothing_is_assumed_about_them(

@@ -146,6 +146,11 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "ViT as transformers 4 names it": {"feature_extractor_type": "ViTFeatureExtractor", "size": 56},
     "CLIP": {"image_processor_type": "CLIPImageProcessor", "size": 60, "crop_size": 56},
     "a fast class": {**BIT, "image_processor_type": "BitImageProcessorFast"},
+    "DINOv3": {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": {"height": 56, "width": 56}},
+    "DINOv3 with a size as a number": {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": 56},
+    "DINOv3 with a crop and another scale": {
+        **BIT, "image_processor_type": "DINOv3ViTImageProcessorFast", "resample": 2, "rescale_factor": 1 / 127.5,
+    },
     "Siglip": {"image_processor_type": "SiglipImageProcessor", "size": {"height": 56, "width": 56}, "resample": 3},
 }  # fmt: skip
 
@@ -176,7 +181,8 @@ def test_image_processor_is_kept_and_its_steps_are_proved(tmp_path: Path, model_
     found = api.verify(tmp_path / "ours", source, device="cpu")
     assert [check.passed for check in found.checks] == [True] * 5, found.checks
     check = found.check("preprocessing")
-    assert check.proves.startswith("the saved image processor is the source's own, unchanged; with Pillow, it produces")
+    backend = "tensors" if what.startswith("DINOv3") else "Pillow"
+    assert check.proves.startswith(f"the saved image processor is the source's own, unchanged; with {backend}, it prod")
     assert not check.not_checked
     assert "original" not in check.finding
     steps = done.plan.pixel_steps

@@ -25,7 +25,7 @@ from streamconv.verification.devices import choose_device
 from streamconv.verification.image import make_image, open_image
 from streamconv.verification.machine import refuse_machine_failure
 from streamconv.verification.originals import dinov2
-from streamconv.verification.preprocessing import crop, to_pixels
+from streamconv.verification.pixels import crop, to_pixels
 from tests import api
 from tests.checkpoints import State, alter, make_states, saved
 from tests.file_server import FileServer

@@ -150,6 +150,11 @@ def test_mutated_image_processor_is_read_or_unknown() -> None:
                 read_pixel_steps(value)
 
 
+def test_image_processor_that_crops_to_no_size_is_unknown() -> None:
+    with pytest.raises(UnknownStepsError, match="the crop_size None of its SiglipImageProcessor"):
+        read_pixel_steps({"image_processor_type": "SiglipImageProcessor", "do_center_crop": True})
+
+
 def test_mutated_config_is_compared_or_refused(tmp_path: Path) -> None:
     dimensions = tiny(layers=1, hidden=64)
     plan = plan_of_shapes({key: info.shape for key, info in FAMILY.sources(dimensions).items()}, tmp_path)
