@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from benchmarks.measure import machine
-from streamconv.planning.shards import PIECE_BYTES
 from streamconv.tensors import casts
 from streamconv.tensors.info import DTYPES
+from streamconv.tensors.tiles import PIECE_BYTES
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Cast = Callable[[Array, str], Array]

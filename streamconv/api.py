@@ -31,7 +31,7 @@ from streamconv.jobs.synth import SyntheticFiles, synth
 from streamconv.jobs.verify import verify
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ProgressUnit
-from streamconv.tensors.expressions import SourceTensor
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import CastDtype, DtypeCode, TensorInfo
 from streamconv.verification.result import CastCost, Check, Conclusion, Verification
 
@@ -48,6 +48,7 @@ __all__ = [
     "CorruptError",
     "Destination",
     "DtypeCode",
+    "Expression",
     "HubError",
     "MappingError",
     "NetworkError",
@@ -66,7 +67,6 @@ __all__ = [
     "SourceError",
     "SourceMissingError",
     "SourceOptions",
-    "SourceTensor",
     "StreamconvError",
     "SyntheticFiles",
     "TensorInfo",

@@ -16,6 +16,7 @@ import streamconv
 from streamconv.errors import SourceError
 from streamconv.families.dinov2 import FAMILY
 from streamconv.families.dinov2_geometry import Dimensions
+from streamconv.tensors.evaluation import read_bytes
 from streamconv.verification.originals import dinov2 as original
 from tests import api
 from tests.support import tiny
@@ -247,7 +248,7 @@ def read_or_refuse(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]] 
     """Return the dtype, shape and bytes of each tensor as streamconv reads them; None if it refuses the file."""
     try:
         with streamconv.open_checkpoint(path) as checkpoint:
-            return {name: (t.info.dtype, t.info.shape, t.tobytes()) for name, t in checkpoint.items()}
+            return {name: (t.info.dtype, t.info.shape, read_bytes(t)) for name, t in checkpoint.items()}
     except SourceError:
         return None
 

@@ -13,6 +13,7 @@ import pytest
 
 from streamconv.files import retries
 from streamconv.output import contents, hashing, writer
+from streamconv.tensors import tiles
 from tests.file_server import FileServer, serving
 from tests.hostile import Attacked, Refusal
 from tests.hub_server import TOKEN, HubServer, running
@@ -98,7 +99,8 @@ def frequent_journal_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashing, "RING_BUFFERS", 2)
     for module in (hashing, contents):
         monkeypatch.setattr(module, "BUFFER_BYTES", 16 << 10)
-    monkeypatch.setattr(contents, "PIECE_BYTES", 8 << 10)
+    for module in (contents, tiles):
+        monkeypatch.setattr(module, "PIECE_BYTES", 8 << 10)
     monkeypatch.setattr(writer, "SYNC_BYTES", 32 << 10)
 
 

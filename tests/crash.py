@@ -28,6 +28,7 @@ from streamconv.output import contents as file_contents
 from streamconv.output import hashing
 from streamconv.output import writer as streaming
 from streamconv.output.files import PAGE_BYTES
+from streamconv.tensors import tiles
 
 SCALE = 2048
 MAX_REPEATED = (256 << 20) // SCALE
@@ -136,7 +137,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype: str | None = None) -> dict[str, Any]:
     hashing.BUFFER_BYTES = file_contents.BUFFER_BYTES = (1 << 20) // SCALE * 2
-    file_contents.PIECE_BYTES = (512 << 10) // SCALE * 2
+    file_contents.PIECE_BYTES = tiles.PIECE_BYTES = (512 << 10) // SCALE * 2
     hashing.RING_BUFFERS //= 2  # of buffers, which are scaled by the same factor
     streaming.SYNC_BYTES //= SCALE
     shadow, folder = place / "shadow", place / "out"

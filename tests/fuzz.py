@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from streamconv.tensors.evaluation import read_bytes
+
 MAX_SECONDS = 1.0
 MAX_TENSOR_BYTES = 1 << 20  # a view may be expanded to any size; only its description matters here
 
@@ -157,7 +159,7 @@ def checker() -> Callable[[Path], bool | None]:
                 name: tuple(value.shape) for name, value in loaded.items()
             }
             small = {name: tensor for name, tensor in checkpoint.items() if tensor.info.nbytes <= MAX_TENSOR_BYTES}
-            ours = {name: (tensor.info.dtype, tensor.info.shape, tensor.tobytes()) for name, tensor in small.items()}
+            ours = {name: (tensor.info.dtype, tensor.info.shape, read_bytes(tensor)) for name, tensor in small.items()}
             assert ours == described({name: loaded[name] for name in small})
         return True
 

@@ -15,6 +15,7 @@ from streamconv.errors import MappingError, NetworkError, UsageError
 from streamconv.files.address import Address
 from streamconv.progress import Progress
 from streamconv.source.open import OpenSource
+from streamconv.tensors.evaluation import read_bytes
 from streamconv.verification import worker
 from streamconv.verification.result import Check, ModelResults
 
@@ -54,10 +55,7 @@ def reads(progress: Progress, source: OpenSource) -> None:
     assert source.selection.family.name
     digest = sha256()
     for tensor in source.tensors.values():
-        for piece in tensor.split(1 << 20):
-            data = bytearray(piece.target.nbytes)
-            piece.read_into(memoryview(data), source.reader)
-            digest.update(data)
+        digest.update(read_bytes(tensor, source.reader))
     progress(digest.hexdigest(), 0, 1, "steps")
 
 

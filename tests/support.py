@@ -35,7 +35,7 @@ from streamconv.jobs.verify import verify_uploaded
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
-from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.expressions import Read, Record
 from streamconv.tensors.info import TensorInfo, contiguous_strides
 from streamconv.verification.bytes import check_bytes
 from streamconv.verification.config import check_config
@@ -202,7 +202,7 @@ def checkpoint_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path = Pat
     for name, shape in shapes.items():
         info = TensorInfo("F32", shape)
         record = Record(FileRef(path, info.nbytes), name, ByteRange(0, info.nbytes))
-        tensors[name] = SourceTensor(info, record, 0, contiguous_strides(shape))
+        tensors[name] = Read(info, record, 0, contiguous_strides(shape))
     return Checkpoint(tensors, {}, [], "")
 
 

@@ -13,7 +13,7 @@ from itertools import chain
 from streamconv.display import first_few
 from streamconv.errors import MappingError
 from streamconv.families.expected import ExpandedNames, numbered
-from streamconv.tensors.expressions import AnyTensor, Joined, SourceTensor, joined
+from streamconv.tensors.expressions import Expression, concat
 from streamconv.tensors.info import DTYPES, DtypeCode
 
 Shape = tuple[int, ...]
@@ -88,14 +88,14 @@ def _numbers(rule: Rule, dims: Mapping[str, int]) -> Shape | None:
 
 def map_tensors(
     rules: Iterable[Rule],
-    tensors: Mapping[str, AnyTensor],
+    tensors: Mapping[str, Expression],
     dims: Mapping[str, int],
     count: int,
     where: str,
     known_problems: Sequence[str] = (),
     display_names: Mapping[str, str] | None = None,
     is_cast: bool = False,
-) -> dict[str, SourceTensor]:
+) -> dict[str, Expression]:
     """Return the targets by name, in the order of the rules.
 
     ``known_problems`` are listed together with those found here, in which ``display_names`` replace the keys.
@@ -112,29 +112,25 @@ def map_tensors(
     )
     one_dtype = None if is_cast else "a model has one: choose it with --dtype"
     _require_fit(tensors, shapes, where, known_problems, display_names or {}, one_dtype, optional=optional)
-    targets: dict[str, SourceTensor] = {}
+    targets: dict[str, Expression] = {}
     for key, each in expand(kept, dims, count).items():
         tensor = tensors[key]
-        shape = tensor.info.shape
-        rows = shape[0] // len(each.targets) if shape and each.targets else 0
-        for n, name in enumerate(each.targets):
+        parts = tensor.chunk(len(each.targets)) if len(each.targets) > 1 else [tensor]
+        for name, part in zip(each.targets, parts, strict=True):
             if name in targets:
                 raise ValueError(f"two rules make {name}")  # a mistake in a family, not in a checkpoint
-            if len(each.targets) > 1 or isinstance(tensor, Joined):
-                targets[name] = tensor.rows(n * rows, (n + 1) * rows)
-            else:
-                targets[name] = tensor
+            targets[name] = part
     return targets
 
 
 def invert(
     rules: Iterable[Rule],
-    tensors: Mapping[str, SourceTensor],
+    tensors: Mapping[str, Expression],
     dims: Mapping[str, int],
     count: int,
     where: str,
     known_problems: Sequence[str] = (),
-) -> dict[str, AnyTensor]:
+) -> dict[str, Expression]:
     """Run `map_tensors` backwards: return the sources of the targets ``tensors``, in the order of `expand`.
 
     Raises:
@@ -147,7 +143,7 @@ def invert(
     parts = {target: _constant(_part(rule, dims)) for rule in with_source for target in rule.targets}
     _require_fit(tensors, ExpandedNames(parts, count), where, known_problems, {})
     expected = expand(with_source, dims, count)
-    return {key: joined([tensors[name] for name in each.targets]) for key, each in expected.items()}
+    return {key: concat([tensors[name] for name in each.targets]) for key, each in expected.items()}
 
 
 def _part(rule: Rule, dims: Mapping[str, int]) -> Shape | None:
@@ -161,7 +157,7 @@ def _constant(shape: Shape | None) -> Callable[[int], Shape | None]:
 
 
 def _require_fit(
-    tensors: Mapping[str, AnyTensor],
+    tensors: Mapping[str, Expression],
     expected: Mapping[str, Shape | None],
     where: str,
     known_problems: Sequence[str],

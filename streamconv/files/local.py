@@ -128,6 +128,19 @@ class LocalFile:
                 os.posix_fadvise(self._file.fileno(), 0, offset, os.POSIX_FADV_DONTNEED)
             self._read_bytes = 0
 
+    def read_runs(self, starts: Iterable[int], length: int, buffer: memoryview) -> None:
+        """Read ``length`` bytes from each start on, one after another into ``buffer``; raises what `read_at` raises."""
+        descriptor, preadv, at = self._file.fileno(), os.preadv, 0
+        for start in starts:
+            part = buffer[at : at + length]
+            try:
+                count = preadv(descriptor, [part], start)
+            except OSError:
+                count = 0
+            if count != length:
+                self.read_at(start, part)
+            at += length
+
     def read(self, offset: int, length: int) -> bytes:
         """Read ``length`` bytes from ``offset`` on; raises what `read_at` raises."""
         data = bytearray(length)

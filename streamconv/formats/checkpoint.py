@@ -26,10 +26,10 @@ from streamconv.formats.folder import find_weights, standard_weights
 from streamconv.formats.foreign.zips import is_distributed, is_npz
 from streamconv.formats.non_tensors import NonTensor
 from streamconv.formats.shards import WeightFiles, check_weight_map, is_index, read_weights_index
-from streamconv.tensors.expressions import SourceTensor
+from streamconv.tensors.expressions import Read
 
 
-class Checkpoint(Mapping[str, SourceTensor]):
+class Checkpoint(Mapping[str, Read]):
     """The tensors of a checkpoint by name. Close it, or use it in a ``with`` statement.
 
     ``non_tensors`` maps the names of other values to what they are; the values themselves are not read.
@@ -39,7 +39,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
 
     def __init__(
         self,
-        tensors: dict[str, SourceTensor],
+        tensors: dict[str, Read],
         non_tensors: dict[str, NonTensor],
         files: list[File],
         fingerprint: str,
@@ -50,7 +50,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
         self.fingerprint = fingerprint
         self.note = note
 
-    def __getitem__(self, name: str) -> SourceTensor:
+    def __getitem__(self, name: str) -> Read:
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -166,7 +166,7 @@ def open_output(folder: Path) -> Checkpoint:
 def _open_files(weights: WeightFiles, read_local_headers: bool = True, origin: Address | None = None) -> Checkpoint:
     with ExitStack() as opened:
         files: list[File] = []
-        tensors: dict[str, SourceTensor] = {}
+        tensors: dict[str, Read] = {}
         non_tensors: dict[str, NonTensor] = {}
         fingerprints: list[str] = []
         for each, names in weights.names_by_location.items():
@@ -193,7 +193,7 @@ def _open_files(weights: WeightFiles, read_local_headers: bool = True, origin: A
         return Checkpoint(tensors, non_tensors, files, fingerprint, weights.note)
 
 
-def _read_index(file: File, read_local_headers: bool) -> tuple[dict[str, SourceTensor], dict[str, NonTensor], str]:
+def _read_index(file: File, read_local_headers: bool) -> tuple[dict[str, Read], dict[str, NonTensor], str]:
     """Return the tensors, other objects, both by name, and the fingerprint of one file."""
     start = file.read(0, min(torch_legacy.HEAD_BYTES, file.size))
     if start.startswith(zip_directory.MAGIC) and not is_distributed(file.name):

@@ -20,7 +20,7 @@ from streamconv.formats.foreign.zips import NPY_SUFFIX
 from streamconv.formats.limits import MAX_TENSORS, check_name, is_shape
 from streamconv.formats.non_tensors import NonTensor
 from streamconv.tensors.checksums import crc_of_rest
-from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.expressions import Read, Record
 from streamconv.tensors.info import BY_NUMPY_NAME, TensorInfo, contiguous_strides
 
 MAGIC = b"\x93NUMPY"
@@ -35,7 +35,7 @@ _UNNAMED = re.compile(r"arr_\d+")  # numpy's names for arrays that were given wi
 _SIZE = re.compile(r"\d+")
 
 
-def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, SourceTensor], dict[str, NonTensor], str]:
+def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, Read], dict[str, NonTensor], str]:
     """Return the tensors, the arrays that are not tensors, both by name, and the file's fingerprint.
 
     ``records`` are those of `read_records`.
@@ -46,7 +46,7 @@ def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, Sou
     if len(records) > MAX_TENSORS:
         raise SourceError(f"{file.where} has more than {MAX_TENSORS:,} arrays. Do not trust this file.")
     file.prefetch(ByteRange(each.range.start, min(_MIN_HEADER_BYTES, each.range.length)) for each in records.values())
-    tensors: dict[str, SourceTensor] = {}
+    tensors: dict[str, Read] = {}
     non_tensors: dict[str, NonTensor] = {}
     digest = sha256()
     for record_name, record in records.items():
@@ -60,7 +60,7 @@ def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, Sou
             continue
         info = TensorInfo(BY_NUMPY_NAME[dtype], shape)
         strides = contiguous_strides(shape[::-1])[::-1] if is_fortran else contiguous_strides(shape)
-        tensors[name] = SourceTensor(info, _without_header(file, record, header, info), 0, strides)
+        tensors[name] = Read(info, _without_header(file, record, header, info), 0, strides)
     if not tensors:
         held = ", ".join(f"{printable(name)} is a {kind}" for name, kind in list(non_tensors.items())[:3])
         raise NotACheckpointError(

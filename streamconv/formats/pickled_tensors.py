@@ -10,14 +10,14 @@ from streamconv.errors import NotACheckpointError, SourceError, UnsafePickleErro
 from streamconv.formats.limits import MAX_NAME_LENGTH, MAX_TENSORS, check_name
 from streamconv.formats.non_tensors import Kind, NonTensor, describe
 from streamconv.formats.unread import Unread, UnreadKey
-from streamconv.tensors.expressions import SourceTensor
+from streamconv.tensors.expressions import Read
 
 _MAX_NON_TENSORS = 10_000
 _MAX_ENTRIES = 4 * MAX_TENSORS  # in all nested dicts together; an optimizer has a few for each tensor
 _MAX_NAMES_BYTES = 10 << 20  # 65,536 names of 60 characters take 7 MB
 
 
-def find_tensors(contents: Any, where: str) -> tuple[dict[str, SourceTensor], dict[str, NonTensor]]:
+def find_tensors(contents: Any, where: str) -> tuple[dict[str, Read], dict[str, NonTensor]]:
     """Return the tensors in nested dicts, by their keys joined with dots, and other objects by name.
 
     A key that is not a string is named as Python prints it, or <tuple 1>, <tuple 2> and so on; see `UnreadKey`.
@@ -32,11 +32,11 @@ def find_tensors(contents: Any, where: str) -> tuple[dict[str, SourceTensor], di
     items = _items_of(contents)
     if items is None:
         raise _not_a_dict(contents, where, search)
-    tensors: dict[str, SourceTensor] = {}
+    tensors: dict[str, Read] = {}
     non_tensors: dict[str, NonTensor] = {}
     names_bytes = 0
     for name, value in _walk(items, where):
-        if type(value) is SourceTensor:
+        if type(value) is Read:
             check_name(name, where)
             if name in tensors:
                 raise SourceError(f"{where} has two tensors named '{printable(name)}'. Do not trust this file.")
@@ -129,7 +129,7 @@ class _Search:
         waiting = [value]
         while waiting:
             each = waiting.pop()
-            if type(each) is SourceTensor or type(each) is NonTensor:
+            if type(each) is Read or type(each) is NonTensor:
                 return True
             parts: Any = ()
             if type(each) is dict:
@@ -153,7 +153,7 @@ def _plain_value(value: Any) -> NonTensor:
 def _not_a_dict(contents: Any, where: str, search: _Search) -> SourceError:
     other = search.describe(contents)
     if other is None or other.kind.is_tensor:
-        kind = "tensor" if type(contents) is SourceTensor else other or type(contents).__name__
+        kind = "tensor" if type(contents) is Read else other or type(contents).__name__
         return NotACheckpointError(f"{where} holds a {kind}, not a dict of tensors.")
     if other.kind is Kind.LIST:
         at, item = next(((i, each) for i, each in enumerate(contents) if search.holds_tensor(each)), (0, None))

@@ -14,7 +14,7 @@ from streamconv.errors import CorruptError, NotACheckpointError, SourceError, Tr
 from streamconv.files.base import ByteRange, File
 from streamconv.files.local import MAX_JSON_BYTES
 from streamconv.formats.limits import MAX_TENSORS, are_sizes, check_name, is_shape, read_json
-from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.expressions import Expression, Read, Record
 from streamconv.tensors.info import DTYPES, TensorInfo, contiguous_strides
 
 SINGLE_NAME = "model.safetensors"
@@ -28,7 +28,7 @@ def is_header(start: bytes) -> bool:
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER_BYTES
 
 
-def read_index(file: File) -> tuple[dict[str, SourceTensor], str]:
+def read_index(file: File) -> tuple[dict[str, Read], str]:
     """Return the tensors of one file by name, and a fingerprint of its header and size.
 
     The format has no checksums, so files that differ in their weights alone have the same fingerprint.
@@ -68,7 +68,7 @@ def read_index(file: File) -> tuple[dict[str, SourceTensor], str]:
     return tensors, fingerprint
 
 
-def _tensor(file: File, data_start: int, name: str, entry: Any) -> SourceTensor:
+def _tensor(file: File, data_start: int, name: str, entry: Any) -> Read:
     if type(entry) is not dict or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise CorruptError(f"{file.where} has no dtype, shape or data_offsets for {printable(name)}.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -83,10 +83,10 @@ def _tensor(file: File, data_start: int, name: str, entry: Any) -> SourceTensor:
             f"{file.where}: {printable(name)}, {info}, does not fill the range that its data_offsets give."
         )
     record = Record(file.ref, name, ByteRange(data_start + offsets[0], info.nbytes))
-    return SourceTensor(info, record, 0, contiguous_strides(info.shape))
+    return Read(info, record, 0, contiguous_strides(info.shape))
 
 
-def _check_coverage(file: File, data_start: int, tensors: dict[str, SourceTensor]) -> None:
+def _check_coverage(file: File, data_start: int, tensors: dict[str, Read]) -> None:
     """Require, as the library does, that every byte after the header belongs to exactly one tensor."""
     at = data_start
     for record in sorted(
@@ -114,11 +114,11 @@ CONFLICTING_PATTERNS = (
 )
 
 
-def make_index(targets: Mapping[str, SourceTensor], filenames: Mapping[str, str]) -> dict[str, Any]:
+def make_index(targets: Mapping[str, Expression], filenames: Mapping[str, str]) -> dict[str, Any]:
     """Return the contents of model.safetensors.index.json. ``filenames`` maps tensor names to files."""
     sizes = {
         "total_parameters": sum(tensor.info.nbytes // tensor.info.itemsize for tensor in targets.values()),
-        "total_size": sum(tensor.target.nbytes for tensor in targets.values()),
+        "total_size": sum(tensor.info.nbytes for tensor in targets.values()),
     }
     return {"metadata": sizes, "weight_map": dict(filenames)}
 

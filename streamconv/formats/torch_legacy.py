@@ -22,7 +22,7 @@ from streamconv.formats.pickled_tensors import find_tensors
 from streamconv.formats.torch_pickle import Index
 from streamconv.formats.unpickle import MAX_PICKLE_BYTES, Pickles
 from streamconv.formats.unread import PickleError, Unread
-from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.expressions import Read, Record
 from streamconv.tensors.info import DTYPES
 
 HEAD_BYTES = 24
@@ -41,9 +41,7 @@ def is_legacy(start: bytes) -> bool:
     return _HEAD.match(start) is not None
 
 
-def read_index(
-    file: File, read_local_headers: bool = True
-) -> tuple[dict[str, SourceTensor], dict[str, NonTensor], str]:
+def read_index(file: File, read_local_headers: bool = True) -> tuple[dict[str, Read], dict[str, NonTensor], str]:
     """Return the tensors, other objects, both by name, and a fingerprint of the pickles and the size.
 
     The offsets of the weights follow from the pickles. The number of elements before each storage is redundant; it is
@@ -77,7 +75,7 @@ def read_index(
     if read_local_headers:
         storages.check_counts(records)
     for name, tensor in tensors.items():
-        tensors[name] = SourceTensor(tensor.info, records[tensor.record.name], tensor.offset, tensor.strides)
+        tensors[name] = Read(tensor.info, records[tensor.record.name], tensor.offset, tensor.strides)
     return tensors, non_tensors, fingerprint
 
 

@@ -13,7 +13,7 @@ from streamconv.errors import CorruptError, UnsafePickleError
 from streamconv.formats.limits import MAX_TENSORS, are_sizes, is_shape
 from streamconv.formats.non_tensors import Kind, NonTensor, tensor_of_class
 from streamconv.formats.unread import PickleError, Unread
-from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.expressions import Read, Record
 from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo
 
 # From torch's typed storage classes, and from torch's dtypes that have no such class, to safetensors' codes.
@@ -100,12 +100,12 @@ class Index:
             raise CorruptError(f"{self._where} uses its record {record.name} as {dtype} and as another dtype.")
         return _Storage(dtype, record)
 
-    def _tensor_v1(self, storage: Any, offset: Any, shape: Any, strides: Any) -> SourceTensor | NonTensor:
+    def _tensor_v1(self, storage: Any, offset: Any, shape: Any, strides: Any) -> Read | NonTensor:
         return self._tensor_v2(storage, offset, shape, strides, False, None)
 
     def _tensor_v2(
         self, storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
-    ) -> SourceTensor | NonTensor:
+    ) -> Read | NonTensor:
         if type(storage) is Unread:
             return NonTensor(f"tensor in a {printable(storage.name)}", Kind.DTYPE)
         if type(storage) is not _Storage:
@@ -115,7 +115,7 @@ class Index:
     def _tensor_v3(
         self, storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, dtype: Any,
         metadata: Any = None,
-    ) -> SourceTensor | NonTensor:  # fmt: skip
+    ) -> Read | NonTensor:  # fmt: skip
         if type(dtype) is Unread:
             return NonTensor(f"tensor of {printable(dtype.name)}", Kind.DTYPE)
         if type(storage) is not _Storage or type(dtype) is not _TorchGlobal or dtype not in _V3_DTYPES:
@@ -137,13 +137,13 @@ class Index:
 
     def _device_tensor(self, data: Any, dtype: Any, device: Any, requires_grad: Any) -> Any:
         name = dtype if type(dtype) is _TorchGlobal else dtype.name if type(dtype) is Unread else ""
-        if type(data) is SourceTensor and name.removeprefix("torch.") != DTYPES[data.info.dtype].torch:
+        if type(data) is Read and name.removeprefix("torch.") != DTYPES[data.info.dtype].torch:
             raise PickleError("it has a tensor of another dtype than its values")
         return data
 
     def _tensor(
         self, dtype: DtypeCode, storage: _Storage, offset: Any, shape: Any, strides: Any, metadata: Any
-    ) -> SourceTensor | NonTensor:
+    ) -> Read | NonTensor:
         self._tensor_count += 1
         if self._tensor_count > MAX_TENSORS:
             raise PickleError(f"it describes more than {MAX_TENSORS:,} tensors")
@@ -153,7 +153,7 @@ class Index:
             raise PickleError("it has a tensor with an impossible offset, shape or strides")
         if metadata:  # {"conj": True} or {"neg": True}: the bytes are not the values
             return NonTensor("lazily conjugated or negated tensor", Kind.LAZY)
-        tensor = SourceTensor(TensorInfo(dtype, shape), storage.record, offset * DTYPES[dtype].itemsize, strides)
+        tensor = Read(TensorInfo(dtype, shape), storage.record, offset * DTYPES[dtype].itemsize, strides)
         if 0 not in shape and tensor.offset + tensor.span > storage.record.range.length:
             raise PickleError(
                 f"a tensor {tensor.info} at element {offset} reaches beyond its storage {storage.record.name} "

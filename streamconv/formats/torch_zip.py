@@ -17,11 +17,11 @@ from streamconv.formats.torch_pickle import Index
 from streamconv.formats.unpickle import MAX_PICKLE_BYTES, Pickles
 from streamconv.formats.unread import PickleError
 from streamconv.formats.zip_record import RecordPieces, read_record
-from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.expressions import Read, Record
 from streamconv.tensors.info import DTYPES
 
 
-def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, SourceTensor], dict[str, NonTensor], str]:
+def read_index(file: File, records: Mapping[str, Record]) -> tuple[dict[str, Read], dict[str, NonTensor], str]:
     """Return the tensors, the classes of other objects, both by name, and the file's fingerprint.
 
     Keys of nested dicts are joined with dots. ``records`` are those of `read_records`.

@@ -29,7 +29,7 @@ from streamconv.source.labels import imagenet_labels, labels_in, read_labels
 from streamconv.source.open import OpenSource, open_source, read_config
 from streamconv.source.resolve import Source, resolve_source
 from streamconv.source.small_files import remember_small_files
-from streamconv.tensors.expressions import Record, parts_of
+from streamconv.tensors.expressions import Record
 
 _log = logger(__name__)
 
@@ -147,7 +147,7 @@ def _records_in_copy(source: OpenSource, copy: OpenSource) -> dict[Record, Recor
     return {
         old.record: new.record
         for name, tensor in source.tensors.items()
-        for old, new in zip(parts_of(tensor), parts_of(copy.tensors[name]), strict=True)
+        for old, new in zip(tensor.leaves(), copy.tensors[name].leaves(), strict=True)
     }
 
 

@@ -33,7 +33,8 @@ from streamconv.planning.plan import CONFIG_NAME
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.small_files import read_json_beside
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.expressions import AnyTensor, SourceTensor, filled, joined
+from streamconv.tensors.evaluation import read_bytes
+from streamconv.tensors.expressions import Expression, concat, filled
 from streamconv.tensors.info import DTYPES
 
 SAFETENSORS = ".safetensors"
@@ -159,7 +160,7 @@ def _require_writable(paths: Sequence[Path], source: Path, force: bool) -> None:
             raise UsageError(f"{path} would be taken for one of the model's own files. Choose another folder.")
 
 
-def _without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) -> Mapping[str, SourceTensor]:
+def _without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) -> Mapping[str, Expression]:
     """Omit the tensors that the conversion filled in, if all of them still have their constant values."""
     if not constants.keys() <= checkpoint.keys():
         return checkpoint
@@ -168,17 +169,17 @@ def _without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) ->
         if not DTYPES[info.dtype].is_weight or info.nbytes > MAX_FILLING_BYTES:
             return checkpoint
         try:
-            data = filled(value, info).tobytes()
+            data = read_bytes(filled(value, info))
         except OverflowError:  # outside the range of the dtype, so the manifest was altered
             return checkpoint
-        if checkpoint[name].tobytes(checkpoint.reader) != data:
+        if read_bytes(checkpoint[name], checkpoint.reader) != data:
             return checkpoint
     return {name: tensor for name, tensor in checkpoint.items() if name not in constants}
 
 
 def _originals(
-    checkpoint: Mapping[str, SourceTensor], where: str, config: Mapping[str, Any]
-) -> tuple[Family, Model | None, int, dict[str, AnyTensor]]:
+    checkpoint: Mapping[str, Expression], where: str, config: Mapping[str, Any]
+) -> tuple[Family, Model | None, int, dict[str, Expression]]:
     """Return the family, the published model, the number of blocks, and the original's tensors in its own order."""
     infos = {name: tensor.info for name, tensor in checkpoint.items()}
     found = find_converted(infos, where)
@@ -187,7 +188,7 @@ def _originals(
         held = [*list(infos)[:3], *["…"] * (len(infos) > 3)]
         raise MappingError(f"{where} does not hold a model that streamconv can convert to ({known}). It holds:", held)
     family, sources = found
-    originals = {key: joined([checkpoint[name] for name in names]) for key, names in sources.items()}
+    originals = {key: concat([checkpoint[name] for name in names]) for key, names in sources.items()}
     dimensions = family.read_dimensions({key: tensor.info for key, tensor in originals.items()})
     heads = family.attention_heads
     # The files to be written do not contain the number of heads, so any number will do if there is no config.json.
@@ -199,7 +200,11 @@ def _originals(
 
 
 def _write(
-    files: Mapping[Path, Mapping[str, AnyTensor]], checkpoint: Checkpoint, source: Path, force: bool, progress: Progress
+    files: Mapping[Path, Mapping[str, Expression]],
+    checkpoint: Checkpoint,
+    source: Path,
+    force: bool,
+    progress: Progress,
 ) -> tuple[dict[Path, WrittenFile], int]:
     """Write all of the files, or none. Also return how many of their bytes an interrupted process had written."""
     contents = {path: _segments(path, tensors) for path, tensors in files.items()}
@@ -223,7 +228,7 @@ def _report(progress: Progress, name: str, before: int, total: int, position: in
     progress(f"{'checking' if is_kept else 'writing'} {name}", before + position, total, "bytes")
 
 
-def _segments(path: Path, tensors: Mapping[str, AnyTensor]) -> Segments:
+def _segments(path: Path, tensors: Mapping[str, Expression]) -> Segments:
     """Lay out a file in the format that its suffix names."""
     infos = {key: tensor.info for key, tensor in tensors.items()}
     layout: list[Segment]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 
 from streamconv.errors import CorruptError
 from streamconv.files.base import ByteRange, FileRef
@@ -14,18 +15,18 @@ from streamconv.formats.segments import LateBytes
 from streamconv.output.files import OutputFile
 from streamconv.output.hashing import BUFFER_BYTES
 from streamconv.output.journal import ResumePoint
-from streamconv.planning.shards import PIECE_BYTES
-from streamconv.tensors.casts import cast_into
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.expressions import AnyTensor, Record, SourceTensor, parts_of
+from streamconv.tensors.evaluation import Evaluator
+from streamconv.tensors.expressions import Expression, Read, Record
+from streamconv.tensors.tiles import PIECE_BYTES, Part, direct, parts, reads_of
 
-Segments = Sequence[bytes | tuple[str, AnyTensor] | LateBytes]
+Segments = Sequence[bytes | tuple[str, Expression] | LateBytes]
 """Bytes, tensors with their names, and bytes that depend on the tensors' CRC-32s, in the order of the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a segment: the tensor of ``segment``, or ``size`` bytes of other segments from ``start`` on.
+    """A part of a segment: of a tensor, or ``size`` bytes of other segments from ``start`` on.
 
     ``at`` is its offset in the file; ``is_kept`` is True if an earlier process wrote it.
     """
@@ -33,18 +34,19 @@ class Piece:
     at: int
     size: int
     is_kept: bool
-    segment: bytes | tuple[str, SourceTensor] | LateBytes
+    segment: bytes | tuple[str, Part] | LateBytes
     start: int = 0
 
 
 class Contents:
     """Fills buffers with pieces, from the source or, before ``point``, from the file of an earlier process."""
 
-    def __init__(self, segments: Segments, point: ResumePoint, reader: Reader, checks: RecordChecks):
+    def __init__(self, segments: Segments, point: ResumePoint, reader: Reader, checks: RecordChecks, folder: Path):
         self._segments, self._point, self._reader, self._checks = segments, point, reader, checks
-        self._files = {tensor.record.file for tensor in self._tensors()}
-        self._is_cast = any(tensor.cast_to for tensor in self._tensors())
-        self._stored, self._again = (memoryview(bytearray(PIECE_BYTES if self._is_cast else 0)) for _ in range(2))
+        self.evaluator = Evaluator(reader, checks, folder)
+        self._files = {leaf.record.file for leaf in self._leaves()}
+        self._is_copied = all(each[1].is_copied for each in segments if isinstance(each, tuple))
+        self._again = memoryview(bytearray(0 if self._is_copied else PIECE_BYTES))
         self._crcs: dict[str, int] | None = {} if any(isinstance(each, LateBytes) for each in segments) else None
         self._late: tuple[LateBytes, bytes] | None = None
         self._places: dict[Record, tuple[int, int]] = {}  # offsets of the first and last pieces read from each record
@@ -52,12 +54,12 @@ class Contents:
 
     def files_without_crc(self) -> set[FileRef]:
         """The source files of records that have no CRC-32."""
-        return {tensor.record.file for tensor in self._tensors() if tensor.record.crc32 is None}
+        return {leaf.record.file for leaf in self._leaves() if leaf.record.crc32 is None}
 
-    def _tensors(self) -> Iterator[SourceTensor]:
+    def _leaves(self) -> Iterator[Read]:
         for segment in self._segments:
             if isinstance(segment, tuple):
-                yield from parts_of(segment[1])
+                yield from segment[1].leaves()
 
     def prefetch(self) -> None:
         """Announce the reads to the source's files."""
@@ -81,28 +83,26 @@ class Contents:
         for batch in batches(self._segments, self._point):
             for piece in batch:
                 if isinstance(piece.segment, tuple) and self._is_read(piece, piece.segment[1]):
-                    _, tensor = piece.segment
-                    if tensor.record.file == file:
-                        yield tensor.read_range
+                    yield from (each for ref, each in reads_of(piece.segment[1]) if ref == file)
 
-    def _is_read(self, piece: Piece, tensor: SourceTensor) -> bool:
+    def _is_read(self, piece: Piece, part: Part) -> bool:
         """Return whether the source is read for a piece: always, unless it is kept and proven."""
         unproven = self._point.size - self._point.unproven
-        return not piece.is_kept or (bool(tensor.cast_to) and piece.at + piece.size > unproven)
+        return not piece.is_kept or (not part.values.is_copied and piece.at + piece.size > unproven)
 
     def read(self, batch: Sequence[Piece], buffer: memoryview) -> tuple[int, int]:
         """Fill ``buffer``; return the number of bytes in it, and the number of bytes read or written for them."""
         filled = moved = 0
         for piece in batch:
-            part = buffer[filled : filled + piece.size]
+            place = buffer[filled : filled + piece.size]
             if isinstance(piece.segment, tuple):
-                name, tensor = piece.segment
-                self.overflow_count += self._read_tensor(name, tensor, piece.at, part)
-                moved += max(tensor.info.nbytes, piece.size)
+                name, part = piece.segment
+                self.overflow_count += self._evaluate(name, part, piece.at, place)
+                moved += max(part.read_bytes, piece.size)
             else:
-                part[:] = self._bytes_of(piece.segment)[piece.start : piece.start + piece.size]
+                place[:] = self._bytes_of(piece.segment)[piece.start : piece.start + piece.size]
                 moved += piece.size
-            self._add_crc(piece, part)
+            self._add_crc(piece, place)
             filled += piece.size
         return filled, moved
 
@@ -110,35 +110,42 @@ class Contents:
         """Fill ``buffer`` with the bytes that an earlier process wrote, and check them; return their number.
 
         Raises:
-            CorruptError: values differ from the source's after the cast.
+            CorruptError: values that are not copied differ from those that the source gives now.
         """
         filled = 0
         for piece in batch:
-            part = buffer[filled : filled + piece.size]
-            file.read_at(piece.at, part)
+            place = buffer[filled : filled + piece.size]
+            file.read_at(piece.at, place)
             if isinstance(piece.segment, tuple):
-                name, tensor = piece.segment
-                if not tensor.cast_to:
-                    self._checks.add(name, tensor, part if tensor.is_contiguous else None)
-                elif self._is_read(piece, tensor):
-                    self._read_tensor(name, tensor, piece.at, self._again[: piece.size])
-                    if bytes(self._again[: piece.size]) != bytes(part):
+                name, part = piece.segment
+                if part.values.is_copied:
+                    self._add_to_checks(name, part, place)
+                elif self._is_read(piece, part):
+                    self._evaluate(name, part, piece.at, self._again[: piece.size])
+                    if bytes(self._again[: piece.size]) != bytes(place):
                         raise CorruptError(f"{name} differs from its source after the cast.")
-            self._add_crc(piece, part)
+            self._add_crc(piece, place)
             filled += piece.size
         return filled
 
-    def _read_tensor(self, name: str, tensor: SourceTensor, at: int, part: memoryview) -> int:
-        """Fill ``part``, through ``_stored`` if it is cast; return how many values the cast made infinite."""
-        self._places[tensor.record] = self._places.get(tensor.record, (at, at))[0], at
-        stored = (self._stored if tensor.cast_to else part)[: tensor.info.nbytes]
-        self._checks.add(name, tensor, tensor.read_into(stored, self._reader))
-        return cast_into(stored, tensor.info.dtype, part, tensor.cast_to) if tensor.cast_to else 0
+    def _add_to_checks(self, name: str, part: Part, place: memoryview) -> None:
+        """Add copied bytes to the checks of their records, without reading the source."""
+        if (read := direct(part.values)) is not None and not part.blocks:
+            self._checks.add(name, read.record, read.offset, place)
+        for block in part.blocks:
+            self._checks.add(name, block.record, 0, None)
 
-    def _add_crc(self, piece: Piece, part: memoryview) -> None:
+    def _evaluate(self, name: str, part: Part, at: int, place: memoryview) -> int:
+        """Fill ``place``; return how many values a cast made infinite."""
+        records = (block.record for block in part.blocks) if part.blocks else (r.record for r in part.values.leaves())
+        for record in records:
+            self._places[record] = self._places.get(record, (at, at))[0], at
+        return self.evaluator.evaluate(name, part, place)
+
+    def _add_crc(self, piece: Piece, place: memoryview) -> None:
         if self._crcs is not None and isinstance(piece.segment, tuple):
             name, _ = piece.segment
-            self._crcs[name] = zlib.crc32(part, self._crcs.get(name, 0))
+            self._crcs[name] = zlib.crc32(place, self._crcs.get(name, 0))
 
     def _bytes_of(self, segment: bytes | LateBytes) -> bytes:
         if isinstance(segment, bytes):
@@ -149,7 +156,7 @@ class Contents:
 
     def resume_point(self, position: int) -> ResumePoint:
         """Return the resume point, without its sha256, for a file that ends at ``position``."""
-        unproven = position - self._proven(position) if self._is_cast else 0
+        unproven = 0 if self._is_copied else position - self._proven(position)
         return ResumePoint(position, "", overflow_count=self.overflow_count, unproven=unproven)
 
     def _proven(self, position: int) -> int:
@@ -171,10 +178,10 @@ def uncut(position: int, places: Iterable[tuple[int, int]]) -> int:
     return position
 
 
-def size_of(segment: bytes | tuple[str, AnyTensor] | LateBytes) -> int:
+def size_of(segment: bytes | tuple[str, Expression] | LateBytes) -> int:
     if isinstance(segment, bytes):
         return len(segment)
-    return segment.size if isinstance(segment, LateBytes) else segment[1].target.nbytes
+    return segment.size if isinstance(segment, LateBytes) else segment[1].info.nbytes
 
 
 def fingerprint(segments: Segments) -> str:
@@ -183,8 +190,7 @@ def fingerprint(segments: Segments) -> str:
     for segment in segments:
         if isinstance(segment, tuple):
             name, tensor = segment
-            parts = [(part.record.name, part.offset, part.info, part.strides) for part in parts_of(tensor)]
-            digest.update(f"{name}\n{parts}\n{tensor.target}".encode())
+            digest.update(f"{name}\n{tensor.fingerprint}".encode())
         else:
             digest.update(segment if isinstance(segment, bytes) else str(segment.size).encode())
     return digest.hexdigest()
@@ -207,12 +213,12 @@ def batches(segments: Segments, point: ResumePoint) -> Iterator[list[Piece]]:
 
 
 def _parts(
-    segment: bytes | tuple[str, AnyTensor] | LateBytes,
-) -> Iterator[tuple[bytes | tuple[str, SourceTensor] | LateBytes, int, int]]:
+    segment: bytes | tuple[str, Expression] | LateBytes,
+) -> Iterator[tuple[bytes | tuple[str, Part] | LateBytes, int, int]]:
     """Cut a segment into parts of at most `PIECE_BYTES`, each with its start (0 for a tensor) and its length."""
     if isinstance(segment, tuple):
         name, tensor = segment
-        yield from (((name, piece), 0, piece.target.nbytes) for piece in tensor.split(PIECE_BYTES))
+        yield from (((name, part), 0, part.values.info.nbytes) for part in parts(tensor))
         return
     size = size_of(segment)
     yield from ((segment, start, min(PIECE_BYTES, size - start)) for start in range(0, size, PIECE_BYTES))

@@ -104,12 +104,13 @@ class _FileWriter:
     def write(self, file: OutputFile, point: ResumePoint) -> ResumePoint:
         """Check the bytes before ``point``, and write the rest."""
         file.allocate(self.size)
-        contents = Contents(self._segments, point, self._reader, self._checks)
+        contents = Contents(self._segments, point, self._reader, self._checks, self._path.parent)
         with (
             BackgroundHash() as digest,
             _Marker(file, self._path, self._journal, point.size) as marker,
             ThreadPoolExecutor(1, "disk") as disk,
             contents.proved_by_records(),
+            contents.evaluator,
         ):
             pages = PageAligner()
             contents.prefetch()

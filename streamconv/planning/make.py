@@ -1,7 +1,6 @@
 """Makes plans: identifies the model, matches its tensors against the rules, and lays out the files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from streamconv.errors import MappingError, UsageError
@@ -18,12 +17,12 @@ from streamconv.planning.reads import refuse_unstreamable
 from streamconv.planning.repeats import repeats_note
 from streamconv.planning.shards import DEFAULT_SHARD_BYTES, lay_out
 from streamconv.planning.small_files import architecture_of, config_notes, label_problems, make_config, to_small_files
-from streamconv.tensors.expressions import AnyTensor, SourceTensor, filled
+from streamconv.tensors.expressions import Expression, cast, filled
 from streamconv.tensors.info import BY_TORCH_NAME, CastDtype, DtypeCode, TensorInfo
 
 
 def make_plan(
-    tensors: Mapping[str, AnyTensor],
+    tensors: Mapping[str, Expression],
     where: str,
     labels: Sequence[str] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -177,7 +176,7 @@ def _problems(spec: ConversionSpec, selection: Selection, block_chunks: int | No
 
 def _explained(
     error: MappingError,
-    tensors: Mapping[str, AnyTensor],
+    tensors: Mapping[str, Expression],
     expected: Mapping[str, ExpectedTensor],
     names: Mapping[str, str],
     where: str,
@@ -189,16 +188,13 @@ def _explained(
 
 
 def _as_written(
-    targets: Mapping[str, SourceTensor],
+    targets: Mapping[str, Expression],
     fills: Mapping[str, tuple[float, tuple[int, ...]]],
     dtype: DtypeCode,
     family: Family,
-) -> dict[str, SourceTensor]:
+) -> dict[str, Expression]:
     """Return all tensors of the output as ``dtype``, in the order in which transformers saves them."""
-    written = {
-        name: tensor if tensor.info.dtype == dtype else replace(tensor, cast_to=dtype)
-        for name, tensor in targets.items()
-    }
+    written = {name: cast(tensor, dtype) for name, tensor in targets.items()}
     written |= {name: filled(value, TensorInfo(dtype, shape)) for name, (value, shape) in fills.items()}
     return dict(sorted(written.items(), key=lambda item: _natural_key(family.loaded_keys(item[0])[0])))
 
@@ -220,7 +216,7 @@ def _with_dimensions(candidates: Sequence[Model], filename: str) -> Model | None
 
 
 def _dropped(
-    tensors: Mapping[str, AnyTensor], expected: Mapping[str, ExpectedTensor], prefix: str
+    tensors: Mapping[str, Expression], expected: Mapping[str, ExpectedTensor], prefix: str
 ) -> tuple[Skipped, ...]:
     """Return the tensors that rules drop, grouped by rule."""
     sizes: dict[tuple[str, str], list[int]] = {}

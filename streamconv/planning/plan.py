@@ -6,7 +6,7 @@ It is pure data. Files are named by `FileRef` and are not open, so that a plan c
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Literal, TypedDict, cast
@@ -20,6 +20,7 @@ from streamconv.files.base import FileRef
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.planning.repeats import distinct_bytes
 from streamconv.planning.shards import Shard, to_json
+from streamconv.tensors.expressions import Cast as CastExpression
 from streamconv.tensors.expressions import Record
 from streamconv.tensors.info import DTYPES, CastDtype, DtypeCode, TensorInfo
 
@@ -136,7 +137,7 @@ class Plan:
     @property
     def weights(self) -> int:
         """Total size in bytes of all tensors as they are written, without headers."""
-        return sum(tensor.target.nbytes for shard in self.shards for _, tensor in shard.tensors)
+        return sum(tensor.info.nbytes for shard in self.shards for _, tensor in shard.tensors)
 
     @property
     def source_bytes(self) -> int:
@@ -150,18 +151,22 @@ class Plan:
     @property
     def cast_to(self) -> DtypeCode | Literal[""]:
         """The code of the dtype that tensors are cast to; empty if all stay as they are stored."""
-        return next((tensor.cast_to for shard in self.shards for _, tensor in shard.tensors if tensor.cast_to), "")
+        return next((tensor.info.dtype for tensor in self._casts()), "")
 
     @property
     def cast(self) -> "Cast | None":
         """torch's names of the dtypes that tensors are cast "from" and "to"; None if all stay as they are stored."""
         if not self.cast_to:
             return None
-        stored = {tensor.info.dtype for shard in self.shards for _, tensor in shard.tensors if tensor.cast_to}
+        stored = {tensor.of.info.dtype for tensor in self._casts()}
         return {
             "from": " and ".join(sorted(DTYPES[dtype].torch for dtype in stored)),
             "to": cast(CastDtype, DTYPES[self.cast_to].torch),
         }
+
+    def _casts(self) -> Iterator[CastExpression]:
+        tensors = (tensor for shard in self.shards for _, tensor in shard.tensors)
+        return (tensor for tensor in tensors if isinstance(tensor, CastExpression))
 
     @property
     def title(self) -> str:
@@ -189,7 +194,7 @@ class Plan:
         for shard in self.shards:
             digest.update(shard.filename.encode() + shard.header)
             for _, tensor in shard.tensors:
-                digest.update(f"{tensor.record.name}\0{tensor.offset}\0{tensor.strides}\0".encode())
+                digest.update(tensor.fingerprint.encode())
         return digest.hexdigest()
 
     def with_labels(self, labels: Sequence[str]) -> "Plan":
@@ -210,7 +215,7 @@ class Plan:
             replace(
                 shard,
                 tensors=tuple(
-                    (name, replace(tensor, record=moved.get(tensor.record, tensor.record)))
+                    (name, tensor.map_leaves(lambda leaf: replace(leaf, record=moved.get(leaf.record, leaf.record))))
                     for name, tensor in shard.tensors
                 ),
             )
@@ -220,7 +225,8 @@ class Plan:
 
     def sources(self) -> list[FileRef]:
         """The files that tensors are read from, in the order of their first use."""
-        return list(dict.fromkeys(tensor.record.file for shard in self.shards for _, tensor in shard.tensors))
+        leaves = (leaf for shard in self.shards for _, tensor in shard.tensors for leaf in tensor.leaves())
+        return list(dict.fromkeys(leaf.record.file for leaf in leaves))
 
     def as_dict(self) -> dict[str, Any]:
         """Summarise the plan for JSON; `plan_json` stores a complete plan."""

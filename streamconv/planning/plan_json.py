@@ -5,6 +5,7 @@ follow from the rest. Users, passwords and queries of URLs are not stored either
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,18 @@ from streamconv.formats.safetensors import make_index
 from streamconv.planning.plan import CONFIG_NAME, MappedTensor, Plan, with_int_ids
 from streamconv.planning.shards import Shard, make_shard
 from streamconv.planning.shards import to_json as json_bytes
-from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.expressions import Cast, Concat, Expression, Multiply, Read, Record, concat
 from streamconv.tensors.info import TensorInfo
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def to_json(plan: Plan) -> str:
     """Return the plan as a JSON object."""
     files = {file: i for i, file in enumerate(plan.sources())}
     tensors = [tensor for shard in plan.shards for _, tensor in shard.tensors]
-    records = {record: i for i, record in enumerate(dict.fromkeys(tensor.record for tensor in tensors))}
+    leaves = (leaf for tensor in tensors for leaf in tensor.leaves())
+    records = {record: i for i, record in enumerate(dict.fromkeys(leaf.record for leaf in leaves))}
     value = {
         "format_version": FORMAT_VERSION,
         "family": plan.family_name,
@@ -41,7 +43,7 @@ def to_json(plan: Plan) -> str:
         "records": [[files[r.file], r.name, r.range.start, r.range.length, r.crc32] for r in records],
         "mapping": [[m.source, m.info.dtype, m.info.shape, m.targets] for m in plan.mapping],
         "shards": [
-            [s.filename, [[name, records[t.record], *_tensor_to_json(t)] for name, t in s.tensors]] for s in plan.shards
+            [s.filename, [[name, _tensor_to_json(tensor, records)] for name, tensor in s.tensors]] for s in plan.shards
         ],
         "config": plan.config,
         "image_processor": plan.image_processor,
@@ -82,7 +84,7 @@ def _plan(value: dict[str, Any]) -> Plan:
         for file, name, start, length, crc32 in value["records"]
     ]
     shards = tuple(
-        make_shard(filename, {name: _tensor_from_json(records[record], rest) for name, record, *rest in tensors})
+        make_shard(filename, {name: _tensor_from_json(each, records) for name, each in tensors})
         for filename, tensors in value["shards"]
     )
     config = with_int_ids(value["config"])
@@ -131,10 +133,25 @@ def _file_from_json(value: list[Any]) -> FileRef:
     return FileRef(place, size, tuple((key, each) for key, each in version))
 
 
-def _tensor_to_json(tensor: SourceTensor) -> list[Any]:
-    return [tensor.info.dtype, tensor.info.shape, tensor.offset, tensor.strides, tensor.cast_to]
+def _tensor_to_json(tensor: Expression, records: Mapping[Record, int]) -> list[Any]:
+    info = [tensor.info.dtype, tensor.info.shape]
+    if isinstance(tensor, Read):
+        return ["read", *info, records[tensor.record], tensor.offset, tensor.strides]
+    operands = [_tensor_to_json(operand, records) for operand in tensor.operands]
+    if isinstance(tensor, Concat):
+        return ["concat", tensor.dim, *operands]
+    return ["cast" if isinstance(tensor, Cast) else "multiply", *info, *operands]
 
 
-def _tensor_from_json(record: Record, value: list[Any]) -> SourceTensor:
-    dtype, shape, offset, strides, cast_to = value
-    return SourceTensor(TensorInfo(dtype, tuple(shape)), record, offset, tuple(strides), cast_to)
+def _tensor_from_json(value: list[Any], records: Sequence[Record]) -> Expression:
+    kind, *rest = value
+    if kind == "concat":
+        dim, *operands = rest
+        return concat([_tensor_from_json(operand, records) for operand in operands], dim)
+    dtype, shape, *rest = rest
+    info = TensorInfo(dtype, tuple(shape))
+    if kind == "read":
+        record, offset, strides = rest
+        return Read(info, records[record], offset, tuple(strides))
+    operands = [_tensor_from_json(operand, records) for operand in rest]
+    return Cast(info, *operands) if kind == "cast" else Multiply(info, *operands)

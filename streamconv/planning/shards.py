@@ -14,9 +14,8 @@ from streamconv.arguments import shown_value
 from streamconv.errors import UsageError
 from streamconv.formats.safetensors import SINGLE_NAME, make_header, make_index
 from streamconv.formats.shards import MAX_FILES
-from streamconv.tensors.expressions import SourceTensor
+from streamconv.tensors.expressions import Expression
 
-PIECE_BYTES = 512 << 10  # read and written at once; small enough to stay in a CPU's cache
 DEFAULT_SHARD_BYTES = 5 * 10**9
 MAX_SHARDS = MAX_FILES  # the manifest and the journal list them all, and must be small enough to be read again
 MIN_BARE_BYTES = 100_000  # a smaller number without a unit is taken for a mistake, such as 5 for 5GB
@@ -28,12 +27,12 @@ class Shard:
 
     filename: str
     header: bytes
-    tensors: tuple[tuple[str, SourceTensor], ...]
+    tensors: tuple[tuple[str, Expression], ...]
 
     @property
     def size(self) -> int:
         """Size of the whole file in bytes."""
-        return len(self.header) + sum(tensor.target.nbytes for _, tensor in self.tensors)
+        return len(self.header) + sum(tensor.info.nbytes for _, tensor in self.tensors)
 
 
 def parse_size(size: int | str) -> int:
@@ -57,7 +56,7 @@ def parse_size(size: int | str) -> int:
     return count
 
 
-def lay_out(targets: Mapping[str, SourceTensor], max_bytes: int) -> tuple[tuple[Shard, ...], bytes | None]:
+def lay_out(targets: Mapping[str, Expression], max_bytes: int) -> tuple[tuple[Shard, ...], bytes | None]:
     """Divide ``targets``, in their order, into files of at most ``max_bytes``, as transformers does.
 
     A tensor that is larger than that has a file to itself.
@@ -65,7 +64,7 @@ def lay_out(targets: Mapping[str, SourceTensor], max_bytes: int) -> tuple[tuple[
     Returns:
         The files, and the bytes of their index; None if there is only one file.
     """
-    if sum(tensor.target.nbytes for tensor in targets.values()) <= max_bytes:
+    if sum(tensor.info.nbytes for tensor in targets.values()) <= max_bytes:
         return (make_shard(SINGLE_NAME, targets),), None
     files = _cut(targets, max_bytes)
     if len(files) == 1:  # one tensor, larger than the limit
@@ -81,26 +80,26 @@ def lay_out(targets: Mapping[str, SourceTensor], max_bytes: int) -> tuple[tuple[
     return shards, to_json(make_index(targets, weight_map))
 
 
-def _cut(targets: Mapping[str, SourceTensor], max_bytes: int) -> list[dict[str, SourceTensor]]:
+def _cut(targets: Mapping[str, Expression], max_bytes: int) -> list[dict[str, Expression]]:
     """Fill one file after the other; a tensor larger than ``max_bytes`` comes before the file that is being filled."""
-    files: list[dict[str, SourceTensor]] = []
-    current: dict[str, SourceTensor] = {}
+    files: list[dict[str, Expression]] = []
+    current: dict[str, Expression] = {}
     size = 0
     for name, tensor in targets.items():
-        if tensor.target.nbytes > max_bytes:
+        if tensor.info.nbytes > max_bytes:
             files.append({name: tensor})
             continue
-        if size + tensor.target.nbytes > max_bytes:
+        if size + tensor.info.nbytes > max_bytes:
             files.append(current)
             current, size = {}, 0
         current[name] = tensor
-        size += tensor.target.nbytes
+        size += tensor.info.nbytes
     return [*files, current] if current else files
 
 
-def make_shard(filename: str, tensors: Mapping[str, SourceTensor]) -> Shard:
+def make_shard(filename: str, tensors: Mapping[str, Expression]) -> Shard:
     """Lay out one file; see `make_header` for the order of its tensors."""
-    header, names = make_header({name: tensor.target for name, tensor in tensors.items()})
+    header, names = make_header({name: tensor.info for name, tensor in tensors.items()})
     return Shard(filename, header, tuple((name, tensors[name]) for name in names))
 
 

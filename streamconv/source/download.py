@@ -26,7 +26,7 @@ from streamconv.source.cache import MAX_VERSIONS, Download, download_path, forge
 from streamconv.source.copies import explain_new_download, find_copy, has_checksums, has_copy, modified_time
 from streamconv.source.resolve import Source
 from streamconv.tensors.checksums import RecordChecks, read_crc
-from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.expressions import Read, Record
 from streamconv.tensors.info import TensorInfo
 
 _log = logger(__name__)
@@ -118,7 +118,7 @@ def _download(
         source={"file": _describe(address, path, file, remote)}, plan=f"{address}, {file.size} bytes"
     )
     record = Record(file.ref, path.name, ByteRange(0, file.size))
-    contents = SourceTensor(TensorInfo("U8", (file.size,)), record, 0, (1,))
+    contents = Read(TensorInfo("U8", (file.size,)), record, 0, (1,))
 
     def advance(position: int, is_kept: bool) -> None:
         progress(f"{'checking' if is_kept else 'downloading'} {path.name}", position, file.size, "bytes")

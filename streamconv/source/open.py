@@ -30,11 +30,11 @@ from streamconv.source.authors import Authorship, authorship
 from streamconv.source.cache import torch_hub_cache
 from streamconv.source.resolve import Source
 from streamconv.source.small_files import with_small_files
-from streamconv.tensors.expressions import AnyTensor, joined, parts_of
+from streamconv.tensors.expressions import Expression, concat
 
 
-def _has_checksums(tensors: Mapping[str, AnyTensor]) -> bool:
-    return all(part.record.crc32 is not None for tensor in tensors.values() for part in parts_of(tensor))
+def _has_checksums(tensors: Mapping[str, Expression]) -> bool:
+    return all(leaf.record.crc32 is not None for tensor in tensors.values() for leaf in tensor.leaves())
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OpenSource:
     """
 
     source: Source
-    tensors: Mapping[str, AnyTensor]
+    tensors: Mapping[str, Expression]
     checkpoints: Mapping[str, Checkpoint]
     selection: Selection
 
@@ -83,9 +83,9 @@ class OpenSource:
     def _files(self) -> dict[FileRef, str]:
         """Return the files that tensors come from, with the role of each."""
         return {
-            part.record.file: "backbone" if key in self.selection.names else "head"
+            leaf.record.file: "backbone" if key in self.selection.names else "head"
             for key, tensor in self.tensors.items()
-            for part in parts_of(tensor)
+            for leaf in tensor.leaves()
         }
 
     @property
@@ -191,7 +191,7 @@ def open_source(
         backbone = checkpoints["backbone"]
         head_select = source.head_select if source.head is None else None
         selection = find_backbone(backbone, str(source.backbone), source.select, head_select)
-        tensors = {key: joined([backbone[name] for name in names]) for key, names in selection.names.items()}
+        tensors = {key: concat([backbone[name] for name in names]) for key, names in selection.names.items()}
         if reads_small_files and source.model is None:
             infos = {key: tensor.info for key, tensor in tensors.items()}
             origin = None if is_offline else source.origins.get("backbone")
@@ -209,7 +209,7 @@ def open_source(
 
 
 def _find_head(
-    tensors: Mapping[str, AnyTensor], checkpoint: Checkpoint, source: Source, selection: Selection
+    tensors: Mapping[str, Expression], checkpoint: Checkpoint, source: Source, selection: Selection
 ) -> dict[str, str]:
     """Return the names of the head's tensors in its file, by their keys in the family's rules."""
     family = selection.family

@@ -1,22 +1,21 @@
-"""Computes the CRC-32 of a record from the CRC-32s of its pieces, which may be read in any order.
+"""Computes the CRC-32 of a record from the CRC-32s of its ranges, which may be read in any order.
 
-Python's zlib module computes the CRC-32 of a piece, but lacks crc32_combine. A CRC-32 is a polynomial over GF(2) modulo
+Python's zlib module computes the CRC-32 of a range, but lacks crc32_combine. A CRC-32 is a polynomial over GF(2) modulo
 `_POLYNOMIAL`; appending n bytes multiplies the CRC-32 of the preceding bytes by x^(8n).
 """
 
 import zlib
-from bisect import bisect_left, insort
+from bisect import bisect
 from functools import lru_cache
 
 from streamconv.errors import CorruptError, located
 from streamconv.files.base import File
 from streamconv.files.reader import Reader
-from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.expressions import Record
 
 _POLYNOMIAL = 0xEDB88320  # the polynomial of IEEE 802.3 with its bits reversed: the highest bit is x^0
 _ONE, _X = 1 << 31, 1 << 30
 _READ_BYTES = 128 << 10  # small, since a conversion's other buffers are in use at the same time
-_MAX_OVERLAPS = 200  # earlier pieces that one may overlap; beyond that, its record is read again
 
 
 def combine(first: int, second: int, second_length: int) -> int:
@@ -56,40 +55,38 @@ def _multiply(a: int, b: int) -> int:
 
 
 class RecordChecks:
-    """Collects the CRC-32s of pieces as they are read, and compares whole records with their file's CRC-32."""
+    """Collects the CRC-32s of ranges as they are read, and compares whole records with their file's CRC-32."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._pieces: dict[Record, _Pieces] = {}  # incomplete records only
+        self._read: dict[Record, _Ranges] = {}  # incomplete records only
         self._names: dict[Record, str] = {}
         self._pending: set[Record] = set()
         self._verified: set[Record] = set()  # read once more, and matched
 
-    def add(self, name: str, piece: SourceTensor, stored: memoryview | None) -> None:
-        """Record that ``piece`` of the tensor ``name`` was read.
-
-        If a contiguous piece overlaps an earlier one, `verify_pending` reads their record again.
+    def add(self, name: str, record: Record, start: int, stored: memoryview | None) -> None:
+        """Record that bytes of a record were read for the tensor ``name``.
 
         Args:
-            stored: The bytes of ``piece.read_range`` as they are in the file; None if only the gathered values
-                of a strided piece are available.
+            start: The offset of the bytes in the record.
+            stored: The bytes as they are in the file; None if they are not available in one piece. `verify_pending`
+                then reads the record again.
 
         Raises:
-            CorruptError: the piece completes the record, and the record does not match its CRC-32.
+            CorruptError: the bytes complete the record, and it does not match its CRC-32.
         """
-        record = piece.record
         if record.crc32 is None:
             return
-        pieces = self._pieces.setdefault(record, _Pieces())
+        ranges = self._read.setdefault(record, _Ranges())
         self._names.setdefault(record, name)
         self._pending.add(record)
         if stored is None:
             return
-        pieces.add(piece.offset, stored, may_overlap=not piece.is_contiguous)
-        if pieces.size == record.range.length:
+        ranges.add(start, stored)
+        if ranges.crc_of(record.range.length) is not None:
             self._require_match(record)
             self._pending.remove(record)
-            del self._pieces[record]  # so that a second read of the record is checked, too
+            del self._read[record]  # so that a second read of the record is checked, too
 
     def is_pending(self, record: Record) -> bool:
         """Return whether a part of the record was added, and its CRC-32 has not been compared since."""
@@ -117,7 +114,7 @@ class RecordChecks:
 
     def _require_match(self, record: Record) -> None:
         file = self._reader.open(record.file)
-        crc = self._pieces[record].crc(record.range.length)
+        crc = self._read[record].crc_of(record.range.length)
         if (read_crc(record, file) if crc is None else crc) != record.crc32:
             file.require_unchanged()
             with located(record.file.location):
@@ -127,53 +124,47 @@ class RecordChecks:
                 )
 
 
-class _Pieces:
-    """The pieces of a record that were read: offset, length and CRC-32 of each, in order and without overlaps.
-
-    ``size`` is their total length in bytes. If contiguous pieces overlap, or a piece overlaps too many, all pieces are
-    dropped, and the record is read again to be checked.
-    """
+class _Ranges:
+    """The ranges of a record that were read, with their CRC-32s. Those that meet become one."""
 
     def __init__(self) -> None:
-        self.size = 0
-        self._pieces: list[tuple[int, int, int]] = []
-        self._is_kept = True
+        self._ranges: list[tuple[int, int, int]] = []  # start, end, CRC-32; sorted
 
-    def add(self, start: int, stored: memoryview, *, may_overlap: bool) -> None:
-        """Add those of the ``stored`` bytes, which begin at the offset ``start``, that no earlier piece covers."""
-        if not self._is_kept:
-            return
-        gaps = self._gaps(start, start + len(stored))
-        if gaps is None or not (may_overlap or gaps == [(start, start + len(stored))]):
-            self.size, self._pieces, self._is_kept = 0, [], False
-            return
-        for at, end in gaps:
-            insort(self._pieces, (at, end - at, zlib.crc32(stored[at - start : end - start])))
-            self.size += end - at
+    def add(self, start: int, stored: memoryview) -> None:
+        """Add the bytes from ``start`` on; those that were added before do not count again."""
+        for first, last in self._uncovered(start, start + len(stored)):
+            self._insert(first, last, stored[first - start : last - start])
 
-    def _gaps(self, start: int, end: int) -> list[tuple[int, int]] | None:
-        """Return the ranges of [start, end) that no piece covers; None if too many pieces overlap it."""
-        first = max(0, bisect_left(self._pieces, (start,)) - 1)
-        gaps = []
-        for offset, length, _ in self._pieces[first : first + _MAX_OVERLAPS]:
-            if offset >= end:
+    def crc_of(self, length: int) -> int | None:
+        """Return the CRC-32 of the first ``length`` bytes; None if some of them were not read."""
+        if length == 0:
+            return 0
+        start, end, crc = self._ranges[0] if self._ranges else (0, 0, 0)
+        return crc if (start, end) == (0, length) else None
+
+    def _uncovered(self, start: int, end: int) -> list[tuple[int, int]]:
+        found = []
+        for at in range(max(0, bisect(self._ranges, (start,)) - 1), len(self._ranges)):
+            first, last, _ = self._ranges[at]
+            if first >= end:
                 break
-            if start < offset:
-                gaps.append((start, offset))
-            start = max(start, offset + length)
-        else:
-            if len(self._pieces) > first + _MAX_OVERLAPS:
-                return None
-        return [*gaps, (start, end)] if start < end else gaps
+            if start < first:
+                found.append((start, first))
+            start = max(start, last)
+        return [*found, (start, end)] if start < end else found
 
-    def crc(self, size: int) -> int | None:
-        """Return the CRC-32 of all pieces; None if they are not the whole record of ``size`` bytes."""
-        if self.size != size:
-            return None
-        crc = 0
-        for _, length, piece_crc in self._pieces:
-            crc = combine(crc, piece_crc, length)
-        return crc
+    def _insert(self, start: int, end: int, data: memoryview) -> None:
+        at = bisect(self._ranges, (start,))
+        if at and self._ranges[at - 1][1] == start:
+            at -= 1
+            start, _, before = self._ranges.pop(at)
+            crc = zlib.crc32(data, before)
+        else:
+            crc = zlib.crc32(data)
+        if at < len(self._ranges) and self._ranges[at][0] == end:
+            first, end, after = self._ranges.pop(at)
+            crc = combine(crc, after, end - first)
+        self._ranges.insert(at, (start, end, crc))
 
 
 def read_crc(record: Record, file: File) -> int:

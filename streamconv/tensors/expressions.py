@@ -1,25 +1,22 @@
-"""Tensors that are not read yet: their dtype and shape, and where their bytes are.
+"""How the values of tensors come from files: expressions, whose leaves are strided views of records.
 
-Strides are in elements, as in ``torch._utils._rebuild_tensor_v2``, and offsets are in bytes. Everything here is pure
-data; a `Reader` opens the files when bytes are read.
+Everything here is pure data without open files. Views (`narrow`, `permute`, `reshape`) fold into the leaves at once, so
+they cost nothing when bytes are read; `tiles` and `evaluation` say how that is done. Shapes, strides and dims are those
+of torch: strides are in elements, as in ``torch._utils._rebuild_tensor_v2``. Offsets are in bytes.
 """
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
-from typing import Literal
+from abc import ABC, abstractmethod
+from bisect import bisect, bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 
-from streamconv.errors import SourceError
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.files.inline import inline_ref
-from streamconv.files.reader import Reader
 from streamconv.tensors.info import DtypeCode, TensorInfo, contiguous_strides
-
-# The bytes that a row of a strided tensor may span; it is read with the gaps between its elements. A piece may span a
-# sixteenth more. Otherwise, each row of the largest transposed matrices would be a piece that reads the whole matrix.
-MAX_SPAN_BYTES = 16 << 20
+from streamconv.tensors.shapes import MAX_PARTS, Shape, TooManyPartsError, groups, view_strides
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +32,127 @@ class Record:
     crc32: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """A tensor in a checkpoint, not read yet. ``offset`` is in bytes from the start of the record.
+class Expression(ABC):
+    """A tensor that is not read yet, of the dtype and shape ``info``. Its views are expressions, too."""
 
-    ``cast_to`` is the dtype to write; if it is empty, the stored dtype is written.
-    """
+    __slots__ = ()
+
+    info: TensorInfo
+
+    @property
+    @abstractmethod
+    def operands(self) -> "tuple[Expression, ...]":
+        """The expressions that it is made from; none for a leaf."""
+
+    @abstractmethod
+    def with_operands(self, operands: "Sequence[Expression]") -> "Expression":
+        """Return the same expression of other operands, which have the same dtypes and shapes."""
+
+    @abstractmethod
+    def narrow(self, dim: int, start: int, length: int) -> "Expression":
+        """Return ``length`` entries of one dimension from ``start`` on, like torch.narrow."""
+
+    @abstractmethod
+    def permute(self, dims: Sequence[int]) -> "Expression":
+        """Return the tensor with its dimensions in another order, like torch.permute."""
+
+    @abstractmethod
+    def view(self, shape: Shape) -> "Expression | None":
+        """Return the same values under another shape; None if that would take more parts. No shape has a 0."""
+
+    @property
+    def shape(self) -> Shape:
+        return self.info.shape
+
+    @property
+    def is_copied(self) -> bool:
+        """Return whether its bits are those of its leaves; they are not if it is computed."""
+        return all(operand.is_copied for operand in self.operands)
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that tells it from other expressions of the same dtype and shape, by names and offsets of records."""
+        return f"{type(self).__name__}:{_fingerprints(self)}"
+
+    def leaves(self) -> "Iterator[Read]":
+        """Yield everything that is read for it, in the order of its values."""
+        for operand in self.operands:
+            yield from operand.leaves()
+
+    def map_leaves(self, change: "Callable[[Read], Read]") -> "Expression":
+        """Return the same expression of other leaves, which have the same dtypes and shapes."""
+        return self.with_operands([operand.map_leaves(change) for operand in self.operands])
+
+    def reshape(self, shape: Shape) -> "Expression":
+        """Return the same values, in row-major order, under another shape, like torch.reshape.
+
+        What the strides of one read cannot express becomes a `Concat` of several.
+
+        Raises:
+            ValueError: the shape has another number of elements.
+            TooManyPartsError: it would become too many parts.
+        """
+        if math.prod(shape) != math.prod(self.shape):
+            raise ValueError(f"{self.info} cannot have the shape {list(shape)}")
+        if shape == self.shape:
+            return self
+        if not self.info.nbytes:
+            first = next(self.leaves())
+            return Read(TensorInfo(self.info.dtype, shape), first.record, first.offset, contiguous_strides(shape))
+        if (whole := self.view(shape)) is not None:
+            return whole
+        result: Expression = self
+        at = 0
+        for old, new in groups(self.shape, shape):
+            result, at = _reshape_dims(result, at, len(old), new), at + len(new)
+        return result
+
+    def transpose(self, one: int, other: int) -> "Expression":
+        """Return the tensor with two dimensions swapped, like torch.transpose."""
+        dims = [*range(len(self.shape))]
+        dims[one], dims[other] = dims[other], dims[one]
+        return self.permute(dims)
+
+    def unsqueeze(self, dim: int) -> "Expression":
+        """Insert a dimension of size 1, like torch.unsqueeze."""
+        return self.reshape((*self.shape[:dim], 1, *self.shape[dim:]))
+
+    def split(self, sizes: Sequence[int], dim: int = 0) -> "list[Expression]":
+        """Cut the tensor into parts of these sizes along ``dim``, like torch.split."""
+        return [self.narrow(dim, end - size, size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+
+    def chunk(self, count: int, dim: int = 0) -> "list[Expression]":
+        """Cut the tensor into ``count`` equal parts along ``dim``."""
+        return self.split([self.shape[dim] // count] * count, dim)
+
+
+def _fingerprints(tensor: Expression) -> str:
+    return f"({','.join(operand.fingerprint for operand in tensor.operands)})"
+
+
+def _reshape_dims(tensor: Expression, at: int, count: int, new: Shape) -> Expression:
+    """Give ``count`` dimensions from ``at`` on the shape ``new``."""
+    before, old, after = tensor.shape[:at], tensor.shape[at : at + count], tensor.shape[at + count :]
+    if (whole := tensor.view((*before, *new, *after))) is not None:
+        return whole
+    lead, new_lead = (next(i for i, size in enumerate(shape) if size != 1) for shape in (old, new))
+    parts = math.gcd(old[lead], new[new_lead])
+    if parts == 1:  # rows of the old shape are not rows of the new one
+        return _reshape_dims(_reshape_dims(tensor, at, count, (math.prod(old),)), at, 1, new)
+    if parts > MAX_PARTS:
+        raise TooManyPartsError(f"{tensor.info} would become {parts:,} parts")
+    smaller = (*new[:new_lead], new[new_lead] // parts, *new[new_lead + 1 :])
+    return concat([_reshape_dims(part, at, count, smaller) for part in tensor.chunk(parts, at + lead)], at + new_lead)
+
+
+@dataclass(frozen=True, slots=True)
+class Read(Expression):
+    """A strided view of a record. ``offset`` is in bytes from the start of the record; strides are not negative."""
 
     info: TensorInfo
     record: Record
     offset: int
     strides: tuple[int, ...]
-    cast_to: DtypeCode | Literal[""] = ""
-
-    @property
-    def target(self) -> TensorInfo:
-        """The dtype and shape that are written."""
-        return TensorInfo(self.cast_to or self.info.dtype, self.info.shape)
 
     @property
     def is_contiguous(self) -> bool:
@@ -68,181 +169,238 @@ class SourceTensor:
         return (last + 1) * self.info.itemsize
 
     @property
-    def read_range(self) -> ByteRange:
-        """The range of the file that `read_into` reads."""
+    def range(self) -> ByteRange:
+        """The range of the file from its first element to its last."""
         return ByteRange(self.record.range.start + self.offset, self.span)
 
-    def rows(self, start: int, stop: int) -> "SourceTensor":
-        """Return ``tensor[start:stop]`` along dim 0, without reading it."""
-        return replace(
-            self,
-            info=TensorInfo(self.info.dtype, (stop - start, *self.info.shape[1:])),
-            offset=self.offset + start * self.strides[0] * self.info.itemsize,
-        )
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return ()
 
-    def split(self, max_bytes: int) -> Iterator["SourceTensor"]:
-        """Yield pieces of at most ``max_bytes``, as stored and as written, in row-major order.
-
-        A contiguous tensor is cut between any elements, a strided one between rows of any leading dimensions.
-
-        Raises:
-            SourceError: a row of a strided tensor spans more than `MAX_SPAN_BYTES` of its storage; reading that much
-                for every row would take too long.
-        """
-        larger = max(self.info.itemsize, self.target.itemsize)
-        if self.is_contiguous:
-            count = math.prod(self.info.shape)
-            flat = replace(self, info=TensorInfo(self.info.dtype, (count,)), strides=(1,))
-            step = max(1, max_bytes // larger)
-            yield from (flat.rows(i, min(i + step, count)) for i in range(0, count, step))
-            return
-        row = self._row
-        if row.span > MAX_SPAN_BYTES:
-            raise SourceError(
-                f"{self.record.file.name}: the tensor {self.info} in {self.record.name} has strides "
-                f"{list(self.strides)}, so that one row spans {row.span:,} bytes; it cannot be streamed. "
-                "Save it again after tensor.contiguous()."
-            )
-        pitch = self.strides[0] * self.info.itemsize
-        step = self._rows_at_once(row, max_bytes)
-        if not step:
-            for i in range(self.info.shape[0]):
-                yield from replace(row, offset=self.offset + i * pitch).split(max_bytes)
-            return
-        count = self.info.shape[0]
-        yield from (self.rows(i, min(i + step, count)) for i in range(0, count, step))
-
-    def bytes_read(self, max_bytes: int) -> int:
-        """Return how many bytes all pieces of `split` read together, gaps between elements included."""
-        if self.is_contiguous:
-            return self.info.nbytes
-        row, count = self._row, self.info.shape[0]
-        step = self._rows_at_once(row, max_bytes)
-        if not step:
-            return count * row.bytes_read(max_bytes)
-        pieces, rest = divmod(count, step)
-        return pieces * self.rows(0, step).span + self.rows(0, rest).span
+    def with_operands(self, operands: Sequence[Expression]) -> "Read":
+        return self
 
     @property
-    def _row(self) -> "SourceTensor":
-        """The first row along dim 0."""
-        return replace(self, info=TensorInfo(self.info.dtype, self.info.shape[1:]), strides=self.strides[1:])
+    def fingerprint(self) -> str:
+        return f"{self.record.name}\0{self.offset}\0{self.strides}\0"
 
-    def _rows_at_once(self, row: "SourceTensor", max_bytes: int) -> int:
-        """Return how many rows a piece may have, 0 if a single one must be cut itself. ``row`` is any of them."""
-        row_bytes = math.prod(row.info.shape) * max(self.info.itemsize, self.target.itemsize)
-        step, pitch = max_bytes // row_bytes, self.strides[0] * self.info.itemsize
-        max_span = MAX_SPAN_BYTES + MAX_SPAN_BYTES // 16
-        return min(step, 1 + (max_span - row.span) // pitch) if pitch else step
+    def leaves(self) -> "Iterator[Read]":
+        yield self
 
-    def read_into(self, buffer: memoryview, reader: Reader) -> memoryview:
-        """Read the tensor into ``buffer``, which has ``info.nbytes`` bytes, in row-major order and without a cast.
+    def map_leaves(self, change: "Callable[[Read], Read]") -> "Read":
+        return change(self)
 
-        Returns:
-            The bytes of `read_range` as they are in the file; for a contiguous tensor, that is ``buffer`` itself.
-        """
-        start = self.read_range.start
-        if self.is_contiguous:
-            if buffer.nbytes:
-                reader.open(self.record.file).read_at(start, buffer)
-            return buffer
-        memory = memoryview(bytearray(self.span))
-        reader.open(self.record.file).read_at(start, memory)
-        _gather(memory, self.info, self.strides, buffer)
-        return memory
+    def narrow(self, dim: int, start: int, length: int) -> "Read":
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        offset = self.offset + start * self.strides[dim] * self.info.itemsize
+        return Read(TensorInfo(self.info.dtype, shape), self.record, offset, self.strides)
 
-    def tobytes(self, reader: Reader | None = None) -> bytes:
-        """Read the whole tensor into memory, in row-major order and without a cast.
+    def permute(self, dims: Sequence[int]) -> "Read":
+        shape, strides = (tuple(each[dim] for dim in dims) for each in (self.shape, self.strides))
+        return Read(TensorInfo(self.info.dtype, shape), self.record, self.offset, strides)
 
-        Without a ``reader``, the file is opened for this call only.
-        """
-        if reader is None:
-            with Reader() as own:
-                return self.tobytes(own)
-        data = bytearray(self.info.nbytes)
-        view, at = memoryview(data), 0
-        for piece in self.split(MAX_SPAN_BYTES):
-            piece.read_into(view[at : at + piece.info.nbytes], reader)
-            at += piece.info.nbytes
-        return bytes(data)
+    def view(self, shape: Shape) -> "Read | None":
+        strides = view_strides(self.shape, self.strides, shape)
+        return None if strides is None else Read(TensorInfo(self.info.dtype, shape), self.record, self.offset, strides)
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
-    """A tensor that consists of ``parts`` of the same shape, concatenated along dim 0."""
+class Concat(Expression):
+    """Two or more tensors of equal dtypes that are concatenated along ``dim``; `concat` makes them.
+
+    ``ends`` is where each part ends along ``dim``.
+    """
 
     info: TensorInfo
-    parts: tuple[SourceTensor, ...]
+    dim: int
+    parts: tuple[Expression, ...]
+    ends: tuple[int, ...] = field(compare=False, repr=False)
 
     @property
-    def target(self) -> TensorInfo:
-        """See `SourceTensor.target`."""
-        return TensorInfo(self.parts[0].target.dtype, self.info.shape)
+    def operands(self) -> tuple[Expression, ...]:
+        return self.parts
 
-    def rows(self, start: int, stop: int) -> SourceTensor:
-        """Return the part that consists of exactly these rows.
+    def with_operands(self, operands: Sequence[Expression]) -> "Concat":
+        return Concat(self.info, self.dim, tuple(operands), self.ends)
 
-        Raises:
-            ValueError: no part consists of these rows.
-        """
-        size = self.info.shape[0] // len(self.parts)
-        if start % size or stop - start != size:
-            raise ValueError(f"rows {start} to {stop} are not one part of {self.info}, whose parts have {size} rows")
-        return self.parts[start // size]
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.dim}:{_fingerprints(self)}"
 
-    def split(self, max_bytes: int) -> Iterator[SourceTensor]:
-        """See `SourceTensor.split`."""
-        for part in self.parts:
-            yield from part.split(max_bytes)
+    def narrow(self, dim: int, start: int, length: int) -> Expression:
+        if dim != self.dim:
+            return _concat([part.narrow(dim, start, length) for part in self.parts], self.dim)
+        if not length:
+            return self.parts[0].narrow(dim, 0, 0)
+        first, last = bisect(self.ends, start), bisect_left(self.ends, start + length)
+        found = [*self.parts[first : last + 1]]
+        if (rest := self.ends[last] - start - length) > 0:
+            found[-1] = found[-1].narrow(dim, 0, found[-1].shape[dim] - rest)
+        if (skipped := start - (self.ends[first - 1] if first else 0)) > 0:
+            found[0] = found[0].narrow(dim, skipped, found[0].shape[dim] - skipped)
+        return _concat(found, dim)
+
+    def permute(self, dims: Sequence[int]) -> Expression:
+        return concat([part.permute(dims) for part in self.parts], [*dims].index(self.dim))
+
+    def view(self, shape: Shape) -> Expression | None:
+        at = new_at = 0
+        for old, new in groups(self.shape, shape):
+            if at <= self.dim < at + len(old):
+                before, inner = old[: self.dim - at], math.prod(old[self.dim - at + 1 :])
+                lead = next((i for i, size in enumerate(new) if size != 1), 0)
+                row = math.prod(new[lead + 1 :])
+                sizes = [part.shape[self.dim] * inner for part in self.parts]
+                if any(size != 1 for size in before) or any(size % row for size in sizes):
+                    return None
+                dim = new_at + lead
+                shapes = ((*shape[:dim], size // row, *shape[dim + 1 :]) for size in sizes)
+                return concat([part.reshape(each) for part, each in zip(self.parts, shapes, strict=True)], dim)
+            at, new_at = at + len(old), new_at + len(new)
+        raise ValueError(f"{self.info} has no dim {self.dim}")
 
 
-AnyTensor = SourceTensor | Joined
+@dataclass(frozen=True, slots=True)
+class Cast(Expression):
+    """A tensor whose values are converted to another dtype, like torch's ``.to()``; `cast` makes it."""
+
+    info: TensorInfo
+    of: Expression
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.of,)
+
+    def with_operands(self, operands: Sequence[Expression]) -> "Cast":
+        return Cast(self.info, *operands)
+
+    @property
+    def is_copied(self) -> bool:
+        return False
+
+    @property
+    def fingerprint(self) -> str:
+        # The dtype of the whole is known beside it, and so is that of a record's bytes.
+        return self.of.fingerprint if isinstance(self.of, Read) else f"{self.info.dtype}:{_fingerprints(self)}"
+
+    def narrow(self, dim: int, start: int, length: int) -> "Cast":
+        return _cast(self.of.narrow(dim, start, length), self.info.dtype)
+
+    def permute(self, dims: Sequence[int]) -> "Cast":
+        return _cast(self.of.permute(dims), self.info.dtype)
+
+    def view(self, shape: Shape) -> "Cast":
+        return _cast(self.of.reshape(shape), self.info.dtype)
 
 
-def parts_of(tensor: AnyTensor) -> tuple[SourceTensor, ...]:
-    return tensor.parts if isinstance(tensor, Joined) else (tensor,)
+@dataclass(frozen=True, slots=True)
+class Multiply(Expression):
+    """The elementwise product of two tensors of one dtype and shape, like torch's ``*``; `multiply` makes it."""
+
+    info: TensorInfo
+    one: Expression
+    other: Expression
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.one, self.other)
+
+    def with_operands(self, operands: Sequence[Expression]) -> "Multiply":
+        return Multiply(self.info, *operands)
+
+    @property
+    def is_copied(self) -> bool:
+        return False
+
+    def narrow(self, dim: int, start: int, length: int) -> "Multiply":
+        return multiply(self.one.narrow(dim, start, length), self.other.narrow(dim, start, length))
+
+    def permute(self, dims: Sequence[int]) -> "Multiply":
+        return multiply(self.one.permute(dims), self.other.permute(dims))
+
+    def view(self, shape: Shape) -> "Multiply":
+        return multiply(self.one.reshape(shape), self.other.reshape(shape))
 
 
-def joined(parts: Sequence[SourceTensor]) -> AnyTensor:
-    """Concatenate tensors of the same shape along dim 0. A single one is returned as it is."""
+def concat(tensors: Sequence[Expression], dim: int = 0) -> Expression:
+    """Concatenate tensors along ``dim``, like torch.cat. Neighbours in one record become one read.
+
+    Raises:
+        ValueError: their dtypes differ, or their shapes in other dimensions.
+    """
+    if len(tensors) == 1:  # which may be a scalar
+        return tensors[0]
+    parts: list[Expression] = []
+    for tensor in tensors:
+        if tensor.info.dtype != tensors[0].info.dtype or _without(tensor, dim) != _without(tensors[0], dim):
+            raise ValueError(f"{tensors[0].info} and {tensor.info} cannot be concatenated along dim {dim}")
+        for part in tensor.parts if isinstance(tensor, Concat) and tensor.dim == dim else (tensor,):
+            if parts and (joined := _joined(parts[-1], part, dim)) is not None:
+                parts[-1] = joined
+            elif part.shape[dim]:
+                parts.append(part)
+    return _concat(parts or tensors[:1], dim)
+
+
+def _concat(parts: Sequence[Expression], dim: int) -> Expression:
     if len(parts) == 1:
         return parts[0]
-    dtype, (rows, *rest) = parts[0].info.dtype, parts[0].info.shape
-    return Joined(TensorInfo(dtype, (rows * len(parts), *rest)), tuple(parts))
+    ends = tuple(accumulate(part.shape[dim] for part in parts))
+    shape = (*parts[0].shape[:dim], ends[-1], *parts[0].shape[dim + 1 :])
+    return Concat(TensorInfo(parts[0].info.dtype, shape), dim, tuple(parts), ends)
 
 
-def prefetch(tensors: Iterable[SourceTensor], reader: Reader) -> None:
-    """Announce to each file that these tensors will be read, in this order."""
-    ranges: dict[FileRef, list[ByteRange]] = {}
-    for tensor in tensors:
-        ranges.setdefault(tensor.record.file, []).append(tensor.read_range)
-    for file, wanted in ranges.items():
-        reader.open(file).prefetch(wanted)
+def stack(tensors: Sequence[Expression], dim: int = 0) -> Expression:
+    """Concatenate tensors along a new dimension, like torch.stack."""
+    return concat([tensor.unsqueeze(dim) for tensor in tensors], dim)
 
 
-def filled(value: float, info: TensorInfo) -> SourceTensor:
+def cast(tensor: Expression, dtype: DtypeCode) -> Expression:
+    """Convert a tensor to a dtype; one that has it is returned as it is."""
+    return tensor if tensor.info.dtype == dtype else _cast(tensor, dtype)
+
+
+def _cast(tensor: Expression, dtype: DtypeCode) -> Cast:
+    return Cast(TensorInfo(dtype, tensor.shape), tensor)
+
+
+def multiply(one: Expression, other: Expression) -> Multiply:
+    """Multiply two tensors of one dtype and shape.
+
+    Raises:
+        ValueError: their dtypes or shapes differ.
+    """
+    if one.info != other.info:
+        raise ValueError(f"{one.info} and {other.info} cannot be multiplied")
+    return Multiply(one.info, one, other)
+
+
+def _without(tensor: Expression, dim: int) -> Shape:
+    return (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
+
+
+def _joined(one: Expression, other: Expression, dim: int) -> Read | None:
+    """Return two neighbours as one read, if its strides can express it."""
+    if not isinstance(one, Read) or not isinstance(other, Read) or one.record != other.record:
+        return None
+    sizes = one.shape[dim], other.shape[dim]
+    if not all(sizes):
+        return None
+    stride, rest = divmod(other.offset - one.offset, sizes[0] * one.info.itemsize)
+    strides = (*one.strides[:dim], stride, *one.strides[dim + 1 :])
+    has_strides = (
+        all(n == 1 or have == want for n, have, want in zip(each.shape, each.strides, strides, strict=True))
+        for each in (one, other)
+    )
+    if rest or stride < 0 or not all(has_strides):
+        return None
+    shape = (*one.shape[:dim], sum(sizes), *one.shape[dim + 1 :])
+    return Read(TensorInfo(one.info.dtype, shape), one.record, one.offset, strides)
+
+
+def filled(value: float, info: TensorInfo) -> Read:
     """Return a tensor whose elements are all ``value``. It must have a floating-point dtype."""
     single = struct.pack("<f", value)
     data = {"F64": struct.pack("<d", value), "F32": single, "F16": struct.pack("<e", value), "BF16": single[2:]}
     record = Record(inline_ref(data[info.dtype]), f"{value:g}", ByteRange(0, info.itemsize))
-    return SourceTensor(info, record, 0, (0,) * len(info.shape))
-
-
-def _gather(memory: memoryview, info: TensorInfo, strides: tuple[int, ...], out: memoryview) -> None:
-    """Copy a strided tensor from ``memory`` to ``out``, one run of the innermost dimension at a time.
-
-    Elements are copied as unsigned integers of their size, so that their bits do not change. A memoryview cannot be
-    sliced with step 0, so the elements of an expanded innermost dimension are copied one by one.
-    """
-    codes: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
-    code = codes[info.itemsize]
-    source, target = memory.cast(code), out.cast(code)
-    *outer, run = info.shape
-    *outer_strides, step = strides
-    for row, index in enumerate(product(*map(range, outer))):
-        first = sum(i * s for i, s in zip(index, outer_strides, strict=True))
-        if step:
-            target[row * run : (row + 1) * run] = source[first : first + (run - 1) * step + 1 : step]
-        else:
-            for i in range(run):
-                target[row * run + i] = source[first]
+    return Read(info, record, 0, (0,) * len(info.shape))

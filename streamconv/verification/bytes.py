@@ -19,10 +19,11 @@ from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
 from streamconv.output.readable import reading_output
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
-from streamconv.tensors.casts import cast_into
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.expressions import SourceTensor, prefetch
+from streamconv.tensors.evaluation import Evaluator, prefetch
+from streamconv.tensors.expressions import Cast, Expression, Read
 from streamconv.tensors.info import DTYPES
+from streamconv.tensors.tiles import parts
 from streamconv.verification.result import Check
 from streamconv.verification.structure import (
     header_problems,
@@ -118,7 +119,7 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
             written = open_output(folder)
     except SourceError as error:
         return ByteCheck(0, len(wanted), len(wanted), (f"the output cannot be read: {error}",), files)
-    with written, BackgroundHash() as digest:
+    with written, BackgroundHash() as digest, Evaluator(reader, checks) as evaluator:
         shapes = tensor_problems(wanted, written)
         wrong += len(shapes)
         problems += shapes + weight_file_problems(folder, written)
@@ -128,11 +129,11 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
             _hash(file, 0, written[names[0]].record.range.start, digest)
             for name in names:
                 source, output = wanted.get(name), written[name]
-                if source is not None and source.target == output.info:
-                    found = _differences(name, source, output, file, reader, checks, digest, advance)
+                if source is not None and source.info == output.info:
+                    found = _differences(name, source, output, file, evaluator, digest, advance)
                     problems += found
                     wrong += bool(found)
-                    compared += source.target.nbytes
+                    compared += source.info.nbytes
                 else:
                     _hash(file, output.record.range.start, output.record.range.end, digest)
             files[file.name] = WrittenFile(file.size, digest.hexdigest())
@@ -201,34 +202,29 @@ def _read(file: File, at: int, buffer: memoryview) -> None:
 
 def _differences(
     name: str,
-    source: SourceTensor,
-    output: SourceTensor,
+    source: Expression,
+    output: Read,
     file: File,
-    reader: Reader,
-    checks: RecordChecks,
+    evaluator: Evaluator,
     digest: BackgroundHash,
     advance: Callable[[int], None],
 ) -> list[str]:
     """Find the first element in which ``output`` differs from ``source``; hash all of ``output``."""
-    wanted, stored = bytearray(BUFFER_BYTES), memoryview(bytearray(BUFFER_BYTES if source.cast_to else 0))
+    wanted = bytearray(BUFFER_BYTES)
     at, differs = output.record.range.start, False
     problems: list[str] = []
-    for piece in source.split(BUFFER_BYTES):
-        size = piece.target.nbytes
+    for part in parts(source):
+        size = part.values.info.nbytes
         if size != len(wanted):  # bytearrays compare by memcmp, memoryviews element by element
             wanted = bytearray(size)
-        data = stored[: piece.info.nbytes] if source.cast_to else memoryview(wanted)
-        read = piece.read_into(data, reader)
-        checks.add(name, piece, read)
-        if source.cast_to:
-            cast_into(data, source.info.dtype, memoryview(wanted), source.cast_to)
-        part = digest.next_buffer()[:size]
-        _read(file, at, part)
-        digest.update(part)
-        if not differs and wanted != part:
+        evaluator.evaluate(name, part, memoryview(wanted))
+        found = digest.next_buffer()[:size]
+        _read(file, at, found)
+        digest.update(found)
+        if not differs and wanted != found:
             differs = True
-            first = next(i for i, (a, b) in enumerate(zip(wanted, part, strict=True)) if a != b)
-            cast_to = f", cast to {DTYPES[source.cast_to].torch}," if source.cast_to else ""
+            first = next(i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b)
+            cast_to = f", cast to {DTYPES[source.info.dtype].torch}," if isinstance(source, Cast) else ""
             element = (at - output.record.range.start + first) // output.info.itemsize
             problems.append(f"{name} differs from its source{cast_to} from element {element:,} on")
         at += size

@@ -5,16 +5,16 @@ tensor is found, and at which file offset each of the model's parameters lies. T
 parameter's source tensor, from which its values are read when the model runs.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.planning.plan import Plan
 from streamconv.planning.shards import Shard
-from streamconv.tensors.expressions import SourceTensor
-from streamconv.tensors.info import TensorInfo, contiguous_strides
+from streamconv.tensors.expressions import Expression
+from streamconv.tensors.shapes import TooManyPartsError
 
 
 def write_sparse_folder(plan: Plan, folder: Path) -> None:
@@ -27,7 +27,7 @@ def write_sparse_folder(plan: Plan, folder: Path) -> None:
         (folder / name).write_bytes(data)
 
 
-def source_tensors_of(model: Any, plan: Plan, folder: Path) -> Mapping[str, SourceTensor] | None:
+def source_tensors_of(model: Any, plan: Plan, folder: Path) -> Mapping[str, Expression] | None:
     """The source of each parameter of a model that was loaded from a sparse folder, in the model's order.
 
     None if the system does not report file mappings, or if transformers copied a tensor.
@@ -40,7 +40,7 @@ def source_tensors_of(model: Any, plan: Plan, folder: Path) -> Mapping[str, Sour
         path, offset = mappings.location_of(parameter) or (None, 0)
         offsets = shards.get(path) if path is not None else None
         tensor = next(
-            (_part(t, offset - at, parameter.shape) for at, t in offsets or () if at <= offset < at + t.target.nbytes),
+            (_part(t, offset - at, parameter.shape) for at, t in offsets or () if at <= offset < at + t.info.nbytes),
             None,
         )
         if tensor is None:
@@ -49,23 +49,23 @@ def source_tensors_of(model: Any, plan: Plan, folder: Path) -> Mapping[str, Sour
     return found
 
 
-def _offsets(shard: Shard) -> list[tuple[int, SourceTensor]]:
+def _offsets(shard: Shard) -> list[tuple[int, Expression]]:
     """The tensors of a shard with their offsets in the file, in bytes."""
     offsets, at = [], len(shard.header)
     for _, tensor in shard.tensors:
         offsets.append((at, tensor))
-        at += tensor.target.nbytes
+        at += tensor.info.nbytes
     return offsets
 
 
-def _part(tensor: SourceTensor, offset: int, shape: tuple[int, ...]) -> SourceTensor | None:
+def _part(tensor: Expression, offset: int, shape: tuple[int, ...]) -> Expression | None:
     """The tensor of this shape that begins ``offset`` bytes into ``tensor``'s bytes in the output, if there is one."""
-    info = TensorInfo(tensor.info.dtype, tuple(shape))
-    if offset == 0 and info == tensor.info:
+    first, count = offset // tensor.info.itemsize, math.prod(shape)
+    if offset == 0 and tensor.shape == tuple(shape):
         return tensor
-    first = offset // tensor.target.itemsize
-    if not tensor.is_contiguous or first * info.itemsize + info.nbytes > tensor.info.nbytes:
+    if first + count > math.prod(tensor.shape):
         return None
-    return replace(
-        tensor, info=info, offset=tensor.offset + first * info.itemsize, strides=contiguous_strides(info.shape)
-    )
+    try:
+        return tensor.reshape((math.prod(tensor.shape),)).narrow(0, first, count).reshape(tuple(shape))
+    except TooManyPartsError:
+        return None

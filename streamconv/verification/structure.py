@@ -17,7 +17,7 @@ from streamconv.formats.safetensors import INDEX_NAME, SINGLE_NAME, make_index
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
 from streamconv.output.readable import reading_output, weights_in
 from streamconv.planning.plan import Plan
-from streamconv.tensors.expressions import SourceTensor
+from streamconv.tensors.expressions import Expression
 
 MAX_LISTED = 5  # differences within one mapping, such as an index's weight map
 _ABSENT = object()
@@ -36,7 +36,7 @@ def header_problems(folder: Path, plan: Plan) -> list[str]:
         return [f"the output cannot be read: {error}"]
 
 
-def planned_tensors(plan: Plan) -> dict[str, SourceTensor]:
+def planned_tensors(plan: Plan) -> dict[str, Expression]:
     """Return the tensors of the output by name."""
     return {name: tensor for shard in plan.shards for name, tensor in shard.tensors}
 
@@ -46,11 +46,11 @@ def small_file_problems(folder: Path, plan: Plan) -> list[str]:
     return [p for name, data in plan.small_files.items() for p in _json_differences(folder, name, json.loads(data))]
 
 
-def tensor_problems(planned: Mapping[str, SourceTensor], written: Checkpoint) -> list[str]:
+def tensor_problems(planned: Mapping[str, Expression], written: Checkpoint) -> list[str]:
     """List missing and unexpected tensors, and those of another dtype or shape."""
     problems = [f"{name} is missing" for name in planned.keys() - written.keys()]
     problems += [f"{name} is unexpected" for name in written.keys() - planned.keys()]
-    both = [(name, planned[name].target, written[name].info) for name in planned.keys() & written.keys()]
+    both = [(name, planned[name].info, written[name].info) for name in planned.keys() & written.keys()]
     return problems + [f"{name} is {have}, not {want}" for name, want, have in both if have != want]
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from streamconv.files.reader import Reader
-from streamconv.planning.shards import PIECE_BYTES
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.expressions import AnyTensor, parts_of, prefetch
+from streamconv.tensors.evaluation import Evaluator, prefetch
+from streamconv.tensors.expressions import Cast, Expression
 from streamconv.tensors.info import DTYPES
+from streamconv.tensors.tiles import parts
 from streamconv.verification.page_cache import FileMappings
 
 READ_BYTES = 32 << 20  # read at once from a streamed source
@@ -54,7 +55,7 @@ class StreamedWeights:
     for a while. Records that are read completely are checked against their CRC-32.
     """
 
-    def __init__(self, tensors: Mapping[str, AnyTensor], reader: Reader):
+    def __init__(self, tensors: Mapping[str, Expression], reader: Reader):
         self._tensors, self._reader = tensors, reader
         self._order = list(tensors)
         self._recent: dict[str, Tensor] = {}
@@ -77,18 +78,19 @@ class StreamedWeights:
             names.append(name)
         while self._recent and sum(tensor.nbytes for tensor in self._recent.values()) > READ_BYTES:
             del self._recent[next(iter(self._recent))]
-        parts = [part for name in names for part in parts_of(self._tensors[name])]
-        prefetch(parts, self._reader)
-        checks = RecordChecks(self._reader)
-        for name in names:
-            self._recent[name] = _read_tensor(name, self._tensors[name], self._reader, checks)
+        prefetch([self._tensors[name] for name in names], self._reader)
+        with Evaluator(self._reader, RecordChecks(self._reader)) as evaluator:
+            for name in names:
+                self._recent[name] = _read_tensor(name, self._tensors[name], evaluator)
 
 
-def _read_tensor(name: str, tensor: AnyTensor, reader: Reader, checks: RecordChecks) -> Tensor:
-    data = torch.empty(tensor.info.nbytes, dtype=torch.uint8)
+def _read_tensor(name: str, tensor: Expression, evaluator: Evaluator) -> Tensor:
+    stored = tensor.of if isinstance(tensor, Cast) else tensor  # torch casts, not our own code
+    data = torch.empty(stored.info.nbytes, dtype=torch.uint8)
     view, at = data.numpy().data, 0
-    for piece in tensor.split(PIECE_BYTES):
-        part = view[at : at + piece.info.nbytes]
-        checks.add(name, piece, piece.read_into(part, reader))
-        at += len(part)
-    return data.view(torch_dtype(tensor.info.dtype)).reshape(tensor.info.shape).to(torch_dtype(tensor.target.dtype))
+    for part in parts(stored):
+        size = part.values.info.nbytes
+        evaluator.evaluate(name, part, view[at : at + size])
+        at += size
+    values = data.view(torch_dtype(stored.info.dtype)).reshape(stored.info.shape)
+    return values.to(torch_dtype(tensor.info.dtype))

@@ -22,6 +22,7 @@ from streamconv import CorruptError, NotACheckpointError, SourceError, SourceMis
 from streamconv.errors import UnsafePickleError
 from streamconv.files import local as storage
 from streamconv.formats.non_tensors import Kind, NonTensor
+from streamconv.tensors.evaluation import read_bytes
 from tests.checkpoints import NAMES, bytes_of
 from tests.support import rewrite
 
@@ -45,7 +46,7 @@ def test_parameters_and_module_metadata_are_read(tmp_path: Path) -> None:
     torch.save(module.state_dict(), tmp_path / "state.pth")  # an OrderedDict with a _metadata attribute
     for name in ("parameters", "state"):
         with streamconv.open_checkpoint(tmp_path / f"{name}.pth") as checkpoint:
-            assert checkpoint["weight"].tobytes() == bytes_of(module.weight.detach())
+            assert read_bytes(checkpoint["weight"]) == bytes_of(module.weight.detach())
 
 
 def test_renamed_file_keeps_its_record_prefix(pth: Path) -> None:
@@ -79,7 +80,7 @@ def test_safetensors_are_read_like_the_library_reads_them(
     state = {name: torch.randint(-9, 9, shape).to(dtype) for name, (shape, dtype) in shapes.items()}
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
     with streamconv.open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
-        assert {name: tensor.tobytes() for name, tensor in checkpoint.items()} == {
+        assert {name: read_bytes(tensor) for name, tensor in checkpoint.items()} == {
             k: bytes_of(v) for k, v in state.items()
         }
 
@@ -241,7 +242,7 @@ def test_values_beside_the_tensors_are_skipped(tmp_path: Path, is_zip: bool) -> 
     for i, state in optimizer.state_dict()["state"].items():
         wanted |= {f"optimizer.state.{i}.{key}": value for key, value in state.items()}
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
-        assert {name: tensor.tobytes() for name, tensor in checkpoint.items()} == {
+        assert {name: read_bytes(tensor) for name, tensor in checkpoint.items()} == {
             name: bytes_of(value) for name, value in wanted.items()
         }
         assert list(checkpoint)[:5] == ["model.weight", "model.bias", *list(wanted)[5:7], "teacher.center"]
@@ -343,7 +344,7 @@ def test_file_saved_without_crcs_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(buffer.getvalue())
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
         assert checkpoint["x"].record.crc32 is None
-        assert checkpoint["x"].tobytes() == bytes_of(torch.arange(4.0))
+        assert read_bytes(checkpoint["x"]) == bytes_of(torch.arange(4.0))
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS has no such call")

@@ -10,14 +10,22 @@ import streamconv
 from streamconv import CorruptError
 from streamconv.files.local import LocalFile
 from streamconv.files.reader import Reader
+from streamconv.tensors import tiles
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.expressions import SourceTensor
+from streamconv.tensors.evaluation import Evaluator
+from streamconv.tensors.expressions import Expression
+from streamconv.tensors.tiles import parts
 
 
-def read(checks: RecordChecks, name: str, tensor: SourceTensor) -> None:
-    for piece in tensor.split(64):
-        with Reader() as reader:
-            checks.add(name, piece, piece.read_into(memoryview(bytearray(piece.info.nbytes)), reader))
+def read(checks: RecordChecks, name: str, tensor: Expression) -> None:
+    with Reader() as reader, Evaluator(reader, checks) as evaluator:
+        for part in parts(tensor):
+            evaluator.evaluate(name, part, memoryview(bytearray(part.values.info.nbytes)))
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "PIECE_BYTES", 64)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1], [0, 0, 1, 2]], ids=str)
@@ -36,7 +44,7 @@ def test_record_is_checked_whatever_part_is_read_in_whatever_order(
         checks = RecordChecks(checkpoint.reader)
         with pytest.raises(CorruptError, match="the name") if is_damaged else nullcontext():
             for part in order:
-                read(checks, "the name", checkpoint["x"].rows(10 * part, 10 * part + 10))
+                read(checks, "the name", checkpoint["x"].narrow(0, 10 * part, 10))
             checks.verify_pending()
 
 
@@ -50,11 +58,10 @@ def test_damaged_record_is_reported_when_its_last_byte_is_read(tmp_path: Path) -
     path.write_bytes(data)
     with streamconv.open_checkpoint(path) as checkpoint:
         checks = RecordChecks(checkpoint.reader)
-        *pieces, last = checkpoint["x"].split(64)
-        for piece in pieces:
-            checks.add("x", piece, memoryview(piece.tobytes()))
+        tensor = checkpoint["x"]
+        read(checks, "x", tensor.narrow(0, 0, 29))
         with pytest.raises(CorruptError, match=rf"bytes {at:,} to {at + 840:,}"):
-            checks.add("x", last, memoryview(last.tobytes()))
+            read(checks, "x", tensor.narrow(0, 29, 1))
 
 
 def test_pending_record_is_read_again_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,13 +71,13 @@ def test_pending_record_is_read_again_only_once(tmp_path: Path, monkeypatch: pyt
     with streamconv.open_checkpoint(path) as checkpoint:
         checks, tensor = RecordChecks(checkpoint.reader), checkpoint["x"]
         real = LocalFile.read_at
-        read(checks, "x", tensor.rows(0, 10))
+        read(checks, "x", tensor.narrow(0, 0, 10))
         monkeypatch.setattr(LocalFile, "read_at", lambda *a: (again.append(a[1]), real(*a)))
         checks.verify_pending()  # before the first shard gets its name
         assert len(again) == 1
         monkeypatch.undo()
-        read(checks, "x", tensor.rows(10, 30))  # complete, with what the first shard read
-        assert tensor.record not in checks._pieces
+        read(checks, "x", tensor.narrow(0, 10, 20))  # complete, with what the first shard read
+        assert tensor.record not in checks._read
 
 
 def test_reading_a_pending_record_again_is_prefetched_in_small_pieces(
@@ -81,7 +88,7 @@ def test_reading_a_pending_record_again_is_prefetched_in_small_pieces(
     calls: list[object] = []
     with streamconv.open_checkpoint(path) as checkpoint:
         checks, tensor = RecordChecks(checkpoint.reader), checkpoint["x"]
-        read(checks, "x", tensor.rows(0, 1))
+        read(checks, "x", tensor.narrow(0, 0, 1))
         file = LocalFile
         real = file.read_at
         monkeypatch.setattr(file, "prefetch", lambda _, ranges: calls.extend(ranges))

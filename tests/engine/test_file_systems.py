@@ -194,7 +194,8 @@ def test_lock_of_a_killed_process_is_taken_over_and_its_work_is_resumed(
     out = tmp_path / "out"
     code = NO_LOCKS + (
         "import streamconv\nfrom streamconv.output import writer as w, contents as c, hashing as h\n"
-        "c.BUFFER_BYTES = h.BUFFER_BYTES = 16 << 10; c.PIECE_BYTES = 8 << 10; w.SYNC_BYTES = 32 << 10\n"
+        "from streamconv.tensors import tiles as t\n"
+        "c.BUFFER_BYTES = h.BUFFER_BYTES = 16 << 10; c.PIECE_BYTES = t.PIECE_BYTES = 8 << 10; w.SYNC_BYTES = 32 << 10\n"
         "seen = []\n"
         "def progress(*report):\n"
         "    seen.append(1)\n"

@@ -13,6 +13,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 import streamconv
 from streamconv import CorruptError, NotACheckpointError, SourceError, SourceMissingError
+from streamconv.tensors.evaluation import read_bytes
 from tests import api
 from tests.checkpoints import State, bytes_of, make_states
 from tests.support import run, tiny
@@ -41,7 +42,7 @@ def write_shards(folder: Path, name: str, index: str = "", **metadata: object) -
 
 def require_read(place: Path, note: str = "") -> None:
     with streamconv.open_checkpoint(place) as checkpoint:
-        assert {name: tensor.tobytes() for name, tensor in checkpoint.items()} == {
+        assert {name: read_bytes(tensor) for name, tensor in checkpoint.items()} == {
             name: bytes_of(value) for name, value in STATE.items()
         }
         assert checkpoint.note == note

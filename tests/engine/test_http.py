@@ -21,6 +21,7 @@ from streamconv.families.registry import find_model
 from streamconv.files import client, remote, retries
 from streamconv.files.remote import GAP_BYTES, WINDOW_BYTES
 from streamconv.formats.checkpoint import open_checkpoint
+from streamconv.tensors.evaluation import read_bytes
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer, serving
@@ -89,7 +90,7 @@ def test_zip_of_another_layout_is_read_by_its_local_headers(server: FileServer, 
             new.writestr(name, old.read(name))
     with open_checkpoint(f"{server.url}/x.pth", read_local_headers=False) as checkpoint:
         value = torch.load(tmp_path / "x.pth", weights_only=True)["norm.weight"]
-        assert checkpoint["norm.weight"].tobytes() == value.numpy().tobytes()
+        assert read_bytes(checkpoint["norm.weight"]) == value.numpy().tobytes()
 
 
 @pytest.mark.parametrize(
@@ -251,12 +252,12 @@ def test_server_without_ranges_is_read_in_one_pass_if_the_order_allows_it(server
     safetensors.torch.save_file({name: torch.randn(300_000) for name in names}, server.folder / "x.safetensors")
     with open_checkpoint(f"{server.url}/x.safetensors") as there, open_checkpoint(server.folder / "x.safetensors") as f:
         server.sent, server.faults.cut_after, server.faults.cuts = 0, 1_500_000, 1
-        there.files[0].prefetch(there[name].read_range for name in names)
+        there.files[0].prefetch(there[name].range for name in names)
         for name in names:
-            assert there[name].tobytes(there.reader) == f[name].tobytes()
+            assert read_bytes(there[name], there.reader) == read_bytes(f[name])
         assert server.faults.cuts == 0
         with pytest.raises(NoRangesError, match="another order"):
-            there.files[0].prefetch(there[name].read_range for name in reversed(names))
+            there.files[0].prefetch(there[name].range for name in reversed(names))
 
 
 def test_server_that_once_ignores_a_range_is_retried(
@@ -266,7 +267,7 @@ def test_server_that_once_ignores_a_range_is_retried(
         server.faults.ranges = False
         monkeypatch.setattr(retries.time, "sleep", lambda seconds: setattr(server.faults, "ranges", True))
         name = "blocks.1.mlp.fc1.weight"
-        assert there[name].tobytes(there.reader) == file[name].tobytes()
+        assert read_bytes(there[name], there.reader) == read_bytes(file[name])
         assert "the whole file instead of a part" in caplog.messages[0]
 
 
@@ -353,12 +354,12 @@ def test_connections_to_the_host_of_an_expired_redirect_are_not_reused(
         hub.faults.redirects = {"/start": f"{server.url}/first/x.pth"}
         with open_checkpoint(f"{hub.url}/start") as there, open_checkpoint(server.folder / "x.pth") as file:
             names = [f"blocks.{i}.mlp.{layer}.weight" for i in range(3) for layer in ("fc1", "fc2")]
-            assert there[names[0]].tobytes(there.reader) == file[names[0]].tobytes()  # its connection is idle now
-            there.files[0].prefetch(there[name].read_range for name in names[1:])
+            assert read_bytes(there[names[0]], there.reader) == read_bytes(file[names[0]])  # its connection is idle now
+            there.files[0].prefetch(there[name].range for name in names[1:])
             server.faults.statuses = [403]
             hub.faults.redirects = {"/start": f"{second.url}/second/x.pth"}
             for name in names[1:]:
-                assert there[name].tobytes(there.reader) == file[name].tobytes()
+                assert read_bytes(there[name], there.reader) == read_bytes(file[name])
         assert {path for path, _, _ in server.requests} == {"/first/x.pth"}
         assert {path for path, _, _ in second.requests} == {"/second/x.pth"}
         with_user = f"{hub.url}/start".replace("http://", "http://someone:secret@")

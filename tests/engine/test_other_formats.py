@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import streamconv
 from streamconv import SourceError
+from streamconv.tensors.evaluation import read_bytes
 from tests.checkpoints import bytes_of
 
 MODEL = torch.nn.Sequential(torch.nn.Linear(4, 3))
@@ -27,7 +28,7 @@ def message_of(place: Path) -> str:
 
 def require_read(path: Path, prefix: str = "") -> None:
     with streamconv.open_checkpoint(path) as checkpoint:
-        assert {name: tensor.tobytes() for name, tensor in checkpoint.items()} == {
+        assert {name: read_bytes(tensor) for name, tensor in checkpoint.items()} == {
             prefix + name: bytes_of(value) for name, value in STATE.items()
         }
 

@@ -28,6 +28,7 @@ import streamconv
 from streamconv import MappingError, NotACheckpointError, SourceError
 from streamconv.errors import UnsafePickleError
 from streamconv.formats.non_tensors import Kind, NonTensor
+from streamconv.tensors.evaluation import read_bytes
 from streamconv.verification.originals.dinov2 import build as build_dinov2
 from streamconv.verification.reference import flatten
 from streamconv.verification.torch_loading import load
@@ -43,7 +44,7 @@ OLD = {name: value for name, value in EVERY_KIND.items() if name != "fp8"}  # wh
 
 def read(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     with streamconv.open_checkpoint(path) as checkpoint:
-        return {name: (t.info.dtype, t.info.shape, t.tobytes()) for name, t in checkpoint.items()}
+        return {name: (t.info.dtype, t.info.shape, read_bytes(t)) for name, t in checkpoint.items()}
 
 
 def tensors_of(is_zip: bool) -> State:

@@ -17,6 +17,7 @@ from streamconv.files.reader import Reader
 from streamconv.files.versions import MAX_OTHERS_IN_A_ROW
 from streamconv.formats.checkpoint import open_checkpoint
 from streamconv.output.manifest import Manifest
+from streamconv.tensors.evaluation import read_bytes
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
@@ -143,7 +144,7 @@ def test_bytes_that_are_not_compared_with_checksums_are_of_one_version(server: F
     with open_checkpoint(f"{server.url}/x.pth") as checkpoint:
         server.faults.varying = repeat(B)
         with pytest.raises(ChangedError):
-            checkpoint["blocks.1.attn.qkv.weight"].tobytes(checkpoint.reader)
+            read_bytes(checkpoint["blocks.1.attn.qkv.weight"], checkpoint.reader)
 
 
 def test_manifest_of_a_streamed_file_with_checksums_names_no_version(

@@ -23,7 +23,9 @@ from streamconv.output.folder import open_output_folder
 from streamconv.output.journal import JOURNAL_NAME, NOT_STARTED, Journal
 from streamconv.output.manifest import Provenance
 from streamconv.planning.shards import make_shard
+from streamconv.tensors import tiles
 from streamconv.tensors.checksums import RecordChecks
+from streamconv.tensors.evaluation import read_bytes
 
 PROVENANCE = Provenance(source={}, plan="")
 
@@ -70,7 +72,7 @@ def test_slow_hash_or_slow_disk_still_gets_every_byte(
                 shard, folder, checkpoint.reader, RecordChecks(checkpoint.reader), lambda position, is_kept: None
             )
         data = (tmp_path / "x.safetensors").read_bytes()
-        assert data == shard.header + b"".join(tensor.tobytes() for _, tensor in shard.tensors)
+        assert data == shard.header + b"".join(read_bytes(tensor) for _, tensor in shard.tensors)
         assert written.sha256 == hashlib.sha256(data).hexdigest()
 
 
@@ -99,7 +101,7 @@ def test_weights_bypass_the_page_cache(tmp_path: Path, monkeypatch: pytest.Monke
                 shard, folder, checkpoint.reader, RecordChecks(checkpoint.reader), lambda position, is_kept: None
             )
         assert (tmp_path / "x.safetensors").read_bytes() == shard.header + b"".join(
-            tensor.tobytes() for _, tensor in shard.tensors
+            read_bytes(tensor) for _, tensor in shard.tensors
         )
     assert cached == 0
 
@@ -109,7 +111,8 @@ def test_journal_never_covers_a_failed_write(tmp_path: Path, monkeypatch: pytest
     torch.save({f"x{i}": torch.randn(1 << 16, 9) for i in range(4)}, tmp_path / "x.pth")
     for module in (hashing, contents):
         monkeypatch.setattr(module, "BUFFER_BYTES", 64 << 10)
-    monkeypatch.setattr(contents, "PIECE_BYTES", 64 << 10)
+    for module in (contents, tiles):
+        monkeypatch.setattr(module, "PIECE_BYTES", 64 << 10)
     monkeypatch.setattr(streaming, "SYNC_BYTES", 128 << 10)
     real = os.pwrite
     for failing in range(2, 60, 5):

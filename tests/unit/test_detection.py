@@ -14,7 +14,7 @@ from streamconv.families.selection import Selection, find_backbone
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
-from streamconv.tensors.expressions import Record, SourceTensor
+from streamconv.tensors.expressions import Read, Record
 from streamconv.tensors.info import contiguous_strides
 
 Use = Callable[..., None]
@@ -78,7 +78,7 @@ def both(use: Use, request: pytest.FixtureRequest) -> None:
 def checkpoint(names: Iterable[str], shape: tuple[int, ...] = (2,)) -> Checkpoint:
     info = TensorInfo("F32", shape)
     tensors = {
-        name: SourceTensor(
+        name: Read(
             info,
             Record(FileRef(Path("x.pth"), 1000), name, ByteRange(0, info.nbytes)),
             0,

@@ -29,7 +29,7 @@ from streamconv.formats.limits import MAX_NAME_LENGTH
 from streamconv.planning import shards
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
-from streamconv.tensors.expressions import joined
+from streamconv.tensors.expressions import concat
 from streamconv.tensors.info import TensorInfo
 from tests.support import checkpoint_of_shapes, plan_of_shapes, tiny
 
@@ -59,7 +59,7 @@ def model(count: int, block: str = "blocks.{i}.", prefix: str = "") -> dict[str,
 
 
 def converted(count: int) -> dict[str, tuple[int, ...]]:
-    names = {name: tensor.target.shape for name, tensor in plan_of(BACKBONE).shards[0].tensors}
+    names = {name: tensor.info.shape for name, tensor in plan_of(BACKBONE).shards[0].tensors}
     layer = {name: shape for name, shape in names.items() if name.startswith("encoder.layer.0.")}
     more = range(count // len(layer))
     return {**names, **{name.replace(".0.", f".{i}.", 1): shape for i in more for name, shape in layer.items()}}
@@ -77,7 +77,7 @@ def backbones(prefix: str) -> Callable[[int], Shapes]:
 def plan_of(shapes: Shapes, **options: str) -> Plan:
     checkpoint = checkpoint_of_shapes(shapes)
     selection = find_backbone(checkpoint, "x.pth", **options)
-    tensors = {key: joined([checkpoint[name] for name in names]) for key, names in selection.names.items()}
+    tensors = {key: concat([checkpoint[name] for name in names]) for key, names in selection.names.items()}
     return make_plan(tensors, "x.pth", selection=selection)
 
 

@@ -8,7 +8,7 @@ from streamconv import MappingError, TensorInfo
 from streamconv.families.detection import source_names_of
 from streamconv.families.rules import chunk, count_of, invert, map_tensors, rename
 from streamconv.files.base import ByteRange, FileRef
-from streamconv.tensors.expressions import Record, SourceTensor, joined
+from streamconv.tensors.expressions import Read, Record, concat
 from streamconv.tensors.info import contiguous_strides
 
 RULES = (
@@ -22,9 +22,9 @@ DIMS = {"D": 2, "3D": 6}
 def make(tmp_path: Path):  # type: ignore[no-untyped-def]
     file = FileRef(tmp_path / "x", 1000)
 
-    def tensor(*shape: int, dtype: str = "F32") -> SourceTensor:
+    def tensor(*shape: int, dtype: str = "F32") -> Read:
         info = TensorInfo(dtype, shape)
-        return SourceTensor(info, Record(file, "r", ByteRange(100, 500)), 0, contiguous_strides(shape))
+        return Read(info, Record(file, "r", ByteRange(100, 500)), 0, contiguous_strides(shape))
 
     return tensor
 
@@ -79,11 +79,11 @@ def test_inverted_rules_restore_the_source_tensors_in_order(make) -> None:  # ty
     back = invert(rules, dict(reversed(targets.items())), DIMS, 11, "x")
     assert list(back) == ["cls", *(f"blocks.{i}.{name}" for i in range(11) for name in ("a", "b", "qkv"))]
     assert {key: tensor.info for key, tensor in back.items()} == {key: t.info for key, t in sources.items()}
-    assert back["blocks.10.qkv"].parts == tuple(targets[f"layer.10.{name}"] for name in "qkv")
+    assert back == sources
     infos = {name: target.info for name, target in targets.items()}
     guessed = source_names_of(rules, infos)
     assert guessed["blocks.10.qkv"] == ("layer.10.q", "layer.10.k", "layer.10.v")
-    assert {key: joined([targets[name] for name in names]) for key, names in guessed.items()} == back
+    assert {key: concat([targets[name] for name in names]) for key, names in guessed.items()} == back
     assert map_tensors(rules, back, DIMS, 11, "x") == targets
 
 
@@ -101,17 +101,13 @@ def test_inverting_lists_all_problems_at_once(make) -> None:  # type: ignore[no-
     ]
 
 
-def test_incomplete_chunks_are_not_joined(make) -> None:  # type: ignore[no-untyped-def]
+def test_incomplete_chunks_are_not_concat(make) -> None:  # type: ignore[no-untyped-def]
     info = TensorInfo("F32", (2,))
     strays = ("layer.00.q", "layer.0.1.q", "layer.x.q", "xlayer.0.q", "layer.0.q.weight", "layer.{i}.q", "layer.1.q")
     assert source_names_of(RULES, dict.fromkeys(strays, info)) == {name: (name,) for name in strays}
     for odd in (TensorInfo("F16", (2,)), TensorInfo("F32", (3,))):
         parts = {"layer.0.q": info, "layer.0.k": odd, "layer.0.v": info}
         assert source_names_of(RULES, parts) == {name: (name,) for name in parts}
-    whole = joined([make(2, 2), make(2, 2)])
-    for start, stop in ((0, 1), (1, 3), (0, 4)):
-        with pytest.raises(ValueError, match="are not one part of"):
-            whole.rows(start, stop)
 
 
 def test_block_count_allows_gaps_but_ignores_outliers() -> None:

@@ -9,7 +9,7 @@ from streamconv.errors import MappingError
 from streamconv.families.dinov2 import FAMILY
 from streamconv.families.selection import find_backbone
 from streamconv.planning.make import make_plan
-from streamconv.tensors.expressions import joined
+from streamconv.tensors.expressions import concat
 from tests.support import checkpoint_of_shapes, plan_of_shapes, tiny
 
 DIMENSIONS = tiny(layers=1, hidden=64, classes=3)
@@ -21,7 +21,7 @@ def test_converted_model_of_impossible_shapes_is_refused(part: str, shape: tuple
     shapes = {key: info.shape for key, info in FAMILY.sources(DIMENSIONS).items()}
     shards = plan_of_shapes(shapes, tmp_path).shards
     changed = {
-        name: shape if part in name or (part == "query" and "attention.attention" in name) else tensor.target.shape
+        name: shape if part in name or (part == "query" and "attention.attention" in name) else tensor.info.shape
         for shard in shards
         for name, tensor in shard.tensors
     }
@@ -40,5 +40,5 @@ def test_one_tensor_of_another_hidden_size_is_one_problem(key: str, tmp_path: Pa
 
 def plan_of(checkpoint: Checkpoint) -> Plan:
     selection = find_backbone(checkpoint, "x")
-    tensors = {key: joined([checkpoint[name] for name in names]) for key, names in selection.names.items()}
+    tensors = {key: concat([checkpoint[name] for name in names]) for key, names in selection.names.items()}
     return make_plan(tensors, "x", selection=selection)
