@@ -20,13 +20,13 @@ def view(shape: tuple[int, ...], strides: tuple[int, ...], dtype: DtypeCode = "F
 
 @pytest.mark.parametrize(
     "tensor",
-    [view((4_096, 4_096), (1, 4_096)), view((3_000, 700), (1_400, 2)), view((64, 3, 14, 14), (588, 1, 42, 3))],
-    ids=["transposed", "every second column", "channels last"],
+    [view((4_096, 4_096), (1, 4_096)), view((3_000, 700), (1_400, 2)), view((1_024, 1_024), (24_576, 24))],
+    ids=["transposed", "every second column", "one layer of many"],
 )
-def test_estimate_is_what_is_read(tensor: Read) -> None:
+def test_estimate_is_about_what_is_read(tensor: Read) -> None:
     blocks = [block.runs for tile in tiles(tensor) for block in source_blocks(tile)]
-    exact = sum(runs.nbytes + (runs.count - 1) * 8_192 for runs in blocks)
-    assert exact <= read_bytes(tensor) <= 1.3 * exact
+    read = sum(runs.nbytes + runs.count * 8_192 for runs in blocks)
+    assert read <= read_bytes(tensor) <= 2 * read
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "F64"])
@@ -49,10 +49,7 @@ def test_other_honest_views_are_streamed() -> None:
     refuse_unstreamable({f"{name} {i}": each for name, each in views.items() for i in range(50)})
 
 
-CROSSING = view((128, 32), (1, ((4 << 20) - 1) // 31))
-
-
-@pytest.mark.parametrize("slow", [CROSSING.permute((1, 0)), view((384,), (10_000,))], ids=["matrix", "column"])
+@pytest.mark.parametrize("slow", [view((64, 64), (300_000, 4_700)), view((384,), (10_000,))], ids=["matrix", "column"])
 def test_many_small_tensors_that_are_read_with_large_gaps_are_refused(slow: Read) -> None:
     transposed: dict[str, Expression] = {f"transposed {i}": view((768, 768), (1, 768)) for i in range(1_000)}
     names = [f"blocks.{i}.mlp.fc1.weight" for i in range(10_000)]
@@ -61,8 +58,8 @@ def test_many_small_tensors_that_are_read_with_large_gaps_are_refused(slow: Read
     assert [problem.partition(":")[0] for problem in caught.value.problems] == names[:1_000]
     assert caught.value.problems[0] == (
         f"blocks.0.mlp.fc1.weight: x.pth: the tensor {slow.info} in x/data/0 has strides {list(slow.strides)}, so "
-        f"that reading it takes as long as reading {read_bytes(slow):,} bytes, for its {slow.info.nbytes:,}. Save it "
-        "again after tensor.contiguous()."
+        f"reading its {slow.info.nbytes:,} bytes takes as long as reading {read_bytes(slow):,}. Save it again after "
+        "tensor.contiguous()."
     )
 
 
