@@ -81,6 +81,7 @@ def written_file(
                     raise
                 # The damage may be in the bytes that were kept.
                 _log.warning("%s Writing all of %s again.", error, path)
+                checks.forget_ranges()
         yield complete.written, point.size
     _log.info("wrote %s, %d bytes, sha256 %s", path, complete.size, complete.sha256)
 

@@ -108,13 +108,17 @@ class RecordChecks:
         self._verified |= self._pending
         self._pending.clear()
 
+    def forget_ranges(self) -> None:
+        """Forget which ranges were read, because some of their bytes were wrong; their records stay pending."""
+        self._read.clear()
+
     def skip_pending(self) -> None:
         """Forget the pending records: they are part of a resumed output, and an earlier process has verified them."""
         self._pending.clear()
 
     def _require_match(self, record: Record) -> None:
         file = self._reader.open(record.file)
-        crc = self._read[record].crc_of(record.range.length)
+        crc = self._read[record].crc_of(record.range.length) if record in self._read else None
         if (read_crc(record, file) if crc is None else crc) != record.crc32:
             file.require_unchanged()
             with located(record.file.location):

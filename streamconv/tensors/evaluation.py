@@ -1,6 +1,5 @@
 """Evaluates tensors part by part: reads what they are made from, checks it, and puts the values in order."""
 
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -83,6 +82,8 @@ class Evaluator:
 
     def _copy(self, name: str, record: Record, file: File) -> LocalFile:
         """Copy a record into a file that is deleted already, so that nothing of it remains."""
+        import tempfile  # with random, which only this needs
+
         buffer = memoryview(bytearray(PIECE_BYTES))
         try:
             with tempfile.NamedTemporaryFile(dir=self._folder, buffering=0) as temporary:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect, bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import accumulate
 
 from streamconv.files.base import ByteRange, FileRef
@@ -112,6 +113,19 @@ class Expression(ABC):
         dims = [*range(len(self.shape))]
         dims[one], dims[other] = dims[other], dims[one]
         return self.permute(dims)
+
+    def index_select(self, dim: int, indexes: Sequence[int]) -> "Expression":
+        """Return the entries of one dimension with these indexes, in their order, like torch.index_select.
+
+        Raises:
+            TooManyPartsError: the indexes have too many runs with equal steps.
+        """
+        if not indexes:
+            return self.narrow(dim, 0, 0)
+        tensor = concat([self.narrow(dim, index, 1) for index in indexes], dim)
+        if isinstance(tensor, Concat) and len(tensor.parts) > MAX_PARTS:
+            raise TooManyPartsError(f"{self.info} would become {len(tensor.parts):,} parts")
+        return tensor
 
     def unsqueeze(self, dim: int) -> "Expression":
         """Insert a dimension of size 1, like torch.unsqueeze."""
@@ -398,9 +412,34 @@ def _joined(one: Expression, other: Expression, dim: int) -> Read | None:
     return Read(TensorInfo(one.info.dtype, shape), one.record, one.offset, strides)
 
 
+def placeholder(info: TensorInfo) -> Read:
+    """Return a tensor that stands for any other of this dtype and shape, to find out what becomes of its shape."""
+    record = Record(inline_ref(bytes(info.itemsize)), "placeholder", ByteRange(0, info.itemsize))
+    return Read(info, record, 0, (0,) * len(info.shape))
+
+
 def filled(value: float, info: TensorInfo) -> Read:
     """Return a tensor whose elements are all ``value``. It must have a floating-point dtype."""
-    single = struct.pack("<f", value)
-    data = {"F64": struct.pack("<d", value), "F32": single, "F16": struct.pack("<e", value), "BF16": single[2:]}
-    record = Record(inline_ref(data[info.dtype]), f"{value:g}", ByteRange(0, info.itemsize))
+    record = Record(inline_ref(_packed(value, info.dtype)), f"{value:g}", ByteRange(0, info.itemsize))
     return Read(info, record, 0, (0,) * len(info.shape))
+
+
+def literal(values: Sequence[float], dtype: DtypeCode, shape: Shape) -> Read:
+    """Return a small tensor of these values, in row-major order. It must have a floating-point dtype.
+
+    Raises:
+        ValueError: the shape has another number of elements.
+    """
+    info = TensorInfo(dtype, shape)
+    if len(values) != math.prod(shape):
+        raise ValueError(f"{info} cannot hold {len(values)} values")
+    data = b"".join(_packed(value, dtype) for value in values)
+    record = Record(inline_ref(data), f"values {sha256(data).hexdigest()}", ByteRange(0, len(data)))
+    return Read(info, record, 0, contiguous_strides(shape))
+
+
+def _packed(value: float, dtype: DtypeCode) -> bytes:
+    """Return a value as bytes; what bfloat16 cannot hold is cut off."""
+    single = struct.pack("<f", value)
+    packed = {"F64": struct.pack("<d", value), "F32": single, "F16": struct.pack("<e", value), "BF16": single[2:]}
+    return packed[dtype]

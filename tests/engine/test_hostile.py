@@ -224,7 +224,7 @@ PICKLES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "one storage as two types": (
         state(tensor(), tensor(store=storage(kind=b"ctorch\nIntStorage\n"))), "and as another dtype"
     ),
-    "a tensor altered after its check": (state(tensor() + put({"offset": 8}) + b"b"), "sets attributes of a Source"),
+    "a tensor altered after its check": (state(tensor() + put({"offset": 8}) + b"b"), "sets attributes of a Read"),
     "a tensor whose bytes are not its values": (state(tensor(more=put({"conj": True}))), "resolve_conj"),
     "a tensor whose values are an attribute": (
         state(tensor_with_attributes(b"}" + put("data") + tensor() + b"s")), "replaced by an attr"

@@ -99,10 +99,11 @@ def test_every_exported_dataclass_can_be_copied_and_pickled(source: Path, tmp_pa
         streamconv.PushTarget("ada/it", "https://host/ada/it", exists=True, private=None),
     ]
     with streamconv.open_checkpoint(source) as checkpoint:
-        values += [checkpoint["pos_embed"], checkpoint["pos_embed"].info]
+        values.append(checkpoint["pos_embed"].info)
+        expression = checkpoint["pos_embed"]
     exported = {each for name in streamconv.__all__ if is_dataclass(each := getattr(streamconv, name))}
     assert exported == {type(value) for value in values}
-    for value in values:
+    for value in (*values, expression):
         assert all(other == value for other in copies(value))
     (tmp_path / "pickled").write_bytes(pickle.dumps(verification))
     code = f"import pickle, sys; pickle.load(open({str(tmp_path / 'pickled')!r}, 'rb')); print('torch' in sys.modules)"
