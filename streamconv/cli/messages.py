@@ -243,13 +243,14 @@ def _size_lines(check: Check, verification: Verification) -> Iterator[str]:
     size, native = check.numbers.get("size"), check.numbers.get("native_size")
     if check.name == "parity" and check.passed and (cast := verification.output.get("cast")):
         yield f"torch cast the original's weights to {cast['to']}; both models computed in float32"
-    if check.name != "parity" or check.passed is not True or size is None or native is None or size == native:
+    if check.name != "parity" or check.passed is not True:
         return
-    if published := check.numbers.get("as_published"):
+    if (published := check.numbers.get("as_published")) and (own := check.numbers.get("own_way")):
         yield (
-            "by design, not an error: the original's own way to resize position embeddings changes outputs by up to "
-            f"{_join(published)}; for this check, it resized them like transformers"
+            f"by design, not an error: {own['changes']} by up to {_join(published)}; for this check, {own['for_check']}"
         )
+    if size is None or native is None or size == native:
+        return
     is_thorough = any(each.name == "native" for each in verification.checks)
     more = "" if is_thorough else f"; --thorough adds the native size, {native}x{native}"
     yield f"{size}x{size} is the image processor's size{more}; the bytes check covers every position embedding"

@@ -12,6 +12,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class OwnWay:
+    """A part of the model that its authors' code computes in another way than transformers, whatever the weights are.
+
+    The check of outputs runs the original like transformers there; its own way is measured, and decides nothing.
+
+    Attributes:
+        changes: The subject and verb of a sentence that ends in "by up to" and numbers.
+        for_check: The rest of a sentence about the check: what the original did instead.
+        explanation: A paragraph about both.
+    """
+
+    changes: str
+    for_check: str
+    explanation: str
+
+
+@dataclass(frozen=True)
 class OriginalArchitecture:
     """The code of a family's original models, for verification; dimensions have the family's own type.
 
@@ -23,8 +40,9 @@ class OriginalArchitecture:
             and without weights.
         states: Runs either of the two on ``(model, pixels, as_transformers)`` and yields the output of every layer.
         prefix_tokens: Names and numbers of the tokens before the patches, in their order, (B, number, D) each.
-        interpolates_differently: Whether the original interpolates positions at other sizes in another way than
-            transformers. Then ``states`` does it like transformers if it is called with ``as_transformers``.
+        own_way: Returns what the original of certain dimensions computes in another way than transformers, at its
+            native size or at another one (``is_native``). ``states`` does it like transformers if it is called with
+            ``as_transformers``.
     """
 
     repository: str
@@ -32,7 +50,7 @@ class OriginalArchitecture:
     load: Callable[[str, str, Model], Any]
     states: "Callable[[Any, Tensor, bool], Iterator[tuple[str, Tensor]]]"
     prefix_tokens: Callable[[Any], Mapping[str, int]]
-    interpolates_differently: Callable[[Any], bool]
+    own_way: Callable[[Any, bool], OwnWay | None] = lambda dimensions, is_native: None
 
 
 def original_of(family_name: str) -> OriginalArchitecture:

@@ -15,9 +15,18 @@ from torch.nn import functional
 
 from streamconv.families.base import Model
 from streamconv.families.dinov2_geometry import Dimensions
-from streamconv.verification.originals import OriginalArchitecture
+from streamconv.verification.originals import OriginalArchitecture, OwnWay
 
 REPOSITORY = "facebookresearch/dinov2"
+RESIZED_POSITIONS = OwnWay(
+    changes="the original's own way to resize position embeddings changes outputs",
+    for_check="it resized them like transformers",
+    explanation=(
+        "At sizes other than the native one, position embeddings are interpolated from N to n patches per side. Meta's "
+        "code scales them by (n + 0.1) / N, and transformers by n / N. So the two differ, whatever the weights are. "
+        "For the check above, both models interpolated like transformers."
+    ),
+)
 INTERPOLATE_OFFSET = 0.1  # positions are scaled by (n + 0.1) / 37; models with registers have no offset
 
 
@@ -208,5 +217,5 @@ ARCHITECTURE = OriginalArchitecture(
     load=load,
     states=states,
     prefix_tokens=prefix_tokens,
-    interpolates_differently=lambda sizes: not sizes.registers,
+    own_way=lambda sizes, is_native: None if is_native or sizes.registers else RESIZED_POSITIONS,
 )
