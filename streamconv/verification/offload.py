@@ -70,7 +70,8 @@ class OffloadedModel:
     """A model that runs on ``device`` layer by layer, with ``weights`` by their names in its state dict.
 
     The top module's own parameters stay on the device, because it uses them in methods other than
-    ``forward``, where no hook loads them. They are few. Call `compute_in` before the model runs.
+    ``forward``, where no hook loads them. They are few. Buffers, which are small, stay there, too. Call `compute_in`
+    before the model runs.
     """
 
     def __init__(
@@ -85,9 +86,7 @@ class OffloadedModel:
         self._device, self._weights, self._cast_to = device, weights, cast_to
         self._dtype = torch.float32
         model.eval().requires_grad_(False)
-        for module in model.modules():
-            for name, value in module.named_buffers(recurse=False):
-                module._buffers[name] = value.to(device)
+        self._computed = self._load_buffers()
         self._own = [name for name, _ in model.named_parameters(recurse=False)]
         self._needed = max((self._offload(child, f"{name}.") for name, child in model.named_children()), default=0)
 
@@ -96,6 +95,8 @@ class OffloadedModel:
         self._dtype = dtype
         self.buffer.reserve(self._needed * dtype.itemsize)
         self.model.to(dtype)
+        for module, name, value in self._computed:
+            module._buffers[name] = value
         self._load_own()
 
     def cast_to(self, dtype: torch.dtype | None) -> None:
@@ -117,6 +118,20 @@ class OffloadedModel:
         target.copy_(cast if cast.dtype == target.dtype else cast.to(self._device))
         self._weights.release(name)
         return _parameter(target)
+
+    def _load_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Put all buffers on the device. Return those that the model computes itself, whose dtype never changes."""
+        computed = []
+        for path, module in self.model.named_modules():
+            for name, value in module.named_buffers(recurse=False):
+                if name in module._non_persistent_buffers_set:
+                    module._buffers[name] = value.to(self._device)
+                    computed.append((module, name, module._buffers[name]))
+                else:
+                    full_name = f"{path}{'.' if path else ''}{name}"
+                    module._buffers[name] = self._weights.read(full_name).to(self._device)
+                    self._weights.release(full_name)
+        return computed
 
     def _load_own(self) -> None:
         for name in self._own:

@@ -93,6 +93,20 @@ class Deep(nn.Module):
         return x + self.shift
 
 
+def test_buffer_that_the_model_computes_keeps_its_values_and_one_of_the_file_is_read() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_buffer("frequencies", torch.rand(8), persistent=False)
+    model[0].register_buffer("mask", torch.rand(4, dtype=torch.bfloat16))
+    state = model.state_dict()
+    computed = model.frequencies.clone()
+    model[0].mask = torch.empty(4, device="meta")  # as in a model whose weights are read on demand
+    lazy = OffloadedModel(model, CPU, WeightBuffer(CPU), Resident(state))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        lazy.compute_in(dtype)
+        assert torch.equal(model.frequencies, computed)
+        assert torch.equal(model[0].mask, state["0.mask"].to(dtype))
+
+
 @pytest.mark.parametrize("limit", [80 << 20, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_offloaded_model_computes_the_same_and_holds_no_weights(
