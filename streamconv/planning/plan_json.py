@@ -19,7 +19,7 @@ from streamconv.formats.safetensors import make_index
 from streamconv.planning.plan import CONFIG_NAME, MappedTensor, Plan, with_int_ids
 from streamconv.planning.shards import Shard, make_shard
 from streamconv.planning.shards import to_json as json_bytes
-from streamconv.tensors.expressions import Cast, Concat, Expression, Multiply, Read, Record, concat
+from streamconv.tensors.expressions import Cast, Concat, Elementwise, Expression, Read, Record, concat
 from streamconv.tensors.info import TensorInfo
 
 FORMAT_VERSION = 2
@@ -140,7 +140,7 @@ def _tensor_to_json(tensor: Expression, records: Mapping[Record, int]) -> list[A
     operands = [_tensor_to_json(operand, records) for operand in tensor.operands]
     if isinstance(tensor, Concat):
         return ["concat", tensor.dim, *operands]
-    return ["cast" if isinstance(tensor, Cast) else "multiply", *info, *operands]
+    return [tensor.operator if isinstance(tensor, Elementwise) else "cast", *info, *operands]
 
 
 def _tensor_from_json(value: list[Any], records: Sequence[Record]) -> Expression:
@@ -154,4 +154,4 @@ def _tensor_from_json(value: list[Any], records: Sequence[Record]) -> Expression
         record, offset, strides = rest
         return Read(info, records[record], offset, tuple(strides))
     operands = [_tensor_from_json(operand, records) for operand in rest]
-    return Cast(info, *operands) if kind == "cast" else Multiply(info, *operands)
+    return Cast(info, *operands) if kind == "cast" else Elementwise(info, kind, *operands)

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import accumulate
+from typing import Literal
 
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.files.inline import inline_ref
 from streamconv.tensors.info import DtypeCode, TensorInfo, contiguous_strides
 from streamconv.tensors.shapes import MAX_PARTS, Shape, TooManyPartsError, groups, view_strides
+
+Operator = Literal["multiply", "add"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,10 +311,14 @@ class Cast(Expression):
 
 
 @dataclass(frozen=True, slots=True)
-class Multiply(Expression):
-    """The elementwise product of two tensors of one dtype and shape, like torch's ``*``; `multiply` makes it."""
+class Elementwise(Expression):
+    """Two tensors of one dtype and shape, combined element by element like torch's ``*`` or ``+``.
+
+    `multiply` and `add` make it.
+    """
 
     info: TensorInfo
+    operator: Operator
     one: Expression
     other: Expression
 
@@ -319,21 +326,25 @@ class Multiply(Expression):
     def operands(self) -> tuple[Expression, ...]:
         return (self.one, self.other)
 
-    def with_operands(self, operands: Sequence[Expression]) -> "Multiply":
-        return Multiply(self.info, *operands)
+    def with_operands(self, operands: Sequence[Expression]) -> "Elementwise":
+        return Elementwise(self.info, self.operator, *operands)
 
     @property
     def is_copied(self) -> bool:
         return False
 
-    def narrow(self, dim: int, start: int, length: int) -> "Multiply":
-        return multiply(self.one.narrow(dim, start, length), self.other.narrow(dim, start, length))
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.operator}:{_fingerprints(self)}"
 
-    def permute(self, dims: Sequence[int]) -> "Multiply":
-        return multiply(self.one.permute(dims), self.other.permute(dims))
+    def narrow(self, dim: int, start: int, length: int) -> "Elementwise":
+        return _elementwise(self.operator, self.one.narrow(dim, start, length), self.other.narrow(dim, start, length))
 
-    def view(self, shape: Shape) -> "Multiply":
-        return multiply(self.one.reshape(shape), self.other.reshape(shape))
+    def permute(self, dims: Sequence[int]) -> "Elementwise":
+        return _elementwise(self.operator, self.one.permute(dims), self.other.permute(dims))
+
+    def view(self, shape: Shape) -> "Elementwise":
+        return _elementwise(self.operator, self.one.reshape(shape), self.other.reshape(shape))
 
 
 def concat(tensors: Sequence[Expression], dim: int = 0) -> Expression:
@@ -378,15 +389,28 @@ def _cast(tensor: Expression, dtype: DtypeCode) -> Cast:
     return Cast(TensorInfo(dtype, tensor.shape), tensor)
 
 
-def multiply(one: Expression, other: Expression) -> Multiply:
+def multiply(one: Expression, other: Expression) -> Elementwise:
     """Multiply two tensors of one dtype and shape.
 
     Raises:
         ValueError: their dtypes or shapes differ.
     """
+    return _elementwise("multiply", one, other)
+
+
+def add(one: Expression, other: Expression) -> Elementwise:
+    """Add two tensors of one dtype and shape.
+
+    Raises:
+        ValueError: their dtypes or shapes differ.
+    """
+    return _elementwise("add", one, other)
+
+
+def _elementwise(operator: Operator, one: Expression, other: Expression) -> Elementwise:
     if one.info != other.info:
-        raise ValueError(f"{one.info} and {other.info} cannot be multiplied")
-    return Multiply(one.info, one, other)
+        raise ValueError(f"{operator}: {one.info} and {other.info} differ")
+    return Elementwise(one.info, operator, one, other)
 
 
 def _without(tensor: Expression, dim: int) -> Shape:

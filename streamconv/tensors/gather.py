@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamconv.tensors.casts import cast_into
-from streamconv.tensors.expressions import Cast, Concat, Expression, Multiply, Read
+from streamconv.tensors.expressions import Cast, Concat, Elementwise, Expression, Read
 from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo
 
 if TYPE_CHECKING:
@@ -49,25 +49,25 @@ class _Gather:
             infinite += cast_into(_bytes(values), tensor.of.info.dtype, _bytes(result), tensor.info.dtype)
             out[...] = result
             return infinite
-        if isinstance(tensor, Multiply):
-            return self._multiply(tensor, out)
+        if isinstance(tensor, Elementwise):
+            return self._combine(tensor, out)
         raise TypeError(f"{type(tensor).__name__} is no expression")
 
-    def _multiply(self, tensor: Multiply, out: "Array") -> int:
-        """Multiply in float32 or, for float64, in float64, as torch does, and round once."""
+    def _combine(self, tensor: Elementwise, out: "Array") -> int:
+        """Multiply or add in float32 or, for float64, in float64, as torch does, and round once."""
         import numpy as np
 
         dtype: DtypeCode = "F64" if tensor.info.dtype == "F64" else "F32"
-        factors = []
+        operands = []
         for each in (tensor.one, tensor.other):
             stored, wide = _array(each.info), _array(TensorInfo(dtype, each.shape))
             self.into(each, stored)
             _convert(stored, each.info.dtype, wide, dtype)
-            factors.append(wide.view(DTYPES[dtype].numpy))
+            operands.append(wide.view(DTYPES[dtype].numpy))
         with np.errstate(all="ignore"):
-            product = factors[0] * factors[1]
+            combined = (np.add if tensor.operator == "add" else np.multiply)(*operands)
         result = _array(tensor.info)
-        _convert(product, dtype, result, tensor.info.dtype)
+        _convert(combined, dtype, result, tensor.info.dtype)
         out[...] = result
         return 0
 

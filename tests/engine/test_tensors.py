@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import streamconv
 from streamconv.tensors.evaluation import read_bytes
+from streamconv.tensors.expressions import add, multiply
 from tests.checkpoints import NAMES, SETTINGS, bytes_of, views
 
 
@@ -32,6 +34,21 @@ def test_rows_are_a_slice_of_dimension_0(tmp_path: Path, tensor: torch.Tensor, d
     torch.save({"x": tensor}, tmp_path / "x.pth")
     with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
         assert read_bytes(checkpoint["x"].narrow(0, start, stop - start)) == bytes_of(tensor[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_products_and_sums_are_those_of_torch(tmp_path: Path, dtype: torch.dtype) -> None:
+    one, other = (torch.randn(3, 50, 40).mul(100).to(dtype) for _ in range(2))
+    torch.save({"one": one, "other": other}, tmp_path / "x.pth")
+    with streamconv.open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        pair = (checkpoint["one"], checkpoint["other"])
+        for ours, theirs in ((add(*pair), one + other), (multiply(*pair), one * other)):
+            assert read_bytes(ours) == bytes_of(theirs)
+            view = ours.permute((2, 0, 1)).narrow(0, 3, 20).reshape((60, 50))
+            assert read_bytes(view) == bytes_of(theirs.permute(2, 0, 1)[3:23].reshape(60, 50))
+        assert add(*pair).fingerprint != multiply(*pair).fingerprint
+        with pytest.raises(ValueError, match=r"add: \w+ \[3, 50, 40\] and \w+ \[2, 50, 40\] differ"):
+            add(pair[0], pair[1].narrow(0, 0, 2))
 
 
 def test_channels_last_and_shared_storages_are_read_correctly(tmp_path: Path) -> None:
