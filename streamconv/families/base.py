@@ -171,6 +171,10 @@ def _same_key(key: str) -> tuple[str, ...]:
     return (key,)
 
 
+def _patch_size(config: Mapping[str, Any]) -> Any:
+    return config["patch_size"]
+
+
 def _same_dimensions(dimensions: Any, config: Mapping[str, Any]) -> Any:
     return dimensions
 
@@ -186,6 +190,7 @@ class Family:
     ``free_config_keys``: keys of config.json that do not change what the model computes at inference, or only what a
     backbone's output selects from it. ``tensor_config_keys``: keys that always follow the tensors, because they only
     say which tensors there are. ``untensored_config_keys``: keys whose values tensors do not show.
+    ``patch_size`` returns the height and width, in pixels, of the part of an image that a patch token stands for.
     ``equal_architectures`` maps an architecture to others that have the same tensors. ``with_config`` returns the
     dimensions with what only a model's own config.json shows.
     ``loaded_keys`` returns the names that transformers gives to a target after loading, of several parts if it cuts it
@@ -209,6 +214,7 @@ class Family:
     free_config_keys: frozenset[str] = frozenset()
     tensor_config_keys: frozenset[str] = frozenset()
     untensored_config_keys: frozenset[str] = frozenset()
+    patch_size: Callable[[Mapping[str, Any]], Any] = _patch_size
     equal_architectures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     with_config: Callable[[Any, Mapping[str, Any]], Any] = _same_dimensions
     loaded_keys: Callable[[str], tuple[str, ...]] = _same_key

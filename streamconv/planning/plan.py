@@ -119,8 +119,8 @@ class Plan:
 
     @property
     def patch_size(self) -> int:
-        """The height and width of a patch."""
-        return _side(self.config["patch_size"])
+        """The height and width of the part of an image that a patch token stands for."""
+        return _side(self.family.patch_size(self.config))
 
     @property
     def filenames(self) -> list[str]:

@@ -3,13 +3,14 @@
 So memory holds one layer of each model and two outputs, however many layers there are.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_MAPPING
 
 from streamconv.progress import Progress
 from streamconv.verification.comparison import Comparison
@@ -41,6 +42,16 @@ class Pair:
         return self.architecture.prefix_tokens(self.dimensions)
 
     @property
+    def layers(self) -> Sequence[Any]:
+        """The layers of the converted model."""
+        return self.architecture.layers(self.converted.model)
+
+    @property
+    def state_count(self) -> int:
+        """The number of states of a model without a classifier: its layers', embeddings, prefix tokens and patches."""
+        return len(self.layers) + len(self.prefix_tokens) + 2
+
+    @property
     def config(self) -> Any:
         return self.converted.model.config
 
@@ -58,7 +69,7 @@ def run_pair(
     pair: Pair, pixels: Tensor, dtype: torch.dtype, variants: list[Variant], what: str
 ) -> dict[Variant, Comparison]:
     """Run the converted model once and, together with it layer by layer, every variant of the original."""
-    total = pair.config.num_hidden_layers + len(pair.prefix_tokens) + 2  # embeddings, patches
+    total = pair.state_count
     steps = 0
 
     def compare_state(name: str, state: Tensor) -> None:
@@ -93,18 +104,18 @@ def _original_states(pair: Pair, variant: Variant, pixels: Tensor) -> Iterator[t
 def run_converted(pair: Pair, pixels: Tensor, dtype: torch.dtype, receive: Callable[[str, Tensor], None]) -> None:
     """Run the converted model, and call ``receive`` with each of its states."""
     pair.converted.compute_in(dtype)
-    with _state_hooks(pair.converted.model, pair.prefix_tokens, receive):
+    with _state_hooks(pair, receive):
         outputs = pair.converted.model(pixels.to(pair.device, dtype))
         if "logits" in outputs:
             receive("logits", outputs.logits)
 
 
 @contextmanager
-def _state_hooks(
-    model: Any, prefix_tokens: Mapping[str, int], receive: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Call ``receive`` with every state of a transformers model's forward pass, named as in `originals`."""
-    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+def _state_hooks(pair: Pair, receive: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``receive`` with every state of the converted model's forward pass, named as in `originals`."""
+    layers, classes = pair.layers, cast(Any, MODEL_MAPPING)
+    # Not `base_model`, which is only a part of the plain model in some classes.
+    plain = next(each for each in pair.converted.model.modules() if isinstance(each, classes[type(pair.config)]))
 
     def first(module: nn.Module, args: Any, kwargs: Any) -> None:
         receive("embeddings", args[0] if args else kwargs["hidden_states"])
@@ -114,7 +125,7 @@ def _state_hooks(
 
     def last(module: nn.Module, args: Any, output: Any) -> None:
         tokens = output.last_hidden_state
-        for name, count in prefix_tokens.items():
+        for name, count in pair.prefix_tokens.items():
             receive(name, tokens[:, :count])
             tokens = tokens[:, count:]
         receive("patches", tokens)
@@ -123,5 +134,5 @@ def _state_hooks(
         stack.callback(layers[0].register_forward_pre_hook(first, with_kwargs=True).remove)
         for i, module in enumerate(layers):
             stack.callback(module.register_forward_hook(layer(i)).remove)
-        stack.callback(model.base_model.register_forward_hook(last).remove)
+        stack.callback(plain.register_forward_hook(last).remove)
         yield

@@ -20,6 +20,8 @@ from streamconv.verification.weights import Weights
 # the children; the largest, the feed-forward part of ViT-g, has 75 MB. A GPU has room for a whole layer, 113 MB for
 # ViT-g, so that the layer's weights are moved once for all inputs that it runs on.
 MODULE_BYTES = {"cpu": 80 << 20, "cuda": 512 << 20}
+# Their children may be called one by one, without a call of the container, whose hook then would not run.
+CONTAINERS = (nn.ModuleList, nn.Sequential)
 # Of weights. The buffers that such a module computes with are worth returning, although that takes time: it is the
 # feed-forward part of ViT-g in float64, or that of a larger model.
 TRIM_BYTES = 100 << 20
@@ -141,7 +143,7 @@ class OffloadedModel:
 
     def _offload(self, module: nn.Module, prefix: str) -> int:
         """Add hooks to a module or to those in it. Returns the largest number of weights' elements held at once."""
-        is_whole = not any(isinstance(each, nn.ModuleList) for each in module.modules()) and (
+        is_whole = not any(isinstance(each, CONTAINERS) for each in module.modules()) and (
             sum(parameter.nbytes for parameter in module.parameters()) <= MODULE_BYTES[self._device.type]
         )
         places = [

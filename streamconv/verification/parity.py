@@ -132,7 +132,7 @@ def _judge(found: Comparison, tolerance: float) -> tuple[tuple[str, ...], dict[s
 def _cast_cost(pair: Pair, pixels: Tensor, uncast: Comparison, default_dtype: torch.dtype) -> CastCost | None:
     """Compare the output, as ``from_pretrained`` loads it by default, with the uncast original."""
     found: dict[str, Tensor] = {}
-    total = pair.config.num_hidden_layers + len(pair.prefix_tokens) + 2
+    total = pair.state_count
 
     def keep(name: str, state: Tensor) -> None:
         pair.progress("measuring the cost of the cast", min(len(found), total), total, "steps")

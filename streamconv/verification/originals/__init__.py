@@ -1,7 +1,7 @@
 """The original models, reimplemented: one module per family, with the family's name and its ``ARCHITECTURE``."""
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,13 @@ from streamconv.families.base import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def first_module_list(model: Any) -> Sequence[Any]:
+    """Return the modules of the first ``nn.ModuleList`` in a model."""
+    from torch import nn
+
+    return [*next(module for module in model.modules() if isinstance(module, nn.ModuleList))]
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class OriginalArchitecture:
         own_way: Returns what the original of certain dimensions computes in another way than transformers, at its
             native size or at another one (``is_native``). ``states`` does it like transformers if it is called with
             ``as_transformers``.
+        layers: Returns the layers of transformers' model, whose outputs ``states`` yields as "layer 0", "layer 1", …
+            The first one's input is "embeddings".
     """
 
     repository: str
@@ -51,6 +60,7 @@ class OriginalArchitecture:
     states: "Callable[[Any, Tensor, bool], Iterator[tuple[str, Tensor]]]"
     prefix_tokens: Callable[[Any], Mapping[str, int]]
     own_way: Callable[[Any, bool], OwnWay | None] = lambda dimensions, is_native: None
+    layers: Callable[[Any], Sequence[Any]] = first_module_list
 
 
 def original_of(family_name: str) -> OriginalArchitecture:
