@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from streamconv.errors import CorruptError
-from streamconv.files.base import ByteRange, FileRef
+from streamconv.files.base import FileRef
 from streamconv.files.reader import Reader
 from streamconv.files.remote import RemoteFile
 from streamconv.formats.segments import LateBytes
@@ -18,7 +18,7 @@ from streamconv.output.journal import ResumePoint
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.evaluation import Evaluator
 from streamconv.tensors.expressions import Expression, Read, Record
-from streamconv.tensors.tiles import PIECE_BYTES, Part, direct, parts, reads_of
+from streamconv.tensors.tiles import PIECE_BYTES, Part, direct, parts
 
 Segments = Sequence[bytes | tuple[str, Expression] | LateBytes]
 """Bytes, tensors with their names, and bytes that depend on the tensors' CRC-32s, in the order of the file."""
@@ -63,8 +63,13 @@ class Contents:
 
     def prefetch(self) -> None:
         """Announce the reads to the source's files."""
-        for file in self._files:
-            self._reader.open(file).prefetch(self._reads(file))
+        self.evaluator.prefetch_parts(self._files, self._parts_to_read)
+
+    def _parts_to_read(self) -> Iterator[Part]:
+        for batch in batches(self._segments, self._point):
+            for piece in batch:
+                if isinstance(piece.segment, tuple) and self._is_read(piece, piece.segment[1]):
+                    yield piece.segment[1]
 
     @contextmanager
     def proved_by_records(self) -> Iterator[None]:
@@ -79,12 +84,6 @@ class Contents:
             for file in files:
                 file.proved_by = "version"
 
-    def _reads(self, file: FileRef) -> Iterator[ByteRange]:
-        for batch in batches(self._segments, self._point):
-            for piece in batch:
-                if isinstance(piece.segment, tuple) and self._is_read(piece, piece.segment[1]):
-                    yield from (each for ref, each in reads_of(piece.segment[1]) if ref == file)
-
     def _is_read(self, piece: Piece, part: Part) -> bool:
         """Return whether the source is read for a piece: always, unless it is kept and proven."""
         unproven = self._point.size - self._point.unproven
@@ -92,19 +91,17 @@ class Contents:
 
     def read(self, batch: Sequence[Piece], buffer: memoryview) -> tuple[int, int]:
         """Fill ``buffer``; return the number of bytes in it, and the number of bytes read or written for them."""
-        filled = moved = 0
+        filled, read = 0, self.evaluator.read_bytes
         for piece in batch:
             place = buffer[filled : filled + piece.size]
             if isinstance(piece.segment, tuple):
                 name, part = piece.segment
                 self.overflow_count += self._evaluate(name, part, piece.at, place)
-                moved += max(part.read_bytes, piece.size)
             else:
                 place[:] = self._bytes_of(piece.segment)[piece.start : piece.start + piece.size]
-                moved += piece.size
             self._add_crc(piece, place)
             filled += piece.size
-        return filled, moved
+        return filled, max(filled, self.evaluator.read_bytes - read)
 
     def read_back(self, batch: Sequence[Piece], buffer: memoryview, file: OutputFile) -> int:
         """Fill ``buffer`` with the bytes that an earlier process wrote, and check them; return their number.

@@ -1,11 +1,12 @@
 """Evaluates tensors part by part: reads what they are made from, checks it, and puts the values in order."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
 from streamconv.errors import OutputError
-from streamconv.files.base import ByteRange, File, FileRef
+from streamconv.files.base import ByteRange, FileRef
 from streamconv.files.local import LocalFile
 from streamconv.files.reader import Reader
 from streamconv.tensors.casts import cast_into
@@ -13,7 +14,9 @@ from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.expressions import Expression, Record
 from streamconv.tensors.gather import gather
 from streamconv.tensors.runs import Block
-from streamconv.tensors.tiles import PIECE_BYTES, Part, direct, parts, reads_of
+from streamconv.tensors.tiles import PIECE_BYTES, Part, direct, parts
+
+COPIES_BYTES = 1 << 30  # of records that are kept in temporary files; a tile may need more
 
 
 class Evaluator:
@@ -23,6 +26,8 @@ class Evaluator:
     part is wanted, and kept for the others; that memory is reused. A record on another machine that is not read in its
     order is first copied into a file without a name in ``folder``, by default the system's for temporary files. Use an
     evaluator in a ``with`` statement.
+
+    ``read_bytes`` is the number of bytes read from the source so far.
     """
 
     def __init__(self, reader: Reader, checks: RecordChecks, folder: Path | None = None):
@@ -30,7 +35,34 @@ class Evaluator:
         self._stored = memoryview(b"")
         self._blocks: tuple[Block, ...] = ()
         self._source = bytearray()
-        self._copies: dict[Record, LocalFile] = {}
+        self._copies: dict[Record, LocalFile] = {}  # least recently used first
+        self.read_bytes = 0
+
+    def prefetch(self, tensors: Sequence[Expression]) -> None:
+        """Announce to each file that these tensors will be evaluated next, in this order."""
+        files = dict.fromkeys(leaf.record.file for tensor in tensors for leaf in tensor.leaves())
+        self.prefetch_parts(files, lambda: chain.from_iterable(map(parts, tensors)))
+
+    def prefetch_parts(self, files: Iterable[FileRef], coming: Callable[[], Iterable[Part]]) -> None:
+        """Announce to each of ``files`` that the parts that ``coming`` gives will be evaluated next, in this order."""
+        for file in files:
+            if not self._is_local(file):
+                self._reader.open(file).prefetch(self._ranges(file, coming()))
+
+    def _ranges(self, file: FileRef, coming: Iterable[Part]) -> Iterator[ByteRange]:
+        """Yield what is read from a file for these parts."""
+        copied, blocks = [*self._copies], self._blocks
+        for part in coming:
+            if not part.blocks:
+                yield from (leaf.range for leaf in part.values.leaves() if leaf.record.file == file)
+            elif part.blocks is not blocks:
+                blocks = part.blocks
+                kept = _kept(copied, self._copied(blocks))
+                yield from (record.range for record in kept if record not in copied and record.file == file)
+                copied = kept
+                for block in blocks:
+                    if block.record.file == file and not block.runs.steps:
+                        yield block.runs.span
 
     def evaluate(self, name: str, part: Part, buffer: memoryview) -> int:
         """Fill ``buffer`` with the values of a part of the tensor ``name``; return how many a cast made infinite."""
@@ -49,50 +81,61 @@ class Evaluator:
         if values is not read and not self._stored:
             self._stored = memoryview(bytearray(PIECE_BYTES))
         stored = buffer if values is read else self._stored[: read.info.nbytes]
-        self._reader.open(read.record.file).read_at(read.range.start, stored)
-        self._checks.add(name, read.record, read.offset, stored)
+        self._read(name, read.record, read.offset, stored)
         return 0 if values is read else cast_into(stored, read.info.dtype, buffer, values.info.dtype)
 
     def _read_blocks(self, name: str, blocks: tuple[Block, ...]) -> None:
         size = max(block.at + block.runs.nbytes for block in blocks)
         if len(self._source) < size:
             self._source = bytearray(size)
-        scattered = {block.record for block in blocks if block.runs.steps}
-        for record in self._copies.keys() - scattered:
-            self._copies.pop(record).close()
+        self._make_copies(name, self._copied(blocks))
         for block in blocks:
-            memory = memoryview(self._source)[block.at : block.at + block.runs.nbytes]
-            if block.runs.steps:
-                self._read_scattered(name, block, memory)
+            record, runs = block.record, block.runs
+            memory = memoryview(self._source)[block.at : block.at + runs.nbytes]
+            if not runs.steps:
+                self._read(name, record, runs.start - record.range.start, memory)
+            elif record in self._copies:
+                starts = (start - record.range.start for start in runs.starts())
+                self._copies[record].read_runs(starts, runs.length, memory)
             else:
-                self._reader.open(block.record.file).read_at(block.runs.start, memory)
-                self._checks.add(name, block.record, block.runs.start - block.record.range.start, memory)
+                file = self._reader.open(record.file)
+                assert isinstance(file, LocalFile)
+                file.read_runs(runs.starts(), runs.length, memory)
+                self._checks.add(name, record, 0, None)
+                self.read_bytes += runs.nbytes
 
-    def _read_scattered(self, name: str, block: Block, memory: memoryview) -> None:
-        record, runs = block.record, block.runs
-        file = self._reader.open(record.file)
-        if isinstance(file, LocalFile):
-            file.read_runs(runs.starts(), runs.length, memory)
-            self._checks.add(name, record, 0, None)
-            return
-        if record not in self._copies:
-            self._copies[record] = self._copy(name, record, file)
-        starts = (start - record.range.start for start in runs.starts())
-        self._copies[record].read_runs(starts, runs.length, memory)
+    def _read(self, name: str, record: Record, start: int, memory: memoryview) -> None:
+        self._reader.open(record.file).read_at(record.range.start + start, memory)
+        self._checks.add(name, record, start, memory)
+        self.read_bytes += len(memory)
 
-    def _copy(self, name: str, record: Record, file: File) -> LocalFile:
-        """Copy a record into a file that is deleted already, so that nothing of it remains."""
+    def _is_local(self, file: FileRef) -> bool:
+        return isinstance(self._reader.open(file), LocalFile)
+
+    def _copied(self, blocks: tuple[Block, ...]) -> dict[Record, None]:
+        """Return the records that are read from a copy."""
+        scattered = dict.fromkeys(block.record for block in blocks if block.runs.steps)
+        return {record: None for record in scattered if not self._is_local(record.file)}
+
+    def _make_copies(self, name: str, needed: dict[Record, None]) -> None:
+        kept = _kept([*self._copies], needed)
+        for record in self._copies.keys() - set(kept):
+            self._copies.pop(record).close()
+        for record in kept:  # in this order
+            self._copies[record] = self._copies.pop(record) if record in self._copies else self._copy(name, record)
+
+    def _copy(self, name: str, record: Record) -> LocalFile:
+        """Copy a record into a file without a name, so that nothing of it remains."""
         import tempfile  # with random, which only this needs
 
         buffer = memoryview(bytearray(PIECE_BYTES))
         try:
-            with tempfile.NamedTemporaryFile(dir=self._folder, buffering=0) as temporary:
+            with tempfile.TemporaryFile(dir=self._folder, buffering=0) as temporary:
                 for at in range(0, record.range.length, PIECE_BYTES):
                     piece = buffer[: min(PIECE_BYTES, record.range.length - at)]
-                    file.read_at(record.range.start + at, piece)
-                    self._checks.add(name, record, at, piece)
+                    self._read(name, record, at, piece)
                     temporary.write(piece)
-                return LocalFile(Path(temporary.name))
+                return LocalFile(Path(f"/dev/fd/{temporary.fileno()}"))
         except OSError as error:
             where = self._folder or tempfile.gettempdir()
             raise OutputError(
@@ -110,15 +153,20 @@ class Evaluator:
             self._copies.popitem()[1].close()
 
 
-def prefetch(tensors: Iterable[Expression], reader: Reader) -> None:
-    """Announce to each file that these tensors will be evaluated, in this order."""
-    ranges: dict[FileRef, list[ByteRange]] = {}
-    for tensor in tensors:
-        for part in parts(tensor):
-            for file, each in reads_of(part):
-                ranges.setdefault(file, []).append(each)
-    for file, wanted in ranges.items():
-        reader.open(file).prefetch(wanted)
+def _kept(copied: Sequence[Record], needed: Iterable[Record]) -> list[Record]:
+    """Return the records of which copies are kept for a tile that needs some of them, least recently used first.
+
+    One record may give several tensors, so copies are kept as long as they fit into `COPIES_BYTES`.
+    """
+    kept = [*needed]
+    size = sum(record.range.length for record in kept)
+    for record in reversed(copied):
+        if record not in kept:
+            size += record.range.length
+            if size > COPIES_BYTES:
+                break
+            kept.insert(0, record)
+    return kept
 
 
 def read_bytes(tensor: Expression, reader: Reader | None = None) -> bytes:

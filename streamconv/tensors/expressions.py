@@ -144,7 +144,7 @@ class Expression(ABC):
 
 
 def _fingerprints(tensor: Expression) -> str:
-    return f"({','.join(operand.fingerprint for operand in tensor.operands)})"
+    return f"({','.join(f'{operand.info.dtype} {operand.fingerprint}' for operand in tensor.operands)})"
 
 
 def _reshape_dims(tensor: Expression, at: int, count: int, new: Shape) -> Expression:
@@ -242,7 +242,7 @@ class Concat(Expression):
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.dim}:{_fingerprints(self)}"
+        return f"{self.dim}:{self.ends}:{_fingerprints(self)}"
 
     def narrow(self, dim: int, start: int, length: int) -> Expression:
         if dim != self.dim:
@@ -298,7 +298,7 @@ class Cast(Expression):
     @property
     def fingerprint(self) -> str:
         # The dtype of the whole is known beside it, and so is that of a record's bytes.
-        return self.of.fingerprint if isinstance(self.of, Read) else f"{self.info.dtype}:{_fingerprints(self)}"
+        return self.of.fingerprint if isinstance(self.of, Read) else f"Cast:{_fingerprints(self)}"
 
     def narrow(self, dim: int, start: int, length: int) -> "Cast":
         return _cast(self.of.narrow(dim, start, length), self.info.dtype)
@@ -443,8 +443,10 @@ def placeholder(info: TensorInfo) -> Read:
 
 
 def filled(value: float, info: TensorInfo) -> Read:
-    """Return a tensor whose elements are all ``value``. It must have a floating-point dtype."""
-    record = Record(inline_ref(_packed(value, info.dtype)), f"{value:g}", ByteRange(0, info.itemsize))
+    """Return a tensor whose elements are all ``value``, like torch.full. It must have a floating-point dtype."""
+    short = f"{value:g}"
+    name = short if float(short) == value else repr(value)
+    record = Record(inline_ref(_packed(value, info.dtype)), name, ByteRange(0, info.itemsize))
     return Read(info, record, 0, (0,) * len(info.shape))
 
 
@@ -463,7 +465,13 @@ def literal(values: Sequence[float], dtype: DtypeCode, shape: Shape) -> Read:
 
 
 def _packed(value: float, dtype: DtypeCode) -> bytes:
-    """Return a value as bytes; what bfloat16 cannot hold is cut off."""
+    """Return the bytes of a number; it is rounded to float32 before it is rounded to a 16-bit dtype."""
+    if dtype == "F64":
+        return struct.pack("<d", value)
     single = struct.pack("<f", value)
-    packed = {"F64": struct.pack("<d", value), "F32": single, "F16": struct.pack("<e", value), "BF16": single[2:]}
-    return packed[dtype]
+    if dtype == "F16":
+        return struct.pack("<e", *struct.unpack("<f", single))
+    if dtype == "BF16":
+        (bits,) = struct.unpack("<I", single)
+        return struct.pack("<H", (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
+    return single

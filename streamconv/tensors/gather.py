@@ -58,10 +58,10 @@ class _Gather:
         import numpy as np
 
         dtype: DtypeCode = "F64" if tensor.info.dtype == "F64" else "F32"
-        operands = []
+        operands, infinite = [], 0
         for each in (tensor.one, tensor.other):
             stored, wide = _array(each.info), _array(TensorInfo(dtype, each.shape))
-            self.into(each, stored)
+            infinite += self.into(each, stored)
             _convert(stored, each.info.dtype, wide, dtype)
             operands.append(wide.view(DTYPES[dtype].numpy))
         with np.errstate(all="ignore"):
@@ -69,7 +69,7 @@ class _Gather:
         result = _array(tensor.info)
         _convert(combined, dtype, result, tensor.info.dtype)
         out[...] = result
-        return 0
+        return infinite
 
     def _view(self, read: Read) -> "Array":
         import numpy as np

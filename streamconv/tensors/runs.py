@@ -1,6 +1,7 @@
 """What is read for a tile: the ranges of records that its leaves need, each once, and where their bytes are kept."""
 
 import math
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -42,10 +43,6 @@ class Runs:
     def span(self) -> ByteRange:
         """The range from the first byte to the last."""
         return ByteRange(self.start, sum((count - 1) * step for count, step in self.steps) + self.length)
-
-    def holds(self, other: "Runs") -> bool:
-        """Return whether this single run holds another one."""
-        return self.start <= other.start and other.start + other.length <= self.start + self.length
 
     def starts(self) -> Iterator[int]:
         """Yield where each run starts, in the order in which they are kept."""
@@ -115,15 +112,21 @@ def _merged(each: list[Runs]) -> list[Runs]:
 
 def in_memory(tile: Expression, blocks: tuple[Block, ...]) -> Expression:
     """Return the tile with leaves that are where their blocks are kept, in the record `MEMORY`."""
-    whole = [block for block in blocks if not block.runs.steps]
-    scattered = {(block.record, block.runs): block for block in blocks if block.runs.steps}
+    whole: dict[Record, list[Block]] = {}  # sorted by where they start
+    scattered: dict[tuple[Record, Runs], Block] = {}
+    for block in blocks:
+        if block.runs.steps:
+            scattered[block.record, block.runs] = block
+        else:
+            whole.setdefault(block.record, []).append(block)
 
     def kept(read: Read) -> Read:
         runs = runs_of(read)
         if not runs.length:
             return read
         if not runs.steps:
-            block = next(block for block in whole if block.record == read.record and block.runs.holds(runs))
+            each = whole[read.record]
+            block = each[bisect(each, runs.start, key=lambda block: block.runs.start) - 1]
             return replace(read, record=MEMORY, offset=block.at + runs.start - block.runs.start)
         strides, size = [*read.strides], runs.length
         for dim, (count, _) in reversed([*zip(runs.dims, runs.steps, strict=True)]):

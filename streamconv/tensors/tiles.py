@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from streamconv.files.base import ByteRange, FileRef
 from streamconv.tensors.expressions import Cast, Concat, Expression, Read
 from streamconv.tensors.runs import Block, in_memory, runs_of, source_blocks
 
@@ -24,42 +23,24 @@ _CACHE_BYTES, _SLOWER = 4 << 20, 1.5  # what is read for a tile stays in the cac
 class Part:
     """Some of the values of a tile, in row-major order.
 
-    ``blocks`` are read for the tile, and ``values`` is evaluated from there, where its leaves are. A contiguous read
-    has no blocks, since it is read straight into its place. ``is_first``: it is the first part of its tile.
+    ``blocks`` are read for the tile, and ``values`` is evaluated from there, where its leaves are; the parts of one
+    tile have the same object. A contiguous read has no blocks, since it is read straight into its place.
     """
 
     blocks: tuple[Block, ...]
     values: Expression
-    is_first: bool = True
-
-    @property
-    def read_bytes(self) -> int:
-        """The bytes that are read when it is evaluated after the parts before it."""
-        if self.blocks:
-            return sum(block.runs.nbytes for block in self.blocks) if self.is_first else 0
-        return sum(leaf.info.nbytes for leaf in self.values.leaves())
 
 
 def parts(tensor: Expression) -> Iterator[Part]:
     """Cut a tensor into parts of at most `PIECE_BYTES`, as read and as written, in row-major order."""
     for tile in tiles(tensor):
-        if direct(tile) is not None:
-            yield Part((), tile)
+        if (read := direct(tile)) is not None:
+            count, step = math.prod(tile.shape), PIECE_BYTES // max(read.info.itemsize, tile.info.itemsize)
+            flat = tile.reshape((count,))
+            yield from (Part((), flat.narrow(0, at, min(step, count - at))) for at in range(0, count, step))
         else:
             blocks = source_blocks(tile)
-            for i, box in enumerate(_boxes(in_memory(tile, blocks))):
-                yield Part(blocks, box, i == 0)
-
-
-def reads_of(part: Part) -> Iterator[tuple[FileRef, ByteRange]]:
-    """Yield what is read for a part that follows the parts before it; of scattered runs, their whole record.
-
-    A record on another machine is read once for all of its runs.
-    """
-    if not part.blocks:
-        yield from ((leaf.record.file, leaf.range) for leaf in part.values.leaves())
-    for block in part.blocks if part.is_first else ():
-        yield block.record.file, block.record.range if block.runs.steps else block.runs.span
+            yield from (Part(blocks, box) for box in _boxes(in_memory(tile, blocks)))
 
 
 def direct(tensor: Expression) -> Read | None:
@@ -69,15 +50,14 @@ def direct(tensor: Expression) -> Read | None:
 
 
 def tiles(tensor: Expression) -> Iterator[Expression]:
-    """Yield the tiles of a tensor in row-major order."""
+    """Yield the tiles of a tensor in row-major order. One that is a contiguous read may have any size."""
     if not tensor.info.nbytes:
         return
-    if (read := direct(tensor)) is not None:
-        count = math.prod(tensor.shape)
-        flat = tensor.reshape((count,))
-        step = PIECE_BYTES // max(read.info.itemsize, tensor.info.itemsize)
-        yield from (flat.narrow(0, at, min(step, count - at)) for at in range(0, count, step))
+    if direct(tensor) is not None:
+        yield tensor
         return
+    if not tensor.shape:
+        tensor = tensor.reshape((1,))
     lead = next((dim for dim, size in enumerate(tensor.shape) if size != 1), 0)
     if isinstance(tensor, Concat) and tensor.dim == lead and all(direct(part) is not None for part in tensor.parts):
         for part in tensor.parts:

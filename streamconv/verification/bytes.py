@@ -20,7 +20,7 @@ from streamconv.output.readable import reading_output
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.evaluation import Evaluator, prefetch
+from streamconv.tensors.evaluation import Evaluator
 from streamconv.tensors.expressions import Cast, Expression, Read
 from streamconv.tensors.info import DTYPES
 from streamconv.tensors.tiles import parts
@@ -125,7 +125,7 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
         problems += shapes + weight_file_problems(folder, written)
         for ref, names in _in_file_order(written).items():
             file = written.reader.open(ref)
-            prefetch([wanted[name] for name in names if name in wanted], reader)
+            evaluator.prefetch([wanted[name] for name in names if name in wanted])
             _hash(file, 0, written[names[0]].record.range.start, digest)
             for name in names:
                 source, output = wanted.get(name), written[name]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from streamconv.files.reader import Reader
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.evaluation import Evaluator, prefetch
+from streamconv.tensors.evaluation import Evaluator
 from streamconv.tensors.expressions import Cast, Expression
 from streamconv.tensors.info import DTYPES
 from streamconv.tensors.tiles import parts
@@ -78,8 +78,8 @@ class StreamedWeights:
             names.append(name)
         while self._recent and sum(tensor.nbytes for tensor in self._recent.values()) > READ_BYTES:
             del self._recent[next(iter(self._recent))]
-        prefetch([self._tensors[name] for name in names], self._reader)
         with Evaluator(self._reader, RecordChecks(self._reader)) as evaluator:
+            evaluator.prefetch([self._tensors[name] for name in names])
             for name in names:
                 self._recent[name] = _read_tensor(name, self._tensors[name], evaluator)
 
