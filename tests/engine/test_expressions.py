@@ -29,6 +29,7 @@ from streamconv.tensors.expressions import (
     cast,
     concat,
     filled,
+    literal,
     multiply,
     stack,
 )
@@ -42,7 +43,7 @@ CODES: list[DtypeCode] = [code for code, dtype in DTYPES.items() if hasattr(torc
 LAW = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
-    max_examples=int(os.environ.get("STREAMCONV_EXAMPLES", "150")),
+    max_examples=int(os.environ.get("STREAMCONV_EXAMPLES", "100")),
 )
 Pair = tuple[Expression, torch.Tensor]
 
@@ -97,10 +98,14 @@ class Draw:
     def leaf(self, code: DtypeCode, shape: tuple[int, ...]) -> Pair:
         """Draw a read whose elements may overlap, or a constant."""
         dtype, itemsize = torch_dtype(code), DTYPES[code].itemsize
-        kind = self.one_of("contiguous", "permuted", "strided", *(["filled"] if code in FLOATS else []))
+        kind = self.one_of("contiguous", "permuted", "strided", *(["filled", "literal"] if code in FLOATS else []))
         if kind == "filled":
             value = self._data.draw(st.sampled_from([0.0, -0.0, 1.0, 0.1, -3.3e-5, 60_000.0]))
             return filled(value, TensorInfo(code, shape)), torch.full(shape, value, dtype=dtype)
+        if kind == "literal":
+            values = [self._data.draw(st.floats(-60_000, 60_000)) for _ in range(3)] * math.prod(shape)
+            values = values[: math.prod(shape)]
+            return literal(values, code, shape), torch.tensor(values, dtype=dtype).reshape(shape)
         strides = contiguous_strides(shape)
         if kind == "permuted":
             order = self._data.draw(st.permutations(range(len(shape))))
@@ -137,7 +142,7 @@ class Draw:
         code, ndim = ours.info.dtype, theirs.ndim
         is_small = 0 < theirs.numel() <= 400
         choices = ["reshape", "unsqueeze"]
-        choices += ["permute", "transpose", "narrow", "chunk", "split"] if ndim else []
+        choices += ["permute", "transpose", "narrow", "chunk", "split", "index_select"] if ndim else []
         choices += ["cat"] if ndim and is_small else []
         choices += ["stack"] if is_small and ndim < 5 else []
         choices += ["cast", "multiply"] if code in FLOATS and is_small else []
@@ -171,6 +176,13 @@ class Draw:
                 first = self.integer(0, theirs.shape[dim])
                 sizes = [first, theirs.shape[dim] - first]
                 return concat(ours.split(sizes, dim)[::-1], dim), torch.cat(theirs.split(sizes, dim)[::-1], dim)
+            case "index_select":
+                dim = self.integer(0, ndim - 1)
+                size = theirs.shape[dim]
+                indexes = self._data.draw(st.lists(st.integers(0, size - 1), max_size=2 * size)) if size else []
+                return ours.index_select(dim, indexes), theirs.index_select(
+                    dim, torch.tensor(indexes, dtype=torch.long)
+                )
             case "cat":
                 dim, (other, tensor) = self.integer(0, ndim - 1), self.leaf(code, tuple(theirs.shape))
                 return concat([ours, other], dim), torch.cat([theirs, tensor], dim)
