@@ -24,8 +24,8 @@ class Evaluator:
 
     A contiguous read goes straight into the caller's buffer. What any other tile is made from is read when its first
     part is wanted, and kept for the others; that memory is reused. A record on another machine that is not read in its
-    order is first copied into a file without a name in ``folder``, by default the system's for temporary files. Use an
-    evaluator in a ``with`` statement.
+    order, or with gaps, is first copied into a file without a name in ``folder``, by default the system's for temporary
+    files. Use an evaluator in a ``with`` statement.
 
     ``read_bytes`` is the number of bytes read from the source so far.
     """
@@ -54,14 +54,15 @@ class Evaluator:
         copied, blocks = [*self._copies], self._blocks
         for part in coming:
             if not part.blocks:
-                yield from (leaf.range for leaf in part.values.leaves() if leaf.record.file == file)
+                leaves = (leaf for leaf in part.values.leaves() if leaf.record.file == file)
+                yield from (leaf.range for leaf in leaves if leaf.record not in copied)
             elif part.blocks is not blocks:
                 blocks = part.blocks
                 kept = _kept(copied, self._copied(blocks))
                 yield from (record.range for record in kept if record not in copied and record.file == file)
                 copied = kept
                 for block in blocks:
-                    if block.record.file == file and not block.runs.steps:
+                    if block.record.file == file and block.record not in copied:
                         yield block.runs.span
 
     def evaluate(self, name: str, part: Part, buffer: memoryview) -> int:
@@ -105,6 +106,9 @@ class Evaluator:
                 self.read_bytes += runs.nbytes
 
     def _read(self, name: str, record: Record, start: int, memory: memoryview) -> None:
+        if record in self._copies:
+            self._copies[record].read_at(start, memory)
+            return
         self._reader.open(record.file).read_at(record.range.start + start, memory)
         self._checks.add(name, record, start, memory)
         self.read_bytes += len(memory)
@@ -113,9 +117,13 @@ class Evaluator:
         return isinstance(self._reader.open(file), LocalFile)
 
     def _copied(self, blocks: tuple[Block, ...]) -> dict[Record, None]:
-        """Return the records that are read from a copy."""
-        scattered = dict.fromkeys(block.record for block in blocks if block.runs.steps)
-        return {record: None for record in scattered if not self._is_local(record.file)}
+        """Return the records of which these blocks need a copy."""
+        return {
+            block.record: None
+            for block in blocks
+            if (block.runs.steps or (block.runs.has_gaps and block.record.range.length <= COPIES_BYTES))
+            and not self._is_local(block.record.file)
+        }
 
     def _make_copies(self, name: str, needed: dict[Record, None]) -> None:
         kept = _kept([*self._copies], needed)

@@ -22,13 +22,14 @@ class Runs:
     """The bytes that a strided read needs: runs of ``length`` bytes, the first from ``start`` on in the file.
 
     ``steps`` are pairs of a count and a distance in bytes, the largest distance first. ``dims`` are the dimensions that
-    they belong to; the runs hold the others.
+    they belong to; the runs hold the others. ``has_gaps``: other bytes are between them, or in a run.
     """
 
     start: int
     length: int
     steps: tuple[tuple[int, int], ...]
     dims: tuple[int, ...]
+    has_gaps: bool
 
     @property
     def count(self) -> int:
@@ -60,16 +61,17 @@ def runs_of(read: Read) -> Runs:
     length = itemsize if read.info.nbytes else 0
     steps: list[tuple[int, int]] = []
     outer: list[int] = []
-    is_small = read.span <= _DENSE_BYTES
+    is_small, has_gaps = read.span <= _DENSE_BYTES, False
     for step, count, dim in dims:
         gap = step - length
+        has_gaps |= gap > 0
         if not outer and (gap <= length or (gap <= _GAP_BYTES and is_small)):
             length += (count - 1) * step
         else:
             steps.append((count, step))
             outer.append(dim)
     start = read.record.range.start + read.offset
-    return Runs(start, length, tuple(reversed(steps)), tuple(reversed(outer)))
+    return Runs(start, length, tuple(reversed(steps)), tuple(reversed(outer)), has_gaps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,8 @@ def _merged(each: list[Runs]) -> list[Runs]:
     for runs in sorted(each, key=lambda runs: runs.start):
         if merged and runs.start <= merged[-1].start + merged[-1].length:
             end = max(merged[-1].start + merged[-1].length, runs.start + runs.length)
-            merged[-1] = replace(merged[-1], length=end - merged[-1].start)
+            has_gaps = merged[-1].has_gaps or runs.has_gaps
+            merged[-1] = replace(merged[-1], length=end - merged[-1].start, has_gaps=has_gaps)
         else:
             merged.append(runs)
     return merged
