@@ -26,6 +26,7 @@ from streamconv.tensors.expressions import (
     Expression,
     Read,
     Record,
+    add,
     cast,
     concat,
     filled,
@@ -145,7 +146,7 @@ class Draw:
         choices += ["permute", "transpose", "narrow", "chunk", "split", "index_select"] if ndim else []
         choices += ["cat"] if ndim and is_small else []
         choices += ["stack"] if is_small and ndim < 5 else []
-        choices += ["cast", "multiply"] if code in FLOATS and is_small else []
+        choices += ["cast", "multiply", "add"] if code in FLOATS and is_small else []
         match self.one_of(*choices):
             case "reshape":
                 shape = self.shape_of(theirs.numel()) if theirs.numel() else (0, 3)
@@ -192,9 +193,12 @@ class Draw:
             case "cast":
                 target: DtypeCode = self._data.draw(st.sampled_from(FLOATS))
                 return cast(ours, target), theirs.to(torch_dtype(target))
-            case _:
+            case "multiply":
                 other, tensor = self.leaf(code, tuple(theirs.shape))
                 return multiply(ours, other), theirs * tensor
+            case _:
+                other, tensor = self.leaf(code, tuple(theirs.shape))
+                return add(ours, other), theirs + tensor
 
     def limits(self) -> dict[Any, dict[str, int]]:
         """Draw limits, by module, that are so small that every way to read a tensor is taken."""
@@ -293,6 +297,7 @@ def test_fingerprint_differs_if_values_come_from_elsewhere(source: Source) -> No
         concat([rows(0, 4).narrow(1, 0, 1), rows(9, 4).narrow(1, 2, 3)], 1),
         multiply(square, rows(1, 4)),
         multiply(square, rows(2, 4)),
+        add(square, rows(2, 4)),
         multiply(cast(cast(square, "F16"), "F32"), rows(2, 4)),
         multiply(cast(cast(square, "BF16"), "F32"), rows(2, 4)),
         *(filled(value, info) for value in (0.0, -0.0, 1.0, 0.1234567, 0.1234568)),
