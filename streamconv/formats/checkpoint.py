@@ -183,7 +183,11 @@ def _open_files(weights: WeightFiles, read_local_headers: bool = True, origin: A
                 if names is not None:
                     check_weight_map(file.where, weights.index, found, names)
                 elif twice := tensors.keys() & found.keys():
-                    raise CorruptError(f"{file.where} has {printable(min(twice))}, and so has another file beside it.")
+                    name = min(twice)
+                    raise CorruptError(
+                        f"{tensors[name].record.file.location} and {file.where} both have '{printable(name)}'. Remove "
+                        "the file that does not belong to this model."
+                    )
             files.append(file)
             tensors.update(found)
             non_tensors.update(other)
