@@ -1,4 +1,4 @@
-"""The types that describe a family's architecture: fields that every family has, and aspects that only some have.
+"""The types that describe a family's architecture: fields that every family has; `aspects` are those of some.
 
 A family's rules define the tensors and their conversion. The rest is the model's configuration, derived from the
 tensors' shapes, and the names under which models were published. Code outside the family's own module checks for an
@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from streamconv.display import printable
-from streamconv.families.image_processors import PixelSteps, class_name, read_pixel_steps
+from streamconv.families.aspects import (
+    AttentionHeads,
+    BlockChunks,
+    ClassifierHead,
+    DecidingValues,
+    ExtraPrefix,
+    ImageProcessor,
+)
 from streamconv.families.rules import Rule, expand
 from streamconv.tensors.info import TensorInfo
 
@@ -22,14 +29,14 @@ T = TypeVar("T")
 class ConversionSpec:
     """The conversion of a model of certain dimensions.
 
-    ``dims`` maps the rules' symbols to numbers, and ``count`` is the number of values that ``{i}`` takes; ``config`` is
-    config.json without dtype and labels. ``problems``: dimensions that the transformers config cannot express.
-    ``notes``: assumptions that the tensors do not confirm.
+    ``dims`` maps the rules' symbols to numbers, and ``counts`` is how many values each index takes: ``{"i": 12}`` if
+    there are 12 blocks. ``config`` is config.json without dtype and labels. ``problems``: dimensions that the
+    transformers config cannot express. ``notes``: assumptions that the tensors do not confirm.
     """
 
     rules: tuple[Rule, ...]
     dims: Mapping[str, int]
-    count: int
+    counts: Mapping[str, int]
     architecture: str
     config: Mapping[str, Any]
     problems: tuple[str, ...] = ()
@@ -75,98 +82,6 @@ class Model:
     image_processor_note: str = ""
 
 
-@dataclass(frozen=True)
-class ExtraPrefix:
-    """A prefix of names that are not part of the backbone.
-
-    ``is_skipped``: such tensors are skipped automatically; otherwise the user must pass --select.
-    """
-
-    start: str
-    reason: str
-    is_skipped: bool = True
-
-
-@dataclass(frozen=True)
-class ClassifierHead:
-    """A classifier's head, which the authors publish in a separate file.
-
-    Its tensors are ``keys`` in that file, and ``prefix`` + key among a family's source keys. In a backbone's file, a
-    head may also have one of the prefixes ``starts``. ``classes`` is the symbol in `ConversionSpec.dims` for the number
-    of classes, 0 without a head; ``reads`` names the backbone's outputs that it reads. A head of ``imagenet_classes``
-    classes gets ImageNet's labels, unless the user gives others.
-    """
-
-    prefix: str
-    classes: str
-    keys: frozenset[str] = frozenset({"weight", "bias"})
-    imagenet_classes: int | None = None
-    starts: frozenset[str] = frozenset()
-    reads: str = ""
-
-
-@dataclass(frozen=True)
-class ImageProcessor:
-    """The image processor of a family's models.
-
-    ``default`` is its config for a model that was never published; a config of another class may take its place.
-    ``authors_round``: the authors' own transform rounds resized images to whole grey levels, although the class of
-    ``default`` does not.
-    """
-
-    default: Mapping[str, Any]
-    authors_round: bool = False
-
-    def pixel_steps(self, processor: Mapping[str, Any]) -> PixelSteps:
-        """Return the steps that a preprocessor_config.json of such a model stands for.
-
-        Raises:
-            UnknownStepsError: they are not known.
-        """
-        name = class_name(processor)  # without one, transformers takes the class that belongs to the model
-        return read_pixel_steps(processor if name else {**processor, "image_processor_type": class_name(self.default)})
-
-
-@dataclass(frozen=True)
-class BlockChunks:
-    """The keys of sources that keep their blocks in several lists, and so contain the number of the list, too.
-
-    ``unchunked_key`` converts such a key to the key in the rules; ``chunked_key`` converts (key in the rules, number of
-    blocks, number of lists) to the key in such a file.
-    """
-
-    unchunked_key: Callable[[str], str]
-    chunked_key: Callable[[str, int, int], str]
-
-
-@dataclass(frozen=True)
-class AttentionHeads:
-    """The number of attention heads, which tensors do not show.
-
-    ``number`` returns it for dimensions, 0 if it is not known; ``with_number`` returns the dimensions with another
-    number, or equal ones if published models of their size have this number. ``is_published``: whether there are
-    published models of this size, whose number is taken; otherwise, the number is a guess. ``reason`` says why it is
-    taken. ``config_key`` is its name in config.json; transformers takes ``config_default`` if a model's own config.json
-    does not have it.
-
-    ``number_beside`` returns the number in a config.json that was found beside a file in its authors' names, None
-    unless the config plainly describes the model of these dimensions.
-    """
-
-    number: Callable[[Any], int]
-    with_number: Callable[[Any, int], Any]
-    is_published: Callable[[Any], bool]
-    reason: Callable[[Any], str]
-    number_beside: Callable[[Mapping[str, Any], Any], int | None] = lambda config, dimensions: None
-    config_key: str = "num_attention_heads"
-    config_default: int | None = None
-
-    def number_in(self, config: Mapping[str, Any]) -> int | None:
-        """Return the number that a model's config.json states; None if it states none."""
-        number = config.get(self.config_key, self.config_default if "model_type" in config else None)
-        return number if type(number) is int and number > 0 else None
-
-
 def _same_key(key: str) -> tuple[str, ...]:
     return (key,)
 
@@ -195,8 +110,8 @@ class Family:
     dimensions with what only a model's own config.json shows.
     ``loaded_keys`` returns the names that transformers gives to a target after loading, of several parts if it cuts it
     along dim 0: save_pretrained sorts tensors by the first, and so divides them into shards in that order. A state dict
-    that torch.save wrote has these names. ``extra_prefixes``: names that training leaves beside or
-    in a backbone.
+    that torch.save wrote has these names. ``extra_prefixes``: names that training leaves beside or in a backbone.
+    ``variants`` are dimensions of models that were not published, with rules that no published model has.
 
     For model cards: ``organisation`` is the authors' organisation on the Hub, and ``pipeline_tags`` maps architectures
     to the Hub's names of their tasks.
@@ -219,15 +134,18 @@ class Family:
     with_config: Callable[[Any, Mapping[str, Any]], Any] = _same_dimensions
     loaded_keys: Callable[[str], tuple[str, ...]] = _same_key
     extra_prefixes: tuple[ExtraPrefix, ...] = ()
+    variants: tuple[Any, ...] = ()
     classifier_head: ClassifierHead | None = None
     image_processor: ImageProcessor | None = None
     block_chunks: BlockChunks | None = None
     attention_heads: AttentionHeads | None = None
+    deciding_values: DecidingValues | None = None
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The rules of all published models, which together include every rule of the family."""
-        return tuple(rule for model in self.models for rule in self.conversion_spec(model.dimensions).rules)
+        """The rules of all published models and of the variants, which together include every rule of the family."""
+        known = (*(model.dimensions for model in self.models), *self.variants)
+        return tuple(dict.fromkeys(rule for dimensions in known for rule in self.conversion_spec(dimensions).rules))
 
     @property
     def converted_rules(self) -> tuple[Rule, ...]:
@@ -258,11 +176,12 @@ class Family:
         Tensors that are dropped and may have any shape are not among them.
         """
         spec = self.conversion_spec(dimensions)
-        expected = expand(spec.rules, spec.dims, spec.count)
+        expected = expand(spec.rules, spec.dims, spec.counts)
         infos = {key: TensorInfo("F32", each.shape) for key, each in expected.items() if each.shape is not None}
         if not block_chunks or self.block_chunks is None:
             return infos
-        return {self.block_chunks.chunked_key(key, spec.count, block_chunks): info for key, info in infos.items()}
+        blocks, chunked_key = spec.counts[self.block_chunks.index], self.block_chunks.chunked_key
+        return {chunked_key(key, blocks, block_chunks): info for key, info in infos.items()}
 
     def config_problems(self, spec: ConversionSpec, config: Mapping[str, Any]) -> list[str]:
         """List the entries of a model's config.json that describe a computation other than ``spec``."""

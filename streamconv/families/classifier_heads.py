@@ -9,7 +9,8 @@ from functools import cached_property
 from itertools import islice
 
 from streamconv.errors import MappingError, UsageError
-from streamconv.families.base import ClassifierHead, Family
+from streamconv.families.aspects import ClassifierHead
+from streamconv.families.base import Family
 from streamconv.families.layout import Layout
 from streamconv.families.left_out import left_out, left_out_beside_head
 from streamconv.families.prefixes import complete_prefix, matching_prefixes, shown
@@ -64,12 +65,13 @@ def _shapes(
     unknown = {head.prefix + key: TensorInfo("F32", ()) for key in head.keys}
     spec = family.conversion_spec(family.read_dimensions({**backbone, **unknown}))
     return {
-        rule.source.removeprefix(head.prefix): tuple(
+        source.removeprefix(head.prefix): tuple(
             None if symbol == head.classes else int(symbol) if symbol.isdigit() else spec.dims[symbol]
-            for symbol in rule.shape or ()
+            for symbol in shape or ()
         )
         for rule in spec.rules
-        if rule.source.startswith(head.prefix)
+        for source, shape in zip(rule.sources, rule.shapes, strict=False)
+        if source.startswith(head.prefix)
     }
 
 

@@ -5,7 +5,6 @@ the one whose rules know the most of the checkpoint's keys fits best. If there i
 refused: the order in which families are listed never decides.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -14,13 +13,12 @@ from itertools import islice
 from streamconv.display import printable
 from streamconv.errors import MappingError
 from streamconv.families.base import Family
+from streamconv.families.mapping import Origin, origins_of
+from streamconv.families.patterns import Patterns, numbered
 from streamconv.families.registry import all_families
 from streamconv.families.rules import Rule
 from streamconv.families.wrapped_names import prefix_before, unwrapped
 from streamconv.tensors.info import TensorInfo
-
-# A dot-free part of a name that is one of the numbers from 0 on.
-NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])")
 
 
 def find_prefixes(names: Iterable[str]) -> dict[str, list[Family]]:
@@ -54,16 +52,9 @@ def find_converted_prefixes(names: Iterable[str]) -> dict[str, list[Family]]:
 
 def _signature_targets(family: Family) -> Iterator[tuple[str, str]]:
     """Yield each key of the signature with its targets, without the prefix that some architectures have before them."""
-    rules = family.rules
+    rules = Patterns((source, rule) for rule in family.rules for source in rule.sources)
     for key in family.signature:
-        number, pattern = NUMBER.search(key), NUMBER.sub("{i}", key, count=1)
-        i = number and number[0]
-        targets = {
-            target.format(i=i)
-            for rule in rules
-            if rule.source in (key, pattern) and rule.value is None
-            for target in rule.targets[:1]
-        }
+        targets = {numbered(target, values) for rule, values in rules.find(key) for target in rule.targets[:1]}
         for target in targets:
             if not any(target.endswith(f".{other}") for other in targets):
                 yield key, target
@@ -93,8 +84,8 @@ def _find_prefixes(names: Iterable[str], spellings: Iterable[tuple[str, str, str
     return {prefix: families for prefix, families in fits.items() if families}
 
 
-def find_converted(infos: Mapping[str, TensorInfo], where: str) -> tuple[Family, dict[str, tuple[str, ...]]] | None:
-    """Return the family whose targets these are, and the targets that make up each of its sources (`source_names_of`).
+def find_converted(infos: Mapping[str, TensorInfo], where: str) -> tuple[Family, dict[str, Origin]] | None:
+    """Return the family whose targets these are, and how each of its sources is made from them (`origins_of`).
 
     Returns:
         None if these are the targets of no family.
@@ -102,7 +93,7 @@ def find_converted(infos: Mapping[str, TensorInfo], where: str) -> tuple[Family,
     Raises:
         MappingError: several families fit equally well.
     """
-    sources = {family.name: source_names_of(family.converted_rules, infos) for family in all_families()}
+    sources = {family.name: origins_of(family.converted_rules, infos) for family in all_families()}
     families = _best_fits([(family, sources[family.name].keys() - infos.keys()) for family in all_families()])
     if not families:
         return None
@@ -158,25 +149,5 @@ def _completeness(family: Family, keys: Iterable[str]) -> float:
 
 def _count_known(rules: Iterable[Rule], keys: Iterable[str]) -> int:
     """Count the keys that match a rule as a whole."""
-    sources = {rule.source for rule in rules if rule.value is None}
-    return sum(key in sources or NUMBER.sub("{i}", key, count=1) in sources for key in keys)
-
-
-def source_names_of(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
-    """Return the sources that ``targets`` were made from, each with the targets that make it up.
-
-    A target that fits no rule is its own source. The parts of one source have one dtype and shape.
-    """
-    makers = {target: rule for rule in rules for target in rule.targets if rule.value is None}
-    sources: dict[str, tuple[str, ...]] = {}
-    for name in targets:
-        number = NUMBER.search(name)
-        rule = makers.get(NUMBER.sub("{i}", name, count=1)) if "{i}" not in name else None
-        i = number and number[0]
-        parts = tuple(target.format(i=i) for target in rule.targets) if rule is not None else ()
-        is_whole = targets.keys() >= {*parts} and len({targets[part] for part in parts}) == 1
-        if rule is not None and is_whole and (len(parts) == 1 or targets[name].shape):  # scalars cannot be joined
-            sources[rule.source.format(i=i)] = parts
-        else:
-            sources[name] = (name,)
-    return sources
+    sources = Patterns((source, None) for source in {source for rule in rules for source in rule.sources})
+    return sum(key in sources for key in keys)

@@ -7,15 +7,8 @@ Web-DINO (Fan et al. 2025, https://github.com/facebookresearch/webssl) is the sa
 import math
 from typing import Any
 
-from streamconv.families.base import (
-    AttentionHeads,
-    BlockChunks,
-    ClassifierHead,
-    ConversionSpec,
-    ExtraPrefix,
-    Family,
-    ImageProcessor,
-)
+from streamconv.families.aspects import AttentionHeads, BlockChunks, ClassifierHead, ExtraPrefix, ImageProcessor
+from streamconv.families.base import ConversionSpec, Family
 from streamconv.families.dinov2_geometry import (
     HEAD_PREFIX,
     Dimensions,
@@ -102,7 +95,7 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
     return ConversionSpec(
         rules=rules(sizes, f"{prefix}." if is_classifier else "") + (HEAD_RULES if is_classifier else ()),
         dims=dims,
-        count=sizes.layers,
+        counts={"i": sizes.layers},
         architecture=f"{kind}ForImageClassification" if is_classifier else f"{kind}Model",
         config=config,
         problems=tuple(problems),

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from streamconv.families.base import ExtraPrefix, Family
-from streamconv.families.detection import NUMBER, source_names_of
+from streamconv.families.aspects import ExtraPrefix
+from streamconv.families.base import Family
+from streamconv.families.mapping import Origin, origins_of
 from streamconv.families.other_contents import OPTIMIZER_STATE
+from streamconv.families.patterns import Patterns
 from streamconv.families.rules import Rule, expand
 from streamconv.families.wrapped_names import untrained_start, unwrapped
 from streamconv.tensors.info import DTYPES, TensorInfo
@@ -37,11 +39,11 @@ class Layout:
         key = unwrapped(name.removeprefix(self.prefix))
         return key if self.is_converted else self.family.unchunked_key(key)
 
-    def sources(self, infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
-        """Return the source of each spelling, with all spellings that make it up."""
-        return (
-            source_names_of(self.family.converted_rules, infos) if self.is_converted else {key: (key,) for key in infos}
-        )
+    def origins(self, infos: Mapping[str, TensorInfo]) -> dict[str, Origin]:
+        """Return the sources that tensors of these spellings are, or were made from."""
+        if self.is_converted:
+            return origins_of(self.family.converted_rules, infos)
+        return {key: Origin((key,)) for key in infos}
 
     @cached_property
     def head_targets(self) -> frozenset[str]:
@@ -50,26 +52,27 @@ class Layout:
         return frozenset(
             target.rpartition(".")[0] + "."
             for rule in self.family.rules
-            if head is not None and rule.source.startswith(head.prefix)
+            if head is not None and rule.is_under(head.prefix)
             for target in rule.targets
         )
 
     def is_known(self, spelling: str) -> bool:
         """Return whether a model of the family may have a tensor of this spelling, whatever its number of blocks."""
-        return spelling in self._patterns or NUMBER.sub("{i}", spelling, count=1) in self._patterns
+        return spelling in self._patterns
 
     @cached_property
-    def _patterns(self) -> frozenset[str]:
+    def _patterns(self) -> Patterns[None]:
         rules = self.family.converted_rules if self.is_converted else self.family.rules
-        return frozenset(
-            spelling for rule in rules for spelling in (rule.targets if self.is_converted else (rule.source,))
-        )
+        return Patterns((pattern, None) for pattern in {each for rule in rules for each in self._spellings(rule)})
+
+    def _spellings(self, rule: Rule) -> tuple[str, ...]:
+        return rule.targets if self.is_converted else rule.sources
 
     def strays(self, infos: Mapping[str, TensorInfo]) -> list[str]:
         """Return the spellings of names that are inside the prefix, but not inside any module of the backbone."""
-        sources = self.sources(infos)
+        origins = self.origins(infos)
         spec = self.family.conversion_spec(
-            self.family.read_dimensions({key: infos[keys[0]] for key, keys in sources.items()})
+            self.family.read_dimensions({key: infos[each.names[0]] for key, each in origins.items()})
         )
         known = self._modules | self._modules_of(spec.rules)
         return [spelling for spelling in infos if spelling.partition(".")[0] not in known]
@@ -87,8 +90,8 @@ class Layout:
         return frozenset(
             spelling.partition(".")[0]
             for rule in rules
-            if head is None or not rule.source.startswith(head.prefix)
-            for spelling in (rule.targets if self.is_converted else (rule.source,))
+            if head is None or not rule.is_under(head.prefix)
+            for spelling in self._spellings(rule)
         )
 
     def extra(self, name: str, info: TensorInfo) -> tuple[str, ExtraPrefix] | None:
@@ -124,6 +127,6 @@ class Layout:
     def missing(self, backbone: Mapping[str, TensorInfo]) -> Iterator[str]:
         """Yield the keys that a backbone lacks, whatever the shapes of the others."""
         spec = self.family.conversion_spec(self.family.read_dimensions(backbone))
-        for key, expected in expand(spec.rules, spec.dims, spec.count).items():
+        for key, expected in expand(spec.rules, spec.dims, spec.counts).items():
             if key not in backbone and not expected.rule.drop_reason:
                 yield key

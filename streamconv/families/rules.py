@@ -1,62 +1,244 @@
 """Rules that turn source tensors into target tensors: data, matched against whole keys.
 
-``{i}`` in a pattern is one dot-free part of a key. Every source key matches exactly one rule and every target is made
-exactly once; all violations are listed in one error. A rule also states its source's shape in symbols, so the rules
-describe a complete checkpoint. Read from right to left, they turn targets back into sources.
+A rule names its sources and targets with patterns (`patterns`), and the operations between them (`operations`). It also
+states the shapes of its sources in symbols, so the rules describe a complete checkpoint. Read from right to left, they
+turn targets back into sources. `mapping` applies them.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
-from streamconv.display import first_few
-from streamconv.errors import MappingError
-from streamconv.families.expected import ExpandedNames, numbered
-from streamconv.tensors.expressions import Expression, concat
-from streamconv.tensors.info import DTYPES, DtypeCode
+from streamconv.families.operations import (
+    Chunk,
+    Concat,
+    Dims,
+    Multiply,
+    Omit,
+    Operation,
+    Permute,
+    Reshape,
+    Stack,
+    Symbols,
+    Transpose,
+    numbers,
+)
+from streamconv.families.patterns import ExpandedNames, Indexes, all_values, count_of, indexes_of, numbered
+from streamconv.tensors.expressions import Expression, placeholder
+from streamconv.tensors.info import DtypeCode, TensorInfo
+
+__all__ = [
+    "ExpectedTensor", "Rule", "chunk", "concat", "constants", "convert", "count_of", "drop", "expand", "fill",
+    "multiply", "permute", "rename", "reshape", "stack", "transpose", "without_fills",
+]  # fmt: skip
 
 Shape = tuple[int, ...]
+_Names = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A pattern of source keys, their shape in symbols, and the targets that the tensor is cut into along dim 0.
+    """Patterns of source keys, their shapes in symbols, the operations on them, and the targets that come out.
 
-    ``shape`` is None if any shape will do. A rule with a ``value`` has no source: its target is filled with the value.
-    A rule with a ``drop_reason`` has no target.
+    An index in sources and targets repeats the rule. One in the sources alone gathers tensors, and one in the targets
+    alone spreads them; they are in the order of the index, for one pattern after the other.
+
+    A shape is None if any will do. A rule with a ``value`` has no source: its target is filled with the value. A rule
+    with a ``drop_reason`` has no target, and its source may be missing; ``restored`` is what the inverse puts there,
+    None if it cannot be restored.
     """
 
-    source: str
-    shape: tuple[str, ...] | None
+    sources: tuple[str, ...]
+    shapes: tuple[Symbols | None, ...]
     targets: tuple[str, ...]
+    operations: tuple[Operation, ...] = ()
     value: float | None = None
     drop_reason: str = ""
+    restored: Expression | None = None
+
+    @property
+    def repeating(self) -> tuple[str, ...]:
+        """The indexes that repeat the rule."""
+        sources, targets = indexes_of(*self.sources), indexes_of(*self.targets)
+        if not self.sources or not self.targets:
+            return sources + targets
+        return tuple(index for index in sources if index in targets)
+
+    def names(self, values: Indexes, counts: Indexes) -> tuple[list[str], list[str]]:
+        """Return the keys of the sources and the names of the targets for one repetition."""
+        sources, targets = (
+            [
+                numbered(pattern, {**values, **each})
+                for pattern in patterns
+                for each in all_values(self._own(pattern), counts)
+            ]
+            for patterns in (self.sources, self.targets)
+        )
+        return sources, targets
+
+    def repetitions(self, counts: Indexes) -> Iterator[tuple[list[str], list[str]]]:
+        """Yield the sources and targets of each repetition."""
+        for values in all_values(self.repeating, counts):
+            yield self.names(values, counts)
+
+    def is_under(self, prefix: str) -> bool:
+        """Return whether its sources have this prefix."""
+        return any(source.startswith(prefix) for source in self.sources)
+
+    def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
+        """Return the targets of one repetition, made from its sources."""
+        results = list(tensors)
+        for operation in self.operations:
+            results = operation.apply(results, dims)
+        return results
+
+    def undo(self, targets: Sequence[Expression], dims: Dims, counts: Indexes) -> list[Expression]:
+        """Return the sources of one repetition; ``dims`` and ``counts`` may be empty if they are not known.
+
+        Raises:
+            NoInverseError: an operation has no inverse, or none without ``dims`` and ``counts``.
+            ValueError: the targets do not fit each other.
+        """
+        before: list[list[TensorInfo] | None] = []
+        results = self._stand_ins(targets[0].info.dtype, dims, counts) if self.operations else None
+        for operation in self.operations:
+            before.append(None if results is None else [each.info for each in results])
+            results = None if results is None else operation.apply(results, dims)
+        tensors = list(targets)
+        for operation, infos in zip(reversed(self.operations), reversed(before), strict=True):
+            tensors = operation.undo(tensors, infos)
+        return tensors
+
+    def _stand_ins(self, dtype: DtypeCode, dims: Dims, counts: Indexes) -> list[Expression] | None:
+        """Return tensors with the shapes of the sources of one repetition; None if they are not known."""
+        try:
+            return [
+                placeholder(TensorInfo(dtype, numbers(shape or (), dims)))
+                for pattern, shape in zip(self.sources, self.shapes, strict=True)
+                for _ in range(math.prod(counts[index] for index in self._own(pattern)))
+            ]
+        except KeyError:
+            return None
+
+    def _own(self, pattern: str) -> list[str]:
+        """Return the indexes of a pattern that do not repeat the rule."""
+        return [index for index in indexes_of(pattern) if index not in self.repeating]
+
+    @property
+    def omits(self) -> bool:
+        """Whether it leaves out parts of its sources."""
+        return any(isinstance(operation, Omit) for operation in self.operations)
+
+    def left_out(self, sources: Sequence[Expression], dims: Dims) -> Iterator[tuple[str, TensorInfo]]:
+        """Yield what one repetition leaves out of its sources, and why."""
+        if self.drop_reason:
+            yield from ((self.drop_reason, source.info) for source in sources)
+        results = list(sources)
+        for operation in self.operations:
+            if isinstance(operation, Omit):
+                yield operation.reason, results[operation.index].info
+            results = operation.apply(results, dims)
+
+    def restorations(self) -> Iterator[str]:
+        """Yield what `undo` fills with constants, and why the conversion left it out."""
+        if self.restored is not None:
+            yield f"{self.sources[0]}: {self.drop_reason}"
+        for operation in self.operations:
+            if isinstance(operation, Omit):
+                yield f"{' and '.join(self.sources)} (a part): {operation.reason}"
+
+    def source_shapes(self, dims: Dims) -> dict[str, Shape | None]:
+        """Return the shape of each pattern of sources; None if any will do."""
+        pairs = zip(self.sources, self.shapes, strict=True)
+        return {pattern: None if shape is None else numbers(shape, dims) for pattern, shape in pairs}
+
+    def target_shapes(self, dims: Dims, counts: Indexes) -> dict[str, Shape | None]:
+        """Return the shape of each pattern of targets; None if any will do."""
+        sources = None if None in self.shapes else self._stand_ins("F32", dims, counts)
+        try:
+            made = self.apply(sources or [], dims)
+        except ValueError:  # impossible sizes, which the family's own problems describe
+            made = []
+        if not made or not self.targets:
+            return dict.fromkeys(self.targets)
+        step = len(made) // len(self.targets)
+        return dict(zip(self.targets, (each.shape for each in made[::step]), strict=True))
+
+
+def _symbols(shape: str) -> Symbols:
+    return tuple(shape.split())
+
+
+def convert(sources: _Names, targets: _Names, shapes: _Names, *operations: Operation) -> Rule:
+    """Make targets from sources by any operations, applied in this order to the list of the sources.
+
+    A single name or shape may be given as it is; ``shapes`` are symbols separated by spaces: ``"1 N D"``.
+    """
+    names, made, symbols = ((each,) if isinstance(each, str) else each for each in (sources, targets, shapes))
+    return Rule(names, tuple(map(_symbols, symbols)), made, operations)
 
 
 def rename(source: str, target: str, shape: str) -> Rule:
     """Give a tensor another name. ``shape`` is symbols separated by spaces: ``"1 N D"``."""
-    return Rule(source, tuple(shape.split()), (target,))
+    return convert(source, target, shape)
 
 
-def chunk(source: str, targets: tuple[str, ...], shape: str) -> Rule:
-    """Cut a tensor into equal parts along dim 0, in the order of ``targets``, as torch.chunk does."""
-    return Rule(source, tuple(shape.split()), targets)
+def chunk(source: str, targets: tuple[str, ...], shape: str, dim: int = 0) -> Rule:
+    """Cut a tensor into equal parts along ``dim``, in the order of ``targets``, as torch.chunk does."""
+    return convert(source, targets, shape, *([Chunk(len(targets), dim)] if len(targets) > 1 else []))
+
+
+def concat(sources: tuple[str, ...], target: str, shapes: tuple[str, ...], dim: int = 0) -> Rule:
+    """Concatenate tensors along ``dim``, as torch.cat does."""
+    return convert(sources, target, shapes, Concat(dim))
+
+
+def stack(sources: _Names, target: str, shape: str, dim: int = 0) -> Rule:
+    """Concatenate tensors of one shape along a new dimension, as torch.stack does.
+
+    The sources are several patterns, or one with an index that ``target`` does not have:
+    ``stack("experts.{e}.weight", "experts.weight", "F D")``.
+    """
+    names = (sources,) if isinstance(sources, str) else sources
+    return convert(names, target, (shape,) * len(names), Stack(dim))
+
+
+def permute(source: str, target: str, shape: str, dims: tuple[int, ...]) -> Rule:
+    """Put the dimensions of a tensor in another order, as torch.permute does."""
+    return convert(source, target, shape, Permute(dims))
+
+
+def transpose(source: str, target: str, shape: str, one: int = 0, other: int = 1) -> Rule:
+    """Swap two dimensions of a tensor, as torch.transpose does."""
+    return convert(source, target, shape, Transpose(one, other))
+
+
+def reshape(source: str, target: str, shape: str, new_shape: str) -> Rule:
+    """Give a tensor another shape, as torch.reshape does. Both shapes are symbols."""
+    return convert(source, target, shape, Reshape(_symbols(new_shape)))
+
+
+def multiply(sources: tuple[str, str], target: str, shape: str) -> Rule:
+    """Multiply two tensors of one shape, element by element. It has no inverse."""
+    return convert(sources, target, (shape, shape), Multiply())
 
 
 def fill(target: str, value: float, shape: str) -> Rule:
     """Make a tensor that no source has, filled with ``value``."""
-    return Rule("", tuple(shape.split()), (target,), value)
+    return Rule((), (_symbols(shape),), (target,), value=value)
 
 
-def drop(source: str, reason: str, shape: str | None = None) -> Rule:
-    """Leave a tensor out, if it is there. ``shape`` is checked if it is given."""
-    return Rule(source, None if shape is None else tuple(shape.split()), (), drop_reason=reason)
+def drop(source: str, reason: str, shape: str | None = None, restored: Expression | None = None) -> Rule:
+    """Leave a tensor out, if it is there. ``shape`` is checked if it is given.
+
+    ``restored`` is written in its place when the conversion is reverted; without it, that is refused.
+    """
+    return Rule((source,), (None if shape is None else _symbols(shape),), (), drop_reason=reason, restored=restored)
 
 
 def without_fills(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """Return the rules for a model that has all targets: each filled target becomes a source of the same name."""
-    return tuple(rule if rule.value is None else replace(rule, source=rule.targets[0], value=None) for rule in rules)
+    return tuple(rule if rule.value is None else replace(rule, sources=rule.targets, value=None) for rule in rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,165 +250,43 @@ class ExpectedTensor:
     targets: tuple[str, ...]
 
 
-def expand(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> Mapping[str, ExpectedTensor]:
+def expand(rules: Iterable[Rule], dims: Dims, counts: Indexes) -> Mapping[str, ExpectedTensor]:
     """Return every source key that the rules match; rules that fill have none.
 
-    ``dims`` gives the symbols' numbers (a number is itself); ``count`` is how many values ``{i}`` takes, from 0. The
-    keys are in the order of `ExpandedNames`.
-    """
-
-    def expected(rule: Rule) -> Callable[[int], ExpectedTensor]:
-        shape = _numbers(rule, dims)
-        return lambda i: ExpectedTensor(rule, shape, tuple(numbered(target, i) for target in rule.targets))
-
-    return ExpandedNames({rule.source: expected(rule) for rule in rules if rule.value is None}, count)
-
-
-def _numbers(rule: Rule, dims: Mapping[str, int]) -> Shape | None:
-    return None if rule.shape is None else tuple(int(s) if s.isdigit() else dims[s] for s in rule.shape)
-
-
-def map_tensors(
-    rules: Iterable[Rule],
-    tensors: Mapping[str, Expression],
-    dims: Mapping[str, int],
-    count: int,
-    where: str,
-    known_problems: Sequence[str] = (),
-    display_names: Mapping[str, str] | None = None,
-    is_cast: bool = False,
-) -> dict[str, Expression]:
-    """Return the targets by name, in the order of the rules.
-
-    ``known_problems`` are listed together with those found here, in which ``display_names`` replace the keys.
-    Different dtypes of weights are accepted if all tensors will be cast to one.
+    ``dims`` gives the symbols' numbers; ``counts`` is how many values each index takes, from 0. The keys are in the
+    order of `ExpandedNames`.
 
     Raises:
-        MappingError: source keys are missing, match no rule, or have another shape.
+        ValueError: two rules have the same source, which is a mistake in a family.
     """
-    with_source = [rule for rule in rules if rule.value is None]
-    kept = [rule for rule in with_source if not rule.drop_reason]
-    shapes, optional = (
-        ExpandedNames({rule.source: _constant(_numbers(rule, dims)) for rule in each}, count)
-        for each in (kept, [rule for rule in with_source if rule.drop_reason])
-    )
-    one_dtype = None if is_cast else "a model has one: choose it with --dtype"
-    _require_fit(tensors, shapes, where, known_problems, display_names or {}, one_dtype, optional=optional)
-    targets: dict[str, Expression] = {}
-    for key, each in expand(kept, dims, count).items():
-        tensor = tensors[key]
-        parts = tensor.chunk(len(each.targets)) if len(each.targets) > 1 else [tensor]
-        for name, part in zip(each.targets, parts, strict=True):
-            if name in targets:
-                raise ValueError(f"two rules make {name}")  # a mistake in a family, not in a checkpoint
-            targets[name] = part
-    return targets
+    expected = {}
+    for rule in rules:
+        for pattern, shape in rule.source_shapes(dims).items() if rule.value is None else ():
+            if pattern in expected:
+                raise ValueError(f"two rules read {pattern}")
+            expected[pattern] = _Expected(rule, shape, counts)
+    return ExpandedNames(expected, counts)
 
 
-def invert(
-    rules: Iterable[Rule],
-    tensors: Mapping[str, Expression],
-    dims: Mapping[str, int],
-    count: int,
-    where: str,
-    known_problems: Sequence[str] = (),
-) -> dict[str, Expression]:
-    """Run `map_tensors` backwards: return the sources of the targets ``tensors``, in the order of `expand`.
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """Makes the expected tensor of one repetition."""
 
-    Raises:
-        MappingError: targets are missing, are made by no rule, or have another shape; or a rule has no inverse.
-    """
-    with_source = [rule for rule in rules if rule.value is None]
-    lost = [f"{rule.source}: {rule.drop_reason}" for rule in with_source if rule.drop_reason]
-    if lost:
-        raise MappingError(f"{where} cannot be reverted: its conversion drops tensors, which cannot be restored:", lost)
-    parts = {target: _constant(_part(rule, dims)) for rule in with_source for target in rule.targets}
-    _require_fit(tensors, ExpandedNames(parts, count), where, known_problems, {})
-    expected = expand(with_source, dims, count)
-    return {key: concat([tensors[name] for name in each.targets]) for key, each in expected.items()}
+    rule: Rule
+    shape: Shape | None
+    counts: Indexes
+
+    def __call__(self, values: Indexes) -> ExpectedTensor:
+        repeating = {index: values[index] for index in self.rule.repeating}
+        return ExpectedTensor(self.rule, self.shape, tuple(self.rule.names(repeating, self.counts)[1]))
 
 
-def _part(rule: Rule, dims: Mapping[str, int]) -> Shape | None:
-    """Return the shape of one of the equal parts that a tensor is cut into."""
-    shape = _numbers(rule, dims)
-    return shape and (shape[0] // len(rule.targets), *shape[1:])
-
-
-def _constant(shape: Shape | None) -> Callable[[int], Shape | None]:
-    return lambda i: shape
-
-
-def _require_fit(
-    tensors: Mapping[str, Expression],
-    expected: Mapping[str, Shape | None],
-    where: str,
-    known_problems: Sequence[str],
-    display_names: Mapping[str, str],
-    one_dtype: str | None = "a model has one",
-    optional: Mapping[str, Shape | None] | None = None,
-) -> None:
-    """Compare names, shapes and dtypes. ``optional`` tensors may be missing, and their dtypes do not matter."""
-    optional, missing, unexpected, wrong = optional or {}, len(expected), [], []
-    dtypes: dict[DtypeCode, list[str]] = {}
-    for name, tensor in tensors.items():
-        if is_expected := name in expected:
-            missing -= 1
-            dtypes.setdefault(tensor.info.dtype, []).append(display_names.get(name, name))
-        elif name not in optional:
-            unexpected.append(name)
-            continue
-        shape = (expected if is_expected else optional)[name]
-        if shape is not None and tensor.info.shape != shape:
-            wrong.append((name, shape))
-    wrong_dtypes = _dtype_problems(dtypes, one_dtype)
-    problems = chain(  # formatted lazily: there may be millions, and the error keeps the first of them
-        known_problems,
-        (
-            f"missing: {name}{'' if shape is None else f' {list(shape)}'}"
-            for name, shape in expected.items()
-            if name not in tensors
-        ),
-        (f"unexpected: {display_names.get(name, name)} {list(tensors[name].info.shape)}" for name in unexpected),
-        (
-            f"wrong shape: {display_names.get(name, name)} is {list(tensors[name].info.shape)}, not {list(shape)}"
-            for name, shape in wrong
-        ),
-        wrong_dtypes,
-    )
-    if count := len(known_problems) + missing + len(unexpected) + len(wrong) + len(wrong_dtypes):
-        counted = "1 problem" if count == 1 else f"{count:,} problems"
-        raise MappingError(f"{where} does not fit ({counted}):", problems, count)
-
-
-def _dtype_problems(dtypes: Mapping[DtypeCode, Sequence[str]], one_dtype: str | None) -> list[str]:
-    """List dtypes that no model has, and a mixture of dtypes. ``dtypes`` maps each to the names of its tensors."""
-    known = [code for code, dtype in DTYPES.items() if dtype.is_weight]
-    problems = [
-        f"wrong dtype: {first_few(names, 1)} in {dtype}; only {', '.join(known)} are converted"
-        for dtype, names in dtypes.items()
-        if dtype not in known
-    ]
-    weights = sorted((len(names), dtype) for dtype, names in dtypes.items() if dtype in known)
-    if len(weights) > 1 and one_dtype is not None:
-        held = " and ".join(f"{dtype} ({first_few(dtypes[dtype], 1)})" for _, dtype in reversed(weights))
-        problems.append(f"mixed dtypes: {held}; {one_dtype}")
-    return problems
-
-
-def constants(rules: Iterable[Rule], dims: Mapping[str, int], count: int) -> dict[str, tuple[float, tuple[int, ...]]]:
+def constants(rules: Iterable[Rule], dims: Dims, counts: Indexes) -> dict[str, tuple[float, Shape]]:
     """Return the targets that no source has, by name: their values and shapes."""
     return {
-        target.format(i=i): (rule.value, _numbers(rule, dims) or ())
+        target: (rule.value, numbers(rule.shapes[0] or (), dims))
         for rule in rules
         if rule.value is not None
-        for target in rule.targets
-        for i in (range(count) if "{i}" in target else (0,))
+        for _, targets in rule.repetitions(counts)
+        for target in targets
     }
-
-
-def count_of(pattern: str, names: Iterable[str]) -> int:
-    """Count the values from 0 on that ``{i}`` of ``pattern`` takes among ``names``; gaps are counted too."""
-    regex = re.compile(re.escape(pattern).replace(r"\{i\}", "(0|[1-9][0-9]{0,5})"))
-    found = [int(match[1]) for name in names if (match := regex.fullmatch(name))]
-    # One stray huge number is an unexpected key, not the reason to miss thousands.
-    return next((top + 1 for top in sorted(found, reverse=True) if top < 2 * len(found)), 0)

@@ -4,28 +4,27 @@ The backbone's names start with a prefix ("", "teacher.backbone.", "state_dict.m
 start of whole keys only, never from their middle: `head.norm.bias` is not a backbone's `norm.bias`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 from streamconv.errors import MappingError
-from streamconv.families.base import ExtraPrefix, Family
+from streamconv.families.aspects import ExtraPrefix
+from streamconv.families.base import Family
 from streamconv.families.classifier_heads import HeadsBeside
-from streamconv.families.detection import (
-    choose_family,
-    find_converted_prefixes,
-    find_prefixes,
-    source_names_of,
-)
+from streamconv.families.detection import choose_family, find_converted_prefixes, find_prefixes
 from streamconv.families.layout import Layout
+from streamconv.families.mapping import Origin, joined, origins_of
 from streamconv.families.no_backbone import no_backbone_error, refuse_other_models
 from streamconv.families.prefixes import complete_prefix, several_backbones, shown
 from streamconv.families.wrapped_names import unwrapped
 from streamconv.formats.checkpoint import Checkpoint
 from streamconv.formats.non_tensors import NonTensor
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import DTYPES, TensorInfo
 
+_ITSELF = Origin(())
 _WEIGHT = TensorInfo("F32", (1,))  # stands for a tensor whose dtype and shape are not known
 
 
@@ -53,7 +52,8 @@ class Selection:
     """The part of a file that is converted, and the family that it belongs to.
 
     ``names`` maps each key of the backbone, and of a head in the same file, as the family's rules spell it, to the
-    file's name for it; in a model that was converted before, to all names that make up the key's tensor. ``head_names``
+    file's name for it; in a model that was converted before, to all names that make up the key's tensor, which
+    ``origins`` joins. ``head_names``
     maps the keys of a head in a file of its own to that file's names. ``unread`` are the values, by their names in
     the file, that would be parts of the model if they were plain tensors. ``config`` is the config.json of a model that
     was converted before, and ``image_processor`` its preprocessor_config.json, None if it has none;
@@ -77,6 +77,20 @@ class Selection:
     head_names: Mapping[str, str] = field(default_factory=dict)
     unproved: tuple[str, ...] = ()
     small_file_notes: tuple[str, ...] = ()
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+
+    def tensors(self, checkpoint: Mapping[str, Expression], where: str) -> dict[str, Expression]:
+        """Return the tensors of the file by their keys in the rules.
+
+        Raises:
+            MappingError: the rules for a converted model have no inverse.
+        """
+        if not self.origins:
+            return {key: checkpoint[name] for key, (name,) in self.names.items()}
+        parts = {key: [checkpoint[name] for name in names] for key, names in self.names.items()}
+        infos = {key: self.origins.get(key, _ITSELF).info([part.info for part in each]) for key, each in parts.items()}
+        spec = self.family.conversion_spec(self.family.read_dimensions(infos))
+        return joined(self.origins, parts, spec.dims, spec.counts, where)
 
     @property
     def display_names(self) -> dict[str, str]:
@@ -113,7 +127,7 @@ def find_backbone(
     is_converted = chosen not in original
 
     def keys_of(family: Family) -> Iterable[str]:
-        return source_names_of(family.converted_rules, infos) if is_converted else map(family.unchunked_key, infos)
+        return origins_of(family.converted_rules, infos) if is_converted else map(family.unchunked_key, infos)
 
     layout = Layout(choose_family(found[chosen], keys_of, where), chosen, is_converted)
     return _select(checkpoint, where, layout, is_chosen=prefix is not None, head_prefix=head_prefix)
@@ -131,9 +145,9 @@ def _select(
     infos = {name: tensor.info for name, tensor in checkpoint.items()}
     spelled, others, doubled = _sort(infos, layout)
     strays = {key: spelled.pop(key) for key in layout.strays({key: infos[name] for key, name in spelled.items()})}
-    sources = layout.sources({key: infos[name] for key, name in spelled.items()})
-    names = {key: tuple(spelled[each] for each in keys) for key, keys in sources.items()}
-    backbone = {key: _joined_info([infos[name] for name in each]) for key, each in names.items()}
+    origins = layout.origins({key: infos[name] for key, name in spelled.items()})
+    names = {key: tuple(spelled[each] for each in origin.names) for key, origin in origins.items()}
+    backbone = {key: origin.info([infos[name] for name in names[key]]) for key, origin in origins.items()}
     inside = {*spelled.values()}
     candidates = {name: info for name, info in infos.items() if name not in inside}
     heads = HeadsBeside(layout, candidates, backbone, where)
@@ -167,6 +181,7 @@ def _select(
         unread,
         layout.is_converted,
         unproved=tuple(filter(None, assumptions)),
+        origins=origins if layout.is_converted else {},
     )
 
 
@@ -235,9 +250,3 @@ def _skip(
             unknown[name] = f"{list(infos[name].shape)}{f': {why}' if why else ''}"
     parts = (Skipped(start, len(sizes), sum(sizes), reason) for (start, reason), sizes in skipped.items())
     return tuple(parts), unknown
-
-
-def _joined_info(parts: Sequence[TensorInfo]) -> TensorInfo:
-    """Return the dtype and shape of equal parts that are joined along dim 0."""
-    first = parts[0]
-    return TensorInfo(first.dtype, (len(parts) * first.shape[0], *first.shape[1:])) if first.shape else first

@@ -24,6 +24,7 @@ from streamconv.progress import Progress
 from streamconv.source.authors import compute_digests
 from streamconv.source.cache import download_path
 from streamconv.source.copies import offline_copies
+from streamconv.source.deciding_values import read_summaries
 from streamconv.source.download import downloaded
 from streamconv.source.labels import imagenet_labels, labels_in, read_labels
 from streamconv.source.open import OpenSource, open_source, read_config
@@ -181,6 +182,7 @@ def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None
         image_processor=own_processor,
         selection=source.selection,
         filename=source.source.backbone.name,
+        summaries=read_summaries(source.selection, source.tensors, source.checkpoints["backbone"].reader),
     )
     chosen = [checkpoint.note for checkpoint in source.checkpoints.values() if checkpoint.note]
     plan = replace(plan, notes=(*chosen, *plan.notes, *source.notes))

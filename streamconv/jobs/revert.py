@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import MappingError, OutputError, SourceMissingError, UsageError
-from streamconv.families.base import Family, Model
+from streamconv.families.base import ConversionSpec, Family, Model
 from streamconv.families.detection import find_converted
+from streamconv.families.mapping import invert
 from streamconv.families.registry import all_families, family_named
-from streamconv.families.rules import invert
 from streamconv.files.address import local_path
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.non_tensors import non_tensor_error
@@ -34,7 +34,7 @@ from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.small_files import read_json_beside
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.evaluation import read_bytes
-from streamconv.tensors.expressions import Expression, concat, filled
+from streamconv.tensors.expressions import Expression, filled
 from streamconv.tensors.info import DTYPES
 
 SAFETENSORS = ".safetensors"
@@ -48,7 +48,8 @@ class Reverted:
 
     ``shaped_like`` is the published model with these dimensions; None if there is none. ``weights`` is the size of all
     tensors in bytes. ``resumed_bytes`` counts the bytes that an interrupted run had written and that were kept after a
-    check. ``seconds`` is the time spent writing the files.
+    check. ``seconds`` is the time spent writing the files. ``restored`` lists tensors, or parts of them, that the
+    conversion left out: their values are those that the authors' code starts with, not those of the original file.
     """
 
     family_name: str
@@ -57,6 +58,7 @@ class Reverted:
     weights: int
     resumed_bytes: int = 0
     seconds: float = 0.0
+    restored: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -77,6 +79,7 @@ class Reverted:
             "weights": self.weights,
             "resumed_bytes": self.resumed_bytes,
             "seconds": self.seconds,
+            "restored": list(self.restored),
         }
 
 
@@ -120,7 +123,7 @@ def revert(
         others = {name: each for name, each in checkpoint.non_tensors.items() if each.kind.is_tensor}
         if others:
             raise non_tensor_error(others, str(source))
-        family, model, count, tensors = _originals(
+        family, model, spec, tensors = _originals(
             _without_fillings(checkpoint, manifest.filled if manifest else {}),
             str(source),
             read_json_beside(checkpoint.folder or source, CONFIG_NAME)[0] or {},
@@ -128,13 +131,7 @@ def revert(
         known = model.block_chunks if model is not None else 0
         recorded = manifest.block_chunks if manifest is not None else known
         chunks = block_chunks if block_chunks is not None else recorded
-        if not 0 <= chunks <= count:
-            raise UsageError(f"{count} blocks cannot be in {chunks} chunks. Give --block-chunks from 0 to {count}.")
-        if chunks:
-            if family.block_chunks is None:
-                raise UsageError(f"A {family.name} model has no block chunks. Omit --block-chunks.")
-            chunked_key = family.block_chunks.chunked_key
-            tensors = {chunked_key(key, count, chunks): tensor for key, tensor in tensors.items()}
+        tensors = _chunked(tensors, chunks, family, spec)
         backbone, heads = family.split_head(tensors)
         if heads and head is None:
             raise UsageError(f"{source} is a classifier, whose head needs a separate file. Name it with --head FILE.")
@@ -145,7 +142,22 @@ def revert(
         written, resumed_bytes = _write(files, checkpoint, source, force, progress)
         seconds = time.monotonic() - start
     weights = sum(tensor.info.nbytes for tensor in tensors.values())
-    return Reverted(family.name, model.name if model else None, written, weights, resumed_bytes, seconds)
+    restored = tuple(text for rule in spec.rules for text in rule.restorations())
+    return Reverted(family.name, model.name if model else None, written, weights, resumed_bytes, seconds, restored)
+
+
+def _chunked(
+    tensors: dict[str, Expression], chunks: int, family: Family, spec: ConversionSpec
+) -> dict[str, Expression]:
+    """Return the tensors by their keys in a file whose blocks are in ``chunks`` lists, 0 for one plain list."""
+    if not chunks:
+        return tensors
+    if family.block_chunks is None:
+        raise UsageError(f"A {family.name} model has no block chunks. Omit --block-chunks.")
+    count = spec.counts[family.block_chunks.index]
+    if not 0 <= chunks <= count:
+        raise UsageError(f"{count} blocks cannot be in {chunks} chunks. Give --block-chunks from 0 to {count}.")
+    return {family.block_chunks.chunked_key(key, count, chunks): tensor for key, tensor in tensors.items()}
 
 
 def _require_writable(paths: Sequence[Path], source: Path, force: bool) -> None:
@@ -179,24 +191,24 @@ def _without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) ->
 
 def _originals(
     checkpoint: Mapping[str, Expression], where: str, config: Mapping[str, Any]
-) -> tuple[Family, Model | None, int, dict[str, Expression]]:
-    """Return the family, the published model, the number of blocks, and the original's tensors in its own order."""
+) -> tuple[Family, Model | None, ConversionSpec, dict[str, Expression]]:
+    """Return the family, the published model, its rules, and the original's tensors in its own order."""
     infos = {name: tensor.info for name, tensor in checkpoint.items()}
     found = find_converted(infos, where)
     if found is None:
         known = ", ".join(each.name for each in all_families())
         held = [*list(infos)[:3], *["…"] * (len(infos) > 3)]
         raise MappingError(f"{where} does not hold a model that streamconv can convert to ({known}). It holds:", held)
-    family, sources = found
-    originals = {key: concat([checkpoint[name] for name in names]) for key, names in sources.items()}
-    dimensions = family.read_dimensions({key: tensor.info for key, tensor in originals.items()})
+    family, origins = found
+    shapes = {key: origin.info([infos[name] for name in origin.names]) for key, origin in origins.items()}
+    dimensions = family.read_dimensions(shapes)
     heads = family.attention_heads
     # The files to be written do not contain the number of heads, so any number will do if there is no config.json.
     spec = family.conversion_spec(heads.with_number(dimensions, heads.number_in(config) or 1) if heads else dimensions)
     problems = family.config_problems(spec, config)
-    tensors = invert(spec.rules, checkpoint, spec.dims, spec.count, where, problems)
+    tensors = invert(spec.rules, checkpoint, spec.dims, spec.counts, where, problems)
     model = next((known for known in family.models if known.dimensions == dimensions), None)
-    return family, model, spec.count, tensors
+    return family, model, spec, tensors
 
 
 def _write(

@@ -5,8 +5,9 @@ from typing import Any
 
 from streamconv.errors import MappingError, UsageError
 from streamconv.families.base import ConversionSpec, Family, Model
+from streamconv.families.mapping import map_tensors
 from streamconv.families.other_models import recognise
-from streamconv.families.rules import ExpectedTensor, constants, expand, map_tensors, without_fills
+from streamconv.families.rules import ExpectedTensor, constants, expand, without_fills
 from streamconv.families.selection import Selection, Skipped
 from streamconv.families.wrapped_names import unwrapped
 from streamconv.formats.non_tensors import non_tensor_error
@@ -33,6 +34,7 @@ def make_plan(
     num_heads: int | None = None,
     image_processor: OwnImageProcessor | None = None,
     filename: str = "",
+    summaries: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Decide the whole output.
 
@@ -47,6 +49,7 @@ def make_plan(
         num_heads: The number of attention heads, if it is not what the family assumes.
         image_processor: The image processor that the user gave, if one was given.
         filename: The name of the backbone's file, which distinguishes published models of equal dimensions.
+        summaries: What was read of the tensors whose values decide (`DecidingValues`), by key.
 
     Raises:
         MappingError: the tensors are not exactly those of a known model; lists every difference.
@@ -58,27 +61,30 @@ def make_plan(
     family = selection.family
     read = family.read_dimensions({key: tensor.info for key, tensor in tensors.items()})
     read = family.with_config(read, selection.config)
+    if family.deciding_values is not None and not selection.is_converted:
+        read = family.deciding_values.with_summaries(read, summaries or {})
     heads = choose_heads(read, selection, num_heads)
     if model is not None and read == model.dimensions != heads.dimensions:
         raise UsageError(f"{model.name} has another number of attention heads than {num_heads}. Omit --num-heads.")
     dimensions, candidates = _identify(heads.dimensions, where, family, model)
     spec = family.conversion_spec(dimensions)
-    expected = expand(spec.rules, spec.dims, spec.count)
-    block_chunks = _block_chunks(selection, spec.count)
+    expected = expand(spec.rules, spec.dims, spec.counts)
+    block_chunks = _block_chunks(selection, spec.counts)
     _refuse_other_tensors(selection, where)
     corrected = with_given_heads(selection, num_heads)
     problems = _problems(spec, corrected, block_chunks)
     names = selection.display_names
     # A converted model has every tensor of its class; only its authors' file may leave out what has no effect.
     rules = without_fills(spec.rules) if selection.is_converted else spec.rules
+    code = None if dtype is None else BY_TORCH_NAME[dtype].code
     try:
-        targets = map_tensors(rules, tensors, spec.dims, spec.count, where, problems, names, is_cast=dtype is not None)
+        targets = map_tensors(rules, tensors, spec.dims, spec.counts, where, problems, names, code)
     except MappingError as error:
         raise _explained(error, tensors, expected, names, where) from error
 
     stored_dtype = next(iter(targets.values())).info.dtype
-    written_dtype = stored_dtype if dtype is None else BY_TORCH_NAME[dtype].code
-    fills = constants(spec.rules, spec.dims, spec.count)
+    written_dtype = code or stored_dtype
+    fills = constants(spec.rules, spec.dims, spec.counts)
     config = make_config(spec, family, written_dtype, labels, corrected.config)
     written = _as_written(targets, fills, written_dtype, family)
     refuse_unstreamable(written)
@@ -116,7 +122,7 @@ def make_plan(
             *filter(None, [repeats_note(shards)]),
         ),
         unproved=(*([heads.unproved] if heads.unproved and not is_published else []), *selection.unproved),
-        skipped=(*selection.skipped, *_dropped(tensors, expected, selection.prefix)),
+        skipped=(*selection.skipped, *_dropped(tensors, spec, selection.prefix)),
         filled={name: value for name, (value, _) in fills.items()},
         block_chunks=block_chunks or 0,
     )
@@ -136,11 +142,12 @@ def _identify(dimensions: Any, where: str, family: Family, model: Model | None) 
     return model.dimensions, [model]
 
 
-def _block_chunks(selection: Selection, layers: int) -> int | None:
+def _block_chunks(selection: Selection, counts: Mapping[str, int]) -> int | None:
     """Return the number of lists that the file's blocks are in: 0 for one plain list, None if no number fits."""
     chunks = selection.family.block_chunks
     if chunks is None or selection.is_converted:
         return 0
+    layers = counts[chunks.index]
     keys = selection.family.split_head(selection.names)[0]
     names = {key: unwrapped(name.removeprefix(selection.prefix)) for key, (name,) in keys.items()}
     if all(key == name for key, name in names.items()):
@@ -215,12 +222,15 @@ def _with_dimensions(candidates: Sequence[Model], filename: str) -> Model | None
     return candidates[0] if len(candidates) == 1 else next(iter(named), None)
 
 
-def _dropped(
-    tensors: Mapping[str, Expression], expected: Mapping[str, ExpectedTensor], prefix: str
-) -> tuple[Skipped, ...]:
-    """Return the tensors that rules drop, grouped by rule."""
-    sizes: dict[tuple[str, str], list[int]] = {}
-    for key, each in expected.items():
-        if key in tensors and each.rule.drop_reason:
-            sizes.setdefault((prefix + each.rule.source, each.rule.drop_reason), []).append(tensors[key].info.nbytes)
-    return tuple(Skipped(start, len(found), sum(found), reason) for (start, reason), found in sizes.items())
+def _dropped(tensors: Mapping[str, Expression], spec: ConversionSpec, prefix: str) -> tuple[Skipped, ...]:
+    """Return the tensors that rules drop, and those of which they omit a part, grouped by rule."""
+    skipped = []
+    for rule in spec.rules:
+        sizes: dict[tuple[str, str], list[int]] = {}
+        for keys, _ in rule.repetitions(spec.counts) if rule.drop_reason or rule.omits else ():
+            found = [tensors[key] for key in keys if key in tensors]
+            for reason, info in rule.left_out(found, spec.dims) if found else ():
+                where = f"{prefix}{' and '.join(rule.sources)}{' (a part)' if rule.targets else ''}"
+                sizes.setdefault((where, reason), []).append(info.nbytes)
+        skipped += [Skipped(start, len(each), sum(each), reason) for (start, reason), each in sizes.items()]
+    return tuple(skipped)

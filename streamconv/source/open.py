@@ -30,7 +30,7 @@ from streamconv.source.authors import Authorship, authorship
 from streamconv.source.cache import torch_hub_cache
 from streamconv.source.resolve import Source
 from streamconv.source.small_files import with_small_files
-from streamconv.tensors.expressions import Expression, concat
+from streamconv.tensors.expressions import Expression
 
 
 def _has_checksums(tensors: Mapping[str, Expression]) -> bool:
@@ -191,7 +191,7 @@ def open_source(
         backbone = checkpoints["backbone"]
         head_select = source.head_select if source.head is None else None
         selection = find_backbone(backbone, str(source.backbone), source.select, head_select)
-        tensors = {key: concat([backbone[name] for name in names]) for key, names in selection.names.items()}
+        tensors = selection.tensors(backbone, str(source.backbone))
         if reads_small_files and source.model is None:
             infos = {key: tensor.info for key, tensor in tensors.items()}
             origin = None if is_offline else source.origins.get("backbone")

@@ -355,6 +355,8 @@ def concat(tensors: Sequence[Expression], dim: int = 0) -> Expression:
     """
     if len(tensors) == 1:  # which may be a scalar
         return tensors[0]
+    if not tensors[0].shape:
+        raise ValueError("scalars cannot be concatenated")
     parts: list[Expression] = []
     for tensor in tensors:
         if tensor.info.dtype != tensors[0].info.dtype or _without(tensor, dim) != _without(tensors[0], dim):

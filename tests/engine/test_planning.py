@@ -215,7 +215,7 @@ def test_rules_use_the_names_of_the_original_script() -> None:
     for geometry in (tiny(), tiny(swiglu=True)):
         backbone, _ = make_states(geometry)
         spec = FAMILY.conversion_spec(geometry)
-        targets = {t.format(i=i) for rule in spec.rules for t in rule.targets for i in range(spec.count)}
+        targets = {t.format(i=i) for rule in spec.rules for t in rule.targets for i in range(spec.counts["i"])}
         assert targets == set(original_mapping(backbone))
 
 

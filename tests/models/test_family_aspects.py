@@ -13,7 +13,8 @@ from transformers import AutoImageProcessor
 
 import streamconv
 from streamconv import MappingError, UsageError
-from streamconv.families.base import ConversionSpec, Family, ImageProcessor
+from streamconv.families.aspects import ImageProcessor
+from streamconv.families.base import ConversionSpec, Family
 from streamconv.families.dinov2 import FAMILY, conversion_spec
 from streamconv.families.dinov2_geometry import Dimensions
 from streamconv.families.registry import find_model

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from streamconv import Checkpoint, MappingError, TensorInfo, UsageError
-from streamconv.families.base import AttentionHeads, BlockChunks, ConversionSpec, Family, Model, RemoteFile
+from streamconv.families.aspects import AttentionHeads, BlockChunks
+from streamconv.families.base import ConversionSpec, Family, Model, RemoteFile
 from streamconv.families.rules import Rule, count_of, drop, rename
 from streamconv.families.selection import Selection, find_backbone
 from streamconv.files.base import ByteRange, FileRef
@@ -30,7 +31,7 @@ def family(name: str, *own: str, blocks: bool = True) -> Family:
         return count_of("blocks.{i}.norm", infos)
 
     def conversion_spec(layers: int) -> ConversionSpec:
-        return ConversionSpec(rules, {"D": 2}, layers, f"{name.title()}Model", {"model_type": name})
+        return ConversionSpec(rules, {"D": 2}, {"i": layers}, f"{name.title()}Model", {"model_type": name})
 
     file = RemoteFile(f"{name}.pth", f"https://example.org/{name}.pth")
     return Family(

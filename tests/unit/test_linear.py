@@ -20,16 +20,15 @@ from hypothesis import strategies as st
 from streamconv.cli.messages import plan_lines
 from streamconv.errors import MappingError, StreamconvError, UsageError
 from streamconv.families.dinov2 import FAMILY
-from streamconv.families.expected import ExpandedNames
 from streamconv.families.layout import Layout
 from streamconv.families.left_out import left_out_beside_head
 from streamconv.families.near_names import near_names
+from streamconv.families.patterns import ExpandedNames
 from streamconv.families.selection import find_backbone
 from streamconv.formats.limits import MAX_NAME_LENGTH
 from streamconv.planning import shards
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
-from streamconv.tensors.expressions import concat
 from streamconv.tensors.info import TensorInfo
 from tests.support import checkpoint_of_shapes, plan_of_shapes, tiny
 
@@ -77,7 +76,7 @@ def backbones(prefix: str) -> Callable[[int], Shapes]:
 def plan_of(shapes: Shapes, **options: str) -> Plan:
     checkpoint = checkpoint_of_shapes(shapes)
     selection = find_backbone(checkpoint, "x.pth", **options)
-    tensors = {key: concat([checkpoint[name] for name in names]) for key, names in selection.names.items()}
+    tensors = selection.tensors(checkpoint, "x.pth")
     return make_plan(tensors, "x.pth", selection=selection)
 
 
@@ -252,7 +251,8 @@ def test_parent_of_a_name_is_what_it_shares_with_the_prefix(prefix: str, start: 
 @given(st.lists(st.sampled_from(["x", "b.{i}.x", "b.{i}.y.z", "c.{i}", "norm.w"]), unique=True), st.integers(0, 12))
 @settings(deadline=None)
 def test_expanded_names_are_those_of_every_block(patterns: list[str], count: int) -> None:
-    names = ExpandedNames({each: lambda i, each=each: (each, i) for each in patterns}, count)  # type: ignore[misc]
+    values = {each: lambda indexes, each=each: (each, indexes.get("i", 0)) for each in patterns}
+    names = ExpandedNames(values, {"i": count})  # type: ignore[var-annotated]
     wanted: dict[str, tuple[str, int]] = {}
     for is_block, group in itertools.groupby(patterns, lambda each: "{i}" in each):
         block = list(group)

@@ -98,7 +98,7 @@ def test_a_key_is_found_after_any_prefix() -> None:
 def test_no_family_has_a_name_that_a_wrapper_inserts() -> None:
     for family in all_families():
         for rule in family.rules:
-            for key in (rule.source, *rule.targets):
+            for key in (*rule.sources, *rule.targets):
                 assert unwrapped(key) == key
 
 

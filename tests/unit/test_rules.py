@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from streamconv import MappingError, TensorInfo
-from streamconv.families.detection import source_names_of
-from streamconv.families.rules import chunk, count_of, invert, map_tensors, rename
+from streamconv.families.mapping import Origin, invert, map_tensors, origins_of
+from streamconv.families.rules import chunk, count_of, rename
 from streamconv.files.base import ByteRange, FileRef
-from streamconv.tensors.expressions import Read, Record, concat
+from streamconv.tensors.expressions import Read, Record
 from streamconv.tensors.info import contiguous_strides
 
 RULES = (
@@ -30,7 +30,7 @@ def make(tmp_path: Path):  # type: ignore[no-untyped-def]
 
 
 def test_chunk_splits_rows_in_order(make) -> None:  # type: ignore[no-untyped-def]
-    targets = map_tensors(RULES, {"cls": make(1, 2), "blocks.0.qkv": make(6, 2)}, DIMS, 1, "x")
+    targets = map_tensors(RULES, {"cls": make(1, 2), "blocks.0.qkv": make(6, 2)}, DIMS, {"i": 1}, "x")
     assert {name: (t.info.shape, t.offset) for name, t in targets.items()} == {
         "embeddings.cls": ((1, 2), 0),
         "layer.0.q": ((2, 2), 0),
@@ -42,7 +42,7 @@ def test_chunk_splits_rows_in_order(make) -> None:  # type: ignore[no-untyped-de
 def test_mapping_lists_all_problems_at_once(make) -> None:  # type: ignore[no-untyped-def]
     source = {"blocks.0.qkv": make(6, 3), "blocks.00.qkv": make(6, 2), "extra": make(1), "blocks.1.qkv.x": make(6, 2)}
     with pytest.raises(MappingError) as caught:
-        map_tensors(RULES, source, DIMS, 2, "x.pth")
+        map_tensors(RULES, source, DIMS, {"i": 2}, "x.pth")
     assert sorted(caught.value.problems) == [
         "missing: blocks.1.qkv [6, 2]",
         "missing: cls [1, 2]",
@@ -57,40 +57,40 @@ def test_mapping_lists_all_problems_at_once(make) -> None:  # type: ignore[no-un
 def test_error_counts_the_problems(make) -> None:  # type: ignore[no-untyped-def]
     tensors = {"cls": make(1, 2), "blocks.0.qkv": make(6, 2)}
     with pytest.raises(MappingError, match=r"^x does not fit \(1 problem\):\n  unexpected: other"):
-        map_tensors(RULES, {**tensors, "other": make(1)}, DIMS, 1, "x")
+        map_tensors(RULES, {**tensors, "other": make(1)}, DIMS, {"i": 1}, "x")
 
 
 def test_mixed_dtypes_are_refused(make) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(MappingError, match=r"mixed dtypes: F32 \(cls\) and BF16 \(blocks.0.qkv\)"):
-        map_tensors(RULES, {"cls": make(1, 2), "blocks.0.qkv": make(6, 2, dtype="BF16")}, DIMS, 1, "x")
+        map_tensors(RULES, {"cls": make(1, 2), "blocks.0.qkv": make(6, 2, dtype="BF16")}, DIMS, {"i": 1}, "x")
 
 
 def test_two_rules_with_the_same_target_raise_value_error(make) -> None:  # type: ignore[no-untyped-def]
     rules = (*RULES, rename("other", "embeddings.cls", "1 D"))
     with pytest.raises(ValueError, match="two rules"):
-        map_tensors(rules, {"cls": make(1, 2), "other": make(1, 2), "blocks.0.qkv": make(6, 2)}, DIMS, 1, "x")
+        map_tensors(rules, {"cls": make(1, 2), "other": make(1, 2), "blocks.0.qkv": make(6, 2)}, DIMS, {"i": 1}, "x")
 
 
 def test_inverted_rules_restore_the_source_tensors_in_order(make) -> None:  # type: ignore[no-untyped-def]
     rules = (RULES[0], *(rename(f"blocks.{{i}}.{name}", f"layer.{{i}}.{name}", "D") for name in "ab"), *RULES[1:])
     sources = {"cls": make(1, 2), **{f"blocks.{i}.{name}": make(2) for i in range(11) for name in "ab"}}
     sources |= {f"blocks.{i}.qkv": make(6, 2) for i in range(11)}
-    targets = map_tensors(rules, sources, DIMS, 11, "x")
-    back = invert(rules, dict(reversed(targets.items())), DIMS, 11, "x")
+    targets = map_tensors(rules, sources, DIMS, {"i": 11}, "x")
+    back = invert(rules, dict(reversed(targets.items())), DIMS, {"i": 11}, "x")
     assert list(back) == ["cls", *(f"blocks.{i}.{name}" for i in range(11) for name in ("a", "b", "qkv"))]
     assert {key: tensor.info for key, tensor in back.items()} == {key: t.info for key, t in sources.items()}
     assert back == sources
     infos = {name: target.info for name, target in targets.items()}
-    guessed = source_names_of(rules, infos)
-    assert guessed["blocks.10.qkv"] == ("layer.10.q", "layer.10.k", "layer.10.v")
-    assert {key: concat([targets[name] for name in names]) for key, names in guessed.items()} == back
-    assert map_tensors(rules, back, DIMS, 11, "x") == targets
+    guessed = origins_of(rules, infos)
+    assert guessed["blocks.10.qkv"].names == ("layer.10.q", "layer.10.k", "layer.10.v")
+    assert {key: each.join([targets[n] for n in each.names], {}, {}) for key, each in guessed.items()} == back
+    assert map_tensors(rules, back, DIMS, {"i": 11}, "x") == targets
 
 
 def test_inverting_lists_all_problems_at_once(make) -> None:  # type: ignore[no-untyped-def]
     targets = {"layer.0.q": make(2, 2), "layer.0.k": make(3, 2), "layer.00.v": make(2, 2), "cls": make(1, 2)}
     with pytest.raises(MappingError) as caught:
-        invert(RULES, targets | {"embeddings.cls": make(1, 2, dtype="F16")}, DIMS, 1, "x", ["known"])
+        invert(RULES, targets | {"embeddings.cls": make(1, 2, dtype="F16")}, DIMS, {"i": 1}, "x", ["known"])
     assert sorted(caught.value.problems) == [
         "known",
         "missing: layer.0.v [2, 2]",
@@ -104,10 +104,10 @@ def test_inverting_lists_all_problems_at_once(make) -> None:  # type: ignore[no-
 def test_incomplete_chunks_are_not_concat(make) -> None:  # type: ignore[no-untyped-def]
     info = TensorInfo("F32", (2,))
     strays = ("layer.00.q", "layer.0.1.q", "layer.x.q", "xlayer.0.q", "layer.0.q.weight", "layer.{i}.q", "layer.1.q")
-    assert source_names_of(RULES, dict.fromkeys(strays, info)) == {name: (name,) for name in strays}
+    assert origins_of(RULES, dict.fromkeys(strays, info)) == {name: Origin((name,)) for name in strays}
     for odd in (TensorInfo("F16", (2,)), TensorInfo("F32", (3,))):
         parts = {"layer.0.q": info, "layer.0.k": odd, "layer.0.v": info}
-        assert source_names_of(RULES, parts) == {name: (name,) for name in parts}
+        assert origins_of(RULES, parts) == {name: Origin((name,)) for name in parts}
 
 
 def test_block_count_allows_gaps_but_ignores_outliers() -> None:

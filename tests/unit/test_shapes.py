@@ -9,7 +9,6 @@ from streamconv.errors import MappingError
 from streamconv.families.dinov2 import FAMILY
 from streamconv.families.selection import find_backbone
 from streamconv.planning.make import make_plan
-from streamconv.tensors.expressions import concat
 from tests.support import checkpoint_of_shapes, plan_of_shapes, tiny
 
 DIMENSIONS = tiny(layers=1, hidden=64, classes=3)
@@ -40,5 +39,5 @@ def test_one_tensor_of_another_hidden_size_is_one_problem(key: str, tmp_path: Pa
 
 def plan_of(checkpoint: Checkpoint) -> Plan:
     selection = find_backbone(checkpoint, "x")
-    tensors = {key: concat([checkpoint[name] for name in names]) for key, names in selection.names.items()}
+    tensors = selection.tensors(checkpoint, "x")
     return make_plan(tensors, "x", selection=selection)

@@ -1,0 +1,114 @@
+"""The aspects of a family: what only some architectures have, each described by a dataclass of its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamconv.families.image_processors import PixelSteps, class_name, read_pixel_steps
+
+
+@dataclass(frozen=True)
+class ExtraPrefix:
+    """A prefix of names that are not part of the backbone.
+
+    ``is_skipped``: such tensors are skipped automatically; otherwise the user must pass --select.
+    """
+
+    start: str
+    reason: str
+    is_skipped: bool = True
+
+
+@dataclass(frozen=True)
+class ClassifierHead:
+    """A classifier's head, which the authors publish in a separate file.
+
+    Its tensors are ``keys`` in that file, and ``prefix`` + key among a family's source keys. In a backbone's file, a
+    head may also have one of the prefixes ``starts``. ``classes`` is the symbol in `ConversionSpec.dims` for the number
+    of classes, 0 without a head; ``reads`` names the backbone's outputs that it reads. A head of ``imagenet_classes``
+    classes gets ImageNet's labels, unless the user gives others.
+    """
+
+    prefix: str
+    classes: str
+    keys: frozenset[str] = frozenset({"weight", "bias"})
+    imagenet_classes: int | None = None
+    starts: frozenset[str] = frozenset()
+    reads: str = ""
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """The image processor of a family's models.
+
+    ``default`` is its config for a model that was never published; a config of another class may take its place.
+    ``authors_round``: the authors' own transform rounds resized images to whole grey levels, although the class of
+    ``default`` does not.
+    """
+
+    default: Mapping[str, Any]
+    authors_round: bool = False
+
+    def pixel_steps(self, processor: Mapping[str, Any]) -> PixelSteps:
+        """Return the steps that a preprocessor_config.json of such a model stands for.
+
+        Raises:
+            UnknownStepsError: they are not known.
+        """
+        name = class_name(processor)  # without one, transformers takes the class that belongs to the model
+        return read_pixel_steps(processor if name else {**processor, "image_processor_type": class_name(self.default)})
+
+
+@dataclass(frozen=True)
+class BlockChunks:
+    """The keys of sources that keep their blocks in several lists, and so contain the number of the list, too.
+
+    ``index`` is the index of the blocks in the rules. ``unchunked_key`` converts such a key to the key in the rules;
+    ``chunked_key`` converts (key in the rules, number of blocks, number of lists) to the key in such a file.
+    """
+
+    unchunked_key: Callable[[str], str]
+    chunked_key: Callable[[str, int, int], str]
+    index: str = "i"
+
+
+@dataclass(frozen=True)
+class AttentionHeads:
+    """The number of attention heads, which tensors do not show.
+
+    ``number`` returns it for dimensions, 0 if it is not known; ``with_number`` returns the dimensions with another
+    number, or equal ones if published models of their size have this number. ``is_published``: whether there are
+    published models of this size, whose number is taken; otherwise, the number is a guess. ``reason`` says why it is
+    taken. ``config_key`` is its name in config.json; transformers takes ``config_default`` if a model's own config.json
+    does not have it.
+
+    ``number_beside`` returns the number in a config.json that was found beside a file in its authors' names, None
+    unless the config plainly describes the model of these dimensions.
+    """
+
+    number: Callable[[Any], int]
+    with_number: Callable[[Any, int], Any]
+    is_published: Callable[[Any], bool]
+    reason: Callable[[Any], str]
+    number_beside: Callable[[Mapping[str, Any], Any], int | None] = lambda config, dimensions: None
+    config_key: str = "num_attention_heads"
+    config_default: int | None = None
+
+    def number_in(self, config: Mapping[str, Any]) -> int | None:
+        """Return the number that a model's config.json states; None if it states none."""
+        number = config.get(self.config_key, self.config_default if "model_type" in config else None)
+        return number if type(number) is int and number > 0 else None
+
+
+@dataclass(frozen=True)
+class DecidingValues:
+    """Small tensors whose values, not only their shapes, decide how a checkpoint is converted.
+
+    They are read while the plan is made. ``is_read`` selects them by their keys in the rules. ``summarise`` takes a key
+    and the tensor's values, in row-major order, and returns what matters of them; ``with_summaries`` returns the
+    dimensions with the summaries of all of them, by key.
+    """
+
+    is_read: Callable[[str], bool]
+    summarise: Callable[[str, Sequence[float]], Any]
+    with_summaries: Callable[[Any, Mapping[str, Any]], Any]

@@ -1,0 +1,191 @@
+"""Operations of rules: what turns the sources of a rule into its targets, step by step, and back.
+
+An operation takes a list of tensors and returns another one. Only views and expressions are made; nothing is read.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from streamconv.tensors.expressions import Expression, cast, concat, filled, multiply, stack
+from streamconv.tensors.info import TensorInfo
+
+Symbols = tuple[str, ...]
+Dims = Mapping[str, int]
+
+
+class NoInverseError(ValueError):
+    """The results of an operation do not determine what they were made from. The message says why."""
+
+
+def numbers(symbols: Symbols, dims: Dims) -> tuple[int, ...]:
+    """Return the numbers of symbols; a number is itself.
+
+    Raises:
+        KeyError: a symbol has no number.
+    """
+    return tuple(int(symbol) if symbol.isdigit() else dims[symbol] for symbol in symbols)
+
+
+class Operation(ABC):
+    """A step from the sources of a rule to its targets.
+
+    Both methods raise ValueError for tensors that do not fit.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
+        """Return the results. ``dims`` are the numbers of the family's symbols."""
+
+    @abstractmethod
+    def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
+        """Return what the results were made from. ``inputs`` are its dtypes and shapes, None if they are not known.
+
+        Raises:
+            NoInverseError: it cannot be found out, or not without ``inputs``.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk(Operation):
+    """Cuts each tensor into equal parts along ``dim``, like torch.chunk."""
+
+    count: int
+    dim: int = 0
+
+    def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
+        return [part for tensor in tensors for part in tensor.chunk(self.count, self.dim)]
+
+    def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
+        return [concat(each, self.dim) for each in _runs_of_equals(tensors, self.count)]
+
+
+@dataclass(frozen=True, slots=True)
+class Concat(Operation):
+    """Concatenates all tensors along ``dim``, like torch.cat."""
+
+    dim: int = 0
+
+    def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
+        return [concat(tensors, self.dim)]
+
+    def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
+        if inputs is None:
+            raise NoInverseError("the sizes of the parts are not known")
+        (tensor,) = tensors
+        return tensor.split([info.shape[self.dim] for info in inputs], self.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack(Operation):
+    """Concatenates tensors along a new dimension, like torch.stack: all of them, or ``groups`` runs of equal length."""
+
+    dim: int = 0
+    groups: int = 1
+
+    def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
+        return [stack(each, self.dim) for each in _runs_of_equals(tensors, len(tensors) // self.groups)]
+
+    def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
+        parts = (part for tensor in tensors for part in tensor.chunk(tensor.shape[self.dim], self.dim))
+        return [part.reshape((*part.shape[: self.dim], *part.shape[self.dim + 1 :])) for part in parts]
+
+
+@dataclass(frozen=True, slots=True)
+class Permute(Operation):
+    """Puts the dimensions of each tensor in another order, like torch.permute."""
+
+    dims: tuple[int, ...]
+
+    def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
+        return [tensor.permute(self.dims) for tensor in tensors]
+
+    def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
+        return [tensor.permute([self.dims.index(dim) for dim in range(len(self.dims))]) for tensor in tensors]
+
+
+@dataclass(frozen=True, slots=True)
+class Transpose(Operation):
+    """Swaps two dimensions of each tensor, like torch.transpose."""
+
+    one: int = 0
+    other: int = 1
+
+    def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
+        return [tensor.transpose(self.one, self.other) for tensor in tensors]
+
+    def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
+        return self.apply(tensors, {})
+
+
+@dataclass(frozen=True, slots=True)
+class Reshape(Operation):
+    """Gives each tensor another shape, like torch.reshape. ``shape`` is symbols: ``("1", "1", "D")``."""
+
+    shape: Symbols
+
+    def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
+        return [tensor.reshape(numbers(self.shape, dims)) for tensor in tensors]
+
+    def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
+        if inputs is None:
+            raise NoInverseError("the shape before it is not known")
+        return [tensor.reshape(info.shape) for tensor, info in zip(tensors, inputs, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Multiply(Operation):
+    """Multiplies two tensors of one shape, element by element."""
+
+    def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
+        one, other = tensors
+        return [multiply(one, cast(other, one.info.dtype))]
+
+    def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
+        raise NoInverseError("a product does not tell its factors")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepend(Operation):
+    """Puts ``rows`` entries with a constant value before each tensor along ``dim``."""
+
+    value: float
+    rows: int = 1
+    dim: int = 0
+
+    def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
+        results = []
+        for tensor in tensors:
+            shape = (*tensor.shape[: self.dim], self.rows, *tensor.shape[self.dim + 1 :])
+            results.append(concat([filled(self.value, TensorInfo(tensor.info.dtype, shape)), tensor], self.dim))
+        return results
+
+    def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
+        return [tensor.narrow(self.dim, self.rows, tensor.shape[self.dim] - self.rows) for tensor in tensors]
+
+
+@dataclass(frozen=True, slots=True)
+class Omit(Operation):
+    """Leaves out the tensor ``index`` of the list. Undoing it puts a tensor of one ``value`` there."""
+
+    index: int
+    reason: str
+    value: float = 0.0
+
+    def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
+        return [*tensors[: self.index], *tensors[self.index + 1 :]]
+
+    def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
+        info = tensors[0].info if inputs is None else TensorInfo(tensors[0].info.dtype, inputs[self.index].shape)
+        return [*tensors[: self.index], filled(self.value, info), *tensors[self.index :]]
+
+
+def _runs_of_equals(tensors: Sequence[Expression], length: int) -> list[Sequence[Expression]]:
+    """Divide tensors into runs of ``length``, each of one dtype and shape, which is not that of a scalar."""
+    runs = [tensors[at : at + length] for at in range(0, len(tensors), length)]
+    for run in runs:
+        if len(run) != length or {tensor.info for tensor in run} != {run[0].info}:
+            raise ValueError("tensors that belong together differ in dtype or shape")
+    return runs
