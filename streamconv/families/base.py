@@ -20,6 +20,7 @@ from streamconv.families.aspects import (
     ImageProcessor,
 )
 from streamconv.families.rules import Rule, expand
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import TensorInfo
 
 T = TypeVar("T")
@@ -173,15 +174,26 @@ class Family:
     def sources(self, dimensions: Any, block_chunks: int = 0) -> dict[str, TensorInfo]:
         """Return every tensor of a float32 checkpoint with these dimensions; `split_head` separates the head's.
 
-        Tensors that are dropped and may have any shape are not among them.
+        Tensors that are dropped and may have any shape are not among them; those that can be restored have their dtype.
         """
         spec = self.conversion_spec(dimensions)
+        fixed = self.fixed_values(dimensions)
         expected = expand(spec.rules, spec.dims, spec.counts)
-        infos = {key: TensorInfo("F32", each.shape) for key, each in expected.items() if each.shape is not None}
+        infos = {
+            key: fixed[key].info if key in fixed else TensorInfo("F32", each.shape or ())
+            for key, each in expected.items()
+            if key in fixed or each.shape is not None
+        }
         if not block_chunks or self.block_chunks is None:
             return infos
         blocks, chunked_key = spec.counts[self.block_chunks.index], self.block_chunks.chunked_key
         return {chunked_key(key, blocks, block_chunks): info for key, info in infos.items()}
+
+    def fixed_values(self, dimensions: Any) -> dict[str, Expression]:
+        """Return the source tensors that are not converted, because the authors' code gives them fixed values."""
+        spec = self.conversion_spec(dimensions)
+        expected = expand([rule for rule in spec.rules if rule.restored is not None], spec.dims, spec.counts)
+        return {key: each.rule.restored for key, each in expected.items() if each.rule.restored is not None}
 
     def config_problems(self, spec: ConversionSpec, config: Mapping[str, Any]) -> list[str]:
         """List the entries of a model's config.json that describe a computation other than ``spec``."""

@@ -22,6 +22,8 @@ from streamconv.output.journal import Journal
 from streamconv.output.locks import LockedError, open_exclusive
 from streamconv.output.resumable import require_absent
 from streamconv.progress import Progress, ignore_progress, job
+from streamconv.tensors.evaluation import read_bytes
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import TensorInfo
 
 CHUNK_ELEMENTS = 1 << 20
@@ -72,10 +74,11 @@ def _synth(model: str, path: str | PathLike[str], seed: int, force: bool, progre
     if not os.path.isdir(backbone.parent):
         raise OutputError(f"{backbone.parent} is not a folder. Create it first.")
     backbone_infos, head_infos = family.split_head(family.sources(found.dimensions, found.block_chunks))
+    fixed = family.fixed_values(found.dimensions)
     with ExitStack() as named:  # both or none
-        named.enter_context(_written(backbone, backbone_infos, seed, progress))
+        named.enter_context(_written(backbone, backbone_infos, fixed, seed, progress))
         if head is not None:
-            named.enter_context(_written(head, head_infos, seed + 1, progress))
+            named.enter_context(_written(head, head_infos, {}, seed + 1, progress))
     return SyntheticFiles(backbone, head)
 
 
@@ -141,8 +144,10 @@ def _head_path(backbone: Path, model: Model) -> Path | None:
 
 
 @contextmanager
-def _written(path: Path, infos: Mapping[str, TensorInfo], seed: int, progress: Progress) -> Iterator[None]:
-    """Write a file, which is renamed into place when the block ends well."""
+def _written(
+    path: Path, infos: Mapping[str, TensorInfo], fixed: Mapping[str, Expression], seed: int, progress: Progress
+) -> Iterator[None]:
+    """Write a file of random values, except for the ``fixed`` ones; it is renamed into place if the block ends well."""
     from streamconv.formats.torch_writer import write_pth  # with pickle, which nothing else needs
 
     order = {name: i for i, name in enumerate(infos)}
@@ -151,7 +156,8 @@ def _written(path: Path, infos: Mapping[str, TensorInfo], seed: int, progress: P
 
     def values(name: str) -> Iterator[bytes]:
         nonlocal done
-        for data in _values(name, infos[name], seed, order[name]):
+        values = _values(name, infos[name], seed, order[name])
+        for data in (read_bytes(fixed[name]),) if name in fixed else values:
             yield data
             done += len(data)
             progress(f"generating {path.name}", done, total, "bytes")
