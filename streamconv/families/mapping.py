@@ -15,6 +15,8 @@ from streamconv.families.rules import Rule, Shape, expand
 from streamconv.tensors.expressions import Expression, cast, placeholder
 from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo
 
+_UNEXPECTED: Shape = (-1,)
+
 
 def map_tensors(
     rules: Iterable[Rule],
@@ -213,13 +215,13 @@ def _require_fit(
     optional, missing, unexpected, wrong = optional or {}, len(expected), [], []
     dtypes: dict[DtypeCode, list[str]] = {}
     for name, tensor in tensors.items():
-        if is_expected := name in expected:
+        shape = expected.get(name, _UNEXPECTED)
+        if shape is not _UNEXPECTED:
             missing -= 1
             dtypes.setdefault(tensor.info.dtype, []).append(display_names.get(name, name))
-        elif name not in optional:
+        elif (shape := optional.get(name, _UNEXPECTED)) is _UNEXPECTED:
             unexpected.append(name)
             continue
-        shape = (expected if is_expected else optional)[name]
         if shape is not None and tensor.info.shape != shape:
             wrong.append((name, shape))
     wrong_dtypes = _dtype_problems(dtypes, one_dtype)

@@ -6,7 +6,8 @@ listed, and nothing is stored for each number.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import combinations, groupby, islice, product
 from math import prod
 from typing import Generic, TypeVar
@@ -20,6 +21,7 @@ _NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])")
 _MAX_NUMBERS = 4  # in a name that is looked up; there are 16 ways to replace some of them
 
 
+@lru_cache(maxsize=4096)
 def indexes_of(*patterns: str) -> tuple[str, ...]:
     """Return the indexes of patterns, each once."""
     return tuple(dict.fromkeys(index for pattern in patterns for index in _INDEX.findall(pattern)))
@@ -27,7 +29,9 @@ def indexes_of(*patterns: str) -> tuple[str, ...]:
 
 def numbered(pattern: str, values: Indexes) -> str:
     """Return the name that a pattern stands for; indexes without a value stay."""
-    return _INDEX.sub(lambda found: str(values.get(found[1], found[0])), pattern)
+    for index, value in values.items():
+        pattern = pattern.replace(f"{{{index}}}", str(value))
+    return pattern
 
 
 def all_values(indexes: Sequence[str], counts: Indexes) -> Iterator[dict[str, int]]:
@@ -81,15 +85,22 @@ class ExpandedNames(Mapping[str, T]):
     """
 
     def __init__(self, patterns: Mapping[str, Callable[[Indexes], T]], counts: Indexes):
-        self._names, self._counts = tuple(patterns), counts
+        self.patterns, self._counts = patterns, counts
         self._plain = {name: value for name, value in patterns.items() if "{" not in name}
-        self._patterns = Patterns((name, value) for name, value in patterns.items() if "{" in name)
+        self._found = Patterns((name, value) for name, value in patterns.items() if "{" in name)
 
     def __len__(self) -> int:
-        return sum(prod(self._counts.get(index, 0) for index in indexes_of(name)) for name in self._names)
+        return sum(prod(self._counts.get(index, 0) for index in indexes_of(name)) for name in self.patterns)
 
     def __iter__(self) -> Iterator[str]:
-        return _expanded(self._names, self._counts)
+        return (name for name, _, _ in self.expanded())
+
+    def items(self) -> "ItemsView[str, T]":
+        return _Items(self)
+
+    def expanded(self) -> Iterator[tuple[str, str, Indexes]]:
+        """Yield each name with its pattern and the values of its indexes."""
+        return _expanded([(name, name) for name in self.patterns], {}, self._counts)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._find(name) is not None
@@ -104,17 +115,31 @@ class ExpandedNames(Mapping[str, T]):
     def _find(self, name: str) -> tuple[Callable[[Indexes], T], Indexes] | None:
         if (plain := self._plain.get(name)) is not None:
             return plain, {}
-        for value, indexes in self._patterns.find(name):
+        for value, indexes in self._found.find(name):
             if all(number < self._counts.get(index, 0) for index, number in indexes.items()):
                 return value, indexes
         return None
 
 
-def _expanded(patterns: Sequence[str], counts: Indexes) -> Iterator[str]:
-    for index, group in groupby(patterns, lambda pattern: next(iter(_INDEX.findall(pattern)), None)):
+class _Items(ItemsView[str, T]):
+    """The names and their values, without looking up each name."""
+
+    _mapping: ExpandedNames[T]
+
+    def __iter__(self) -> Iterator[tuple[str, T]]:
+        names = self._mapping
+        return ((name, names.patterns[pattern](values)) for name, pattern, values in names.expanded())
+
+
+def _expanded(
+    patterns: Sequence[tuple[str, str]], values: Indexes, counts: Indexes
+) -> Iterator[tuple[str, str, Indexes]]:
+    """Expand patterns, each given with what is left of it after the indexes in ``values`` have their values."""
+    for index, group in groupby(patterns, lambda each: next(iter(indexes_of(each[0])), None)):
         if index is None:
-            yield from group
+            yield from ((name, pattern, values) for name, pattern in group)
             continue
         block = [*group]
         for i in range(counts.get(index, 0)):
-            yield from _expanded([pattern.replace(f"{{{index}}}", str(i)) for pattern in block], counts)
+            inner = [(numbered(name, {index: i}), pattern) for name, pattern in block]
+            yield from _expanded(inner, {**values, index: i}, counts)

@@ -8,6 +8,7 @@ turn targets back into sources. `mapping` applies them.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from streamconv.families.operations import (
     Chunk,
@@ -56,7 +57,7 @@ class Rule:
     drop_reason: str = ""
     restored: Expression | None = None
 
-    @property
+    @cached_property
     def repeating(self) -> tuple[str, ...]:
         """The indexes that repeat the rule."""
         sources, targets = indexes_of(*self.sources), indexes_of(*self.targets)
@@ -66,15 +67,16 @@ class Rule:
 
     def names(self, values: Indexes, counts: Indexes) -> tuple[list[str], list[str]]:
         """Return the keys of the sources and the names of the targets for one repetition."""
-        sources, targets = (
-            [
-                numbered(pattern, {**values, **each})
-                for pattern in patterns
-                for each in all_values(self._own(pattern), counts)
-            ]
-            for patterns in (self.sources, self.targets)
-        )
-        return sources, targets
+        return self._names(self.sources, values, counts), self._names(self.targets, values, counts)
+
+    def _names(self, patterns: tuple[str, ...], values: Indexes, counts: Indexes) -> list[str]:
+        if all(len(indexes_of(pattern)) <= len(values) for pattern in patterns):  # by far the most, hence the fast way
+            return [numbered(pattern, values) for pattern in patterns]
+        return [
+            numbered(pattern, {**values, **each})
+            for pattern in patterns
+            for each in all_values(self._own(pattern), counts)
+        ]
 
     def repetitions(self, counts: Indexes) -> Iterator[tuple[list[str], list[str]]]:
         """Yield the sources and targets of each repetition."""

@@ -174,13 +174,16 @@ class Read(Expression):
     @property
     def is_contiguous(self) -> bool:
         """Return whether its bytes in row-major order are one range of the record."""
-        dims = zip(self.info.shape, self.strides, contiguous_strides(self.info.shape), strict=True)
-        return self.info.nbytes == 0 or all(n == 1 or have == want for n, have, want in dims)
+        wanted = contiguous_strides(self.info.shape)
+        if self.strides == wanted:
+            return True
+        dims = zip(self.info.shape, self.strides, wanted, strict=True)
+        return all(n == 1 or have == want for n, have, want in dims) or not self.info.nbytes
 
     @property
     def span(self) -> int:
         """The number of bytes in the record from the first element to the last, including gaps."""
-        if not self.info.nbytes:
+        if 0 in self.info.shape:
             return 0
         last = sum((n - 1) * s for n, s in zip(self.info.shape, self.strides, strict=True))
         return (last + 1) * self.info.itemsize
