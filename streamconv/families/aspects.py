@@ -42,11 +42,14 @@ class ImageProcessor:
     """The image processor of a family's models.
 
     ``default`` is its config for a model that was never published; a config of another class may take its place.
+    ``beside`` returns the image processor that a config.json states which was found beside a file in its authors'
+    names, None unless it plainly describes the model of these dimensions.
     ``authors_round``: the authors' own transform rounds resized images to whole grey levels, although the class of
     ``default`` does not.
     """
 
     default: Mapping[str, Any]
+    beside: Callable[[Mapping[str, Any], Any], Mapping[str, Any] | None] | None = None
     authors_round: bool = False
 
     def pixel_steps(self, processor: Mapping[str, Any]) -> PixelSteps:

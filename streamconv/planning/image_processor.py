@@ -10,7 +10,7 @@ from streamconv.errors import UsageError
 from streamconv.families.base import ConversionSpec, Family, Model
 from streamconv.families.image_processors import UnknownStepsError, class_name
 from streamconv.families.selection import Selection
-from streamconv.planning.plan import IMAGE_PROCESSOR_NAME, Origin
+from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME, Origin
 
 MAX_CHANNEL_NUMBER = 10  # of a mean or standard deviation of values from 0 to 1
 
@@ -93,6 +93,9 @@ def choose_image_processor(
     if own is not None:
         return _users(own, family, selection, candidates, spec)
     if base is not None:
+        if not selection.image_processor_file:
+            note = f"{IMAGE_PROCESSOR_NAME}: as the {CONFIG_NAME} beside the weights states"
+            return ChosenImageProcessor(base, "beside", (note,))
         note = f"{IMAGE_PROCESSOR_NAME}: kept from the source, unchanged"
         return ChosenImageProcessor(base, "source", (note,), selection.image_processor_file)
     if channels != 3:

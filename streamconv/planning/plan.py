@@ -29,9 +29,9 @@ Cast = TypedDict("Cast", {"from": str, "to": CastDtype})
 
 CONFIG_NAME = "config.json"
 IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
-Origin = Literal["family", "source", "user", "edited"]
-"""Whose an image processor is: that of the family's published models, the source's own, one that the user gave, or one
-that the user edited after the conversion."""
+Origin = Literal["family", "source", "beside", "user", "edited"]
+"""Whose an image processor is: that of the family's published models, the source's own, one that the config.json beside
+the weights describes, one that the user gave, or one that the user edited after the conversion."""
 
 
 class Names(TypedDict):

@@ -85,18 +85,23 @@ def _guessed_heads(location: Location) -> int | None:
 
 
 def _with_config_beside(selection: Selection, location: Location, infos: Mapping[str, TensorInfo]) -> Selection:
-    """Add the config.json beside a file in its authors' names, which may state the number of attention heads.
+    """Add the config.json beside a file in its authors' names, which may state what tensors do not show.
 
-    At a URL, where that takes a request, it is read only if the number would otherwise be a guess.
+    At a URL, where that takes a request, it is read only if that would otherwise be a guess.
     """
-    heads = selection.family.attention_heads
-    if heads is None or (isinstance(location, Address) and heads.is_published(selection.family.read_dimensions(infos))):
+    family, sizes = selection.family, selection.family.read_dimensions(infos)
+    heads, processor = family.attention_heads, family.image_processor
+    is_published = any(model.dimensions == sizes for model in family.models)
+    beside = None if is_published or processor is None else processor.beside
+    is_guess = heads is not None and not (isinstance(location, Address) and heads.is_published(sizes))
+    if beside is None and not is_guess:
         return selection
     try:
         config, _ = read_json_beside(location, CONFIG_NAME)
     except SourceError as error:
         return replace(selection, small_file_notes=(f"the {CONFIG_NAME} beside it is not used: {error}".rstrip("."),))
-    return replace(selection, config_beside=config or {})
+    config = config or {}
+    return replace(selection, config_beside=config, image_processor=beside and beside(config, sizes))
 
 
 def remember_small_files(selection: Selection, copy: Path) -> None:

@@ -25,6 +25,7 @@ OWN_STEPS = "with Pillow, it produces exactly the pixels of its own steps, compu
 TENSOR_STEPS = "with tensors, it produces the pixels of its own steps, computed by torchvision"
 _WHOSE = {
     "source": "the saved image processor is the source's own, unchanged",
+    "beside": "the saved image processor has the steps that the config.json beside the weights states",
     "user": "the saved image processor is the one that was given",
     "edited": "the saved image processor was edited after the conversion",
 }

@@ -13,6 +13,7 @@ from huggingface_hub import constants, file_download
 
 import streamconv
 from streamconv import MappingError, SourceError, UsageError
+from streamconv.families.registry import find_model
 from streamconv.files.address import Address, parse_location
 from streamconv.planning import plan_json
 from tests import api
@@ -97,7 +98,7 @@ def test_copy_that_is_used_without_a_network_has_its_small_files(
 
 
 def test_number_of_heads_is_found_beside_a_file_at_a_url(server: FileServer, tmp_path: Path) -> None:
-    """In the authors' names, too, unless published models of the size have one."""
+    """In the authors' names, too, unless it has the shapes of a published model, of which everything is known."""
     saved(make_states(tiny())[0], server.folder / "x.pth")
     (server.folder / CONFIG).write_text(
         json.dumps({"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4})
@@ -105,7 +106,9 @@ def test_number_of_heads_is_found_beside_a_file_at_a_url(server: FileServer, tmp
     planned = api.plan(f"{server.url}/x.pth")
     assert (planned.config["num_attention_heads"], planned.unproved) == (4, ())
     assert "4 attention heads, as stated by the config.json beside it" in planned.notes
-    saved(make_states(tiny(hidden=384))[0], server.folder / "y.pth")
+    family, small = find_model("dinov2_vits14")
+    infos = family.sources(small.dimensions)
+    saved({key: torch.zeros(1).expand(info.shape) for key, info in infos.items()}, server.folder / "y.pth")
     server.requests.clear()
     assert api.plan(f"{server.url}/y.pth").config["num_attention_heads"] == 6
     assert {path for path, *_ in server.requests} == {"/y.pth"}
