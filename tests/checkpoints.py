@@ -4,6 +4,7 @@ import argparse
 import json
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,32 @@ def original_mapping(state: State, prefix: str = "") -> State:
             new = f"layernorm.{new.removeprefix('norm.')}"
         result[prefix + new] = value
     return result
+
+
+def timm_state(registers: int = 0, embedded: int = 0, *, is_packed: bool = False) -> State:
+    """Return a random backbone in timm's layout, whose first ``embedded`` tokens have position embeddings."""
+    state, _ = make_states(replace(tiny(swiglu=is_packed, registers=registers), has_mask_token=False))
+    state = {key.replace("w12", "fc1").replace("w3", "fc2"): value for key, value in state.items()}
+    if registers:
+        state["reg_token"] = state.pop("register_tokens")
+    generator = torch.Generator().manual_seed(1)
+    state["pos_embed"] = torch.randn((1, 16 + embedded, 128), generator=generator) * 0.1
+    return state
+
+
+def timm_mapping(state: State) -> State:
+    """Return transformers' tensors for those in timm's layout. It is independent of streamconv's rules."""
+    state, positions = dict(state), state["pos_embed"]
+    if state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * state["blocks.0.mlp.fc2.weight"].shape[1]:
+        state = {key.replace("fc1", "w12").replace("fc2", "w3"): value for key, value in state.items()}
+    if (registers := state.pop("reg_token", None)) is not None:
+        if (last := positions.shape[1] - 16) > 1:
+            registers = registers + positions[:, 1:last]
+            positions = torch.cat((positions[:, :1], positions[:, last:]), dim=1)
+        state |= {"register_tokens": registers, "mask_token": torch.zeros(1, 128, dtype=positions.dtype)}
+    if positions.shape[1] == 16:
+        positions = torch.cat((torch.zeros(1, 1, 128, dtype=positions.dtype), positions), dim=1)
+    return original_mapping(state | {"pos_embed": positions})
 
 
 def wanted(state: State, path: Path) -> bytes:

@@ -32,7 +32,8 @@ class ConversionSpec:
 
     ``dims`` maps the rules' symbols to numbers, and ``counts`` is how many values each index takes: ``{"i": 12}`` if
     there are 12 blocks. ``config`` is config.json without dtype and labels. ``problems``: dimensions that the
-    transformers config cannot express. ``notes``: assumptions that the tensors do not confirm.
+    transformers config cannot express. ``notes``: assumptions that the tensors do not confirm; ``unproved``: those that
+    verification shares, and that change what the model computes.
     """
 
     rules: tuple[Rule, ...]
@@ -42,6 +43,7 @@ class ConversionSpec:
     config: Mapping[str, Any]
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    unproved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

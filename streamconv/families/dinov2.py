@@ -11,10 +11,10 @@ from streamconv.families.aspects import AttentionHeads, BlockChunks, ClassifierH
 from streamconv.families.base import ConversionSpec, Family
 from streamconv.families.dinov2_geometry import (
     HEAD_PREFIX,
+    REGISTER_KEYS,
     Dimensions,
     ffn_size,
     has_published_heads,
-    heads_beside,
     heads_elsewhere,
     read_dimensions,
     reason_for_heads,
@@ -23,14 +23,13 @@ from streamconv.families.dinov2_geometry import (
 )
 from streamconv.families.dinov2_models import IMAGE_PROCESSOR, MODELS
 from streamconv.families.dinov2_rules import HEAD_RULES, chunked_key, loaded_keys, rules, unchunked_key
+from streamconv.families.dinov2_timm import assumptions, differences, heads_beside, image_processor_beside
 
 
-def conversion_spec(sizes: Dimensions) -> ConversionSpec:
-    """Return the rules and the configuration for these sizes."""
-    mlp_ratio = next((r for r in range(1, 17) if ffn_size(sizes.hidden, r, sizes.swiglu) == sizes.ffn), 0)
-    grid = math.isqrt(max(0, sizes.positions - 1))
+def _problems(sizes: Dimensions, grid: int, mlp_ratio: int) -> list[str]:
+    """Describe the sizes that transformers' classes do not have."""
     heads = sizes.num_heads
-    problems = [
+    return [
         problem
         for problem, is_wrong in (
             (f"tensors do not show the number of attention heads, and {heads_elsewhere(sizes.hidden)}: "
@@ -38,8 +37,10 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
             (f"hidden size {sizes.hidden} is not divisible by {heads} attention heads: give another number of heads "
              "with --num-heads", heads and sizes.hidden % heads),
             (f"no whole mlp_ratio gives feed-forward width {sizes.ffn} for hidden size {sizes.hidden}", not mlp_ratio),
-            (f"pos_embed has {sizes.positions} positions, which are not a square grid and a CLS token",
+            (f"pos_embed has {sizes.source_positions} positions, which are not a square grid{_tokens(sizes)}",
              not grid or grid * grid + 1 != sizes.positions),
+            (f"pos_embed has {sizes.source_positions} positions, which may be those of patches alone, or of fewer "
+             "patches, a CLS token and the registers", sizes.has_ambiguous_positions),
             ("there are no blocks", not sizes.layers),
             (f"the head reads {sizes.head_layers} layers, but transformers' classes read the last one only",
              sizes.head_layers > 1),
@@ -48,21 +49,40 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
         )
         if is_wrong
     ]  # fmt: skip
+
+
+def _tokens(sizes: Dimensions) -> str:
+    """Describe the tokens whose position embeddings precede those of the patches."""
+    if sizes.register_key == REGISTER_KEYS[1]:
+        return f", nor one with a CLS token and {sizes.registers} registers"
+    return " and a CLS token"
+
+
+def _notes(sizes: Dimensions) -> list[str]:
+    """Describe what is written for parts that the source does not have."""
     linear = {"attn.proj": sizes.has_proj_bias, "mlp": sizes.has_ffn_bias, "patch_embed.proj": sizes.has_patch_bias}
     unbiased = ", ".join(name for name, has_bias in linear.items() if not has_bias)
-    notes = [
+    return [
         note
         for note, is_so in (
             ("the source has no LayerScale: ones are written, which have no effect", not sizes.has_layer_scale),
             (f"the source has no bias in {unbiased}: zeros are written, which have no effect", unbiased),
             ("the source has no mask token: zeros are written", sizes.registers and not sizes.has_mask_token),
+            (f"the source has timm's layout: {'; '.join(differences(sizes))}", sizes.is_timm),
         )
         if is_so
     ]  # fmt: skip
+
+
+def conversion_spec(sizes: Dimensions) -> ConversionSpec:
+    """Return the rules and the configuration for these sizes."""
+    mlp_ratio = next((r for r in range(1, 17) if ffn_size(sizes.hidden, r, sizes.swiglu) == sizes.ffn), 0)
+    grid = math.isqrt(max(0, sizes.positions - 1))
     is_classifier = sizes.classes is not None
     dims = {
         "D": sizes.hidden, "2D": 2 * sizes.hidden, "3D": 3 * sizes.hidden, "F": sizes.ffn, "2F": 2 * sizes.ffn,
-        "N": sizes.positions, "R": sizes.registers, "C": sizes.channels, "P": sizes.patch, "K": sizes.classes or 0,
+        "N": sizes.positions, "S": sizes.source_positions, "R": sizes.registers, "C": sizes.channels, "P": sizes.patch,
+        "K": sizes.classes or 0,
     }  # fmt: skip
     stages = ["stem", *(f"stage{i}" for i in range(1, sizes.layers + 1))]
     kind = "Dinov2WithRegisters" if sizes.registers else "Dinov2"
@@ -80,7 +100,7 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
         "layer_norm_eps": sizes.epsilon,
         "layerscale_value": 1.0,
         "mlp_ratio": mlp_ratio,
-        "num_attention_heads": heads,
+        "num_attention_heads": sizes.num_heads,
         "num_channels": sizes.channels,
         "num_hidden_layers": sizes.layers,
         "out_features": stages[-1:],
@@ -98,8 +118,9 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
         counts={"i": sizes.layers},
         architecture=f"{kind}ForImageClassification" if is_classifier else f"{kind}Model",
         config=config,
-        problems=tuple(problems),
-        notes=tuple(notes),
+        problems=tuple(_problems(sizes, grid, mlp_ratio)),
+        notes=tuple(_notes(sizes)),
+        unproved=assumptions(sizes),
     )
 
 
@@ -153,7 +174,7 @@ FAMILY = Family(
         starts=frozenset({HEAD_PREFIX, "classifier.", "cls_head.", "fc.", "head.", "linear."}),
         reads="the CLS token and the mean of the patch tokens",
     ),
-    image_processor=ImageProcessor(IMAGE_PROCESSOR),
+    image_processor=ImageProcessor(IMAGE_PROCESSOR, image_processor_beside),
     block_chunks=BlockChunks(unchunked_key, chunked_key),
     attention_heads=AttentionHeads(
         lambda sizes: sizes.num_heads,

@@ -1,5 +1,6 @@
 """The dimensions of a DINOv2 model: what the shapes of its tensors show, and the number of heads, which they do not."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ _OPTIONAL = re.compile(
 )
 HEAD_PREFIX = "linear_head."  # of the head's keys; in its file they are "weight" and "bias"
 MASK_KEYS = ("mask_token", "masked_embed")  # DINOv2's, and that of iBOT, which it comes from
+REGISTER_KEYS = ("register_tokens", "reg_token")  # DINOv2's, and timm's
 # Attention heads by hidden size: of the published models (DINOv2's and Web-DINO's), and of other vision transformers,
 # which do not agree on a number at these sizes.
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1536: 24, 2688: 21, 3072: 24, 3584: 28, 4096: 32}
@@ -36,6 +38,10 @@ class Dimensions:
     ``mask_key`` is the key of the mask token: "masked_embed" in iBOT's files. ``has_empty_registers``: there is a
     tensor of no registers. ``has_proj_bias`` and so on are true if any block has one; ``has_ffn_bias`` is about both
     linear layers of the feed-forward layer.
+
+    ``positions`` is the number of position embeddings of a grid of patches and a CLS token. In timm's files, the ones
+    of ``embedded_tokens`` precede those of the patches: of none, of the CLS token, or of it and the registers.
+    ``register_key`` is the key of the registers. ``is_packed``: a SwiGLU has timm's names, fc1 and fc2.
 
     ``heads`` is None unless the number was given; `num_heads` then follows the family's rule. ``epsilon`` is that of
     the layer norms; only a config.json can show another one than the authors'.
@@ -59,8 +65,27 @@ class Dimensions:
     has_patch_bias: bool = True
     has_empty_registers: bool = False
     mask_key: str = MASK_KEYS[0]
+    register_key: str = REGISTER_KEYS[0]
+    embedded_tokens: int = 1
+    is_packed: bool = False
     heads: int | None = None
     epsilon: float = 1e-6
+
+    @property
+    def source_positions(self) -> int:
+        """The number of position embeddings in the source."""
+        return self.positions - 1 + self.embedded_tokens
+
+    @property
+    def has_ambiguous_positions(self) -> bool:
+        """Whether the shapes fit a grid with and without position embeddings of the CLS token and the registers."""
+        others = self.source_positions - 1 - self.registers
+        return self.register_key == REGISTER_KEYS[1] and not self.embedded_tokens and is_square(others)
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether the source has a layout of timm's that differs from the authors'."""
+        return self.is_packed or self.embedded_tokens != 1 or self.register_key != REGISTER_KEYS[0]
 
     @property
     def num_heads(self) -> int:
@@ -88,17 +113,23 @@ def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
     hidden = max(sizes, key=sizes.count, default=0)  # so that one wrong tensor is reported, not all others
     head_width = size(HEAD_PREFIX + "weight", 1, 2, 2 * hidden)
     swiglu = "blocks.0.mlp.w12.weight" in infos
-    ffn = size("blocks.0.mlp.w3.weight", 1, 2, 0) if swiglu else size("blocks.0.mlp.fc1.weight", 0, 2, 0)
+    rows, columns = size("blocks.0.mlp.fc1.weight", 0, 2, 0), size("blocks.0.mlp.fc2.weight", 1, 2, 0)
+    is_packed = not swiglu and rows == 2 * columns > 0
+    ffn = size("blocks.0.mlp.w3.weight", 1, 2, 0) if swiglu else columns if is_packed else rows
     mask_key = next((key for key in MASK_KEYS if key in infos), "")
-    registers = size("register_tokens", 1, 3, 4) if "register_tokens" in infos else 0
+    register_key = next((key for key in REGISTER_KEYS if key in infos), "")
+    registers = size(register_key, 1, 3, 4) if register_key else 0
+    layouts = (0, 1 + registers) if register_key == REGISTER_KEYS[1] else (1, 0)
+    positions = size("pos_embed", 1, 3, 37 * 37 + layouts[0])
+    embedded = next((tokens for tokens in layouts if is_square(positions - tokens)), layouts[0])
     return Dimensions(
         hidden=hidden,
         layers=count_of(BLOCK + "norm1.weight", infos),
         ffn=ffn or ffn_size(hidden, 4, swiglu),
-        swiglu=swiglu,
+        swiglu=swiglu or is_packed,
         patch=size("patch_embed.proj.weight", 3, 4, 14),
         channels=size("patch_embed.proj.weight", 1, 4, 3),
-        positions=size("pos_embed", 1, 3, 37 * 37 + 1),
+        positions=positions + 1 - embedded,
         registers=registers,
         classes=size(HEAD_PREFIX + "weight", 0, 2, 1000) if HEAD_PREFIX + "weight" in infos else None,
         head_layers=head_width // hidden - 1 if hidden and head_width % hidden == 0 else 1,
@@ -108,9 +139,16 @@ def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
         has_proj_bias="proj" in in_blocks,
         has_ffn_bias="ffn" in in_blocks,
         has_patch_bias="patch_embed.proj.bias" in infos,
-        has_empty_registers="register_tokens" in infos and not registers,
+        has_empty_registers=bool(register_key) and not registers,
         mask_key=mask_key or MASK_KEYS[0],
+        register_key=register_key or REGISTER_KEYS[0],
+        embedded_tokens=embedded,
+        is_packed=is_packed,
     )
+
+
+def is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
 
 
 def with_heads(sizes: Dimensions, heads: int) -> Dimensions:
@@ -126,19 +164,6 @@ def reason_for_heads(sizes: Dimensions) -> str:
     """Say why `Dimensions.num_heads` has its value."""
     models = "the family's published models" if has_published_heads(sizes) else "the usual vision transformers"
     return f"{sizes.hidden // max(1, sizes.num_heads)} channels each, as in {models}"
-
-
-def heads_beside(config: Mapping[str, Any], sizes: Dimensions) -> int | None:
-    """Return the number of heads in a config.json of transformers or timm, if it has this hidden size and depth."""
-    arguments = config.get("model_args")
-    for entries, keys in (
-        (config, ("hidden_size", "num_hidden_layers", "num_attention_heads")),
-        (arguments if isinstance(arguments, Mapping) else {}, ("embed_dim", "depth", "num_heads")),
-    ):
-        hidden, layers, heads = map(entries.get, keys)
-        if (hidden, layers) == (sizes.hidden, sizes.layers) and type(heads) is int and heads > 0:
-            return heads
-    return None
 
 
 def heads_elsewhere(hidden: int) -> str:

@@ -5,9 +5,14 @@ The names on the right are those in transformers' files, which 4.x and 5.x both 
 """
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from streamconv.families.dinov2_geometry import BLOCK, HEAD_PREFIX, Dimensions
-from streamconv.families.rules import Rule, chunk, drop, fill, rename
+from streamconv.families.operations import Dims, NoInverseError, Operation, Prepend
+from streamconv.families.rules import Rule, chunk, convert, drop, fill, rename
+from streamconv.tensors.expressions import Expression, add, concat
+from streamconv.tensors.info import TensorInfo
 
 LAYER = "encoder.layer.{i}."
 
@@ -15,7 +20,7 @@ LAYER = "encoder.layer.{i}."
 def rules(sizes: Dimensions, prefix: str) -> tuple[Rule, ...]:
     """Return the rules for every key of a backbone.
 
-    Symbols: D hidden, F feed-forward width, N positions, R registers, C channels, P patch.
+    Symbols: D hidden, F feed-forward width, N positions, S positions in the source, R registers, C channels, P patch.
     """
     to, layer = prefix, prefix + LAYER
     scale1, scale2 = (layer + f"layer_scale{n}.lambda1" for n in (1, 2))
@@ -26,11 +31,13 @@ def rules(sizes: Dimensions, prefix: str) -> tuple[Rule, ...]:
         return rename(source, target, shape) if is_there else fill(target, 0.0, shape)
 
     has_bias = sizes.has_ffn_bias
+    # In all of them, the first half of the first layer is the gate.
+    first, second = (BLOCK + f"mlp.{name}." for name in (("fc1", "fc2") if sizes.is_packed else ("w12", "w3")))
     feed_forward = (
-        rename(BLOCK + "mlp.w12.weight", layer + "mlp.weights_in.weight", "2F D"),
-        bias(BLOCK + "mlp.w12.bias", layer + "mlp.weights_in.bias", "2F", has_bias),
-        rename(BLOCK + "mlp.w3.weight", layer + "mlp.weights_out.weight", "D F"),
-        bias(BLOCK + "mlp.w3.bias", layer + "mlp.weights_out.bias", "D", has_bias),
+        rename(first + "weight", layer + "mlp.weights_in.weight", "2F D"),
+        bias(first + "bias", layer + "mlp.weights_in.bias", "2F", has_bias),
+        rename(second + "weight", layer + "mlp.weights_out.weight", "D F"),
+        bias(second + "bias", layer + "mlp.weights_out.bias", "D", has_bias),
     ) if sizes.swiglu else (
         rename(BLOCK + "mlp.fc1.weight", layer + "mlp.fc1.weight", "F D"),
         bias(BLOCK + "mlp.fc1.bias", layer + "mlp.fc1.bias", "F", has_bias),
@@ -44,17 +51,13 @@ def rules(sizes: Dimensions, prefix: str) -> tuple[Rule, ...]:
     mask = (rename(sizes.mask_key, mask_token, "1 D"),) if sizes.has_mask_token else ()
     if sizes.registers and not sizes.has_mask_token:
         mask = (fill(mask_token, 0.0, "1 D"),)
-    registers = (rename("register_tokens", to + "embeddings.register_tokens", "1 R D"),) if sizes.registers else ()
-    if sizes.has_empty_registers:
-        registers = (drop("register_tokens", "it is empty: the model has no registers", "1 R D"),)
 
     def query_key_value(part: str) -> tuple[str, ...]:
         return tuple(f"{layer}attention.attention.{name}.{part}" for name in ("query", "key", "value"))
 
     return (
         rename("cls_token", to + "embeddings.cls_token", "1 1 D"),
-        rename("pos_embed", to + "embeddings.position_embeddings", "1 N D"),
-        *registers,
+        *_embeddings(sizes, to + "embeddings.position_embeddings", to + "embeddings.register_tokens"),
         *mask,
         rename("patch_embed.proj.weight", to + "embeddings.patch_embeddings.projection.weight", "D C P P"),
         bias("patch_embed.proj.bias", to + "embeddings.patch_embeddings.projection.bias", "D", sizes.has_patch_bias),
@@ -72,6 +75,38 @@ def rules(sizes: Dimensions, prefix: str) -> tuple[Rule, ...]:
         rename("norm.weight", to + "layernorm.weight", "D"),
         rename("norm.bias", to + "layernorm.bias", "D"),
     )
+
+
+def _embeddings(sizes: Dimensions, positions: str, registers: str) -> tuple[Rule, ...]:
+    """Return the rules for the position embeddings and the registers, whose targets have these names."""
+    key = sizes.register_key
+    if sizes.embedded_tokens > 1:
+        return (convert(("pos_embed", key), (positions, registers), ("1 S D", "1 R D"), EmbedRegisters()),)
+    zeros = () if sizes.embedded_tokens else (Prepend(0.0, rows=1, dim=1),)  # timm adds it to cls_token
+    rule = convert("pos_embed", positions, "1 S D", *zeros)
+    if sizes.has_empty_registers:
+        return rule, drop(key, "it is empty: the model has no registers", "1 R D")
+    return (rule, rename(key, registers, "1 R D")) if sizes.registers else (rule,)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRegisters(Operation):
+    """Adds to the registers their position embeddings, as timm does whenever the model runs.
+
+    Its inputs are the position embeddings of the CLS token, the registers and the patches, and the registers. Its
+    results are the position embeddings without those of the registers, and the sums.
+    """
+
+    rounds = True
+
+    def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
+        positions, registers = tensors
+        own = registers.shape[1]
+        cls, added, patches = positions.split([1, own, positions.shape[1] - 1 - own], dim=1)
+        return [concat([cls, patches], dim=1), add(registers, added)]
+
+    def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
+        raise NoInverseError("a sum does not tell its parts")
 
 
 # A linear head reads the CLS token beside the mean of the patch tokens, hence 2D; K classes.

@@ -47,7 +47,7 @@ def map_tensors(
     targets: dict[str, Expression] = {}
     for rule in kept:
         for keys, names in rule.repetitions(counts):
-            sources = _of_one_dtype([tensors[key] for key in keys], dtype)
+            sources = _as_combined([tensors[key] for key in keys], rule, dtype)
             for name, target in zip(names, rule.apply(sources, dims), strict=True):
                 if name in targets:
                     raise ValueError(f"two rules make {name}")  # a mistake in a family, not in a checkpoint
@@ -55,9 +55,10 @@ def map_tensors(
     return targets
 
 
-def _of_one_dtype(tensors: list[Expression], dtype: DtypeCode | None) -> list[Expression]:
-    """Cast tensors of different dtypes before they are combined."""
-    if dtype is None or len({tensor.info.dtype for tensor in tensors}) == 1:
+def _as_combined(tensors: list[Expression], rule: Rule, dtype: DtypeCode | None) -> list[Expression]:
+    """Cast tensors of different dtypes before they are combined, and any whose result is rounded."""
+    is_rounded = any(operation.rounds for operation in rule.operations)
+    if dtype is None or (len({tensor.info.dtype for tensor in tensors}) == 1 and not is_rounded):
         return tensors
     return [cast(tensor, dtype) for tensor in tensors]
 

@@ -6,6 +6,7 @@ An operation takes a list of tensors and returns another one. Only views and exp
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from streamconv.tensors.expressions import Expression, cast, concat, filled, multiply, stack
 from streamconv.tensors.info import TensorInfo
@@ -30,10 +31,12 @@ def numbers(symbols: Symbols, dims: Dims) -> tuple[int, ...]:
 class Operation(ABC):
     """A step from the sources of a rule to its targets.
 
-    Both methods raise ValueError for tensors that do not fit.
+    Both methods raise ValueError for tensors that do not fit. ``rounds``: the results are computed and rounded to the
+    dtype of the sources. If tensors are cast, the sources are cast before that, as if the original had been.
     """
 
     __slots__ = ()
+    rounds: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:

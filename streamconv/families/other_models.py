@@ -28,13 +28,7 @@ class Kind:
     advice: str = ""
 
 
-PACKED_SWIGLU = Kind(
-    "is a DINOv2 model in timm's names, whose mlp.fc1 is the authors' w12",
-    advice="Convert the authors' file instead; `streamconv models` lists them.",
-)
 ARCHITECTURES = (
-    PACKED_SWIGLU,
-    Kind("is a DINOv2 model in timm's names", ("reg_token pos_embed blocks.{i}.ls1",), PACKED_SWIGLU.advice),
     Kind(
         "is a DINOv3 model",
         ("rope_embed.periods", "storage_tokens", "local_cls_norm", "stages.{i}.layers.{i}.depthwise_conv",
@@ -50,6 +44,10 @@ ARCHITECTURES = (
         ("cls_token blocks.{i}.attn.q_bias", "cls_token blocks.{i}.attn.relative_position_bias_table",
          "cls_token blocks.{i}.attn.q_proj", "cls_token blocks.{i}.gamma_1 !reg_token !blocks_token_only",
          "cls_token encoder.layer.{i}.lambda_1"),
+    ),
+    Kind(
+        "normalises only what it has pooled", ("cls_token blocks.{i}.attn.qkv.bias fc_norm !norm",),
+        "transformers' classes of DINOv2 normalise every token.",
     ),
     Kind("is a DeiT model with a distillation token", ("dist_token", "distillation_token")),
     Kind(
@@ -189,8 +187,4 @@ def _by_shape(shapes: Mapping[str, Shape], ranks: Mapping[str, int] | None) -> l
         return [(PLACEHOLDERS, matrices[0])]
     if filled and ranks is not None and all(len(shapes[name]) == 1 for name in matrices):
         return [(PIECES, filled[0])]
-    for name, shape in shapes.items():
-        second = shapes.get(name.replace("mlp.fc1.weight", "mlp.fc2.weight"), ())
-        if name.endswith("mlp.fc1.weight") and len(shape) == len(second) == 2 and shape[0] == 2 * second[1]:
-            return [(PACKED_SWIGLU, name)]
     return []

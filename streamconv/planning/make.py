@@ -93,7 +93,9 @@ def make_plan(
     # Any file can have a published model's shapes, so only the published name makes it that model.
     is_published = known is not None and (model is not None or known.backbone.filename == filename)
     chosen = choose_image_processor(family, candidates, selection, spec, image_processor, is_published=is_published)
-    assumed = [] if is_published or (selection.config and candidates) else spec.notes
+    assumes_nothing = is_published or (selection.config and candidates)
+    notes, unproved = ((), ()) if assumes_nothing else (spec.notes, spec.unproved)
+    unproved = (*unproved, *selection.unproved)
     return Plan(
         family_name=family.name,
         model_name=known.name if known is not None else None,
@@ -114,14 +116,14 @@ def make_plan(
         index=index,
         notes=(
             *([heads.note] if heads.note and not is_published else []),
-            *assumed,
+            *notes,
             *config_notes(config, selection),
             *chosen.notes,
             *selection.small_file_notes,
-            *selection.unproved,
+            *unproved,
             *filter(None, [repeats_note(shards)]),
         ),
-        unproved=(*([heads.unproved] if heads.unproved and not is_published else []), *selection.unproved),
+        unproved=(*([heads.unproved] if heads.unproved and not is_published else []), *unproved),
         skipped=(*selection.skipped, *_dropped(tensors, spec, selection.prefix)),
         filled={name: value for name, (value, _) in fills.items()},
         block_chunks=block_chunks or 0,

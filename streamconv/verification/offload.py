@@ -140,6 +140,8 @@ class OffloadedModel:
             shape = self.model._parameters[name].shape
             target = torch.empty(shape, dtype=self._dtype, device=self._device)
             self.model._parameters[name] = self.load(name, target)
+        if self._own and hasattr(self.model, "weights_dtype"):
+            self.model.weights_dtype = self._cast_to or self._weights.read(self._own[0]).dtype
 
     def _offload(self, module: nn.Module, prefix: str) -> int:
         """Add hooks to a module or to those in it. Returns the largest number of weights' elements held at once."""

@@ -44,16 +44,6 @@ def clip(state: State) -> State:
     return {**state, "norm_pre.weight": torch.ones(128), "norm_pre.bias": torch.ones(128)}
 
 
-def timm_registers(state: State) -> State:
-    return {**state, "reg_token": torch.ones(1, 4, 128), "pos_embed": state["pos_embed"][:, 1:].clone()}
-
-
-def packed(state: State) -> State:
-    """Timm's names for SwiGLU."""
-    swiglu, _ = make_states(tiny(swiglu=True))
-    return replaced(replaced(swiglu, "w12", "fc1"), "w3", "fc2")
-
-
 def pieces(state: State) -> State:
     """FSDP's LOCAL_STATE_DICT of one of two processes, with use_orig_params."""
     half = len(state) // 2
@@ -85,8 +75,6 @@ OTHERS: dict[Callable[[State], State], tuple[str, str, str]] = {
     dinov3: ("is a DINOv3 model", "rope_embed.periods", "streamconv converts dinov2"),
     mae: ("is an MAE with its decoder", "decoder_embed.weight", "save it without the decoder's tensors"),
     clip: ("looks like a CLIP or SigLIP model", "norm_pre.", "streamconv converts dinov2"),
-    timm_registers: ("is a DINOv2 model in timm's names", "blocks.0.ls1.gamma", "Convert the authors' file"),
-    packed: ("is a DINOv2 model in timm's names", "blocks.0.mlp.fc1.weight", "Convert the authors' file"),
     pieces: ("is one process's part of a model that FSDP sharded", "", "FULL_STATE_DICT"),
     placeholders: ("holds empty tensors instead of weights", "", "zero_to_fp32"),
     bitsandbytes: ("is quantised by bitsandbytes", "blocks.0.attn.qkv.weight.quant_map", "dequantize()"),

@@ -67,7 +67,6 @@ ARCHITECTURES = {
     "transformers DINOv3ViTModel": ["is a DINOv3 model"],
     "transformers DINOv3ConvNextModel": ["is a DINOv3 model"],
     "timm vit_small_patch16_dinov3": ["looks like a DINOv3 model in timm's names"],
-    "timm vit_small_patch14_reg4_dinov2": ["is a DINOv2 model in timm's names"],
     "mae_visualize_vit_base": ["is an MAE with its decoder"],
     "transformers ViTMAEForPreTraining": ["is an MAE with its decoder"],
     "beit_large": ["looks like a BEiT or EVA model"],
@@ -205,13 +204,10 @@ def test_weights_that_are_elsewhere_are_named_by_their_shapes() -> None:
     assert other_models.recognise({"any": (0,), "name": (1,)}, "x.pth") is None
 
 
-def test_timms_packed_swiglu_is_named_by_its_shapes() -> None:
-    shapes = {"blocks.0.mlp.fc1.weight": (8192, 1536), "blocks.0.mlp.fc2.weight": (1536, 4096)}
-    assert str(other_models.recognise(shapes, "x.pth")).startswith(
-        "x.pth is a DINOv2 model in timm's names, whose mlp.fc1"
-    )
-    shapes["blocks.0.mlp.fc2.weight"] = (1536, 8192)
-    assert other_models.recognise(shapes, "x.pth") is None
+def test_model_without_a_norm_of_every_token_is_named() -> None:
+    pooled = [*VIT[:-1], "blocks.0.attn.qkv.bias", "fc_norm.weight", "fc_norm.bias"]
+    assert kinds(pooled) == ["normalises only what it has pooled"]
+    assert kinds([*pooled, "norm.weight"]) == []
 
 
 def test_message_shows_the_name_in_the_file_made_printable() -> None:

@@ -42,7 +42,8 @@ class OriginalArchitecture:
     Attributes:
         repository: The authors' repository, for torch.hub.
         build: Builds the model of certain dimensions on the current device, with the original's parameter names, so
-            that ``load_state_dict(strict=True)`` accepts the original's file.
+            that ``load_state_dict(strict=True)`` accepts the original's file. If the model has a ``weights_dtype``, it
+            is set to the dtype of the weights before they are converted to that of the computation.
         load: Loads the published ``model`` from ``(repository, source)`` through torch.hub, with its authors' own code
             and without weights.
         states: Runs either of the two on ``(model, pixels, as_transformers)`` and yields the output of every layer.

@@ -1,12 +1,14 @@
-"""DINOv2 for inference, after Meta's dinov2/models/vision_transformer.py and layers/.
+"""DINOv2 for inference, after Meta's dinov2/models/vision_transformer.py, or after timm's for files in its layout.
 
 Parameters, attributes and methods have Meta's names, and operations Meta's order. So its files load
 strictly, the results are equal bit for bit, and `states` can run Meta's code as well as this one.
 Training and masks are omitted, and so are chunks of blocks, which do not change the results.
+The same is true of `TimmVisionTransformer` and timm's code.
 """
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn import functional
 from streamconv.families.base import Model
 from streamconv.families.dinov2_geometry import Dimensions
 from streamconv.verification.originals import OriginalArchitecture, OwnWay
+from streamconv.verification.originals.dinov2_layers import Block, PatchEmbed
 
 REPOSITORY = "facebookresearch/dinov2"
 RESIZED_POSITIONS = OwnWay(
@@ -27,76 +30,15 @@ RESIZED_POSITIONS = OwnWay(
         "For the check above, both models interpolated like transformers."
     ),
 )
+TIMMS_POSITIONS = replace(
+    RESIZED_POSITIONS,
+    explanation=(
+        "At sizes other than the native one, position embeddings are interpolated to the grid of patches. timm's code "
+        "uses an antialiasing filter, and transformers does not, since the model has no registers. So the two differ, "
+        "whatever the weights are. For the check above, both models interpolated like transformers."
+    ),
+)
 INTERPOLATE_OFFSET = 0.1  # positions are scaled by (n + 0.1) / 37; models with registers have no offset
-
-
-class Attention(nn.Module):
-    def __init__(self, sizes: Dimensions):
-        super().__init__()
-        self.heads = sizes.num_heads
-        self.qkv = nn.Linear(sizes.hidden, 3 * sizes.hidden, bias=sizes.has_qkv_bias)
-        self.proj = nn.Linear(sizes.hidden, sizes.hidden, bias=sizes.has_proj_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, hidden = x.shape
-        # (B, T, 3, heads, size) to three tensors (B, heads, T, size)
-        query, key, value = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, hidden))  # type: ignore[no-any-return]
-
-
-class Mlp(nn.Module):
-    def __init__(self, hidden: int, width: int, has_bias: bool):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden, width, bias=has_bias)
-        self.fc2 = nn.Linear(width, hidden, bias=has_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(functional.gelu(self.fc1(x)))  # type: ignore[no-any-return]
-
-
-class SwiGlu(nn.Module):
-    def __init__(self, hidden: int, width: int, has_bias: bool):
-        super().__init__()
-        self.w12 = nn.Linear(hidden, 2 * width, bias=has_bias)
-        self.w3 = nn.Linear(width, hidden, bias=has_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(functional.silu(gate) * value)  # type: ignore[no-any-return]
-
-
-class LayerScale(nn.Module):
-    def __init__(self, hidden: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.empty(hidden))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class Block(nn.Module):
-    def __init__(self, sizes: Dimensions):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
-        self.attn = Attention(sizes)
-        self.ls1 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
-        self.mlp = (SwiGlu if sizes.swiglu else Mlp)(sizes.hidden, sizes.ffn, sizes.has_ffn_bias)
-        self.ls2 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, sizes: Dimensions):
-        super().__init__()
-        self.proj = nn.Conv2d(sizes.channels, sizes.hidden, sizes.patch, stride=sizes.patch, bias=sizes.has_patch_bias)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 class VisionTransformer(nn.Module):
@@ -106,13 +48,14 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch_size = sizes.patch
         self.num_register_tokens = sizes.registers
+        self.register_key = sizes.register_key
         self.interpolate_offset = 0.0 if sizes.registers else INTERPOLATE_OFFSET
         self.interpolate_antialias = bool(sizes.registers)
         self.patch_embed = PatchEmbed(sizes)
         self.cls_token = nn.Parameter(torch.empty(1, 1, sizes.hidden))
-        self.pos_embed = nn.Parameter(torch.empty(1, sizes.positions, sizes.hidden))
+        self.pos_embed = nn.Parameter(torch.empty(1, sizes.source_positions, sizes.hidden))
         if sizes.registers or sizes.has_empty_registers:
-            self.register_tokens = nn.Parameter(torch.empty(1, sizes.registers, sizes.hidden))
+            self.register_parameter(sizes.register_key, nn.Parameter(torch.empty(1, sizes.registers, sizes.hidden)))
         if sizes.has_mask_token:
             self.register_parameter(sizes.mask_key, nn.Parameter(torch.empty(1, sizes.hidden)))
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
@@ -125,7 +68,8 @@ class VisionTransformer(nn.Module):
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         x = x + self.interpolate_pos_encoding(x, *pixels.shape[2:])
         if self.num_register_tokens:
-            x = torch.cat((x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]), dim=1)
+            registers = self.get_parameter(self.register_key).expand(x.shape[0], -1, -1)
+            x = torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)
         return x
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -150,8 +94,45 @@ class VisionTransformer(nn.Module):
         return torch.cat((positions[:, :1], grid), dim=1).to(x.dtype)
 
 
+class TimmVisionTransformer(VisionTransformer):
+    """timm's model, whose first ``embedded`` tokens have position embeddings, which precede those of the patches.
+
+    Registers and their position embeddings are added in the weights' dtype, in which the converted model has the sum.
+    """
+
+    weights_dtype = torch.float32
+
+    def __init__(self, sizes: Dimensions):
+        super().__init__(sizes)
+        self.embedded = sizes.embedded_tokens
+
+    def prepare_tokens_with_masks(self, pixels: Tensor) -> Tensor:
+        x = self.patch_embed(pixels)
+        x = x + self.interpolate_pos_encoding(x, *pixels.shape[2:])
+        tokens: Tensor = self.cls_token
+        if self.embedded:
+            tokens = tokens + self.pos_embed[:, :1]
+        if self.num_register_tokens:
+            registers: Tensor = self.get_parameter(self.register_key)
+            if self.embedded > 1:
+                added = self.pos_embed[:, 1 : self.embedded].to(self.weights_dtype)
+                registers = (registers.to(self.weights_dtype) + added).to(x.dtype)
+            tokens = torch.cat((tokens, registers), dim=1)
+        return torch.cat((tokens.expand(x.shape[0], -1, -1), x), dim=1)
+
+    def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
+        """The patches' position embeddings, resized to the grid of an image of this size."""
+        positions: Tensor = self.pos_embed[:, self.embedded :]
+        if x.shape[1] == positions.shape[1] and height == width:
+            return positions
+        side, size = math.isqrt(positions.shape[1]), (height // self.patch_size, width // self.patch_size)
+        grid = positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        grid = functional.interpolate(grid, size=size, mode="bicubic", antialias=self.interpolate_antialias)
+        return grid.permute(0, 2, 3, 1).reshape(1, size[0] * size[1], -1).to(x.dtype)
+
+
 def build(sizes: Dimensions) -> VisionTransformer:
-    return VisionTransformer(sizes)
+    return (TimmVisionTransformer if sizes.is_timm else VisionTransformer)(sizes)
 
 
 def load(repository: str, source: str, model: Model) -> Any:
@@ -188,10 +169,14 @@ def states(model: Any, pixels: Tensor, as_transformers: bool = False) -> Iterato
     Yields "embeddings" and "layer 0", "layer 1", …, (B, T, D) each; after the last norm "cls" (B, 1, D),
     "registers" (B, R, D) if the model has them, and "patches" (B, P, D); and "logits" (B, K) if it has a head.
     At other sizes than the native one, positions are interpolated by Meta's factor or, with
-    ``as_transformers``, to the grid's size, as transformers does since its pull request 33226.
+    ``as_transformers``, to the grid's size, as transformers does since its pull request 33226. timm interpolates to the
+    grid's size, always with an antialiasing filter, which transformers uses for models with registers only.
     """
     registers = model.num_register_tokens
-    model.interpolate_offset = 0.0 if as_transformers or registers else INTERPOLATE_OFFSET
+    if isinstance(model, TimmVisionTransformer):
+        model.interpolate_antialias = bool(registers) or not as_transformers
+    else:
+        model.interpolate_offset = 0.0 if as_transformers or registers else INTERPOLATE_OFFSET
     x = model.prepare_tokens_with_masks(pixels)
     yield "embeddings", x
     for i, block in enumerate(model.blocks):
@@ -211,11 +196,17 @@ def prefix_tokens(sizes: Dimensions) -> dict[str, int]:
     return {"cls": 1, **({"registers": sizes.registers} if sizes.registers else {})}
 
 
+def own_way(sizes: Dimensions, is_native: bool) -> OwnWay | None:
+    if is_native or sizes.registers:
+        return None
+    return TIMMS_POSITIONS if sizes.is_timm else RESIZED_POSITIONS
+
+
 ARCHITECTURE = OriginalArchitecture(
     repository=REPOSITORY,
     build=build,
     load=load,
     states=states,
     prefix_tokens=prefix_tokens,
-    own_way=lambda sizes, is_native: None if is_native or sizes.registers else RESIZED_POSITIONS,
+    own_way=own_way,
 )
