@@ -35,6 +35,10 @@ class Record:
     range: ByteRange
     crc32: int | None = None
 
+    def __hash__(self) -> int:
+        # Records are looked up for each tile; hashing all fields, with those of the file, takes ten times as long.
+        return hash((self.name, self.range.start))
+
 
 class Expression(ABC):
     """A tensor that is not read yet, of the dtype and shape ``info``. Its views are expressions, too."""
@@ -249,7 +253,9 @@ class Concat(Expression):
 
     def narrow(self, dim: int, start: int, length: int) -> Expression:
         if dim != self.dim:
-            return _concat([part.narrow(dim, start, length) for part in self.parts], self.dim)
+            shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+            parts = tuple(part.narrow(dim, start, length) for part in self.parts)
+            return Concat(TensorInfo(self.info.dtype, shape), self.dim, parts, self.ends)
         if not length:
             return self.parts[0].narrow(dim, 0, 0)
         first, last = bisect(self.ends, start), bisect_left(self.ends, start + length)

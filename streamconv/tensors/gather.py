@@ -117,10 +117,12 @@ def _copy(view: "Array", out: "Array") -> None:
 
 def _dim_of_neighbours(view: "Array") -> int | None:
     """Return the dimension along which elements are closest in memory, if it is not the last one."""
+    if view.ndim < 2 or view.size < _BLOCK * _BLOCK or view.strides[-1] == view.itemsize:
+        return None
     strides: Sequence[tuple[int, int]] = [
         (abs(stride), dim) for dim, (size, stride) in enumerate(zip(view.shape, view.strides, strict=True)) if size > 1
     ]
-    if len(strides) < 2 or view.size < _BLOCK * _BLOCK:
+    if len(strides) < 2:
         return None
     nearest = min(strides)
     return nearest[1] if nearest[1] != strides[-1][1] and nearest[0] < strides[-1][0] else None
