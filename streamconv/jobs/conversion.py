@@ -23,7 +23,7 @@ from streamconv.planning.plan import Plan
 from streamconv.source.download import check_downloads
 from streamconv.source.labels import labels_in
 from streamconv.source.open import OpenSource, read_config
-from streamconv.tensors.casts import check_packages
+from streamconv.tensors.packages import check_packages
 
 MAX_RECORDED = 100  # skipped parts that a manifest lists
 
@@ -105,10 +105,9 @@ class PreparedConversion:
         """Prepare the conversion of an open source.
 
         Raises:
-            UsageError: see `output_folder`; or a package that casts need is not installed.
+            UsageError: see `output_folder`; or a package that evaluating the tensors takes is not installed.
         """
-        if prepared.plan.cast is not None:
-            check_packages()
+        check_packages({name: tensor for shard in prepared.plan.shards for name, tensor in shard.tensors})
         folder, plan, source = output_folder(output, prepared, force=force), prepared.plan, prepared.source
         labels = Labels(prepared.labels_from, prepared.are_labels_default, plan.labels_digest)
         provenance = Provenance(

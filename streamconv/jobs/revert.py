@@ -36,6 +36,7 @@ from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.evaluation import read_bytes
 from streamconv.tensors.expressions import Expression, filled
 from streamconv.tensors.info import DTYPES
+from streamconv.tensors.packages import check_packages
 
 SAFETENSORS = ".safetensors"
 MAX_FILLING_BYTES = 1 << 20  # a LayerScale or a mask token is a few kB
@@ -106,7 +107,8 @@ def revert(
             `Cancelled`.
 
     Raises:
-        UsageError: a file has another suffix, or ``head`` is missing for a classifier or given for another model.
+        UsageError: a file has another suffix, or ``head`` is missing for a classifier or given for another model; or a
+            package that evaluating the tensors takes is not installed.
         SourceError: the folder does not hold a model of a known family. The message lists all differences.
         OutputError: a file exists already, or cannot be written. The same call resumes; the files are renamed into
             place when both are complete.
@@ -138,6 +140,7 @@ def revert(
         if head is not None and not heads:
             raise UsageError(f"{source} is not a classifier and has no head. Omit --head.")
         files = dict(zip(paths, (backbone, heads), strict=False))
+        check_packages(tensors)
         start = time.monotonic()
         written, resumed_bytes = _write(files, checkpoint, source, force, progress)
         seconds = time.monotonic() - start

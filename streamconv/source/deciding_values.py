@@ -9,6 +9,7 @@ from streamconv.files.reader import Reader
 from streamconv.tensors.evaluation import read_bytes
 from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import DTYPES, DtypeCode
+from streamconv.tensors.packages import check_packages
 
 MAX_TENSOR_BYTES = 1 << 20
 MAX_BYTES = 16 << 20  # of all of them: a hostile file could have thousands
@@ -21,6 +22,7 @@ def read_summaries(selection: Selection, tensors: Mapping[str, Expression], read
 
     Raises:
         SourceError: a tensor cannot be read.
+        UsageError: it is stored in another order, and numpy is not installed.
     """
     aspect = selection.family.deciding_values
     if aspect is None or selection.is_converted:
@@ -32,6 +34,7 @@ def read_summaries(selection: Selection, tensors: Mapping[str, Expression], read
         is_small = size <= MAX_TENSOR_BYTES and total + size <= MAX_BYTES
         if aspect.is_read(key) and is_small and DTYPES[tensor.info.dtype].is_weight:
             total += size
+            check_packages({key: tensor})
             summaries[key] = aspect.summarise(key, to_floats(read_bytes(tensor, reader), tensor.info.dtype))
     return summaries
 

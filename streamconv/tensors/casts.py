@@ -8,10 +8,8 @@ benchmarks.casts``; numbers in benchmarks/casts.md). numpy and ml_dtypes are imp
 """
 
 import threading
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from streamconv.errors import UsageError
 from streamconv.tensors.info import DTYPES
 
 if TYPE_CHECKING:
@@ -22,20 +20,6 @@ if TYPE_CHECKING:
 _BLOCK_ELEMENTS = 32 << 10  # so that intermediate values stay in the CPU's cache
 _INFINITIES = {"F16": 0x7C00, "BF16": 0x7F80}
 _of_thread = threading.local()
-
-
-def check_packages() -> None:
-    """Check that the packages for casts are installed, without importing them.
-
-    Raises:
-        UsageError: some are missing.
-    """
-    missing = [name for name in ("numpy", "ml_dtypes") if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"Casting needs {' and '.join(missing)}, which this Python does not have. "
-            f"Run `pip install {' '.join(missing)}`."
-        )
 
 
 def cast_into(data: memoryview, dtype: str, out: memoryview, target: str) -> int:

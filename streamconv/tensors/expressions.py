@@ -185,6 +185,11 @@ class Read(Expression):
         return all(n == 1 or have == want for n, have, want in dims) or not self.info.nbytes
 
     @property
+    def is_constant(self) -> bool:
+        """Return whether it is one element of a record, repeated."""
+        return self.span == self.info.itemsize
+
+    @property
     def span(self) -> int:
         """The number of bytes in the record from the first element to the last, including gaps."""
         if 0 in self.info.shape:

@@ -1,7 +1,7 @@
 """Puts values in order, in memory, with numpy.
 
 Elements are copied as unsigned integers of their size, so that their bits do not change. numpy is imported by the first
-call: contiguous reads do not need it.
+call for other values than constants; contiguous reads do not need it either.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,10 @@ def gather(values: Expression, buffer: memoryview, source: bytearray) -> int:
     Returns:
         The number of values that became infinite.
     """
+    if isinstance(values, Read) and values.is_constant:
+        size = values.info.itemsize
+        buffer[:] = source[values.offset : values.offset + size] * (len(buffer) // size)
+        return 0
     return _Gather(source).into(values, _array(values.info, buffer))
 
 

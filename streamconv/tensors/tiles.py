@@ -49,6 +49,18 @@ def direct(tensor: Expression) -> Read | None:
     return read if isinstance(read, Read) and read.is_contiguous else None
 
 
+def is_gathered(tensor: Expression) -> bool:
+    """Return whether values must be put in order, which takes numpy: not for contiguous reads and constants."""
+    if direct(tensor) is not None or (isinstance(tensor, Read) and tensor.is_constant):
+        return False
+    return not _is_in_rows(tensor) or any(map(is_gathered, tensor.operands))
+
+
+def _is_in_rows(tensor: Expression) -> bool:
+    """Return whether the parts of a tensor are its values in row-major order, one after another."""
+    return isinstance(tensor, Concat) and all(size == 1 for size in tensor.shape[: tensor.dim])
+
+
 def tiles(tensor: Expression) -> Iterator[Expression]:
     """Yield the tiles of a tensor in row-major order. One that is a contiguous read may have any size."""
     if not tensor.info.nbytes:
@@ -59,8 +71,8 @@ def tiles(tensor: Expression) -> Iterator[Expression]:
     if not tensor.shape:
         tensor = tensor.reshape((1,))
     lead = next((dim for dim, size in enumerate(tensor.shape) if size != 1), 0)
-    if isinstance(tensor, Concat) and tensor.dim == lead and all(direct(part) is not None for part in tensor.parts):
-        for part in tensor.parts:
+    if _is_in_rows(tensor) and not any(map(is_gathered, tensor.operands)):
+        for part in tensor.operands:
             yield from tiles(part)
         return
     if not math.isfinite(cost(tensor.narrow(lead, 0, 1))):

@@ -15,11 +15,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from streamconv.errors import UsageError
 from streamconv.files.base import ByteRange
 from streamconv.files.inline import inline_ref
 from streamconv.files.local import LocalFile
 from streamconv.files.reader import Reader
-from streamconv.tensors import evaluation, gather, runs, tiles
+from streamconv.tensors import evaluation, gather, packages, runs, tiles
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.evaluation import Evaluator
 from streamconv.tensors.expressions import (
@@ -317,14 +318,36 @@ def test_values_that_casts_make_infinite_are_counted(source: Source, is_multipli
     assert 300 < sum(each) == wanted
 
 
-def test_expressions_import_no_numpy() -> None:
+def test_expressions_contiguous_reads_and_constants_need_no_numpy() -> None:
     imported = run_python(
         "import pickle, sys\n"
+        "from streamconv.tensors.evaluation import read_bytes\n"
         "from streamconv.tensors.expressions import *\n"
         "from streamconv.tensors.info import TensorInfo\n"
-        "tensor = filled(1.0, TensorInfo('F32', (8, 4))).transpose(0, 1)\n"
-        "tensor = multiply(cast(stack([tensor, tensor], 2), 'F16'), cast(stack([tensor, tensor], 2), 'F16'))\n"
+        "from streamconv.tensors.packages import check_packages\n"
+        "ones, values = filled(1.0, TensorInfo('F32', (8, 4))), literal([float(i) for i in range(32)], 'F32', (8, 4))\n"
+        "rows = concat([ones.transpose(0, 1).reshape((8, 4)), values.narrow(0, 2, 6), ones.narrow(0, 1, 1)])\n"
+        "sys.modules['numpy'] = None\n"
+        "check_packages({'rows': rows})\n"
+        "assert read_bytes(rows)[127:129] == bytes([63, 0]), read_bytes(rows)\n"
+        "tensor = stack([cast(rows, 'F16'), cast(rows, 'F16')], 2).transpose(0, 1)\n"
+        "tensor = multiply(tensor, add(tensor, tensor))\n"
         "assert pickle.loads(pickle.dumps(tensor)) == tensor\n"
-        "print(sorted({'numpy', 'torch', 'ml_dtypes'} & sys.modules.keys()))"
+        "print(sorted({'torch', 'ml_dtypes'} & sys.modules.keys()))"
     )
     assert imported.strip() == "[]"
+
+
+def test_tensors_that_take_numpy_are_refused_without_it(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    read = Read(TensorInfo("F32", (8, 4)), source.record("F32", 0), 0, (4, 1))
+    for tensor, wanted in {
+        read.transpose(0, 1): "Putting the values of x in order needs numpy, ",
+        concat([read, read], 1): "Putting the values of x in order needs numpy, ",
+        concat([read, read.transpose(0, 1).reshape((8, 4))]): "Putting the values of x in order needs numpy, ",
+        multiply(read, read): "Computing the values of x needs numpy and ml_dtypes, ",
+        cast(read, "BF16"): "Casting needs numpy and ml_dtypes, ",
+    }.items():
+        with pytest.raises(UsageError) as caught:
+            packages.check_packages({"x": tensor})
+        assert str(caught.value).startswith(wanted)

@@ -8,6 +8,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.file_server import FileServer
 from tests.support import ROOT, Save, contents, tiny
@@ -100,6 +101,22 @@ def test_cast_without_its_packages_is_refused_before_the_download(
             "error: Casting needs numpy and ml_dtypes, which this Python does not have. "
             "Run `pip install numpy ml_dtypes`."
         ]
+
+
+def test_rearranged_tensors_without_numpy_are_refused_before_anything_is_written(
+    tmp_path: Path, save: Save, light: Light
+) -> None:
+    backbone, _ = save(tiny())
+    state = torch.load(backbone)
+    name = "blocks.1.mlp.fc1.weight"
+    torch.save({**state, name: state[name].T.contiguous().T}, backbone)
+    done = light.run("convert", backbone, "-o", "out", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "error: Putting the values of encoder.layer.1.mlp.fc1.weight in order needs numpy, which this Python does not "
+        "have. Run `pip install numpy`."
+    ]
+    assert not (tmp_path / "out").exists()
 
 
 def test_store_without_fsspec_is_refused_with_the_packages_to_install(tmp_path: Path, light: Light) -> None:
