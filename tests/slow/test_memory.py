@@ -4,6 +4,7 @@ The large models are sparse files: their weights are holes, which cost no disk a
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,51 @@ def test_memory_does_not_grow_with_the_model(server: FileServer, tmp_path: Path,
 
 def test_memory_of_making_a_synthetic_checkpoint_is_bounded(tmp_path: Path) -> None:
     assert peak_kb(f"import streamconv; streamconv.synth('dinov2_vitb14', {str(tmp_path / 'x.pth')!r})") < 100 << 10
+
+
+EVALUATE = """
+from pathlib import Path
+from streamconv.files.base import ByteRange
+from streamconv.files.local import LocalFile
+from streamconv.files.reader import Reader
+from streamconv.tensors.checksums import RecordChecks
+from streamconv.tensors.evaluation import Evaluator
+from streamconv.tensors.expressions import Read, Record, cast, concat, multiply, stack
+from streamconv.tensors.info import TensorInfo
+from streamconv.tensors.tiles import PIECE_BYTES, parts
+file, side = LocalFile(Path({source!r})), {side}
+record = Record(file.ref, "x", ByteRange(0, file.size))
+x = Read(TensorInfo("F32", (side, side)), record, 0, (side, 1))
+reader = Reader([file])
+with Evaluator(reader, RecordChecks(reader)) as evaluator:
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    for part in parts({tensor}):
+        evaluator.evaluate("x", part, buffer[: part.values.info.nbytes])
+"""
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "x.transpose(0, 1)",
+        "cast(x.transpose(0, 1), 'F16')",
+        "concat(x.chunk(8), 1)",
+        "concat(x.chunk(8, 1), 0)",
+        "stack([part.transpose(0, 1) for part in x.chunk(8)])",
+        "multiply(x.transpose(0, 1), x)",
+        "x.index_select(0, [*range(0, side, 2), *range(1, side, 2)])",
+        "x.index_select(1, [(7 * i) % side for i in range(side)])",
+    ],
+)
+def test_memory_of_evaluation_does_not_grow_with_the_tensor(tmp_path: Path, tensor: str) -> None:
+    peaks = {}
+    for side in (64, 1024, 8192):  # 16 kB, 4 MB, 268 MB
+        (tmp_path / "x").write_bytes(b"")
+        os.truncate(tmp_path / "x", 4 * side * side)
+        peaks[side] = peak_kb(EVALUATE.format(source=str(tmp_path / "x"), side=side, tensor=tensor))
+    plain = peak_kb(EVALUATE.format(source=str(tmp_path / "x"), side=8192, tensor="x"))
+    assert peaks[8192] - plain < 64 << 10
+    assert peaks[8192] - peaks[64] < 56 << 10  # a tile's sources and, for a product, its intermediate values
 
 
 VERIFY = """
