@@ -11,7 +11,7 @@ from streamconv.display import first_few
 from streamconv.errors import MappingError
 from streamconv.families.operations import Dims, NoInverseError
 from streamconv.families.patterns import ExpandedNames, Indexes, Patterns, indexes_of, numbered
-from streamconv.families.rules import Rule, Shape, expand
+from streamconv.families.rules import Rule, Shape, copies, expand
 from streamconv.tensors.expressions import Expression, cast, placeholder
 from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo
 
@@ -78,7 +78,9 @@ def invert(
     """
     with_source = [rule for rule in rules if rule.value is None]
     lost = [
-        f"{rule.sources[0]}: {rule.drop_reason}" for rule in with_source if not rule.targets and rule.restored is None
+        f"{rule.sources[0]}: {rule.drop_reason}"
+        for rule in with_source
+        if not rule.targets and rule.restored is None and not rule.copy_of
     ]
     if lost:
         raise MappingError(f"{where} cannot be reverted: its conversion drops tensors, which cannot be restored:", lost)
@@ -86,12 +88,13 @@ def invert(
     _require_fit(tensors, _by_name(shapes, counts), where, known_problems, {})
     sources: dict[str, Expression] = {}
     for rule in with_source:
-        for keys, names in rule.repetitions(counts):
+        for keys, names in rule.repetitions(counts) if not rule.copy_of else ():
             try:
                 sources |= zip(keys, _undone(rule, [tensors[name] for name in names], dims, counts), strict=True)
             except NoInverseError as error:
                 problems = [f"{' and '.join(rule.sources)}: {error}"]
                 raise MappingError(f"{where} cannot be reverted, its conversion has no inverse:", problems) from error
+    sources |= {key: sources[original] for key, original in copies(with_source).items()}
     return {key: sources[key] for key in expand(with_source, dims, counts)}
 
 
@@ -152,6 +155,7 @@ def joined(
 
 def origins_of(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) -> dict[str, Origin]:
     """Return the sources that ``targets`` were made from. A target that fits no rule is its own source."""
+    rules = tuple(rules)
     makers = Patterns((target, rule) for rule in rules if rule.value is None for target in rule.targets)
     origins: dict[str, Origin] = {}
     done: set[str] = set()
@@ -160,7 +164,7 @@ def origins_of(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) -> dict
             names, found = _origins(name, makers, targets)
             done |= names
             origins |= found
-    return origins
+    return origins | {key: origins[original] for key, original in copies(rules).items() if original in origins}
 
 
 def _origins(

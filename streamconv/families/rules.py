@@ -29,7 +29,7 @@ from streamconv.tensors.expressions import Expression, placeholder
 from streamconv.tensors.info import DtypeCode, TensorInfo
 
 __all__ = [
-    "ExpectedTensor", "Rule", "chunk", "concat", "constants", "convert", "count_of", "drop", "expand", "fill",
+    "ExpectedTensor", "Rule", "chunk", "concat", "constants", "convert", "copies", "count_of", "drop", "expand", "fill",
     "multiply", "permute", "rename", "reshape", "stack", "transpose", "without_fills",
 ]  # fmt: skip
 
@@ -46,7 +46,7 @@ class Rule:
 
     A shape is None if any will do. A rule with a ``value`` has no source: its target is filled with the value. A rule
     with a ``drop_reason`` has no target, and its source may be missing; ``restored`` is what the inverse puts there,
-    None if it cannot be restored.
+    or it is ``copy_of`` another source. Without either, it cannot be restored.
     """
 
     sources: tuple[str, ...]
@@ -56,6 +56,7 @@ class Rule:
     value: float | None = None
     drop_reason: str = ""
     restored: Expression | None = None
+    copy_of: str = ""
 
     @cached_property
     def repeating(self) -> tuple[str, ...]:
@@ -230,12 +231,16 @@ def fill(target: str, value: float, shape: str) -> Rule:
     return Rule((), (_symbols(shape),), (target,), value=value)
 
 
-def drop(source: str, reason: str, shape: str | None = None, restored: Expression | None = None) -> Rule:
+def drop(
+    source: str, reason: str, shape: str | None = None, restored: Expression | None = None, copy_of: str = ""
+) -> Rule:
     """Leave a tensor out, if it is there. ``shape`` is checked if it is given.
 
-    ``restored`` is written in its place when the conversion is reverted; without it, that is refused.
+    ``restored`` is written in its place when the conversion is reverted. Or it is always equal to another source,
+    ``copy_of``. Without either, reverting is refused. Both names of a copy are without indexes.
     """
-    return Rule((source,), (None if shape is None else _symbols(shape),), (), drop_reason=reason, restored=restored)
+    shapes = (None if shape is None else _symbols(shape),)
+    return Rule((source,), shapes, (), drop_reason=reason, restored=restored, copy_of=copy_of)
 
 
 def without_fills(rules: Iterable[Rule]) -> tuple[Rule, ...]:
@@ -281,6 +286,11 @@ class _Expected:
     def __call__(self, values: Indexes) -> ExpectedTensor:
         repeating = {index: values[index] for index in self.rule.repeating}
         return ExpectedTensor(self.rule, self.shape, tuple(self.rule.names(repeating, self.counts)[1]))
+
+
+def copies(rules: Iterable[Rule]) -> dict[str, str]:
+    """Return the dropped sources that are copies of others, by name: whose they are."""
+    return {rule.sources[0]: rule.copy_of for rule in rules if rule.copy_of}
 
 
 def constants(rules: Iterable[Rule], dims: Dims, counts: Indexes) -> dict[str, tuple[float, Shape]]:

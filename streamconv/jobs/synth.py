@@ -15,6 +15,7 @@ from streamconv.arguments import shown_value
 from streamconv.errors import OutputError, UsageError
 from streamconv.families.base import Model
 from streamconv.families.registry import find_model
+from streamconv.families.rules import copies
 from streamconv.files.address import local_path
 from streamconv.output.disk import require_space
 from streamconv.output.files import as_output_error, atomic_file
@@ -75,10 +76,11 @@ def _synth(model: str, path: str | PathLike[str], seed: int, force: bool, progre
         raise OutputError(f"{backbone.parent} is not a folder. Create it first.")
     backbone_infos, head_infos = family.split_head(family.sources(found.dimensions, found.block_chunks))
     fixed = family.fixed_values(found.dimensions)
+    equal = copies(family.conversion_spec(found.dimensions).rules)
     with ExitStack() as named:  # both or none
-        named.enter_context(_written(backbone, backbone_infos, fixed, seed, progress))
+        named.enter_context(_written(backbone, backbone_infos, fixed, equal, seed, progress))
         if head is not None:
-            named.enter_context(_written(head, head_infos, {}, seed + 1, progress))
+            named.enter_context(_written(head, head_infos, {}, {}, seed + 1, progress))
     return SyntheticFiles(backbone, head)
 
 
@@ -145,9 +147,17 @@ def _head_path(backbone: Path, model: Model) -> Path | None:
 
 @contextmanager
 def _written(
-    path: Path, infos: Mapping[str, TensorInfo], fixed: Mapping[str, Expression], seed: int, progress: Progress
+    path: Path,
+    infos: Mapping[str, TensorInfo],
+    fixed: Mapping[str, Expression],
+    equal: Mapping[str, str],
+    seed: int,
+    progress: Progress,
 ) -> Iterator[None]:
-    """Write a file of random values, except for the ``fixed`` ones; it is renamed into place if the block ends well."""
+    """Write a file of random values; it is renamed into place if the block ends well.
+
+    ``fixed`` are values that are not random, and ``equal`` are names of tensors with the values of others.
+    """
     from streamconv.formats.torch_writer import write_pth  # with pickle, which nothing else needs
 
     order = {name: i for i, name in enumerate(infos)}
@@ -156,7 +166,8 @@ def _written(
 
     def values(name: str) -> Iterator[bytes]:
         nonlocal done
-        values = _values(name, infos[name], seed, order[name])
+        original = equal.get(name, name)
+        values = _values(original, infos[name], seed, order[original])
         for data in (read_bytes(fixed[name]),) if name in fixed else values:
             yield data
             done += len(data)

@@ -124,7 +124,8 @@ def make_plan(
             *filter(None, [repeats_note(shards)]),
         ),
         unproved=(*([heads.unproved] if heads.unproved and not is_published else []), *unproved),
-        skipped=(*selection.skipped, *_dropped(tensors, spec, selection.prefix)),
+        # The file of a converted model has nothing that the rules leave out; its sources are made from the targets.
+        skipped=(*selection.skipped, *(() if selection.is_converted else _dropped(tensors, spec, selection.prefix))),
         filled={name: value for name, (value, _) in fills.items()},
         block_chunks=block_chunks or 0,
     )

@@ -147,6 +147,22 @@ def test_what_is_left_out_is_named_and_restored(tmp_path: Path) -> None:
     assert [each for rule in plain for each in rule.restorations()] == ["a (a part): zero", "periods: computed"]
 
 
+def test_copy_of_another_source_is_dropped_and_restored(tmp_path: Path) -> None:
+    rules = [rename("norm", "layer_norm", "D"), drop("norms.3", "another name", "D", copy_of="norm")]
+    norm = torch.randn(4)
+    for state in ({"norm": norm, "norms.3": norm}, {"norm": norm}):
+        torch.save(state, tmp_path / "x.pth")
+        with open_checkpoint(tmp_path / "x.pth") as checkpoint:
+            targets = map_tensors(rules, checkpoint, DIMS, {}, "x.pth")
+            assert list(targets) == ["layer_norm"]
+            back = invert(rules, targets, DIMS, {}, "out")
+            assert list(back) == ["norm", "norms.3"]
+            assert back["norm"] == back["norms.3"] == checkpoint["norm"]
+            origins = origins_of(rules, {"layer_norm": targets["layer_norm"].info})
+            assert origins["norms.3"] == origins["norm"]
+    assert not any(text for rule in rules for text in rule.restorations())  # nothing that may have been different
+
+
 def test_sources_of_different_dtypes_are_cast_before_they_are_combined(tmp_path: Path) -> None:
     state = {"a": torch.randn(4, 6), "b": torch.randn(6, 6, dtype=torch.float64)}
     torch.save(state, tmp_path / "x.pth")
