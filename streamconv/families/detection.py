@@ -8,7 +8,7 @@ refused: the order in which families are listed never decides.
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import islice
+from itertools import islice, product
 
 from streamconv.display import printable
 from streamconv.errors import MappingError
@@ -39,15 +39,18 @@ def find_converted_prefixes(names: Iterable[str]) -> dict[str, list[Family]]:
 
     The prefix of a classifier's backbone is one of them: its head is found later.
     """
-    return _find_prefixes(
-        names,
-        [
-            (target, key, family.name)
-            for family in all_families()
-            for key, target in _signature_targets(family)
-            if target != key
-        ],
-    )
+    targets = [
+        (target, key, family)
+        for family in all_families()
+        for key, target in _signature_targets(family)
+        if target != key
+    ]
+    loaded = [(each, target, key, family) for target, key, family in targets for each in family.loaded_keys(target)]
+    # In memory, some names have a part before them that others do not have, so it is not a prefix of all.
+    starts = {each.removesuffix(target) for each, target, _, _ in loaded if each != target and each.endswith(target)}
+    spellings = {(target, key, family.name) for target, key, family in targets}
+    spellings |= {(each, key, family.name) for each, target, key, family in loaded if each.endswith(target)}
+    return _find_prefixes(names, sorted(spellings), starts)
 
 
 def _signature_targets(family: Family) -> Iterator[tuple[str, str]]:
@@ -60,8 +63,13 @@ def _signature_targets(family: Family) -> Iterator[tuple[str, str]]:
                 yield key, target
 
 
-def _find_prefixes(names: Iterable[str], spellings: Iterable[tuple[str, str, str]]) -> dict[str, list[Family]]:
-    """Find the prefixes before the spellings of keys, each given with its key and the name of its family."""
+def _find_prefixes(
+    names: Iterable[str], spellings: Iterable[tuple[str, str, str]], starts: Collection[str] = ()
+) -> dict[str, list[Family]]:
+    """Find the prefixes before the spellings of keys, each given with its key and the name of its family.
+
+    If some spellings have one of ``starts`` before others, it may belong to a prefix or not: more keys fit one of them.
+    """
     by_last_part: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for each in spellings:
         by_last_part[each[0].rpartition(".")[2]].append(each)
@@ -75,6 +83,10 @@ def _find_prefixes(names: Iterable[str], spellings: Iterable[tuple[str, str, str
             prefix = prefix_before(name, bare, spelling)
             if prefix is not None:
                 found[prefix] = with_key(found.get(prefix, frozenset()), (family_name, key))
+
+    for prefix, start in product([*found], starts):
+        if prefix in found and (longer := prefix + start) in found:
+            del found[prefix if len(found[prefix]) < len(found[longer]) else longer]
 
     @cache
     def fitting(keys: frozenset[tuple[str, str]]) -> list[Family]:

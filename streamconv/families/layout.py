@@ -62,8 +62,11 @@ class Layout:
 
     @cached_property
     def _patterns(self) -> Patterns[None]:
-        rules = self.family.converted_rules if self.is_converted else self.family.rules
-        return Patterns((pattern, None) for pattern in {each for rule in rules for each in self._spellings(rule)})
+        return Patterns((pattern, None) for pattern in {each for rule in self._rules for each in self._spellings(rule)})
+
+    @property
+    def _rules(self) -> tuple[Rule, ...]:
+        return self.family.converted_rules if self.is_converted else self.family.rules
 
     def _spellings(self, rule: Rule) -> tuple[str, ...]:
         return rule.targets if self.is_converted else rule.sources
@@ -83,7 +86,7 @@ class Layout:
 
     @cached_property
     def _modules(self) -> frozenset[str]:
-        return self._modules_of(self.family.rules)
+        return self._modules_of(self._rules)
 
     def _modules_of(self, rules: Iterable[Rule]) -> frozenset[str]:
         head = self.family.classifier_head
