@@ -178,11 +178,15 @@ MODELS = [model.name for model in FAMILY.models]
 WEB_DINO = [name for name in MODELS if name.startswith("webssl")]
 
 
-def expanded(shapes: dict[str, list[int]], layers: int, chunks: Sequence[int] = ()) -> dict[str, tuple[int, ...]]:
+def expanded(
+    shapes: dict[str, list[int]], layers: int | dict[str, int], chunks: Sequence[int] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all layers. ``layers`` is the number of values of {i}, or that of each index."""
+    counts = {"i": layers} if isinstance(layers, int) else layers
     return {
-        key.format(i=i, chunk=chunks[i] if chunks else None): tuple(shape)
+        key.format(**dict.fromkeys(counts, i), chunk=chunks[i] if chunks else None): tuple(shape)
         for key, shape in shapes.items()
-        for i in (range(layers) if "{i}" in key else (0,))
+        for i in range(next((count for index, count in counts.items() if f"{{{index}}}" in key), 1))
     }
 
 

@@ -31,7 +31,7 @@ class Kind:
 ARCHITECTURES = (
     Kind(
         "is a DINOv3 model",
-        ("rope_embed.periods", "storage_tokens", "local_cls_norm", "stages.{i}.layers.{i}.depthwise_conv",
+        ("rope_embed.periods", "storage_tokens", "local_cls_norm",
          "embeddings.patch_embeddings.weight layer.{i}.layer_scale1"),
     ),
     Kind("looks like a DINOv3 model in timm's names", ("reg_token blocks.{i}.gamma_1 !pos_embed",)),
@@ -70,7 +70,8 @@ ARCHITECTURES = (
     Kind("looks like a Swin Transformer", ("layers.{i}.blocks.{i}.attn", "layers.{i}.blocks.{i}.attention")),
     Kind(
         "looks like a ConvNeXt model",
-        ("stages.{i}.{i}.dwconv", "stages.{i}.blocks.{i}.conv_dw", "stages.{i}.layers.{i}.dwconv"),
+        ("stages.{i}.{i}.dwconv head.weight", "stages.{i}.{i}.grn", "stages.{i}.blocks.{i}.conv_dw",
+         "stages.{i}.layers.{i}.dwconv"),
     ),
     Kind("looks like a ResNet", ("layer1.{i}.conv1 layer1.{i}.bn1", "embedder.embedder.convolution")),
 )  # fmt: skip
@@ -158,7 +159,7 @@ def recognise(
     advice = next((kind.advice for kind, _ in kinds if kind.advice), "")
     if kinds[0][0] not in STORAGE:
         known = " and ".join(family.name for family in all_families())
-        advice = f"streamconv converts {known}, in its authors' or transformers' names. {advice}".rstrip()
+        advice = f"streamconv converts {known}, in their authors' or transformers' names. {advice}".rstrip()
     return MappingError(f"{where} {what}. {advice}", ())
 
 

@@ -79,7 +79,7 @@ def load_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> tuple
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reports them: the error that it raises otherwise only refers to a log
         dtype=dtype,
-        attn_implementation="sdpa",
+        **({"attn_implementation": "sdpa"} if model_class._supports_sdpa else {}),  # others have no attention
     )
 
 

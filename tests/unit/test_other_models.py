@@ -29,7 +29,8 @@ VIT = [
 WRITTEN = {
     "dinov3_vitl16": "cls_token storage_tokens mask_token patch_embed.proj.weight rope_embed.periods "
     "blocks.0.norm1.weight blocks.0.attn.qkv.weight blocks.0.attn.qkv.bias_mask blocks.0.ls1.gamma norm.weight",
-    "dinov3_convnext_tiny": "downsample_layers.0.0.weight stages.0.0.gamma stages.0.0.dwconv.weight norms.3.weight",
+    "convnext_tiny_1k_224_ema": "downsample_layers.0.0.weight stages.0.0.gamma stages.0.0.dwconv.weight head.weight",
+    "convnextv2_tiny_1k_224_fcmae": "downsample_layers.0.0.weight stages.0.0.dwconv.weight stages.0.0.grn.gamma",
     "mae_visualize_vit_base": "cls_token pos_embed mask_token decoder_pos_embed patch_embed.proj.weight "
     "blocks.0.norm1.weight norm.weight decoder_embed.weight decoder_blocks.0.attn.qkv.weight decoder_pred.weight",
     "CLIP ViT-B/32": "positional_embedding text_projection logit_scale visual.class_embedding visual.conv1.weight "
@@ -63,9 +64,9 @@ WRITTEN = {
 }
 ARCHITECTURES = {
     "dinov3_vitl16": ["is a DINOv3 model"],
-    "dinov3_convnext_tiny": ["looks like a ConvNeXt model"],
+    "convnext_tiny_1k_224_ema": ["looks like a ConvNeXt model"],
+    "convnextv2_tiny_1k_224_fcmae": ["looks like a ConvNeXt model"],
     "transformers DINOv3ViTModel": ["is a DINOv3 model"],
-    "transformers DINOv3ConvNextModel": ["is a DINOv3 model"],
     "timm vit_small_patch16_dinov3": ["looks like a DINOv3 model in timm's names"],
     "mae_visualize_vit_base": ["is an MAE with its decoder"],
     "transformers ViTMAEForPreTraining": ["is an MAE with its decoder"],
@@ -154,7 +155,7 @@ def test_architectures_are_told_apart(name: str) -> None:
     error = other_models.recognise(dict.fromkeys(names, (1,)), "x.pth")
     assert error is not None
     assert all(what in str(error) for what in ARCHITECTURES[name])
-    assert "streamconv converts dinov2, in its authors' or transformers' names." in str(error)
+    assert "streamconv converts dinov2 and dinov3_convnext, in their authors' or transformers' names." in str(error)
     assert error.problems == ()
     (evidence, *_) = re.findall(r"\((\S+)\)", str(error))
     assert evidence in names
@@ -232,4 +233,4 @@ def test_marks_have_the_form_that_is_searched() -> None:
     for mark in marks:
         assert re.fullmatch(r"!?[a-zA-Z0-9_{}.]+( !?[a-zA-Z0-9_{}.]+)*", mark), mark
         assert not mark.startswith("!")
-    assert [family.name for family in all_families()] == ["dinov2"]  # of which the test above knows the names
+    assert {family.name for family in all_families()} == {"dinov2", "dinov3_convnext"}  # whose names are tested above
