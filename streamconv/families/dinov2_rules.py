@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from streamconv.families.dinov2_geometry import BLOCK, HEAD_PREFIX, Dimensions
 from streamconv.families.operations import Dims, NoInverseError, Operation, Prepend
 from streamconv.families.rules import Rule, chunk, convert, drop, fill, rename
-from streamconv.tensors.expressions import Expression, add, concat
+from streamconv.tensors.computed import add
+from streamconv.tensors.expressions import Expression, concat
 from streamconv.tensors.info import TensorInfo
 
 LAYER = "encoder.layer.{i}."

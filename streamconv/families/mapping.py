@@ -12,7 +12,9 @@ from streamconv.errors import MappingError
 from streamconv.families.operations import Dims, NoInverseError
 from streamconv.families.patterns import ExpandedNames, Indexes, Patterns, indexes_of, numbered
 from streamconv.families.rules import Rule, Shape, copies, expand
-from streamconv.tensors.expressions import Expression, cast, placeholder
+from streamconv.tensors.computed import cast
+from streamconv.tensors.constants import placeholder
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo
 
 _UNEXPECTED: Shape = (-1,)

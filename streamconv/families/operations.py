@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from streamconv.tensors.expressions import Expression, cast, concat, filled, multiply, stack
+from streamconv.tensors.computed import cast, multiply
+from streamconv.tensors.constants import filled
+from streamconv.tensors.expressions import Expression, concat, stack
 from streamconv.tensors.info import TensorInfo
 
 Symbols = tuple[str, ...]

@@ -25,7 +25,8 @@ from streamconv.families.operations import (
     numbers,
 )
 from streamconv.families.patterns import ExpandedNames, Indexes, all_values, count_of, indexes_of, numbered
-from streamconv.tensors.expressions import Expression, placeholder
+from streamconv.tensors.constants import placeholder
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import DtypeCode, TensorInfo
 
 __all__ = [

@@ -33,8 +33,9 @@ from streamconv.planning.plan import CONFIG_NAME
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.small_files import read_json_beside
 from streamconv.tensors.checksums import RecordChecks
+from streamconv.tensors.constants import filled
 from streamconv.tensors.evaluation import read_bytes
-from streamconv.tensors.expressions import Expression, filled
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import DTYPES
 from streamconv.tensors.packages import check_packages
 

@@ -18,7 +18,9 @@ from streamconv.planning.reads import refuse_unstreamable
 from streamconv.planning.repeats import repeats_note
 from streamconv.planning.shards import DEFAULT_SHARD_BYTES, lay_out
 from streamconv.planning.small_files import architecture_of, config_notes, label_problems, make_config, to_small_files
-from streamconv.tensors.expressions import Expression, cast, filled
+from streamconv.tensors.computed import cast
+from streamconv.tensors.constants import filled
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import BY_TORCH_NAME, CastDtype, DtypeCode, TensorInfo
 
 

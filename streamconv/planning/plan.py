@@ -20,7 +20,7 @@ from streamconv.files.base import FileRef
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.planning.repeats import distinct_bytes
 from streamconv.planning.shards import Shard, to_json
-from streamconv.tensors.expressions import Cast as CastExpression
+from streamconv.tensors.computed import Cast as CastExpression
 from streamconv.tensors.expressions import Record
 from streamconv.tensors.info import DTYPES, CastDtype, DtypeCode, TensorInfo
 

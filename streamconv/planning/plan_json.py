@@ -19,7 +19,8 @@ from streamconv.formats.safetensors import make_index
 from streamconv.planning.plan import CONFIG_NAME, MappedTensor, Plan, with_int_ids
 from streamconv.planning.shards import Shard, make_shard
 from streamconv.planning.shards import to_json as json_bytes
-from streamconv.tensors.expressions import Cast, Concat, Elementwise, Expression, Read, Record, concat
+from streamconv.tensors.computed import Cast, Elementwise
+from streamconv.tensors.expressions import Concat, Expression, Read, Record, concat
 from streamconv.tensors.info import TensorInfo
 
 FORMAT_VERSION = 2

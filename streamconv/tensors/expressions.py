@@ -6,21 +6,15 @@ of torch: strides are in elements, as in ``torch._utils._rebuild_tensor_v2``. Of
 """
 
 import math
-import struct
 from abc import ABC, abstractmethod
 from bisect import bisect, bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from itertools import accumulate
-from typing import Literal
 
 from streamconv.files.base import ByteRange, FileRef
-from streamconv.files.inline import inline_ref
-from streamconv.tensors.info import DtypeCode, TensorInfo, contiguous_strides
+from streamconv.tensors.info import TensorInfo, contiguous_strides
 from streamconv.tensors.shapes import MAX_PARTS, Shape, TooManyPartsError, groups, view_strides
-
-Operator = Literal["multiply", "add"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +74,11 @@ class Expression(ABC):
     @property
     def fingerprint(self) -> str:
         """A text that tells it from other expressions of the same dtype and shape, by names and offsets of records."""
-        return f"{type(self).__name__}:{_fingerprints(self)}"
+        return f"{type(self).__name__}:{self.operands_fingerprint}"
+
+    @property
+    def operands_fingerprint(self) -> str:
+        return f"({','.join(f'{operand.info.dtype} {operand.fingerprint}' for operand in self.operands)})"
 
     def leaves(self) -> "Iterator[Read]":
         """Yield everything that is read for it, in the order of its values."""
@@ -145,10 +143,6 @@ class Expression(ABC):
     def chunk(self, count: int, dim: int = 0) -> "list[Expression]":
         """Cut the tensor into ``count`` equal parts along ``dim``."""
         return self.split([self.shape[dim] // count] * count, dim)
-
-
-def _fingerprints(tensor: Expression) -> str:
-    return f"({','.join(f'{operand.info.dtype} {operand.fingerprint}' for operand in tensor.operands)})"
 
 
 def _reshape_dims(tensor: Expression, at: int, count: int, new: Shape) -> Expression:
@@ -254,7 +248,7 @@ class Concat(Expression):
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.dim}:{self.ends}:{_fingerprints(self)}"
+        return f"{self.dim}:{self.ends}:{self.operands_fingerprint}"
 
     def narrow(self, dim: int, start: int, length: int) -> Expression:
         if dim != self.dim:
@@ -289,76 +283,6 @@ class Concat(Expression):
                 return concat([part.reshape(each) for part, each in zip(self.parts, shapes, strict=True)], dim)
             at, new_at = at + len(old), new_at + len(new)
         raise ValueError(f"{self.info} has no dim {self.dim}")
-
-
-@dataclass(frozen=True, slots=True)
-class Cast(Expression):
-    """A tensor whose values are converted to another dtype, like torch's ``.to()``; `cast` makes it."""
-
-    info: TensorInfo
-    of: Expression
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.of,)
-
-    def with_operands(self, operands: Sequence[Expression]) -> "Cast":
-        return Cast(self.info, *operands)
-
-    @property
-    def is_copied(self) -> bool:
-        return False
-
-    @property
-    def fingerprint(self) -> str:
-        # The dtype of the whole is known beside it, and so is that of a record's bytes.
-        return self.of.fingerprint if isinstance(self.of, Read) else f"Cast:{_fingerprints(self)}"
-
-    def narrow(self, dim: int, start: int, length: int) -> "Cast":
-        return _cast(self.of.narrow(dim, start, length), self.info.dtype)
-
-    def permute(self, dims: Sequence[int]) -> "Cast":
-        return _cast(self.of.permute(dims), self.info.dtype)
-
-    def view(self, shape: Shape) -> "Cast":
-        return _cast(self.of.reshape(shape), self.info.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Elementwise(Expression):
-    """Two tensors of one dtype and shape, combined element by element like torch's ``*`` or ``+``.
-
-    `multiply` and `add` make it.
-    """
-
-    info: TensorInfo
-    operator: Operator
-    one: Expression
-    other: Expression
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.one, self.other)
-
-    def with_operands(self, operands: Sequence[Expression]) -> "Elementwise":
-        return Elementwise(self.info, self.operator, *operands)
-
-    @property
-    def is_copied(self) -> bool:
-        return False
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{self.operator}:{_fingerprints(self)}"
-
-    def narrow(self, dim: int, start: int, length: int) -> "Elementwise":
-        return _elementwise(self.operator, self.one.narrow(dim, start, length), self.other.narrow(dim, start, length))
-
-    def permute(self, dims: Sequence[int]) -> "Elementwise":
-        return _elementwise(self.operator, self.one.permute(dims), self.other.permute(dims))
-
-    def view(self, shape: Shape) -> "Elementwise":
-        return _elementwise(self.operator, self.one.reshape(shape), self.other.reshape(shape))
 
 
 def concat(tensors: Sequence[Expression], dim: int = 0) -> Expression:
@@ -396,39 +320,6 @@ def stack(tensors: Sequence[Expression], dim: int = 0) -> Expression:
     return concat([tensor.unsqueeze(dim) for tensor in tensors], dim)
 
 
-def cast(tensor: Expression, dtype: DtypeCode) -> Expression:
-    """Convert a tensor to a dtype; one that has it is returned as it is."""
-    return tensor if tensor.info.dtype == dtype else _cast(tensor, dtype)
-
-
-def _cast(tensor: Expression, dtype: DtypeCode) -> Cast:
-    return Cast(TensorInfo(dtype, tensor.shape), tensor)
-
-
-def multiply(one: Expression, other: Expression) -> Elementwise:
-    """Multiply two tensors of one dtype and shape.
-
-    Raises:
-        ValueError: their dtypes or shapes differ.
-    """
-    return _elementwise("multiply", one, other)
-
-
-def add(one: Expression, other: Expression) -> Elementwise:
-    """Add two tensors of one dtype and shape.
-
-    Raises:
-        ValueError: their dtypes or shapes differ.
-    """
-    return _elementwise("add", one, other)
-
-
-def _elementwise(operator: Operator, one: Expression, other: Expression) -> Elementwise:
-    if one.info != other.info:
-        raise ValueError(f"{operator}: {one.info} and {other.info} differ")
-    return Elementwise(one.info, operator, one, other)
-
-
 def _without(tensor: Expression, dim: int) -> Shape:
     return (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
 
@@ -450,44 +341,3 @@ def _joined(one: Expression, other: Expression, dim: int) -> Read | None:
         return None
     shape = (*one.shape[:dim], sum(sizes), *one.shape[dim + 1 :])
     return Read(TensorInfo(one.info.dtype, shape), one.record, one.offset, strides)
-
-
-def placeholder(info: TensorInfo) -> Read:
-    """Return a tensor that stands for any other of this dtype and shape, to find out what becomes of its shape."""
-    record = Record(inline_ref(bytes(info.itemsize)), "placeholder", ByteRange(0, info.itemsize))
-    return Read(info, record, 0, (0,) * len(info.shape))
-
-
-def filled(value: float, info: TensorInfo) -> Read:
-    """Return a tensor whose elements are all ``value``, like torch.full. It must have a floating-point dtype."""
-    short = f"{value:g}"
-    name = short if float(short) == value else repr(value)
-    record = Record(inline_ref(_packed(value, info.dtype)), name, ByteRange(0, info.itemsize))
-    return Read(info, record, 0, (0,) * len(info.shape))
-
-
-def literal(values: Sequence[float], dtype: DtypeCode, shape: Shape) -> Read:
-    """Return a small tensor of these values, in row-major order. It must have a floating-point dtype.
-
-    Raises:
-        ValueError: the shape has another number of elements.
-    """
-    info = TensorInfo(dtype, shape)
-    if len(values) != math.prod(shape):
-        raise ValueError(f"{info} cannot hold {len(values)} values")
-    data = b"".join(_packed(value, dtype) for value in values)
-    record = Record(inline_ref(data), f"values {sha256(data).hexdigest()}", ByteRange(0, len(data)))
-    return Read(info, record, 0, contiguous_strides(shape))
-
-
-def _packed(value: float, dtype: DtypeCode) -> bytes:
-    """Return the bytes of a number; it is rounded to float32 before it is rounded to a 16-bit dtype."""
-    if dtype == "F64":
-        return struct.pack("<d", value)
-    single = struct.pack("<f", value)
-    if dtype == "F16":
-        return struct.pack("<e", *struct.unpack("<f", single))
-    if dtype == "BF16":
-        (bits,) = struct.unpack("<I", single)
-        return struct.pack("<H", (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
-    return single

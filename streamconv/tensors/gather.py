@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamconv.tensors.casts import cast_into
-from streamconv.tensors.expressions import Cast, Concat, Elementwise, Expression, Read
+from streamconv.tensors.computed import Cast, Elementwise
+from streamconv.tensors.expressions import Concat, Expression, Read
 from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo
 
 if TYPE_CHECKING:

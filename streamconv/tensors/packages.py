@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 
 from streamconv.errors import UsageError
-from streamconv.tensors.expressions import Cast, Expression
+from streamconv.tensors.computed import Cast
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.tiles import is_gathered
 
 

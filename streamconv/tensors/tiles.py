@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from streamconv.tensors.expressions import Cast, Concat, Expression, Read
+from streamconv.tensors.computed import Cast
+from streamconv.tensors.expressions import Concat, Expression, Read
 from streamconv.tensors.runs import Block, in_memory, runs_of, source_blocks
 
 PIECE_BYTES = 512 << 10  # read and written at once; small enough to stay in a CPU's cache

@@ -20,8 +20,9 @@ from streamconv.output.readable import reading_output
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
 from streamconv.tensors.checksums import RecordChecks
+from streamconv.tensors.computed import Cast
 from streamconv.tensors.evaluation import Evaluator
-from streamconv.tensors.expressions import Cast, Expression, Read
+from streamconv.tensors.expressions import Expression, Read
 from streamconv.tensors.info import DTYPES
 from streamconv.tensors.tiles import parts
 from streamconv.verification.result import Check

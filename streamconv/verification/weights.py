@@ -8,8 +8,9 @@ from torch import Tensor
 
 from streamconv.files.reader import Reader
 from streamconv.tensors.checksums import RecordChecks
+from streamconv.tensors.computed import Cast
 from streamconv.tensors.evaluation import Evaluator
-from streamconv.tensors.expressions import Cast, Expression
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import DTYPES
 from streamconv.tensors.tiles import parts
 from streamconv.verification.page_cache import FileMappings

@@ -22,19 +22,10 @@ from streamconv.files.local import LocalFile
 from streamconv.files.reader import Reader
 from streamconv.tensors import evaluation, gather, packages, runs, tiles
 from streamconv.tensors.checksums import RecordChecks
+from streamconv.tensors.computed import add, cast, multiply
+from streamconv.tensors.constants import filled, literal
 from streamconv.tensors.evaluation import Evaluator
-from streamconv.tensors.expressions import (
-    Expression,
-    Read,
-    Record,
-    add,
-    cast,
-    concat,
-    filled,
-    literal,
-    multiply,
-    stack,
-)
+from streamconv.tensors.expressions import Expression, Read, Record, concat, stack
 from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo, contiguous_strides
 from tests.support import run_python
 
@@ -322,6 +313,8 @@ def test_expressions_contiguous_reads_and_constants_need_no_numpy() -> None:
     imported = run_python(
         "import pickle, sys\n"
         "from streamconv.tensors.evaluation import read_bytes\n"
+        "from streamconv.tensors.computed import *\n"
+        "from streamconv.tensors.constants import *\n"
         "from streamconv.tensors.expressions import *\n"
         "from streamconv.tensors.info import TensorInfo\n"
         "from streamconv.tensors.packages import check_packages\n"

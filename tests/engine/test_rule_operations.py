@@ -25,8 +25,8 @@ from streamconv.families.rules import (
     transpose,
 )
 from streamconv.formats.checkpoint import open_checkpoint
+from streamconv.tensors.constants import literal
 from streamconv.tensors.evaluation import read_bytes
-from streamconv.tensors.expressions import literal
 
 Tensors = Sequence[torch.Tensor]
 DIMS = {"D": 4, "2D": 8, "3D": 12, "F": 6, "H": 2}

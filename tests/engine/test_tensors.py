@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streamconv
+from streamconv.tensors.computed import add, multiply
 from streamconv.tensors.evaluation import read_bytes
-from streamconv.tensors.expressions import add, multiply
 from tests.checkpoints import NAMES, SETTINGS, bytes_of, views
 
 

@@ -25,7 +25,9 @@ from streamconv.output.writer import write_shard
 from streamconv.planning.shards import Shard, make_shard
 from streamconv.tensors import evaluation, runs, tiles
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.expressions import Expression, cast, concat, filled, multiply, stack
+from streamconv.tensors.computed import cast, multiply
+from streamconv.tensors.constants import filled
+from streamconv.tensors.expressions import Expression, concat, stack
 from streamconv.tensors.info import TensorInfo
 from streamconv.verification.bytes import check_bytes
 from tests.file_server import FileServer

@@ -68,7 +68,8 @@ from streamconv.files.local import LocalFile
 from streamconv.files.reader import Reader
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.evaluation import Evaluator
-from streamconv.tensors.expressions import Read, Record, cast, concat, multiply, stack
+from streamconv.tensors.computed import cast, multiply
+from streamconv.tensors.expressions import Read, Record, concat, stack
 from streamconv.tensors.info import TensorInfo
 from streamconv.tensors.tiles import PIECE_BYTES, parts
 file, side = LocalFile(Path({source!r})), {side}

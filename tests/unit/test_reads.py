@@ -7,7 +7,8 @@ import pytest
 from streamconv.errors import MappingError
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.planning.reads import read_bytes, refuse_unstreamable
-from streamconv.tensors.expressions import Expression, Read, Record, cast
+from streamconv.tensors.computed import cast
+from streamconv.tensors.expressions import Expression, Read, Record
 from streamconv.tensors.info import DtypeCode, TensorInfo
 from streamconv.tensors.runs import source_blocks
 from streamconv.tensors.tiles import tiles
