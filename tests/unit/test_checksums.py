@@ -2,13 +2,16 @@
 
 import time
 import zlib
-from contextlib import closing
+from contextlib import closing, nullcontext
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from streamconv.errors import CorruptError
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.files.local import LocalFile
 from streamconv.files.reader import Reader
@@ -67,6 +70,28 @@ def check_views(data: bytes, file: LocalFile, views: list[tuple[int, int, int]])
         assert checks.is_pending(record) == (len(read) < 64)
         if len(read) == 64:
             return
+
+
+@given(st.sets(st.integers(1, 63), max_size=9), st.randoms(use_true_random=False), st.integers(0, 511))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_damaged_record_is_found_by_its_last_range_in_any_order(
+    tmp_path: Path, cuts: set[int], choice: Random, bit: int
+) -> None:
+    data, stored = bytes(range(64)), bytearray(range(64))
+    stored[bit // 8] ^= 1 << bit % 8
+    (tmp_path / "x").write_bytes(bytes(64))
+    ranges = [*pairwise([0, *sorted(cuts), 64])]
+    choice.shuffle(ranges)
+    with closing(LocalFile(tmp_path / "x")) as file:
+        for contents, is_damaged in ((data, False), (stored, True)):
+            record = Record(file.ref, "x", ByteRange(0, 64), zlib.crc32(data))
+            checks, covered = RecordChecks(Reader([file])), 0
+            with pytest.raises(CorruptError, match="does not match its CRC-32") if is_damaged else nullcontext():
+                for start, end in ranges:
+                    covered += end - start
+                    checks.add("x", record, start, memoryview(contents)[start:end])
+            assert covered == 64
+            assert checks.is_pending(record) == is_damaged
 
 
 @given(st.integers(0, 40), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=12))
