@@ -58,7 +58,7 @@ class Evaluator:
                 yield from (leaf.range for leaf in leaves if leaf.record not in copied)
             elif part.blocks is not blocks:
                 blocks = part.blocks
-                kept = _kept(copied, self._copied(blocks))
+                kept = _kept(copied, self._records_to_copy(blocks))
                 yield from (record.range for record in kept if record not in copied and record.file == file)
                 copied = kept
                 for block in blocks:
@@ -89,7 +89,7 @@ class Evaluator:
         size = max(block.at + block.runs.nbytes for block in blocks)
         if len(self._source) < size:
             self._source = bytearray(size)
-        self._make_copies(name, self._copied(blocks))
+        self._make_copies(name, self._records_to_copy(blocks))
         for block in blocks:
             record, runs = block.record, block.runs
             memory = memoryview(self._source)[block.at : block.at + runs.nbytes]
@@ -116,7 +116,7 @@ class Evaluator:
     def _is_local(self, file: FileRef) -> bool:
         return isinstance(self._reader.open(file), LocalFile)
 
-    def _copied(self, blocks: tuple[Block, ...]) -> dict[Record, None]:
+    def _records_to_copy(self, blocks: tuple[Block, ...]) -> dict[Record, None]:
         """Return the records of which these blocks need a copy."""
         return {
             block.record: None

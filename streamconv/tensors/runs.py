@@ -41,6 +41,11 @@ class Runs:
         return self.count * self.length
 
     @property
+    def held_bytes(self) -> int:
+        """The memory that they are kept in."""
+        return -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+    @property
     def span(self) -> ByteRange:
         """The range from the first byte to the last."""
         return ByteRange(self.start, sum((count - 1) * step for count, step in self.steps) + self.length)
@@ -97,7 +102,7 @@ def source_blocks(tile: Expression) -> tuple[Block, ...]:
     blocks, at = [], 0
     for record, runs in (*found, *scattered):
         blocks.append(Block(record, runs, at))
-        at += -(-runs.nbytes // _ALIGNMENT) * _ALIGNMENT
+        at += runs.held_bytes
     return tuple(blocks)
 
 

@@ -119,7 +119,7 @@ def cost(tile: Expression) -> float:
         return math.inf
     for leaf in tile.leaves():
         runs = runs_of(leaf)
-        held, starts = held + runs.nbytes, starts + runs.count
+        held, starts = held + runs.held_bytes, starts + runs.count
         if held > MAX_TILE_BYTES:
             return math.inf
     return (_TILE_BYTES + held * (_SLOWER if held > _CACHE_BYTES else 1) + starts * _RUN_BYTES) / size

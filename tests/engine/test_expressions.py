@@ -198,7 +198,7 @@ class Draw:
         return {
             tiles: {
                 "PIECE_BYTES": piece,
-                "MAX_TILE_BYTES": self.integer(2000, 8000),
+                "MAX_TILE_BYTES": self.integer(256, 4000),
                 "_CACHE_BYTES": self.integer(0, 4000),
                 "_RUN_BYTES": self.integer(0, 200),
                 "_TILE_BYTES": self.integer(0, 1000),
