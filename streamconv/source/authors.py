@@ -29,13 +29,15 @@ class Authorship:
 
     ``address`` is the URL that the authors' file was downloaded from, and ``sha256`` that of the file's bytes; each is
     empty if it is not known. ``found`` is the published file that a file in torch.hub's cache is named after, if
-    streamconv did not download it, so that it may be another file.
+    streamconv did not download it, so that it may be another file. ``contradicted`` is the published file that a file
+    is named after, if its sha256 does not begin with the digits in that name, so that it is another file.
     """
 
     is_published: bool = False
     address: str = ""
     sha256: str = ""
     found: RemoteFile | None = None
+    contradicted: RemoteFile | None = None
 
 
 def authorship(location: Location, checkpoint: Checkpoint, digest: str = "") -> Authorship:
@@ -54,9 +56,11 @@ def authorship(location: Location, checkpoint: Checkpoint, digest: str = "") -> 
         known = record.sha256
         if record.is_published:
             return Authorship(True, record.address, known)
-    published = _named_after(file)
-    if published is not None and published.sha256_start and known.startswith(published.sha256_start):
-        return Authorship(True, sha256=known)
+    published = named_after(file.name)
+    if published is not None and published.sha256_start and known:
+        if known.startswith(published.sha256_start):
+            return Authorship(True, sha256=known)
+        return Authorship(sha256=known, contradicted=published)
     is_cached = os.path.realpath(file.path.parent) == os.path.realpath(torch_hub_cache())
     return Authorship(sha256=known, found=published if is_cached else None)
 
@@ -76,7 +80,7 @@ def compute_digests(checkpoints: Mapping[str, Checkpoint], progress: Progress) -
 def _digest(file: LocalFile | None, progress: Progress) -> str:
     if file is None:
         return ""
-    record, published = Download.read_unchecked(file.path), _named_after(file)
+    record, published = Download.read_unchecked(file.path), named_after(file.name)
     if record is not None and _has_times(file, record):
         return ""
     may_be_moved = record is not None and record.is_published and record.size == file.size
@@ -110,5 +114,6 @@ def _has_times(file: LocalFile, record: Download) -> bool:
     return (record.size, record.modified_ns, record.changed_ns) == (file.size, file.modified_ns, file.changed_ns)
 
 
-def _named_after(file: LocalFile) -> RemoteFile | None:
-    return next((each for each in published_files() if each.filename == file.name), None)
+def named_after(name: str) -> RemoteFile | None:
+    """Return the published file that has this name."""
+    return next((each for each in published_files() if each.filename == name), None)

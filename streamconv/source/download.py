@@ -22,6 +22,7 @@ from streamconv.output.manifest import Provenance, SourceFile
 from streamconv.output.resumable import journal_path, missing_bytes, resumable_files
 from streamconv.output.writer import written_file
 from streamconv.progress import Progress
+from streamconv.source.authors import named_after
 from streamconv.source.cache import MAX_VERSIONS, Download, download_path, forget_download, is_published
 from streamconv.source.copies import explain_new_download, find_copy, has_checksums, has_copy, modified_time
 from streamconv.source.resolve import Source
@@ -135,6 +136,7 @@ def _download(
             partial = temporary_path(path)
             try:
                 is_crc_checked = _require_intact(partial, address, path.name, progress)
+                _require_published_digest(result[0].sha256, address)
             except SourceError:
                 journal.discard(path)  # the next attempt starts over
                 raise
@@ -157,6 +159,21 @@ def _download(
         ).write(path)
     _log.info("downloaded %s to %s", address, path)
     return None
+
+
+def _require_published_digest(digest: str, address: Address) -> None:
+    """Require of a file with the name of a published one that its sha256 begins with the digits in that name, if any.
+
+    Raises:
+        CorruptError: it does not.
+    """
+    published = named_after(address.name)
+    if published is not None and not digest.startswith(published.sha256_start):
+        raise CorruptError(
+            f"{address} is not the file that its authors published under this name: its sha256 begins with "
+            f"{digest[:8]}, and not with {published.sha256_start}, as the name states. It was not kept. Use the "
+            "authors' own address."
+        )
 
 
 def _time_of_renaming(path: Path, state: os.stat_result) -> int | None:

@@ -133,9 +133,16 @@ class OpenSource:
     @property
     def notes(self) -> tuple[str, ...]:
         """Assumptions about the files, for the notes of the plan."""
-        found = (each.found for each in self._authorship().values())
+        authors = self._authorship().values()
+        found = (each.found for each in authors)
         return (
             *self.source.notes,
+            *(
+                f"the sha256 of {each.contradicted.filename} begins with {each.sha256[:8]}, not with the digits in its "
+                f"name, so it is not the file that its authors publish at {each.contradicted.url}, or it is damaged"
+                for each in authors
+                if each.contradicted is not None and not self.source.is_synthetic
+            ),
             *(
                 f"{file.filename} was found in torch.hub's cache and was not downloaded by streamconv, so it may not "
                 f"be the file that its authors publish at {file.url}"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ from streamconv.output.manifest import Manifest, SourceFile
 from streamconv.source.cache import Download, own_path
 from streamconv.source.outputs import without_foreign_claims
 from tests import api
-from tests.checkpoints import make_states
+from tests.checkpoints import make_states, saved
 from tests.file_server import FileServer
 from tests.support import interrupt_after, sha256_of, tiny
 
@@ -282,6 +283,27 @@ def test_damaged_download_is_not_kept_and_starts_over(
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     api.convert(source, tmp_path / "out")
     assert (cache / "x.pth").read_bytes() == good
+
+
+def test_download_that_contradicts_the_hash_in_its_published_name_is_not_kept(
+    server: FileServer, torch_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The authors' addresses may be signed, so the name of the file decides, not the address."""
+    state = saved(make_states(tiny())[0], tmp_path / "x.pth").read_bytes()
+    digest = sha256(state).hexdigest()
+    for digits, is_kept in ((digest[:8], True), (f"{int(digest[:8], 16) ^ 1:08x}", False)):
+        name = f"model-{digits}.pth"
+        known = frozenset({RemoteFile(name, f"https://example.org/{name}")})
+        monkeypatch.setattr("streamconv.source.authors.published_files", lambda known=known: known)
+        (server.folder / name).write_bytes(state)
+        if is_kept:
+            assert api.convert(f"{server.url}/{name}", tmp_path / "out").plan.dimensions == tiny()
+            continue
+        with pytest.raises(CorruptError, match=f"its sha256 begins with {digest[:8]}, and not with {digits}"):
+            api.convert(f"{server.url}/{name}", tmp_path / "other")
+        assert not [*torch_hub.rglob(name)]
+        done = api.convert(server.folder / name, tmp_path / "local")
+        assert any(f"the sha256 of {name} begins with {digest[:8]}, not with" in note for note in done.plan.notes)
 
 
 def test_partial_download_of_another_version_is_discarded(
