@@ -85,6 +85,7 @@ class AttentionHeads:
     taken. ``config_key`` is its name in config.json; transformers takes ``config_default`` if a model's own config.json
     does not have it.
 
+    ``are_shown``: whether the tensors show the number after all, in some files; it is then a fact.
     ``number_beside`` returns the number in a config.json that was found beside a file in its authors' names, None
     unless the config plainly describes the model of these dimensions.
     """
@@ -96,6 +97,7 @@ class AttentionHeads:
     number_beside: Callable[[Mapping[str, Any], Any], int | None] = lambda config, dimensions: None
     config_key: str = "num_attention_heads"
     config_default: int | None = None
+    are_shown: Callable[[Any], bool] = lambda dimensions: False
 
     def number_in(self, config: Mapping[str, Any]) -> int | None:
         """Return the number that a model's config.json states; None if it states none."""

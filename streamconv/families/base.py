@@ -110,7 +110,8 @@ class Family:
     say which tensors there are. ``untensored_config_keys``: keys whose values tensors do not show.
     ``patch_size`` returns the height and width, in pixels, of the part of an image that a patch token stands for.
     ``equal_architectures`` maps an architecture to others that have the same tensors. ``with_config`` returns the
-    dimensions with what only a model's own config.json shows.
+    dimensions with what only a model's own config.json shows;
+    ``reverted_with_config`` does so for a model that is reverted, with those values that the authors' code can have.
     ``loaded_keys`` returns the names that transformers gives to a target after loading, of several parts if it cuts it
     along dim 0: save_pretrained sorts tensors by the first, and so divides them into shards in that order. A state dict
     that torch.save wrote has these names. ``extra_prefixes``: names that training leaves beside or in a backbone.
@@ -135,6 +136,7 @@ class Family:
     patch_size: Callable[[Mapping[str, Any]], Any] = _patch_size
     equal_architectures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     with_config: Callable[[Any, Mapping[str, Any]], Any] = _same_dimensions
+    reverted_with_config: Callable[[Any, Mapping[str, Any]], Any] = _same_dimensions
     loaded_keys: Callable[[str], tuple[str, ...]] = _same_key
     extra_prefixes: tuple[ExtraPrefix, ...] = ()
     variants: tuple[Any, ...] = ()

@@ -15,12 +15,9 @@ ROPE_BASE = 100.0
 # Channels of an attention head by hidden size, in the published models. A file in the authors' layout shows them.
 PUBLISHED_HEAD_SIZES = {384: 64, 768: 64, 1024: 64, 1280: 64, 4096: 128}
 _IN_BLOCK = re.compile(r"blocks\.\d+\.(.+)")
-_BIAS_MASK = re.compile(r"blocks\.\d+\.attn\.qkv\.bias_mask")
-_BIAS = re.compile(r"blocks\.\d+\.attn\.qkv\.bias")
+_BIAS = re.compile(r"blocks\.\d+\.attn\.qkv\.bias(_mask)?")
 MAX_ROUNDING = 2.0**-8  # of periods that were computed in bfloat16: at most two units of its 8 bits, relative to them
 _FLOAT32_ROUNDING = 1e-6
-
-Bias = Literal["none", "query and value", "all", "zero", "product", "product with key", "not finite"]
 
 
 @dataclass(frozen=True)
@@ -29,26 +26,23 @@ class Dimensions:
 
     ``head_size`` is the number of channels of an attention head, 0 if neither the file nor published models show it;
     ``heads`` is None unless the number of heads was given. ``has_local_norm``: there is a norm for the CLS tokens of
-    local crops, which only training uses. ``epsilon`` is that of the layer norms.
+    local crops, which only training uses. ``has_cls_norm`` and ``has_rms_norm`` are variants that transformers' class
+    does not have. ``epsilon`` is that of the layer norms, which only a config.json shows (``has_epsilon``).
 
-    ``bias`` is what becomes of the bias of queries, keys and values, which is multiplied by a mask in most models:
+    The bias of queries, keys and values is multiplied by a ``mask`` in most models, "" if there is none. The mask
+    either only removes the part of the ``keys``, or is ``zero``, or is ``mixed``, or was never initialized (``nan``),
+    or is ``missing`` in some blocks. ``has_key_bias``: a part for keys remains.
 
-    - "none": there is none;
-    - "query and value": the mask only removes the part for keys, so that the other two are copied;
-    - "all": there is no mask, and all three parts are copied;
-    - "zero": the mask is 0;
-    - "product", "product with key": another mask, which changes the values; the second keeps a part for keys;
-    - "not finite": the mask was never initialized.
-
-    The remaining fields say in what the file differs from the authors' without being another model. ``has_cls_norm``
-    and ``has_rms_norm`` are variants that transformers' class does not have.
+    ``is_original``: the file is in the authors' layout, so that it has RoPE's periods, masks, and the norm for local
+    crops. ``periods`` are compared with those that transformers computes.
     """
 
     hidden: int
     layers: int
     ffn: int
     is_gated: bool = False
-    bias: Bias = "query and value"
+    has_bias: bool = True
+    has_key_bias: bool = False
     head_size: int = 64
     registers: int = 4
     patch: int = 16
@@ -61,8 +55,9 @@ class Dimensions:
     has_rms_norm: bool = False
     heads: int | None = None
     epsilon: float = 1e-5
-    has_periods: bool = field(default=True, compare=False)
-    has_bias_mask: bool = field(default=True, compare=False)
+    has_epsilon: bool = field(default=False, compare=False)
+    mask: Literal["", "keys", "zero", "mixed", "nan", "missing"] = field(default="keys", compare=False)
+    is_original: bool = field(default=True, compare=False)
     periods: Literal["exact", "rounded", "others"] = field(default="rounded", compare=False)
 
     @property
@@ -84,79 +79,82 @@ def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
     hidden = max(sizes, key=sizes.count, default=0)  # so that one wrong tensor is reported, not all others
     is_gated = "mlp.w3.weight" in in_blocks
     ffn = size("blocks.0.mlp.w3.weight", 1, 2, 0) if is_gated else size("blocks.0.mlp.fc1.weight", 0, 2, 0)
-    # Only a file in the authors' layout has periods, masks, and the norm for local crops.
-    has_periods = PERIODS in infos
-    has_bias, has_mask = "attn.qkv.bias" in in_blocks, "attn.qkv.bias_mask" in in_blocks
-    has_norm_bias = "norm.bias" in infos or not {"norm1.bias", "norm2.bias"}.isdisjoint(in_blocks)
+    is_original = PERIODS in infos
+    has_bias, has_mask = "attn.qkv.bias" in in_blocks, "attn.qkv.bias_mask" in in_blocks or not is_original
+    has_local_norm = any(name.startswith("local_cls_norm.") for name in infos)
     registers = size("storage_tokens", 1, 3, 4) if "storage_tokens" in infos else 0
-    is_masked = has_mask or not has_periods
     return Dimensions(
         hidden=hidden,
         layers=count_of(BLOCK + "norm1.weight", infos),
         ffn=ffn or 4 * hidden,
         is_gated=is_gated,
-        bias=("query and value" if is_masked else "all") if has_bias else "none",
-        head_size=4 * size(PERIODS, 0, 1, 0) if has_periods else PUBLISHED_HEAD_SIZES.get(hidden, 0),
+        has_bias=has_bias,
+        has_key_bias=has_bias and not has_mask,
+        head_size=4 * size(PERIODS, 0, 1, 0) if is_original else PUBLISHED_HEAD_SIZES.get(hidden, 0),
         registers=registers,
         patch=size("patch_embed.proj.weight", 3, 4, 16),
         channels=size("patch_embed.proj.weight", 1, 4, 3),
-        has_local_norm=any(name.startswith("local_cls_norm.") for name in infos),
+        # A converted model has none, but the published models of 7B were made from files with this norm.
+        has_local_norm=has_local_norm or (not is_original and hidden == 4096),
         has_layer_scale=not {"ls1.gamma", "ls2.gamma"}.isdisjoint(in_blocks),
         has_proj_bias="attn.proj.bias" in in_blocks,
         has_ffn_bias=any(name.startswith("mlp.") and name.endswith(".bias") for name in in_blocks),
         has_cls_norm=any(name.startswith("cls_norm.") for name in infos),
-        has_rms_norm="norm.weight" in infos and not has_norm_bias,
-        epsilon=1e-5 if registers or is_masked else 1e-6,
-        has_periods=has_periods,
-        has_bias_mask=has_mask,
+        has_rms_norm="norm.weight" in infos and {"norm1.bias", "norm2.bias"}.isdisjoint(in_blocks),
+        # Without storage tokens and masks, training is configured by default, with another epsilon.
+        epsilon=1e-5 if registers or has_mask else 1e-6,
+        mask="keys" if has_bias and has_mask else "",
+        is_original=is_original,
     )
 
 
 def is_deciding(key: str) -> bool:
     """Return whether the values of this tensor decide how others are converted."""
-    return key == PERIODS or _BIAS.fullmatch(key) is not None or _BIAS_MASK.fullmatch(key) is not None
+    return key == PERIODS or _BIAS.fullmatch(key) is not None
 
 
 def summarise(key: str, values: Sequence[float]) -> str:
-    """Return what matters about a tensor's values in one word."""
+    """Return what matters about the values of periods, a mask or a bias, in a word."""
     if key == PERIODS:
         return _summarise_periods(values)
     if not all(map(math.isfinite, values)):
-        return "not finite"
+        return "nan"
     if not any(values):
         return "zero"
-    if _BIAS.fullmatch(key):
-        return "others"
     third = len(values) // 3
-    query, key_part, value = ({*values[i * third : (i + 1) * third]} for i in range(3))
-    if key_part == {0.0}:
-        return "query and value" if query == value == {1.0} else "without key"
-    return "others"
+    query, of_keys, value = ({*values[i * third : (i + 1) * third]} for i in range(3))
+    if of_keys != {0.0}:
+        return "with keys"
+    return "keys" if query == value == {1.0} else "without keys"
 
 
 def _summarise_periods(values: Sequence[float]) -> str:
     """Compare periods with those that transformers computes, 100 ** (i / n): "exact", "rounded" or "others"."""
     expected = [ROPE_BASE ** (i / len(values)) for i in range(len(values))]
-    error = max((abs(value / right - 1) for value, right in zip(values, expected, strict=True)), default=math.inf)
-    return "exact" if error < _FLOAT32_ROUNDING else "rounded" if error < MAX_ROUNDING else "others"
+
+    def are_within(rounding: float) -> bool:
+        return all(abs(value / right - 1) < rounding for value, right in zip(values, expected, strict=True))
+
+    return "exact" if are_within(_FLOAT32_ROUNDING) else "rounded" if are_within(MAX_ROUNDING) else "others"
 
 
 def with_summaries(sizes: Dimensions, summaries: Mapping[str, str]) -> Dimensions:
-    """Return the sizes with what the values of masks, biases and periods decide."""
+    """Return the sizes with what the values of periods, masks and biases decide."""
     periods: Any = summaries.get(PERIODS, sizes.periods)
-    masks = {key: summary for key, summary in summaries.items() if _BIAS_MASK.fullmatch(key)}
-    found = {*masks.values()}
-    biases = {summaries.get(key.removesuffix("_mask"), "others") for key in masks}
-    bias: Bias = sizes.bias
-    if "not finite" in found:
-        bias = "not finite"
-    elif found and (found == {"query and value"} or biases == {"zero"}):
-        bias = "query and value"
-    elif found == {"zero"}:
-        bias = "zero"
-    elif found:
-        bias = "product with key" if "others" in found else "product"
-    return replace(sizes, periods=periods, bias=bias)
+    masks = {key: summary for key, summary in summaries.items() if key.endswith("_mask")}
+    biases = {summaries.get(key.removesuffix("_mask")) for key in masks}
+    sizes, found = replace(sizes, periods=periods), {*masks.values()}
+    if not found or not sizes.has_bias:
+        return sizes
+    if len(masks) != sizes.layers:
+        return replace(sizes, mask="missing")
+    if "nan" in found:
+        return replace(sizes, mask="nan")
+    if found == {"keys"} or biases == {"zero"}:  # zeros are copied as well as multiplied
+        return replace(sizes, mask="keys")
+    if found == {"zero"}:
+        return replace(sizes, mask="zero")
+    return replace(sizes, mask="mixed", has_key_bias="with keys" in found)
 
 
 def with_heads(sizes: Dimensions, heads: int) -> Dimensions:
@@ -177,5 +175,9 @@ def with_config(sizes: Dimensions, config: Mapping[str, Any]) -> Dimensions:
     """Return the sizes with what only a config.json of transformers shows."""
     epsilon: Any = config.get("layer_norm_eps")
     if type(epsilon) in (int, float) and 0 < epsilon < 1:
-        sizes = replace(sizes, epsilon=float(epsilon))
-    return replace(sizes, bias="all") if config.get("key_bias") is True and sizes.bias != "none" else sizes
+        sizes = replace(sizes, epsilon=float(epsilon), has_epsilon=True)
+    if config.get("key_bias") is True and sizes.has_bias:
+        sizes = replace(sizes, has_key_bias=True, mask="")
+    if config.get("query_bias") is True and not sizes.has_bias:  # of zeros, which are left out when it is reverted
+        sizes = replace(sizes, has_bias=True, mask="zero")
+    return sizes

@@ -173,7 +173,8 @@ def _origins(
     name: str, makers: Patterns[Rule], targets: Mapping[str, TensorInfo]
 ) -> tuple[set[str], dict[str, Origin]]:
     """Return the targets that belong together with ``name``, and their sources."""
-    for rule, values in makers.find(name):
+    # A rule with more targets first: those of another may be some of its own, if it leaves parts of a source out.
+    for rule, values in sorted(makers.find(name), key=lambda found: -len(found[0].targets)):
         repeated = {index: values[index] for index in rule.repeating}
         names = [each for pattern in rule.targets for each in _present(numbered(pattern, repeated), targets)]
         if len(names) < len(rule.targets):

@@ -29,11 +29,6 @@ class Kind:
 
 
 ARCHITECTURES = (
-    Kind(
-        "is a DINOv3 model",
-        ("rope_embed.periods", "storage_tokens", "local_cls_norm",
-         "embeddings.patch_embeddings.weight layer.{i}.layer_scale1"),
-    ),
     Kind("looks like a DINOv3 model in timm's names", ("reg_token blocks.{i}.gamma_1 !pos_embed",)),
     Kind(
         "is an MAE with its decoder", ("decoder_blocks.{i} decoder_embed", "decoder.decoder_embed"),
@@ -158,7 +153,8 @@ def recognise(
     what = " and ".join(f"{kind.what} ({printable(name)})" for kind, name in kinds)
     advice = next((kind.advice for kind, _ in kinds if kind.advice), "")
     if kinds[0][0] not in STORAGE:
-        known = " and ".join(family.name for family in all_families())
+        *first, last = (family.name for family in all_families())
+        known = f"{', '.join(first)} and {last}" if first else last
         advice = f"streamconv converts {known}, in their authors' or transformers' names. {advice}".rstrip()
     return MappingError(f"{where} {what}. {advice}", ())
 

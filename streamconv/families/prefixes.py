@@ -11,7 +11,7 @@ from streamconv.families.wrapped_names import unwrapped
 
 MAX_CHOICES = 3  # prefixes that a message about another prefix suggests
 LAST = chr(sys.maxunicode)  # sorts after every other character
-_USUAL = re.compile(r"(?<![a-z])(teacher|ema)(?![a-z])", re.IGNORECASE)  # the copies that training evaluates
+_USUAL = re.compile(r"(?<![a-z])(?<!gram_)(teacher|ema)(?![a-z])", re.IGNORECASE)  # the copies that training evaluates
 
 
 def matching_prefixes(given: str, found: Iterable[str]) -> list[str]:

@@ -176,7 +176,8 @@ def _symbols(shape: str) -> Symbols:
 def convert(sources: _Names, targets: _Names, shapes: _Names, *operations: Operation) -> Rule:
     """Make targets from sources by any operations, applied in this order to the list of the sources.
 
-    A single name or shape may be given as it is; ``shapes`` are symbols separated by spaces: ``"1 N D"``.
+    A single name or shape may be given as it is; ``shapes`` are symbols separated by spaces: ``"1 N D"``. Without
+    operations, each source is renamed to the target in its place: this rule only applies if all of them are there.
     """
     names, made, symbols = ((each,) if isinstance(each, str) else each for each in (sources, targets, shapes))
     return Rule(names, tuple(map(_symbols, symbols)), made, operations)
@@ -269,24 +270,28 @@ def expand(rules: Iterable[Rule], dims: Dims, counts: Indexes) -> Mapping[str, E
     """
     expected = {}
     for rule in rules:
-        for pattern, shape in rule.source_shapes(dims).items() if rule.value is None else ():
+        for place, (pattern, shape) in enumerate(rule.source_shapes(dims).items() if rule.value is None else ()):
             if pattern in expected:
                 raise ValueError(f"two rules read {pattern}")
-            expected[pattern] = _Expected(rule, shape, counts)
+            expected[pattern] = _Expected(rule, place, shape, counts)
     return ExpandedNames(expected, counts)
 
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """Makes the expected tensor of one repetition."""
+    """Makes the expected tensor of one repetition. ``place`` is that of its pattern among the rule's sources."""
 
     rule: Rule
+    place: int
     shape: Shape | None
     counts: Indexes
 
     def __call__(self, values: Indexes) -> ExpectedTensor:
         repeating = {index: values[index] for index in self.rule.repeating}
-        return ExpectedTensor(self.rule, self.shape, tuple(self.rule.names(repeating, self.counts)[1]))
+        targets = self.rule.names(repeating, self.counts)[1]
+        if len(self.rule.sources) > 1 and not self.rule.operations:  # each source is renamed
+            targets = targets[self.place : self.place + 1]
+        return ExpectedTensor(self.rule, self.shape, tuple(targets))
 
 
 def copies(rules: Iterable[Rule]) -> dict[str, str]:

@@ -205,10 +205,11 @@ def _originals(
         raise MappingError(f"{where} does not hold a model that streamconv can convert to ({known}). It holds:", held)
     family, origins = found
     shapes = {key: origin.info([infos[name] for name in origin.names]) for key, origin in origins.items()}
-    dimensions = family.read_dimensions(shapes)
+    dimensions = family.reverted_with_config(family.read_dimensions(shapes), config)
     heads = family.attention_heads
-    # The files to be written do not contain the number of heads, so any number will do if there is no config.json.
-    spec = family.conversion_spec(heads.with_number(dimensions, heads.number_in(config) or 1) if heads else dimensions)
+    if heads is not None and (number := heads.number_in(config)) is not None:
+        dimensions = heads.with_number(dimensions, number)
+    spec = family.conversion_spec(dimensions)
     problems = family.config_problems(spec, config)
     tensors = invert(spec.rules, checkpoint, spec.dims, spec.counts, where, problems)
     model = next((known for known in family.models if known.dimensions == dimensions), None)

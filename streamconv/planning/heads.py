@@ -45,7 +45,11 @@ def choose_heads(dimensions: Any, selection: Selection, num_heads: int | None) -
                 f"The config.json of the source gives {number} attention heads. Omit --num-heads, or correct the file."
             )
         chosen = heads.with_number(dimensions, num_heads)
+        if heads.are_shown(dimensions):  # the family lists another number as a problem
+            return ChosenHeads(chosen)
         return ChosenHeads(chosen, num_heads, f"{num_heads} attention heads, as given by --num-heads")
+    if heads.are_shown(dimensions):
+        return ChosenHeads(dimensions)
     if number is not None:
         chosen = heads.with_number(dimensions, number)
         if not is_guess:

@@ -106,7 +106,7 @@ def choose_image_processor(
         )
         return ChosenImageProcessor(None, notes=(note,))
     config = _published(family, candidates)
-    note = "" if is_published else _published_note(family, config, selection, spec)
+    note = "" if is_published else _published_note(family, config, selection, spec) + _others_note(config, candidates)
     own_note = candidates[0].image_processor_note if candidates else ""
     return ChosenImageProcessor(config, notes=tuple(filter(None, (note, own_note))))
 
@@ -123,6 +123,12 @@ def _published_note(family: Family, config: Mapping[str, Any], selection: Select
     native = f"; the model's native size is {trained}" if size is not None and size != (trained, trained) else ""
     why = "the source has none" if selection.is_converted else "tensors do not show how images were prepared"
     return f"{IMAGE_PROCESSOR_NAME}: that of published {family.name} models{makes}, since {why}{native}"
+
+
+def _others_note(config: Mapping[str, Any], candidates: Sequence[Model]) -> str:
+    """Name the published models of the same shapes that have another image processor."""
+    names = [model.name for model in candidates if model.image_processor != config]
+    return f"; {' and '.join(names)} of the same shapes has another" if names else ""
 
 
 def _users(

@@ -94,7 +94,8 @@ def make_plan(
     known = model or _with_dimensions(candidates, filename)
     # Any file can have a published model's shapes, so only the published name makes it that model.
     is_published = known is not None and (model is not None or known.backbone.filename == filename)
-    chosen = choose_image_processor(family, candidates, selection, spec, image_processor, is_published=is_published)
+    likely = candidates if known is None else [known]
+    chosen = choose_image_processor(family, likely, selection, spec, image_processor, is_published=is_published)
     assumes_nothing = is_published or (selection.config and candidates)
     notes, unproved = ((), ()) if assumes_nothing else (spec.notes, spec.unproved)
     unproved = (*unproved, *selection.unproved)

@@ -30,11 +30,6 @@ def adapters(state: State) -> State:
     return {key: value for key, value in lora(state).items() if "lora_A" in key}
 
 
-def dinov3(state: State) -> State:
-    more = {"storage_tokens": torch.ones(1, 4, 128), "rope_embed.periods": torch.ones(16)}
-    return {key: value for key, value in state.items() if key != "pos_embed"} | more
-
-
 def mae(state: State) -> State:
     decoder = {"decoder_embed.weight": torch.ones(64, 128), "decoder_blocks.0.norm1.weight": torch.ones(64)}
     return {**state, "mask_token": torch.ones(1, 1, 64), "decoder_pos_embed": torch.ones(1, 17, 64), **decoder}
@@ -72,7 +67,6 @@ OTHERS: dict[Callable[[State], State], tuple[str, str, str]] = {
         "blocks.0.attn.qkv.lora_A.default.weight",
         "PeftModel.from_pretrained",
     ),
-    dinov3: ("is a DINOv3 model", "rope_embed.periods", "streamconv converts dinov2"),
     mae: ("is an MAE with its decoder", "decoder_embed.weight", "save it without the decoder's tensors"),
     clip: ("looks like a CLIP or SigLIP model", "norm_pre.", "streamconv converts dinov2"),
     pieces: ("is one process's part of a model that FSDP sharded", "", "FULL_STATE_DICT"),
@@ -106,8 +100,7 @@ def test_one_sentence_says_what_a_file_is_and_what_to_do(
 @pytest.mark.parametrize(
     ("kind", "what"),
     [("ViT", "looks like a ViT in transformers' names"), ("ViTMSN", "looks like a ViT in transformers' names"),
-     ("DeiT", "is a DeiT model with a distillation token"), ("Beit", "looks like a BEiT or EVA model"),
-     ("DINOv3ViT", "is a DINOv3 model")],
+     ("DeiT", "is a DeiT model with a distillation token"), ("Beit", "looks like a BEiT or EVA model")],
 )  # fmt: skip
 def test_other_models_of_transformers_are_named(tmp_path: Path, kind: str, what: str) -> None:
     """Many of their tensors have the names of Dinov2Model's."""

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from streamconv.families import other_models
-from streamconv.families.registry import all_families
+from streamconv.families.registry import all_families, find_model, is_model
 from streamconv.formats.limits import MAX_TENSORS
 from tests.support import GOLDEN, ROOT, expanded
 
@@ -27,8 +27,6 @@ VIT = [
 ]
 # By what they are, as their authors' code names them.
 WRITTEN = {
-    "dinov3_vitl16": "cls_token storage_tokens mask_token patch_embed.proj.weight rope_embed.periods "
-    "blocks.0.norm1.weight blocks.0.attn.qkv.weight blocks.0.attn.qkv.bias_mask blocks.0.ls1.gamma norm.weight",
     "convnext_tiny_1k_224_ema": "downsample_layers.0.0.weight stages.0.0.gamma stages.0.0.dwconv.weight head.weight",
     "convnextv2_tiny_1k_224_fcmae": "downsample_layers.0.0.weight stages.0.0.dwconv.weight stages.0.0.grn.gamma",
     "mae_visualize_vit_base": "cls_token pos_embed mask_token decoder_pos_embed patch_embed.proj.weight "
@@ -63,10 +61,8 @@ WRITTEN = {
     "vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.weight multi_modal_projector.linear_1.weight",
 }
 ARCHITECTURES = {
-    "dinov3_vitl16": ["is a DINOv3 model"],
     "convnext_tiny_1k_224_ema": ["looks like a ConvNeXt model"],
     "convnextv2_tiny_1k_224_fcmae": ["looks like a ConvNeXt model"],
-    "transformers DINOv3ViTModel": ["is a DINOv3 model"],
     "timm vit_small_patch16_dinov3": ["looks like a DINOv3 model in timm's names"],
     "mae_visualize_vit_base": ["is an MAE with its decoder"],
     "transformers ViTMAEForPreTraining": ["is an MAE with its decoder"],
@@ -155,7 +151,8 @@ def test_architectures_are_told_apart(name: str) -> None:
     error = other_models.recognise(dict.fromkeys(names, (1,)), "x.pth")
     assert error is not None
     assert all(what in str(error) for what in ARCHITECTURES[name])
-    assert "streamconv converts dinov2 and dinov3_convnext, in their authors' or transformers' names." in str(error)
+    known = "dinov2, dinov3 and dinov3_convnext"
+    assert f"streamconv converts {known}, in their authors' or transformers' names." in str(error)
     assert error.problems == ()
     (evidence, *_) = re.findall(r"\((\S+)\)", str(error))
     assert evidence in names
@@ -233,4 +230,5 @@ def test_marks_have_the_form_that_is_searched() -> None:
     for mark in marks:
         assert re.fullmatch(r"!?[a-zA-Z0-9_{}.]+( !?[a-zA-Z0-9_{}.]+)*", mark), mark
         assert not mark.startswith("!")
-    assert {family.name for family in all_families()} == {"dinov2", "dinov3_convnext"}  # whose names are tested above
+    known = {find_model(name)[0].name for name in GOLDEN if is_model(name)}  # of which a test above has the names
+    assert {family.name for family in all_families()} == known

@@ -16,7 +16,7 @@ def test_every_published_model_maps_the_authors_keys_to_transformers_keys(name: 
     golden = GOLDEN[name]
     chunks = golden.get("chunks", ())
     source, target = (expanded(golden[side], golden["layers"], chunks) for side in ("source", "target"))
-    plan = plan_of_shapes(source, tmp_path, f"{name}.pth")
+    plan = plan_of_shapes(source, tmp_path, find_model(name)[1].backbone.filename)
     assert plan.model is not None
     assert plan.model.name == name
     assert {name: tensor.info.shape for shard in plan.shards for name, tensor in shard.tensors} == target

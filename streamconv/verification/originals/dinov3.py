@@ -34,7 +34,7 @@ class RopePositionEmbedding(nn.Module):
     def __init__(self, sizes: Dimensions):
         super().__init__()
         periods = ROPE_BASE ** torch.arange(0, 1, 4 * sizes.num_heads / sizes.hidden, dtype=torch.float32)
-        self.register_buffer("periods", periods, persistent=sizes.has_periods)
+        self.register_buffer("periods", periods, persistent=sizes.is_original)
 
     def forward(self, *, H: int, W: int) -> tuple[Tensor, Tensor]:
         """Return sines and cosines for a grid of this height and width, (H * W, head size) each."""
@@ -69,8 +69,8 @@ class SelfAttention(nn.Module):
     def __init__(self, sizes: Dimensions):
         super().__init__()
         self.num_heads = sizes.num_heads
-        linear = LinearKMaskedBias if sizes.has_bias_mask else nn.Linear
-        self.qkv = linear(sizes.hidden, 3 * sizes.hidden, bias=sizes.bias != "none")
+        linear = LinearKMaskedBias if sizes.mask and sizes.is_original else nn.Linear
+        self.qkv = linear(sizes.hidden, 3 * sizes.hidden, bias=sizes.has_bias)
         self.proj = nn.Linear(sizes.hidden, sizes.hidden, bias=sizes.has_proj_bias)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -163,7 +163,9 @@ class DinoVisionTransformer(nn.Module):
         self.rope_embed = RopePositionEmbedding(sizes)
         self.blocks = nn.ModuleList(SelfAttentionBlock(sizes) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
-        if sizes.has_local_norm:  # of training's local crops: it is in the file, but evaluation never uses it
+        if (
+            sizes.has_local_norm and sizes.is_original
+        ):  # of training's local crops: it is in the file, but evaluation never uses it
             self.local_cls_norm = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
         self.mask_token = nn.Parameter(torch.empty(1, sizes.hidden))
 
@@ -238,7 +240,7 @@ def prefix_tokens(sizes: Dimensions) -> dict[str, int]:
 
 
 def own_way(sizes: Dimensions, is_native: bool) -> OwnWay | None:
-    return ROUNDED_PERIODS if sizes.has_periods and sizes.periods == "rounded" else None
+    return ROUNDED_PERIODS if sizes.is_original and sizes.periods == "rounded" else None
 
 
 ARCHITECTURE = OriginalArchitecture(
