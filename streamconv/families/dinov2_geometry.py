@@ -119,7 +119,9 @@ def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
     mask_key = next((key for key in MASK_KEYS if key in infos), "")
     register_key = next((key for key in REGISTER_KEYS if key in infos), "")
     registers = size(register_key, 1, 3, 4) if register_key else 0
-    layouts = (0, 1 + registers) if register_key == REGISTER_KEYS[1] else (1, 0)
+    # timm's models have no mask token, which tells them from the authors' and transformers' with lost positions.
+    is_timm, may_be_timm = register_key == REGISTER_KEYS[1], not register_key and not mask_key
+    layouts = (0, 1 + registers) if is_timm else (1, 0) if may_be_timm else (1,)
     positions = size("pos_embed", 1, 3, 37 * 37 + layouts[0])
     embedded = next((tokens for tokens in layouts if is_square(positions - tokens)), layouts[0])
     return Dimensions(

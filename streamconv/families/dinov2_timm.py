@@ -47,7 +47,7 @@ def differences(sizes: Dimensions) -> list[str]:
         "pos_embed has no row for the CLS token, so a row of zeros is written, which has no effect":
             not sizes.embedded_tokens,
         "the position embeddings of the registers are added to them": sizes.embedded_tokens > 1,
-        "mlp.fc1 holds both layers of SwiGLU": sizes.is_packed,
+        "mlp.fc1 and mlp.fc2 are the w12 and w3 of a SwiGLU": sizes.is_packed,
     }  # fmt: skip
     return [difference for difference, is_there in found.items() if is_there]
 

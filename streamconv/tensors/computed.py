@@ -108,6 +108,11 @@ def add(one: Expression, other: Expression) -> Elementwise:
     return _elementwise("add", one, other)
 
 
+def is_computed(tensor: Expression) -> bool:
+    """Return whether some of its values are a sum or a product."""
+    return isinstance(tensor, Elementwise) or any(map(is_computed, tensor.operands))
+
+
 def _elementwise(operator: Operator, one: Expression, other: Expression) -> Elementwise:
     if one.info != other.info:
         raise ValueError(f"{operator}: {one.info} and {other.info} differ")

@@ -20,7 +20,7 @@ from streamconv.output.readable import reading_output
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.computed import Cast
+from streamconv.tensors.computed import Cast, is_computed
 from streamconv.tensors.evaluation import Evaluator
 from streamconv.tensors.expressions import Expression, Read
 from streamconv.tensors.info import DTYPES
@@ -55,7 +55,7 @@ def compare_with_source(
 
     found = check_bytes(folder, plan, reader, advance)
     crc = "every source record matches its CRC-32" if has_checksums else "the source has no CRC-32s to check"
-    proves = f"every byte of every tensor equals its source's{cast_note(plan)}; {crc}"
+    proves = f"every byte of every tensor equals its source's{cast_note(plan)}{_computed_note(plan)}; {crc}"
     numbers = {"tensors": found.tensors, "bytes": found.compared, "wrong": found.wrong}
     return Check("bytes", not found.problems, proves, found.problems, numbers).since(start), found.files
 
@@ -85,6 +85,12 @@ def compare_with_manifest(
 def cast_note(plan: Plan) -> str:
     """Return " after the cast from … to …" for a plan that casts, and nothing for others."""
     return " after the cast from {from} to {to}".format_map(plan.cast) if plan.cast else ""
+
+
+def _computed_note(plan: Plan) -> str:
+    """Return how many tensors are sums or products, which are compared with what is computed again."""
+    count = sum(is_computed(tensor) for shard in plan.shards for _, tensor in shard.tensors)
+    return f", of which {count:,} {'is' if count == 1 else 'are'} computed from two" if count else ""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import streamconv
 from streamconv import MappingError
 from streamconv.planning import plan_json
 from tests import api
-from tests.checkpoints import State, prefixed, saved, timm_mapping, timm_state
+from tests.checkpoints import State, make_states, original_mapping, prefixed, saved, timm_mapping, timm_state
 from tests.file_server import FileServer
-from tests.support import run
+from tests.support import run, tiny
 
 # Registers, tokens with position embeddings, and whether the SwiGLU is packed.
 LAYOUTS = {
@@ -87,7 +87,7 @@ def test_plan_states_the_layout_and_what_is_added(tmp_path: Path) -> None:
     (layout,) = [note for note in notes if "timm's layout" in note]
     assert "reg_token" in layout
     assert "pos_embed has no row for the CLS token, so a row of zeros is written, which has no effect" in layout
-    assert "mlp.fc1 holds both layers of SwiGLU" in layout
+    assert "mlp.fc1 and mlp.fc2 are the w12 and w3 of a SwiGLU" in layout
     assert not any("timm" in note for note in api.plan(saved(timm_state(0, 1), tmp_path / "y.pth")).notes)
     added = api.plan(saved(timm_state(4, 5), tmp_path / "z.pth")).notes
     assert any("the position embeddings of the registers are added to them" in note for note in added)
@@ -171,6 +171,17 @@ def test_what_transformers_cannot_express_is_refused(
     state = {key: value for key, value in (timm_state(4, 0) | change).items() if value is not None}
     with pytest.raises(MappingError, match=message):
         api.plan(saved(state, tmp_path / "x.pth"), num_heads=2)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_lost_position_of_the_cls_token_is_not_taken_for_timms_layout(tmp_path: Path, registers: int) -> None:
+    """The authors' and transformers' models have a mask token or register_tokens, which timm's do not have."""
+    state, _ = make_states(tiny(registers=registers))
+    lost = saved(state | {"pos_embed": state["pos_embed"][:, 1:]}, tmp_path / "x.pth")
+    converted = saved(original_mapping(torch.load(lost)), tmp_path / "converted.pth")
+    for source in (lost, converted):
+        with pytest.raises(MappingError, match="pos_embed has 16 positions, which are not a square grid and a CLS"):
+            api.plan(source, num_heads=2)
 
 
 def test_positions_that_fit_two_layouts_are_refused(tmp_path: Path) -> None:

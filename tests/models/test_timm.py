@@ -9,6 +9,7 @@ from transformers import AutoModel
 from streamconv.verification.originals import dinov2 as original
 from tests import api
 from tests.checkpoints import TORCH_DTYPES, State, alter, original_states, saved, timm_state
+from tests.file_server import FileServer
 from tests.support import tiny
 
 POSITIONS, REGISTERS = "embeddings.position_embeddings", "embeddings.register_tokens"
@@ -24,6 +25,8 @@ def test_every_layout_computes_the_same(tmp_path: Path, registers: int, embedded
     found = api.verify(tmp_path / "out", source, num_heads=2, device="cpu")
     assert [check.passed for check in found.checks] == [True] * 5, found.checks
     assert found.check("parity").numbers["largest"] <= (1e-15 if is_packed else 0.0)
+    computed = "of which 1 is computed from two" in found.check("bytes").proves
+    assert computed is (embedded > 1)
     assert ("SwiGLUPacked" in found.check("parity").not_checked) is is_packed
 
 
@@ -33,6 +36,15 @@ def test_registers_are_added_in_the_dtype_that_is_written(tmp_path: Path, stored
     source = saved(state, tmp_path / "x.pth")
     api.convert(source, tmp_path / "out", num_heads=2, dtype=dtype)
     found = api.verify(tmp_path / "out", source, num_heads=2, device="cpu")
+    assert [check.passed for check in found.checks] == [True] * 5, found.checks
+    assert found.check("parity").numbers["largest"] == 0.0
+
+
+def test_streamed_source_is_verified(tmp_path: Path, server: FileServer) -> None:
+    saved(timm_state(4, 5), server.folder / "x.pth")
+    source = f"{server.url}/x.pth"
+    api.convert(source, tmp_path / "out", num_heads=2, dtype="bfloat16", stream=True)
+    found = api.verify(tmp_path / "out", source, num_heads=2, device="cpu", stream=True)
     assert [check.passed for check in found.checks] == [True] * 5, found.checks
     assert found.check("parity").numbers["largest"] == 0.0
 
