@@ -76,24 +76,23 @@ def tiles(tensor: Expression) -> Iterator[Expression]:
         for part in tensor.operands:
             yield from tiles(part)
         return
-    if not math.isfinite(cost(tensor.narrow(lead, 0, 1))):
-        for i in range(tensor.shape[lead]):
-            yield from tiles(tensor.narrow(lead, i, 1))
-        return
-    size, at, count = tensor.shape[lead], 0, _rows_at_once(tensor, lead)
+    size, at, best = tensor.shape[lead], 0, _rows_at_once(tensor, lead)
     while at < size:
-        count = min(count, size - at)
-        while count > 1 and not math.isfinite(cost(tensor.narrow(lead, at, count))):
+        count = min(best, size - at)
+        while is_too_large := math.isinf(cost(rows := tensor.narrow(lead, at, count))):
+            if count == 1:
+                break
             count -= count // 2
-        yield tensor.narrow(lead, at, count)
+        yield from tiles(rows) if is_too_large else (rows,)  # one row is cut along the other dimensions
         at += count
 
 
 def _rows_at_once(tensor: Expression, dim: int) -> int:
-    """Return how many rows along ``dim`` make the tile that costs least, judged by the first rows."""
+    """Return how many rows along ``dim`` make the tile that costs least, judged by the first rows; 1 if none is one."""
     count = max(1, min(tensor.shape[dim], MAX_TILE_BYTES * tensor.shape[dim] // tensor.info.nbytes))
     counts = [count >> i for i in range(count.bit_length())]
-    return min(counts, key=lambda count: (cost(tensor.narrow(dim, 0, count)), -count))
+    least, found = min((cost(tensor.narrow(dim, 0, count)), -count) for count in counts)
+    return -found if math.isfinite(least) else 1
 
 
 def _boxes(tensor: Expression) -> Iterator[Expression]:

@@ -29,7 +29,7 @@ from streamconv.tensors.expressions import Expression, Read, Record, concat, sta
 from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo, contiguous_strides
 from tests.support import run_python
 
-BYTES = 8192
+BYTES = 12_288
 DATA = [random.Random(seed).randbytes(BYTES) for seed in range(2)]
 FLOATS: list[DtypeCode] = [dtype.code for dtype in DTYPES.values() if dtype.is_weight]  # type: ignore[misc]
 CODES: list[DtypeCode] = [code for code, dtype in DTYPES.items() if hasattr(torch, dtype.torch)]  # type: ignore[misc]
@@ -256,6 +256,20 @@ def test_composition_of_any_dtype_equals_torch(source: Source, data: st.DataObje
     ours, theirs = draw.composition(code)
     with limited(draw.limits()):
         require_equal(ours, evaluated(ours, source.reader), theirs)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_tile_is_never_larger_than_its_limit(source: Source, monkeypatch: pytest.MonkeyPatch, is_first: bool) -> None:
+    """A product reads two tensors; every other number is read with gaps; later rows may take more than the first."""
+    plain = Read(TensorInfo("F32", (16, 16)), source.record("F32", 0), 0, (16, 1))
+    gaps = Read(TensorInfo("F32", (16, 16)), source.record("F32", 0), 0, (112, 3))
+    large = Read(TensorInfo("F32", (1, 16, 16)), source.record("F32", 0), 0, (0, 16, 5))
+    limit = 512
+    monkeypatch.setattr(tiles, "MAX_TILE_BYTES", limit)
+    rows = [plain.unsqueeze(0), large]
+    for tensor in (multiply(plain.transpose(0, 1), plain), gaps, concat(rows if is_first else rows[::-1])):
+        for part in tiles.parts(tensor):
+            assert sum(block.runs.held_bytes for block in part.blocks) <= limit
 
 
 @LAW
