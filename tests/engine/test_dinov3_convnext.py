@@ -129,6 +129,17 @@ def test_stage_without_blocks_is_named(tmp_path: Path) -> None:
     assert "stage 1 has no blocks" in caught.value.problems
 
 
+def test_config_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    DINOv3ConvNextModel(transformers_config(TINY)).save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(path.read_text().replace('"hidden_act": "gelu"', '"hidden_act": "relu"'))
+    with pytest.raises(MappingError) as caught:
+        api.plan(tmp_path / "theirs")
+    assert caught.value.problems == (
+        "its config.json sets hidden_act to 'relu', but dinov3_convnext models have 'gelu'",
+    )
+
+
 def test_backbone_of_a_training_checkpoint_is_converted(tmp_path: Path) -> None:
     heads = {"dino_head.last_layer.weight": torch.ones(4, 4), "ibot_head.mlp.0.bias": torch.ones(4)}
     teacher = {"teacher": {**prefixed(convnext_state(), "backbone."), **heads}}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import v2
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, DINOv3ConvNextConfig, DINOv3ConvNextModel
 
 from streamconv.families.dinov3_convnext import FAMILY
 from streamconv.verification.image import make_image
@@ -86,6 +86,25 @@ def test_last_norm_is_compared_with_the_one_that_the_authors_code_uses(
     api.convert(source, tmp_path / "out", image_size=64)
     parity = api.verify(tmp_path / "out", source, device="cpu").check("parity")
     assert (parity.passed, parity.numbers["first"]) == (False, "cls")
+
+
+@pytest.mark.transformers
+def test_folder_of_transformers_keeps_its_configuration_and_computes_the_same(tmp_path: Path) -> None:
+    """The original gets the epsilon of the folder's config.json, so an output that lost it would differ."""
+    config = DINOv3ConvNextConfig(
+        depths=[*TINY.depths], hidden_sizes=[*TINY.widths], layer_norm_eps=1e-2, image_size=64, drop_path_rate=0.1
+    )
+    model: Any = DINOv3ConvNextModel(config)
+    model.save_pretrained(tmp_path / "theirs")
+    plan = api.convert(tmp_path / "theirs", tmp_path / "out", dtype="bfloat16").plan
+    assert {key: plan.config[key] for key in ("layer_norm_eps", "image_size", "drop_path_rate")} == {
+        "layer_norm_eps": 1e-2, "image_size": 64, "drop_path_rate": 0.1,
+    }  # fmt: skip
+    assert api.verify(tmp_path / "out", tmp_path / "theirs", device="cpu").passed
+    path = tmp_path / "out" / "config.json"
+    path.write_text(path.read_text().replace('"layer_norm_eps": 0.01', '"layer_norm_eps": 1e-06'))
+    found = api.verify(tmp_path / "out", tmp_path / "theirs", device="cpu")
+    assert [found.check(name).passed for name in ("bytes", "config", "parity")] == [True, False, False]
 
 
 def test_original_without_the_second_name_computes_the_same(tmp_path: Path) -> None:

@@ -33,6 +33,13 @@ def test_licenses_are_those_of_the_authors() -> None:
         assert model.licence == ("cc-by-nc-4.0" if model.name in WEB_DINO else "apache-2.0")
 
 
+def test_dinov3_has_a_licence_of_its_own() -> None:
+    """Both are in the metadata of the models on the Hub, and the link is in the authors' MODEL_CARD.md."""
+    link = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
+    models = [model for family in all_families() for model in family.models if model.name.startswith("dinov3")]
+    assert {(model.licence, model.licence_link) for model in models} == {("dinov3-license", link)}
+
+
 @pytest.mark.parametrize("name", WEB_DINO)
 def test_shapes_shared_by_several_models_identify_none_of_them(name: str, tmp_path: Path) -> None:
     """Three Web-DINO models differ only in their training data, so only their names distinguish them."""
