@@ -14,7 +14,7 @@ from types import TracebackType
 
 from streamconv.arguments import checked
 from streamconv.display import printable
-from streamconv.errors import CorruptError, NotACheckpointError, SourceMissingError, located
+from streamconv.errors import CorruptError, NotACheckpointError, SourceMissingError, TruncatedError, located
 from streamconv.files.address import Address, parse_location
 from streamconv.files.base import File
 from streamconv.files.local import LocalFile
@@ -201,7 +201,17 @@ def _read_index(file: File, read_local_headers: bool) -> tuple[dict[str, Read], 
     """Return the tensors, other objects, both by name, and the fingerprint of one file."""
     start = file.read(0, min(torch_legacy.HEAD_BYTES, file.size))
     if start.startswith(zip_directory.MAGIC) and not is_distributed(file.name):
-        records = zip_directory.read_records(file, read_local_headers)
+        try:
+            records = zip_directory.read_records(file, read_local_headers)
+        except TruncatedError as error:
+            from streamconv.formats.cut_short import least_size  # which only this error needs
+
+            if file.size >= (least := least_size(file)):
+                raise
+            raise TruncatedError(
+                f"{file.where} has {file.size:,} of at least {least:,} bytes: the save, copy or download was cut "
+                "short. Fetch it again."
+            ) from error
         if not is_npz(records):
             return torch_zip.read_index(file, records)
         from streamconv.formats import npz  # only now, as other formats do not need it

@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import pickle
+import re
 import zipfile
 from collections import Counter, OrderedDict, defaultdict, deque
 from datetime import datetime
@@ -150,6 +151,23 @@ def test_truncated_file_is_reported_as_cut_short(pth: Path, share: float) -> Non
     pth.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(TruncatedError, match=r"cut short\. Fetch it again"):
         streamconv.open_checkpoint(pth)
+
+
+def test_truncated_file_is_reported_with_the_size_that_it_should_have(tmp_path: Path) -> None:
+    state = {f"{i}.weight": torch.ones(100, 100) for i in range(20)}
+    state["shared"] = state["0.weight"][:5]
+    torch.save({"model": state, "epoch": 3}, tmp_path / "x.pth")
+    data = (tmp_path / "x.pth").read_bytes()
+    (tmp_path / "x.pth").write_bytes(data[:300_000])
+    with pytest.raises(
+        TruncatedError, match=r"x\.pth has 300,000 of at least [\d,]+ bytes: .* Fetch it again"
+    ) as caught:
+        streamconv.open_checkpoint(tmp_path / "x.pth")
+    least = int(re.findall(r"at least ([\d,]+)", str(caught.value))[0].replace(",", ""))
+    assert 20 * 40_000 < least <= len(data) < 1.02 * least
+    (tmp_path / "x.pth").write_bytes(data + b"more")  # which the index does not explain
+    with pytest.raises(TruncatedError, match="something was appended, or"):
+        streamconv.open_checkpoint(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize(
