@@ -14,16 +14,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import MappingError, OutputError, SourceMissingError, UsageError
-from streamconv.families.base import ConversionSpec, Family, Model
-from streamconv.families.detection import find_converted
-from streamconv.families.mapping import invert
-from streamconv.families.registry import all_families, family_named
+from streamconv.errors import OutputError, SourceMissingError, UsageError
+from streamconv.families.base import ConversionSpec, Family
+from streamconv.families.registry import family_named
 from streamconv.files.address import local_path
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.non_tensors import non_tensor_error
 from streamconv.formats.safetensors import make_header
 from streamconv.formats.segments import Segment
+from streamconv.jobs.authors_layout import originals, without_fillings
 from streamconv.output.contents import Segments, fingerprint, size_of
 from streamconv.output.journal import Journal
 from streamconv.output.manifest import Manifest, Provenance, SourceFile, WrittenFile
@@ -33,14 +32,10 @@ from streamconv.planning.plan import CONFIG_NAME
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.small_files import read_json_beside
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.constants import filled
-from streamconv.tensors.evaluation import read_bytes
 from streamconv.tensors.expressions import Expression
-from streamconv.tensors.info import DTYPES
 from streamconv.tensors.packages import check_packages
 
 SAFETENSORS = ".safetensors"
-MAX_FILLING_BYTES = 1 << 20  # a LayerScale or a mask token is a few kB
 SUFFIXES = (".pth", ".pt", ".bin", SAFETENSORS)
 
 
@@ -126,10 +121,11 @@ def revert(
         others = {name: each for name, each in checkpoint.non_tensors.items() if each.kind.is_tensor}
         if others:
             raise non_tensor_error(others, str(source))
-        family, model, spec, tensors = _originals(
-            _without_fillings(checkpoint, manifest.filled if manifest else {}),
+        family, model, spec, tensors = originals(
+            without_fillings(checkpoint, manifest.filled if manifest else {}),
             str(source),
             read_json_beside(checkpoint.folder or source, CONFIG_NAME)[0] or {},
+            (manifest.model or manifest.shaped_like) if manifest else None,
         )
         known = model.block_chunks if model is not None else 0
         recorded = manifest.block_chunks if manifest is not None else known
@@ -174,46 +170,6 @@ def _require_writable(paths: Sequence[Path], source: Path, force: bool) -> None:
     for path in paths:
         if os.path.isdir(source) and os.path.samefile(path.parent, source):
             raise UsageError(f"{path} would be taken for one of the model's own files. Choose another folder.")
-
-
-def _without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) -> Mapping[str, Expression]:
-    """Omit the tensors that the conversion filled in, if all of them still have their constant values."""
-    if not constants.keys() <= checkpoint.keys():
-        return checkpoint
-    for name, value in constants.items():
-        info = checkpoint[name].info
-        if not DTYPES[info.dtype].is_weight or info.nbytes > MAX_FILLING_BYTES:
-            return checkpoint
-        try:
-            data = read_bytes(filled(value, info))
-        except OverflowError:  # outside the range of the dtype, so the manifest was altered
-            return checkpoint
-        if read_bytes(checkpoint[name], checkpoint.reader) != data:
-            return checkpoint
-    return {name: tensor for name, tensor in checkpoint.items() if name not in constants}
-
-
-def _originals(
-    checkpoint: Mapping[str, Expression], where: str, config: Mapping[str, Any]
-) -> tuple[Family, Model | None, ConversionSpec, dict[str, Expression]]:
-    """Return the family, the published model, its rules, and the original's tensors in its own order."""
-    infos = {name: tensor.info for name, tensor in checkpoint.items()}
-    found = find_converted(infos, where)
-    if found is None:
-        known = ", ".join(each.name for each in all_families())
-        held = [*list(infos)[:3], *["…"] * (len(infos) > 3)]
-        raise MappingError(f"{where} does not hold a model that streamconv can convert to ({known}). It holds:", held)
-    family, origins = found
-    shapes = {key: origin.info([infos[name] for name in origin.names]) for key, origin in origins.items()}
-    dimensions = family.reverted_with_config(family.read_dimensions(shapes), config)
-    heads = family.attention_heads
-    if heads is not None and (number := heads.number_in(config)) is not None:
-        dimensions = heads.with_number(dimensions, number)
-    spec = family.conversion_spec(dimensions)
-    problems = family.config_problems(spec, config)
-    tensors = invert(spec.rules, checkpoint, spec.dims, spec.counts, where, problems)
-    model = next((known for known in family.models if known.dimensions == dimensions), None)
-    return family, model, spec, tensors
 
 
 def _write(

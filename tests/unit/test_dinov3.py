@@ -12,6 +12,7 @@ from streamconv.families.dinov3 import FAMILY
 from streamconv.families.dinov3_geometry import summarise
 from streamconv.families.registry import find_model
 from streamconv.families.selection import find_backbone
+from streamconv.jobs.authors_layout import originals
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
 from tests.support import GOLDEN, checkpoint_of_shapes, expanded
@@ -129,6 +130,21 @@ def test_number_of_heads_is_asked_for_if_neither_periods_nor_published_models_sh
 
 def _converted(layers: int) -> Shapes:
     return expanded(GOLDEN["dinov3_vits16"]["target"], layers)
+
+
+# Reverting
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reverted_model_has_all_keys_of_the_file_that_the_manifest_names(name: str) -> None:
+    """Only the manifest shows that ViT-L of satellite images had a norm for local crops."""
+    golden = GOLDEN[name]
+    converted = checkpoint_of_shapes(expanded(golden["target"], golden["layers"]))
+    _, model, _, tensors = originals(converted, "folder", {}, name)
+    assert {key: tensor.info.shape for key, tensor in tensors.items()} == expanded(golden["source"], golden["layers"])
+    assert model is not None
+    assert model.dimensions == find_model(name)[1].dimensions
+    assert "rope_embed.periods" in originals(converted, "folder", {}, "dinov2_vits14")[3]
 
 
 # Values that decide
