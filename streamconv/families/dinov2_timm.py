@@ -84,9 +84,9 @@ def image_processor_beside(config: Mapping[str, Any], sizes: Dimensions) -> Mapp
     mean, std = steps.get("mean"), steps.get("std")
     if not _is_numbers(mean, 3) or not _is_numbers(std, 3) or 0 in std or sizes.channels != 3:
         return None
-    size, crop = steps.get("input_size", [3, 224, 224]), steps.get("crop_pct") or DEFAULT_CROP
-    resample = _FILTERS.get(str(steps.get("interpolation", "bicubic")))
-    if resample is None or steps.get("crop_mode", "center") != "center" or not _is_numbers([crop], 1):
+    size, crop = steps.get("input_size") or [3, 224, 224], steps.get("crop_pct") or DEFAULT_CROP
+    resample = _FILTERS.get(str(steps.get("interpolation") or "bicubic"))
+    if resample is None or (steps.get("crop_mode") or "center") != "center" or not _is_numbers([crop], 1):
         return None
     if not isinstance(size, list) or len(size) != 3 or size[1] != size[2] or type(size[1]) is not int:
         return None

@@ -65,6 +65,8 @@ def test_image_processor_has_the_steps_of_timms_evaluation() -> None:
     assert steps(H_OPTIMUS) == PixelSteps(256, (224, 224), mean, std)
     assert steps(H_OPTIMUS, crop_pct=0.95, interpolation="bilinear") == PixelSteps(235, (224, 224), mean, std, 2)
     assert steps(H_OPTIMUS, crop_pct=1.0, input_size=[3, 518, 518]) == PixelSteps(518, (518, 518), mean, std)
+    nothing = dict.fromkeys(("crop_pct", "interpolation", "crop_mode", "input_size"))
+    assert steps(H_OPTIMUS, **nothing) == PixelSteps(256, (224, 224), mean, std)
     assert steps(VIRCHOW_2, HUGE) == PixelSteps(224, (224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
