@@ -22,7 +22,7 @@ def test_steps_record_findings(tmp_path: Path) -> None:
     assert not any("failed" in each for each in findings), findings
     assert len(json.dumps(findings, default=str)) > 1000
     assert found["gpu"][0]["name"] == "Fake GPU"
-    assert all(each["error"] < 1e-6 for each in found["precision"] if each["exact"])
+    assert all(each["error"] < 1e-5 for each in found["precision"] if each["exact"])  # TF32 has 1e-4
     assert [each["passed"] for each in found["right"]] == [True, True]
     assert [each["parity"] for each in found["wrong"]][:4] == [False] * 4
     assert not any(each["passed"] for each in found["wrong"])
