@@ -24,6 +24,7 @@ from streamconv.output.writer import write_shard
 from streamconv.planning.shards import make_shard
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.expressions import Expression, concat, stack
+from streamconv.tensors.tiles import is_gathered
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +99,7 @@ def write(kind: str, source: Path, out: Path) -> None:
         open_output_folder(out, Provenance(source={}, plan=""), [NAME], 0) as folder,
     ):
         shard = make_shard(NAME, KINDS[kind](checkpoint))
-        if not kind.startswith("copy"):
+        if any(is_gathered(tensor) for _, tensor in shard.tensors):
             import numpy  # noqa: F401
         start, cpu = time.perf_counter(), time.process_time()
         write_shard(shard, folder, checkpoint.reader, RecordChecks(checkpoint.reader), lambda at, is_kept: None)

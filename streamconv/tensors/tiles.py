@@ -76,15 +76,10 @@ def tiles(tensor: Expression) -> Iterator[Expression]:
         for part in tensor.operands:
             yield from tiles(part)
         return
-    size, at, best = tensor.shape[lead], 0, _rows_at_once(tensor, lead)
-    while at < size:
-        count = min(best, size - at)
-        while is_too_large := math.isinf(cost(rows := tensor.narrow(lead, at, count))):
-            if count == 1:
-                break
-            count -= count // 2
-        yield from tiles(rows) if is_too_large else (rows,)  # one row is cut along the other dimensions
-        at += count
+    count = _rows_at_once(tensor, lead)
+    for at in range(0, tensor.shape[lead], count):
+        rows = tensor.narrow(lead, at, min(count, tensor.shape[lead] - at))
+        yield from (rows,) if math.isfinite(cost(rows)) else tiles(rows)
 
 
 def _rows_at_once(tensor: Expression, dim: int) -> int:

@@ -24,7 +24,7 @@ from streamconv.tensors import evaluation, gather, packages, runs, tiles
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.computed import add, cast, multiply
 from streamconv.tensors.constants import filled, literal
-from streamconv.tensors.evaluation import Evaluator
+from streamconv.tensors.evaluation import Evaluator, read_bytes
 from streamconv.tensors.expressions import Expression, Read, Record, concat, stack
 from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo, contiguous_strides
 from tests.support import run_python
@@ -256,6 +256,15 @@ def test_composition_of_any_dtype_equals_torch(source: Source, data: st.DataObje
     ours, theirs = draw.composition(code)
     with limited(draw.limits()):
         require_equal(ours, evaluated(ours, source.reader), theirs)
+
+
+@pytest.mark.parametrize("code", FLOATS)
+def test_constants_are_rounded_like_torchs(source: Source, code: DtypeCode) -> None:
+    values = [0.1, -0.1, 1 / 3, 1e-7, 1.00390625, 1.01171875, math.inf, 0.0, -0.0]  # two are ties
+    dtype = torch_dtype(code)
+    assert read_bytes(literal(values, code, (9,))) == bits_of(torch.tensor(values, dtype=dtype))
+    for value in values[:4]:
+        assert read_bytes(filled(value, TensorInfo(code, (3,)))) == bits_of(torch.full((3,), value, dtype=dtype))
 
 
 @pytest.mark.parametrize("is_first", [True, False])

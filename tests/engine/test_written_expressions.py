@@ -188,3 +188,15 @@ def test_flipped_byte_of_a_source_with_checksums_is_found(
     with pytest.raises(CorruptError, match="does not match its CRC-32"):
         write(path if place == "local" else f"{server.url}/{path.name}", tmp_path / "out")
     assert not (tmp_path / "out" / NAME).exists()
+
+
+def test_source_that_was_damaged_before_an_interruption_is_found_after_it(tmp_path: Path) -> None:
+    """Scattered values are compared with their CRC-32 at the end, so a resumed process must do it."""
+    source = save_source("pth", tmp_path, make_state())
+    reached: list[int] = []
+    write(source, tmp_path / "whole", lambda position, is_kept: reached.append(position))
+    flip(source, "d", 20_000)
+    with pytest.raises(StoppedError):
+        write(source, tmp_path / "out", interrupted_at(reached[-2]))
+    with pytest.raises(CorruptError, match="does not match its CRC-32"):
+        write(source, tmp_path / "out")
