@@ -26,6 +26,7 @@ from streamconv.tensors.info import TensorInfo
 INDEXES = "abcd"  # of the blocks of each stage, which have different numbers of them
 PATCH = 32  # pixels: the stem divides the sides of an image by 4, and each of the three other downsamplings by 2
 PARTS = ("weight", "bias")
+_ONE_NORM = "the file has no norms.3, as the authors' files have, so it may be another ConvNeXt than DINOv3's"
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
             "stage_names": stages,
         },
         problems=tuple(problems),
+        notes=() if sizes.has_norms else (_ONE_NORM,),
     )
 
 

@@ -96,6 +96,7 @@ def test_equal_norms_without_a_second_name_are_converted(tmp_path: Path) -> None
     plain = api.convert(saved(convnext_state(sizes), tmp_path / "x.pth"), tmp_path / "out")
     assert plain.plan.dimensions == sizes
     assert not plain.plan.skipped
+    assert any("it may be another ConvNeXt than DINOv3's" in note for note in plain.plan.notes)
 
 
 @pytest.mark.parametrize("part", ["weight", "bias"])
