@@ -246,7 +246,7 @@ def _size_lines(check: Check, verification: Verification) -> Iterator[str]:
         yield f"torch cast the original's weights to {cast['to']}; both models computed in float32"
     if check.name != "parity" or check.passed is not True:
         return
-    if (published := check.numbers.get("as_published")) and (own := check.numbers.get("own_way")):
+    if (published := check.numbers.get("as_published")) and (own := check.numbers.get("known_difference")):
         yield (
             f"by design, not an error: {own['changes']} by up to {_join(published)}; for this check, {own['for_check']}"
         )

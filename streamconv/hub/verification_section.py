@@ -48,7 +48,8 @@ def _lines(verification: Mapping[str, Any]) -> Iterator[str]:
             yield f"\nLargest difference in any layer{pixels}{arithmetic}: {largest:.3g} (allowed: {allowed:g})."
         if check.get("passed") and (published := numbers.get("as_published")):
             found = ", ".join(f"{float(difference):.3g} ({as_text(name)})" for name, difference in published.items())
-            changes = (numbers.get("own_way") or {}).get("changes") or "the original's own arithmetic changes outputs"
+            known = numbers.get("known_difference") or {}
+            changes = known.get("changes") or "the original's own arithmetic changes outputs"
             yield f"\nBy design, not an error: {as_text(changes)} by up to {found}."
     if cast_cost := (verification.get("conclusion") or {}).get("cast_cost"):
         yield f"\n{as_text(cast_cost)}"

@@ -70,15 +70,15 @@ def check_parity(pair: Pair, name: str, pixels: Tensor, default_dtype: torch.dty
 def compare(pair: Pair, pixels: Tensor, what: str, default_dtype: torch.dtype) -> Verdict:
     """Run both models on ``pixels``, (1, C, H, W), and compare every state within the device's rounding errors.
 
-    The original runs as transformers does. If its own way is different, it also runs in that way, which is reported but
-    decides nothing.
+    The original runs as transformers does. If its authors' code differs by design, it also runs as published; that
+    is reported, but decides nothing.
     """
     is_native = pixels.shape[-2:] == (pair.native_size,) * 2
-    own_way = pair.architecture.own_way(pair.dimensions, is_native)
+    known_difference = pair.architecture.known_difference(pair.dimensions, is_native)
     decisive, published, uncast = Variant(), Variant(as_transformers=False), Variant(is_cast=False)
     variants = [decisive]
     if not pair.is_read_once:
-        variants += [published] * (own_way is not None) + [uncast] * (pair.cast_to is not None)
+        variants += [published] * (known_difference is not None) + [uncast] * (pair.cast_to is not None)
     found = run_pair(pair, pixels, torch.float32, variants, what)
     in_float32, in_float64 = found[decisive], None
     numbers: dict[str, Any] = {}
@@ -100,9 +100,9 @@ def compare(pair: Pair, pixels: Tensor, what: str, default_dtype: torch.dtype) -
         problems, judged = _judge(in_float32, FLOAT32_TOLERANCE if "float32_only" in numbers else 0.0)
     if (start := (in_float64 or in_float32).not_finite_from) is not None:
         not_checked.append(f"infinite and NaN outputs, from {start} on, prove nothing")
-    if published in found and own_way is not None:
+    if published in found and known_difference is not None:
         numbers["as_published"] = {name: found[published].differences[name] for name in found[published].outputs}
-        numbers["own_way"] = asdict(own_way)
+        numbers["known_difference"] = asdict(known_difference)
     return Verdict(
         problems,
         {**numbers, **judged},

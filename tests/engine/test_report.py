@@ -55,7 +55,7 @@ def passing() -> dict[str, Any]:
                 "parity", "both compute the same", size=224, native_size=518, tolerance=0.0, largest=0.0, first=None,
                 differences=dict.fromkeys(STATES, 0.0), absolute=dict.fromkeys(STATES, 0.0), seconds=4.0,
                 as_published={"cls": 0.012, "patches": 0.071},
-                own_way={"explanation": "Meta's code scales them by (n + 0.1) / N, and so on."},
+                known_difference={"explanation": "Meta's code scales them by (n + 0.1) / N, and so on."},
             ),
             check(
                 "preprocessing", "the saved processor is the original's", pil=0.0,
@@ -141,7 +141,7 @@ def test_report_of_models_that_interpolate_alike_announces_no_difference() -> No
     found["checks"][2]["numbers"]["as_published"] = {}
     text = words(report.render(found))
     assert "A difference by design" not in text
-    assert "in its own way" not in text
+    assert "as its own code does" not in text
 
 
 def test_report_shows_the_cost_of_a_cast_in_its_header() -> None:

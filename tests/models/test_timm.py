@@ -115,4 +115,4 @@ def test_positions_at_other_sizes_are_resized_as_timm_does(tmp_path: Path) -> No
         out = api.convert(source, tmp_path / str(registers), num_heads=2).output
         parity = api.verify(out, source, num_heads=2, device="cpu", thorough=True).check("parity")
         assert parity.passed
-        assert ("antialiasing" in str(parity.numbers.get("own_way"))) is not bool(registers)
+        assert ("antialiasing" in str(parity.numbers.get("known_difference"))) is not bool(registers)

@@ -156,7 +156,8 @@ def test_card_starts_with_warnings() -> None:
 def test_card_states_the_cost_of_a_cast_and_the_difference_by_design() -> None:
     numbers = {
         "size": 224, "largest": 2e-15, "tolerance": 1e-13, "float32": {"largest": 1e-6},
-        "as_published": {"cls": 0.0125, "patches": "inf"}, "own_way": {"changes": "the original's periods change it"},
+        "as_published": {"cls": 0.0125, "patches": "inf"},
+        "known_difference": {"changes": "the original's periods change it"},
     }  # fmt: skip
     found = {
         "passed": True,
@@ -186,7 +187,7 @@ def test_card_states_the_cost_of_a_cast_and_the_difference_by_design() -> None:
         {"checks": [check("x", True, "y", numbers=5)]}, {"checks": [check("x", True, "y", numbers={"largest": "y"})]},
         {"checks": [check("x", True, "y", numbers={"largest": 10**400, "tolerance": 1})]},
         {"checks": [check("x", True, "y", numbers={"as_published": {"cls": {}}})]},
-        {"checks": [check("x", True, "y", numbers={"as_published": {"cls": 1}, "own_way": "x"})]},
+        {"checks": [check("x", True, "y", numbers={"as_published": {"cls": 1}, "known_difference": "x"})]},
     ],
 )  # fmt: skip
 def test_malformed_verdict_is_reported_as_damage(wrong: dict[str, Any]) -> None:
@@ -237,7 +238,7 @@ def test_no_text_in_a_manifest_becomes_markup_or_metadata(text: str, is_finished
         "tolerance": 1e-13,
         "float32": {"largest": 1e-6},
         "as_published": {"cls": 1},
-        "own_way": {"changes": "x"},
+        "known_difference": {"changes": "x"},
     }
     found = {
         "passed": is_finished,

@@ -281,8 +281,8 @@ def test_parity_row_states_its_size_and_the_difference_by_design() -> None:
     numbers = {
         "size": 224, "native_size": 518, "tolerance": 1e-13, "largest": 2e-15, "differences": {"cls": 2e-15},
         "float32": {"largest": 1e-6}, "as_published": {"cls": 0.0125, "patches": 0.071},
-        "own_way": {
-            "changes": "the original's own way to resize position embeddings changes outputs",
+        "known_difference": {
+            "changes": "the original resizes position embeddings differently, which changes outputs",
             "for_check": "it resized them like transformers",
         },
     }  # fmt: skip
@@ -291,7 +291,7 @@ def test_parity_row_states_its_size_and_the_difference_by_design() -> None:
     assert lines == [
         "1 layer outputs on cpu, second pass in float64: largest difference 2e-15, allowed 1e-13; first pass in "
         "float32: 1e-06",
-        "by design, not an error: the original's own way to resize position embeddings changes outputs by up to "
+        "by design, not an error: the original resizes position embeddings differently, which changes outputs by up to "
         "0.0125 (cls), 0.071 (patches); for this check, it resized them like transformers",
         "224x224 is the image processor's size; --thorough adds the native size, 518x518; the bytes check covers every "
         "position embedding",

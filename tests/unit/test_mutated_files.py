@@ -78,7 +78,7 @@ def manifest() -> Manifest:
 def verification(made: Manifest) -> Verification:
     numbers = {
         "size": 224, "largest": 0.1, "tolerance": 0.2, "float32": {"largest": 0.3}, "as_published": {"cls": 0.1},
-        "own_way": {"changes": "x"},
+        "known_difference": {"changes": "x"},
     }  # fmt: skip
     check = Check("parity", True, "proved", ("a problem",), numbers, "a gap")
     output = {"files": {name: asdict(file) for name, file in made.files.items()}}

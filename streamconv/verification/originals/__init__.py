@@ -19,13 +19,13 @@ def first_module_list(model: Any) -> Sequence[Any]:
 
 
 @dataclass(frozen=True)
-class OwnWay:
-    """A part of the model that its authors' code computes in another way than transformers, whatever the weights are.
+class KnownDifference:
+    """A computation that differs by design between the authors' code and transformers, for any weights.
 
-    The check of outputs runs the original like transformers there; its own way is measured, and decides nothing.
+    The check of outputs runs the original like transformers there. The difference is measured, but decides nothing.
 
     Attributes:
-        changes: The subject and verb of a sentence that ends in "by up to" and numbers.
+        changes: The beginning of a sentence that ends in "by up to" and numbers.
         for_check: The rest of a sentence about the check: what the original did instead.
         explanation: A paragraph about both.
     """
@@ -48,8 +48,8 @@ class OriginalArchitecture:
             and without weights.
         states: Runs either of the two on ``(model, pixels, as_transformers)`` and yields the output of every layer.
         prefix_tokens: Names and numbers of the tokens before the patches, in their order, (B, number, D) each.
-        own_way: Returns what the original of certain dimensions computes in another way than transformers, at its
-            native size or at another one (``is_native``). ``states`` does it like transformers if it is called with
+        known_difference: Returns how the original of certain dimensions differs from transformers by design, at its
+            native size or at another one (``is_native``). ``states`` computes like transformers if it is called with
             ``as_transformers``.
         layers: Returns the layers of transformers' model, whose outputs ``states`` yields as "layer 0", "layer 1", …
             The first one's input is "embeddings".
@@ -60,7 +60,7 @@ class OriginalArchitecture:
     load: Callable[[str, str, Model], Any]
     states: "Callable[[Any, Tensor, bool], Iterator[tuple[str, Tensor]]]"
     prefix_tokens: Callable[[Any], Mapping[str, int]]
-    own_way: Callable[[Any, bool], OwnWay | None] = lambda dimensions, is_native: None
+    known_difference: Callable[[Any, bool], KnownDifference | None] = lambda dimensions, is_native: None
     layers: Callable[[Any], Sequence[Any]] = first_module_list
 
 

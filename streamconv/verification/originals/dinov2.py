@@ -17,16 +17,16 @@ from torch.nn import functional
 
 from streamconv.families.base import Model
 from streamconv.families.dinov2_geometry import Dimensions
-from streamconv.verification.originals import OriginalArchitecture, OwnWay
+from streamconv.verification.originals import KnownDifference, OriginalArchitecture
 from streamconv.verification.originals.dinov2_layers import Block, PatchEmbed
 
 REPOSITORY = "facebookresearch/dinov2"
-RESIZED_POSITIONS = OwnWay(
-    changes="the original's own way to resize position embeddings changes outputs",
+RESIZED_POSITIONS = KnownDifference(
+    changes="the original resizes position embeddings differently, which changes outputs",
     for_check="it resized them like transformers",
     explanation=(
         "At sizes other than the native one, position embeddings are interpolated from N to n patches per side. Meta's "
-        "code scales them by (n + 0.1) / N, and transformers by n / N. So the two differ, whatever the weights are. "
+        "code scales them by (n + 0.1) / N, and transformers by n / N. So the two differ for any weights. "
         "For the check above, both models interpolated like transformers."
     ),
 )
@@ -34,8 +34,8 @@ TIMMS_POSITIONS = replace(
     RESIZED_POSITIONS,
     explanation=(
         "At sizes other than the native one, position embeddings are interpolated to the grid of patches. timm's code "
-        "uses an antialiasing filter, and transformers does not, since the model has no registers. So the two differ, "
-        "whatever the weights are. For the check above, both models interpolated like transformers."
+        "uses an antialiasing filter, and transformers does not, since the model has no registers. So the two differ "
+        "for any weights. For the check above, both models interpolated like transformers."
     ),
 )
 INTERPOLATE_OFFSET = 0.1  # positions are scaled by (n + 0.1) / 37; models with registers have no offset
@@ -73,8 +73,10 @@ class VisionTransformer(nn.Module):
         return x
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Position embeddings for the grid of an image of this size: scaled by Meta's factor or, without an offset,
-        resized to the grid."""
+        """Return the position embeddings, (1, 1 + P, D), for the grid of an image of this size.
+
+        They are scaled by Meta's factor or, without an offset, resized to the grid.
+        """
         if x.shape[1] == self.pos_embed.shape[1] and height == width:
             return self.pos_embed
         positions = self.pos_embed.float()
@@ -121,7 +123,7 @@ class TimmVisionTransformer(VisionTransformer):
         return torch.cat((tokens.expand(x.shape[0], -1, -1), x), dim=1)
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
-        """The patches' position embeddings, resized to the grid of an image of this size."""
+        """Return the patches' position embeddings, (1, P, D), resized to the grid of an image of this size."""
         positions: Tensor = self.pos_embed[:, self.embedded :]
         if x.shape[1] == positions.shape[1] and height == width:
             return positions
@@ -196,7 +198,7 @@ def prefix_tokens(sizes: Dimensions) -> dict[str, int]:
     return {"cls": 1, **({"registers": sizes.registers} if sizes.registers else {})}
 
 
-def own_way(sizes: Dimensions, is_native: bool) -> OwnWay | None:
+def known_difference(sizes: Dimensions, is_native: bool) -> KnownDifference | None:
     if is_native or sizes.registers:
         return None
     return TIMMS_POSITIONS if sizes.is_timm else RESIZED_POSITIONS
@@ -208,5 +210,5 @@ ARCHITECTURE = OriginalArchitecture(
     load=load,
     states=states,
     prefix_tokens=prefix_tokens,
-    own_way=own_way,
+    known_difference=known_difference,
 )

@@ -14,22 +14,22 @@ from torch.nn import functional
 
 from streamconv.families.base import Model
 from streamconv.families.dinov3_geometry import MAX_ROUNDING, ROPE_BASE, Dimensions
-from streamconv.verification.originals import OriginalArchitecture, OwnWay
+from streamconv.verification.originals import KnownDifference, OriginalArchitecture
 
 REPOSITORY = "facebookresearch/dinov3"
-ROUNDED_PERIODS = OwnWay(
+ROUNDED_PERIODS = KnownDifference(
     changes="the original's RoPE periods, which its file rounds to bfloat16, change outputs",
     for_check="it used transformers' float32 periods",
     explanation=(
-        "The angles by which RoPE turns queries and keys depend on periods. The original's file stores them rounded to "
-        "bfloat16, and transformers computes them in float32. So the two differ, whatever the weights are. For the "
-        "check above, both models used the same periods."
+        "The angles by which RoPE rotates queries and keys depend on periods. The original's file stores them rounded "
+        "to bfloat16, and transformers computes them in float32. So the two differ for any weights. For the check "
+        "above, both models used the same periods."
     ),
 )
 
 
 class RopePositionEmbedding(nn.Module):
-    """Turns queries and keys of a patch by its place: half of the channels by its row, half by its column."""
+    """RoPE: rotates the queries and keys of a patch, half of the channels by its row, half by its column."""
 
     def __init__(self, sizes: Dimensions):
         super().__init__()
@@ -77,13 +77,13 @@ class SelfAttention(nn.Module):
         batch, tokens, hidden = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, hidden // self.num_heads)
         query, key, value = (part.transpose(1, 2) for part in torch.unbind(qkv, 2))
-        query, key = _turned(query, *rope), _turned(key, *rope)
+        query, key = _rotate(query, *rope), _rotate(key, *rope)
         mixed = functional.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).reshape([batch, tokens, hidden]))  # type: ignore[no-any-return]
 
 
-def _turned(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Turn the patches, the last of the tokens, in the dtype of the angles."""
+def _rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Rotate the patches, the last of the tokens of ``x``, (B, heads, T, size), in the dtype of ``sin`` and ``cos``."""
     dtype = x.dtype
     x = x.to(sin.dtype)
     prefix = x.shape[-2] - sin.shape[-2]
@@ -163,9 +163,7 @@ class DinoVisionTransformer(nn.Module):
         self.rope_embed = RopePositionEmbedding(sizes)
         self.blocks = nn.ModuleList(SelfAttentionBlock(sizes) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
-        if (
-            sizes.has_local_norm and sizes.is_original
-        ):  # of training's local crops: it is in the file, but evaluation never uses it
+        if sizes.has_local_norm and sizes.is_original:  # in the file, but used only for local crops in training
             self.local_cls_norm = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
         self.mask_token = nn.Parameter(torch.empty(1, sizes.hidden))
 
@@ -239,7 +237,7 @@ def prefix_tokens(sizes: Dimensions) -> dict[str, int]:
     return {"cls": 1, **({"registers": sizes.registers} if sizes.registers else {})}
 
 
-def own_way(sizes: Dimensions, is_native: bool) -> OwnWay | None:
+def known_difference(sizes: Dimensions, is_native: bool) -> KnownDifference | None:
     return ROUNDED_PERIODS if sizes.is_original and sizes.periods == "rounded" else None
 
 
@@ -249,5 +247,5 @@ ARCHITECTURE = OriginalArchitecture(
     load=load,
     states=states,
     prefix_tokens=prefix_tokens,
-    own_way=own_way,
+    known_difference=known_difference,
 )
