@@ -1,4 +1,4 @@
-"""The size that a .pth had before it was cut short: torch.save writes the index first, which names every storage."""
+"""Finds the size of a .pth before it was cut short: torch.save writes the index first, which lists every storage."""
 
 import struct
 
@@ -15,7 +15,7 @@ _PIECE_BYTES = 512 << 10
 
 
 def least_size(file: File) -> int:
-    """Return how many bytes the weights and the index need; 0 if the file does not begin with a whole index."""
+    """Return how many bytes the index and the weights take; 0 if the file does not begin with a whole index."""
     sizes: dict[str, int] = {}
 
     def record_of(key: str, dtype: str, numel: int) -> Record:

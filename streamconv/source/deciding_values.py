@@ -12,17 +12,17 @@ from streamconv.tensors.info import DTYPES, DtypeCode
 from streamconv.tensors.packages import check_packages
 
 MAX_TENSOR_BYTES = 1 << 20
-MAX_BYTES = 16 << 20  # of all of them: a hostile file could have thousands
+MAX_BYTES = 16 << 20  # of all such tensors: a hostile file could have thousands
 
 
 def read_summaries(selection: Selection, tensors: Mapping[str, Expression], reader: Reader) -> dict[str, Any]:
-    """Return what matters of the values, by key: empty if the family has none, or for a model that was converted.
+    """Return summaries of the values, by key; none if the family has no such tensors or the model was converted before.
 
-    Tensors that are too large are not read; they have another shape than the family's rules state, or are too many.
+    Larger tensors, and those beyond `MAX_BYTES`, are not read: the family's rules then refuse their shapes or number.
 
     Raises:
         SourceError: a tensor cannot be read.
-        UsageError: it is stored in another order, and numpy is not installed.
+        UsageError: a tensor is not stored in row-major order, and numpy is not installed.
     """
     aspect = selection.family.deciding_values
     if aspect is None or selection.is_converted:

@@ -13,7 +13,7 @@ from streamconv.tensors.shapes import Shape
 
 
 def placeholder(info: TensorInfo) -> Read:
-    """Return a tensor that stands for any other of this dtype and shape, to find out what becomes of its shape."""
+    """Return a tensor of this dtype and shape without real values, to find out what operations make of its shape."""
     record = Record(inline_ref(bytes(info.itemsize)), "placeholder", ByteRange(0, info.itemsize))
     return Read(info, record, 0, (0,) * len(info.shape))
 

@@ -22,10 +22,10 @@ COPIES_BYTES = 1 << 30  # of records that are kept in temporary files; a tile ma
 class Evaluator:
     """Evaluates the parts of tensors, and adds what it reads to the checks of records.
 
-    A contiguous read goes straight into the caller's buffer. What any other tile is made from is read when its first
-    part is wanted, and kept for the others; that memory is reused. A record on another machine that is not read in its
-    order, or with gaps, is first copied into a file without a name in ``folder``, by default the system's for temporary
-    files. Use an evaluator in a ``with`` statement.
+    A contiguous read goes straight into the caller's buffer. The sources of any other tile are read when its first part
+    is evaluated, and kept for the others in memory that is reused. A remote record that is read out of order or with
+    gaps is first copied to an unnamed file in ``folder``, by default the system's temporary folder. Use an evaluator in
+    a ``with`` statement.
 
     ``read_bytes`` is the number of bytes read from the source so far.
     """
@@ -117,7 +117,7 @@ class Evaluator:
         return isinstance(self._reader.open(file), LocalFile)
 
     def _records_to_copy(self, blocks: tuple[Block, ...]) -> dict[Record, None]:
-        """Return the records of which these blocks need a copy."""
+        """Return the remote records that must be copied before these blocks are read."""
         return {
             block.record: None
             for block in blocks
@@ -133,7 +133,7 @@ class Evaluator:
             self._copies[record] = self._copies.pop(record) if record in self._copies else self._copy(name, record)
 
     def _copy(self, name: str, record: Record) -> LocalFile:
-        """Copy a record into a file without a name, so that nothing of it remains."""
+        """Copy a record to an unnamed file, which disappears with the process even if that is killed."""
         import tempfile  # with random, which only this needs
 
         buffer = memoryview(bytearray(PIECE_BYTES))
@@ -147,8 +147,8 @@ class Evaluator:
         except OSError as error:
             where = self._folder or tempfile.gettempdir()
             raise OutputError(
-                f"{where}: {name} is not read in its order, so its {record.range.length:,} bytes are copied there "
-                f"first, but {error.strerror}. Free some space, or download the file first."
+                f"{where}: {name} is read out of order, so the {record.range.length:,} bytes of its record are first "
+                f"copied there, which failed: {error.strerror}. Free some space there, or download the source first."
             ) from error
 
     def __enter__(self) -> "Evaluator":
@@ -162,7 +162,7 @@ class Evaluator:
 
 
 def _kept(copied: Sequence[Record], needed: Iterable[Record]) -> list[Record]:
-    """Return the records of which copies are kept for a tile that needs some of them, least recently used first.
+    """Return the records whose copies are kept for a tile that needs some of them, least recently used first.
 
     One record may give several tensors, so copies are kept as long as they fit into `COPIES_BYTES`.
     """

@@ -1,8 +1,8 @@
-"""How the values of tensors come from files: expressions, whose leaves are strided views of records.
+"""Expressions: tensors that are not read yet, as data. Their leaves are strided views of records in files.
 
-Everything here is pure data without open files. Views (`narrow`, `permute`, `reshape`) fold into the leaves at once, so
-they cost nothing when bytes are read; `tiles` and `evaluation` say how that is done. Shapes, strides and dims are those
-of torch: strides are in elements, as in ``torch._utils._rebuild_tensor_v2``. Offsets are in bytes.
+Nothing here opens a file. Views (`narrow`, `permute`, `reshape`) fold into the leaves at once, so they cost nothing
+when bytes are read, which `tiles` and `evaluation` do. Shapes, strides and dims are those of torch: strides are in
+elements, as in ``torch._utils._rebuild_tensor_v2``. Offsets are in bytes.
 """
 
 import math
@@ -48,7 +48,7 @@ class Expression(ABC):
 
     @abstractmethod
     def with_operands(self, operands: "Sequence[Expression]") -> "Expression":
-        """Return the same expression of other operands, which have the same dtypes and shapes."""
+        """Return the same expression with other operands, which have the same dtypes and shapes."""
 
     @abstractmethod
     def narrow(self, dim: int, start: int, length: int) -> "Expression":
@@ -60,7 +60,7 @@ class Expression(ABC):
 
     @abstractmethod
     def view(self, shape: Shape) -> "Expression | None":
-        """Return the same values under another shape; None if that would take more parts. No shape has a 0."""
+        """Return the same values in another shape; None if that takes more parts. Neither shape contains a 0."""
 
     @property
     def shape(self) -> Shape:
@@ -68,12 +68,12 @@ class Expression(ABC):
 
     @property
     def is_copied(self) -> bool:
-        """Return whether its bits are those of its leaves; they are not if it is computed."""
+        """Return whether its values have the bits of its leaves: nothing is cast or computed."""
         return all(operand.is_copied for operand in self.operands)
 
     @property
     def fingerprint(self) -> str:
-        """A text that tells it from other expressions of the same dtype and shape, by names and offsets of records."""
+        """A string of record names and offsets, which differs from those of others of the same dtype and shape."""
         return f"{type(self).__name__}:{self.operands_fingerprint}"
 
     @property
@@ -86,13 +86,13 @@ class Expression(ABC):
             yield from operand.leaves()
 
     def map_leaves(self, change: "Callable[[Read], Read]") -> "Expression":
-        """Return the same expression of other leaves, which have the same dtypes and shapes."""
+        """Return the same expression with each leaf replaced by one of the same dtype and shape."""
         return self.with_operands([operand.map_leaves(change) for operand in self.operands])
 
     def reshape(self, shape: Shape) -> "Expression":
-        """Return the same values, in row-major order, under another shape, like torch.reshape.
+        """Return the same values, in row-major order, in another shape, like torch.reshape.
 
-        What the strides of one read cannot express becomes a `Concat` of several.
+        If the strides of one read cannot express it, it becomes a `Concat` of several.
 
         Raises:
             ValueError: the shape has another number of elements.

@@ -56,7 +56,7 @@ class _Gather:
             return infinite
         if isinstance(tensor, Elementwise):
             return self._combine(tensor, out)
-        raise TypeError(f"{type(tensor).__name__} is no expression")
+        raise TypeError(f"cannot evaluate a {type(tensor).__name__}")
 
     def _combine(self, tensor: Elementwise, out: "Array") -> int:
         """Multiply or add in float32 or, for float64, in float64, as torch does, and round once."""

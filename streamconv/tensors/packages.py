@@ -1,4 +1,4 @@
-"""Checks that the packages that evaluating tensors takes are installed. Plain copies and constants take none."""
+"""Checks that the packages for evaluating tensors are installed. Copies and constants need none."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec

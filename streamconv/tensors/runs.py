@@ -1,4 +1,4 @@
-"""What is read for a tile: the ranges of records that its leaves need, each once, and where their bytes are kept."""
+"""Plans the reads of a tile: the ranges of records that its leaves need, each once, and their places in memory."""
 
 import math
 from bisect import bisect
@@ -11,8 +11,8 @@ from streamconv.files.base import ByteRange
 from streamconv.files.inline import inline_ref
 from streamconv.tensors.expressions import Expression, Read, Record
 
-_DENSE_BYTES = 8 << 20  # a tensor that spans no more is read with its gaps
-_GAP_BYTES = 8 << 10  # reading so many takes as long as another read
+_DENSE_BYTES = 8 << 20  # a tensor that spans at most this is read with its gaps
+_GAP_BYTES = 8 << 10  # reading a gap of this size takes as long as another call
 _ALIGNMENT = 8  # of elements in memory
 MEMORY = Record(inline_ref(b""), "memory", ByteRange(0, 0))
 
@@ -22,7 +22,7 @@ class Runs:
     """The bytes that a strided read needs: runs of ``length`` bytes, the first from ``start`` on in the file.
 
     ``steps`` are pairs of a count and a distance in bytes, the largest distance first. ``dims`` are the dimensions that
-    they belong to; the runs hold the others. ``has_gaps``: other bytes are between them, or in a run.
+    they belong to; the runs hold the others. ``has_gaps``: there are other bytes between the runs, or in them.
     """
 
     start: int
@@ -37,12 +37,12 @@ class Runs:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that are read."""
+        """The number of bytes that are read."""
         return self.count * self.length
 
     @property
     def held_bytes(self) -> int:
-        """The memory that they are kept in."""
+        """The number of bytes that they take in memory."""
         return -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
 
     @property
@@ -81,7 +81,7 @@ def runs_of(read: Read) -> Runs:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Bytes of a record that are read for a tile, and kept from the byte ``at`` on."""
+    """Bytes of a record that are read for a tile, and kept at the offset ``at`` in its memory."""
 
     record: Record
     runs: Runs
@@ -89,7 +89,7 @@ class Block:
 
 
 def source_blocks(tile: Expression) -> tuple[Block, ...]:
-    """Return what is read for a tile, without overlaps of whole runs."""
+    """Return the blocks that are read for a tile. Those of one run each do not overlap."""
     whole: dict[Record, list[Runs]] = {}
     scattered: dict[tuple[Record, Runs], None] = {}
     for leaf in tile.leaves():
@@ -119,7 +119,7 @@ def _merged(each: list[Runs]) -> list[Runs]:
 
 
 def in_memory(tile: Expression, blocks: tuple[Block, ...]) -> Expression:
-    """Return the tile with leaves that are where their blocks are kept, in the record `MEMORY`."""
+    """Return the tile with leaves that point to the memory of its blocks, the record `MEMORY`."""
     whole: dict[Record, list[Block]] = {}  # sorted by where they start
     scattered: dict[tuple[Record, Runs], Block] = {}
     for block in blocks:

@@ -9,18 +9,20 @@ MAX_PARTS = 65_536  # of one tensor: as many as a checkpoint may have tensors
 
 
 class TooManyPartsError(ValueError):
-    """A view would consist of too many parts. The message says which."""
+    """A view would consist of too many parts. The message names its dtype, shape and number of parts."""
 
 
 def view_strides(shape: Shape, strides: Shape, new: Shape) -> Shape | None:
-    """Return the strides of the same elements under the shape ``new``, without 0; None if no strides express it.
+    """Return the strides of the same elements in the shape ``new``, without a 0; None if no strides express it.
 
     >>> view_strides((2, 3, 4), (12, 4, 1), (6, 4))
     (4, 1)
     >>> view_strides((2, 3), (1, 2), (6,)) is None
     True
     """
-    runs: list[tuple[int, int]] = []  # sizes and strides, of dimensions that are one with their neighbours
+    runs: list[
+        tuple[int, int]
+    ] = []  # sizes and strides, of neighbouring dimensions merged where their strides allow it
     for size, stride in zip(shape, strides, strict=True):
         if size == 1:
             continue
@@ -43,7 +45,7 @@ def view_strides(shape: Shape, strides: Shape, new: Shape) -> Shape | None:
 
 
 def groups(old: Shape, new: Shape) -> Iterator[tuple[Shape, Shape]]:
-    """Divide two shapes of as many elements, none of them 0, into the shortest groups of as many elements.
+    """Divide two shapes of equally many elements, not 0, into the shortest groups of equally many elements.
 
     >>> [*groups((2, 3, 4), (6, 2, 2))]
     [((2, 3), (6,)), ((4,), (2, 2))]

@@ -1,8 +1,8 @@
 """Cuts tensors into tiles: parts of consecutive values that are evaluated one after another in bounded memory.
 
 A contiguous read is cut into small pieces, which are read straight into their place. Any other expression is cut into
-boxes along its first dimensions. A box is as small as the processor's cache likes, or large if its values are scattered
-in the file: a column of a large matrix is read in as many runs for one row of its transpose as for a thousand.
+boxes along its first dimensions. A box fits into the processor's cache, or is large if its values are scattered in the
+file: a column of a large matrix is read in as many runs for one row of its transpose as for a thousand.
 """
 
 import math
@@ -15,9 +15,10 @@ from streamconv.tensors.runs import Block, in_memory, runs_of, source_blocks
 
 PIECE_BYTES = 512 << 10  # read and written at once; small enough to stay in a CPU's cache
 MAX_TILE_BYTES = 32 << 20  # of a tile, and of what is read for it
-# What takes as long as reading so many bytes: another run, and another tile.
+# The time that another run and another tile take, as a number of bytes that could be copied in it.
 _RUN_BYTES, _TILE_BYTES = 8 << 10, 128 << 10
-_CACHE_BYTES, _SLOWER = 4 << 20, 1.5  # what is read for a tile stays in the cache; how much longer it takes otherwise
+# What is read for a tile stays in the cache up to this size; more takes longer by this factor.
+_CACHE_BYTES, _SLOWER = 4 << 20, 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def tiles(tensor: Expression) -> Iterator[Expression]:
 
 
 def _rows_at_once(tensor: Expression, dim: int) -> int:
-    """Return how many rows along ``dim`` make the tile that costs least, judged by the first rows; 1 if none is one."""
+    """Return how many rows along ``dim`` make the cheapest tile, judged by the first rows; 1 if each is too large."""
     count = max(1, min(tensor.shape[dim], MAX_TILE_BYTES * tensor.shape[dim] // tensor.info.nbytes))
     counts = [count >> i for i in range(count.bit_length())]
     least, found = min((cost(tensor.narrow(dim, 0, count)), -count) for count in counts)
@@ -104,9 +105,9 @@ def _boxes(tensor: Expression) -> Iterator[Expression]:
 
 
 def cost(tile: Expression) -> float:
-    """Return how long a tile takes, in bytes that could be copied instead of each of its own; infinite if it is none.
+    """Return how long a tile takes, relative to a copy of its bytes; infinite if it is too large to be a tile.
 
-    A tile is in memory as a whole, so what is too large for that is none.
+    A tile and what is read for it are in memory as a whole, so both are limited by `MAX_TILE_BYTES`.
     """
     size, held, starts = tile.info.nbytes, 0, 0
     if size > MAX_TILE_BYTES:
