@@ -12,6 +12,7 @@ from streamconv.tensors.computed import cast, multiply
 from streamconv.tensors.constants import filled
 from streamconv.tensors.expressions import Expression, concat, stack
 from streamconv.tensors.info import TensorInfo
+from streamconv.tensors.shapes import MAX_PARTS, TooManyPartsError
 
 Symbols = tuple[str, ...]
 Dims = Mapping[str, int]
@@ -80,7 +81,7 @@ class Concat(Operation):
         if inputs is None:
             raise NoInverseError("the sizes of the parts are not known")
         (tensor,) = tensors
-        return tensor.split([info.shape[self.dim] for info in inputs], self.dim)
+        return tensor.split([_size(info, self.dim) for info in inputs], self.dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,11 @@ class Stack(Operation):
         return [stack(each, self.dim) for each in _runs_of_equals(tensors, len(tensors) // self.groups)]
 
     def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
-        parts = (part for tensor in tensors for part in tensor.chunk(tensor.shape[self.dim], self.dim))
+        counts = [_size(tensor.info, self.dim) for tensor in tensors]
+        if sum(counts) > MAX_PARTS:  # a hostile file may claim any size
+            raise TooManyPartsError(f"{tensors[0].info} is a stack of too many tensors")
+        pairs = zip(tensors, counts, strict=True)
+        parts = (part for tensor, count in pairs for part in tensor.split([1] * count, self.dim))
         return [part.reshape((*part.shape[: self.dim], *part.shape[self.dim + 1 :])) for part in parts]
 
 
@@ -105,10 +110,16 @@ class Permute(Operation):
     dims: tuple[int, ...]
 
     def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
-        return [tensor.permute(self.dims) for tensor in tensors]
+        return [self._permuted(tensor, self.dims) for tensor in tensors]
 
     def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
-        return [tensor.permute([self.dims.index(dim) for dim in range(len(self.dims))]) for tensor in tensors]
+        inverse = [self.dims.index(dim) for dim in range(len(self.dims))]
+        return [self._permuted(tensor, inverse) for tensor in tensors]
+
+    def _permuted(self, tensor: Expression, dims: Sequence[int]) -> Expression:
+        if len(tensor.shape) != len(dims):
+            raise ValueError(f"{tensor.info} does not have {len(dims)} dimensions")
+        return tensor.permute(dims)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +179,8 @@ class Prepend(Operation):
         return results
 
     def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
-        return [tensor.narrow(self.dim, self.rows, tensor.shape[self.dim] - self.rows) for tensor in tensors]
+        sizes = ([self.rows, _size(tensor.info, self.dim) - self.rows] for tensor in tensors)
+        return [tensor.split(each, self.dim)[1] for tensor, each in zip(tensors, sizes, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +195,21 @@ class Omit(Operation):
         return [*tensors[: self.index], *tensors[self.index + 1 :]]
 
     def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
+        if inputs is not None and len(inputs) != len(tensors) + 1:
+            raise ValueError(f"{len(tensors)} tensors are not {len(inputs)} without one")
         info = tensors[0].info if inputs is None else TensorInfo(tensors[0].info.dtype, inputs[self.index].shape)
         return [*tensors[: self.index], filled(self.value, info), *tensors[self.index :]]
+
+
+def _size(info: TensorInfo, dim: int) -> int:
+    """Return the size of a dimension.
+
+    Raises:
+        ValueError: the tensor does not have it.
+    """
+    if dim >= len(info.shape):
+        raise ValueError(f"{info} has no dim {dim}")
+    return info.shape[dim]
 
 
 def _runs_of_equals(tensors: Sequence[Expression], length: int) -> list[Sequence[Expression]]:

@@ -114,8 +114,14 @@ class Expression(ABC):
         return result
 
     def transpose(self, one: int, other: int) -> "Expression":
-        """Return the tensor with two dimensions swapped, like torch.transpose."""
+        """Return the tensor with two dimensions swapped, like torch.transpose.
+
+        Raises:
+            ValueError: it does not have these dimensions.
+        """
         dims = [*range(len(self.shape))]
+        if max(one, other) >= len(dims):
+            raise ValueError(f"{self.info} has no dim {max(one, other)}")
         dims[one], dims[other] = dims[other], dims[one]
         return self.permute(dims)
 
@@ -137,11 +143,23 @@ class Expression(ABC):
         return self.reshape((*self.shape[:dim], 1, *self.shape[dim:]))
 
     def split(self, sizes: Sequence[int], dim: int = 0) -> "list[Expression]":
-        """Cut the tensor into parts of these sizes along ``dim``, like torch.split."""
+        """Cut the tensor into parts of these sizes along ``dim``, like torch.split.
+
+        Raises:
+            ValueError: the sizes do not add up to that of the tensor.
+        """
+        if dim >= len(self.shape) or sum(sizes) != self.shape[dim] or min(sizes, default=0) < 0:
+            raise ValueError(f"{self.info} cannot be cut into {list(sizes)} along dim {dim}")
         return [self.narrow(dim, end - size, size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
     def chunk(self, count: int, dim: int = 0) -> "list[Expression]":
-        """Cut the tensor into ``count`` equal parts along ``dim``."""
+        """Cut the tensor into ``count`` equal parts along ``dim``.
+
+        Raises:
+            ValueError: the tensor cannot be divided by ``count``.
+        """
+        if dim >= len(self.shape) or not count or self.shape[dim] % count:
+            raise ValueError(f"{self.info} cannot be cut into {count} equal parts along dim {dim}")
         return self.split([self.shape[dim] // count] * count, dim)
 
 
@@ -289,16 +307,18 @@ def concat(tensors: Sequence[Expression], dim: int = 0) -> Expression:
     """Concatenate tensors along ``dim``, like torch.cat. Neighbours in one record become one read.
 
     Raises:
-        ValueError: their dtypes differ, or their shapes in other dimensions.
+        ValueError: their dtypes differ, or their shapes in other dimensions, or they do not have dimension ``dim``.
     """
     if len(tensors) == 1:  # which may be a scalar
         return tensors[0]
-    if not tensors[0].shape:
-        raise ValueError("scalars cannot be concatenated")
+    first = tensors[0]
+    if dim >= len(first.shape):
+        raise ValueError(f"{first.info} has no dim {dim} to be concatenated along")
     parts: list[Expression] = []
     for tensor in tensors:
-        if tensor.info.dtype != tensors[0].info.dtype or _without(tensor, dim) != _without(tensors[0], dim):
-            raise ValueError(f"{tensors[0].info} and {tensor.info} cannot be concatenated along dim {dim}")
+        is_alike = tensor.info.dtype == first.info.dtype and len(tensor.shape) == len(first.shape)
+        if not is_alike or _without(tensor, dim) != _without(first, dim):
+            raise ValueError(f"{first.info} and {tensor.info} cannot be concatenated along dim {dim}")
         for part in tensor.parts if isinstance(tensor, Concat) and tensor.dim == dim else (tensor,):
             if parts and (joined := _joined(parts[-1], part, dim)) is not None:
                 parts[-1] = joined

@@ -1,14 +1,26 @@
 """The operations of rules give torch's results, and their inverses give the sources back."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from streamconv import MappingError
+from streamconv import MappingError, TensorInfo
 from streamconv.families.mapping import Origin, invert, joined, map_tensors, origins_of
-from streamconv.families.operations import Chunk, Concat, Multiply, Omit, Prepend, Reshape, Stack
+from streamconv.families.operations import (
+    Chunk,
+    Concat,
+    Multiply,
+    Omit,
+    Operation,
+    Permute,
+    Prepend,
+    Reshape,
+    Stack,
+    Transpose,
+)
 from streamconv.families.rules import (
     Rule,
     chunk,
@@ -25,7 +37,7 @@ from streamconv.families.rules import (
     transpose,
 )
 from streamconv.formats.checkpoint import open_checkpoint
-from streamconv.tensors.constants import literal
+from streamconv.tensors.constants import literal, placeholder
 from streamconv.tensors.evaluation import read_bytes
 
 Tensors = Sequence[torch.Tensor]
@@ -185,6 +197,31 @@ def test_incomplete_and_unequal_targets_are_their_own_sources(tmp_path: Path) ->
     with open_checkpoint(tmp_path / "x.pth") as checkpoint:
         infos = {name: tensor.info for name, tensor in checkpoint.items()}
         assert origins_of(rules, infos) == {name: Origin((name,)) for name in infos}
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (0, 4), (2, 3, 5), (10**12, 0)])
+@pytest.mark.parametrize("operation", [
+    Chunk(2), Chunk(2, 1), Concat(), Stack(), Stack(1), Permute((1, 0)), Transpose(), Reshape(("2", "2")), Prepend(0.0),
+    Prepend(0.0, 1, 1), Omit(1, "a reason"),
+])  # fmt: skip
+def test_operations_report_shapes_that_do_not_fit_as_value_errors(operation: Operation, shape: tuple[int, ...]) -> None:
+    """Any shape may be in a file, and the callers list such errors."""
+    infos = [TensorInfo("F32", shape)] * 2
+    for tensors in ([placeholder(info) for info in infos[:count]] for count in (1, 2)):
+        for inputs in (None, infos, [TensorInfo("F32", (3,))]):
+            with contextlib.suppress(ValueError):
+                operation.undo(tensors, inputs)
+        with contextlib.suppress(ValueError):
+            operation.apply(tensors, {})
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape"),
+    [(RULES["permute"][0], (2, 4)), (RULES["transpose"][0], (4,)), (RULES["stack"][0], (4,)),
+     (RULES["prepend"][0], (1, 1, 6)), (RULES["stack of experts"][0], (10**12, 0))],
+)  # fmt: skip
+def test_target_of_an_impossible_shape_is_its_own_source(rule: Rule, shape: tuple[int, ...]) -> None:
+    assert origins_of([rule], {"x": TensorInfo("F32", shape)}) == {"x": Origin(("x",))}
 
 
 def test_two_rules_with_one_source_are_a_mistake() -> None:

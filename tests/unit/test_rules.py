@@ -101,7 +101,7 @@ def test_inverting_lists_all_problems_at_once(make) -> None:  # type: ignore[no-
     ]
 
 
-def test_incomplete_chunks_are_not_concat(make) -> None:  # type: ignore[no-untyped-def]
+def test_incomplete_chunks_are_not_concatenated(make) -> None:  # type: ignore[no-untyped-def]
     info = TensorInfo("F32", (2,))
     strays = ("layer.00.q", "layer.0.1.q", "layer.x.q", "xlayer.0.q", "layer.0.q.weight", "layer.{i}.q", "layer.1.q")
     assert origins_of(RULES, dict.fromkeys(strays, info)) == {name: Origin((name,)) for name in strays}
