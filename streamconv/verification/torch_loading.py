@@ -5,6 +5,8 @@ executes the pickle, torch reads the tensors, and a stand-in takes the place of 
 names is imported or called. (torch.serialization.safe_globals would allow classes to every thread.)
 """
 
+import mmap
+import warnings
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,17 @@ def load(path: Path, *, is_legacy: bool) -> Any:
     Raises:
         NotLoadedError: torch does not load the file.
     """
-    read = partial(torch.load, path, map_location="cpu", mmap=not is_legacy)
+    try:
+        return _load(path, is_legacy=is_legacy, map_location="cpu", mmap=not is_legacy)
+    except RuntimeError:
+        # torch maps a file so that memory could be written to, which Linux refuses if the file is larger than memory.
+        if is_legacy:
+            raise
+    return _on_mapping(_load(path, is_legacy=is_legacy, map_location="meta"), _map_read_only(path))
+
+
+def _load(path: Path, *, is_legacy: bool, **options: Any) -> Any:
+    read = partial(torch.load, path, **options)
     if _is_protocol_2(path, is_legacy=is_legacy):  # torch would warn of others, and warnings belong to the caller
         try:
             return read(weights_only=True)
@@ -38,6 +50,31 @@ def load(path: Path, *, is_legacy: bool) -> Any:
         return read(weights_only=False, pickle_module=_PICKLE)
     except _ERRORS as error:
         raise NotLoadedError from error
+
+
+def _map_read_only(path: Path) -> torch.Tensor:
+    """Map a file as a tensor of bytes, which must not be changed."""
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the tensor must not be changed
+        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
+
+
+def _on_mapping(value: Any, mapped: torch.Tensor) -> Any:
+    """Return a state dict on the meta device with the values at the places in the file that torch found.
+
+    Raises:
+        NotLoadedError: this release of torch does not tell the places.
+    """
+    if isinstance(value, dict):
+        return {key: _on_mapping(each, mapped) for key, each in value.items()}
+    if not isinstance(value, torch.Tensor) or not value.is_meta:
+        return value
+    start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    if start is None:
+        raise NotLoadedError
+    empty = torch.empty(0, dtype=value.dtype)
+    first = start // value.itemsize + value.storage_offset()
+    return empty.set_(mapped.untyped_storage(), first, value.shape, value.stride())
 
 
 def _is_protocol_2(path: Path, *, is_legacy: bool) -> bool:
