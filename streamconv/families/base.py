@@ -19,7 +19,8 @@ from streamconv.families.aspects import (
     ExtraPrefix,
     ImageProcessor,
 )
-from streamconv.families.rules import Rule, expand
+from streamconv.families.expected import expand
+from streamconv.families.rules import Rule
 from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import TensorInfo
 

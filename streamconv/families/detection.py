@@ -14,7 +14,7 @@ from streamconv.display import printable
 from streamconv.errors import MappingError
 from streamconv.families.base import Family
 from streamconv.families.mapping import Origin, origins_of
-from streamconv.families.patterns import Patterns, numbered
+from streamconv.families.patterns import Patterns, substitute_indexes
 from streamconv.families.registry import all_families
 from streamconv.families.rules import Rule
 from streamconv.families.wrapped_names import prefix_before, unwrapped
@@ -57,7 +57,8 @@ def _signature_targets(family: Family) -> Iterator[tuple[str, str]]:
     """Yield each key of the signature with its targets, without the prefix that some architectures have before them."""
     rules = Patterns((source, rule) for rule in family.rules for source in rule.sources)
     for key in family.signature:
-        targets = {numbered(target, values) for rule, values in rules.find(key) for target in rule.targets[:1]}
+        firsts = ((rule.targets[0], values) for rule, values in rules.find(key) if rule.targets)
+        targets = {substitute_indexes(target, values) for target, values in firsts}
         for target in targets:
             if not any(target.endswith(f".{other}") for other in targets):
                 yield key, target

@@ -107,7 +107,7 @@ class EmbedRegisters(Operation):
         return [concat([cls, patches], dim=1), add(registers, added)]
 
     def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
-        raise NoInverseError("a sum does not tell its parts")
+        raise NoInverseError("the terms of a sum cannot be recovered")
 
 
 # A linear head reads the CLS token beside the mean of the patch tokens, hence 2D; K classes.

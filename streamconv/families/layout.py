@@ -7,10 +7,11 @@ from functools import cached_property
 
 from streamconv.families.aspects import ExtraPrefix
 from streamconv.families.base import Family
+from streamconv.families.expected import expand
 from streamconv.families.mapping import Origin, origins_of
 from streamconv.families.other_contents import OPTIMIZER_STATE
 from streamconv.families.patterns import Patterns
-from streamconv.families.rules import Rule, expand
+from streamconv.families.rules import Rule
 from streamconv.families.wrapped_names import untrained_start, unwrapped
 from streamconv.tensors.info import DTYPES, TensorInfo
 

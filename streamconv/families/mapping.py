@@ -4,20 +4,19 @@ Every source key matches exactly one rule and every target is made exactly once;
 """
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from streamconv.display import first_few
 from streamconv.errors import MappingError
+from streamconv.families.expected import copies, expand
+from streamconv.families.fit import require_fit, shapes_by_name
 from streamconv.families.operations import Dims, NoInverseError
-from streamconv.families.patterns import ExpandedNames, Indexes, Patterns, indexes_of, numbered
-from streamconv.families.rules import Rule, Shape, copies, expand
+from streamconv.families.patterns import Indexes, Patterns, indexes_of, substitute_indexes
+from streamconv.families.rules import Rule
 from streamconv.tensors.computed import cast
 from streamconv.tensors.constants import placeholder
 from streamconv.tensors.expressions import Expression
-from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo
-
-_UNEXPECTED: Shape = (-1,)
+from streamconv.tensors.info import DtypeCode, TensorInfo
 
 
 def map_tensors(
@@ -33,7 +32,7 @@ def map_tensors(
     """Return the targets by name, in the order of the rules.
 
     ``known_problems`` are listed together with those found here, in which ``display_names`` replace the keys.
-    ``dtype`` is that to which all targets will be cast; with it, different dtypes of weights are accepted.
+    ``dtype`` is the one that all targets will be cast to; if it is given, weights may have different dtypes.
 
     Raises:
         MappingError: source keys are missing, match no rule, or have another shape.
@@ -41,11 +40,11 @@ def map_tensors(
     with_source = [rule for rule in rules if rule.value is None]
     kept, dropped = ([rule for rule in with_source if bool(rule.targets) == is_kept] for is_kept in (True, False))
     shapes, optional = (
-        _by_name({key: shape for rule in each for key, shape in rule.source_shapes(dims).items()}, counts)
+        shapes_by_name({key: shape for rule in each for key, shape in rule.source_shapes(dims).items()}, counts)
         for each in (kept, dropped)
     )
     one_dtype = None if dtype is not None else "a model has one: choose it with --dtype"
-    _require_fit(tensors, shapes, where, known_problems, display_names or {}, one_dtype, optional=optional)
+    require_fit(tensors, shapes, where, known_problems, display_names or {}, one_dtype, optional=optional)
     targets: dict[str, Expression] = {}
     for rule in kept:
         for keys, names in rule.repetitions(counts):
@@ -85,9 +84,11 @@ def invert(
         if not rule.targets and rule.restored is None and not rule.copy_of
     ]
     if lost:
-        raise MappingError(f"{where} cannot be reverted: its conversion drops tensors, which cannot be restored:", lost)
+        raise MappingError(
+            f"{where} cannot be reverted, because its conversion drops tensors that cannot be restored:", lost
+        )
     shapes = {name: shape for rule in with_source for name, shape in rule.target_shapes(dims, counts).items()}
-    _require_fit(tensors, _by_name(shapes, counts), where, known_problems, {})
+    require_fit(tensors, shapes_by_name(shapes, counts), where, known_problems, {})
     sources: dict[str, Expression] = {}
     for rule in with_source:
         for keys, names in rule.repetitions(counts) if not rule.copy_of else ():
@@ -95,7 +96,9 @@ def invert(
                 sources |= zip(keys, _undone(rule, [tensors[name] for name in names], dims, counts), strict=True)
             except NoInverseError as error:
                 problems = [f"{' and '.join(rule.sources)}: {error}"]
-                raise MappingError(f"{where} cannot be reverted, its conversion has no inverse:", problems) from error
+                raise MappingError(
+                    f"{where} cannot be reverted, because its conversion has no inverse:", problems
+                ) from error
     sources |= {key: sources[original] for key, original in copies(with_source).items()}
     return {key: sources[key] for key in expand(with_source, dims, counts)}
 
@@ -106,9 +109,9 @@ def _undone(rule: Rule, targets: Sequence[Expression], dims: Dims, counts: Index
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """How a source is made from the targets ``names``: it is the one with this ``index`` of those that ``rule`` undoes.
+    """The origin of a source in a converted model: the targets ``names``, from which ``rule`` restores it.
 
-    Without a rule, it is the target itself.
+    ``index`` is the place of the source among those that the rule restores. Without a rule, it is the target itself.
     """
 
     names: tuple[str, ...]
@@ -116,15 +119,16 @@ class Origin:
     index: int = 0
 
     def join(self, targets: Sequence[Expression], dims: Dims, counts: Indexes) -> Expression:
-        """Return the source.
+        """Return the source, made from its targets.
 
         Raises:
-            NoInverseError: the rule has no inverse, or none without the numbers of all symbols in ``dims``.
+            NoInverseError: the rule has no inverse, or none without ``dims`` and ``counts``.
+            ValueError: the targets do not fit each other.
         """
         return targets[0] if self.rule is None else self.rule.undo(targets, dims, counts)[self.index]
 
     def info(self, targets: Sequence[TensorInfo]) -> TensorInfo:
-        """Return the dtype and shape of the source; no shape if it follows from the family's symbols alone."""
+        """Return the dtype and shape of the source; no shape if it depends on the family's symbols."""
         try:
             return self.join([placeholder(info) for info in targets], {}, {}).info
         except NoInverseError:
@@ -134,7 +138,9 @@ class Origin:
 def joined(
     origins: Mapping[str, Origin], parts: Mapping[str, Sequence[Expression]], dims: Dims, counts: Indexes, where: str
 ) -> dict[str, Expression]:
-    """Return the sources of a converted model. A source whose targets do not fit each other is the first of them.
+    """Return the sources of a converted model.
+
+    If the targets of a source do not fit each other, it is the first of them, so that the wrong shape is reported.
 
     Raises:
         MappingError: the conversion of some targets has no inverse.
@@ -148,15 +154,15 @@ def joined(
             sources[key] = origins[key].join(targets, dims, counts)
         except NoInverseError as error:
             problems.append(f"{key}: {error}")
-        except ValueError:  # their shapes will be reported
+        except ValueError:
             pass
     if problems:
-        raise MappingError(f"{where} cannot be read back, its conversion has no inverse:", problems)
+        raise MappingError(f"{where} cannot be read back, since its conversion has no inverse:", problems)
     return sources
 
 
 def origins_of(rules: Iterable[Rule], targets: Mapping[str, TensorInfo]) -> dict[str, Origin]:
-    """Return the sources that ``targets`` were made from. A target that fits no rule is its own source."""
+    """Return the origin of each source in a converted model. A target that fits no rule is its own source."""
     rules = tuple(rules)
     makers = Patterns((target, rule) for rule in rules if rule.value is None for target in rule.targets)
     origins: dict[str, Origin] = {}
@@ -173,10 +179,10 @@ def _origins(
     name: str, makers: Patterns[Rule], targets: Mapping[str, TensorInfo]
 ) -> tuple[set[str], dict[str, Origin]]:
     """Return the targets that belong together with ``name``, and their sources."""
-    # A rule with more targets first: those of another may be some of its own, if it leaves parts of a source out.
+    # Rules with more targets first: one that leaves out parts of its source has some of the targets of another.
     for rule, values in sorted(makers.find(name), key=lambda found: -len(found[0].targets)):
         repeated = {index: values[index] for index in rule.repeating}
-        names = [each for pattern in rule.targets for each in _present(numbered(pattern, repeated), targets)]
+        names = [each for pattern in rule.targets for each in _present(substitute_indexes(pattern, repeated), targets)]
         if len(names) < len(rule.targets):
             continue
         try:
@@ -186,7 +192,7 @@ def _origins(
         except ValueError:  # they do not fit each other
             continue
         sources = (
-            numbered(pattern, dict.fromkeys(indexes_of(pattern), i) | repeated)
+            substitute_indexes(pattern, dict.fromkeys(indexes_of(pattern), i) | repeated)
             for pattern in rule.sources
             for i in range(count // len(rule.sources))
         )
@@ -195,73 +201,7 @@ def _origins(
 
 
 def _present(pattern: str, names: Container[str]) -> Iterator[str]:
-    """Yield the names of a pattern that are there; those with an index from 0 on, up to the first gap."""
+    """Yield the names that a pattern expands to, as far as ``names`` has them: from index 0 up to the first gap."""
     numbers = itertools.count() if indexes_of(pattern) else range(1)
-    each = (numbered(pattern, dict.fromkeys(indexes_of(pattern), i)) for i in numbers)
+    each = (substitute_indexes(pattern, dict.fromkeys(indexes_of(pattern), i)) for i in numbers)
     return itertools.takewhile(names.__contains__, each)
-
-
-def _by_name(shapes: Mapping[str, Shape | None], counts: Indexes) -> ExpandedNames[Shape | None]:
-    """Return the shapes of patterns by the names that they stand for."""
-    return ExpandedNames({pattern: _constant(shape) for pattern, shape in shapes.items()}, counts)
-
-
-def _constant(shape: Shape | None) -> Callable[[Indexes], Shape | None]:
-    return lambda values: shape
-
-
-def _require_fit(
-    tensors: Mapping[str, Expression],
-    expected: Mapping[str, Shape | None],
-    where: str,
-    known_problems: Sequence[str],
-    display_names: Mapping[str, str],
-    one_dtype: str | None = "a model has one",
-    optional: Mapping[str, Shape | None] | None = None,
-) -> None:
-    """Compare names, shapes and dtypes. ``optional`` tensors may be missing, and their dtypes do not matter."""
-    optional, missing, unexpected, wrong = optional or {}, len(expected), [], []
-    dtypes: dict[DtypeCode, list[str]] = {}
-    for name, tensor in tensors.items():
-        shape = expected.get(name, _UNEXPECTED)
-        if shape is not _UNEXPECTED:
-            missing -= 1
-            dtypes.setdefault(tensor.info.dtype, []).append(display_names.get(name, name))
-        elif (shape := optional.get(name, _UNEXPECTED)) is _UNEXPECTED:
-            unexpected.append(name)
-            continue
-        if shape is not None and tensor.info.shape != shape:
-            wrong.append((name, shape))
-    wrong_dtypes = _dtype_problems(dtypes, one_dtype)
-    problems = itertools.chain(  # formatted lazily: there may be millions, and the error keeps the first of them
-        known_problems,
-        (
-            f"missing: {name}{'' if shape is None else f' {list(shape)}'}"
-            for name, shape in expected.items()
-            if name not in tensors
-        ),
-        (f"unexpected: {display_names.get(name, name)} {list(tensors[name].info.shape)}" for name in unexpected),
-        (
-            f"wrong shape: {display_names.get(name, name)} is {list(tensors[name].info.shape)}, not {list(shape)}"
-            for name, shape in wrong
-        ),
-        wrong_dtypes,
-    )
-    if count := len(known_problems) + missing + len(unexpected) + len(wrong) + len(wrong_dtypes):
-        counted = "1 problem" if count == 1 else f"{count:,} problems"
-        raise MappingError(f"{where} does not fit ({counted}):", problems, count)
-
-
-def _dtype_problems(dtypes: Mapping[DtypeCode, Sequence[str]], one_dtype: str | None) -> list[str]:
-    """List dtypes that no model has, and a mixture of dtypes. ``dtypes`` maps each to the names of its tensors."""
-    known = [code for code, dtype in DTYPES.items() if dtype.is_weight]
-    problems = [
-        f"wrong dtype: {first_few(names, 1)} in {dtype}; only {', '.join(known)} are converted"
-        for dtype, names in dtypes.items()
-        if dtype not in known
-    ]
-    weights = sorted((len(names), dtype) for dtype, names in dtypes.items() if dtype in known)
-    if len(weights) > 1 and one_dtype is not None:
-        held = " and ".join(f"{dtype} ({first_few(dtypes[dtype], 1)})" for _, dtype in reversed(weights))
-        problems.append(f"mixed dtypes: {held}; {one_dtype}")
-    return problems

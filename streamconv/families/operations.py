@@ -1,6 +1,6 @@
-"""Operations of rules: what turns the sources of a rule into its targets, step by step, and back.
+"""Operations of rules: the steps from the sources of a rule to its targets, and back.
 
-An operation takes a list of tensors and returns another one. Only views and expressions are made; nothing is read.
+An operation takes a list of tensors and returns another list. It only makes views and expressions; nothing is read.
 """
 
 from abc import ABC, abstractmethod
@@ -19,11 +19,11 @@ Dims = Mapping[str, int]
 
 
 class NoInverseError(ValueError):
-    """The results of an operation do not determine what they were made from. The message says why."""
+    """The results of an operation do not determine its inputs. The message states why."""
 
 
-def numbers(symbols: Symbols, dims: Dims) -> tuple[int, ...]:
-    """Return the numbers of symbols; a number is itself.
+def resolve_shape(symbols: Symbols, dims: Dims) -> tuple[int, ...]:
+    """Return the shape that symbols describe; some are numbers already.
 
     Raises:
         KeyError: a symbol has no number.
@@ -34,8 +34,8 @@ def numbers(symbols: Symbols, dims: Dims) -> tuple[int, ...]:
 class Operation(ABC):
     """A step from the sources of a rule to its targets.
 
-    Both methods raise ValueError for tensors that do not fit. ``rounds``: the results are computed and rounded to the
-    dtype of the sources. If tensors are cast, the sources are cast before that, as if the original had been.
+    Both methods raise ValueError for tensors that do not fit. ``rounds``: the results are computed, and rounded to the
+    dtype of the sources. A cast then comes before the operation, so that the result is that of a cast original.
     """
 
     __slots__ = ()
@@ -47,10 +47,10 @@ class Operation(ABC):
 
     @abstractmethod
     def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
-        """Return what the results were made from. ``inputs`` are its dtypes and shapes, None if they are not known.
+        """Return the inputs of the results ``tensors``. ``inputs`` are their dtypes and shapes, None if not known.
 
         Raises:
-            NoInverseError: it cannot be found out, or not without ``inputs``.
+            NoInverseError: the operation has no inverse, or none without ``inputs``.
         """
 
 
@@ -143,11 +143,11 @@ class Reshape(Operation):
     shape: Symbols
 
     def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
-        return [tensor.reshape(numbers(self.shape, dims)) for tensor in tensors]
+        return [tensor.reshape(resolve_shape(self.shape, dims)) for tensor in tensors]
 
     def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
         if inputs is None:
-            raise NoInverseError("the shape before it is not known")
+            raise NoInverseError("the shape before reshaping is not known")
         return [tensor.reshape(info.shape) for tensor, info in zip(tensors, inputs, strict=True)]
 
 
@@ -160,7 +160,7 @@ class Multiply(Operation):
         return [multiply(one, cast(other, one.info.dtype))]
 
     def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
-        raise NoInverseError("a product does not tell its factors")
+        raise NoInverseError("the factors of a product cannot be recovered")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,11 @@ def _size(info: TensorInfo, dim: int) -> int:
 
 
 def _runs_of_equals(tensors: Sequence[Expression], length: int) -> list[Sequence[Expression]]:
-    """Divide tensors into runs of ``length``, each of one dtype and shape, which is not that of a scalar."""
+    """Divide tensors into runs of ``length``.
+
+    Raises:
+        ValueError: a run is incomplete, or its tensors differ in dtype or shape.
+    """
     runs = [tensors[at : at + length] for at in range(0, len(tensors), length)]
     for run in runs:
         if len(run) != length or {tensor.info for tensor in run} != {run[0].info}:

@@ -1,8 +1,8 @@
-"""Patterns of names, such as ``blocks.{i}.norm.weight``, and the names that they stand for.
+"""Patterns of names, such as ``blocks.{i}.norm.weight``, and the names that they match.
 
-An index in braces stands for a number from 0 on that is a dot-free part of a name. How many values it takes comes from
-the checkpoint, and a hostile one can claim many more than it has. So a name's value is made when it is looked up or
-listed, and nothing is stored for each number.
+An index in braces matches a number from 0 on between two dots. How many values it takes comes from the checkpoint, and
+a hostile one can claim many more than it has. So the value of a name is made when it is looked up or listed, and
+nothing is stored for each number.
 """
 
 import re
@@ -14,11 +14,11 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 Indexes = Mapping[str, int]
-"""The value of each index by its name, or how many values it takes."""
+"""The value of each index, or the number of values that it takes, by the name of the index."""
 
 _INDEX = re.compile(r"\{([a-z]+)\}")
 _NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])")
-_MAX_NUMBERS = 4  # in a name that is looked up; there are 16 ways to replace some of them
+_MAX_NUMBERS = 4  # in a name that is looked up, which may match a pattern in 2 ** 4 ways
 
 
 @lru_cache(maxsize=4096)
@@ -27,8 +27,8 @@ def indexes_of(*patterns: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(index for pattern in patterns for index in _INDEX.findall(pattern)))
 
 
-def numbered(pattern: str, values: Indexes) -> str:
-    """Return the name that a pattern stands for; indexes without a value stay."""
+def substitute_indexes(pattern: str, values: Indexes) -> str:
+    """Return a pattern with numbers in place of its indexes; indexes without a value stay."""
     for index, value in values.items():
         pattern = pattern.replace(f"{{{index}}}", str(value))
     return pattern
@@ -49,7 +49,7 @@ def count_of(pattern: str, names: Iterable[str]) -> int:
 
 
 class Patterns(Generic[T]):
-    """Finds the patterns that a name fits, whatever its numbers, with what belongs to them."""
+    """Finds the patterns that a name matches, with the value of each. Any numbers match."""
 
     def __init__(self, patterns: Iterable[tuple[str, T]]):
         self._found: dict[str, list[tuple[tuple[str, ...], T]]] = {}  # by the pattern without names of indexes
@@ -57,7 +57,7 @@ class Patterns(Generic[T]):
             self._found.setdefault(_INDEX.sub("{}", pattern), []).append((tuple(_INDEX.findall(pattern)), value))
 
     def find(self, name: str) -> Iterator[tuple[T, dict[str, int]]]:
-        """Yield the value of each pattern that ``name`` fits, with the values of the pattern's indexes."""
+        """Yield the value of each pattern that ``name`` matches, with the values of the pattern's indexes."""
         if "{" in name:
             return
         numbers = [*islice(_NUMBER.finditer(name), _MAX_NUMBERS)]
@@ -134,12 +134,12 @@ class _Items(ItemsView[str, T]):
 def _expanded(
     patterns: Sequence[tuple[str, str]], values: Indexes, counts: Indexes
 ) -> Iterator[tuple[str, str, Indexes]]:
-    """Expand patterns, each given with what is left of it after the indexes in ``values`` have their values."""
+    """Expand pairs of a name, in which the indexes of ``values`` are replaced already, and its pattern."""
     for index, group in groupby(patterns, lambda each: next(iter(indexes_of(each[0])), None)):
         if index is None:
             yield from ((name, pattern, values) for name, pattern in group)
             continue
         block = [*group]
         for i in range(counts.get(index, 0)):
-            inner = [(numbered(name, {index: i}), pattern) for name, pattern in block]
+            inner = [(substitute_indexes(name, {index: i}), pattern) for name, pattern in block]
             yield from _expanded(inner, {**values, index: i}, counts)

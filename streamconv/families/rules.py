@@ -6,8 +6,8 @@ turn targets back into sources. `mapping` applies them.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from streamconv.families.operations import (
@@ -22,16 +22,16 @@ from streamconv.families.operations import (
     Stack,
     Symbols,
     Transpose,
-    numbers,
+    resolve_shape,
 )
-from streamconv.families.patterns import ExpandedNames, Indexes, all_values, count_of, indexes_of, numbered
+from streamconv.families.patterns import Indexes, all_values, count_of, indexes_of, substitute_indexes
 from streamconv.tensors.constants import placeholder
 from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import DtypeCode, TensorInfo
 
 __all__ = [
-    "ExpectedTensor", "Rule", "chunk", "concat", "constants", "convert", "copies", "count_of", "drop", "expand", "fill",
-    "multiply", "permute", "rename", "reshape", "stack", "transpose", "without_fills",
+    "Rule", "chunk", "concat", "convert", "count_of", "drop", "fill", "multiply", "permute", "rename", "reshape",
+    "stack", "transpose",
 ]  # fmt: skip
 
 Shape = tuple[int, ...]
@@ -40,14 +40,14 @@ _Names = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """Patterns of source keys, their shapes in symbols, the operations on them, and the targets that come out.
+    """Patterns of source keys with their shapes in symbols, and the operations that turn them into targets.
 
-    An index in sources and targets repeats the rule. One in the sources alone gathers tensors, and one in the targets
-    alone spreads them; they are in the order of the index, for one pattern after the other.
+    An index in sources and targets repeats the rule. One in the sources alone gathers several tensors, and one in the
+    targets alone spreads them, in the order of the index; the patterns follow one after the other.
 
-    A shape is None if any will do. A rule with a ``value`` has no source: its target is filled with the value. A rule
-    with a ``drop_reason`` has no target, and its source may be missing; ``restored`` is what the inverse puts there,
-    or it is ``copy_of`` another source. Without either, it cannot be restored.
+    A shape of None accepts any. A rule with a ``value`` has no source: its target is filled with the value. A rule with
+    a ``drop_reason`` has no target, and its source may be missing. The inverse writes ``restored`` in its place, or the
+    source that it is a ``copy_of``; without either, the tensor cannot be restored.
     """
 
     sources: tuple[str, ...]
@@ -72,10 +72,10 @@ class Rule:
         return self._names(self.sources, values, counts), self._names(self.targets, values, counts)
 
     def _names(self, patterns: tuple[str, ...], values: Indexes, counts: Indexes) -> list[str]:
-        if all(len(indexes_of(pattern)) <= len(values) for pattern in patterns):  # by far the most, hence the fast way
-            return [numbered(pattern, values) for pattern in patterns]
+        if all(len(indexes_of(pattern)) <= len(values) for pattern in patterns):  # a fast path for most rules
+            return [substitute_indexes(pattern, values) for pattern in patterns]
         return [
-            numbered(pattern, {**values, **each})
+            substitute_indexes(pattern, {**values, **each})
             for pattern in patterns
             for each in all_values(self._own(pattern), counts)
         ]
@@ -97,14 +97,16 @@ class Rule:
         return results
 
     def undo(self, targets: Sequence[Expression], dims: Dims, counts: Indexes) -> list[Expression]:
-        """Return the sources of one repetition; ``dims`` and ``counts`` may be empty if they are not known.
+        """Return the sources of one repetition, made from its targets.
+
+        ``dims`` and ``counts`` may be empty if they are not known; some operations then have no inverse.
 
         Raises:
             NoInverseError: an operation has no inverse, or none without ``dims`` and ``counts``.
             ValueError: the targets do not fit each other.
         """
         before: list[list[TensorInfo] | None] = []
-        results = self._stand_ins(targets[0].info.dtype, dims, counts) if self.operations else None
+        results = self._placeholders(targets[0].info.dtype, dims, counts) if self.operations else None
         for operation in self.operations:
             before.append(None if results is None else [each.info for each in results])
             results = None if results is None else operation.apply(results, dims)
@@ -113,11 +115,11 @@ class Rule:
             tensors = operation.undo(tensors, infos)
         return tensors
 
-    def _stand_ins(self, dtype: DtypeCode, dims: Dims, counts: Indexes) -> list[Expression] | None:
-        """Return tensors with the shapes of the sources of one repetition; None if they are not known."""
+    def _placeholders(self, dtype: DtypeCode, dims: Dims, counts: Indexes) -> list[Expression] | None:
+        """Return tensors with the shapes of the sources of one repetition; None if a symbol is not known."""
         try:
             return [
-                placeholder(TensorInfo(dtype, numbers(shape or (), dims)))
+                placeholder(TensorInfo(dtype, resolve_shape(shape or (), dims)))
                 for pattern, shape in zip(self.sources, self.shapes, strict=True)
                 for _ in range(math.prod(counts[index] for index in self._own(pattern)))
             ]
@@ -125,16 +127,16 @@ class Rule:
             return None
 
     def _own(self, pattern: str) -> list[str]:
-        """Return the indexes of a pattern that do not repeat the rule."""
+        """Return the indexes of a pattern that do not repeat the rule, but gather or spread tensors."""
         return [index for index in indexes_of(pattern) if index not in self.repeating]
 
     @property
     def omits(self) -> bool:
-        """Whether it leaves out parts of its sources."""
+        """True if the rule leaves out parts of its sources."""
         return any(isinstance(operation, Omit) for operation in self.operations)
 
     def left_out(self, sources: Sequence[Expression], dims: Dims) -> Iterator[tuple[str, TensorInfo]]:
-        """Yield what one repetition leaves out of its sources, and why."""
+        """Yield each tensor that one repetition leaves out: the reason, and the dtype and shape."""
         if self.drop_reason:
             yield from ((self.drop_reason, source.info) for source in sources)
         results = list(sources)
@@ -144,7 +146,7 @@ class Rule:
             results = operation.apply(results, dims)
 
     def restorations(self) -> Iterator[str]:
-        """Yield what `undo` fills with constants, and why the conversion left it out."""
+        """Yield the sources that `undo` fills with fixed values, as text with the reason why they were left out."""
         if self.restored is not None:
             yield f"{self.sources[0]}: {self.drop_reason}"
         for operation in self.operations:
@@ -152,21 +154,21 @@ class Rule:
                 yield f"{' and '.join(self.sources)} (a part): {operation.reason}"
 
     def source_shapes(self, dims: Dims) -> dict[str, Shape | None]:
-        """Return the shape of each pattern of sources; None if any will do."""
+        """Return the shape of each source pattern; None accepts any."""
         pairs = zip(self.sources, self.shapes, strict=True)
-        return {pattern: None if shape is None else numbers(shape, dims) for pattern, shape in pairs}
+        return {pattern: None if shape is None else resolve_shape(shape, dims) for pattern, shape in pairs}
 
     def target_shapes(self, dims: Dims, counts: Indexes) -> dict[str, Shape | None]:
-        """Return the shape of each pattern of targets; None if any will do."""
-        sources = None if None in self.shapes else self._stand_ins("F32", dims, counts)
+        """Return the shape of each target pattern; None if it is not known."""
+        sources = None if None in self.shapes else self._placeholders("F32", dims, counts)
         try:
-            made = self.apply(sources or [], dims)
+            results = self.apply(sources or [], dims)
         except ValueError:  # impossible sizes, which the family's own problems describe
-            made = []
-        if not made or not self.targets:
+            results = []
+        if not results or not self.targets:
             return dict.fromkeys(self.targets)
-        step = len(made) // len(self.targets)
-        return dict(zip(self.targets, (each.shape for each in made[::step]), strict=True))
+        step = len(results) // len(self.targets)
+        return dict(zip(self.targets, (each.shape for each in results[::step]), strict=True))
 
 
 def _symbols(shape: str) -> Symbols:
@@ -176,11 +178,13 @@ def _symbols(shape: str) -> Symbols:
 def convert(sources: _Names, targets: _Names, shapes: _Names, *operations: Operation) -> Rule:
     """Make targets from sources by any operations, applied in this order to the list of the sources.
 
-    A single name or shape may be given as it is; ``shapes`` are symbols separated by spaces: ``"1 N D"``. Without
-    operations, each source is renamed to the target in its place: this rule only applies if all of them are there.
+    A single name or shape may be given as a string; ``shapes`` are symbols separated by spaces: ``"1 N D"``. Without
+    operations, each source is renamed to the target in the same place, and all targets must be there to undo the rule.
     """
-    names, made, symbols = ((each,) if isinstance(each, str) else each for each in (sources, targets, shapes))
-    return Rule(names, tuple(map(_symbols, symbols)), made, operations)
+    source_names, target_names, symbols = (
+        (each,) if isinstance(each, str) else each for each in (sources, targets, shapes)
+    )
+    return Rule(source_names, tuple(map(_symbols, symbols)), target_names, operations)
 
 
 def rename(source: str, target: str, shape: str) -> Rule:
@@ -238,73 +242,8 @@ def drop(
 ) -> Rule:
     """Leave a tensor out, if it is there. ``shape`` is checked if it is given.
 
-    ``restored`` is written in its place when the conversion is reverted. Or it is always equal to another source,
-    ``copy_of``. Without either, reverting is refused. Both names of a copy are without indexes.
+    When the conversion is reverted, ``restored`` is written in its place, or the source that it is a ``copy_of``;
+    without either, reverting is refused. ``source`` and ``copy_of`` are then names without indexes.
     """
     shapes = (None if shape is None else _symbols(shape),)
     return Rule((source,), shapes, (), drop_reason=reason, restored=restored, copy_of=copy_of)
-
-
-def without_fills(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Return the rules for a model that has all targets: each filled target becomes a source of the same name."""
-    return tuple(rule if rule.value is None else replace(rule, sources=rule.targets, value=None) for rule in rules)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpectedTensor:
-    """A source tensor that a rule matches: its shape in numbers, None for any, and the names of its targets."""
-
-    rule: Rule
-    shape: Shape | None
-    targets: tuple[str, ...]
-
-
-def expand(rules: Iterable[Rule], dims: Dims, counts: Indexes) -> Mapping[str, ExpectedTensor]:
-    """Return every source key that the rules match; rules that fill have none.
-
-    ``dims`` gives the symbols' numbers; ``counts`` is how many values each index takes, from 0. The keys are in the
-    order of `ExpandedNames`.
-
-    Raises:
-        ValueError: two rules have the same source, which is a mistake in a family.
-    """
-    expected = {}
-    for rule in rules:
-        for place, (pattern, shape) in enumerate(rule.source_shapes(dims).items() if rule.value is None else ()):
-            if pattern in expected:
-                raise ValueError(f"two rules read {pattern}")
-            expected[pattern] = _Expected(rule, place, shape, counts)
-    return ExpandedNames(expected, counts)
-
-
-@dataclass(frozen=True, slots=True)
-class _Expected:
-    """Makes the expected tensor of one repetition. ``place`` is that of its pattern among the rule's sources."""
-
-    rule: Rule
-    place: int
-    shape: Shape | None
-    counts: Indexes
-
-    def __call__(self, values: Indexes) -> ExpectedTensor:
-        repeating = {index: values[index] for index in self.rule.repeating}
-        targets = self.rule.names(repeating, self.counts)[1]
-        if len(self.rule.sources) > 1 and not self.rule.operations:  # each source is renamed
-            targets = targets[self.place : self.place + 1]
-        return ExpectedTensor(self.rule, self.shape, tuple(targets))
-
-
-def copies(rules: Iterable[Rule]) -> dict[str, str]:
-    """Return the dropped sources that are copies of others, by name: whose they are."""
-    return {rule.sources[0]: rule.copy_of for rule in rules if rule.copy_of}
-
-
-def constants(rules: Iterable[Rule], dims: Dims, counts: Indexes) -> dict[str, tuple[float, Shape]]:
-    """Return the targets that no source has, by name: their values and shapes."""
-    return {
-        target: (rule.value, numbers(rule.shapes[0] or (), dims))
-        for rule in rules
-        if rule.value is not None
-        for _, targets in rule.repetitions(counts)
-        for target in targets
-    }

@@ -14,8 +14,8 @@ from pathlib import Path
 from streamconv.arguments import shown_value
 from streamconv.errors import OutputError, UsageError
 from streamconv.families.base import Model
+from streamconv.families.expected import copies
 from streamconv.families.registry import find_model
-from streamconv.families.rules import copies
 from streamconv.files.address import local_path
 from streamconv.output.disk import require_space
 from streamconv.output.files import as_output_error, atomic_file

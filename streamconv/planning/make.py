@@ -5,9 +5,9 @@ from typing import Any
 
 from streamconv.errors import MappingError, UsageError
 from streamconv.families.base import ConversionSpec, Family, Model
+from streamconv.families.expected import ExpectedTensor, constants, expand, without_fills
 from streamconv.families.mapping import map_tensors
 from streamconv.families.other_models import recognise
-from streamconv.families.rules import ExpectedTensor, constants, expand, without_fills
 from streamconv.families.selection import Selection, Skipped
 from streamconv.families.wrapped_names import unwrapped
 from streamconv.formats.non_tensors import non_tensor_error
