@@ -4,9 +4,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from streamconv.families.rules import count_of
+from streamconv.families.sizes import epsilon_in, most_common_size, size_of
 from streamconv.tensors.info import TensorInfo
 
 BLOCK = "blocks.{i}."
@@ -78,13 +80,13 @@ class Dimensions:
 
     @property
     def has_ambiguous_positions(self) -> bool:
-        """Whether the shapes fit a grid with and without position embeddings of the CLS token and the registers."""
+        """True if the shapes fit a grid with and without position embeddings of the CLS token and the registers."""
         others = self.source_positions - 1 - self.registers
         return self.register_key == REGISTER_KEYS[1] and not self.embedded_tokens and is_square(others)
 
     @property
     def is_timm(self) -> bool:
-        """Whether the source has a layout of timm's that differs from the authors'."""
+        """True if the source has a layout of timm's that differs from the authors'."""
         return self.is_packed or self.embedded_tokens != 1 or self.register_key != REGISTER_KEYS[0]
 
     @property
@@ -101,25 +103,20 @@ def ffn_size(hidden: int, mlp_ratio: int, swiglu: bool) -> int:
 
 def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
     """Read sizes from shapes. For a tensor that is missing or has the wrong shape, assume a likely size."""
-
-    def size(key: str, axis: int, ndim: int, default: int) -> int:
-        shape = infos[key].shape if key in infos else ()
-        return shape[axis] if len(shape) == ndim else default
-
+    size = partial(size_of, infos)
     found = (_OPTIONAL.fullmatch(name) for name in infos)
     in_blocks = {match.lastgroup for match in found if match is not None}
     places = (("cls_token", 2, 3), ("pos_embed", 2, 3), ("patch_embed.proj.weight", 0, 4), ("norm.weight", 0, 1))
-    sizes = [each for each in (size(*place, 0) for place in places) if each]
-    hidden = max(sizes, key=sizes.count, default=0)  # so that one wrong tensor is reported, not all others
+    hidden = most_common_size(infos, places)
     head_width = size(HEAD_PREFIX + "weight", 1, 2, 2 * hidden)
     swiglu = "blocks.0.mlp.w12.weight" in infos
-    rows, columns = size("blocks.0.mlp.fc1.weight", 0, 2, 0), size("blocks.0.mlp.fc2.weight", 1, 2, 0)
+    rows, columns = size("blocks.0.mlp.fc1.weight", 0, 2), size("blocks.0.mlp.fc2.weight", 1, 2)
     is_packed = not swiglu and rows == 2 * columns > 0
-    ffn = size("blocks.0.mlp.w3.weight", 1, 2, 0) if swiglu else columns if is_packed else rows
+    ffn = size("blocks.0.mlp.w3.weight", 1, 2) if swiglu else columns if is_packed else rows
     mask_key = next((key for key in MASK_KEYS if key in infos), "")
     register_key = next((key for key in REGISTER_KEYS if key in infos), "")
     registers = size(register_key, 1, 3, 4) if register_key else 0
-    # timm's models have no mask token, which tells them from the authors' and transformers' with lost positions.
+    # timm's models have no mask token, unlike those of the authors and transformers, whose positions may be missing.
     is_timm, may_be_timm = register_key == REGISTER_KEYS[1], not register_key and not mask_key
     layouts = (0, 1 + registers) if is_timm else (1, 0) if may_be_timm else (1,)
     positions = size("pos_embed", 1, 3, 37 * 37 + layouts[0])
@@ -163,18 +160,18 @@ def has_published_heads(sizes: Dimensions) -> bool:
 
 
 def reason_for_heads(sizes: Dimensions) -> str:
-    """Say why `Dimensions.num_heads` has its value."""
+    """Return the reason for the value of `Dimensions.num_heads`."""
     models = "the family's published models" if has_published_heads(sizes) else "the usual vision transformers"
     return f"{sizes.hidden // max(1, sizes.num_heads)} channels each, as in {models}"
 
 
 def heads_elsewhere(hidden: int) -> str:
-    """Say why no number of heads is taken for a hidden size."""
+    """Return the reason why no number of heads is assumed for a hidden size."""
     found = f" ({OTHER_HEADS[hidden]})" if hidden in OTHER_HEADS else ""
     return f"models of hidden size {hidden} do not agree on one{found}"
 
 
 def with_config(sizes: Dimensions, config: Mapping[str, Any]) -> Dimensions:
     """Return the sizes with the epsilon of a config.json."""
-    epsilon: Any = config.get("layer_norm_eps")
-    return replace(sizes, epsilon=float(epsilon)) if type(epsilon) in (int, float) and 0 < epsilon < 1 else sizes
+    epsilon = epsilon_in(config)
+    return sizes if epsilon is None else replace(sizes, epsilon=epsilon)

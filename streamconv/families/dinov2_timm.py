@@ -1,8 +1,8 @@
-"""DINOv2 in timm's layouts, and what a config.json beside a file in its authors' or timm's names says about a model.
+"""DINOv2 in timm's layouts, and the facts in a config.json next to a file in its authors' or timm's names.
 
 timm (https://github.com/huggingface/pytorch-image-models) publishes DINOv2 under names of its own, and so do authors of
-models that are built on it. Its config.json names an architecture, ``model_args`` that differ from it, and a
-``pretrained_cfg`` with the steps that make pixels of an image.
+models that are built on it. Its config.json names an architecture, ``model_args`` that override its sizes, and a
+``pretrained_cfg`` with the preprocessing of images.
 """
 
 import math
@@ -35,13 +35,13 @@ ARCHITECTURES = {
     "vit_gigantic_patch14_224": (1664, 48, 16),
 }
 _ENTRIES = ("embed_dim", "depth", "num_heads")
-DEFAULT_CROP = 0.875  # timm's share of the resized image, if pretrained_cfg has no crop_pct
+DEFAULT_CROP = 0.875  # the cropped share of the resized image in timm, if pretrained_cfg has no crop_pct
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
 _MAX_SIDE = 4096
 
 
 def differences(sizes: Dimensions) -> list[str]:
-    """Describe how the source's layout differs from the authors', and what is written for it."""
+    """Describe how the source's layout differs from the authors', and what is written instead."""
     found = {
         "reg_token holds the registers": sizes.register_key == REGISTER_KEYS[1],
         "pos_embed has no row for the CLS token, so a row of zeros is written, which has no effect":
@@ -53,7 +53,7 @@ def differences(sizes: Dimensions) -> list[str]:
 
 
 def assumptions(sizes: Dimensions) -> tuple[str, ...]:
-    """Return what tensors in timm's layout do not show, unless published models of this width have it."""
+    """Return assumptions about tensors in timm's layout that no published model of this hidden size confirms."""
     is_published = any(model.dimensions.swiglu and model.dimensions.hidden == sizes.hidden for model in MODELS)
     if not sizes.is_packed or is_published:
         return ()
@@ -73,7 +73,7 @@ def heads_beside(config: Mapping[str, Any], sizes: Dimensions) -> int | None:
 
 
 def image_processor_beside(config: Mapping[str, Any], sizes: Dimensions) -> Mapping[str, Any] | None:
-    """Return the image processor with the steps of timm's evaluation that its config.json states for this model.
+    """Return an image processor with the steps that a config.json of timm states for the evaluation of this model.
 
     Returns:
         None if the config is not timm's, describes a model of another size, or states steps that are not known.
@@ -97,7 +97,7 @@ def image_processor_beside(config: Mapping[str, Any], sizes: Dimensions) -> Mapp
 
 
 def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a config.json of timm's says about sizes: the architecture's, and arguments that replace them."""
+    """Return the sizes in a config.json of timm: those of the architecture, and arguments that override them."""
     architecture, args = config.get("architecture"), config.get("model_args")
     known = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
     return {**dict(zip(_ENTRIES, known or (), strict=False)), **(args if isinstance(args, Mapping) else {})}

@@ -87,8 +87,8 @@ def _problems(sizes: Dimensions) -> list[str]:
              heads and sizes.hidden % (4 * heads)),
             (f"{PERIODS} are not {ROPE_BASE:g} ** (i / n), the periods that transformers computes: the model was "
              "trained with another base, or with a minimum and a maximum period", sizes.periods == "others"),
-            ("attn.qkv.bias_mask holds NaN or infinity, as before the authors' code initializes it, so the biases of "
-             "the model are not known: set the masks to 1 for queries and values and 0 for keys, if training did",
+            ("attn.qkv.bias_mask holds NaN or infinity: the authors' code did not initialize it, so the biases of the "
+             "model are not known. If training used 1 for queries and values and 0 for keys, set the masks to that",
              sizes.mask == "nan"),
             ("attn.qkv.bias_mask is missing in some blocks, or does not hold floating-point numbers, so the biases of "
              "the model are not known", sizes.mask == "missing"),

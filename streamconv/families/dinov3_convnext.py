@@ -21,6 +21,7 @@ from streamconv.families.dinov3_release import (
     published_file,
 )
 from streamconv.families.rules import Rule, count_of, drop, rename
+from streamconv.families.sizes import epsilon_in, most_common_size, size_of
 from streamconv.tensors.info import TensorInfo
 
 INDEXES = "abcd"  # of the blocks of each stage, which have different numbers of them
@@ -49,22 +50,17 @@ class Dimensions:
 def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
     """Read sizes from shapes. For a tensor that is missing or has the wrong shape, assume a likely size."""
 
-    def size(key: str, axis: int, ndim: int) -> int:
-        shape = infos[key].shape if key in infos else ()
-        return shape[axis] if len(shape) == ndim else 0
-
     def width(stage: int) -> int:
         block, convolution = f"stages.{stage}.0.", f"downsample_layers.{stage}.{min(stage, 1)}."
-        places = ((block + "gamma", 1), (block + "norm.weight", 1), (block + "dwconv.weight", 4),
-                  (convolution + "weight", 4), (convolution + "bias", 1))  # fmt: skip
-        sizes = [each for each in (size(key, 0, ndim) for key, ndim in places) if each]
-        return max(sizes, key=sizes.count, default=0)  # so that one wrong tensor is reported, not all others
+        places = ((block + "gamma", 0, 1), (block + "norm.weight", 0, 1), (block + "dwconv.weight", 0, 4),
+                  (convolution + "weight", 0, 4), (convolution + "bias", 0, 1))  # fmt: skip
+        return most_common_size(infos, places)
 
     stages = range(len(INDEXES))
     return Dimensions(
         depths=tuple(count_of(f"stages.{stage}.{{i}}.gamma", infos) for stage in stages),
         widths=tuple(map(width, stages)),
-        channels=size("downsample_layers.0.0.weight", 1, 4) or 3,
+        channels=size_of(infos, "downsample_layers.0.0.weight", 1, 4) or 3,
         has_norms=any(f"norms.3.{part}" in infos for part in PARTS),
     )
 
@@ -133,8 +129,8 @@ def conversion_spec(sizes: Dimensions) -> ConversionSpec:
 
 def with_config(sizes: Dimensions, config: Mapping[str, Any]) -> Dimensions:
     """Return the sizes with the epsilon of a config.json."""
-    epsilon: Any = config.get("layer_norm_eps")
-    return replace(sizes, epsilon=float(epsilon)) if type(epsilon) in (int, float) and 0 < epsilon < 1 else sizes
+    epsilon = epsilon_in(config)
+    return sizes if epsilon is None else replace(sizes, epsilon=epsilon)
 
 
 def loaded_keys(target: str) -> tuple[str, ...]:

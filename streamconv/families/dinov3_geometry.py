@@ -1,12 +1,14 @@
-"""The dimensions of a DINOv3 vision transformer: what its tensors show, and what the values of small ones decide."""
+"""The dimensions of a DINOv3 vision transformer, read from the shapes of its tensors and the values of small ones."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from streamconv.families.rules import count_of
+from streamconv.families.sizes import epsilon_in, most_common_size, size_of
 from streamconv.tensors.info import TensorInfo
 
 BLOCK = "blocks.{i}."
@@ -16,7 +18,7 @@ ROPE_BASE = 100.0
 PUBLISHED_HEAD_SIZES = {384: 64, 768: 64, 1024: 64, 1280: 64, 4096: 128}
 _IN_BLOCK = re.compile(r"blocks\.\d+\.(.+)")
 _BIAS = re.compile(r"blocks\.\d+\.attn\.qkv\.bias(_mask)?")
-MAX_ROUNDING = 2.0**-8  # of periods that were computed in bfloat16: at most two units of its 8 bits, relative to them
+MAX_ROUNDING = 2.0**-8  # relative, of periods computed in bfloat16: at most two units in the last of its 8 bits
 _FLOAT32_ROUNDING = 1e-6
 
 
@@ -29,9 +31,9 @@ class Dimensions:
     local crops, which only training uses. ``has_cls_norm`` and ``has_rms_norm`` are variants that transformers' class
     does not have. ``epsilon`` is that of the layer norms, which only a config.json shows (``has_epsilon``).
 
-    The bias of queries, keys and values is multiplied by a ``mask`` in most models, "" if there is none. The mask
-    either only removes the part of the ``keys``, or is ``zero``, or is ``mixed``, or was never initialized (``nan``),
-    or is ``missing`` in some blocks. ``has_key_bias``: a part for keys remains.
+    In most models, the bias of queries, keys and values is multiplied by a ``mask``. It is "" without one; "keys" if it
+    only removes the bias of keys; "zero" or "mixed" if it removes all or other parts; "nan" if it was not initialized;
+    and "missing" if some blocks have none. ``has_key_bias``: a bias of keys remains.
 
     ``is_original``: the file is in the authors' layout, so that it has RoPE's periods, masks, and the norm for local
     crops. ``periods`` are compared with those that transformers computes.
@@ -68,17 +70,12 @@ class Dimensions:
 
 def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
     """Read sizes from shapes. For a tensor that is missing or has the wrong shape, assume a likely size."""
-
-    def size(key: str, axis: int, ndim: int, default: int) -> int:
-        shape = infos[key].shape if key in infos else ()
-        return shape[axis] if len(shape) == ndim else default
-
+    size = partial(size_of, infos)
     in_blocks = {match[1] for match in map(_IN_BLOCK.fullmatch, infos) if match is not None}
     places = (("cls_token", 2, 3), ("mask_token", 1, 2), ("patch_embed.proj.weight", 0, 4), ("norm.weight", 0, 1))
-    sizes = [each for each in (size(*place, 0) for place in places) if each]
-    hidden = max(sizes, key=sizes.count, default=0)  # so that one wrong tensor is reported, not all others
+    hidden = most_common_size(infos, places)
     is_gated = "mlp.w3.weight" in in_blocks
-    ffn = size("blocks.0.mlp.w3.weight", 1, 2, 0) if is_gated else size("blocks.0.mlp.fc1.weight", 0, 2, 0)
+    ffn = size("blocks.0.mlp.w3.weight", 1, 2) if is_gated else size("blocks.0.mlp.fc1.weight", 0, 2)
     is_original = PERIODS in infos
     has_bias, has_mask = "attn.qkv.bias" in in_blocks, "attn.qkv.bias_mask" in in_blocks or not is_original
     has_local_norm = any(name.startswith("local_cls_norm.") for name in infos)
@@ -90,7 +87,7 @@ def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
         is_gated=is_gated,
         has_bias=has_bias,
         has_key_bias=has_bias and not has_mask,
-        head_size=4 * size(PERIODS, 0, 1, 0) if is_original else PUBLISHED_HEAD_SIZES.get(hidden, 0),
+        head_size=4 * size(PERIODS, 0, 1) if is_original else PUBLISHED_HEAD_SIZES.get(hidden, 0),
         registers=registers,
         patch=size("patch_embed.proj.weight", 3, 4, 16),
         channels=size("patch_embed.proj.weight", 1, 4, 3),
@@ -114,7 +111,7 @@ def is_deciding(key: str) -> bool:
 
 
 def summarise(key: str, values: Sequence[float]) -> str:
-    """Return what matters about the values of periods, a mask or a bias, in a word."""
+    """Classify the values of periods, a mask or a bias with a word."""
     if key == PERIODS:
         return _summarise_periods(values)
     if not all(map(math.isfinite, values)):
@@ -139,7 +136,7 @@ def _summarise_periods(values: Sequence[float]) -> str:
 
 
 def with_summaries(sizes: Dimensions, summaries: Mapping[str, str]) -> Dimensions:
-    """Return the sizes with what the values of periods, masks and biases decide."""
+    """Return the sizes with the classes of the periods, masks and biases."""
     periods: Any = summaries.get(PERIODS, sizes.periods)
     masks = {key: summary for key, summary in summaries.items() if key.endswith("_mask")}
     biases = {summaries.get(key.removesuffix("_mask")) for key in masks}
@@ -167,17 +164,17 @@ def has_published_heads(sizes: Dimensions) -> bool:
 
 
 def reason_for_heads(sizes: Dimensions) -> str:
-    """Say why `Dimensions.num_heads` has its value if the file has no periods."""
+    """Return the reason for the value of `Dimensions.num_heads` in a file without periods."""
     return f"{sizes.head_size} channels each, as in the family's published models"
 
 
 def with_config(sizes: Dimensions, config: Mapping[str, Any]) -> Dimensions:
-    """Return the sizes with what only a config.json of transformers shows."""
-    epsilon: Any = config.get("layer_norm_eps")
-    if type(epsilon) in (int, float) and 0 < epsilon < 1:
-        sizes = replace(sizes, epsilon=float(epsilon), has_epsilon=True)
+    """Return the sizes with those values that only a config.json of transformers shows."""
+    epsilon = epsilon_in(config)
+    if epsilon is not None:
+        sizes = replace(sizes, epsilon=epsilon, has_epsilon=True)
     if config.get("key_bias") is True and sizes.has_bias:
         sizes = replace(sizes, has_key_bias=True, mask="")
-    if config.get("query_bias") is True and not sizes.has_bias:  # of zeros, which are left out when it is reverted
+    if config.get("query_bias") is True and not sizes.has_bias:  # of zeros, which reverting leaves out
         sizes = replace(sizes, has_bias=True, mask="zero")
     return sizes

@@ -1,4 +1,4 @@
-"""What all DINOv3 models share: where they are published, their licence, image processor and training checkpoints."""
+"""Facts that all DINOv3 models share: addresses, licence, image processor, and heads in training checkpoints."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ IMAGE_PROCESSOR = ImageProcessor(image_processor(), authors_round=True)
 
 
 def published_file(architecture: str, data: str, digest: str) -> RemoteFile:
-    """Return the file of a model, trained on ``data``; ``digest`` is the start of its sha256."""
+    """Return the published file of a model trained on ``data``. ``digest`` is the first 8 digits of its sha256."""
     filename = f"dinov3_{architecture}_pretrain_{data}-{digest}.pth"
     return RemoteFile(filename, f"https://dl.fbaipublicfiles.com/dinov3/dinov3_{architecture}/{filename}")
 

@@ -3,8 +3,6 @@
 In memory, transformers 5 has "model." before a layer's name; 4.x does not.
 """
 
-import struct
-
 from streamconv.families.dinov3_geometry import BLOCK, PERIODS, ROPE_BASE, Dimensions
 from streamconv.families.operations import Chunk, Multiply, Omit
 from streamconv.families.rules import Rule, chunk, convert, drop, fill, rename, reshape
@@ -23,7 +21,7 @@ def rules(sizes: Dimensions) -> tuple[Rule, ...]:
     """
     registers = "embeddings.register_tokens"
     norm = filled(1.0, _vector(sizes)), filled(0.0, _vector(sizes))
-    reason = "training applies it to local crops, and evaluation never does"
+    reason = "only training uses it, for local crops"
 
     def bias(source: str, target: str, shape: str, is_there: bool) -> tuple[Rule, ...]:
         return (rename(f"{source}.bias", f"{target}.bias", shape),) if is_there else ()
@@ -63,7 +61,10 @@ def rules(sizes: Dimensions) -> tuple[Rule, ...]:
 
 
 def _feed_forward_rule(sizes: Dimensions) -> Rule:
-    """Return one rule for the whole layer: up_proj and down_proj are w2 and w3 beside a gate, fc1 and fc2 without."""
+    """Return one rule for the whole layer, since the sources of up_proj and down_proj depend on the gate.
+
+    They are w2 and w3 with a gate, which is w1, and fc1 and fc2 without.
+    """
     inner = {"w1": "gate_proj", "w2": "up_proj"} if sizes.is_gated else {"fc1": "up_proj"}
     layers = {**inner, "w3" if sizes.is_gated else "fc2": "down_proj"}
     parts = ("weight", "bias") if sizes.has_ffn_bias else ("weight",)
@@ -95,7 +96,7 @@ def _bias_rules(sizes: Dimensions) -> tuple[Rule, ...]:
         return (
             *(fill(target, 0.0, "D") for target in targets),
             drop(_BIAS, "the model multiplies it by a mask, which is 0", "3D", restored=concat([zero] * 3)),
-            drop(_MASK, "it is 0, and so is what it is multiplied by", "3D", restored=mask),
+            drop(_MASK, "it is 0, and so are the biases that it is multiplied by", "3D", restored=mask),
         )
     return (
         convert(_BIAS, targets, "3D", Chunk(3), *without_keys),
@@ -108,19 +109,11 @@ def _vector(sizes: Dimensions) -> TensorInfo:
 
 
 def periods(sizes: Dimensions) -> Expression | None:
-    """Return RoPE's periods, rounded to bfloat16 as in the published files; None if the number of heads is not known.
-
-    Rounding follows IEEE 754: to the nearest, and to an even number in the middle.
-    """
+    """Return RoPE's periods in bfloat16, as in the published files; None if the number of heads is not known."""
     count = sizes.hidden // (4 * sizes.num_heads) if sizes.num_heads else 0
     if not count:
         return None
-    rounded: list[float] = []
-    for i in range(count):
-        (bits,) = struct.unpack("<I", struct.pack("<f", ROPE_BASE ** (i / count)))
-        bits += 0x7FFF + (bits >> 16 & 1)
-        rounded += struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))
-    return literal(rounded, "BF16", (count,))
+    return literal([ROPE_BASE ** (i / count) for i in range(count)], "BF16", (count,))
 
 
 def loaded_keys(target: str) -> tuple[str, ...]:
