@@ -25,7 +25,7 @@ from streamconv.files.address import Address
 from streamconv.output.journal import JOURNAL_NAME, NOT_STARTED, Journal
 from streamconv.source.cache import own_path
 from tests import api
-from tests.checkpoints import make_states
+from tests.checkpoints import make_states, timm_state
 from tests.file_server import FileServer
 from tests.hub_server import TOKEN, HubServer
 from tests.support import (
@@ -124,6 +124,20 @@ def test_kill_or_power_cut_during_a_cast_repeats_little(tmp_path: Path, how: str
     # For each kill, the record that a resume point cuts is read once more.
     largest = max(value.nbytes for value in state.values())
     assert 0 < found["repeated"] <= found["max_repeated"] + 2 * largest
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds a file's name in /proc")
+def test_power_cut_resumes_tensors_that_are_rearranged(tmp_path: Path) -> None:
+    """Matrices are stored transposed, positions are cut, and registers are sums."""
+    state = {key: value.t().contiguous().t() if value.dim() == 2 else value for key, value in timm_state(4, 5).items()}
+    torch.save(state, tmp_path / "source.pth")
+    words = [sys.executable, "-m", "tests.crash", tmp_path / "source.pth", tmp_path, "power", "5GB", "12"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["wrong"] == [], done.stderr
+    assert found["kills"] >= 12
+    assert found["resumed_bytes"] > 7
 
 
 @pytest.mark.usefixtures("frequent_journal_entries")
