@@ -31,6 +31,8 @@ class Dimensions:
     local crops, which only training uses. ``has_cls_norm`` and ``has_rms_norm`` are variants that transformers' class
     does not have. ``epsilon`` is that of the layer norms, which only a config.json shows (``has_epsilon``).
 
+    ``has_empty_registers``: there is a tensor of no registers, as transformers writes it.
+
     In most models, the bias of queries, keys and values is multiplied by a ``mask``. It is "" without one; "keys" if it
     only removes the bias of keys; "zero" or "mixed" if it removes all or other parts; "nan" if it was not initialized;
     and "missing" if some blocks have none. ``has_key_bias``: a bias of keys remains.
@@ -47,6 +49,7 @@ class Dimensions:
     has_key_bias: bool = False
     head_size: int = 64
     registers: int = 4
+    has_empty_registers: bool = False
     patch: int = 16
     channels: int = 3
     has_local_norm: bool = False
@@ -89,6 +92,7 @@ def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
         has_key_bias=has_bias and not has_mask,
         head_size=4 * size(PERIODS, 0, 1) if is_original else PUBLISHED_HEAD_SIZES.get(hidden, 0),
         registers=registers,
+        has_empty_registers="storage_tokens" in infos and not registers,
         patch=size("patch_embed.proj.weight", 3, 4, 16),
         channels=size("patch_embed.proj.weight", 1, 4, 3),
         # A converted model has none, but the published models of 7B were made from files with this norm.

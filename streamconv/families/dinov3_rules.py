@@ -19,7 +19,7 @@ def rules(sizes: Dimensions) -> tuple[Rule, ...]:
 
     Symbols: D hidden, F feed-forward width, R registers, C channels, P patch, Q a quarter of a head's channels.
     """
-    registers = "embeddings.register_tokens"
+    registers, has_registers = "embeddings.register_tokens", sizes.registers or sizes.has_empty_registers
     norm = filled(1.0, _vector(sizes)), filled(0.0, _vector(sizes))
     reason = "only training uses it, for local crops"
 
@@ -36,7 +36,7 @@ def rules(sizes: Dimensions) -> tuple[Rule, ...]:
 
     return (
         rename("cls_token", "embeddings.cls_token", "1 1 D"),
-        rename("storage_tokens", registers, "1 R D") if sizes.registers else fill(registers, 0.0, "1 R D"),
+        rename("storage_tokens", registers, "1 R D") if has_registers else fill(registers, 0.0, "1 R D"),
         reshape("mask_token", "embeddings.mask_token", "1 D", "1 1 D"),
         rename("patch_embed.proj.weight", "embeddings.patch_embeddings.weight", "D C P P"),
         rename("patch_embed.proj.bias", "embeddings.patch_embeddings.bias", "D"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from streamconv.errors import MappingError
 from streamconv.families.expected import copies, expand
 from streamconv.families.fit import require_fit, shapes_by_name
-from streamconv.families.operations import Dims, NoInverseError
+from streamconv.families.operations import Chunk, Dims, NoInverseError
 from streamconv.families.patterns import Indexes, Patterns, indexes_of, substitute_indexes
 from streamconv.families.rules import Rule
 from streamconv.tensors.computed import cast
@@ -117,6 +117,13 @@ class Origin:
     names: tuple[str, ...]
     rule: Rule | None = None
     index: int = 0
+
+    @property
+    def is_concatenated(self) -> bool:
+        """Whether the source is its targets, concatenated along dim 0."""
+        if self.rule is None or len(self.rule.sources) > 1:
+            return self.rule is None
+        return all(isinstance(each, Chunk) and each.dim == 0 for each in self.rule.operations)
 
     def join(self, targets: Sequence[Expression], dims: Dims, counts: Indexes) -> Expression:
         """Return the source, made from its targets.

@@ -93,6 +93,11 @@ class Selection:
         return joined(self.origins, parts, spec.dims, spec.counts, where)
 
     @property
+    def is_concatenated(self) -> bool:
+        """Whether each key's tensor is that of its name, or its names' tensors concatenated along dim 0."""
+        return all(origin.is_concatenated for origin in self.origins.values())
+
+    @property
     def display_names(self) -> dict[str, str]:
         """The file's names by key, for messages."""
         return {key: " + ".join(names) for key, names in self.names.items()}

@@ -18,6 +18,10 @@ def inline_ref(data: bytes) -> FileRef:
     return FileRef(Address(_PREFIX + binascii.b2a_base64(data, newline=False).decode()), len(data))
 
 
+def is_inline(ref: FileRef) -> bool:
+    return isinstance(ref.location, Address) and ref.location.url.startswith(_PREFIX)
+
+
 class InlineFile:
     """The open file at a ``data:`` URL. Only URLs from `inline_ref` are supported."""
 

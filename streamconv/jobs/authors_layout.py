@@ -18,20 +18,25 @@ MAX_FILLING_BYTES = 1 << 20  # a LayerScale or a mask token is a few kB
 
 
 def without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) -> Mapping[str, Expression]:
-    """Omit the tensors that the conversion filled in, if all of them still have their constant values."""
-    if not constants.keys() <= checkpoint.keys():
-        return checkpoint
+    """Omit the tensors that the conversion filled in, if all of them still have their constant values.
+
+    Tensors without elements are omitted, too: transformers writes them for parts that a model does not have.
+    """
+    found = {name: tensor for name, tensor in checkpoint.items() if tensor.info.nbytes}
+    constants = {name: value for name, value in constants.items() if name in found or name not in checkpoint}
+    if not constants.keys() <= found.keys():
+        return found
     for name, value in constants.items():
         info = checkpoint[name].info
         if not DTYPES[info.dtype].is_weight or info.nbytes > MAX_FILLING_BYTES:
-            return checkpoint
+            return found
         try:
             data = read_bytes(filled(value, info))
         except OverflowError:  # outside the range of the dtype, so the manifest was altered
-            return checkpoint
+            return found
         if read_bytes(checkpoint[name], checkpoint.reader) != data:
-            return checkpoint
-    return {name: tensor for name, tensor in checkpoint.items() if name not in constants}
+            return found
+    return {name: tensor for name, tensor in found.items() if name not in constants}
 
 
 def originals(

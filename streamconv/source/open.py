@@ -19,6 +19,7 @@ from streamconv.families.prefixes import shown
 from streamconv.families.selection import Selection, find_backbone
 from streamconv.files.address import Address
 from streamconv.files.base import FileRef
+from streamconv.files.inline import is_inline
 from streamconv.files.local import LocalFile, read_small
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
@@ -81,11 +82,12 @@ class OpenSource:
         return Reader(files, accepts_unversioned=True)  # verification compares what it reads with the output
 
     def _files(self) -> dict[FileRef, str]:
-        """Return the files that tensors come from, with the role of each."""
+        """Return the files that tensors come from, with the role of each. Constants are not in files."""
         return {
             leaf.record.file: "backbone" if key in self.selection.names else "head"
             for key, tensor in self.tensors.items()
             for leaf in tensor.leaves()
+            if not is_inline(leaf.record.file)
         }
 
     @property

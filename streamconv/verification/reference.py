@@ -74,19 +74,21 @@ def _forgotten_modules(repository: str) -> Iterator[None]:
 def load_weights(original: Any, source: OpenSource) -> tuple[MappedWeights | StreamedWeights, str]:
     """Load the source's tensors into a model on the meta device; missing and unexpected tensors are errors.
 
-    torch maps local files, and nothing is copied. A remote source, or a file that torch does not load safely, is not
-    loaded; `StreamedWeights` read its tensors on demand.
+    torch maps local files, and nothing is copied. A remote source, a file that torch does not load safely, or a
+    converted model whose tensors are not merely concatenated, is not loaded; `StreamedWeights` read its tensors on
+    demand.
 
     Returns:
         The weights, and why those of a local file had to be streamed ("" if they were not).
     """
     files, why = {}, ""
-    if not source.is_remote:
+    is_streamed = source.is_remote or not source.selection.is_concatenated
+    if not is_streamed:
         try:
             files = {role: _map_files(paths) for role, paths in source.local_paths.items()}
         except NotLoadedError:
             why = "torch.load does not load the source, so streamconv's reader also read the original model's weights"
-    if source.is_remote or why:
+    if is_streamed or why:
         shapes = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
         original.load_state_dict(shapes, strict=True, assign=True)
         tensors = {name: source.tensors[name] for name in original.state_dict()}

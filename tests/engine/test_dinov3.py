@@ -14,6 +14,9 @@ from streamconv import MappingError
 from streamconv.families.dinov3 import FAMILY
 from streamconv.families.dinov3_geometry import Dimensions
 from streamconv.families.dinov3_rules import periods
+from streamconv.files.inline import is_inline
+from streamconv.source.open import open_source
+from streamconv.source.resolve import resolve_source
 from streamconv.tensors.evaluation import read_bytes
 from tests import api
 from tests.checkpoints import State, prefixed, saved
@@ -177,6 +180,24 @@ def test_reverted_file_has_the_authors_keys_and_their_initial_values(name: str, 
         assert torch.equal(back[key], expected), key
     assert any("rope_embed.periods" in line for line in done.restored)
     assert any("bias_mask" in line for line in done.restored) == bool(sizes.mask)
+
+
+def test_folder_of_transformers_without_registers_is_converted_and_reverted(tmp_path: Path) -> None:
+    state = make_state(VARIANTS["without registers"])
+    folder = api.convert(saved(state, tmp_path / "x.pth"), tmp_path / "out").output
+    (folder / "streamconv.json").unlink()
+    again = api.convert(folder, tmp_path / "again").output
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    streamconv.revert(folder, tmp_path / "back.pth")
+    assert list(torch.load(tmp_path / "back.pth", weights_only=True)) == list(state)
+
+
+def test_constants_do_not_make_a_source_remote(tmp_path: Path) -> None:
+    folder = api.convert(saved(make_state(), tmp_path / "x.pth"), tmp_path / "out").output
+    with open_source(resolve_source(folder)) as source:
+        bias = source.tensors["blocks.0.attn.qkv.bias"]
+        assert any(is_inline(leaf.record.file) for leaf in bias.leaves())  # zeros for the keys
+        assert not source.is_remote
 
 
 def test_zeros_in_place_of_masked_biases_are_reverted(tmp_path: Path) -> None:

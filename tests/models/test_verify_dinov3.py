@@ -1,6 +1,7 @@
 """Verification passes correct DINOv3 ViTs exactly, states what rounded periods change, and finds wrong ones."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,10 @@ def test_first_half_of_the_angles_is_for_rows_and_the_second_for_columns() -> No
     assert torch.equal(cos[0, 16:32], cos[3, 16:32])  # of one column
 
 
-def test_converted_source_is_verified(tmp_path: Path) -> None:
-    first = api.convert(saved(make_state(), tmp_path / "x.pth"), tmp_path / "first").output
+@pytest.mark.parametrize("sizes", [SIZES, replace(VARIANTS["biases of keys"], registers=0)])
+def test_converted_source_is_verified(sizes: Dimensions, tmp_path: Path) -> None:
+    source = saved(make_state(sizes), tmp_path / "x.pth")
+    first = api.convert(source, tmp_path / "first").output
     api.convert(first, tmp_path / "second")
     found = api.verify(tmp_path / "second", first, device="cpu")
     assert verdicts(found) == PASSED, problems(found)

@@ -158,7 +158,7 @@ class DinoVisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(sizes)
         self.cls_token = nn.Parameter(torch.empty(1, 1, sizes.hidden))
         self.n_storage_tokens = sizes.registers
-        if sizes.registers:
+        if sizes.registers or sizes.has_empty_registers:
             self.storage_tokens = nn.Parameter(torch.empty(1, sizes.registers, sizes.hidden))
         self.rope_embed = RopePositionEmbedding(sizes)
         self.blocks = nn.ModuleList(SelfAttentionBlock(sizes) for _ in range(sizes.layers))
