@@ -86,12 +86,13 @@ def _problems(sizes: Dimensions) -> list[str]:
             (f"hidden size {sizes.hidden} cannot be divided into {heads} attention heads of a multiple of 4 channels",
              heads and sizes.hidden % (4 * heads)),
             (f"{PERIODS} are not {ROPE_BASE:g} ** (i / n), the periods that transformers computes: the model was "
-             "trained with another base, or with a minimum and a maximum period", sizes.periods == "others"),
-            ("attn.qkv.bias_mask holds NaN or infinity: the authors' code did not initialize it, so the biases of the "
-             "model are not known. If training used 1 for queries and values and 0 for keys, set the masks to that",
-             sizes.mask == "nan"),
-            ("attn.qkv.bias_mask is missing in some blocks, or does not hold floating-point numbers, so the biases of "
-             "the model are not known", sizes.mask == "missing"),
+             "trained with another base, or with a minimum and a maximum period, or they are not floating-point "
+             "numbers of at least 16 bits", sizes.periods == "others"),
+            ("attn.qkv.bias or its bias_mask holds NaN or infinity: the authors' code did not initialize the mask, "
+             "so the biases of the model are not known. If training used 1 for queries and values and 0 for keys, set "
+             "the masks to that", sizes.mask == "nan"),
+            ("attn.qkv.bias_mask is missing in some blocks, or does not hold floating-point numbers of at least 16 "
+             "bits, so the biases of the model are not known", sizes.mask == "missing"),
             ("it has a norm of its own for the CLS token (cls_norm, untie_cls_and_patch_norms), which transformers' "
              "class does not have", sizes.has_cls_norm),
             ("its norms have no bias (RMSNorm), and those of transformers' class are layer norms", sizes.has_rms_norm),

@@ -141,15 +141,17 @@ def _summarise_periods(values: Sequence[float]) -> str:
 
 def with_summaries(sizes: Dimensions, summaries: Mapping[str, str]) -> Dimensions:
     """Return the sizes with the classes of the periods, masks and biases."""
-    periods: Any = summaries.get(PERIODS, sizes.periods)
+    periods: Any = summaries.get(PERIODS, "others" if sizes.is_original else sizes.periods)
     masks = {key: summary for key, summary in summaries.items() if key.endswith("_mask")}
-    biases = {summaries.get(key.removesuffix("_mask")) for key in masks}
+    biases = {summary for key, summary in summaries.items() if key.endswith(".bias")}
     sizes, found = replace(sizes, periods=periods), {*masks.values()}
-    if not found or not sizes.has_bias:
+    if not sizes.mask:
         return sizes
+    if not masks and not sizes.is_original:  # only parameters were saved
+        return replace(sizes, has_key_bias=True, mask="") if "with keys" in biases else sizes
     if len(masks) != sizes.layers:
         return replace(sizes, mask="missing")
-    if "nan" in found:
+    if "nan" in found | biases:
         return replace(sizes, mask="nan")
     if found == {"keys"} or biases == {"zero"}:  # zeros are copied as well as multiplied
         return replace(sizes, mask="keys")

@@ -121,9 +121,10 @@ class Origin:
     @property
     def is_concatenated(self) -> bool:
         """Whether the source is its targets, concatenated along dim 0."""
-        if self.rule is None or len(self.rule.sources) > 1:
-            return self.rule is None
-        return all(isinstance(each, Chunk) and each.dim == 0 for each in self.rule.operations)
+        if self.rule is None:
+            return True
+        operations = self.rule.operations
+        return len(self.rule.sources) == 1 and all(isinstance(each, Chunk) and each.dim == 0 for each in operations)
 
     def join(self, targets: Sequence[Expression], dims: Dims, counts: Indexes) -> Expression:
         """Return the source, made from its targets.
@@ -192,17 +193,20 @@ def _origins(
         names = [each for pattern in rule.targets for each in _present(substitute_indexes(pattern, repeated), targets)]
         if len(names) < len(rule.targets):
             continue
+        if not rule.operations:
+            sources = [substitute_indexes(pattern, repeated) for pattern in rule.sources]
+            return {*names}, {source: Origin((each,)) for source, each in zip(sources, names, strict=True)}
         try:
             count = len(rule.undo([placeholder(targets[each]) for each in names], {}, {}))
         except NoInverseError:
             count = len(rule.sources)
         except ValueError:  # they do not fit each other
             continue
-        sources = (
+        sources = [
             substitute_indexes(pattern, dict.fromkeys(indexes_of(pattern), i) | repeated)
             for pattern in rule.sources
             for i in range(count // len(rule.sources))
-        )
+        ]
         return {*names}, {source: Origin(tuple(names), rule, i) for i, source in enumerate(sources)}
     return {name}, {name: Origin((name,))}
 

@@ -51,7 +51,7 @@ def make_plan(
         num_heads: The number of attention heads, if it is not what the family assumes.
         image_processor: The image processor that the user gave, if one was given.
         filename: The name of the backbone's file, which distinguishes published models of equal dimensions.
-        summaries: What was read of the tensors whose values decide (`DecidingValues`), by key.
+        summaries: What was read of the tensors whose values decide (`DecidingValues`), by key; None if nothing was.
 
     Raises:
         MappingError: the tensors are not exactly those of a known model; lists every difference.
@@ -63,8 +63,8 @@ def make_plan(
     family = selection.family
     read = family.read_dimensions({key: tensor.info for key, tensor in tensors.items()})
     read = family.with_config(read, selection.config)
-    if family.deciding_values is not None and not selection.is_converted:
-        read = family.deciding_values.with_summaries(read, summaries or {})
+    if family.deciding_values is not None and summaries is not None and not selection.is_converted:
+        read = family.deciding_values.with_summaries(read, summaries)
     heads = choose_heads(read, selection, num_heads)
     if model is not None and read == model.dimensions != heads.dimensions:
         raise UsageError(f"{model.name} has another number of attention heads than {num_heads}. Omit --num-heads.")

@@ -38,6 +38,10 @@ def plan(shapes: Shapes, summaries: Mapping[str, Any] | None = None, filename: s
     return make_plan(selected, filename, selection=selection, summaries=summaries, filename=filename, **options)
 
 
+def without_periods(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: summary for key, summary in found.items() if key != "rope_embed.periods"}
+
+
 def summaries(mask: str, bias: str = "with keys", periods: str = "rounded") -> dict[str, str]:
     found = {"rope_embed.periods": periods}
     for i in range(2):
@@ -196,6 +200,14 @@ def test_bias_of_keys_without_a_mask_counts() -> None:
     assert "layer.0.attention.k_proj.bias" in {name for shard in made.shards for name, _ in shard.tensors}
 
 
+def test_biases_of_keys_are_kept_if_a_file_has_neither_masks_nor_periods() -> None:
+    """Its code saved parameters only, and nothing shows that the biases are removed."""
+    shapes = small(**{"rope_embed.periods": None, "blocks.{i}.attn.qkv.bias_mask": None})
+    for bias in ("with keys", "without keys"):
+        made = plan(shapes, {f"blocks.{i}.attn.qkv.bias": bias for i in range(2)})
+        assert made.config["key_bias"] == (bias == "with keys")
+
+
 def test_masks_of_all_blocks_are_required() -> None:
     shapes = small()
     del shapes["blocks.1.attn.qkv.bias_mask"]
@@ -210,12 +222,15 @@ def test_masks_of_all_blocks_are_required() -> None:
 
 @pytest.mark.parametrize(
     ("shapes", "found", "message"),
-    [(small(**{"cls_norm.weight": (384,), "cls_norm.bias": (384,)}), {}, "cls_norm, untie_cls_and_patch_norms"),
-     (small(**{"norm.bias": None, "blocks.{i}.norm1.bias": None, "blocks.{i}.norm2.bias": None}), {}, "RMSNorm"),
+    [(small(**{"cls_norm.weight": (384,), "cls_norm.bias": (384,)}), None, "cls_norm, untie_cls_and_patch_norms"),
+     (small(**{"norm.bias": None, "blocks.{i}.norm1.bias": None, "blocks.{i}.norm2.bias": None}), None, "RMSNorm"),
      (small(), summaries("keys", periods="others"), r"rope_embed\.periods are not 100 \*\* \(i / n\)"),
-     (small(), summaries("nan"), r"bias_mask holds NaN")],
+     (small(), summaries("nan"), r"bias_mask holds NaN"),
+     (small(), summaries("keys", "nan"), r"qkv\.bias or its bias_mask holds NaN"),
+     (small(), {"rope_embed.periods": "rounded"}, r"bias_mask .* does not hold floating-point numbers"),
+     (small(), without_periods(summaries("keys")), r"periods .* are not floating-point numbers")],
 )  # fmt: skip
-def test_variant_is_refused_by_name_as_the_only_problem(shapes: Shapes, found: dict[str, str], message: str) -> None:
+def test_variant_is_refused_by_name_as_the_only_problem(shapes: Shapes, found: Any, message: str) -> None:
     with pytest.raises(MappingError, match=message) as caught:
         plan(shapes, found)
     assert len(caught.value.problems) == 1
