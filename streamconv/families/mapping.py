@@ -17,6 +17,7 @@ from streamconv.tensors.computed import cast
 from streamconv.tensors.constants import placeholder
 from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import DtypeCode, TensorInfo
+from streamconv.tensors.shapes import TooManyPartsError
 
 
 def map_tensors(
@@ -35,7 +36,8 @@ def map_tensors(
     ``dtype`` is the one that all targets will be cast to; if it is given, weights may have different dtypes.
 
     Raises:
-        MappingError: source keys are missing, match no rule, or have another shape.
+        MappingError: source keys are missing, match no rule, or have another shape; or a target would have too many
+            parts.
     """
     with_source = [rule for rule in rules if rule.value is None]
     kept, dropped = ([rule for rule in with_source if bool(rule.targets) == is_kept] for is_kept in (True, False))
@@ -46,13 +48,19 @@ def map_tensors(
     one_dtype = None if dtype is not None else "a model has one: choose it with --dtype"
     require_fit(tensors, shapes, where, known_problems, display_names or {}, one_dtype, optional=optional)
     targets: dict[str, Expression] = {}
+    problems = []
     for rule in kept:
         for keys, names in rule.repetitions(counts):
-            sources = _as_combined([tensors[key] for key in keys], rule, dtype)
-            for name, target in zip(names, rule.apply(sources, dims), strict=True):
-                if name in targets:
-                    raise ValueError(f"two rules make {name}")  # a mistake in a family, not in a checkpoint
-                targets[name] = target
+            if not targets.keys().isdisjoint(names):
+                raise ValueError(f"two rules make {' or '.join(names)}")  # a mistake in a family, not in a checkpoint
+            try:
+                made = rule.apply(_as_combined([tensors[key] for key in keys], rule, dtype), dims)
+            except TooManyPartsError as error:
+                problems.append(f"{' and '.join(names)}: {error}")
+            else:
+                targets |= zip(names, made, strict=True)
+    if problems:
+        raise MappingError(f"{where} has tensors that would be read in too many parts:", problems)
     return targets
 
 
@@ -94,7 +102,7 @@ def invert(
         for keys, names in rule.repetitions(counts) if not rule.copy_of else ():
             try:
                 sources |= zip(keys, _undone(rule, [tensors[name] for name in names], dims, counts), strict=True)
-            except NoInverseError as error:
+            except (NoInverseError, TooManyPartsError) as error:
                 problems = [f"{' and '.join(rule.sources)}: {error}"]
                 raise MappingError(
                     f"{where} cannot be reverted, because its conversion has no inverse:", problems

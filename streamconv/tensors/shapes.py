@@ -20,9 +20,8 @@ def view_strides(shape: Shape, strides: Shape, new: Shape) -> Shape | None:
     >>> view_strides((2, 3), (1, 2), (6,)) is None
     True
     """
-    runs: list[
-        tuple[int, int]
-    ] = []  # sizes and strides, of neighbouring dimensions merged where their strides allow it
+    # Sizes and strides of neighbouring dimensions, which are merged if their strides allow it.
+    runs: list[tuple[int, int]] = []
     for size, stride in zip(shape, strides, strict=True):
         if size == 1:
             continue

@@ -1,11 +1,14 @@
 """The operations of rules give torch's results, and their inverses give the sources back."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from streamconv import MappingError, TensorInfo
 from streamconv.families.expected import expand
@@ -37,6 +40,7 @@ from streamconv.families.rules import (
     transpose,
 )
 from streamconv.formats.checkpoint import open_checkpoint
+from streamconv.tensors import expressions
 from streamconv.tensors.constants import literal, placeholder
 from streamconv.tensors.evaluation import read_bytes
 
@@ -234,3 +238,57 @@ def test_impossible_sizes_are_any_shape_so_that_the_family_reports_them() -> Non
     assert rule.target_shapes(DIMS, {}) == {"x": None}
     sizes: Mapping[str, int] = {"D": 0, "F": 0, "H": 0, "2D": 0, "3D": 0}
     assert RULES["rotary rows"][0].target_shapes(sizes, {}) == {"x": (0, 0)}
+
+
+def test_target_of_too_many_parts_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.randn(12, 6)[::2].t()}, tmp_path / "x.pth")  # rows of the view are not in one run
+    monkeypatch.setattr(expressions, "MAX_PARTS", 3)
+    with open_checkpoint(tmp_path / "x.pth") as checkpoint:
+        rules = [reshape("a", "x", "F F", "1 36")]
+        with pytest.raises(MappingError, match=r"too many parts:\n  x: F32 \[6, 6\] would become 6 parts"):
+            map_tensors(rules, checkpoint, DIMS, {}, "x.pth")
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[Operation, ...]:
+    """Draw a chain of operations on one tensor of the shape 4 x 6 x 2, after which it is one tensor again."""
+    shape, operations = [4, 6, 2], []
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(["permute", "transpose", "reshape", "chunk and concat", "prepend"]))
+        dim, other = (draw(st.integers(0, len(shape) - 1)) for _ in range(2))
+        if kind == "permute":
+            dims = draw(st.permutations(range(len(shape))))
+            operations.append(Permute(tuple(dims)))
+            shape = [shape[each] for each in dims]
+        elif kind == "transpose":
+            operations.append(Transpose(dim, other))
+            shape[dim], shape[other] = shape[other], shape[dim]
+        elif kind == "reshape":
+            count = math.prod(shape)
+            first = draw(st.sampled_from([n for n in range(1, count + 1) if count % n == 0]))
+            shape = [first, count // first]
+            operations.append(Reshape((str(first), str(count // first))))
+        elif kind == "prepend":
+            operations.append(Prepend(1.0, 1, dim))
+            shape[dim] += 1
+        else:
+            parts = draw(st.sampled_from([n for n in range(1, shape[dim] + 1) if shape[dim] % n == 0]))
+            operations += [Chunk(parts, dim), Concat(other)]
+            shape[dim] //= parts
+            shape[other] *= parts
+    return tuple(operations)
+
+
+@given(chains())
+def test_any_chain_of_operations_is_undone(
+    tmp_path_factory: pytest.TempPathFactory, chain: tuple[Operation, ...]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "chain.pth"
+    if not path.exists():
+        torch.save({"a": torch.arange(48.0).reshape(4, 6, 2)}, path)
+    rule = convert("a", "x", "4 6 2", *chain)
+    with open_checkpoint(path) as checkpoint:
+        targets = map_tensors([rule], checkpoint, {}, {}, "x.pth")
+        back = invert([rule], targets, {}, {}, "x.pth")["a"]
+        assert back.shape == (4, 6, 2)
+        assert read_bytes(back, checkpoint.reader) == torch.arange(48.0).numpy().tobytes()
