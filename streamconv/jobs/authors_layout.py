@@ -18,7 +18,7 @@ MAX_FILLING_BYTES = 1 << 20  # a LayerScale or a mask token is a few kB
 
 
 def without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) -> Mapping[str, Expression]:
-    """Omit the tensors that the conversion filled in, if all of them still have their constant values.
+    """Return the tensors without those that the conversion filled in, unless some of these were changed since.
 
     Tensors without elements are omitted, too: transformers writes them for parts that a model does not have.
     """
@@ -39,13 +39,16 @@ def without_fillings(checkpoint: Checkpoint, constants: Mapping[str, float]) -> 
     return {name: tensor for name, tensor in found.items() if name not in constants}
 
 
-def originals(
+def restore_originals(
     checkpoint: Mapping[str, Expression], where: str, config: Mapping[str, Any], recorded: str | None
 ) -> tuple[Family, Model | None, ConversionSpec, dict[str, Expression]]:
-    """Return the family, the published model, its rules, and the original's tensors in its own order.
+    """Return the family, the published model, its rules, and the original's tensors by key, in the original's order.
 
     ``recorded`` is the published model that the folder's manifest names. Its file may have tensors that a converted
     model does not show.
+
+    Raises:
+        MappingError: the tensors are not those of a converted model, or the conversion has no inverse.
     """
     infos = {name: tensor.info for name, tensor in checkpoint.items()}
     found = find_converted(infos, where)

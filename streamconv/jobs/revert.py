@@ -22,7 +22,7 @@ from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.non_tensors import non_tensor_error
 from streamconv.formats.safetensors import make_header
 from streamconv.formats.segments import Segment
-from streamconv.jobs.authors_layout import originals, without_fillings
+from streamconv.jobs.authors_layout import restore_originals, without_fillings
 from streamconv.output.contents import Segments, fingerprint, size_of
 from streamconv.output.journal import Journal
 from streamconv.output.manifest import Manifest, Provenance, SourceFile, WrittenFile
@@ -121,7 +121,7 @@ def revert(
         others = {name: each for name, each in checkpoint.non_tensors.items() if each.kind.is_tensor}
         if others:
             raise non_tensor_error(others, str(source))
-        family, model, spec, tensors = originals(
+        family, model, spec, tensors = restore_originals(
             without_fillings(checkpoint, manifest.filled if manifest else {}),
             str(source),
             read_json_beside(checkpoint.folder or source, CONFIG_NAME)[0] or {},

@@ -18,7 +18,7 @@ from streamconv.output.journal import ResumePoint
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.evaluation import Evaluator
 from streamconv.tensors.expressions import Expression, Read, Record
-from streamconv.tensors.tiles import PIECE_BYTES, Part, direct, parts
+from streamconv.tensors.tiles import PIECE_BYTES, Part, contiguous_read, parts
 
 Segments = Sequence[bytes | tuple[str, Expression] | LateBytes]
 """Bytes, tensors with their names, and bytes that depend on the tensors' CRC-32s, in the order of the file."""
@@ -120,14 +120,14 @@ class Contents:
                 elif self._is_read(piece, part):
                     self._evaluate(name, part, piece.at, self._again[: piece.size])
                     if bytes(self._again[: piece.size]) != bytes(place):
-                        raise CorruptError(f"{name} differs from its source after the cast.")
+                        raise CorruptError(f"{name} differs from the values that its source gives.")
             self._add_crc(piece, place)
             filled += piece.size
         return filled
 
     def _add_to_checks(self, name: str, part: Part, place: memoryview) -> None:
         """Add copied bytes to the checks of their records, without reading the source."""
-        if (read := direct(part.values)) is not None and not part.blocks:
+        if (read := contiguous_read(part.values)) is not None and not part.blocks:
             self._checks.add(name, read.record, read.offset, place)
         for block in part.blocks:
             self._checks.add(name, block.record, 0, None)

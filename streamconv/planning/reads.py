@@ -1,17 +1,17 @@
-"""Refuses tensors that their layout makes slow to read: those whose values are far apart in their file.
+"""Refuses tensors that are slow to read because their values are far apart in the file.
 
-A column of a matrix takes as long as the whole matrix, which is little. A small file whose strides were chosen for it
-could have a few megabytes read thousands of times.
+A column of a matrix takes as long as the whole matrix, which is acceptable. A small hostile file could choose strides
+so that a few megabytes are read thousands of times.
 """
 
 from collections.abc import Mapping
 
 from streamconv.errors import MappingError
 from streamconv.tensors.expressions import Concat, Expression
-from streamconv.tensors.tiles import cost, direct, tiles
+from streamconv.tensors.tiles import contiguous_read, cost, tiles
 
-_MAX_TIMES = 64  # that a tensor may be read
-_MAX_BYTES = 1 << 30  # read for all tensors together that are read more often
+_MAX_TIMES = 64  # how often a tensor may be read
+_MAX_BYTES = 1 << 30  # how much may be read in total for tensors that are read more often
 
 
 def refuse_unstreamable(targets: Mapping[str, Expression]) -> None:
@@ -20,19 +20,19 @@ def refuse_unstreamable(targets: Mapping[str, Expression]) -> None:
     Raises:
         MappingError: lists them.
     """
-    counts = {name: read_bytes(tensor) for name, tensor in targets.items() if direct(tensor) is None}
+    counts = {name: estimate_bytes_read(tensor) for name, tensor in targets.items() if contiguous_read(tensor) is None}
     slow = {name: count for name, count in counts.items() if count > _MAX_TIMES * targets[name].info.nbytes}
     if sum(slow.values()) > _MAX_BYTES:
         problems = [f"{name}: {_reason(targets[name], count)}" for name, count in slow.items()]
         raise MappingError("Some tensors are laid out so that they cannot be streamed:", problems)
 
 
-def read_bytes(tensor: Expression) -> int:
+def estimate_bytes_read(tensor: Expression) -> int:
     """Estimate from its first tile how many bytes are read for a tensor, with gaps and what runs cost."""
-    if direct(tensor) is not None or not tensor.info.nbytes:
+    if contiguous_read(tensor) is not None or not tensor.info.nbytes:
         return tensor.info.nbytes
     if isinstance(tensor, Concat):
-        return sum(map(read_bytes, tensor.parts))
+        return sum(map(estimate_bytes_read, tensor.parts))
     return int(cost(next(tiles(tensor))) * tensor.info.nbytes)
 
 

@@ -14,7 +14,7 @@ from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.expressions import Expression, Record
 from streamconv.tensors.gather import gather
 from streamconv.tensors.runs import Block
-from streamconv.tensors.tiles import PIECE_BYTES, Part, direct, parts
+from streamconv.tensors.tiles import PIECE_BYTES, Part, contiguous_read, parts
 
 COPIES_BYTES = 1 << 30  # of records that are kept in temporary files; a tile may need more
 
@@ -76,7 +76,7 @@ class Evaluator:
         return gather(part.values, buffer, self._source)
 
     def _read_directly(self, name: str, values: Expression, buffer: memoryview) -> int:
-        read = direct(values)
+        read = contiguous_read(values)
         if read is None:
             raise ValueError(f"{name} is not contiguous")
         if values is not read and not self._stored:

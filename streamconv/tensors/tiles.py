@@ -36,7 +36,7 @@ class Part:
 def parts(tensor: Expression) -> Iterator[Part]:
     """Cut a tensor into parts of at most `PIECE_BYTES`, as read and as written, in row-major order."""
     for tile in tiles(tensor):
-        if (read := direct(tile)) is not None:
+        if (read := contiguous_read(tile)) is not None:
             count, step = math.prod(tile.shape), PIECE_BYTES // max(read.info.itemsize, tile.info.itemsize)
             flat = tile.reshape((count,))
             yield from (Part((), flat.narrow(0, at, min(step, count - at))) for at in range(0, count, step))
@@ -45,7 +45,7 @@ def parts(tensor: Expression) -> Iterator[Part]:
             yield from (Part(blocks, box) for box in _boxes(in_memory(tile, blocks)))
 
 
-def direct(tensor: Expression) -> Read | None:
+def contiguous_read(tensor: Expression) -> Read | None:
     """Return the contiguous read that a tensor is, perhaps cast; None if it is another expression."""
     read = tensor.of if isinstance(tensor, Cast) else tensor
     return read if isinstance(read, Read) and read.is_contiguous else None
@@ -53,7 +53,7 @@ def direct(tensor: Expression) -> Read | None:
 
 def is_gathered(tensor: Expression) -> bool:
     """Return whether values must be put in order, which takes numpy: not for contiguous reads and constants."""
-    if direct(tensor) is not None or (isinstance(tensor, Read) and tensor.is_constant):
+    if contiguous_read(tensor) is not None or (isinstance(tensor, Read) and tensor.is_constant):
         return False
     return not _is_in_rows(tensor) or any(map(is_gathered, tensor.operands))
 
@@ -67,7 +67,7 @@ def tiles(tensor: Expression) -> Iterator[Expression]:
     """Yield the tiles of a tensor in row-major order. One that is a contiguous read may have any size."""
     if not tensor.info.nbytes:
         return
-    if direct(tensor) is not None:
+    if contiguous_read(tensor) is not None:
         yield tensor
         return
     if not tensor.shape:

@@ -88,9 +88,9 @@ def cast_note(plan: Plan) -> str:
 
 
 def _computed_note(plan: Plan) -> str:
-    """Return how many tensors are sums or products, which are compared with what is computed again."""
+    """Return the number of tensors that are sums or products, which are computed again, in words; "" if none is."""
     count = sum(is_computed(tensor) for shard in plan.shards for _, tensor in shard.tensors)
-    return f", of which {count:,} {'is' if count == 1 else 'are'} computed from two" if count else ""
+    return f" ({count:,} {'is a sum or product' if count == 1 else 'are sums or products'} of two)" if count else ""
 
 
 @dataclass(frozen=True)

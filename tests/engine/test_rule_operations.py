@@ -117,7 +117,8 @@ def test_each_rule_gives_the_result_of_torch_and_its_inverse_the_sources(
             assert tensor.shape == state[key].shape
             assert read_bytes(tensor) == state[key].numpy().tobytes(), key
         origins = origins_of([rule], {name: tensor.info for name, tensor in targets.items()})
-        if origins.keys() == back.keys():  # the number of experts may not be known from the targets alone
+        if case is not RULES["experts of two kinds"]:  # whose targets do not show the number of experts
+            assert origins.keys() == back.keys()
             parts = {key: [targets[name] for name in origin.names] for key, origin in origins.items()}
             assert joined(origins, parts, DIMS, COUNTS, "x.pth") == back
 

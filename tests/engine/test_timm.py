@@ -1,4 +1,4 @@
-"""Checkpoints in timm's layouts of DINOv2: what is written for them, and what is said about it."""
+"""Checkpoints in timm's layouts of DINOv2: their outputs, and the notes about them."""
 
 import json
 from pathlib import Path

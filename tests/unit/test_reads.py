@@ -1,4 +1,4 @@
-"""How many bytes are read for tensors that are not contiguous, and which of them are refused for it."""
+"""Estimates of the bytes read for tensors that are not contiguous, and the refusal of those that take too many."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from streamconv.errors import MappingError
 from streamconv.files.base import ByteRange, FileRef
-from streamconv.planning.reads import read_bytes, refuse_unstreamable
+from streamconv.planning.reads import estimate_bytes_read, refuse_unstreamable
 from streamconv.tensors.computed import cast
 from streamconv.tensors.expressions import Expression, Read, Record
 from streamconv.tensors.info import DtypeCode, TensorInfo
@@ -27,7 +27,7 @@ def view(shape: tuple[int, ...], strides: tuple[int, ...], dtype: DtypeCode = "F
 def test_estimate_is_about_what_is_read(tensor: Read) -> None:
     blocks = [block.runs for tile in tiles(tensor) for block in source_blocks(tile)]
     read = sum(runs.nbytes + runs.count * 8_192 for runs in blocks)
-    assert read <= read_bytes(tensor) <= 2 * read
+    assert read <= estimate_bytes_read(tensor) <= 2 * read
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "F64"])
@@ -38,7 +38,7 @@ def test_transposed_matrices_of_every_size_are_streamed(dtype: DtypeCode, cast_t
     refuse_unstreamable({f"{i}": largest for i in range(100)})
 
 
-def test_other_honest_views_are_streamed() -> None:
+def test_views_of_ordinary_checkpoints_are_streamed() -> None:
     views = {
         "channels last": view((1_536, 3, 14, 14), (588, 1, 42, 3)),
         "columns of a stacked matrix": view((1_536,), (40,)),
@@ -59,10 +59,10 @@ def test_many_small_tensors_that_are_read_with_large_gaps_are_refused(slow: Read
     assert [problem.partition(":")[0] for problem in caught.value.problems] == names[:1_000]
     assert caught.value.problems[0] == (
         f"blocks.0.mlp.fc1.weight: x.pth: the tensor {slow.info} in x/data/0 has strides {list(slow.strides)}, so "
-        f"reading its {slow.info.nbytes:,} bytes takes as long as reading {read_bytes(slow):,}. Save it again after "
-        "tensor.contiguous()."
+        f"reading its {slow.info.nbytes:,} bytes takes as long as reading {estimate_bytes_read(slow):,}. Save it again "
+        "after tensor.contiguous()."
     )
 
 
 def test_estimate_takes_no_longer_for_more_tiles() -> None:
-    assert read_bytes(view((1 << 40, 1 << 10), (1, 1 << 11))) > 1 << 50
+    assert estimate_bytes_read(view((1 << 40, 1 << 10), (1, 1 << 11))) > 1 << 50

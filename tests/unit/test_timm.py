@@ -1,4 +1,4 @@
-"""timm's layouts of DINOv2 and its config.json: what they say, and what stays unknown."""
+"""timm's layouts of DINOv2 and its config.json: the facts in them, and those that remain unknown."""
 
 import json
 from pathlib import Path
