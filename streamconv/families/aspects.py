@@ -1,4 +1,4 @@
-"""The aspects of a family: what only some architectures have, each described by a dataclass of its own."""
+"""The aspects of a family: features that only some architectures have, each described by a dataclass."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,10 +42,9 @@ class ImageProcessor:
     """The image processor of a family's models.
 
     ``default`` is its config for a model that was never published; a config of another class may take its place.
-    ``beside`` returns the image processor that a config.json states which was found beside a file in its authors'
-    names, None unless it plainly describes the model of these dimensions.
-    ``authors_round``: the authors' own transform rounds resized images to whole grey levels, although the class of
-    ``default`` does not.
+    ``beside`` returns the image processor that is described by a config.json next to a file in its authors' names; None
+    unless the config clearly belongs to a model of these dimensions. ``authors_round``: the authors' own transform
+    rounds resized images to whole grey levels, although the class of ``default`` does not.
     """
 
     default: Mapping[str, Any]
@@ -53,7 +52,7 @@ class ImageProcessor:
     authors_round: bool = False
 
     def pixel_steps(self, processor: Mapping[str, Any]) -> PixelSteps:
-        """Return the steps that a preprocessor_config.json of such a model stands for.
+        """Return the steps that a preprocessor_config.json of such a model describes.
 
         Raises:
             UnknownStepsError: they are not known.
@@ -80,14 +79,14 @@ class AttentionHeads:
     """The number of attention heads, which tensors do not show.
 
     ``number`` returns it for dimensions, 0 if it is not known; ``with_number`` returns the dimensions with another
-    number, or equal ones if published models of their size have this number. ``is_published``: whether there are
-    published models of this size, whose number is taken; otherwise, the number is a guess. ``reason`` says why it is
-    taken. ``config_key`` is its name in config.json; transformers takes ``config_default`` if a model's own config.json
-    does not have it.
+    number, or equal ones if published models of their size have this number. ``is_published`` returns whether there are
+    published models of this size, whose number is assumed; otherwise, the number is a guess. ``reason`` returns the
+    reason for it. ``config_key`` is its name in config.json; transformers uses ``config_default`` if a model's own
+    config.json does not have it.
 
-    ``are_shown``: whether the tensors show the number after all, in some files; it is then a fact.
-    ``number_beside`` returns the number in a config.json that was found beside a file in its authors' names, None
-    unless the config plainly describes the model of these dimensions.
+    ``are_shown`` returns whether the tensors of this file show the number after all; it is then a fact.
+    ``number_beside`` returns the number in a config.json next to a file in its authors' names; None unless the config
+    clearly belongs to a model of these dimensions.
     """
 
     number: Callable[[Any], int]
@@ -110,8 +109,8 @@ class DecidingValues:
     """Small tensors whose values, not only their shapes, decide how a checkpoint is converted.
 
     They are read while the plan is made. ``is_read`` selects them by their keys in the rules. ``summarise`` takes a key
-    and the tensor's values, in row-major order, and returns what matters of them; ``with_summaries`` returns the
-    dimensions with the summaries of all of them, by key.
+    and the tensor's values, in row-major order, and returns a small summary of them, which can be compared;
+    ``with_summaries`` returns the dimensions, changed by the summaries of all of them, by key.
     """
 
     is_read: Callable[[str], bool]

@@ -1,4 +1,4 @@
-"""The types that describe a family's architecture: fields that every family has; `aspects` are those of some.
+"""The types that describe a family's architecture. Features that only some families have are in `aspects`.
 
 A family's rules define the tensors and their conversion. The rest is the model's configuration, derived from the
 tensors' shapes, and the names under which models were published. Code outside the family's own module checks for an
@@ -109,13 +109,15 @@ class Family:
     ``free_config_keys``: keys of config.json that do not change what the model computes at inference, or only what a
     backbone's output selects from it. ``tensor_config_keys``: keys that always follow the tensors, because they only
     say which tensors there are. ``untensored_config_keys``: keys whose values tensors do not show.
-    ``patch_size`` returns the height and width, in pixels, of the part of an image that a patch token stands for.
+
+    ``patch_size`` takes config.json and returns the height and width, in pixels, of the image area of a patch token.
     ``equal_architectures`` maps an architecture to others that have the same tensors. ``with_config`` returns the
-    dimensions with what only a model's own config.json shows;
-    ``reverted_with_config`` does so for a model that is reverted, with those values that the authors' code can have.
-    ``loaded_keys`` returns the names that transformers gives to a target after loading, of several parts if it cuts it
-    along dim 0: save_pretrained sorts tensors by the first, and so divides them into shards in that order. A state dict
-    that torch.save wrote has these names. ``extra_prefixes``: names that training leaves beside or in a backbone.
+    dimensions with those values that only a model's own config.json shows; ``reverted_with_config`` does so for a model
+    that is reverted, but only with values that the authors' code can have.
+
+    ``loaded_keys`` returns the names of a target in memory after transformers has loaded it: several if transformers
+    cuts it along dim 0. save_pretrained sorts tensors by the first name, so it decides the order of shards. A state
+    dict that torch.save wrote has these names. ``extra_prefixes``: names that training adds to those of the backbone.
     ``variants`` are dimensions of models that were not published, with rules that no published model has.
 
     For model cards: ``organisation`` is the authors' organisation on the Hub, and ``pipeline_tags`` maps architectures
@@ -179,7 +181,7 @@ class Family:
     def sources(self, dimensions: Any, block_chunks: int = 0) -> dict[str, TensorInfo]:
         """Return every tensor of a float32 checkpoint with these dimensions; `split_head` separates the head's.
 
-        Tensors that are dropped and may have any shape are not among them; those that can be restored have their dtype.
+        Dropped tensors that may have any shape are not included; those that can be restored have their own dtype.
         """
         spec = self.conversion_spec(dimensions)
         fixed = self.fixed_values(dimensions)
@@ -195,7 +197,7 @@ class Family:
         return {chunked_key(key, blocks, block_chunks): info for key, info in infos.items()}
 
     def fixed_values(self, dimensions: Any) -> dict[str, Expression]:
-        """Return the source tensors that are not converted, because the authors' code gives them fixed values."""
+        """Return the source tensors that the authors' code gives fixed values, by key; they are not converted."""
         spec = self.conversion_spec(dimensions)
         expected = expand([rule for rule in spec.rules if rule.restored is not None], spec.dims, spec.counts)
         return {key: each.rule.restored for key, each in expected.items() if each.rule.restored is not None}

@@ -105,7 +105,7 @@ class PreparedConversion:
         """Prepare the conversion of an open source.
 
         Raises:
-            UsageError: see `output_folder`; or a package that evaluating the tensors takes is not installed.
+            UsageError: see `output_folder`; or a package that evaluating the tensors needs is not installed.
         """
         check_packages({name: tensor for shard in prepared.plan.shards for name, tensor in shard.tensors})
         folder, plan, source = output_folder(output, prepared, force=force), prepared.plan, prepared.source

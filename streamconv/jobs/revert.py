@@ -104,7 +104,7 @@ def revert(
 
     Raises:
         UsageError: a file has another suffix, or ``head`` is missing for a classifier or given for another model; or a
-            package that evaluating the tensors takes is not installed.
+            package that evaluating the tensors needs is not installed.
         SourceError: the folder does not hold a model of a known family. The message lists all differences.
         OutputError: a file exists already, or cannot be written. The same call resumes; the files are renamed into
             place when both are complete.

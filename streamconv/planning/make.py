@@ -51,7 +51,7 @@ def make_plan(
         num_heads: The number of attention heads, if it is not what the family assumes.
         image_processor: The image processor that the user gave, if one was given.
         filename: The name of the backbone's file, which distinguishes published models of equal dimensions.
-        summaries: What was read of the tensors whose values decide (`DecidingValues`), by key; None if nothing was.
+        summaries: Summaries of the tensors whose values decide (`DecidingValues`), by key; None if none was read.
 
     Raises:
         MappingError: the tensors are not exactly those of a known model; lists every difference.
@@ -61,10 +61,7 @@ def make_plan(
         SourceError: a small file would be too large to be read again.
     """
     family = selection.family
-    read = family.read_dimensions({key: tensor.info for key, tensor in tensors.items()})
-    read = family.with_config(read, selection.config)
-    if family.deciding_values is not None and summaries is not None and not selection.is_converted:
-        read = family.deciding_values.with_summaries(read, summaries)
+    read = _read_dimensions(tensors, selection, summaries)
     heads = choose_heads(read, selection, num_heads)
     if model is not None and read == model.dimensions != heads.dimensions:
         raise UsageError(f"{model.name} has another number of attention heads than {num_heads}. Omit --num-heads.")
@@ -127,11 +124,23 @@ def make_plan(
             *filter(None, [repeats_note(shards)]),
         ),
         unproved=(*([heads.unproved] if heads.unproved and not is_published else []), *unproved),
-        # The file of a converted model has nothing that the rules leave out; its sources are made from the targets.
+        # A converted model has nothing that the rules leave out: its sources are made from its targets.
         skipped=(*selection.skipped, *(() if selection.is_converted else _dropped(tensors, spec, selection.prefix))),
         filled={name: value for name, (value, _) in fills.items()},
         block_chunks=block_chunks or 0,
     )
+
+
+def _read_dimensions(
+    tensors: Mapping[str, Expression], selection: Selection, summaries: Mapping[str, Any] | None
+) -> Any:
+    """Read the dimensions from the tensors' shapes, the source's config.json, and the values that decide."""
+    family = selection.family
+    dimensions = family.read_dimensions({key: tensor.info for key, tensor in tensors.items()})
+    dimensions = family.with_config(dimensions, selection.config)
+    if family.deciding_values is None or summaries is None or selection.is_converted:
+        return dimensions
+    return family.deciding_values.with_summaries(dimensions, summaries)
 
 
 def _identify(dimensions: Any, where: str, family: Family, model: Model | None) -> tuple[Any, Sequence[Model]]:
@@ -194,7 +203,7 @@ def _explained(
     names: Mapping[str, str],
     where: str,
 ) -> MappingError:
-    """Return the error that says what the tensors are, if that is known; otherwise ``error``, which lists them."""
+    """Return an error that names the model that the tensors belong to, if it is known; otherwise ``error``."""
     shapes = {names.get(key, key): tensor.info.shape for key, tensor in tensors.items()}
     ranks = {names.get(key, key): len(expected[key].shape or ()) for key in tensors if key in expected}
     return recognise(shapes, where, ranks=ranks) or error
@@ -229,7 +238,7 @@ def _with_dimensions(candidates: Sequence[Model], filename: str) -> Model | None
 
 
 def _dropped(tensors: Mapping[str, Expression], spec: ConversionSpec, prefix: str) -> tuple[Skipped, ...]:
-    """Return the tensors that rules drop, and those of which they omit a part, grouped by rule."""
+    """Return the tensors that rules drop, and the parts that they leave out of others, grouped by rule."""
     skipped = []
     for rule in spec.rules:
         sizes: dict[tuple[str, str], list[int]] = {}

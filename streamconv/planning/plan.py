@@ -119,7 +119,7 @@ class Plan:
 
     @property
     def patch_size(self) -> int:
-        """The height and width of the part of an image that a patch token stands for."""
+        """The height and width, in pixels, of the image area of a patch token."""
         return _side(self.family.patch_size(self.config))
 
     @property

@@ -10,7 +10,7 @@ from streamconv.tensors.tiles import is_gathered
 
 
 def check_packages(tensors: Mapping[str, Expression]) -> None:
-    """Check that the packages to evaluate these tensors are installed, without importing them.
+    """Check that the packages for evaluating these tensors are installed, without importing them.
 
     Raises:
         UsageError: some are missing.

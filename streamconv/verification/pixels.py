@@ -1,4 +1,4 @@
-"""Makes the pixels that a model takes of an image, step by step with torchvision."""
+"""Preprocesses an image into the pixels for a model, step by step with torchvision."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ _FILTERS = {
 def crop(image: Image.Image, steps: PixelSteps, *, is_own: bool = False) -> Image.Image:
     """Resize and crop with torchvision, as the original conversion script does.
 
-    ``is_own``: an odd margin is divided as transformers does it, which for an image processor of its own is right.
+    ``is_own``: the model has its own image processor, so an odd margin is divided as transformers does it.
     """
     if steps.resize is not None:
         image = functional.resize(image, _size(steps.resize), _FILTERS[steps.resample])

@@ -131,10 +131,10 @@ def _compare_images(
 def _compare_tensors(
     folder: Path, plan: Plan, steps: PixelSteps, image: Image.Image
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compare the pixels that the saved processor makes of a tensor, since images have up to four channels.
+    """Compare the pixels that the saved processor computes from a tensor, since images have up to four channels.
 
-    A class that rescales first makes a tensor of an image itself. Authors who round have other pixels, and that
-    difference, of about a grey level, is a number of its own.
+    A class that rescales first converts an image to a tensor itself. If the authors round to grey levels, the
+    difference from their pixels, of up to about one level, is a separate number.
     """
     load: Any = AutoImageProcessor.from_pretrained
     processor = load(folder, local_files_only=True)

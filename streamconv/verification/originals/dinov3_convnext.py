@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """Four stages of blocks. The mean of the patches is normalised beside them, as their CLS token."""
+    """Four stages of blocks. The mean of the patches serves as the CLS token, and is normalised with them."""
 
     def __init__(self, sizes: Dimensions):
         super().__init__()
