@@ -82,7 +82,7 @@ def image_processor_beside(config: Mapping[str, Any], sizes: Dimensions) -> Mapp
     if not isinstance(steps, Mapping) or (args.get("embed_dim"), args.get("depth")) != (sizes.hidden, sizes.layers):
         return None
     mean, std = steps.get("mean"), steps.get("std")
-    if not _is_numbers(mean, 3) or not _is_numbers(std, 3) or 0 in std or sizes.channels != 3:
+    if not _is_numbers(mean, 3) or not _is_numbers(std, 3) or min(std) <= 0 or sizes.channels != 3:
         return None
     size, crop = steps.get("input_size") or [3, 224, 224], steps.get("crop_pct") or DEFAULT_CROP
     resample = _FILTERS.get(str(steps.get("interpolation") or "bicubic"))
@@ -90,8 +90,10 @@ def image_processor_beside(config: Mapping[str, Any], sizes: Dimensions) -> Mapp
         return None
     if not isinstance(size, list) or len(size) != 3 or size[1] != size[2] or type(size[1]) is not int:
         return None
+    if not 0 < size[1] <= _MAX_SIDE:  # before it is divided, which a number of hundreds of digits cannot be
+        return None
     resized = math.floor(size[1] / crop) if crop > 0.01 else 0
-    if not 0 < size[1] <= resized <= _MAX_SIDE:
+    if not size[1] <= resized <= _MAX_SIDE:
         return None
     return {**image_processor(resized, size[1]), "image_mean": [*mean], "image_std": [*std], "resample": resample}
 

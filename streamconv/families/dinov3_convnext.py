@@ -43,6 +43,7 @@ class Dimensions:
     widths: tuple[int, ...]
     channels: int = 3
     has_norms: bool = True
+    has_last_norm: bool = True
     are_norms_equal: bool = True
     epsilon: float = 1e-6
 
@@ -62,6 +63,7 @@ def read_dimensions(infos: Mapping[str, TensorInfo]) -> Dimensions:
         widths=tuple(map(width, stages)),
         channels=size_of(infos, "downsample_layers.0.0.weight", 1, 4) or 3,
         has_norms=any(f"norms.3.{part}" in infos for part in PARTS),
+        has_last_norm=any(f"norm.{part}" in infos for part in PARTS),
     )
 
 
@@ -95,6 +97,11 @@ def _both(source: str, target: str, shape: str) -> Iterator[Rule]:
 def conversion_spec(sizes: Dimensions) -> ConversionSpec:
     """Return the rules and the configuration for these sizes."""
     problems = [f"stage {stage} has no blocks" for stage, depth in enumerate(sizes.depths) if not depth]
+    if not sizes.has_last_norm:
+        problems.append(
+            "the last norm is missing. If transformers' DINOv3ConvNextBackbone wrote the file, which has none, save "
+            "the model as DINOv3ConvNextModel"
+        )
     if not sizes.are_norms_equal:
         problems.append(
             "norms.3 and norm are one tensor in the authors' model, but their values differ in this file: the authors' "

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ViTImageProcessorFast
+from transformers import DINOv3ConvNextBackbone, DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ViTImageProcessorFast
 
 import streamconv
 from streamconv import MappingError
@@ -128,6 +128,13 @@ def test_stage_without_blocks_is_named(tmp_path: Path) -> None:
     with pytest.raises(MappingError) as caught:
         api.plan(saved(state, tmp_path / "x.pth"))
     assert "stage 1 has no blocks" in caught.value.problems
+
+
+def test_weights_of_transformers_backbone_are_refused_by_name(tmp_path: Path) -> None:
+    DINOv3ConvNextBackbone(transformers_config(TINY)).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(MappingError) as caught:
+        api.plan(tmp_path / "theirs")
+    assert caught.value.problems[0].startswith("the last norm is missing. If transformers' DINOv3ConvNextBackbone")
 
 
 def test_config_that_computes_something_else_is_refused(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_image_processor_has_the_steps_of_timms_evaluation() -> None:
         {"crop_mode": "border"}, {"interpolation": "random"}, {"interpolation": ["bicubic"]}, {"crop_pct": 1e-9},
         {"crop_pct": "1"}, {"crop_pct": 1.2}, {"crop_pct": float("nan")}, {"input_size": [3, 224, 448]},
         {"input_size": [3, -224, -224]}, {"input_size": [3, 10**9, 10**9]}, {"input_size": 224},
+        {"input_size": [3, 10**400, 10**400]}, {"std": [0.2, -0.2, 0.2]},
     ],
     ids=str,
 )  # fmt: skip
