@@ -128,7 +128,7 @@ class Origin:
 
     @property
     def is_concatenated(self) -> bool:
-        """Whether the source is its targets, concatenated along dim 0."""
+        """True if the source is its target, or the concatenation of its targets along dim 0."""
         if self.rule is None:
             return True
         operations = self.rule.operations

@@ -52,8 +52,8 @@ class Selection:
     """The part of a file that is converted, and the family that it belongs to.
 
     ``names`` maps each key of the backbone, and of a head in the same file, as the family's rules spell it, to the
-    file's name for it; in a model that was converted before, to all names that make up the key's tensor, which
-    ``origins`` joins. ``head_names``
+    file's name for it; in a model that was converted before, to all names that the key's tensor is restored from, as
+    ``origins`` describes. ``head_names``
     maps the keys of a head in a file of its own to that file's names. ``unread`` are the values, by their names in
     the file, that would be parts of the model if they were plain tensors. ``config`` is the config.json of a model that
     was converted before, and ``image_processor`` its preprocessor_config.json, None if it has none;
@@ -94,7 +94,7 @@ class Selection:
 
     @property
     def is_concatenated(self) -> bool:
-        """Whether each key's tensor is that of its name, or its names' tensors concatenated along dim 0."""
+        """True if each key's tensor is that of its name, or the concatenation of its names' tensors along dim 0."""
         return all(origin.is_concatenated for origin in self.origins.values())
 
     @property

@@ -30,9 +30,7 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1], [0, 0, 1, 2]], ids=str)
 @pytest.mark.parametrize("is_damaged", [False, True])
-def test_record_is_checked_whatever_part_is_read_in_whatever_order(
-    tmp_path: Path, order: list[int], is_damaged: bool
-) -> None:
+def test_record_is_checked_for_any_parts_in_any_order(tmp_path: Path, order: list[int], is_damaged: bool) -> None:
     path = tmp_path / "x.pth"
     torch.save({"x": torch.randn(30, 7)}, path)
     if is_damaged:  # in rows that only some of the orders read

@@ -145,9 +145,7 @@ def test_file_interrupted_anywhere_is_resumed_and_equals_torch(
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_each_byte_is_fetched_once_in_whatever_order_it_is_needed(
-    tmp_path: Path, server: FileServer, kind: str
-) -> None:
+def test_each_byte_is_fetched_once_in_any_order(tmp_path: Path, server: FileServer, kind: str) -> None:
     path = save_source(kind, server.folder, make_state())
     with streamconv.open_checkpoint(f"{server.url}/{path.name}") as checkpoint:
         needed = sum(checkpoint[name].record.range.length for name in "abcdeefg")  # one is stacked with itself
