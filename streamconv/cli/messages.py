@@ -153,7 +153,7 @@ def plan_lines(plan: Plan, with_mapping: bool = False) -> Iterator[Line | str]:
     yield f"{plan.title}, as {plan.architecture}"
     yield from (Line(f"  {name:10}  ", text) for name, text in rows)
     yield ""
-    targets = sum(len(move.targets) for move in plan.mapping)
+    targets = len({target for move in plan.mapping for target in move.targets})
     becomes = f"{_count(len(plan.mapping), 'source tensor')} become{'s' * (len(plan.mapping) == 1)} {targets:,}"
     if not with_mapping:
         yield f"{becomes}; --mapping shows how."

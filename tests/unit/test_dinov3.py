@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from streamconv import MappingError
+from streamconv.cli.messages import plan_lines
 from streamconv.families.dinov3 import FAMILY
 from streamconv.families.dinov3_geometry import summarise
 from streamconv.families.registry import find_model
@@ -206,6 +207,12 @@ def test_biases_of_keys_are_kept_if_a_file_has_neither_masks_nor_periods() -> No
     for bias in ("with keys", "without keys"):
         made = plan(shapes, {f"blocks.{i}.attn.qkv.bias": bias for i in range(2)})
         assert made.config["key_bias"] == (bias == "with keys")
+
+
+def test_target_that_is_made_of_several_sources_is_counted_once() -> None:
+    made = plan(small(), summaries("mixed"))
+    written = sum(len(shard.tensors) for shard in made.shards)
+    assert f" become {written}; --mapping shows how." in list(map(str, plan_lines(made)))[-1]
 
 
 def test_masks_of_all_blocks_are_required() -> None:
