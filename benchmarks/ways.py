@@ -104,7 +104,7 @@ def mergekit(source: Path, out: Path, options: Options) -> None:
 def original(source: Path, out: Path, options: Options) -> None:
     """Do what the original script does, with local files instead of its downloads.
 
-    It initialises both models at random before it loads their weights, which takes long and is not repeated here. Its
+    It initializes both models at random before it loads their weights, which takes long and is not repeated here. Its
     assertions are computed, but nothing depends on them: some fail with random weights or with transformers 5.
     """
     import torch

@@ -58,7 +58,7 @@ def conversion_lines(done: Conversion) -> Iterator[Line | str]:
 def reverted_lines(done: Reverted) -> Iterator[Line | str]:
     place = " and ".join(map(str, done.files))
     yield f"{done.title}: reverted into {place}, {_work(done.weights, done.resumed_bytes, done.seconds)}"
-    yield from (f"  restored as the authors' code initialises it: {each}" for each in done.restored)
+    yield from (f"  restored as the authors' code initializes it: {each}" for each in done.restored)
     yield from (_file(path.name, file.size, file.sha256) for path, file in done.written.items())
     yield "  the folder's files were not verified first; `streamconv verify DIR` does that if DIR has a streamconv.json"
 
