@@ -82,13 +82,14 @@ def load_weights(original: Any, source: OpenSource) -> tuple[MappedWeights | Str
         The weights, and why those of a local file had to be streamed ("" if they were not).
     """
     files, why = {}, ""
-    is_streamed = source.is_remote or not source.selection.is_concatenated
-    if not is_streamed:
+    if not source.is_remote and not source.selection.is_concatenated:
+        why = "the source has transformers' names, so streamconv's reader also read the original model's weights"
+    elif not source.is_remote:
         try:
             files = {role: _map_files(paths) for role, paths in source.local_paths.items()}
         except NotLoadedError:
             why = "torch.load does not load the source, so streamconv's reader also read the original model's weights"
-    if is_streamed or why:
+    if source.is_remote or why:
         shapes = {name: torch.empty(tensor.info.shape, device="meta") for name, tensor in source.tensors.items()}
         original.load_state_dict(shapes, strict=True, assign=True)
         tensors = {name: source.tensors[name] for name in original.state_dict()}

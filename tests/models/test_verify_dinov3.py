@@ -134,3 +134,4 @@ def test_converted_source_is_verified(sizes: Dimensions, tmp_path: Path) -> None
     api.convert(first, tmp_path / "second")
     found = api.verify(tmp_path / "second", first, device="cpu")
     assert verdicts(found) == PASSED, problems(found)
+    assert "so streamconv's reader also read the original model's weights" in found.check("parity").not_checked
