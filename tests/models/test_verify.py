@@ -529,7 +529,6 @@ def test_image_can_be_loaded_from_a_url(server: FileServer, monkeypatch: pytest.
 
 HUBCONF = """
 from streamconv.families.registry import find_model
-from streamconv.verification.machine import refuse_machine_failure
 from streamconv.verification.originals import dinov2
 
 def dinov2_vits14(**arguments):
@@ -557,17 +556,16 @@ def test_folder_with_the_authors_code_is_used_as_reference(tmp_path: Path, publi
 WITH_XFORMERS = """
 from torch.nn import functional
 from streamconv.families.registry import find_model
-from streamconv.verification.machine import refuse_machine_failure
-from streamconv.verification.originals import dinov2
+from streamconv.verification.originals import dinov2, dinov2_layers
 
 XFORMERS_AVAILABLE = True
 
-class MemEffAttention(dinov2.Attention):
+class MemEffAttention(dinov2_layers.Attention):
     def forward(self, x):
         assert not XFORMERS_AVAILABLE, "no operator for the CPU, nor for float64"
         return super().forward(x)
 
-class FusedMlp(dinov2.Mlp):
+class FusedMlp(dinov2_layers.Mlp):
     def forward(self, x):
         hidden = functional.gelu(functional.linear(x, self.fc1.weight, self.fc1.bias))
         return functional.linear(hidden, self.fc2.weight, self.fc2.bias)
