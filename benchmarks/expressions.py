@@ -23,7 +23,8 @@ from streamconv.output.manifest import Provenance
 from streamconv.output.writer import write_shard
 from streamconv.planning.shards import make_shard
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.tensors.expressions import Expression, concat, stack
+from streamconv.tensors.concatenation import concat, reshape, stack
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.tiles import is_gathered
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def joined(tensors: Tensors) -> dict[str, Expression]:
 def rope(tensors: Tensors) -> dict[str, Expression]:
     """Reorder each head's rows from pairs of neighbours to two halves."""
     halves = (HIDDEN // HEAD, HEAD // 2, 2, HIDDEN)
-    return {name: each.reshape(halves).transpose(1, 2).reshape(each.shape) for name, each in small(tensors).items()}
+    return {name: reshape(reshape(each, halves).transpose(1, 2), each.shape) for name, each in small(tensors).items()}
 
 
 def stacked(tensors: Tensors) -> dict[str, Expression]:

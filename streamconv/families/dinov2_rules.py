@@ -12,7 +12,8 @@ from streamconv.families.dinov2_geometry import BLOCK, HEAD_PREFIX, Dimensions
 from streamconv.families.operations import Dims, NoInverseError, Operation, Prepend
 from streamconv.families.rules import Rule, chunk, convert, drop, fill, rename
 from streamconv.tensors.computed import add
-from streamconv.tensors.expressions import Expression, concat
+from streamconv.tensors.concatenation import concat
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import TensorInfo
 
 LAYER = "encoder.layer.{i}."

@@ -6,8 +6,9 @@ In memory, transformers 5 has "model." before a layer's name; 4.x does not.
 from streamconv.families.dinov3_geometry import BLOCK, PERIODS, ROPE_BASE, Dimensions
 from streamconv.families.operations import Chunk, Multiply, Omit
 from streamconv.families.rules import Rule, chunk, convert, drop, fill, rename, reshape
+from streamconv.tensors.concatenation import concat
 from streamconv.tensors.constants import filled, literal
-from streamconv.tensors.expressions import Expression, concat
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import TensorInfo
 
 LAYER = "layer.{i}."

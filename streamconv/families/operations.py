@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from streamconv.tensors.computed import cast, multiply
+from streamconv.tensors.computed import multiply
+from streamconv.tensors.concatenation import concat, reshape, stack
 from streamconv.tensors.constants import filled
-from streamconv.tensors.expressions import Expression, concat, stack
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import TensorInfo
 from streamconv.tensors.shapes import MAX_PARTS, TooManyPartsError
 
@@ -100,7 +101,7 @@ class Stack(Operation):
             raise TooManyPartsError(f"{tensors[0].info} is a stack of too many tensors")
         pairs = zip(tensors, counts, strict=True)
         parts = (part for tensor, count in pairs for part in tensor.split([1] * count, self.dim))
-        return [part.reshape((*part.shape[: self.dim], *part.shape[self.dim + 1 :])) for part in parts]
+        return [reshape(part, (*part.shape[: self.dim], *part.shape[self.dim + 1 :])) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +144,12 @@ class Reshape(Operation):
     shape: Symbols
 
     def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
-        return [tensor.reshape(resolve_shape(self.shape, dims)) for tensor in tensors]
+        return [reshape(tensor, resolve_shape(self.shape, dims)) for tensor in tensors]
 
     def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
         if inputs is None:
             raise NoInverseError("the shape before reshaping is not known")
-        return [tensor.reshape(info.shape) for tensor, info in zip(tensors, inputs, strict=True)]
+        return [reshape(tensor, info.shape) for tensor, info in zip(tensors, inputs, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ class Multiply(Operation):
 
     def apply(self, tensors: Sequence[Expression], dims: Dims) -> list[Expression]:
         one, other = tensors
-        return [multiply(one, cast(other, one.info.dtype))]
+        return [multiply(one, other)]
 
     def undo(self, tensors: Sequence[Expression], inputs: Sequence[TensorInfo] | None) -> list[Expression]:
         raise NoInverseError("the factors of a product cannot be recovered")

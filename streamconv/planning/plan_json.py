@@ -20,7 +20,8 @@ from streamconv.planning.plan import CONFIG_NAME, MappedTensor, Plan, with_int_i
 from streamconv.planning.shards import Shard, make_shard
 from streamconv.planning.shards import to_json as json_bytes
 from streamconv.tensors.computed import Cast, Elementwise
-from streamconv.tensors.expressions import Concat, Expression, Read, Record, concat
+from streamconv.tensors.concatenation import Concat, concat
+from streamconv.tensors.expressions import Expression, Read, Record
 from streamconv.tensors.info import TensorInfo
 
 FORMAT_VERSION = 2

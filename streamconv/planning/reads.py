@@ -7,7 +7,8 @@ so that a few megabytes are read thousands of times.
 from collections.abc import Mapping
 
 from streamconv.errors import MappingError
-from streamconv.tensors.expressions import Concat, Expression
+from streamconv.tensors.concatenation import Concat
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.tiles import contiguous_read, cost, tiles
 
 _MAX_TIMES = 64  # how often a tensor may be read

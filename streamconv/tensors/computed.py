@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from streamconv.tensors.concatenation import reshape
 from streamconv.tensors.expressions import Expression, Read
 from streamconv.tensors.info import DtypeCode, TensorInfo
 from streamconv.tensors.shapes import Shape
@@ -41,7 +42,7 @@ class Cast(Expression):
         return _cast(self.of.permute(dims), self.info.dtype)
 
     def view(self, shape: Shape) -> "Cast":
-        return _cast(self.of.reshape(shape), self.info.dtype)
+        return _cast(reshape(self.of, shape), self.info.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Elementwise(Expression):
         return _elementwise(self.operator, self.one.permute(dims), self.other.permute(dims))
 
     def view(self, shape: Shape) -> "Elementwise":
-        return _elementwise(self.operator, self.one.reshape(shape), self.other.reshape(shape))
+        return _elementwise(self.operator, reshape(self.one, shape), reshape(self.other, shape))
 
 
 def cast(tensor: Expression, dtype: DtypeCode) -> Expression:

@@ -3,6 +3,7 @@
 import math
 import struct
 from collections.abc import Sequence
+from functools import cache
 from hashlib import sha256
 
 from streamconv.files.base import ByteRange
@@ -14,8 +15,12 @@ from streamconv.tensors.shapes import Shape
 
 def placeholder(info: TensorInfo) -> Read:
     """Return a tensor of this dtype and shape without real values, to find out what operations make of its shape."""
-    record = Record(inline_ref(bytes(info.itemsize)), "placeholder", ByteRange(0, info.itemsize))
-    return Read(info, record, 0, (0,) * len(info.shape))
+    return Read(info, _zeros(info.itemsize), 0, (0,) * len(info.shape))
+
+
+@cache  # tens of thousands of names may need placeholders
+def _zeros(size: int) -> Record:
+    return Record(inline_ref(bytes(size)), "placeholder", ByteRange(0, size))
 
 
 def filled(value: float, info: TensorInfo) -> Read:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.tensors.casts import cast_into
 from streamconv.tensors.computed import Cast, Elementwise
-from streamconv.tensors.expressions import Concat, Expression, Read
+from streamconv.tensors.concatenation import Concat
+from streamconv.tensors.expressions import Expression, Read
 from streamconv.tensors.info import DTYPES, DtypeCode, TensorInfo
 
 if TYPE_CHECKING:

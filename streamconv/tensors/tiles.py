@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from streamconv.tensors.computed import Cast
-from streamconv.tensors.expressions import Concat, Expression, Read
+from streamconv.tensors.concatenation import Concat, reshape
+from streamconv.tensors.expressions import Expression, Read
 from streamconv.tensors.runs import Block, in_memory, runs_of, source_blocks
 
 PIECE_BYTES = 512 << 10  # read and written at once; small enough to stay in a CPU's cache
@@ -38,7 +39,7 @@ def parts(tensor: Expression) -> Iterator[Part]:
     for tile in tiles(tensor):
         if (read := contiguous_read(tile)) is not None:
             count, step = math.prod(tile.shape), PIECE_BYTES // max(read.info.itemsize, tile.info.itemsize)
-            flat = tile.reshape((count,))
+            flat = reshape(tile, (count,))
             yield from (Part((), flat.narrow(0, at, min(step, count - at))) for at in range(0, count, step))
         else:
             blocks = source_blocks(tile)
@@ -71,7 +72,7 @@ def tiles(tensor: Expression) -> Iterator[Expression]:
         yield tensor
         return
     if not tensor.shape:
-        tensor = tensor.reshape((1,))
+        tensor = reshape(tensor, (1,))
     lead = next((dim for dim, size in enumerate(tensor.shape) if size != 1), 0)
     if _is_in_rows(tensor) and not any(map(is_gathered, tensor.operands)):
         for part in tensor.operands:

@@ -13,6 +13,7 @@ from typing import Any
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.planning.plan import Plan
 from streamconv.planning.shards import Shard
+from streamconv.tensors.concatenation import reshape
 from streamconv.tensors.expressions import Expression
 from streamconv.tensors.shapes import TooManyPartsError
 
@@ -66,6 +67,6 @@ def _part(tensor: Expression, offset: int, shape: tuple[int, ...]) -> Expression
     if first + count > math.prod(tensor.shape):
         return None
     try:
-        return tensor.reshape((math.prod(tensor.shape),)).narrow(0, first, count).reshape(tuple(shape))
+        return reshape(reshape(tensor, (math.prod(tensor.shape),)).narrow(0, first, count), tuple(shape))
     except TooManyPartsError:
         return None

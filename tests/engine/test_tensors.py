@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import streamconv
 from streamconv.tensors.computed import add, multiply
+from streamconv.tensors.concatenation import reshape
 from streamconv.tensors.evaluation import read_bytes
 from tests.checkpoints import NAMES, SETTINGS, bytes_of, views
 
@@ -44,7 +45,7 @@ def test_products_and_sums_are_those_of_torch(tmp_path: Path, dtype: torch.dtype
         pair = (checkpoint["one"], checkpoint["other"])
         for ours, theirs in ((add(*pair), one + other), (multiply(*pair), one * other)):
             assert read_bytes(ours) == bytes_of(theirs)
-            view = ours.permute((2, 0, 1)).narrow(0, 3, 20).reshape((60, 50))
+            view = reshape(ours.permute((2, 0, 1)).narrow(0, 3, 20), (60, 50))
             assert read_bytes(view) == bytes_of(theirs.permute(2, 0, 1)[3:23].reshape(60, 50))
         assert add(*pair).fingerprint != multiply(*pair).fingerprint
         with pytest.raises(ValueError, match=r"add: \w+ \[3, 50, 40\] and \w+ \[2, 50, 40\] differ"):

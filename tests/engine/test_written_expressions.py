@@ -26,8 +26,9 @@ from streamconv.planning.shards import Shard, make_shard
 from streamconv.tensors import evaluation, runs, tiles
 from streamconv.tensors.checksums import RecordChecks
 from streamconv.tensors.computed import cast, multiply
+from streamconv.tensors.concatenation import concat, index_select, reshape, stack
 from streamconv.tensors.constants import filled
-from streamconv.tensors.expressions import Expression, concat, stack
+from streamconv.tensors.expressions import Expression
 from streamconv.tensors.info import TensorInfo
 from streamconv.verification.bytes import check_bytes
 from tests.file_server import FileServer
@@ -57,12 +58,12 @@ def targets_of(source: Mapping[str, Expression]) -> dict[str, Expression]:
     row = filled(0.0, TensorInfo("F32", (1, 128)))
     return {
         "joined": concat([a, b.narrow(1, 0, 40)], 1),
-        "rest": concat([row, b.narrow(1, 40, 88).reshape((66, 128))]),
+        "rest": concat([row, reshape(b.narrow(1, 40, 88), (66, 128))]),
         "cast": cast(c, "F16"),
         "transposed": d.transpose(0, 1),
         "again": d.transpose(0, 1).narrow(0, 64, 64),
-        "stacked": stack([e, e.index_select(0, [*range(1, 96), 0])]),
-        "multiplied": multiply(cast(f, "BF16"), cast(f.index_select(0, [*range(1, 96), 0]), "BF16")),
+        "stacked": stack([e, index_select(e, 0, [*range(1, 96), 0])]),
+        "multiplied": multiply(cast(f, "BF16"), cast(index_select(f, 0, [*range(1, 96), 0]), "BF16")),
         "chunk 0": columns[0],
         "chunk 1": columns[1],
     }
