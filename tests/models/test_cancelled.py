@@ -12,7 +12,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 
 import streamconv
 from streamconv import Cancelled, ConversionOptions, Destination, Progress, PushOptions, VerificationOptions
-from streamconv.verification.originals.dinov2 import Block
+from streamconv.verification.originals.layers import Block
 from tests import api
 from tests.file_server import FileServer
 from tests.hub_server import HubServer

@@ -556,7 +556,7 @@ def test_folder_with_the_authors_code_is_used_as_reference(tmp_path: Path, publi
 WITH_XFORMERS = """
 from torch.nn import functional
 from streamconv.families.registry import find_model
-from streamconv.verification.originals import dinov2, dinov2_layers
+from streamconv.verification.originals import dinov2, dinov2_layers, layers
 
 XFORMERS_AVAILABLE = True
 
@@ -565,7 +565,7 @@ class MemEffAttention(dinov2_layers.Attention):
         assert not XFORMERS_AVAILABLE, "no operator for the CPU, nor for float64"
         return super().forward(x)
 
-class FusedMlp(dinov2_layers.Mlp):
+class FusedMlp(layers.Mlp):
     def forward(self, x):
         hidden = functional.gelu(functional.linear(x, self.fc1.weight, self.fc1.bias))
         return functional.linear(hidden, self.fc2.weight, self.fc2.bias)

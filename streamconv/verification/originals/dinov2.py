@@ -18,7 +18,8 @@ from torch.nn import functional
 from streamconv.families.base import Model
 from streamconv.families.dinov2_geometry import Dimensions
 from streamconv.verification.originals import KnownDifference, OriginalArchitecture
-from streamconv.verification.originals.dinov2_layers import Block, PatchEmbed
+from streamconv.verification.originals.dinov2_layers import PatchEmbed, block
+from streamconv.verification.originals.hub import load_without_weights, require_model
 
 REPOSITORY = "facebookresearch/dinov2"
 RESIZED_POSITIONS = KnownDifference(
@@ -58,7 +59,7 @@ class VisionTransformer(nn.Module):
             self.register_parameter(sizes.register_key, nn.Parameter(torch.empty(1, sizes.registers, sizes.hidden)))
         if sizes.has_mask_token:
             self.register_parameter(sizes.mask_key, nn.Parameter(torch.empty(1, sizes.hidden)))
-        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
+        self.blocks = nn.ModuleList(block(sizes) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
         if sizes.classes:
             self.linear_head = nn.Linear(2 * sizes.hidden, sizes.classes)
@@ -139,17 +140,14 @@ def build(sizes: Dimensions) -> VisionTransformer:
 
 def load(repository: str, source: str, model: Model) -> Any:
     """Load Meta's own model, with its head moved into it as in `VisionTransformer`. Runs the repository's code."""
-    load_entry: Any = torch.hub.load
     entry = model.name.removesuffix("_1layer")
-    arguments: dict[str, Any] = {"source": source, "trust_repo": True, "verbose": False, "pretrained": False}
     if model.head is None:
-        original = load_entry(repository, entry, **arguments)
+        loaded = load_without_weights(repository, entry, source)
     else:
-        classifier: Any = load_entry(repository, f"{entry}_lc", layers=1, **arguments)
-        original = classifier.backbone
-        original.linear_head = classifier.linear_head
-    if not isinstance(original, nn.Module) or not hasattr(original, "prepare_tokens_with_masks"):
-        raise TypeError(f"it returns a {type(original).__name__}, which is not the authors' model")
+        classifier = load_without_weights(repository, f"{entry}_lc", source, layers=1)
+        loaded = classifier.backbone
+        loaded.linear_head = classifier.linear_head
+    original = require_model(loaded, "prepare_tokens_with_masks")
     _use_torch_attention(original)
     return original
 
@@ -181,8 +179,8 @@ def states(model: Any, pixels: Tensor, as_transformers: bool = False) -> Iterato
         model.interpolate_offset = 0.0 if as_transformers or registers else INTERPOLATE_OFFSET
     x = model.prepare_tokens_with_masks(pixels)
     yield "embeddings", x
-    for i, block in enumerate(model.blocks):
-        x = block(x)
+    for i, layer in enumerate(model.blocks):
+        x = layer(x)
         yield f"layer {i}", x
     x = model.norm(x)
     cls, patches = x[:, :1], x[:, 1 + registers :]

@@ -1,10 +1,10 @@
 """The layers of DINOv2, after Meta's dinov2/layers/, with the parameters' names of Meta or timm."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from streamconv.families.dinov2_geometry import Dimensions
+from streamconv.verification.originals.layers import Block, Mlp
 
 
 class Attention(nn.Module):
@@ -20,16 +20,6 @@ class Attention(nn.Module):
         query, key, value = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, hidden))  # type: ignore[no-any-return]
-
-
-class Mlp(nn.Module):
-    def __init__(self, hidden: int, width: int, has_bias: bool):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden, width, bias=has_bias)
-        self.fc2 = nn.Linear(width, hidden, bias=has_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(functional.gelu(self.fc1(x)))  # type: ignore[no-any-return]
 
 
 class SwiGlu(nn.Module):
@@ -56,29 +46,10 @@ class PackedSwiGlu(nn.Module):
         return self.fc2(functional.silu(gate) * value)  # type: ignore[no-any-return]
 
 
-class LayerScale(nn.Module):
-    def __init__(self, hidden: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.empty(hidden))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class Block(nn.Module):
-    def __init__(self, sizes: Dimensions):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
-        self.attn = Attention(sizes)
-        self.ls1 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
-        kind = PackedSwiGlu if sizes.is_packed else SwiGlu if sizes.swiglu else Mlp
-        self.mlp = kind(sizes.hidden, sizes.ffn, sizes.has_ffn_bias)
-        self.ls2 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+def block(sizes: Dimensions) -> Block:
+    kind = PackedSwiGlu if sizes.is_packed else SwiGlu if sizes.swiglu else Mlp
+    mlp = kind(sizes.hidden, sizes.ffn, sizes.has_ffn_bias)
+    return Block(sizes.hidden, sizes.epsilon, Attention(sizes), mlp, sizes.has_layer_scale)
 
 
 class PatchEmbed(nn.Module):

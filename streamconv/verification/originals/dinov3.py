@@ -15,6 +15,8 @@ from torch.nn import functional
 from streamconv.families.base import Model
 from streamconv.families.dinov3_geometry import MAX_ROUNDING, ROPE_BASE, Dimensions
 from streamconv.verification.originals import KnownDifference, OriginalArchitecture
+from streamconv.verification.originals.hub import load_without_weights, require_model
+from streamconv.verification.originals.layers import Block, Mlp
 
 REPOSITORY = "facebookresearch/dinov3"
 ROUNDED_PERIODS = KnownDifference(
@@ -93,50 +95,21 @@ def _rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     return torch.cat((x[:, :, :prefix, :], patches), dim=-2).to(dtype)
 
 
-class Mlp(nn.Module):
-    def __init__(self, sizes: Dimensions):
-        super().__init__()
-        self.fc1 = nn.Linear(sizes.hidden, sizes.ffn, bias=sizes.has_ffn_bias)
-        self.fc2 = nn.Linear(sizes.ffn, sizes.hidden, bias=sizes.has_ffn_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(functional.gelu(self.fc1(x)))  # type: ignore[no-any-return]
-
-
 class SwiGLUFFN(nn.Module):
-    def __init__(self, sizes: Dimensions):
+    def __init__(self, hidden: int, width: int, has_bias: bool):
         super().__init__()
-        self.w1 = nn.Linear(sizes.hidden, sizes.ffn, bias=sizes.has_ffn_bias)
-        self.w2 = nn.Linear(sizes.hidden, sizes.ffn, bias=sizes.has_ffn_bias)
-        self.w3 = nn.Linear(sizes.ffn, sizes.hidden, bias=sizes.has_ffn_bias)
+        self.w1 = nn.Linear(hidden, width, bias=has_bias)
+        self.w2 = nn.Linear(hidden, width, bias=has_bias)
+        self.w3 = nn.Linear(width, hidden, bias=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w1(x), self.w2(x)
         return self.w3(functional.silu(gate) * up)  # type: ignore[no-any-return]
 
 
-class LayerScale(nn.Module):
-    def __init__(self, hidden: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.empty(hidden))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class SelfAttentionBlock(nn.Module):
-    def __init__(self, sizes: Dimensions):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
-        self.attn = SelfAttention(sizes)
-        self.ls1 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
-        self.mlp = (SwiGLUFFN if sizes.is_gated else Mlp)(sizes)
-        self.ls2 = LayerScale(sizes.hidden) if sizes.has_layer_scale else nn.Identity()
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x), rope))
-        return x + self.ls2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+def _block(sizes: Dimensions) -> Block:
+    mlp = (SwiGLUFFN if sizes.is_gated else Mlp)(sizes.hidden, sizes.ffn, sizes.has_ffn_bias)
+    return Block(sizes.hidden, sizes.epsilon, SelfAttention(sizes), mlp, sizes.has_layer_scale)
 
 
 class PatchEmbed(nn.Module):
@@ -161,7 +134,7 @@ class DinoVisionTransformer(nn.Module):
         if sizes.registers or sizes.has_empty_registers:
             self.storage_tokens = nn.Parameter(torch.empty(1, sizes.registers, sizes.hidden))
         self.rope_embed = RopePositionEmbedding(sizes)
-        self.blocks = nn.ModuleList(SelfAttentionBlock(sizes) for _ in range(sizes.layers))
+        self.blocks = nn.ModuleList(_block(sizes) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
         if sizes.has_local_norm and sizes.is_original:  # in the file, but used only for local crops in training
             self.local_cls_norm = nn.LayerNorm(sizes.hidden, eps=sizes.epsilon)
@@ -186,15 +159,9 @@ def load(repository: str, source: str, model: Model) -> Any:
 
     Meta's function builds a model for the weights in a file of this name, which it does not read.
     """
-    load_entry: Any = torch.hub.load
     entry = model.name.partition("_sat")[0]
-    original = load_entry(
-        repository, entry, source=source, trust_repo=True, verbose=False, pretrained=False,
-        weights=model.backbone.filename,
-    )  # fmt: skip
-    if not isinstance(original, nn.Module) or not hasattr(original, "rope_embed"):
-        raise TypeError(f"it returns a {type(original).__name__}, which is not the authors' model")
-    return original
+    loaded = load_without_weights(repository, entry, source, weights=model.backbone.filename)
+    return require_model(loaded, "rope_embed")
 
 
 def states(model: Any, pixels: Tensor, as_transformers: bool = False) -> Iterator[tuple[str, Tensor]]:

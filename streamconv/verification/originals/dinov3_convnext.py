@@ -15,6 +15,7 @@ from torch.nn import functional
 from streamconv.families.base import Model
 from streamconv.families.dinov3_convnext import Dimensions
 from streamconv.verification.originals import OriginalArchitecture, first_module_list
+from streamconv.verification.originals.hub import load_without_weights, require_model
 
 REPOSITORY = "facebookresearch/dinov3"
 
@@ -77,12 +78,7 @@ def build(sizes: Dimensions) -> ConvNeXt:
 
 def load(repository: str, source: str, model: Model) -> Any:
     """Load Meta's own model. Runs the repository's code."""
-    load_entry: Any = torch.hub.load
-    entry = model.name
-    original = load_entry(repository, entry, source=source, trust_repo=True, verbose=False, pretrained=False)
-    if not isinstance(original, nn.Module) or not hasattr(original, "downsample_layers"):
-        raise TypeError(f"it returns a {type(original).__name__}, which is not the authors' model")
-    return original
+    return require_model(load_without_weights(repository, model.name, source), "downsample_layers")
 
 
 def states(model: Any, pixels: Tensor, as_transformers: bool = False) -> Iterator[tuple[str, Tensor]]:
