@@ -72,9 +72,11 @@ class Layout:
     def _spellings(self, rule: Rule) -> tuple[str, ...]:
         return rule.targets if self.is_converted else rule.sources
 
-    def strays(self, infos: Mapping[str, TensorInfo]) -> list[str]:
-        """Return the spellings of names that are inside the prefix, but not inside any module of the backbone."""
-        origins = self.origins(infos)
+    def strays(self, infos: Mapping[str, TensorInfo], origins: Mapping[str, Origin]) -> list[str]:
+        """Return the spellings of names that are inside the prefix, but not inside any module of the backbone.
+
+        ``origins`` are those of ``infos``.
+        """
         spec = self.family.conversion_spec(
             self.family.read_dimensions({key: infos[each.names[0]] for key, each in origins.items()})
         )

@@ -53,13 +53,12 @@ class Selection:
 
     ``names`` maps each key of the backbone, and of a head in the same file, as the family's rules spell it, to the
     file's name for it; in a model that was converted before, to all names that the key's tensor is restored from, as
-    ``origins`` describes. ``head_names``
-    maps the keys of a head in a file of its own to that file's names. ``unread`` are the values, by their names in
-    the file, that would be parts of the model if they were plain tensors. ``config`` is the config.json of a model that
-    was converted before, and ``image_processor`` its preprocessor_config.json, None if it has none;
-    ``image_processor_file`` has that file's bytes. ``config_beside`` is the config.json that was found beside a file in
-    its authors' names; it may belong to another model. ``guessed_heads`` is the number of attention heads that an
-    earlier conversion guessed for ``config``. ``unproved`` are assumptions that verification shares.
+    ``origins`` describes. ``head_names`` maps the keys of a head in a file of its own to that file's names. ``unread``
+    are the values, by their names in the file, that would be parts of the model if they were plain tensors. ``config``
+    is the config.json of a model that was converted before, and ``image_processor`` its preprocessor_config.json, None
+    if it has none; ``image_processor_file`` has that file's bytes. ``config_beside`` is the config.json that was found
+    beside a file in its authors' names; it may belong to another model. ``guessed_heads`` is the number of attention
+    heads that an earlier conversion guessed for ``config``. ``unproved`` are assumptions that verification shares.
     ``small_file_notes`` are remarks on the files that were found.
     """
 
@@ -149,8 +148,10 @@ def _select(
     """
     infos = {name: tensor.info for name, tensor in checkpoint.items()}
     spelled, others, doubled = _sort(infos, layout)
-    strays = {key: spelled.pop(key) for key in layout.strays({key: infos[name] for key, name in spelled.items()})}
-    origins = layout.origins({key: infos[name] for key, name in spelled.items()})
+    inner = {key: infos[name] for key, name in spelled.items()}
+    found = layout.origins(inner)
+    strays = {key: spelled.pop(key) for key in layout.strays(inner, found)}
+    origins = {key: origin for key, origin in found.items() if strays.keys().isdisjoint(origin.names)}
     names = {key: tuple(spelled[each] for each in origin.names) for key, origin in origins.items()}
     backbone = {key: origin.info([infos[name] for name in names[key]]) for key, origin in origins.items()}
     inside = {*spelled.values()}

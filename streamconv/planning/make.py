@@ -205,7 +205,8 @@ def _explained(
 ) -> MappingError:
     """Return an error that names the model that the tensors belong to, if it is known; otherwise ``error``."""
     shapes = {names.get(key, key): tensor.info.shape for key, tensor in tensors.items()}
-    ranks = {names.get(key, key): len(expected[key].shape or ()) for key in tensors if key in expected}
+    found = ((key, expected.get(key)) for key in tensors)
+    ranks = {names.get(key, key): len(each.shape or ()) for key, each in found if each is not None}
     return recognise(shapes, where, ranks=ranks) or error
 
 
