@@ -28,17 +28,21 @@ def expected(backbone: State, head: State) -> State:
     return original_mapping(backbone, "dinov2.") | prefixed(head, "classifier.")
 
 
-def require_classifier(folder: Path, backbone: State, head: State) -> None:
+def is_classifier(folder: Path, backbone: State, head: State) -> bool:
     written = safetensors.torch.load_file(folder / "model.safetensors")
     wanted = expected(backbone, head)
-    assert written.keys() == wanted.keys()
-    assert all(torch.equal(written[name], wanted[name]) for name in wanted)
-    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Dinov2ForImageClassification"]
+    has_weights = written.keys() == wanted.keys() and all(torch.equal(written[name], wanted[name]) for name in wanted)
+    return has_weights and architectures(folder) == ["Dinov2ForImageClassification"]
 
 
-def require_backbone(folder: Path, backbone: State) -> None:
-    assert safetensors.torch.load_file(folder / "model.safetensors").keys() == original_mapping(backbone).keys()
-    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Dinov2Model"]
+def is_backbone(folder: Path, backbone: State) -> bool:
+    written = safetensors.torch.load_file(folder / "model.safetensors")
+    return written.keys() == original_mapping(backbone).keys() and architectures(folder) == ["Dinov2Model"]
+
+
+def architectures(folder: Path) -> list[str]:
+    found: list[str] = json.loads((folder / "config.json").read_text())["architectures"]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -54,14 +58,14 @@ def test_head_in_the_same_file_makes_a_classifier(
     source = saved(prefixed(backbone, prefix) | prefixed(head, start), tmp_path / "x.pth")
     (tmp_path / "labels.txt").write_text("a\nb\nc\nd\ne\n")
     done = api.convert(source, tmp_path / "out", labels=tmp_path / "labels.txt")
-    require_classifier(tmp_path / "out", backbone, head)
+    assert is_classifier(tmp_path / "out", backbone, head)
     assert done.plan.config["id2label"] == dict(enumerate("abcde"))
     assert {move.source for move in done.plan.mapping} >= {f"{start}weight", f"{start}bias"}
     assumed = f"{start}bias and {start}weight are assumed to be a head that reads the CLS token and the mean of the"
     assert [note.startswith(assumed) for note in (*done.plan.notes, *done.plan.unproved)].count(True) == 2 * is_assumed
     assert done.plan.skipped == ()
     alone = api.convert(source, tmp_path / "alone", select=prefix)
-    require_backbone(tmp_path / "alone", backbone)
+    assert is_backbone(tmp_path / "alone", backbone)
     assert [(each.start, each.reason) for each in alone.plan.skipped] == [(start, "not selected")]
 
 
@@ -86,9 +90,9 @@ def test_converted_classifier_is_found_under_a_prefix(
     source = tmp_path / "x.safetensors"
     safetensors.torch.save_file(prefixed(named, prefix), source)
     api.convert(source, tmp_path / "out")
-    require_classifier(tmp_path / "out", *states)
+    assert is_classifier(tmp_path / "out", *states)
     api.convert(source, tmp_path / "alone", select=f"{prefix}dinov2" if is_chosen else "dinov2")
-    require_backbone(tmp_path / "alone", states[0])
+    assert is_backbone(tmp_path / "alone", states[0])
 
 
 def test_head_that_peft_trained_is_the_head(tmp_path: Path, states: tuple[State, State]) -> None:
@@ -96,7 +100,7 @@ def test_head_that_peft_trained_is_the_head(tmp_path: Path, states: tuple[State,
     named = prefixed(original_mapping(backbone), "dinov2.") | prefixed(head, "classifier.modules_to_save.default.")
     named |= prefixed({key: torch.zeros_like(value) for key, value in head.items()}, "classifier.original_module.")
     api.convert(saved(prefixed(named, "base_model.model."), tmp_path / "x.pth"), tmp_path / "out")
-    require_classifier(tmp_path / "out", backbone, head)
+    assert is_classifier(tmp_path / "out", backbone, head)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,7 @@ def test_several_heads_in_the_same_file_require_a_choice(tmp_path: Path, states:
     with pytest.raises(MappingError, match=r"use --select backbone and --head-select linear_head:"):
         api.plan(source, head_select="linear_head")
     api.convert(source, tmp_path / "out", select="backbone", head_select="linear_head")
-    require_classifier(tmp_path / "out", backbone, other)
+    assert is_classifier(tmp_path / "out", backbone, other)
     manifest = json.loads((tmp_path / "out" / "streamconv.json").read_text())
     assert (manifest["select"], manifest["head_select"]) == ("backbone", "linear_head")
     with pytest.raises(OutputError, match=r"its plan .* differs"):
@@ -160,7 +164,7 @@ def test_head_is_chosen_in_a_larger_file(tmp_path: Path, states: tuple[State, St
     assert list(caught.value.problems) == [f"{fitting}{lr}.linear [5, 256] and [5]" for lr in ("0_00001", "0_00100")]
     for i, (lr, select) in enumerate((("0_00001", f"{fitting}0_00001"), ("0_00100", f"{fitting}0_00100.linear."))):
         api.convert(source, tmp_path / lr, head=heads, head_select=select)
-        require_classifier(tmp_path / lr, backbone, {"weight": head["weight"] + i, "bias": head["bias"]})
+        assert is_classifier(tmp_path / lr, backbone, {"weight": head["weight"] + i, "bias": head["bias"]})
     with pytest.raises(UsageError, match=rf"Use --head-select {fitting}0_00001.linear or --head-select"):
         api.plan(source, head=heads, head_select="model")
     with pytest.raises(UsageError, match=r"does not have one head under teacher\. Use --head-select"):
@@ -179,11 +183,11 @@ def test_head_of_a_classifiers_file_can_be_used_with_another_backbone(
     source = saved(backbone, tmp_path / "x.pth")
     made = api.convert(source, tmp_path / "out", head=whole, head_select="linear_head")
     assert not any("head's outputs" in each for each in made.plan.unproved)  # the backbone beside it is no part of it
-    require_classifier(tmp_path / "out", backbone, head)
+    assert is_classifier(tmp_path / "out", backbone, head)
     with pytest.raises(UsageError, match=r"already has its head\. Omit --head, or .* with --select backbone\."):
         api.plan(whole, head=whole, head_select="linear_head")
     api.convert(whole, tmp_path / "again", head=whole, head_select="linear_head", select="backbone")
-    require_classifier(tmp_path / "again", other, head)
+    assert is_classifier(tmp_path / "again", other, head)
 
 
 def test_head_under_any_prefix_in_a_file_of_its_own(tmp_path: Path, states: tuple[State, State]) -> None:
@@ -191,7 +195,7 @@ def test_head_under_any_prefix_in_a_file_of_its_own(tmp_path: Path, states: tupl
     source = saved(backbone, tmp_path / "x.pth")
     for prefix in ("linear_head.", "module.classifier.", "0."):
         api.convert(source, tmp_path / prefix, head=saved(prefixed(head, prefix), tmp_path / "h.pth"))
-        require_classifier(tmp_path / prefix, backbone, head)
+        assert is_classifier(tmp_path / prefix, backbone, head)
 
 
 def test_head_select_needs_a_head(tmp_path: Path, states: tuple[State, State]) -> None:

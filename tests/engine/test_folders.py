@@ -40,12 +40,14 @@ def write_shards(folder: Path, name: str, index: str = "", **metadata: object) -
         (folder / index).write_text(json.dumps({**metadata, "weight_map": weight_map}))
 
 
-def require_read(place: Path, note: str = "") -> None:
+WANTED = {name: bytes_of(value) for name, value in STATE.items()}
+
+
+def contents_of(place: Path, note: str = "") -> dict[str, bytes]:
+    """Return the tensors' bytes, after comparing the note on which files they were read from."""
     with streamconv.open_checkpoint(place) as checkpoint:
-        assert {name: read_bytes(tensor) for name, tensor in checkpoint.items()} == {
-            name: bytes_of(value) for name, value in STATE.items()
-        }
         assert checkpoint.note == note
+        return {name: read_bytes(tensor) for name, tensor in checkpoint.items()}
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -106,7 +108,7 @@ def test_folder_is_read_whatever_its_weights_are_called(tmp_path: Path, layout: 
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     make(folder)
-    require_read(folder, note)
+    assert contents_of(folder, note) == WANTED
 
 
 def test_files_that_transformers_prefers_come_first(tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_transformers_loads_the_same_weights_from_a_bin_folder(tmp_path: Path) -
 def test_index_as_source_opens_its_folder(tmp_path: Path) -> None:
     for kind, index in (("safetensors", "model.safetensors.index.json"), ("bin", "pytorch_model.bin.index.json")):
         write_shards(tmp_path / kind, f"x-{{}}.{kind}", index)
-        require_read(tmp_path / kind / index)
+        assert contents_of(tmp_path / kind / index) == WANTED
 
 
 def test_one_shard_as_source_names_its_folder(tmp_path: Path) -> None:
@@ -225,8 +227,8 @@ def hub_cache(folder: Path, *revisions: str) -> Path:
 
 def test_cache_of_the_hub_is_read_from_its_only_snapshot(tmp_path: Path) -> None:
     model = hub_cache(tmp_path, "abc")
-    require_read(model)
-    require_read(model / "snapshots" / "abc")
+    assert contents_of(model) == WANTED
+    assert contents_of(model / "snapshots" / "abc") == WANTED
     with streamconv.open_checkpoint(model) as checkpoint:
         assert checkpoint.folder == model / "snapshots" / "abc"
     with pytest.raises(NotACheckpointError, match=r"holds 2 snapshots .* Give one of them: .*snapshots/abc or "):
@@ -243,9 +245,9 @@ def test_links_of_the_folder_are_followed(tmp_path: Path, name: str) -> None:
         if name in (path.name, "all"):
             shutil.move(path, store / str(i))
             path.symlink_to(os.path.relpath(store / str(i), folder))
-    require_read(folder)
+    assert contents_of(folder) == WANTED
     (tmp_path / "link").symlink_to(folder)
-    require_read(tmp_path / "link")
+    assert contents_of(tmp_path / "link") == WANTED
 
 
 def test_config_beside_a_link_is_read(tmp_path: Path) -> None:

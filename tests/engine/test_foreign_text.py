@@ -76,7 +76,7 @@ def test_text_in_configuration_and_labels_stays_data(tmp_path: Path, save: Save,
         attack("convert", "theirs", "-o", "out2", "--dry-run")
     (theirs / "config.json").write_text(json.dumps({"model_type": text, "x": {**config, "model_type": "dinov2"}}))
     (theirs / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": text, "do_resize": text}))
-    attack("plan", "theirs")
+    assert attack("plan", "theirs").returncode == 0
 
 
 @pytest.mark.parametrize("name", [NAME, MARK * 20])
@@ -97,8 +97,8 @@ def test_file_names_stay_data(tmp_path: Path, attack: Attack, save: Save, name: 
     attack("plan", "x", f"--{name}")
     source, _ = save(tiny())
     source.rename(tmp_path / f"{name}.pth")
-    attack("convert", f"{name}.pth", "-o", name)
-    attack("convert", f"{name}.pth", "-o", name)
+    assert attack("convert", f"{name}.pth", "-o", name).returncode == 0
+    assert attack("convert", f"{name}.pth", "-o", name).returncode == 0
     attack("verify", name)
     attack("revert", name, "-o", f"{name}/{name}.pth")
     attack("revert", name, "-o", f"{name}/{name}.pth")
@@ -185,8 +185,8 @@ def test_text_of_a_server_stays_data(
     server.faults.headers = {"ETag": f'"{header}2"'}
     attack("convert", url, "-o", "out")
     (server.folder / "page.pth").write_text(f"<html><title>{text}</title><p>{text}")
-    attack("plan", f"{server.url}/page.pth")
-    attack("plan", f"{server.url}/%1b%5b2J%e2%80%ae{MARK}.pth")
+    assert attack("plan", f"{server.url}/page.pth").returncode == 3
+    assert attack("plan", f"{server.url}/%1b%5b2J%e2%80%ae{MARK}.pth").returncode == 2
 
 
 @pytest.mark.parametrize("text", [ATTACK, LONG])
@@ -196,7 +196,7 @@ def test_text_of_the_hub_stays_data(tmp_path: Path, save: Save, hub: HubServer, 
     header = re.sub(r"[\r\n]+", "\r\n\t", text).encode().decode("latin-1")
     for pattern in ("GET /api/whoami", "POST /api/repos/create", "POST /api/models/.*/commit", "GET /api/models/"):
         hub.fail(pattern, status=400, body={"error": text}, headers={"X-Error-Message": header})
-        attack("push", "out", "ada/it", "--unverified")
+        assert attack("push", "out", "ada/it", "--unverified").returncode != 0
         hub.faults.clear()
 
 

@@ -40,9 +40,10 @@ from streamconv.families.rules import (
     transpose,
 )
 from streamconv.formats.checkpoint import open_checkpoint
-from streamconv.tensors import expressions
+from streamconv.tensors import concatenation
 from streamconv.tensors.constants import literal, placeholder
 from streamconv.tensors.evaluation import read_bytes
+from streamconv.tensors.expressions import Expression
 
 Tensors = Sequence[torch.Tensor]
 DIMS = {"D": 4, "2D": 8, "3D": 12, "F": 6, "H": 2}
@@ -212,12 +213,14 @@ def test_incomplete_and_unequal_targets_are_their_own_sources(tmp_path: Path) ->
 def test_operations_report_shapes_that_do_not_fit_as_value_errors(operation: Operation, shape: tuple[int, ...]) -> None:
     """Any shape may be in a file, and the callers list such errors."""
     infos = [TensorInfo("F32", shape)] * 2
+    results: list[Expression] = []
     for tensors in ([placeholder(info) for info in infos[:count]] for count in (1, 2)):
         for inputs in (None, infos, [TensorInfo("F32", (3,))]):
             with contextlib.suppress(ValueError):
-                operation.undo(tensors, inputs)
+                results += operation.undo(tensors, inputs)
         with contextlib.suppress(ValueError):
-            operation.apply(tensors, {})
+            results += operation.apply(tensors, {})
+    assert all(size >= 0 for result in results for size in result.shape)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,7 @@ def test_impossible_sizes_are_any_shape_so_that_the_family_reports_them() -> Non
 
 def test_target_of_too_many_parts_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"a": torch.randn(12, 6)[::2].t()}, tmp_path / "x.pth")  # rows of the view are not in one run
-    monkeypatch.setattr(expressions, "MAX_PARTS", 3)
+    monkeypatch.setattr(concatenation, "MAX_PARTS", 3)
     with open_checkpoint(tmp_path / "x.pth") as checkpoint:
         rules = [reshape("a", "x", "F F", "1 36")]
         with pytest.raises(MappingError, match=r"too many parts:\n  x: F32 \[6, 6\] would become 6 parts"):

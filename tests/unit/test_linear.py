@@ -155,19 +155,18 @@ def honest_seconds(count: int) -> float:
 
 
 def attack(name: str, count: int) -> float:
-    """Return the seconds for a file, after comparing them with an honest file's."""
+    """Return the seconds for a file, measured up to three times if they are many more than an honest file's."""
     assert max(map(len, ATTACKS[name][0](count))) <= MAX_NAME_LENGTH
     for _ in range(3):
         seconds = seconds_of(lambda: refusal(name, count))
         if seconds < TIMES_HONEST * honest_seconds(count):
             break
-    assert seconds < TIMES_HONEST * honest_seconds(count)
     return seconds
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_hostile_names_take_no_longer_than_those_of_a_model(name: str) -> None:
-    attack(name, 1_500)
+    assert attack(name, 1_500) < TIMES_HONEST * honest_seconds(1_500)
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -1,11 +1,10 @@
 """Small files with any entry replaced by anything: only our own errors come out of what reads them."""
 
-import contextlib
 import copy
 import json
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -66,6 +65,22 @@ def mutations(value: Any) -> Iterator[Any]:
         yield changed
 
 
+def outcomes(read: Callable[[Any], object], values: Iterable[Any], *refusals: type[Exception]) -> set[str]:
+    """Return how values were treated: "read" or "refused". Any other exception ends the test."""
+    found = set()
+    for value in values:
+        try:
+            read(value)
+        except refusals:
+            found.add("refused")
+        else:
+            found.add("read")
+    return found
+
+
+BOTH = {"read", "refused"}
+
+
 def manifest() -> Manifest:
     source = {"backbone": SourceFile("x.pth", 1, "ab", "https://host/x.pth", version={"x.pth": (1, "a")})}
     provenance = Provenance(source=source, plan="ab", filled={"a": 0.0}, notes=("n",), skipped=("s",))
@@ -87,11 +102,14 @@ def verification(made: Manifest) -> Verification:
 
 def test_mutated_manifest_is_read_or_refused() -> None:
     whole = json.loads(manifest().to_bytes())
-    for value in (*mutations(whole), *({**whole, "verification": each} for each in mutations(whole["verification"]))):
-        with suppress(StreamconvError):
-            read = Manifest.from_json(value, Path("streamconv.json"))
-            has_passed(read)
-            make_card(read, "a/b", None, ()).encode()
+    verdicts = ({**whole, "verification": each} for each in mutations(whole["verification"]))
+
+    def read(value: Any) -> None:
+        found = Manifest.from_json(value, Path("streamconv.json"))
+        has_passed(found)
+        make_card(found, "a/b", None, ()).encode()
+
+    assert outcomes(read, (*mutations(whole), *verdicts), StreamconvError) == BOTH
 
 
 LABELS = {str(i): name for i, name in enumerate("abc")}
@@ -115,6 +133,7 @@ SMALL_FILES: dict[str, tuple[object, Callable[[Path], object]]] = {
     ".x.pth.streamconv-download.json": (RECORD, lambda path: Download.read(path.parent / "x.pth")),
     "x.lock": (asdict(Process.this()), lambda path: open_exclusive(path.with_name("x")).close()),
 }  # fmt: skip
+ALWAYS_READ = {"config.json", ".x.pth.streamconv-download.json"}  # what is wrong in them is ignored
 
 
 @pytest.mark.parametrize("name", SMALL_FILES)
@@ -124,10 +143,13 @@ def test_mutated_small_file_is_read_or_refused(name: str, tmp_path: Path, monkey
     monkeypatch.setattr("streamconv.source.cache._record_path", lambda path: tmp_path / name)
     (tmp_path / "y.safetensors").touch()
     (tmp_path / "x.pth").write_bytes(b"abc")
-    for value in mutations(json.loads(json.dumps(whole))):
+
+    def write_and_read(value: Any) -> None:
         (tmp_path / name).write_text(json.dumps(value))
-        with suppress(StreamconvError, LockedError):
-            read(tmp_path / name)
+        read(tmp_path / name)
+
+    values = mutations(json.loads(json.dumps(whole)))
+    assert outcomes(write_and_read, values, StreamconvError, LockedError) == ({"read"} if name in ALWAYS_READ else BOTH)
 
 
 def test_mutated_safetensors_header_is_read_or_refused(tmp_path: Path) -> None:
@@ -141,16 +163,14 @@ def test_mutated_safetensors_header_is_read_or_refused(tmp_path: Path) -> None:
 def test_mutated_journal_is_read_or_refused() -> None:
     whole = manifest()
     provenance = {key: value for key, value in asdict(whole).items() if key in Provenance.__dataclass_fields__}
-    for value in mutations({"format_version": 1, "provenance": json.loads(json.dumps(provenance))}):
-        with contextlib.suppress(StreamconvError):
-            Journal.parse(json.dumps(value).encode() + b"\n", Path("journal"))
+    values = mutations({"format_version": 1, "provenance": json.loads(json.dumps(provenance))})
+    lines = (json.dumps(value).encode() + b"\n" for value in values)
+    assert outcomes(lambda line: Journal.parse(line, Path("journal")), lines, StreamconvError) == BOTH
 
 
 def test_mutated_image_processor_is_read_or_unknown() -> None:
-    for value in mutations(json.loads(json.dumps(IMAGE_PROCESSOR))):
-        if isinstance(value, dict):
-            with suppress(UnknownStepsError):
-                read_pixel_steps(value)
+    values = [each for each in mutations(json.loads(json.dumps(IMAGE_PROCESSOR))) if isinstance(each, dict)]
+    assert outcomes(read_pixel_steps, values, UnknownStepsError) == BOTH
 
 
 def test_image_processor_that_crops_to_no_size_is_unknown() -> None:

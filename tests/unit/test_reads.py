@@ -36,6 +36,7 @@ def test_estimate_is_about_what_is_read(tensor: Read) -> None:
 def test_transposed_matrices_of_every_size_are_streamed(dtype: DtypeCode, cast_to: DtypeCode, rows: int) -> None:
     largest = cast(view((rows, 32_000), (1, rows), dtype), cast_to)
     refuse_unstreamable({f"{i}": largest for i in range(100)})
+    assert estimate_bytes_read(largest) <= 64 * largest.info.nbytes
 
 
 def test_views_of_ordinary_checkpoints_are_streamed() -> None:
