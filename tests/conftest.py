@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,11 @@ from streamconv.tensors import tiles
 from tests.file_server import FileServer, serving
 from tests.hostile import Attacked, Refusal
 from tests.hub_server import TOKEN, HubServer, running
+from tests.s3_server import CREDENTIALS, Bucket, S3Server
+from tests.s3_server import running as running_s3
 from tests.support import HUB_MODEL, Save
+
+_numbers = count()
 
 
 @pytest.fixture(autouse=True)
@@ -186,3 +191,23 @@ def remote_hub_model(server: FileServer) -> str:
 
     torch.save(make_states(HUB_MODEL)[0], server.folder / "x.pth")
     return f"{server.url}/x.pth"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """Run one S3 server for all tests: it takes half a second to start."""
+    pytest.importorskip("moto.server")
+    with running_s3() as s3_server:
+        yield s3_server
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """Make a new bucket, which this process and those that it starts reach under its URL."""
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": s3_server.url}.items():
+        monkeypatch.setenv(name, value)
+    bucket = Bucket(f"bucket-{next(_numbers)}", s3_server)
+    bucket.create()
+    s3_server.reset()
+    yield bucket
+    s3_server.reset()
