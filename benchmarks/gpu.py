@@ -250,7 +250,7 @@ def main() -> None:
         small = streamconv.synth("dinov2_vits14", folder / "small.pth").backbone
         output = streamconv.convert(small, folder / "small").output
         large_source = streamconv.synth(args.model, folder / "large.pth").backbone
-        for finding in record(Work(folder, small, output, large_source, start), ALL):
+        for finding in record(Work(folder, small, Path(output), large_source, start), ALL):
             print(json.dumps({"model": args.model, **finding}, default=str), flush=True)
 
 

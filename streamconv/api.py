@@ -23,6 +23,7 @@ from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.hub.destination import Destination, PushTarget
 from streamconv.jobs.conversion import Conversion
 from streamconv.jobs.convert import convert, plan
+from streamconv.jobs.convert_plan import convert_plan, finish
 from streamconv.jobs.options import ConversionOptions, PushOptions, SourceOptions, VerificationOptions
 from streamconv.jobs.publish import Published, publish
 from streamconv.jobs.revert import Reverted, revert
@@ -77,6 +78,8 @@ __all__ = [
     "VerificationOptions",
     "__version__",
     "convert",
+    "convert_plan",
+    "finish",
     "open_checkpoint",
     "plan",
     "publish",

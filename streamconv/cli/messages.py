@@ -37,11 +37,15 @@ def conversion_lines(done: Conversion) -> Iterator[Line | str]:
         yield f"{done.plan.title}: {place}, {work}"
     yield from few([f"  {name} was {loss}, and was written again" for name, loss in done.restored.items()], *MORE_FILES)
     for name in done.edited:
-        kept = f"{done.output / name} was changed after the conversion; it is kept. To write it again, use --force"
+        kept = f"{done.output}/{name} was changed after the conversion; it is kept. To write it again, use --force"
         yield _warning(kept)
     for name in done.replaced:
-        yield f"  {done.output / name} had been changed after the conversion; --force replaced it"
-    files = [_file(s.filename, s.size, done.shards[s.filename], done.was_finished) for s in done.plan.shards]
+        yield f"  {done.output}/{name} had been changed after the conversion; --force replaced it"
+    files = [
+        _file(s.filename, s.size, done.shards[s.filename], done.was_finished)
+        for s in done.plan.shards
+        if s.filename in done.shards
+    ]
     yield from few(files, *MORE_FILES)
     if done.plan.cast:
         yield "  cast from {from} to {to}".format_map(done.plan.cast)

@@ -174,6 +174,25 @@ def local_path(path: str | PathLike[str], role: str) -> Path:
     return Path(path)
 
 
+def parse_folder(path: str | PathLike[str], role: str) -> Location:
+    """Return the path of a folder, or the URL of one in a store without slashes at its end.
+
+    Args:
+        role: What messages call it.
+
+    Raises:
+        UsageError: it is empty, the URL is not valid, or it is one of the web, which has no folders.
+    """
+    text = fspath(path)
+    if not isinstance(path, str) or not _ADDRESS.match(text) or text.lower().startswith("file://"):
+        return local_path(path, role)
+    address = Address(text.rstrip("/"))
+    shown = printable(str(address))
+    if address.scheme in (*WEB, "data") or not address.name or not text.isprintable():
+        raise UsageError(f"{shown} cannot be the {role}. Give a path, or a URL such as s3://BUCKET/FOLDER.")
+    return address
+
+
 def is_valid_url(url: str) -> bool:
     """Return whether an http URL has a valid host and port; fsspec checks URLs with other schemes."""
     try:

@@ -1,38 +1,33 @@
 """A conversion before it is written, with all decisions, and its result."""
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from streamconv._version import __version__
-from streamconv.display import first_lines
-from streamconv.families.selection import Skipped
-from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.options import StrPath
+from streamconv.jobs.planned import planned_conversion
 from streamconv.jobs.prepare import PreparedSource, output_folder
 from streamconv.output.disk import require_space, require_writable
 from streamconv.output.fallbacks import lacks_of
 from streamconv.output.finished import NOTHING, EarlierOutput, Loss, find_earlier, find_edited
 from streamconv.output.folder import growth
 from streamconv.output.identity import is_unidentified
-from streamconv.output.manifest import GivenImageProcessor, Labels, Manifest, Provenance, WrittenFile
+from streamconv.output.manifest import Manifest, Provenance, WrittenFile
+from streamconv.output.planned import PlannedConversion
+from streamconv.planning.parts import Part
 from streamconv.planning.plan import Plan
 from streamconv.source.download import check_downloads
 from streamconv.source.labels import labels_in
 from streamconv.source.open import OpenSource, read_config
-from streamconv.tensors.packages import check_packages
-
-MAX_RECORDED = 100  # skipped parts that a manifest lists
 
 
 @dataclass(frozen=True)
 class Conversion:
     """The result of a conversion.
 
-    ``output`` is the folder, and ``shards`` maps the names of its weight files to their sha256 in hexadecimal.
+    ``output`` is the folder or, in a store, its URL. ``shards`` maps the names of its weight files to their sha256 in
+    hexadecimal; of one ``part`` of the plan, these are only that part's, and nothing else was written.
     ``was_finished``: the folder already held the same conversion, and nothing was written. ``resumed_bytes`` counts
     the bytes that an interrupted run had written and that were kept after a check. ``is_crc_checked``: every byte
     was compared with a CRC-32 of the source. ``labels_from`` describes where a classifier's labels came from.
@@ -48,7 +43,7 @@ class Conversion:
     too.
     """
 
-    output: Path
+    output: Path | str
     plan: Plan
     shards: Mapping[str, str]
     was_finished: bool
@@ -62,6 +57,7 @@ class Conversion:
     restored: Mapping[str, Loss] = field(default_factory=dict)
     replaced: tuple[str, ...] = ()
     disk_notes: tuple[str, ...] = ()
+    part: Part | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
@@ -71,8 +67,11 @@ class Conversion:
             "architecture": self.plan.architecture,
             "bytes": self.plan.size,
             "shards": [
-                {"file": s.filename, "bytes": s.size, "sha256": self.shards[s.filename]} for s in self.plan.shards
+                {"file": s.filename, "bytes": s.size, "sha256": self.shards[s.filename]}
+                for s in self.plan.shards
+                if s.filename in self.shards
             ],
+            "part": str(self.part) if self.part is not None else None,
             "was_finished": self.was_finished,
             "resumed_bytes": self.resumed_bytes,
             "is_crc_checked": self.is_crc_checked,
@@ -91,13 +90,10 @@ class Conversion:
 
 @dataclass(frozen=True)
 class PreparedConversion:
-    """A conversion before anything is written."""
+    """A conversion into a folder that one process writes, before anything is written."""
 
     folder: Path
-    plan: Plan
-    provenance: Provenance
-    labels_from: str | None
-    has_checksums: bool
+    planned: PlannedConversion
     force: bool
 
     @classmethod
@@ -105,27 +101,18 @@ class PreparedConversion:
         """Prepare the conversion of an open source.
 
         Raises:
-            UsageError: see `output_folder`; or a package that evaluating the tensors needs is not installed.
+            UsageError: see `output_folder` and `planned_conversion`.
         """
-        check_packages({name: tensor for shard in prepared.plan.shards for name, tensor in shard.tensors})
-        folder, plan, source = output_folder(output, prepared, force=force), prepared.plan, prepared.source
-        labels = Labels(prepared.labels_from, prepared.are_labels_default, plan.labels_digest)
-        provenance = Provenance(
-            source=source.describe(),
-            plan=plan.fingerprint,
-            **plan.names,
-            select=source.source.select,
-            head_select=source.source.head_select,
-            num_heads=source.source.num_heads,
-            guessed_heads=_guessed_heads(prepared),
-            filled=plan.filled,
-            block_chunks=plan.block_chunks,
-            notes=plan.notes,
-            skipped=_recorded(plan.skipped),
-            labels=labels if "id2label" in plan.config else None,
-            image_processor=_given_image_processor(prepared),
-        )
-        return cls(folder, plan, provenance, prepared.labels_from, source.has_checksums, force)
+        planned = planned_conversion(prepared)
+        return cls(output_folder(output, prepared, force=force), planned, force)
+
+    @property
+    def plan(self) -> Plan:
+        return self.planned.plan
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.planned.provenance
 
     def find_downloads(self, source: OpenSource, *, is_finished: bool = False) -> dict[Path, int]:
         """Return the files that must be downloaded first, with their sizes in bytes; see `check_downloads`.
@@ -151,7 +138,7 @@ class PreparedConversion:
         """
         if self.force:
             return NOTHING
-        return find_earlier(self.folder, self.provenance, self.plan.filenames, self.small_files)
+        return find_earlier(self.folder, self.provenance, self.plan.filenames, self.planned.small_files)
 
     def find_finished(self) -> Conversion | None:
         """Return the result of the same conversion, if the folder already holds it and it must not be replaced.
@@ -173,7 +160,8 @@ class PreparedConversion:
 
     def with_source_of(self, manifest: Manifest) -> "PreparedConversion":
         """Return the conversion with the source that a manifest describes, which has the same bytes."""
-        return replace(self, provenance=replace(self.provenance, source=manifest.source))
+        provenance = replace(self.provenance, source=manifest.source)
+        return replace(self, planned=replace(self.planned, provenance=provenance))
 
     def with_labels_of(self, manifest: Manifest | None) -> "PreparedConversion":
         """Return the conversion with the labels of the finished folder, if it has other ones than would be written.
@@ -188,18 +176,14 @@ class PreparedConversion:
             if len(own) != len(plan.config["id2label"]):
                 return self
             plan = plan.with_labels(own)
-        return replace(self, plan=plan, labels_from=labels.origin, provenance=replace(self.provenance, labels=labels))
+        provenance = replace(self.provenance, labels=labels)
+        planned = replace(self.planned, plan=plan, provenance=provenance, labels_from=labels.origin)
+        return replace(self, planned=planned)
 
     def find_replaced(self) -> tuple[str, ...]:
         """Return the names of edited files that --force will replace."""
         manifest = Manifest.read(self.folder) if self.force else None
         return tuple(sorted(find_edited(self.folder, manifest.files))) if manifest is not None else ()
-
-    @property
-    def small_files(self) -> dict[str, bytes]:
-        """The contents of all files except the weights and the manifest, by name."""
-        plan = self.plan
-        return {**plan.small_files, **({INDEX_NAME: plan.index} if plan.index is not None else {})}
 
     def result(
         self, written: Mapping[str, WrittenFile], resumed_bytes: int, seconds: float = 0.0, sent_to: str | None = None
@@ -211,45 +195,10 @@ class PreparedConversion:
             shards={name: file.sha256 for name, file in written.items()},
             was_finished=False,
             resumed_bytes=resumed_bytes,
-            is_crc_checked=self.has_checksums,
-            labels_from=self.labels_from,
+            is_crc_checked=self.planned.has_checksums,
+            labels_from=self.planned.labels_from,
             sent_to=sent_to,
             overflow_count=sum(file.overflow_count for file in written.values()),
             seconds=seconds,
             disk_notes=lacks_of(self.folder),
         )
-
-    def manifest(
-        self, written: Mapping[str, WrittenFile], recorded: Mapping[str, WrittenFile] | None = None
-    ) -> Manifest:
-        """Return the manifest once all weight files are ``written``; nothing is verified yet.
-
-        ``recorded`` are edited files as an earlier manifest records them; they are not written again.
-        """
-        plan = self.plan
-        small = {name: WrittenFile(len(data), sha256(data).hexdigest()) for name, data in self.small_files.items()}
-        return Manifest.of(
-            self.provenance,
-            architecture=plan.architecture,
-            files={**written, **small, **(recorded or {})},
-            is_crc_checked=self.has_checksums,
-            cast={"from": plan.cast["from"], "to": plan.cast["to"]} if plan.cast else None,
-            versions={"streamconv": __version__, "python": sys.version.split()[0]},
-        )
-
-
-def _recorded(skipped: Sequence[Skipped]) -> tuple[str, ...]:
-    """Return the skipped parts as the manifest and the model card list them; a hostile source can have thousands."""
-    return tuple(first_lines([str(each) for each in skipped[:MAX_RECORDED]], MAX_RECORDED, len(skipped)))
-
-
-def _guessed_heads(prepared: PreparedSource) -> int | None:
-    """Return the number of attention heads if it is only assumed, because it is usual; None otherwise."""
-    plan, heads = prepared.plan, prepared.plan.family.attention_heads
-    is_stated = heads is None or prepared.source.source.num_heads is not None or heads.is_published(plan.dimensions)
-    return None if is_stated else plan.assumed_heads
-
-
-def _given_image_processor(prepared: PreparedSource) -> GivenImageProcessor | None:
-    origin, config = prepared.image_processor_from, prepared.plan.image_processor
-    return GivenImageProcessor(origin, config) if origin is not None and config is not None else None

@@ -1,24 +1,26 @@
 """Converts a source into a folder, from beginning to end."""
 
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
-from itertools import accumulate
 
 from streamconv.arguments import checked
+from streamconv.files.address import Address, local_path
 from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.conversion import Conversion, PreparedConversion
 from streamconv.jobs.options import ConversionOptions, StrPath
-from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
+from streamconv.jobs.output_location import output_location, refuse_overwriting_source
+from streamconv.jobs.planned import planned_conversion
+from streamconv.jobs.prepare import PreparedSource, default_folder, local_copy, prepared_source
+from streamconv.jobs.shared import check_client, convert_shared, files_writer
+from streamconv.output import plan_file
+from streamconv.output.files import write_file
 from streamconv.output.folder import OutputFolder, open_output_folder
 from streamconv.output.manifest import MANIFEST_NAME, WrittenFile
-from streamconv.output.writer import Advance, write_shard
+from streamconv.output.writer import with_progress, write_shard
 from streamconv.planning.plan import Plan
 from streamconv.planning.repeats import refuse_repeats
-from streamconv.planning.shards import Shard
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.outputs import remember_output, with_claims_of_all
 from streamconv.source.resolve import default_output
@@ -26,20 +28,27 @@ from streamconv.tensors.checksums import RecordChecks
 
 
 @checked
-def plan(source: StrPath, options: ConversionOptions = ConversionOptions()) -> Plan:
-    """Plan what `convert` would write. No weights are read and nothing is written.
+def plan(source: StrPath, options: ConversionOptions = ConversionOptions(), *, save: StrPath | None = None) -> Plan:
+    """Plan what `convert` would write. No weights are read.
 
-    For a remote .pth, the offsets of weights are computed from torch's usual layout, to save requests. Such a plan is
-    for inspection, not for execution elsewhere.
+    For a remote .pth that is not saved, the offsets of weights are computed from torch's usual layout, to save
+    requests. Such a plan is for inspection, not for execution elsewhere.
 
     Args:
         source: A model's name, or the path or URL of a checkpoint (https://, hf://, s3://, …).
         options: The options that `convert` will be called with.
+        save: A file to write the plan to, for `convert_plan`. It is replaced if it exists. It holds everything that
+            the conversion needs except the weights: the source's files by absolute path or URL, size and version.
 
     Raises:
-        UsageError, SourceError: as for `convert`.
+        UsageError, SourceError: as for `convert`; or the source's URL holds a secret, which is not saved.
+        OutputError: the file cannot be written.
     """
-    with prepared_source(source, options, ignore_progress, is_exact=False) as prepared:
+    path = local_path(save, "plan") if save is not None else None
+    options = replace(options, stream=options.stream or save is not None)
+    with prepared_source(source, options, ignore_progress, is_exact=save is not None) as prepared:
+        if path is not None:
+            write_file(path, plan_file.to_bytes(planned_conversion(prepared)))
         return prepared.plan
 
 
@@ -49,6 +58,7 @@ def convert(
     output: StrPath | None = None,
     options: ConversionOptions = ConversionOptions(),
     *,
+    client: object = None,
     progress: Progress = ignore_progress,
 ) -> Conversion:
     """Convert a checkpoint into a folder that transformers loads.
@@ -56,8 +66,11 @@ def convert(
     Args:
         source: A model's name, or the path or URL of a checkpoint (https://, hf://, s3://, …). A model's name means its
             file in torch.hub's cache or, if it is not there, its published URL.
-        output: The folder to write to; by default, the name that the model was published under.
+        output: The folder to write to, or the URL of one in a store (s3://, gs://, …); by default, a folder with the
+            name that the model was published under.
         options: How to read the source and what to write, such as another dtype or smaller files.
+        client: A `distributed.Client`, whose workers write the weight files, several at a time. They need this package,
+            and access to the source and the output.
         progress: Called with the number of bytes written to all weight files. An exception that it raises ends the job:
             see `Cancelled`.
 
@@ -73,10 +86,28 @@ def convert(
     >>> done = streamconv.convert("dinov2_vits14_pretrain.pth", "dinov2-small")  # doctest: +SKIP
     >>> model = transformers.AutoModel.from_pretrained(done.output)  # doctest: +SKIP
     """
+    check_client(client)
     output = output if output is not None else default_output(source)
+    if client is not None or (output is not None and isinstance(output_location(output), Address)):
+        return _convert_elsewhere(source, output, options, client, progress)
     with ExitStack() as stack:
         prepared = stack.enter_context(prepared_source(source, options, progress, output=output))
         return convert_prepared(prepared, output, options, progress, stack)[0]
+
+
+def _convert_elsewhere(
+    source: StrPath, output: StrPath | None, options: ConversionOptions, client: object, progress: Progress
+) -> Conversion:
+    """Convert into a store, or by the workers of ``client``. Remote sources are streamed."""
+    options = replace(options, stream=True)
+    with prepared_source(source, options, progress) as prepared:
+        planned, reader = planned_conversion(prepared), prepared.source.reader
+        location = output_location(output if output is not None else default_folder(prepared))
+        refuse_overwriting_source(planned.plan, location, force=options.force)
+        write = files_writer(planned, location, reader, client)
+        return convert_shared(
+            planned, location, write, progress, force=options.force, allow_repeats=options.allow_repeats
+        )
 
 
 def convert_prepared(
@@ -105,7 +136,8 @@ def convert_prepared(
         finished = conversion.find_finished()
     if finished is not None:
         return finished, replace(prepared, plan=finished.plan)
-    return _write(conversion, prepared, progress), prepared
+    source = prepared.source
+    return write_folder(conversion, source.reader, progress, is_remote=source.is_remote), prepared
 
 
 def _recognised(conversion: PreparedConversion, prepared: PreparedSource, progress: Progress) -> PreparedConversion:
@@ -122,20 +154,26 @@ def _recognised(conversion: PreparedConversion, prepared: PreparedSource, progre
     return conversion.with_source_of(manifest) if same.passed else conversion
 
 
-def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: Progress) -> Conversion:
+def write_folder(conversion: PreparedConversion, reader: Reader, progress: Progress, *, is_remote: bool) -> Conversion:
+    """Write a conversion into its folder, or the rest of it.
+
+    Args:
+        reader: Opens the files of the source, or has them open.
+        is_remote: Some of these files are on another machine.
+    """
     start, earlier, replaced = time.monotonic(), conversion.find_earlier(), conversion.find_replaced()
     conversion = conversion.with_labels_of(earlier.manifest)
     plan = conversion.plan
     with open_output_folder(
         conversion.folder, conversion.provenance, plan.filenames, plan.size, force=conversion.force
     ) as work:
-        written, resumed_bytes = _write_shards(plan, work, prepared.source.reader, progress)
+        written, resumed_bytes = _write_shards(plan, work, reader, progress)
         edited = conversion.find_earlier().edited  # again: writing may have taken an hour
         for name, data in plan.small_files.items():
             if name not in edited:
                 work.write(name, data)
         recorded = {name: earlier.manifest.files[name] for name in edited} if earlier.manifest is not None else {}
-        manifest = conversion.manifest(written, recorded)
+        manifest = conversion.planned.manifest(written, recorded)
         if resumed_bytes:
             manifest = with_claims_of_all(manifest, (work.journal.contents.provenance, earlier.manifest))
         work.write(MANIFEST_NAME, manifest.to_bytes())
@@ -143,7 +181,7 @@ def _write(conversion: PreparedConversion, prepared: PreparedSource, progress: P
             work.write(INDEX_NAME, plan.index)  # last, because it makes the folder a model that can be loaded
         work.finish()
     if not resumed_bytes:  # what is resumed may come from elsewhere; verification compares it with the source
-        remember_output(manifest.source, manifest.files, is_remote=prepared.source.is_remote)
+        remember_output(manifest.source, manifest.files, is_remote=is_remote)
     done = conversion.result(written, resumed_bytes, time.monotonic() - start)
     return replace(done, edited=edited, restored=earlier.lost, replaced=replaced)
 
@@ -162,15 +200,3 @@ def _write_shards(
         written[shard.filename], kept = write_shard(shard, folder, reader, checks, advance)
         resumed_bytes += kept
     return written, resumed_bytes
-
-
-def with_progress(shards: Sequence[Shard], progress: Progress) -> Iterator[tuple[Shard, Advance]]:
-    """Yield each shard with a callback for `write_shard` that reports its progress as progress of all shards."""
-    sizes = [shard.size for shard in shards]
-    total = sum(sizes)
-
-    def advance(shard: Shard, before: int, position: int, is_kept: bool) -> None:
-        progress(f"{'checking' if is_kept else 'writing'} {shard.filename}", before + position, total, "bytes")
-
-    for shard, before in zip(shards, accumulate(sizes, initial=0)):  # noqa: B905 - the last sum is of all shards
-        yield shard, partial(advance, shard, before)

@@ -16,7 +16,6 @@ from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.hub.card import CARD_NAME
 from streamconv.hub.repository import Repository
 from streamconv.jobs.conversion import Conversion, PreparedConversion
-from streamconv.jobs.convert import with_progress
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.jobs.prepare import PreparedSource
 from streamconv.jobs.publish import Published, card_files, commit
@@ -24,7 +23,7 @@ from streamconv.logs import logger
 from streamconv.output.files import as_output_error
 from streamconv.output.folder import OutputFolder, open_output_folder
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
-from streamconv.output.writer import write_shard
+from streamconv.output.writer import with_progress, write_shard
 from streamconv.progress import Progress
 from streamconv.source.outputs import is_shard_remembered, remember_shard
 from streamconv.tensors.checksums import RecordChecks
@@ -78,7 +77,7 @@ def convert_to_hub(
         repository.create()
         written, resumed_bytes = _upload_shards(conversion, work, repository, prepared.source.reader, progress)
         seconds = time.monotonic() - start
-        manifest = conversion.manifest(written)
+        manifest = conversion.planned.manifest(written)
         verification, published = None, None
         if verify is not None:
             with _sparse_folder(work.path) as folder:

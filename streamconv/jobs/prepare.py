@@ -4,7 +4,7 @@ Download, writing, verification and publishing share the result.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -201,24 +201,40 @@ def output_folder(folder: StrPath | None, prepared: PreparedSource, *, force: bo
             source.
         OutputError: a file has this name.
     """
-    if folder is None:
-        if prepared.named_model is None:
-            file = prepared.source.source.backbone
-            raise UsageError(f"{file} is not a published model, so the output needs a name. Give -o DIR.")
-        folder = prepared.named_model.published_name
-    path = local_path(folder, "output folder")
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise OutputError(f"{path} is a file. Name a folder for the output.")
-    replaced = owned_names(path, Journal.read(path / JOURNAL_NAME)) if force else ()
-    _refuse_own_output(prepared.source, path, [*prepared.plan.filenames, *replaced])
+    path = local_path(folder if folder is not None else default_folder(prepared), "output folder")
+    read = [path for checkpoint in prepared.source.checkpoints.values() for path in checkpoint.paths]
+    refuse_own_output(read, path, prepared.plan.filenames, force=force)
     return path
 
 
-def _refuse_own_output(source: OpenSource, folder: Path, names: list[str]) -> None:
-    """Refuse to overwrite the source."""
-    written = [
-        each for name in names for each in (folder / name, temporary_path(folder / name)) if os.path.exists(each)
-    ]
-    for path in (path for checkpoint in source.checkpoints.values() for path in checkpoint.paths):
+def default_folder(prepared: PreparedSource) -> str:
+    """Return the model's published name, for a folder in the current one.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if prepared.named_model is None:
+        file = prepared.source.source.backbone
+        raise UsageError(f"{file} is not a published model, so the output needs a name. Give -o DIR.")
+    return prepared.named_model.published_name
+
+
+def refuse_own_output(read: Iterable[Path], folder: Path, names: Iterable[str], *, force: bool) -> None:
+    """Refuse to overwrite the source.
+
+    Args:
+        read: The files of the source.
+        names: The files to be written. With ``force``, those of a conversion in the folder will be deleted, too.
+
+    Raises:
+        UsageError: the source would be overwritten.
+        OutputError: a file has the folder's name.
+    """
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise OutputError(f"{folder} is a file. Name a folder for the output.")
+    replaced = owned_names(folder, Journal.read(folder / JOURNAL_NAME)) if force else ()
+    paths = (folder / name for name in (*names, *replaced))
+    written = [each for path in paths for each in (path, temporary_path(path)) if os.path.exists(each)]
+    for path in read:
         if any(os.path.samefile(path, each) for each in written):
             raise UsageError(f"{path} is the source, and output to {folder} would overwrite it. Choose another folder.")

@@ -123,12 +123,12 @@ def run(
         if verification is not None and models is not None:
             if not conversion.stream:
                 prepared = stack.enter_context(local_copy(prepared, progress))
-            verified = verify_prepared(converted.output, prepared, verification, models, progress)
+            verified = verify_prepared(Path(converted.output), prepared, verification, models, progress)
             on_result(verified)
             write_report(verified, verification)
     published = None
     if push is not None and repository is not None and (push.unverified or (verified is not None and verified.passed)):
-        published = publish_folder(converted.output, repository, progress, push)
+        published = publish_folder(Path(converted.output), repository, progress, push)
     return RunResult(converted, verified, published)
 
 

@@ -11,7 +11,7 @@ from streamconv.errors import SourceError, SourceMissingError
 from streamconv.files.local import LocalFile, read_small
 from streamconv.output.journal import JOURNAL_NAME, Journal, is_unfinished
 from streamconv.output.manifest import Manifest, Provenance, WrittenFile, is_weights
-from streamconv.output.ownership import require_free
+from streamconv.output.ownership import refuse_parts, require_free
 from streamconv.output.readable import reading_output
 
 Loss = Literal["missing", "incomplete"]
@@ -52,6 +52,7 @@ def find_earlier(
     Raises:
         OutputError: the folder holds something else, or a file that cannot be read.
     """
+    refuse_parts(folder)
     journal = Journal.read(folder / JOURNAL_NAME)
     require_free(folder, provenance, names, journal)
     manifest = Manifest.read(folder)

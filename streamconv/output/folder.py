@@ -18,7 +18,7 @@ from streamconv.output.identity import differences
 from streamconv.output.journal import JOURNAL_NAME, Journal
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile
 from streamconv.output.open_journal import OpenJournal, locked_journal
-from streamconv.output.ownership import owned_names, require_free
+from streamconv.output.ownership import owned_names, refuse_parts, require_free
 
 _log = logger(__name__)
 
@@ -75,6 +75,7 @@ def check_output_folder(
     Raises:
         OutputError
     """
+    refuse_parts(folder)
     journal = Journal.read(folder / JOURNAL_NAME)
     require_free(folder, provenance, names, journal, force=force)
     require_space(folder, growth(folder, names, size, force=force))
@@ -118,6 +119,7 @@ def open_output_folder(
             is_removed = False
             try:
                 # Files may have appeared before the lock.
+                refuse_parts(folder)
                 require_free(folder, provenance, names, journal.contents, force=force)
                 _start(folder, journal, provenance, force)
                 work = OutputFolder(folder, journal)
@@ -138,7 +140,7 @@ def _start(folder: Path, journal: OpenJournal, provenance: Provenance, force: bo
     if differences(previous, provenance) if previous is not None else force and Manifest.read(folder) is not None:
         if owned := owned_names(folder, journal.contents):  # or it had written nothing: see `require_free`
             _log.info("deleting the conversion in %s, to start over", folder)
-            _remove(folder, owned)
+            remove_conversion(folder, owned)
         journal.forget()
         with as_output_error(folder):
             for path in folder.glob(temporary_path(Path("*.safetensors")).name):  # begun, without a resume point
@@ -147,7 +149,7 @@ def _start(folder: Path, journal: OpenJournal, provenance: Provenance, force: bo
     journal.start(provenance, manifest.files if manifest is not None else {})
 
 
-def _remove(folder: Path, names: set[str]) -> None:
+def remove_conversion(folder: Path, names: set[str]) -> None:
     """Delete a conversion's files: the index first, so that no part of it loads, and last the manifest that names them.
 
     If this process is killed in between, the next one with ``force`` deletes the rest.

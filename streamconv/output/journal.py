@@ -51,10 +51,11 @@ NOT_STARTED = ResumePoint(0, "")
 
 @dataclass(frozen=True)
 class _Entry:
-    """A line of a journal: a ``provenance``, a ``process``, or a ``file`` and its resume point."""
+    """A line of a journal: a ``provenance``, a ``process`` and its ``part``, or a ``file`` and its resume point."""
 
     provenance: Provenance | None = None
     process: Process | None = None
+    part: str = ""
     file: str | None = None
     resume_point: ResumePoint | None = None
     format_version: int | None = None
@@ -62,10 +63,14 @@ class _Entry:
 
 @dataclass
 class Journal:
-    """The contents of a journal. ``length`` counts the bytes of complete lines: a power cut may leave half of one."""
+    """The contents of a journal. ``length`` counts the bytes of complete lines: a power cut may leave half of one.
+
+    ``part`` is the part of a plan that the last process was given, such as "3/16"; empty if it writes all files.
+    """
 
     provenance: Provenance | None = None
     process: Process | None = None
+    part: str = ""
     resume_points: dict[str, ResumePoint] = field(default_factory=dict)
     length: int = 0
 
@@ -121,7 +126,7 @@ class Journal:
         if entry.provenance is not None:
             self.provenance = entry.provenance
         elif entry.process is not None:
-            self.process = entry.process
+            self.process, self.part = entry.process, entry.part
         elif entry.file is not None and entry.resume_point is not None:
             self.resume_points[entry.file] = entry.resume_point
         else:

@@ -30,11 +30,11 @@ class OpenJournal:
         # By the locked descriptor: CIFS lets no other one read a locked file.
         self.contents = Journal.parse(_read(file.fd, path), path)
 
-    def start(self, provenance: Provenance, complete: Mapping[str, WrittenFile]) -> None:
+    def start(self, provenance: Provenance, complete: Mapping[str, WrittenFile], part: str = "") -> None:
         """Record the provenance, unless the journal has it already, and that this process writes from now on.
 
-        ``complete`` are files that an earlier process had finished. The journal's name lasts when the folder is synced:
-        before the first resume point, together with the file's.
+        ``complete`` are files that an earlier process had finished; ``part`` is the part that this process was given.
+        The journal's name lasts when the folder is synced: before the first resume point, together with the file's.
         """
         journal = self.contents
         with as_output_error(self.path):
@@ -47,7 +47,7 @@ class OpenJournal:
         journal.resume_points = {**points, **journal.resume_points}
         if journal.provenance is None:
             self._append({"format_version": FORMAT_VERSION, "provenance": asdict(provenance)})
-        self._append({"process": asdict(Process.this())})
+        self._append({"process": asdict(Process.this()), "part": part})
 
     def forget(self) -> None:
         """Start over: forget what the journal records."""

@@ -1,6 +1,7 @@
 """Decides whether a folder is free for a conversion: it may hold the same one, or none of its files."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,38 @@ def require_free(
             f"{folder} holds {state} conversion, of {existing.title}: its "
             f"{' and '.join(other)} differ{'s' if len(other) == 1 else ''}. Choose another folder, or replace it with "
             "--force."
+        )
+
+
+_JOURNAL_OF_FILE = re.compile(r"\.(model(?:-\d{5}-of-\d{5})?\.safetensors)\.streamconv-journal")
+
+
+def files_with_journals(folder: Path) -> list[str]:
+    """Return the names of the weight files that have journals of their own; see `SharedFolder`.
+
+    Raises:
+        OutputError: the folder cannot be listed.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be read: {error.strerror}. Choose another folder.") from error
+    return sorted(match[1] for match in map(_JOURNAL_OF_FILE.fullmatch, names) if match is not None)
+
+
+def refuse_parts(folder: Path) -> None:
+    """Refuse a folder that several processes write, or have begun to write.
+
+    Raises:
+        OutputError
+    """
+    if names := files_with_journals(folder):
+        raise OutputError(
+            f"{folder} is being written in parts, such as {names[0]}. Write the others with `streamconv convert --plan "
+            "FILE --part I/N` (or with the same --workers or --scheduler as before), then run `streamconv finish "
+            f"{folder} --plan FILE`. To start over, delete the folder."
         )
 
 

@@ -9,10 +9,12 @@ vouches for those whose records had been read and checked completely. A record t
 checked and cast again, and must give the bytes that the file holds.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 
@@ -27,6 +29,7 @@ from streamconv.output.journal import NOT_STARTED, ResumePoint
 from streamconv.output.manifest import WrittenFile
 from streamconv.output.open_journal import OpenJournal
 from streamconv.planning.shards import Shard
+from streamconv.progress import Progress
 from streamconv.tensors.checksums import RecordChecks
 
 # Bytes between resume points. A kill loses at most three intervals: one filling, one syncing, one queued. If writes go
@@ -46,6 +49,18 @@ def write_shard(
     segments: Segments = (shard.header, *shard.tensors)
     with written_file(folder.path / shard.filename, segments, folder.journal, reader, checks, advance) as result:
         return result
+
+
+def with_progress(shards: Sequence[Shard], progress: Progress) -> Iterator[tuple[Shard, Advance]]:
+    """Yield each shard with a callback for `write_shard` that reports its progress as progress of all shards."""
+    sizes = [shard.size for shard in shards]
+    total = sum(sizes)
+
+    def advance(shard: Shard, before: int, position: int, is_kept: bool) -> None:
+        progress(f"{'checking' if is_kept else 'writing'} {shard.filename}", before + position, total, "bytes")
+
+    for shard, before in zip(shards, accumulate(sizes, initial=0)):  # noqa: B905 - the last sum is of all shards
+        yield shard, partial(advance, shard, before)
 
 
 @contextmanager
