@@ -12,7 +12,7 @@ from streamconv.cli.terminal import Printer
 from streamconv.display import visible
 from streamconv.errors import UsageError
 
-GROUPS = ("Source", "Output", "Verification", "Hub", "General")
+GROUPS = ("Source", "Output", "Parallel", "Verification", "Hub", "General")
 FIRST_COLUMN = 26  # of the help: options with longer names have their text on the next line
 SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],

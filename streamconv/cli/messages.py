@@ -27,14 +27,32 @@ FEW = 5  # lines of one kind that are shown if there may be thousands
 
 
 def conversion_lines(done: Conversion) -> Iterator[Line | str]:
-    place = f"converted into {done.output}"
+    place = f"converted into {done.output}" if done.part is None else f"part {done.part} converted into {done.output}"
     if done.sent_to is not None:
         place = f"converted and uploaded to {done.sent_to}, one file at a time"
     if done.was_finished:
         yield f"{done.plan.title}: was already {place}; nothing was changed"
     else:
-        work = _work(done.plan.weights, done.resumed_bytes, done.seconds, bool(done.restored))
+        written = (shard.size for shard in done.plan.shards if shard.filename in done.shards)
+        weights = done.plan.weights if done.part is None else sum(written)
+        work = _work(weights, done.resumed_bytes, done.seconds, bool(done.restored))
         yield f"{done.plan.title}: {place}, {work}"
+    yield from _details(done)
+
+
+def finished_lines(done: Conversion) -> Iterator[Line | str]:
+    """Yield the result of `streamconv.finish`."""
+    if done.was_finished:
+        yield f"{done.plan.title}: {done.output} was finished already; nothing was changed"
+    else:
+        checked = (
+            f"{_count(len(done.shards), 'weight file')}, {size(done.plan.weights)}, checked in {duration(done.seconds)}"
+        )
+        yield f"{done.plan.title}: finished {done.output}, {checked}"
+    yield from _details(done)
+
+
+def _details(done: Conversion) -> Iterator[Line | str]:
     yield from few([f"  {name} was {loss}, and was written again" for name, loss in done.restored.items()], *MORE_FILES)
     for name in done.edited:
         kept = f"{done.output}/{name} was changed after the conversion; it is kept. To write it again, use --force"
@@ -54,6 +72,8 @@ def conversion_lines(done: Conversion) -> Iterator[Line | str]:
         yield _warning(f"{done.overflow_count:,} finite values are outside the range of {dtype} and are now infinite")
     if not done.is_crc_checked:
         yield _warning("the source has no CRC-32s, so its bytes could not be checked for damage")
+    if done.part is not None:  # the command that made the plan has shown the rest
+        return
     yield from remark_lines(done.plan)
     if done.labels_from:
         yield f"  labels from {done.labels_from}"

@@ -16,7 +16,7 @@ import click
 from streamconv._version import __version__
 from streamconv.cli.bugs import to_our_error
 from streamconv.cli.command import SETTINGS
-from streamconv.cli.commands import completion, convert, models, plan, push, revert, run, synth, verify
+from streamconv.cli.commands import completion, convert, finish, models, plan, push, revert, run, synth, verify
 from streamconv.cli.layout import print_unwrapped
 from streamconv.cli.start import InterruptedByUser
 from streamconv.cli.terminal import Printer, stdout_may_be_closed
@@ -101,8 +101,8 @@ def app() -> None:
 
 
 for each in (
-    run.run, convert.convert, verify.verify, push.push, plan.plan, revert.revert, models.models, synth.synth,
-    completion.completion,
+    run.run, convert.convert, verify.verify, push.push, plan.plan, finish.finish, revert.revert, models.models,
+    synth.synth, completion.completion,
 ):  # fmt: skip
     app.add_command(each)
 

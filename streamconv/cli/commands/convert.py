@@ -1,29 +1,121 @@
 """``streamconv convert``."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import click
 
 import streamconv
 from streamconv import Conversion, ConversionOptions
-from streamconv.cli.command import JSON, command, values_of
+from streamconv.cli.command import JSON, Option, command, values_of
 from streamconv.cli.consent import with_consent
 from streamconv.cli.messages import conversion_lines
-from streamconv.cli.options import CONVERSION_OPTIONS, DRY_RUN, YES, output_option, source_argument
+from streamconv.cli.options import CONVERSION_OPTIONS, DRY_RUN, FILE, YES, output_option, source_argument
 from streamconv.cli.previews import show_preview
 from streamconv.cli.progress_bar import ProgressReport
+from streamconv.cli.shown import shown_command
 from streamconv.cli.terminal import Printer
+from streamconv.errors import UsageError
+
+PLAN = Option(
+    "--plan", metavar="FILE", type=FILE, group="Source",
+    help="Convert as this file says, which `streamconv plan --save` wrote; instead of SOURCE and its options.",
+)  # fmt: skip
+PART = Option(
+    "--part", metavar="I/N", group="Parallel",
+    help="Write only part I of the N parts of --plan, such as 3/16. `streamconv finish` then joins them.",
+)  # fmt: skip
+SCHEDULER = Option(
+    "--scheduler", metavar="ADDRESS", group="Parallel",
+    help="Let the workers of this Dask scheduler write the files, such as tcp://HOST:8786.",
+)  # fmt: skip
+WORKERS = Option(
+    "--workers", metavar="N", type=click.IntRange(min=1), group="Parallel",
+    help="Let N processes on this machine write the files, by Dask.",
+)  # fmt: skip
 
 
-@command(source_argument(), output_option(), *CONVERSION_OPTIONS, DRY_RUN, YES, JSON)
-def convert(printer: Printer, source: str, output: str, dry_run: bool, yes: bool, **given: Any) -> None:
+@command(
+    source_argument("that of --plan", required=False), PLAN, output_option(), *CONVERSION_OPTIONS, DRY_RUN,
+    PART, SCHEDULER, WORKERS, YES, JSON,
+)  # fmt: skip
+def convert(
+    printer: Printer,
+    source: str | None,
+    plan: str | None,
+    output: str,
+    dry_run: bool,
+    part: str | None,
+    scheduler: str | None,
+    workers: int | None,
+    yes: bool,
+    **given: Any,
+) -> None:
     """Convert a checkpoint into a folder that transformers loads."""
     options = ConversionOptions(**values_of(CONVERSION_OPTIONS, given), allow_repeats=yes)
-    if dry_run:
+    _check_combination(source, plan, options, dry_run, part, scheduler, workers)
+    if dry_run and source is not None:
         show_preview(printer, source, output, options)
         return
 
     def job(options: ConversionOptions) -> Conversion:
-        with ProgressReport(printer.is_quiet) as progress:
-            return streamconv.convert(source, output, options, progress=progress)
+        with _client(scheduler, workers) as client, ProgressReport(printer.is_quiet) as progress:
+            if plan is None:
+                return streamconv.convert(source or "", output, options, client=client, progress=progress)
+            repeats, force = options.allow_repeats, options.force
+            return streamconv.convert_plan(
+                plan, output, part=part, client=client, force=force, allow_repeats=repeats, progress=progress
+            )
 
     converted = with_consent(options, printer, job)
-    printer.show(converted.as_dict(), conversion_lines(converted))
+    lines = [*conversion_lines(converted)]
+    if converted.part is not None and plan is not None:
+        lines += ["when all parts are written, run:", f"  {shown_command(['finish', output, '--plan', plan])}"]
+    printer.show(converted.as_dict(), lines)
+
+
+def _check_combination(
+    source: str | None,
+    plan: str | None,
+    options: ConversionOptions,
+    dry_run: bool,
+    part: str | None,
+    scheduler: str | None,
+    workers: int | None,
+) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        UsageError
+    """
+    is_parallel = scheduler is not None or workers is not None
+    if source is None and plan is None:
+        raise UsageError("There is no SOURCE. Give a checkpoint, or --plan FILE.")
+    decided = ConversionOptions(force=options.force, allow_repeats=options.allow_repeats)
+    if plan is not None and (source is not None or options != decided):
+        raise UsageError("--plan decides what is read and written. Omit SOURCE and its options.")
+    if part is not None and plan is None:
+        raise UsageError(
+            "--part needs --plan, so that all parts are those of one plan. Make it with `streamconv plan SOURCE --save "
+            "FILE`, and give --plan FILE."
+        )
+    if part is not None and (is_parallel or options.force):
+        raise UsageError("--part cannot be combined with --force, --scheduler or --workers. Omit one of them.")
+    if scheduler is not None and workers is not None:
+        raise UsageError(
+            "--scheduler names a cluster, and --workers starts one on this machine. Give only one of them."
+        )
+    if dry_run and (plan is not None or is_parallel):
+        raise UsageError(
+            "--dry-run cannot be combined with --plan, --scheduler or --workers. `streamconv plan SOURCE` shows what "
+            "would be written."
+        )
+
+
+def _client(scheduler: str | None, workers: int | None) -> AbstractContextManager[object]:
+    """Return a context with a client of the cluster that the user names; None if there is none."""
+    if scheduler is None and workers is None:
+        return nullcontext()
+    from streamconv.jobs.distributed import client_of, local_client  # with a package that only this needs
+
+    return client_of(scheduler) if scheduler is not None else local_client(workers or 1)

@@ -1,5 +1,6 @@
 """``streamconv plan``."""
 
+import os
 from typing import Any
 
 import streamconv
@@ -8,23 +9,32 @@ from streamconv.cli.command import JSON, Option, command
 from streamconv.cli.messages import plan_lines
 from streamconv.cli.options import (
     DTYPE,
+    FILE,
     HEAD,
     HEAD_SELECT,
     IMAGE_PROCESSOR_OPTIONS,
+    LABELS,
     NUM_HEADS,
     SELECT,
     SHARD_SIZE,
     source_argument,
 )
 from streamconv.cli.terminal import Printer
+from streamconv.cli.units import size
 
 MAPPING = Option("--mapping", is_flag=True, group="General", help="Also show the mapping of every tensor.")
+SAVE = Option(
+    "--save", metavar="FILE", type=FILE, group="Output",
+    help="Write the plan to a file, by which `streamconv convert --plan` converts, on one machine or several.",
+)  # fmt: skip
 
 
 @command(
-    source_argument(), HEAD, HEAD_SELECT, SELECT, NUM_HEADS, *IMAGE_PROCESSOR_OPTIONS, SHARD_SIZE, DTYPE, MAPPING, JSON,
+    source_argument(), HEAD, HEAD_SELECT, SELECT, NUM_HEADS, LABELS, *IMAGE_PROCESSOR_OPTIONS, SHARD_SIZE, DTYPE, SAVE,
+    MAPPING, JSON,
 )  # fmt: skip
-def plan(printer: Printer, source: str, mapping: bool, **conversion: Any) -> None:
+def plan(printer: Printer, source: str, mapping: bool, save: str | None, **conversion: Any) -> None:
     """Show what convert would write: parameters, size, files, and what is skipped. No weights are read."""
-    planned = streamconv.plan(source, ConversionOptions(**conversion))
-    printer.show(planned.as_dict(), plan_lines(planned, with_mapping=mapping))
+    planned = streamconv.plan(source, ConversionOptions(**conversion), save=save)
+    saved = [f"saved as {save}, {size(os.path.getsize(save))}"] if save is not None else []
+    printer.show(planned.as_dict(), [*plan_lines(planned, with_mapping=mapping), *saved])
