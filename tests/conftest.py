@@ -15,6 +15,7 @@ import pytest
 from streamconv.files import retries
 from streamconv.output import contents, hashing, writer
 from streamconv.tensors import tiles
+from streamconv.verification import bytes as bytes_check
 from tests.file_server import FileServer, serving
 from tests.hostile import Attacked, Refusal
 from tests.hub_server import TOKEN, HubServer, running
@@ -102,7 +103,7 @@ def refusal(attacked: Attacked) -> Refusal:
 def frequent_journal_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a journal entry after every 32 kB, so that a small model has many; read ahead of the disk by as much."""
     monkeypatch.setattr(hashing, "RING_BUFFERS", 2)
-    for module in (hashing, contents):
+    for module in (hashing, contents, bytes_check):
         monkeypatch.setattr(module, "BUFFER_BYTES", 16 << 10)
     for module in (contents, tiles):
         monkeypatch.setattr(module, "PIECE_BYTES", 8 << 10)

@@ -4,9 +4,10 @@ import sys
 from collections.abc import Callable
 
 from streamconv.cli.layout import Line, print_wrapped
-from streamconv.cli.messages import conversion_lines, published_lines, target_text, verification_lines
+from streamconv.cli.messages import conversion_lines, published_lines, target_text
 from streamconv.cli.progress_bar import ProgressReport
 from streamconv.cli.terminal import Printer, print_lines
+from streamconv.cli.verification_messages import verification_lines
 from streamconv.hub.destination import PushTarget
 from streamconv.jobs.conversion import Conversion
 from streamconv.jobs.options import StrPath

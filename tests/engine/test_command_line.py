@@ -25,7 +25,7 @@ from tests.file_server import FileServer
 from tests.hub_server import HubServer
 from tests.support import ROOT, Ran, Save, read_terminal, run, run_process, run_python, tiny
 
-COMMANDS = ["run", "convert", "verify", "push", "plan", "revert", "models", "synth", "completion"]
+COMMANDS = ["run", "convert", "verify", "push", "plan", "finish", "revert", "models", "synth", "completion"]
 
 
 def document(done: Ran) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def test_quiet_prints_errors_and_differences_only(tmp_path: Path, save: Save) ->
 
 
 def test_verbose_logs_what_the_library_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(*given: Any) -> None:
+    def fake(*given: Any, **named: Any) -> None:
         logging.getLogger("streamconv.x").info("a step")
         logging.getLogger("streamconv.x").debug("a detail")
         raise SourceMissingError("enough")
@@ -202,7 +202,7 @@ def test_failed_verification_under_json_is_a_result(tmp_path: Path, save: Save) 
 def test_interruption_under_json_is_one_document(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, streamconv, streamconv.__main__ as cli\n"
-        "streamconv.plan = lambda *given: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "streamconv.plan = lambda *given, **named: os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.argv = ['streamconv', 'plan', 'x', '--json']\n"
         "cli.main()"
     )

@@ -22,7 +22,7 @@ TOKEN = "hf_itsme"
 
 
 def planning_raises(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
-    def plan(*given: object) -> None:
+    def plan(*given: object, **named: object) -> None:
         raise error
 
     monkeypatch.setattr(streamconv, "plan", plan)

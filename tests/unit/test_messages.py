@@ -17,8 +17,8 @@ from streamconv.cli.messages import (
     plan_lines,
     reverted_lines,
     synth_lines,
-    verification_lines,
 )
+from streamconv.cli.verification_messages import verification_lines
 from streamconv.families.selection import Skipped
 from streamconv.jobs.conversion import Conversion
 from streamconv.jobs.revert import Reverted

@@ -5,11 +5,11 @@ from typing import Any
 import streamconv
 from streamconv import SourceOptions, VerificationOptions
 from streamconv.cli.command import JSON, Argument, command, values_of
-from streamconv.cli.messages import verification_lines
 from streamconv.cli.options import FILE, SOURCE_OPTIONS, VERIFICATION_OPTIONS, source_argument, verification_options
 from streamconv.cli.progress_bar import ProgressReport
 from streamconv.cli.results import print_notes, print_report_path
 from streamconv.cli.terminal import Printer
+from streamconv.cli.verification_messages import verification_lines
 from streamconv.errors import UsageError
 
 FOLDER = Argument(

@@ -1,0 +1,255 @@
+"""Parts of a plan are written independently into one folder, and joined: byte for byte what one process writes."""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import streamconv
+from streamconv import Cancelled, ConversionOptions, OutputError, UsageError
+from streamconv.output.ownership import files_with_journals
+from tests import api
+from tests.checkpoints import make_states
+from tests.support import Faults, Save, contents, run, tiny
+
+COUNT = 3
+SHARDS = "100KB"
+
+
+@pytest.fixture
+def work(tmp_path: Path, save: Save) -> Path:
+    """Return a folder with a source, the plan of its conversion, and "whole", the output of one process."""
+    source, _ = save(tiny())
+    options = ConversionOptions(max_shard_size=SHARDS)
+    streamconv.convert(source, tmp_path / "whole", options)
+    streamconv.plan(source, options, save=tmp_path / "plan.json")
+    return tmp_path
+
+
+def write(work: Path, number: int, **options: Any) -> streamconv.Conversion:
+    return streamconv.convert_plan(work / "plan.json", work / "out", part=f"{number}/{COUNT}", **options)
+
+
+def finish(work: Path) -> streamconv.Conversion:
+    return streamconv.finish(work / "out", work / "plan.json")
+
+
+def test_parts_in_any_order_give_the_folder_of_one_process(work: Path) -> None:
+    written: list[str] = []
+    for number in (3, 1, 2):
+        done = write(work, number)
+        assert str(done.part) == f"{number}/{COUNT}"
+        assert not (work / "out" / "config.json").exists()
+        assert not (work / "out" / "model.safetensors.index.json").exists()
+        written += done.shards
+    assert sorted(written) == [shard.filename for shard in done.plan.shards]
+    finished = finish(work)
+    assert not finished.was_finished
+    assert contents(work / "out") == contents(work / "whole")
+    assert finish(work).was_finished
+    assert write(work, 2).was_finished
+    assert api.verify(work / "out").passed
+    assert contents(work / "out") == contents(work / "whole")
+
+
+def test_missing_parts_are_named(work: Path) -> None:
+    with pytest.raises(OutputError, match=r"is not complete.*is missing"):
+        finish(work)
+    assert not (work / "out").exists()
+    write(work, 1)
+    with pytest.raises(OutputError) as caught:
+        finish(work)
+    assert "part 2/3: model-" in str(caught.value)
+    assert "part 3/3: model-" in str(caught.value)
+    assert "part 1/3" not in str(caught.value)
+    write(work, 3)
+    with pytest.raises(OutputError) as caught:
+        finish(work)
+    assert "part 3/3" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("frequent_journal_entries")
+def test_interrupted_part_is_resumed_and_its_state_is_named(work: Path) -> None:
+    def stop(step: str, done: int, total: int, unit: str) -> None:
+        if done > 0.7 * total:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        write(work, 1, progress=stop)
+    write(work, 2)
+    write(work, 3)
+    with pytest.raises(OutputError, match=r"part 1/3: model-\S+ has [\d,]+ of [\d,]+ bytes"):
+        finish(work)
+    assert write(work, 1).resumed_bytes > 0
+    finish(work)
+    assert contents(work / "out") == contents(work / "whole")
+
+
+def test_other_numbers_of_parts_may_follow(work: Path) -> None:
+    write(work, 1)
+    for number in (1, 2):
+        streamconv.convert_plan(work / "plan.json", work / "out", part=f"{number}/2")
+    finish(work)
+    assert contents(work / "out") == contents(work / "whole")
+
+
+def test_more_parts_than_files_leave_some_without_work(work: Path) -> None:
+    count = len(json.loads((work / "whole" / "streamconv.json").read_text())["files"]) + 5
+    shards = [
+        streamconv.convert_plan(work / "plan.json", work / "out", part=f"{number}/{count}").shards
+        for number in range(1, count + 1)
+    ]
+    assert [] in [list(each) for each in shards]
+    finish(work)
+    assert contents(work / "out") == contents(work / "whole")
+
+
+def test_second_process_on_the_same_part_is_refused(work: Path) -> None:
+    refusals: list[str] = []
+
+    def again(*report: object) -> None:
+        if not refusals:
+            with pytest.raises(OutputError) as caught:
+                write(work, 1)
+            refusals.append(str(caught.value))
+        with suppress(OutputError):
+            write(work, 2)  # another part may be written meanwhile
+
+    write(work, 1, progress=again)
+    assert "is being written by process" in refusals[0]
+    write(work, 2)
+    write(work, 3)
+    finish(work)
+    assert contents(work / "out") == contents(work / "whole")
+
+
+def test_parts_of_another_plan_are_refused(work: Path) -> None:
+    write(work, 1)
+    before = contents(work / "out")
+    other = make_states(tiny(), seed=1)[0]
+    torch.save(other, work / "other.pth")
+    streamconv.plan(work / "other.pth", ConversionOptions(max_shard_size=SHARDS), save=work / "other.json")
+    for plan in ("other.json",):
+        for call in (
+            lambda plan=plan: streamconv.convert_plan(work / plan, work / "out", part="2/3"),
+            lambda plan=plan: streamconv.finish(work / "out", work / plan),
+        ):
+            with pytest.raises(OutputError, match="holds parts of another plan"):
+                call()
+    assert contents(work / "out") == before
+
+
+def test_finished_folder_of_another_conversion_is_refused(work: Path) -> None:
+    api.convert(work / "whole", work / "out", dtype="bfloat16")
+    before = contents(work / "out")
+    with pytest.raises(OutputError, match="holds another conversion"):
+        write(work, 1)
+    with pytest.raises(OutputError, match="holds another conversion"):
+        finish(work)
+    assert contents(work / "out") == before
+
+
+def test_foreign_weights_are_not_replaced(work: Path) -> None:
+    (work / "out").mkdir()
+    name = sorted(path.name for path in (work / "whole").glob("*.safetensors"))[1]
+    (work / "out" / name).write_bytes(b"mine")
+    with pytest.raises(OutputError, match="which streamconv did not write"):
+        write(work, 1)
+    assert contents(work / "out") == {name: b"mine"}
+
+
+def test_changed_file_of_a_part_is_found_before_the_model_can_be_loaded(work: Path) -> None:
+    for number in (1, 2, 3):
+        write(work, number)
+    path = sorted((work / "out").glob("model-*.safetensors"))[1]
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(OutputError, match=f"{path.name} has changed since it was written: its sha256"):
+        finish(work)
+    assert not (work / "out" / "model.safetensors.index.json").exists()
+    path.unlink()
+    for number in (1, 2, 3):
+        write(work, number)
+    finish(work)
+    assert contents(work / "out") == contents(work / "whole")
+
+
+def test_one_process_does_not_continue_parts_nor_parts_one_process(work: Path, save: Save) -> None:
+    write(work, 1)
+    source = work / "whole"
+    with pytest.raises(OutputError, match="is being written in parts"):
+        streamconv.convert_plan(work / "plan.json", work / "out")
+    with pytest.raises(OutputError, match="is being written in parts"):
+        api.convert(source, work / "out")
+    shutil.rmtree(work / "out")
+
+    def stop(step: str, done: int, total: int, unit: str) -> None:
+        if done > 0.5 * total:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        streamconv.convert_plan(work / "plan.json", work / "out", progress=stop)
+    with pytest.raises(OutputError, match="one process began"):
+        write(work, 1)
+    streamconv.convert_plan(work / "plan.json", work / "out")
+    assert contents(work / "out") == contents(work / "whole")
+
+
+def test_interrupted_finish_is_repeated(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every disk operation, finishing fails; the same call ends in the same folder."""
+    for number in (1, 2, 3):
+        write(work, number)
+    shutil.copytree(work / "out", work / "parts")
+    for at in range(1, 200):  # each fails at a later operation, until none is left
+        shutil.rmtree(work / "out")
+        shutil.copytree(work / "parts", work / "out")
+        with monkeypatch.context() as patch:
+            failing = Faults(patch, ("replace", "fsync", "unlink", "write", "pwrite"), 28, at)
+            try:
+                finish(work)
+            except OutputError:
+                index = work / "out" / "model.safetensors.index.json"
+                assert not index.exists() or (work / "out" / "streamconv.json").exists()
+            else:
+                break
+        finish(work)
+        assert contents(work / "out") == contents(work / "whole"), at
+    assert at > 10
+    assert failing.seen > 10
+
+
+def test_edited_small_files_are_kept(work: Path) -> None:
+    for number in (1, 2, 3):
+        write(work, number)
+    (work / "out" / "config.json").write_text("{}")
+    finish(work)
+    assert (work / "out" / "config.json").read_text() == "{}"
+
+
+def test_arguments_that_contradict_each_other_are_refused(work: Path) -> None:
+    for options in ({"force": True}, {"client": object()}):
+        with pytest.raises(UsageError):
+            write(work, 1, **options)
+    assert not (work / "out").exists()
+
+
+def test_commands_name_the_next_step(work: Path) -> None:
+    for number in range(1, COUNT + 1):
+        done = run("convert", "--plan", "plan.json", "-o", "out", "--part", f"{number}/{COUNT}", cwd=work)
+        assert done.returncode == 0
+        assert done.stdout.splitlines()[-1].strip() == "streamconv finish out --plan plan.json"
+        document = json.loads(
+            run("convert", "--plan", "plan.json", "-o", "out", "--part", f"{number}/{COUNT}", "--json", cwd=work).stdout
+        )
+        assert document["part"] == f"{number}/{COUNT}"
+    assert run("verify", "out", cwd=work).returncode == 4
+    assert run("finish", "out", "--plan", "plan.json", cwd=work).returncode == 0
+    assert contents(work / "out") == contents(work / "whole")
+    assert files_with_journals(work / "out") == []
+    assert not [name for name in os.listdir(work / "out") if name.startswith(".")]

@@ -1,0 +1,214 @@
+"""A plan that was saved is executed exactly, by any process, and refused if anything has changed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import streamconv
+from streamconv import ChangedError, ConversionOptions, OutputError, UsageError
+from streamconv.files.address import Address
+from streamconv.files.base import UNVERSIONED, FileRef
+from streamconv.output import plan_file
+from tests import api
+from tests.checkpoints import make_states
+from tests.file_server import FileServer
+from tests.support import Save, contents, run, tiny
+
+OPTIONS = ConversionOptions(dtype="bfloat16", max_shard_size="100KB")
+
+
+@pytest.mark.parametrize("kind", ["pth with a head", "safetensors"])
+def test_saved_plan_gives_the_same_folder_as_the_options(tmp_path: Path, save: Save, kind: str) -> None:
+    source, head = save(tiny(classes=5))
+    options: dict[str, Any] = {"max_shard_size": "100KB", "dtype": "bfloat16"}
+    if kind == "safetensors":
+        api.convert(source, tmp_path / "model")
+        source = tmp_path / "model" / "model.safetensors"
+    else:
+        (tmp_path / "labels.txt").write_text("\n".join("abcde"))
+        options |= {"head": head, "labels": tmp_path / "labels.txt"}
+    planned = streamconv.plan(source, ConversionOptions(**options), save=tmp_path / "plan.json")
+    api.convert(source, tmp_path / "by_options", **options)
+    done = streamconv.convert_plan(tmp_path / "plan.json", tmp_path / "by_plan")
+    assert done.plan == planned
+    assert len(done.shards) == len(planned.shards) > 2
+    assert contents(tmp_path / "by_plan") == contents(tmp_path / "by_options")
+    assert streamconv.convert_plan(tmp_path / "plan.json", tmp_path / "by_options").was_finished
+    assert api.convert(source, tmp_path / "by_plan", **options).was_finished
+
+
+def test_another_process_converts_by_the_plan_without_torch(tmp_path: Path, save: Save) -> None:
+    source, _ = save(tiny())
+    api.convert(source, tmp_path / "whole")
+    streamconv.plan(os.path.relpath(source), save=tmp_path / "plan.json")  # a relative path is saved as absolute
+    code = (
+        "import sys, streamconv; streamconv.convert_plan('plan.json', 'out')\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_remote_source_is_streamed_by_its_plan(tmp_path: Path, server: FileServer) -> None:
+    torch.save(make_states(tiny())[0], server.folder / "x.pth")
+    streamconv.plan(f"{server.url}/x.pth", save=tmp_path / "plan.json")
+    api.convert(f"{server.url}/x.pth", tmp_path / "whole", stream=True)
+    streamconv.convert_plan(tmp_path / "plan.json", tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list(Path(os.environ["TORCH_HOME"]).rglob("x*.pth"))  # nothing was downloaded
+
+
+def test_source_that_was_changed_since_is_refused(tmp_path: Path, save: Save, server: FileServer) -> None:
+    source, _ = save(tiny())
+    shutil.copy(source, server.folder / "x.pth")
+    for where in (source, f"{server.url}/x.pth"):
+        streamconv.plan(where, save=tmp_path / "plan.json")
+        torch.save(make_states(tiny(), seed=1)[0], source)  # the same size
+        shutil.copy(source, server.folder / "x.pth")
+        with pytest.raises(ChangedError, match=r"was changed after its index was read. Plan the conversion again"):
+            streamconv.convert_plan(tmp_path / "plan.json", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def edited(data: bytes, change: Any) -> bytes:
+    """Return a plan file with another header, but the right sha256 of the rest."""
+    first, rest = data.split(b"\n", 1)
+    header = json.loads(first)
+    change(header)
+    return json.dumps(header).encode() + b"\n" + rest
+
+
+def test_changed_plan_or_that_of_another_version_is_refused(tmp_path: Path, save: Save) -> None:
+    source, _ = save(tiny())
+    path = tmp_path / "plan.json"
+    streamconv.plan(source, save=path)
+    whole = path.read_bytes()
+    cases: list[tuple[bytes, str]] = [
+        (whole.replace(b'"layer_norm_eps": 1e-06', b'"layer_norm_eps": 1e-05'), "was changed after it was written"),
+        (whole[:-10], "was changed after it was written, or is incomplete"),
+        (whole + b"\n", "was changed after it was written"),
+        (edited(whole, lambda h: h.update(format_version=99)), "written by streamconv .* and this is"),
+        (edited(whole, lambda h: h.update(streamconv="0.0.1")), "written by streamconv 0.0.1, and this is"),
+        (edited(whole, lambda h: h.update(format="a map")), "is not a plan"),
+        (edited(whole, lambda h: h.pop("sha256")), "is not a plan"),
+        (b"", "is not a plan"),
+        (b"[" * 10**6, "is not a plan"),
+        (source.read_bytes(), "is not a plan"),
+    ]
+    for data, message in cases:
+        assert data != whole
+        path.write_bytes(data)
+        with pytest.raises(UsageError, match=message):
+            streamconv.convert_plan(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_with_a_right_digest_and_wrong_contents_is_refused(tmp_path: Path, save: Save) -> None:
+    """The digest finds mistakes; whoever computes it anew is still not trusted to have written a plan."""
+    source, _ = save(tiny())
+    path = tmp_path / "plan.json"
+    streamconv.plan(source, save=path)
+    first, recorded, plan, _ = path.read_bytes().split(b"\n")
+    value = json.loads(plan)
+    value["shards"][0][1][0][1][4] += 4  # the offset of a tensor
+    for lines in (
+        [recorded, json.dumps(value).encode()],
+        [recorded, b"{}"],
+        [b"{}", plan],
+        [plan, recorded],
+        [recorded, b"\xff"],
+        [recorded],
+    ):
+        rest = b"\n".join([*lines, b""])
+        header = {**json.loads(first), "sha256": sha256(rest).hexdigest()}
+        path.write_bytes(json.dumps(header).encode() + b"\n" + rest)
+        with pytest.raises(UsageError, match=r"is damaged: .* Make the plan again"):
+            streamconv.convert_plan(path, tmp_path / "out")
+
+
+def test_secrets_are_never_saved(tmp_path: Path, server: FileServer) -> None:
+    torch.save(make_states(tiny())[0], server.folder / "x.pth")
+    for url in (f"{server.url}/x.pth?sig=passw0rd", f"{server.url.replace('://', '://me:passw0rd@')}/x.pth"):
+        with pytest.raises(UsageError, match="holds a user, a password or a query") as caught:
+            streamconv.plan(url, save=tmp_path / "plan.json")
+        assert "passw0rd" not in str(caught.value)
+        assert not (tmp_path / "plan.json").exists()
+
+
+def test_source_that_nothing_identifies_is_not_saved(tmp_path: Path, save: Save) -> None:
+    source, _ = save(tiny())
+    streamconv.plan(source, save=tmp_path / "plan.json")
+    planned = plan_file.read(tmp_path / "plan.json")
+    unversioned = FileRef(Address("https://host/x.safetensors"), 1, ((UNVERSIONED, 1),))
+    moved = {leaf.record: None for shard in planned.plan.shards for _, each in shard.tensors for leaf in each.leaves()}
+    from dataclasses import replace
+
+    plan = planned.plan.with_records({record: replace(record, file=unversioned) for record in moved})
+    assert plan_file.to_bytes(replace(planned, plan=plan))  # CRC-32s identify the bytes
+    with pytest.raises(UsageError, match="names no version of the file"):
+        plan_file.to_bytes(replace(planned, plan=plan, has_checksums=False))
+
+
+def test_plan_file_is_complete_or_absent(tmp_path: Path, save: Save) -> None:
+    source, _ = save(tiny())
+    (tmp_path / "plan.json").write_text("mine")
+    with pytest.raises(OutputError):
+        streamconv.plan(source, save=tmp_path / "none" / "plan.json")
+    with pytest.raises(UsageError, match="must be on this machine"):
+        streamconv.plan(source, save="s3://bucket/plan.json")
+    streamconv.plan(source, save=tmp_path / "plan.json")
+    assert sorted(os.listdir(tmp_path)) == sorted({*os.listdir(tmp_path)} - {".plan.json.streamconv-incomplete"})
+    assert plan_file.read(tmp_path / "plan.json").plan.shards
+
+
+def test_large_plan_is_compact(tmp_path: Path) -> None:
+    """15,000 tensors take a few megabytes."""
+    from tests.support import plan_of_shapes  # shapes alone: no weights
+
+    layers = 1_070  # 14 tensors each
+    state = {name: tuple(value.shape) for name, value in make_states(tiny())[0].items()}
+    block = {name: shape for name, shape in state.items() if name.startswith("blocks.0.")}
+    state = {name: shape for name, shape in state.items() if not name.startswith("blocks.")}
+    state |= {
+        f"blocks.{i}.{name.removeprefix('blocks.0.')}": shape for i in range(layers) for name, shape in block.items()
+    }
+    plan = plan_of_shapes(state, tmp_path, num_heads=2, max_shard_bytes=10**7)
+    from streamconv.planning import plan_json
+
+    text = plan_json.to_json(plan)
+    targets = sum(len(shard.tensors) for shard in plan.shards)
+    assert targets > 15_000
+    assert len(text) < 300 * targets
+    assert plan_json.from_json(text) == plan
+
+
+def test_options_that_the_plan_has_decided_are_refused(tmp_path: Path, save: Save) -> None:
+    source, _ = save(tiny())
+    done = run("plan", source, "--save", "plan.json", "--max-shard-size", "100KB", cwd=tmp_path)
+    assert done.returncode == 0
+    size = (tmp_path / "plan.json").stat().st_size
+    assert done.stdout.splitlines()[-1] == f"saved as plan.json, {size / 1000:.0f} kB"
+    for words, message in (
+        (("convert", "--plan", "plan.json", "-o", "out", "--dtype", "bfloat16"), "--plan decides"),
+        (("convert", source, "--plan", "plan.json", "-o", "out"), "--plan decides"),
+        (("convert", "--plan", "plan.json", "-o", "out", "--dry-run"), "--dry-run cannot be combined"),
+        (("convert", "-o", "out"), "There is no SOURCE"),
+        (("convert", source, "-o", "out", "--part", "1/2"), "--part needs --plan"),
+        (("convert", "--plan", "plan.json", "-o", "out", "--part", "1/2", "--force"), "cannot be combined"),
+        (("convert", "--plan", "plan.json", "-o", "out", "--part", "1/2", "--workers", "2"), "cannot be combined"),
+        (("convert", source, "-o", "out", "--scheduler", "tcp://h:1", "--workers", "2"), "Give only one"),
+        (("convert", "--plan", "none.json", "-o", "out"), "Make the plan first"),
+        (("finish", "out", "--plan", source), "is not a plan"),
+    ):
+        refused = run(*words, cwd=tmp_path)
+        assert (refused.returncode, refused.stdout) == (2, ""), words
+        assert message in " ".join(refused.stderr.split()), words
+    assert not (tmp_path / "out").exists()
