@@ -41,7 +41,9 @@ class Piece:
 class Contents:
     """Fills buffers with pieces, from the source or, before ``point``, from the file of an earlier process."""
 
-    def __init__(self, segments: Segments, point: ResumePoint, reader: Reader, checks: RecordChecks, folder: Path):
+    def __init__(
+        self, segments: Segments, point: ResumePoint, reader: Reader, checks: RecordChecks, folder: Path | None
+    ):
         self._segments, self._point, self._reader, self._checks = segments, point, reader, checks
         self.evaluator = Evaluator(reader, checks, folder)
         self._files = {leaf.record.file for leaf in self._leaves()}

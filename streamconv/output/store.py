@@ -1,0 +1,103 @@
+"""The interface of an object store: what `StoreOutput` needs from S3, and from every other store.
+
+An object is complete or absent: it appears when its upload is completed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from streamconv.errors import OutputError
+from streamconv.files.address import Address
+
+
+class StoreError(OutputError):
+    """A store refuses a request. ``code`` is its own name for the reason, such as "NoSuchUpload"."""
+
+    def __init__(self, message: str, code: str = ""):
+        self.code = code
+        super().__init__(message)
+
+
+class UploadLostError(OutputError):
+    """An upload does not exist any more: it was aborted, it expired, or another process completed it."""
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """A complete object. ``version`` changes with its contents, such as an ETag; empty if the store reports none."""
+
+    size: int
+    version: str
+
+
+class Upload(Protocol):
+    """An object that is being written, from its beginning to its end.
+
+    ``id`` and ``part_bytes`` let another process resume it; an empty id means that it cannot. ``held_bytes`` counts the
+    bytes from the beginning on that the store holds from an earlier process, ``kept_bytes`` those that turned out to
+    equal the bytes written now, and were not sent again.
+    """
+
+    id: str
+    part_bytes: int
+    held_bytes: int
+    kept_bytes: int
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes, which are copied.
+
+        Raises:
+            UploadLostError, StoreError
+        """
+
+    def complete(self) -> StoredObject:
+        """Make the object appear; errors as for `write`."""
+
+    def close(self) -> None:
+        """Stop sending. What arrived is kept, if the upload can be resumed and was not completed."""
+
+    def abort(self) -> None:
+        """Delete what arrived."""
+
+
+class Store(Protocol):
+    """The objects below a prefix, by name. ``address`` is the URL of the prefix."""
+
+    @property
+    def address(self) -> Address: ...
+
+    def list(self, folder: str = "") -> dict[str, StoredObject]:
+        """Return the objects directly in the prefix, or in a folder in it, by name.
+
+        Raises:
+            StoreError
+        """
+
+    def find(self, name: str) -> StoredObject | None:
+        """Return an object's size and version, None if it does not exist."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return the contents of a small object, None if it does not exist."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small object, or replace it."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects one after the other; those that do not exist are no error."""
+
+    def start(self, name: str, size: int) -> Upload:
+        """Begin an object of ``size`` bytes."""
+
+    def resume(self, name: str, size: int, upload: str, part_bytes: int) -> Upload:
+        """Continue an upload.
+
+        Raises:
+            UploadLostError: there is no such upload.
+        """
+
+    def uploaded_bytes(self, name: str, upload: str) -> int:
+        """Return how many bytes of an upload that is not complete have arrived; 0 if there is no such upload."""
+
+    def abort_uploads(self, names: Iterable[str]) -> None:
+        """Delete what arrived of these objects without being completed."""

@@ -1,0 +1,282 @@
+"""An output in an object store, written straight from the buffers: no file on this machine.
+
+To resume a file, its bytes are made from the source again, because its sha256 needs them, and only those parts are sent
+that the store does not hold. A file whose record says that it is complete, and whose object still has the recorded size
+and version, is kept without reading the source.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+from streamconv.errors import CorruptError, OutputError
+from streamconv.files.address import Address
+from streamconv.files.reader import Reader
+from streamconv.formats.safetensors import INDEX_NAME
+from streamconv.logs import logger
+from streamconv.output.contents import Contents, Segments, batches
+from streamconv.output.hashing import BackgroundHash
+from streamconv.output.identity import differences, is_unidentified
+from streamconv.output.journal import NOT_STARTED
+from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, is_our_name, is_weights
+from streamconv.output.planned import PlannedConversion
+from streamconv.output.shared import FileState
+from streamconv.output.store import Store, StoredObject, Upload, UploadLostError
+from streamconv.output.store_records import (
+    CONVERSION,
+    RECORDS,
+    ConversionRecord,
+    FileRecord,
+    file_of,
+    parse_record,
+    record_name,
+    to_bytes,
+)
+from streamconv.output.writer import Advance
+from streamconv.planning.shards import Shard
+from streamconv.tensors.checksums import RecordChecks
+
+_log = logger(__name__)
+
+MAX_STARTS = 3  # of an upload that is lost again and again
+READS_AT_ONCE = 8  # of records
+
+
+class StoreOutput:
+    """A `SharedOutput` in a store."""
+
+    def __init__(self, store: Store):
+        self._store = store
+
+    @property
+    def location(self) -> Address:
+        return self._store.address
+
+    def begin(self, planned: PlannedConversion, *, force: bool = False) -> None:
+        found = self._store.list()
+        manifest, begun = self._manifest(found), self._conversion()
+        existing = begun or manifest
+        present = [name for name in planned.plan.filenames if name in found]
+        if existing is None and present:
+            raise OutputError(
+                f"{self.location} already holds {', '.join(present)}, which streamconv did not write. Choose another "
+                "prefix."
+            )
+        if existing is not None and self._is_replaced(existing, manifest, planned.provenance, present, force=force):
+            self._remove(manifest)
+        # Always, because this shows whether the store can be written to.
+        self._store.put(CONVERSION, to_bytes(ConversionRecord(provenance=planned.provenance)))
+
+    def finished(self, planned: PlannedConversion) -> Manifest | None:
+        found = self._store.list()
+        manifest = self._manifest(found)
+        if manifest is None or differences(manifest, planned.provenance) or self._conversion() is not None:
+            return None
+        is_whole = manifest.files.keys() == {*planned.plan.filenames} and all(
+            name in found and found[name].size == file.size for name, file in manifest.files.items()
+        )
+        return manifest if is_whole else None
+
+    def write(
+        self,
+        planned: PlannedConversion,
+        shard: Shard,
+        reader: Reader,
+        checks: RecordChecks,
+        advance: Advance,
+        part: str = "",
+    ) -> tuple[WrittenFile, int]:
+        for starts_left in reversed(range(MAX_STARTS)):
+            record = self._record(shard.filename)
+            if record is not None and differences(record.provenance, planned.provenance):
+                raise OutputError(f"{self._where(shard.filename)} is being written by another conversion.")
+            found = self._store.find(shard.filename)
+            if found is not None and (written := self._complete(shard, record, found, planned.provenance)):
+                advance(shard.size, True)
+                return written, shard.size
+            try:
+                with closing(self._upload(planned, shard, record, part)) as upload:
+                    return self._write(planned, shard, upload, reader, checks, advance, part), upload.kept_bytes
+            except UploadLostError as error:
+                if not starts_left:
+                    raise
+                _log.warning("%s Trying again.", error)
+                checks.forget_ranges()
+        raise AssertionError("unreachable")
+
+    def states(self, planned: PlannedConversion) -> dict[str, FileState]:
+        found, begun = self._store.list(), {file_of(name) for name in self._store.list(RECORDS)}
+
+        def state(shard: Shard) -> FileState:
+            record = self._record(shard.filename) if shard.filename in begun else None
+            return self._state(shard, record, found, planned)
+
+        with ThreadPoolExecutor(READS_AT_ONCE, "records") as threads:
+            shards = planned.plan.shards
+            return {shard.filename: each for shard, each in zip(shards, threads.map(state, shards), strict=True)}
+
+    def finish(self, planned: PlannedConversion, manifest: Manifest) -> None:
+        store, small = self._store, dict(planned.small_files)
+        index = small.pop(INDEX_NAME, None)
+        for name, data in small.items():
+            store.put(name, data)
+        store.put(MANIFEST_NAME, manifest.to_bytes())
+        if index is not None:
+            store.put(INDEX_NAME, index)  # last, because it makes the output a model that can be loaded
+        store.abort_uploads([shard.filename for shard in planned.plan.shards])
+        self._remove_records()
+
+    # What is there
+
+    def _where(self, name: str) -> str:
+        return f"{self.location}/{name}"
+
+    def _manifest(self, found: Mapping[str, StoredObject]) -> Manifest | None:
+        data = self._store.read(MANIFEST_NAME) if MANIFEST_NAME in found else None
+        return Manifest.parse(data, Path(self._where(MANIFEST_NAME))) if data is not None else None
+
+    def _conversion(self) -> Provenance | None:
+        record = parse_record(ConversionRecord, self._store.read(CONVERSION), self._where(CONVERSION))
+        return record.provenance if record is not None else None
+
+    def _record(self, file: str) -> FileRecord | None:
+        name = record_name(file)
+        return parse_record(FileRecord, self._store.read(name), self._where(name))
+
+    def _complete(
+        self, shard: Shard, record: FileRecord | None, found: StoredObject, provenance: Provenance
+    ) -> WrittenFile | None:
+        """Return a weight file if its object is complete, by its record or, without one, by the manifest."""
+        if record is not None:
+            written, version = record.written, record.version
+        else:
+            data = self._store.read(MANIFEST_NAME)
+            manifest = Manifest.parse(data, Path(self._where(MANIFEST_NAME))) if data is not None else None
+            is_same = manifest is not None and not differences(manifest, provenance)
+            written, version = (manifest.files.get(shard.filename) if manifest and is_same else None), found.version
+        is_there = written is not None and (written.size, version) == (found.size, found.version)
+        return written if is_there and found.size == shard.size else None
+
+    def _state(
+        self,
+        shard: Shard,
+        record: FileRecord | None,
+        found: Mapping[str, StoredObject],
+        planned: PlannedConversion,
+    ) -> FileState:
+        part = record.part if record is not None else ""
+        if (object_ := found.get(shard.filename)) is not None:
+            written = self._complete(shard, record, object_, planned.provenance)
+            if written is not None or record is None:
+                return FileState(object_.size, written, part)
+        if record is None or not record.upload:
+            return FileState(0, None, part)
+        return FileState(self._store.uploaded_bytes(shard.filename, record.upload), None, part)
+
+    # Writing
+
+    def _upload(self, planned: PlannedConversion, shard: Shard, record: FileRecord | None, part: str) -> Upload:
+        """Resume the recorded upload of a file or, if there is none, begin one and record it."""
+        name = shard.filename
+        if record is not None and record.upload and record.written is None:
+            try:
+                upload = self._store.resume(name, shard.size, record.upload, record.part_bytes)
+                _log.info("resuming the upload of %s", self._where(name))
+                return upload
+            except UploadLostError as error:
+                _log.info("%s Starting over.", error)
+        upload = self._store.start(name, shard.size)
+        if upload.id:
+            begun = FileRecord(provenance=planned.provenance, part=part, upload=upload.id, part_bytes=upload.part_bytes)
+            self._store.put(record_name(name), to_bytes(begun))
+        return upload
+
+    def _write(
+        self,
+        planned: PlannedConversion,
+        shard: Shard,
+        upload: Upload,
+        reader: Reader,
+        checks: RecordChecks,
+        advance: Advance,
+        part: str,
+    ) -> WrittenFile:
+        """Send the file's bytes, check the source's records, and make the object appear."""
+        name = shard.filename
+        try:
+            sha256, overflow_count = self._send(shard, upload, reader, checks, advance)
+        except CorruptError:
+            upload.abort()
+            self._store.delete([record_name(name)])
+            raise
+        stored = upload.complete()
+        written = WrittenFile(shard.size, sha256, overflow_count)
+        record = FileRecord(provenance=planned.provenance, part=part, written=written, version=stored.version)
+        self._store.put(record_name(name), to_bytes(record))
+        _log.info("wrote %s, %d bytes, sha256 %s", self._where(name), shard.size, sha256)
+        return written
+
+    def _send(
+        self, shard: Shard, upload: Upload, reader: Reader, checks: RecordChecks, advance: Advance
+    ) -> tuple[str, int]:
+        """Send the file's bytes to the upload; return their sha256, and how many values a cast made infinite."""
+        segments: Segments = (shard.header, *shard.tensors)
+        contents = Contents(segments, NOT_STARTED, reader, checks, None)
+        with BackgroundHash() as digest, contents.proved_by_records(), contents.evaluator:
+            contents.prefetch()
+            position = 0
+            for batch in batches(segments, NOT_STARTED):
+                buffer = digest.next_buffer()
+                filled, _ = contents.read(batch, buffer)
+                digest.update(buffer[:filled])
+                upload.write(buffer[:filled])
+                position += filled
+                advance(position, position <= upload.held_bytes)
+            checks.verify_pending()
+            for file in contents.files_without_crc():
+                reader.open(file).require_unchanged()
+            return digest.hexdigest(), contents.overflow_count
+
+    # Deleting
+
+    def _is_replaced(
+        self,
+        existing: Provenance,
+        manifest: Manifest | None,
+        provenance: Provenance,
+        present: list[str],
+        *,
+        force: bool,
+    ) -> bool:
+        """Return whether the conversion that is there must be deleted.
+
+        Raises:
+            OutputError: it is another one, and ``force`` is not given.
+        """
+        other = differences(existing, provenance)
+        if not other:
+            return force and existing is manifest
+        is_begun = bool(present or manifest or self._store.list(RECORDS).keys() - {Path(CONVERSION).name})
+        if force or not is_begun or (manifest is None and is_unidentified(existing, provenance)):
+            return True
+        state = "an unfinished" if manifest is None else "another"
+        raise OutputError(
+            f"{self.location} holds {state} conversion, of {existing.title}: its {' and '.join(other)} "
+            f"differ{'s' if len(other) == 1 else ''}. Choose another prefix, or replace it with --force."
+        )
+
+    def _remove(self, manifest: Manifest | None) -> None:
+        """Delete a conversion's own files: the index first, so that no part of it loads, and the manifest last."""
+        _log.info("deleting the conversion in %s, to start over", self.location)
+        names = {file_of(name) for name in self._store.list(RECORDS)} | {*(manifest.files if manifest else ())}
+        owned = sorted(filter(is_our_name, names), key=lambda name: name != INDEX_NAME)
+        self._store.delete(owned)
+        self._store.abort_uploads([name for name in owned if is_weights(name)])
+        self._remove_records()
+        self._store.delete([MANIFEST_NAME])
+
+    def _remove_records(self) -> None:
+        """Delete the records, and last the one of the conversion."""
+        names = [f"{RECORDS}/{name}" for name in self._store.list(RECORDS) if is_our_name(file_of(name))]
+        self._store.delete([*names, CONVERSION])
