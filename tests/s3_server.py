@@ -6,6 +6,7 @@ What moto does not model, as tried out with version 5.2:
     - Load: it never throttles, and never answers with 500 or 503 on its own. Tests inject these, too.
     - Damage: it does not compare a body with x-amz-checksum-*, and gives no CRC-32 of a part that is copied.
       `S3Server` refuses a body that does not match its Content-MD5, as real stores do.
+    - A part of an upload that does not exist is an internal error. `S3Server` answers NoSuchUpload, as real stores do.
     - Lifecycle rules never abort an upload. Nothing is ever inconsistent or slow. Encryption does not change ETags.
     - The regions of buckets, redirects to them, addresses of the form BUCKET.HOST, and TLS.
 It does model: parts of at least 5 MiB (EntityTooSmall when the upload is completed), ETags as AWS makes them, listings
@@ -118,6 +119,8 @@ class S3Server:
             return _refuse(start_response, fault.status, fault.code)
         if request.operation in ("PutObject", "UploadPart") and not self._is_sound(environ, request, fault):
             return _refuse(start_response, 400, "BadDigest")
+        if request.operation in ("UploadPart", "UploadPartCopy") and not self._has_upload(environ):
+            return _refuse(start_response, 404, "NoSuchUpload")
         if fault is not None and fault.lost:
             list(self.app(environ, lambda *args: None))
             _reset(environ)
@@ -132,6 +135,10 @@ class S3Server:
                     fault.times -= 1
                     return fault
         return None
+
+    def _has_upload(self, environ: dict[str, Any]) -> bool:
+        (upload,) = parse_qs(environ["QUERY_STRING"])["uploadId"]
+        return upload in Bucket(environ["PATH_INFO"].split("/")[1], self).uploads
 
     def _is_sound(self, environ: dict[str, Any], request: S3Request, fault: Fault | None) -> bool:
         """Compare the body with its Content-MD5, as AWS does and moto does not."""
@@ -229,6 +236,9 @@ class Bucket:
     def uploads(self) -> dict[str, str]:
         """The keys of uploads that are neither completed nor aborted, by id."""
         return {each.id: each.key_name for each in self._backend.get_bucket(self.name).multiparts.values()}
+
+    def put_part(self, upload: str, number: int, data: bytes) -> None:
+        self._backend.upload_part(self.name, upload, number, data)
 
     def abort(self, upload: str) -> None:
         self._backend.abort_multipart_upload(self.name, upload)
