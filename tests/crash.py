@@ -1,11 +1,12 @@
 """Kills a conversion at each of its disk operations, resumes it, and compares the folder with an uninterrupted one.
 
 Run as a process of its own (it forks, and so must be small):
-`python -m tests.crash SOURCE PLACE HOW SHARD_SIZE TRIES [DTYPE]`.
+`python -m tests.crash SOURCE PLACE HOW SHARD_SIZE TRIES [DTYPE|none [PARTS]]`.
 HOW says what remains on the disk:
     kill     what the process wrote, the last write perhaps by half
     power    what was synced: other bytes are zeros or missing, and a name lasts when its folder was synced
     power-names   the same, but every name lasts, as file systems may have it
+With PARTS, each try writes that many parts of a plan, and then finishes the folder.
 Prints what went wrong, as JSON. Sizes are scaled down by 2048, so that a small model has many marks.
 """
 
@@ -19,6 +20,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from streamconv.output import hashing
 from streamconv.output import writer as streaming
 from streamconv.output.files import PAGE_BYTES
 from streamconv.tensors import tiles
+from streamconv.verification import bytes as bytes_check
 
 SCALE = 2048
 MAX_REPEATED = (256 << 20) // SCALE
@@ -117,13 +120,32 @@ def after_power_cut(folder: Path, shadow: Path, every_name: bool) -> None:
             (folder / name).write_bytes(data)
 
 
-def convert(source: Path, folder: Path, shard_size: str, dtype: str | None, disk: Disk) -> int:
+@dataclass
+class Work:
+    """What each try does. ``plan`` is a saved plan, to be executed in this number of ``parts``; 0 converts directly."""
+
+    source: Path
+    folder: Path
+    options: ConversionOptions
+    plan: Path
+    parts: int
+
+    def do(self) -> None:
+        if not self.parts:
+            streamconv.convert(self.source, self.folder, self.options)
+            return
+        for number in range(1, self.parts + 1):
+            streamconv.convert_plan(self.plan, self.folder, part=f"{number}/{self.parts}")
+        streamconv.finish(self.folder, self.plan)
+
+
+def convert(work: Work, disk: Disk) -> int:
     """Convert in a forked process. Returns its exit code: 0 converted, 9 killed."""
     child = os.fork()
     if not child:
         try:
-            disk.install(folder)
-            streamconv.convert(source, folder, ConversionOptions(max_shard_size=shard_size, dtype=dtype))
+            disk.install(work.folder)
+            work.do()
             os._exit(0)
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -135,12 +157,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
 
 
-def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype: str | None = None) -> dict[str, Any]:
-    hashing.BUFFER_BYTES = file_contents.BUFFER_BYTES = (1 << 20) // SCALE * 2
+def main(source: Path, place: Path, how: str, tries: int, options: ConversionOptions, parts: int) -> dict[str, Any]:
+    hashing.BUFFER_BYTES = file_contents.BUFFER_BYTES = bytes_check.BUFFER_BYTES = (1 << 20) // SCALE * 2
     file_contents.PIECE_BYTES = tiles.PIECE_BYTES = (512 << 10) // SCALE * 2
     hashing.RING_BUFFERS //= 2  # of buffers, which are scaled by the same factor
     streaming.SYNC_BYTES //= SCALE
     shadow, folder = place / "shadow", place / "out"
+    work = Work(source, folder, options, place / "plan.json", parts)
+    if parts:
+        streamconv.plan(source, options, save=work.plan)
 
     def fresh(stop_at: int | None = None, half: bool = False) -> Disk:
         shutil.rmtree(shadow, ignore_errors=True)
@@ -149,11 +174,11 @@ def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype
 
     assert not folder.exists()
     whole = fresh()
-    assert convert(source, folder, shard_size, dtype, whole) == 0
+    assert convert(work, whole) == 0
     wanted = contents(folder)
     steps, read = whole.counted()
     shutil.rmtree(folder)
-    choice = random.Random(how + shard_size)
+    choice = random.Random(f"{how} {options.max_shard_size} {parts}")
     points = sorted(choice.sample(range(1, steps + 1), min(tries, steps)))
     wrong: list[str] = []
     kills = resumed_bytes = worst = 0
@@ -163,7 +188,7 @@ def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype
         # Killed once, and in half of the tries a second time, after it was resumed.
         for stop_at in (point, *([choice.randrange(1, steps)] if choice.random() < 0.5 else [])):
             disk = fresh(stop_at, choice.random() < 0.5)
-            code = convert(source, folder, shard_size, dtype, disk)
+            code = convert(work, disk)
             kills += code == 9
             done += disk.counted()[1]
             if how != "kill":
@@ -172,7 +197,7 @@ def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype
                 if name in wanted and data != wanted[name]:
                     wrong.append(f"step {point}: {name} is not whole")
         disk = fresh()
-        code = convert(source, folder, shard_size, dtype, disk)
+        code = convert(work, disk)
         if code or contents(folder) != wanted:
             have = contents(folder)
             other = sorted(n for n in have.keys() | wanted.keys() if have.get(n) != wanted.get(n))
@@ -184,5 +209,8 @@ def main(source: Path, place: Path, how: str, shard_size: str, tries: int, dtype
 
 
 if __name__ == "__main__":
-    found = main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]), *sys.argv[6:])
+    source, place, how, shard_size, tries, *more = sys.argv[1:]
+    dtype, parts = [*more, "none", "0"][:2] if len(more) != 1 else [more[0], "0"]
+    options = ConversionOptions(max_shard_size=shard_size, dtype=None if dtype == "none" else dtype)
+    found = main(Path(source), Path(place), how, int(tries), options, int(parts))
     print(json.dumps({**found, "max_repeated": MAX_REPEATED}))

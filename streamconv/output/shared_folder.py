@@ -70,8 +70,10 @@ class SharedFolder:
         file = self.location / shard.filename
         with locked_journal(journal_path((file,)), file) as journal:
             try:
-                self._require_free(planned)  # again: other processes may have begun meanwhile
                 recorded = self._recorded(shard.filename)
+                self._require_own(journal.contents, shard.filename, planned)
+                if recorded is None and not journal.recorded(file).size and os.path.lexists(file):
+                    raise OutputError(f"{file} was not written by streamconv. Choose another folder, or move it away.")
                 require_space(file.parent, missing_bytes(file, shard.size, journal.recorded(file).size))
                 journal.start(planned.provenance, {shard.filename: recorded} if recorded else {}, part)
                 segments: Segments = (shard.header, *shard.tensors)
@@ -129,18 +131,20 @@ class SharedFolder:
         """
         journals = {}
         for name in files_with_journals(self.location):
-            path = journal_path((self.location / name,))
-            journal = Journal.read(path)
-            if journal.provenance is None:
-                continue
-            if other := differences(journal.provenance, planned.provenance):
-                raise OutputError(
-                    f"{self.location} holds parts of another plan, of {journal.provenance.title}: for {name}, the "
-                    f"{' and '.join(other)} differ{'s' if len(other) == 1 else ''}. Choose another folder, or "
-                    "delete this one."
-                )
-            journals[name] = journal
+            journal = Journal.read(journal_path((self.location / name,)))
+            self._require_own(journal, name, planned)
+            if journal.provenance is not None:
+                journals[name] = journal
         return journals
+
+    def _require_own(self, journal: Journal, name: str, planned: PlannedConversion) -> None:
+        """Refuse the journal of a weight file of another conversion."""
+        if journal.provenance is None or not (other := differences(journal.provenance, planned.provenance)):
+            return
+        raise OutputError(
+            f"{self.location} holds parts of another plan, of {journal.provenance.title}: for {name}, the "
+            f"{' and '.join(other)} differ{'s' if len(other) == 1 else ''}. Choose another folder, or delete this one."
+        )
 
     def _recorded(self, name: str) -> WrittenFile | None:
         """Return a weight file as the folder's manifest lists it."""

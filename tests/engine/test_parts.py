@@ -163,6 +163,17 @@ def test_foreign_weights_are_not_replaced(work: Path) -> None:
     assert contents(work / "out") == {name: b"mine"}
 
 
+def test_weights_that_appear_while_a_part_is_written_are_not_replaced(work: Path) -> None:
+    last = sorted(path.name for path in (work / "whole").glob("*.safetensors"))[-1]
+
+    def put(*report: object) -> None:
+        (work / "out" / last).write_bytes(b"mine")
+
+    with pytest.raises(OutputError, match="was not written by streamconv"):
+        streamconv.convert_plan(work / "plan.json", work / "out", part="1/1", progress=put)
+    assert (work / "out" / last).read_bytes() == b"mine"
+
+
 def test_changed_file_of_a_part_is_found_before_the_model_can_be_loaded(work: Path) -> None:
     for number in (1, 2, 3):
         write(work, number)

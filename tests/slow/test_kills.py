@@ -58,6 +58,20 @@ def test_kill_or_power_cut_at_any_step_repeats_little(tmp_path: Path, how: str, 
     assert 0 < found["repeated"] <= found["max_repeated"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds a file's name in /proc")
+@pytest.mark.parametrize("how", ["kill", "power", "power-names"])
+def test_kill_or_power_cut_of_a_part_or_of_finishing_repeats_little(tmp_path: Path, how: str) -> None:
+    torch.save(make_states(tiny(layers=2, hidden=64))[0], tmp_path / "source.pth")
+    words = [sys.executable, "-m", "tests.crash", tmp_path / "source.pth", tmp_path, how, "60KB", str(KILLS)]
+    done = subprocess.run([*words, "none", "2"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["wrong"] == [], done.stderr
+    assert found["kills"] >= KILLS
+    assert found["resumed_bytes"] > 0.5 * KILLS
+    assert 0 < found["repeated"] <= found["max_repeated"]
+
+
 @pytest.mark.parametrize("shard_size", ["5GB", "100MB"])
 def test_signal_at_any_moment_repeats_little(tmp_path: Path, save: Save, shard_size: str) -> None:
     source, _ = save(tiny(layers=24, hidden=512))  # 300 MB
