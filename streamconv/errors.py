@@ -150,6 +150,10 @@ class OutputError(StreamconvError):
     exit_code = 4
 
 
+class BusyError(OutputError):
+    """Another process is writing the output, or this file of it."""
+
+
 class HubError(OutputError):
     """The Hub cannot be reached, or refuses a request. ``server_message`` is the Hub's message, without the token."""
 

@@ -13,15 +13,12 @@ from pathlib import Path
 import pytest
 
 from streamconv.files import retries
-from streamconv.output import contents, hashing, writer
-from streamconv.tensors import tiles
-from streamconv.verification import bytes as bytes_check
 from tests.file_server import FileServer, serving
 from tests.hostile import Attacked, Refusal
 from tests.hub_server import TOKEN, HubServer, running
 from tests.s3_server import CREDENTIALS, Bucket, S3Server
 from tests.s3_server import running as running_s3
-from tests.support import HUB_MODEL, Save
+from tests.support import HUB_MODEL, SMALL_STEPS, Save
 
 _numbers = count()
 
@@ -102,12 +99,8 @@ def refusal(attacked: Attacked) -> Refusal:
 @pytest.fixture
 def frequent_journal_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a journal entry after every 32 kB, so that a small model has many; read ahead of the disk by as much."""
-    monkeypatch.setattr(hashing, "RING_BUFFERS", 2)
-    for module in (hashing, contents, bytes_check):
-        monkeypatch.setattr(module, "BUFFER_BYTES", 16 << 10)
-    for module in (contents, tiles):
-        monkeypatch.setattr(module, "PIECE_BYTES", 8 << 10)
-    monkeypatch.setattr(writer, "SYNC_BYTES", 32 << 10)
+    for module, name, value in SMALL_STEPS:
+        monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,11 +33,15 @@ from streamconv.jobs.options import ConversionOptions, PushOptions, SourceOption
 from streamconv.jobs.prepare import PreparedSource, prepared_source
 from streamconv.jobs.recorded import recorded_options
 from streamconv.jobs.verify import verify_uploaded
+from streamconv.output import contents as file_contents
+from streamconv.output import hashing, writer
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
+from streamconv.tensors import tiles
 from streamconv.tensors.expressions import Read, Record
 from streamconv.tensors.info import TensorInfo, contiguous_strides
+from streamconv.verification import bytes as bytes_check
 from streamconv.verification.bytes import check_bytes
 from streamconv.verification.config import check_config
 from tests import api
@@ -279,6 +284,13 @@ def save_zeros(path: Path, geometry: Dimensions, dtype: str = "F32", block_chunk
 
 
 # Interruptions and failing disks
+
+SMALL_STEPS: list[tuple[ModuleType, str, int]] = [  # see the fixture frequent_journal_entries
+    (hashing, "RING_BUFFERS", 2),
+    *((module, "BUFFER_BYTES", 16 << 10) for module in (hashing, file_contents, bytes_check)),
+    *((module, "PIECE_BYTES", 8 << 10) for module in (file_contents, tiles)),
+    (writer, "SYNC_BYTES", 32 << 10),
+]
 
 
 class Interrupted(BaseException):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import OutputError
+from streamconv.errors import BusyError, OutputError
 from streamconv.logs import logger
 from streamconv.output.files import as_output_error, sync_file, temporary_path
 from streamconv.output.journal import MAX_JOURNAL_BYTES, NOT_STARTED, Journal, ResumePoint, name_in
@@ -136,7 +136,8 @@ def locked_journal(path: Path, output: Path) -> Iterator[OpenJournal]:
     """Open the journal of ``output``, created if it does not exist, for this process alone.
 
     Raises:
-        OutputError: another process holds it, or it cannot be opened.
+        BusyError: another process holds it.
+        OutputError: it cannot be opened.
     """
     with _refusing(path, output):
         file = open_exclusive(path)
@@ -150,7 +151,7 @@ def require_unlocked_journal(path: Path, output: Path) -> None:
     """Refuse an output that another process writes; nothing is changed.
 
     Raises:
-        OutputError
+        BusyError, OutputError
     """
     with _refusing(path, output):
         require_unlocked(path)
@@ -165,4 +166,4 @@ def _refusing(path: Path, output: Path) -> Iterator[None]:
             process = error.holder
             with suppress(OutputError):  # CIFS lets nobody else read a locked file
                 process = process or Journal.read(path).process
-            raise OutputError(error.message(output, process)) from None
+            raise BusyError(error.message(output, process)) from None

@@ -29,7 +29,7 @@ BORDER = {
     ("source/labels.py", "print"),  # in a child process, whose output is a path for its parent
     ("verification/worker.py", "print_exc"),  # when the pipe to the parent is broken
     ("logs.py", "getLogger"), ("__init__.py", "getLogger"), ("cli/command.py", "getLogger"),
-    ("cli/progress_bar.py", "getLogger"),
+    ("cli/progress_bar.py", "getLogger"), ("cli/cluster.py", "getLogger"),
     ("verification/process.py", "getLogger"), ("verification/worker.py", "getLogger"),
 }  # fmt: skip
 WRITERS = {

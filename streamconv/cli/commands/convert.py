@@ -1,12 +1,12 @@
 """``streamconv convert``."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import click
 
 import streamconv
 from streamconv import Conversion, ConversionOptions
+from streamconv.cli.cluster import cluster_client
 from streamconv.cli.command import JSON, Option, command, values_of
 from streamconv.cli.consent import with_consent
 from streamconv.cli.messages import conversion_lines
@@ -59,7 +59,7 @@ def convert(
         return
 
     def job(options: ConversionOptions) -> Conversion:
-        with _client(scheduler, workers) as client, ProgressReport(printer.is_quiet) as progress:
+        with cluster_client(scheduler, workers) as client, ProgressReport(printer.is_quiet) as progress:
             if plan is None:
                 return streamconv.convert(source or "", output, options, client=client, progress=progress)
             repeats, force = options.allow_repeats, options.force
@@ -110,12 +110,3 @@ def _check_combination(
             "--dry-run cannot be combined with --plan, --scheduler or --workers. `streamconv plan SOURCE` shows what "
             "would be written."
         )
-
-
-def _client(scheduler: str | None, workers: int | None) -> AbstractContextManager[object]:
-    """Return a context with a client of the cluster that the user names; None if there is none."""
-    if scheduler is None and workers is None:
-        return nullcontext()
-    from streamconv.jobs.distributed import client_of, local_client  # with a package that only this needs
-
-    return client_of(scheduler) if scheduler is not None else local_client(workers or 1)

@@ -1,0 +1,29 @@
+"""The Dask cluster that a command uses: the one that the user names, or processes of this machine."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+# Those of Dask that have levels of their own, and of what it is built on.
+_LOGGERS = ("distributed", "distributed.client", "tornado.application")
+
+
+@contextmanager
+def cluster_client(scheduler: str | None, workers: int | None) -> Iterator[object]:
+    """Yield a client of the cluster until the command ends; None if the user wants none.
+
+    Raises:
+        UsageError: see `client_of` and `local_client`.
+    """
+    if scheduler is None and workers is None:
+        yield None
+        return
+    from streamconv.jobs.dask_client import client_of, import_distributed, local_client  # rarely needed
+
+    import_distributed()  # sets the levels of its loggers
+    with ExitStack() as stack:
+        for name in _LOGGERS:  # what matters, streamconv reports itself
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
+        yield stack.enter_context(client_of(scheduler) if scheduler is not None else local_client(workers or 1))
