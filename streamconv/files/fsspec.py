@@ -103,7 +103,7 @@ class FsspecFile(RemoteFile):
         return int(info["size"]), _version(info)
 
     def _request(self, wanted: ByteRange) -> "_FsspecResponse":
-        data = self._threads.submit(self._file_system.cat_file, self._path, wanted.start, wanted.end)
+        data = self._threads.submit(self._file_system.cat_file, self._path, start=wanted.start, end=wanted.end)
         return _FsspecResponse(data, wanted.length, self.address)
 
 
