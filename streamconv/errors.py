@@ -82,6 +82,10 @@ class RefusedError(SourceError):
     """The server refuses access to the file."""
 
 
+class StoreReadError(SourceError):
+    """A store does not give a file: it reports an error that is neither a refusal nor a missing file."""
+
+
 class NotACheckpointError(SourceError):
     """The file is not in a format that streamconv reads."""
 

@@ -19,7 +19,7 @@ def verification_lines(verification: Verification) -> Iterator[Line | str]:
         colour = BAD if check.passed is False else INCOMPLETE if check.passed is None or check.not_checked else GOOD
         yield Line(f"{VERDICTS[check.passed]:9}", check.finding, colour=colour, label=f"{check.name:14}")
         numbers = [*_number_lines(check, verification.device), *_size_lines(check, verification)]
-        details = [*folded(check.problems), *numbers, check.not_checked]
+        details = [*folded(check.problems), *numbers, check.not_checked if check.passed is not None else ""]
         yield from (Line(" " * INDENT, line) for line in details if line)
     if verification.predictions:
         yield "Predicted classes:"

@@ -4,6 +4,7 @@ A user gives either as one string. `parse_location` decides once which it is; no
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
@@ -94,13 +95,22 @@ class Address:
 
         An http query is kept: it may hold the credentials for the whole folder.
         """
+        return self._with_path(lambda path: f"{path.rpartition('/')[0]}/{name}")
+
+    def inside(self, name: str) -> "Address":
+        """Return the address of a file in the folder that this is the address of."""
+        address = self._with_path(lambda path: f"{path.rstrip('/')}/{name}")
+        assert address is not None, "a data: URL is not a folder"
+        return address
+
+    def _with_path(self, change: Callable[[str], str]) -> "Address | None":
         links = self._links
         at = next((i for i, link in enumerate(links) if link.partition("://")[2]), None)
         if at is None:
             return None
         is_web = links[at].lower().startswith(("http://", "https://"))
         path = re.split("[?#]", links[at])[0] if is_web else links[at]
-        link = f"{path.rpartition('/')[0]}/{name}{links[at][len(path) :]}"
+        link = f"{change(path)}{links[at][len(path) :]}"
         return Address("::".join([*links[:at], link, *links[at + 1 :]]))
 
     def __str__(self) -> str:
@@ -121,6 +131,8 @@ def _gives_access(parameter: str) -> bool:
 
 
 Location: TypeAlias = Path | Address
+
+COPY_FOLDER = "Copy the folder to this machine, and give its path."
 
 
 def parse_location(location: str | PathLike[str] | Address) -> Location:
@@ -159,8 +171,12 @@ def parse_location(location: str | PathLike[str] | Address) -> Location:
     return address
 
 
-def local_path(path: str | PathLike[str], role: str) -> Path:
-    """Return the path of a file or folder that must be on this machine; ``role`` is what messages call it.
+def local_path(path: str | PathLike[str], role: str, fix: str = "Give a path.") -> Path:
+    """Return the path of a file or folder that must be on this machine.
+
+    Args:
+        role: What messages call it.
+        fix: What they advise to do with a URL.
 
     Raises:
         UsageError: it is empty, or a URL.
@@ -170,7 +186,7 @@ def local_path(path: str | PathLike[str], role: str) -> Path:
         raise UsageError(f"The {role}'s name is empty. Give a path.")
     if isinstance(path, str) and _ADDRESS.match(text):
         shown = printable(str(Address(text)))
-        raise UsageError(f"{shown} is a URL, and the {role} must be on this machine. Give a path.")
+        raise UsageError(f"{shown} is a URL, and the {role} must be on this machine. {fix}")
     return Path(path)
 
 

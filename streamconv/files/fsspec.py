@@ -6,6 +6,7 @@ is the same as over http: see `remote`.
 
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import date
 from hashlib import sha256
@@ -18,6 +19,7 @@ from streamconv.errors import (
     RefusedError,
     SourceError,
     SourceMissingError,
+    StoreReadError,
     StreamconvError,
     UsageError,
 )
@@ -75,25 +77,8 @@ class FsspecFile(RemoteFile):
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _state(self) -> tuple[int, str]:
-        """Return the file's size and version as they are now; failures are retried a few times.
-
-        The version is empty if the store reports none.
-        """
-        for pause in (*retries.RETRY_WAITS_SECONDS[: retries.RETRIES_BEFORE_OPEN], None):
-            try:
-                return result_in_time(self._threads.submit(self._query_state), 0, self.address)
-            except FileNotFoundError:
-                raise SourceMissingError(f"{self.where}: there is no such file.") from None
-            except StreamconvError:
-                raise
-            except Exception as error:  # each store's package has its own exceptions
-                failure, reason = error, printable(redacted(f"{type(error).__name__}: {error}", self.address.secrets))
-            if pause is None or isinstance(failure, PermissionError):
-                break
-            _log.warning("%s: %s; trying again in %g s", self.address, reason, pause)
-            time.sleep(pause)
-        kind = RefusedError if isinstance(failure, PermissionError) else SourceError
-        raise kind(f"{self.where} cannot be read: {reason}. Check the URL and your credentials.")
+        """Return the file's size and version as they are now. The version is empty if the store reports none."""
+        return _answer(self._query_state, self._threads, self.address)
 
     def _query_state(self) -> tuple[int, str]:
         self._file_system.invalidate_cache()
@@ -125,6 +110,49 @@ class _FsspecResponse:
 
     def close(self) -> None:
         self._data.cancel()
+
+
+def list_folder(folder: Address) -> dict[str, tuple[int, str]]:
+    """Return the files directly in a store's folder by name, each with its size and version; none without a folder.
+
+    Raises:
+        UsageError, SourceError: as for `FsspecFile`.
+    """
+    file_system, path = _find_file_system(folder)
+
+    def query() -> dict[str, tuple[int, str]]:
+        file_system.invalidate_cache()
+        try:
+            found = file_system.ls(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        files = (info for info in found if info["type"] == "file")
+        return {str(info["name"]).rpartition("/")[2]: (int(info["size"]), _version(info)) for info in files}
+
+    threads = ThreadPoolExecutor(1, "fsspec")
+    try:
+        return _answer(query, threads, folder)
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _answer(query: "Callable[[], Result]", threads: ThreadPoolExecutor, address: Address) -> "Result":
+    """Return the result of a query about a file or folder; failures are retried a few times."""
+    for pause in (*retries.RETRY_WAITS_SECONDS[: retries.RETRIES_BEFORE_OPEN], None):
+        try:
+            return result_in_time(threads.submit(query), 0, address)
+        except FileNotFoundError:
+            raise SourceMissingError(f"{address}: there is no such file.") from None
+        except StreamconvError:
+            raise
+        except Exception as error:  # each store's package has its own exceptions
+            failure, reason = error, printable(redacted(f"{type(error).__name__}: {error}", address.secrets))
+        if pause is None or isinstance(failure, PermissionError):
+            break
+        _log.warning("%s: %s; trying again in %g s", address, reason, pause)
+        time.sleep(pause)
+    kind = RefusedError if isinstance(failure, PermissionError) else StoreReadError
+    raise kind(f"{address} cannot be read: {reason}. Check the URL and your credentials.")
 
 
 def _version(info: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from types import TracebackType
 from streamconv.arguments import checked
 from streamconv.display import printable
 from streamconv.errors import CorruptError, NotACheckpointError, SourceMissingError, TruncatedError, located
-from streamconv.files.address import Address, parse_location
+from streamconv.files.address import Address, Location, parse_location
 from streamconv.files.base import File
 from streamconv.files.local import LocalFile
 from streamconv.files.open import open_file
@@ -151,8 +151,11 @@ def open_checkpoint(
     return _open_files(WeightFiles({location: None}), read_local_headers, origin)
 
 
-def open_output(folder: Path) -> Checkpoint:
+def open_output(folder: Location) -> Checkpoint:
     """Open the safetensors files of a folder that was converted, and no files of other formats or names.
+
+    Its ``files`` are closed if they are in a store, where each takes memory and threads while it is open: a `Reader`
+    opens them again.
 
     Raises:
         SourceError: as for `open_checkpoint`.
@@ -160,10 +163,16 @@ def open_output(folder: Path) -> Checkpoint:
     weights = standard_weights(folder, (safetensors.SINGLE_NAME, safetensors.INDEX_NAME))
     if weights is None:
         raise SourceMissingError(f"{folder} holds neither {safetensors.SINGLE_NAME} nor {safetensors.INDEX_NAME}.")
-    return _open_files(weights)
+    return _open_files(weights, keeps_remote_open=False)
 
 
-def _open_files(weights: WeightFiles, read_local_headers: bool = True, origin: Address | None = None) -> Checkpoint:
+def _open_files(
+    weights: WeightFiles,
+    read_local_headers: bool = True,
+    origin: Address | None = None,
+    *,
+    keeps_remote_open: bool = True,
+) -> Checkpoint:
     with ExitStack() as opened:
         files: list[File] = []
         tensors: dict[str, Read] = {}
@@ -180,6 +189,8 @@ def _open_files(weights: WeightFiles, read_local_headers: bool = True, origin: A
                     file.proved_by = "version"
                     if any(tensor.record.crc32 is None for tensor in found.values()):
                         file.require_one_version()
+                    if not keeps_remote_open:
+                        file.close()
                 if names is not None:
                     check_weight_map(file.where, weights.index, found, names)
                 elif twice := tensors.keys() & found.keys():

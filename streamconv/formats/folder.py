@@ -12,7 +12,9 @@ from pathlib import Path
 
 from streamconv.display import first_few, printable
 from streamconv.errors import NotACheckpointError, SourceError, SourceMissingError
-from streamconv.files.local import LocalFile, exists
+from streamconv.files.address import Location
+from streamconv.files.folders import exists, file_in
+from streamconv.files.local import LocalFile
 from streamconv.formats.foreign.folders import describe_folder, missing_link, snapshot_of
 from streamconv.formats.foreign.zips import WEIGHTS_SUFFIXES
 from streamconv.formats.safetensors import INDEX_NAME, SINGLE_NAME
@@ -75,7 +77,7 @@ def _only_weights(folder: Path, names: Sequence[str]) -> WeightFiles | None:
     return None
 
 
-def standard_weights(folder: Path, names: Iterable[str]) -> WeightFiles | None:
+def standard_weights(folder: Location, names: Iterable[str]) -> WeightFiles | None:
     """Return the first weight file or index of these names, None if there is none.
 
     Raises:
@@ -84,12 +86,11 @@ def standard_weights(folder: Path, names: Iterable[str]) -> WeightFiles | None:
         UnreadableError: whether there is one is not known.
     """
     for name in names:
-        if exists(folder / name):
-            if is_index(name):
-                return read_weights_index(folder / name)
-            return WeightFiles({folder / name: None})
-        if missing := missing_link(folder / name):
-            raise SourceMissingError(f"{folder / name} {missing}")
+        file = file_in(folder, name)
+        if exists(file):
+            return read_weights_index(file) if is_index(name) else WeightFiles({file: None})
+        if isinstance(file, Path) and (missing := missing_link(file)):
+            raise SourceMissingError(f"{file} {missing}")
     return None
 
 

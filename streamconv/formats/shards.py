@@ -12,7 +12,7 @@ from pathlib import Path
 from streamconv.display import printable
 from streamconv.errors import CorruptError, NotACheckpointError, SourceError, SourceMissingError
 from streamconv.files.address import Location
-from streamconv.files.local import read_small
+from streamconv.files.folders import beside, read_small
 from streamconv.formats.foreign.folders import missing_link
 from streamconv.formats.limits import MAX_TENSORS, read_json
 
@@ -34,8 +34,8 @@ class WeightFiles:
     note: str = ""
 
 
-def read_weights_index(index: Path) -> WeightFiles:
-    """Return the files that an index names, each with the names of its tensors.
+def read_weights_index(index: Location) -> WeightFiles:
+    """Return the files that an index names, each with the names of its tensors. Those in a store may be missing.
 
     Raises:
         CorruptError: it is damaged, or names a file that is not in its folder.
@@ -58,14 +58,15 @@ def read_weights_index(index: Path) -> WeightFiles:
             f"{index} names {len(files):,} files of weights, and streamconv reads up to {MAX_FILES:,}. Save the model "
             "again in larger files."
         )
-    missing = [index.with_name(name) for name in sorted(files) if not os.path.exists(index.with_name(name))]
+    paths = [index.with_name(name) for name in sorted(files)] if isinstance(index, Path) else []
+    missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         link = missing_link(missing[0])
         raise SourceMissingError(
             f"{missing[0]}: there is no such file, although {index.name} names it. {len(missing):,} of its "
             f"{len(files):,} files are missing. {f'It {link}' if link else 'Fetch the whole folder again.'}"
         )
-    return WeightFiles({index.with_name(filename): files[filename] for filename in sorted(files)}, index.name)
+    return WeightFiles({beside(index, filename): files[filename] for filename in sorted(files)}, index.name)
 
 
 def check_weight_map(where: str, index: str, found: Iterable[str], listed: set[str]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamconv.errors import SourceError, UsageError
+from streamconv.files.address import Location
 from streamconv.files.local import read_small
 from streamconv.formats.limits import read_settings
 from streamconv.jobs.options import ConversionOptions
@@ -11,7 +12,7 @@ from streamconv.output.manifest import Manifest
 from streamconv.planning.image_processor import OwnImageProcessor
 
 
-def own_image_processor(options: ConversionOptions, converted: Path | None) -> OwnImageProcessor | None:
+def own_image_processor(options: ConversionOptions, converted: Location | None) -> OwnImageProcessor | None:
     """Return the user's image processor: for a folder that was ``converted`` before, the one that it was given then.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from streamconv.errors import ChangedError, NetworkError, NoRangesError, OutputError, UsageError
 from streamconv.families.base import Model
-from streamconv.files.address import Address, local_path
+from streamconv.files.address import Address, Location, local_path
 from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.jobs.own_image_processor import own_image_processor
 from streamconv.logs import logger
@@ -33,6 +33,8 @@ from streamconv.source.small_files import remember_small_files
 from streamconv.tensors.expressions import Record
 
 _log = logger(__name__)
+
+CONVERT_FIRST = "Convert with `streamconv convert -o URL`, then verify with `streamconv verify URL SOURCE`."
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def prepared_source(
     *,
     output: StrPath | None = None,
     is_exact: bool = True,
-    labels_of: Path | None = None,
+    labels_of: Location | None = None,
     synthetic: Model | None = None,
 ) -> Iterator[PreparedSource]:
     """Resolve ``source``, open its indexes and make the plan. No weight is read.
@@ -152,7 +154,9 @@ def _records_in_copy(source: OpenSource, copy: OpenSource) -> dict[Record, Recor
     }
 
 
-def _plan(source: OpenSource, options: ConversionOptions, labels_of: Path | None, progress: Progress) -> PreparedSource:
+def _plan(
+    source: OpenSource, options: ConversionOptions, labels_of: Location | None, progress: Progress
+) -> PreparedSource:
     labels: Sequence[str] | None = None
     labels_from, head = None, source.selection.family.classifier_head
     own = source.selection.config  # whose labels the plan keeps as they are, unless it gets others
@@ -201,7 +205,7 @@ def output_folder(folder: StrPath | None, prepared: PreparedSource, *, force: bo
             source.
         OutputError: a file has this name.
     """
-    path = local_path(folder if folder is not None else default_folder(prepared), "output folder")
+    path = local_path(folder if folder is not None else default_folder(prepared), "output folder", CONVERT_FIRST)
     read = [path for checkpoint in prepared.source.checkpoints.values() for path in checkpoint.paths]
     refuse_own_output(read, path, prepared.plan.filenames, force=force)
     return path

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.errors import OutputError, SourceError, UsageError
-from streamconv.files.address import local_path
+from streamconv.files.address import COPY_FOLDER, local_path
 from streamconv.files.local import exists, read_small
 from streamconv.hub.card import CARD_NAME, is_ours, kept_metadata, make_card
 from streamconv.hub.card_check import check_card
@@ -91,7 +91,7 @@ def publish(
         OutputError: the folder is not finished, or its files do not match its manifest.
         HubError: there is no token, or the Hub does not accept the model.
     """
-    path = local_path(folder, "folder")
+    path = local_path(folder, "folder", COPY_FOLDER)
     manifest = _read_verified(path, push)
     repository = open_repository(push, path, confirm_claims(manifest, path))
     on_push(repository.target)
@@ -104,7 +104,7 @@ def preview_push(folder: StrPath, push: PushOptions, progress: Progress = ignore
     Raises:
         UsageError, OutputError, HubError: `publish` would be refused with the same error.
     """
-    path = local_path(folder, "folder")
+    path = local_path(folder, "folder", COPY_FOLDER)
     manifest = _read_verified(path, push)
     confirmed = confirm_claims(manifest, path)
     repository = open_repository(push, path, confirmed)

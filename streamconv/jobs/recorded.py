@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 from streamconv.display import printable
+from streamconv.files.address import Location
 from streamconv.jobs.options import ConversionOptions, SourceOptions
 from streamconv.jobs.prepare import PreparedSource
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance
@@ -14,7 +14,7 @@ from streamconv.source.open import read_config
 from streamconv.tensors.info import CastDtype
 
 
-def recorded_options(folder: Path, given: SourceOptions) -> ConversionOptions:
+def recorded_options(folder: Location, given: SourceOptions) -> ConversionOptions:
     """Return the options that the folder was converted with, as far as its files show them, overridden by ``given``."""
     recorded, dtype = _recorded(folder), read_config(folder).get("dtype")
     return ConversionOptions(
@@ -27,7 +27,7 @@ def recorded_options(folder: Path, given: SourceOptions) -> ConversionOptions:
     )
 
 
-def with_recorded_as_unproved(prepared: PreparedSource, folder: Path, given: SourceOptions) -> PreparedSource:
+def with_recorded_as_unproved(prepared: PreparedSource, folder: Location, given: SourceOptions) -> PreparedSource:
     """Add the decisions that only the folder states to those that the plan lists as unproved.
 
     The author of the folder could have written a manifest that matches wrong files.
@@ -38,7 +38,7 @@ def with_recorded_as_unproved(prepared: PreparedSource, folder: Path, given: Sou
     return replace(prepared, plan=replace(prepared.plan, unproved=(*prepared.plan.unproved, *unproved)))
 
 
-def _recorded(folder: Path) -> Provenance:
+def _recorded(folder: Location) -> Provenance:
     return Manifest.read(folder) or Provenance(source={}, plan="")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from streamconv.errors import OutputError, SourceMissingError, UsageError
 from streamconv.families.base import ConversionSpec, Family
 from streamconv.families.registry import family_named
-from streamconv.files.address import local_path
+from streamconv.files.address import COPY_FOLDER, local_path
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.non_tensors import non_tensor_error
 from streamconv.formats.safetensors import make_header
@@ -109,7 +109,7 @@ def revert(
         OutputError: a file exists already, or cannot be written. The same call resumes; the files are renamed into
             place when both are complete.
     """
-    source = local_path(folder, "folder")
+    source = local_path(folder, "folder", COPY_FOLDER)
     paths = (local_path(output, "output"), *([local_path(head, "head")] if head is not None else []))
     _require_writable(paths, source, force)
     if len({os.path.realpath(path) for path in paths}) < len(paths):

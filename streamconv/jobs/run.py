@@ -15,7 +15,7 @@ from streamconv.jobs.convert import convert_prepared
 from streamconv.jobs.convert_to_hub import Verify, convert_to_hub
 from streamconv.jobs.model_options import check_options, started_models
 from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, VerificationOptions
-from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
+from streamconv.jobs.prepare import CONVERT_FIRST, PreparedSource, local_copy, prepared_source
 from streamconv.jobs.publish import Published, publish_folder
 from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
 from streamconv.jobs.synth import synthetic_model, temporary_checkpoint
@@ -100,7 +100,7 @@ def run(
             synthetic = synthetic_model(fspath(source))
             output = synthetic.published_name if output is None else output
             if push is not None:  # a wrong repository is refused before the checkpoint is generated
-                repository = open_repository(push, local_path(output, "output folder"), None)
+                repository = open_repository(push, local_path(output, "output folder", CONVERT_FIRST), None)
                 on_push(repository.target)
             source, conversion = stack.enter_context(
                 _synthetic(fspath(source), output, conversion, synthetic_seed, progress)
@@ -176,6 +176,6 @@ def _verify_with(options: VerificationOptions, models: ModelRunner, progress: Pr
 def _synthetic(
     model: str, output: StrPath | None, conversion: ConversionOptions, seed: int, progress: Progress
 ) -> Iterator[tuple[StrPath, ConversionOptions]]:
-    folder = local_path(output, "output folder") if output is not None else None
+    folder = local_path(output, "output folder", CONVERT_FIRST) if output is not None else None
     with temporary_checkpoint(model, folder, seed, progress) as made:
         yield made.backbone, replace(conversion, head=made.head)

@@ -9,19 +9,17 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from streamconv.errors import OutputError
-from streamconv.files.address import local_path
+from streamconv.files.address import Location, parse_folder
 from streamconv.jobs.beside import beside
 from streamconv.jobs.model_options import check_names, check_options, started_models
 from streamconv.jobs.options import SourceOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.jobs.recorded import recorded_options, with_recorded_as_unproved
 from streamconv.jobs.verify_alone import log_checks, now, verify_alone
+from streamconv.jobs.verify_store import MODELS_NOT_RUN, refuse_model_options, require_finished
 from streamconv.logs import logger
 from streamconv.output.files import write_file
-from streamconv.output.journal import is_unfinished
 from streamconv.output.manifest import Manifest, WrittenFile, in_order
-from streamconv.output.readable import require_folder
 from streamconv.output.snapshot import Snapshot
 from streamconv.output.verdict import record_verdict
 from streamconv.planning.plan import Plan
@@ -59,8 +57,10 @@ def verify(
     transformers' messages and progress bars are shown as the caller has set them. One exception: while torch.hub
     imports the authors' code (``reference``), it changes sys.path.
 
+    An output in a store is read by ranges. Models are not run with it, and the result is not recorded there.
+
     Args:
-        folder: The folder that `streamconv.convert` wrote.
+        folder: The folder that `streamconv.convert` wrote, or its URL in a store (s3://, gs://, …).
         source: The source of the folder: a model's name, or the path or URL of a checkpoint. None reads only the
             folder: each file must have the size and sha256 that its manifest records.
         options: The device, the image, the code of the original model, and the report to write.
@@ -69,27 +69,26 @@ def verify(
             `Cancelled`.
 
     Raises:
-        UsageError: the device, the image or the reference does not exist, the device has too little memory, or torch
-            or transformers is not installed.
+        UsageError: the device, the image or the reference does not exist, or is given for an output in a store; the
+            device has too little memory, or torch or transformers is not installed.
         SourceError: the source cannot be read.
         OutputError: there is no such folder, it is unfinished or changed meanwhile, or it can be verified only against
             a source and none is given.
     """
-    path = local_path(folder, "folder")
-    require_folder(path)
-    if is_unfinished(path):
-        raise OutputError(
-            f"{path} holds an unfinished conversion. Finish it first: run the same convert command again."
-        )
-    check_options(options, runs_models=source is not None)
+    path = parse_folder(folder, "folder")
+    local = path if isinstance(path, Path) else None
+    if local is None:
+        refuse_model_options(options)
+    require_finished(path)
+    check_options(options, runs_models=source is not None and local is not None)
     if source is None:
         check_names(options, progress)
         verification = verify_alone(path, progress, options.command)
     else:
         with ExitStack() as stack:
-            models = stack.enter_context(started_models(options, progress))
+            models = stack.enter_context(started_models(options, progress)) if local is not None else None
             conversion = recorded_options(path, source_options)
-            prepared = stack.enter_context(prepared_source(source, conversion, progress, output=path, labels_of=path))
+            prepared = stack.enter_context(prepared_source(source, conversion, progress, output=local, labels_of=path))
             prepared = with_recorded_as_unproved(prepared, path, source_options)
             if not conversion.stream:
                 prepared = stack.enter_context(local_copy(prepared, progress))
@@ -99,13 +98,17 @@ def verify(
 
 
 def verify_prepared(
-    folder: Path, prepared: PreparedSource, options: VerificationOptions, models: ModelRunner, progress: Progress
+    folder: Location,
+    prepared: PreparedSource,
+    options: VerificationOptions,
+    models: ModelRunner | None,
+    progress: Progress,
 ) -> Verification:
     """Verify a converted folder against an open source, and record the result in the folder's manifest.
 
     The bytes are compared while another process runs ``models``, if one does: the one mostly waits for the disk, the
-    other computes. If this machine made the folder from a remote source, that is read again for parity only: its bytes
-    were checked when they were written, as the manifest records.
+    other computes. There are no models for a folder in a store. If this machine made a local folder from a remote
+    source, that is read again for parity only: its bytes were checked when they were written, as the manifest records.
 
     Raises:
         SourceError: the source cannot be read, or was changed meanwhile.
@@ -119,14 +122,17 @@ def verify_prepared(
     plan = edits.plan
 
     def compare(progress: Progress) -> tuple[Check, Mapping[str, WrittenFile]]:
-        if manifest is not None and source.is_remote and source.has_checksums and _was_made_here(manifest, source):
+        is_proved = source.is_remote and source.has_checksums and isinstance(folder, Path)
+        if manifest is not None and is_proved and _was_made_here(manifest, source):
             return compare_with_manifest(folder, plan, manifest, progress)
         return compare_with_source(folder, plan, source.reader, source.has_checksums, progress)
 
     def run_models(progress: Progress) -> ModelResults:
+        if models is None or not isinstance(folder, Path):
+            return MODELS_NOT_RUN
         return models.check(ModelJob(plan, folder, source, options.parity, options.thorough), progress)
 
-    if models.is_elsewhere:
+    if models is not None and models.is_elsewhere:
         progress("comparing bytes", 0, plan.weights, "bytes")
         (check, files), results = beside(compare, run_models, progress)
     else:
@@ -200,8 +206,8 @@ def _verification(
     log_checks(checks)
     return Verification(
         checks=checks,
-        device=found.device,
-        reference=found.reference,
+        device=found.device or None,
+        reference=found.reference or None,
         versions=found.versions,
         source=source.describe(),
         output={

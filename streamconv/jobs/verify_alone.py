@@ -3,10 +3,10 @@
 import sys
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 from streamconv._version import __version__
 from streamconv.errors import OutputError
+from streamconv.files.address import Location
 from streamconv.logs import logger
 from streamconv.output.finished import find_edited
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, in_order
@@ -21,7 +21,7 @@ from streamconv.verification.structure import unexpected_weights
 _log = logger(__name__)
 
 
-def verify_alone(folder: Path, progress: Progress, command: str) -> Verification:
+def verify_alone(folder: Location, progress: Progress, command: str) -> Verification:
     """Compare a folder with its own manifest; see `verify`.
 
     Raises:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from streamconv.errors import SourceError, SourceMissingError
-from streamconv.files.local import LocalFile, read_small
+from streamconv.files.address import Location
+from streamconv.files.folders import file_in, read_small
+from streamconv.files.open import open_file
 from streamconv.output.journal import JOURNAL_NAME, Journal, is_unfinished
 from streamconv.output.manifest import Manifest, Provenance, WrittenFile, is_weights
 from streamconv.output.ownership import refuse_parts, require_free
@@ -66,7 +68,7 @@ def find_earlier(
     return EarlierOutput(manifest, is_unfinished(folder), tuple(sorted(edited)), lost)
 
 
-def find_edited(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, WrittenFile]:
+def find_edited(folder: Location, written: Mapping[str, WrittenFile]) -> dict[str, WrittenFile]:
     """Return the small files that have other contents than were ``written``, as they are now.
 
     A file that is too large to be read has an empty sha256.
@@ -76,7 +78,7 @@ def find_edited(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, W
     """
     found = {}
     for name, file in written.items():
-        path = folder / name
+        path = file_in(folder, name)
         if is_weights(name) or (size := _size(path)) is None:
             continue
         try:
@@ -90,14 +92,14 @@ def find_edited(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, W
     return found
 
 
-def _size(path: Path) -> int | None:
+def _size(path: Location) -> int | None:
     """Return the size of a file in bytes, None if it does not exist."""
-    with suppress(SourceMissingError), reading_output(), closing(LocalFile(path)) as file:
+    with suppress(SourceMissingError), reading_output(), closing(open_file(path)) as file:
         return file.size
     return None
 
 
-def _is_blank(path: Path) -> bool:
+def _is_blank(path: Location) -> bool:
     """Return whether a small file has no contents: a power cut may leave it so if its file system syncs no files."""
     with suppress(SourceError):
         return not read_small(path).strip(b"\0")

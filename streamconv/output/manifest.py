@@ -10,8 +10,10 @@ from typing import Any
 
 from streamconv.display import printable
 from streamconv.errors import OutputError, SourceError, SourceMissingError
-from streamconv.files.local import read_small
+from streamconv.files.address import Location
+from streamconv.files.folders import file_in, read_small
 from streamconv.formats.limits import TooLargeError, parse_small_json
+from streamconv.output.readable import reading_output
 from streamconv.output.typed_json import parse
 from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
@@ -188,22 +190,25 @@ class Manifest(Provenance):
         )
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest | None":
+    def read(cls, folder: Location) -> "Manifest | None":
         """Read a folder's manifest; None if it has none.
 
         Raises:
             OutputError: it cannot be read, is damaged, or was written by another version of streamconv.
         """
-        path = folder / MANIFEST_NAME
+        path = file_in(folder, MANIFEST_NAME)
         try:
-            return cls.parse(read_small(path), path)
+            if isinstance(path, Path):
+                return cls.parse(read_small(path), path)
+            with reading_output():
+                return cls.parse(read_small(path), path)
         except SourceMissingError:
             return None
         except SourceError as error:
             raise _unreadable(path, error) from error
 
     @classmethod
-    def parse(cls, data: bytes, path: Path) -> "Manifest":
+    def parse(cls, data: bytes, path: Location) -> "Manifest":
         """Parse the contents of the manifest at ``path``; errors as for `read`."""
         try:
             return _parsed(data, path)
@@ -213,7 +218,7 @@ class Manifest(Provenance):
             raise _unreadable(path, error) from error
 
     @classmethod
-    def from_json(cls, value: object, path: Path) -> "Manifest":
+    def from_json(cls, value: object, path: Location) -> "Manifest":
         """Check and convert parsed JSON; ``path`` and errors as for `read`."""
         if isinstance(value, dict) and value.get("format_version") != FORMAT_VERSION:
             raise OutputError(f"{path} was written by another version of streamconv: convert again, to another folder.")
@@ -237,9 +242,9 @@ class Manifest(Provenance):
 
 
 @lru_cache(maxsize=1)  # a job reads the same manifest more than ten times, which may list thousands of files
-def _parsed(data: bytes, path: Path) -> Manifest:
+def _parsed(data: bytes, path: Location) -> Manifest:
     return Manifest.from_json(parse_small_json(data), path)
 
 
-def _unreadable(path: Path, error: object) -> OutputError:
+def _unreadable(path: Location, error: object) -> OutputError:
     return OutputError(f"{path} cannot be read ({error}). Move it away, or write to another folder.")

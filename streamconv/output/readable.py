@@ -1,4 +1,4 @@
-"""Reports files of an output that cannot be read as errors.
+"""Reports files of an output that cannot be read as errors, and lists those that count as its weights.
 
 A missing or altered file is a difference, which verification reports. One that cannot be read proves nothing.
 """
@@ -10,7 +10,14 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from streamconv.errors import OutputError, UnreadableError
+from streamconv.errors import (
+    NetworkError,
+    OutputError,
+    RefusedError,
+    StoreReadError,
+    UnreadableError,
+)
+from streamconv.files.address import Address, Location
 from streamconv.formats.safetensors import CONFLICTING_PATTERNS
 
 _FIX = "Make it readable, and run the same command again."
@@ -18,9 +25,11 @@ _FIX = "Make it readable, and run the same command again."
 
 @contextmanager
 def reading_output() -> Iterator[None]:
-    """Turn an `UnreadableError` that the block raises into an `OutputError`."""
+    """Turn an error of the block that says nothing about the output's contents into an `OutputError`."""
     try:
         yield
+    except (NetworkError, RefusedError, StoreReadError) as error:
+        raise OutputError(str(error)) from error
     except UnreadableError as error:
         raise OutputError(
             f"{error.reason}, so its contents are not known. Make it a file that can be read, and run the same command "
@@ -44,18 +53,34 @@ def require_folder(path: Path) -> None:
         raise OutputError(f"{path} is not a folder. Give a folder that streamconv wrote.")
 
 
-def weights_in(folder: Path) -> set[str]:
+def weights_in(folder: Location) -> set[str]:
     """Return the names of the files that transformers could load as a model's; none if there is no such folder.
 
     Raises:
         OutputError: the folder cannot be listed.
     """
+    names = _names_in(folder) if isinstance(folder, Path) else states_in_store(folder)
+    return {name for name in names if any(fnmatch(name, pattern) for pattern in CONFLICTING_PATTERNS)}
+
+
+def states_in_store(folder: Address) -> dict[str, tuple[int, str]]:
+    """Return the files in a store's folder by name, each with its size and version.
+
+    Raises:
+        OutputError: the folder cannot be listed.
+    """
+    from streamconv.files.fsspec import list_folder  # only now, as a local folder does not need it
+
+    with reading_output():
+        return list_folder(folder)
+
+
+def _names_in(folder: Path) -> list[str]:
     try:
-        names = os.listdir(folder)
+        return os.listdir(folder)
     except FileNotFoundError:
-        return set()
+        return []
     except OSError as error:
         raise OutputError(
             f"The names of the files in {folder} cannot be read: {error.strerror}, so it may hold other weights. {_FIX}"
         ) from error
-    return {name for name in names if any(fnmatch(name, pattern) for pattern in CONFLICTING_PATTERNS)}

@@ -6,15 +6,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.output.readable import weights_in
+from streamconv.files.address import Location
+from streamconv.output.readable import states_in_store, weights_in
 
-State = tuple[int, ...]
-"""Identifies a file and its contents: device, inode, size, mtime and ctime; empty if it does not exist."""
+State = tuple[int | str, ...]
+"""Identifies a file and its contents: device, inode, size, mtime and ctime; empty if it does not exist.
+
+In a store, its size and version.
+"""
 
 
 def state_of(path: Path) -> State:
     """Return the state of a file and, if it is a link, also of what it refers to; empty if there is none."""
-    states: list[int] = []
+    states: list[int | str] = []
     with suppress(OSError):
         for follows in (False, True):
             found = os.stat(path, follow_symlinks=follows)
@@ -29,19 +33,23 @@ class Snapshot:
     ``states`` maps names to states, also of files that do not exist.
     """
 
-    folder: Path
+    folder: Location
     states: Mapping[str, State]
 
     @classmethod
-    def of(cls, folder: Path, names: Iterable[str]) -> "Snapshot":
-        return cls(folder, {name: state_of(folder / name) for name in {*names, *_other_weights(folder)}})
+    def of(cls, folder: Location, names: Iterable[str]) -> "Snapshot":
+        return cls(folder, _states(folder, names))
 
     def changed(self) -> list[str]:
         """Return the names of the files that are not as they were."""
-        names = {*self.states, *_other_weights(self.folder)}
-        return sorted(name for name in names if state_of(self.folder / name) != self.states.get(name, ()))
+        now = _states(self.folder, self.states)
+        return sorted(name for name, state in now.items() if state != self.states.get(name, ()))
 
 
-def _other_weights(folder: Path) -> set[str]:
-    """Return the names of the files that transformers would load as a model's; unfinished files are hidden."""
-    return {name for name in weights_in(folder) if name[:1] != "."}
+def _states(folder: Location, names: Iterable[str]) -> dict[str, State]:
+    """Return the states of these files, and of those that transformers would load as a model's."""
+    if isinstance(folder, Path):
+        others = (name for name in weights_in(folder) if name[:1] != ".")  # unfinished files are hidden
+        return {name: state_of(folder / name) for name in {*names, *others}}
+    states: dict[str, State] = {**states_in_store(folder)}
+    return {name: states.get(name, ()) for name in {*names, *states}}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from streamconv.display import first_few
@@ -37,6 +38,8 @@ def record_verdict(
     """
     folder = before.folder
     require_same(before, manifest)
+    if not isinstance(folder, Path):
+        return f"{folder} is in a store, where verification changes nothing."
     if manifest is None:
         return f"{folder} has no {MANIFEST_NAME}."
     if (reason := _why_another_source(manifest, verdict, source)) or (reason := _why_incomplete(manifest, verdict)):

@@ -17,15 +17,17 @@ from streamconv.families.classifier_heads import find_layers, head_in_file
 from streamconv.families.left_out import left_out_beside_head
 from streamconv.families.prefixes import shown
 from streamconv.families.selection import Selection, find_backbone
-from streamconv.files.address import Address
+from streamconv.files.address import Address, Location
 from streamconv.files.base import FileRef
+from streamconv.files.folders import file_in, read_small
 from streamconv.files.inline import is_inline
-from streamconv.files.local import LocalFile, read_small
+from streamconv.files.local import LocalFile
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_checkpoint
 from streamconv.formats.limits import parse_small_json
 from streamconv.formats.shards import refuse_shard
 from streamconv.output.manifest import CHANGE_TIME, SourceFile
+from streamconv.planning.plan import CONFIG_NAME
 from streamconv.source.advice import named_torch_hub_copy
 from streamconv.source.authors import Authorship, authorship
 from streamconv.source.cache import torch_hub_cache
@@ -243,10 +245,10 @@ def _beside_head(
     return list(filter(None, [left_out_beside_head(family.split_head(head_names)[1], infos, layers.values(), family)]))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Location) -> dict[str, Any]:
     """Read a model's config.json; return an empty one if there is none, or none that can be read."""
     try:
-        config = parse_small_json(read_small(folder / "config.json"))
+        config = parse_small_json(read_small(file_in(folder, CONFIG_NAME)))
     except (SourceError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

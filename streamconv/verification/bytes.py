@@ -4,14 +4,16 @@ Both are read from the disk again, including their indexes: nothing that the con
 """
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.errors import OutputError, SourceError, SourceMissingError, TruncatedError
-from streamconv.files.base import File, FileRef
-from streamconv.files.local import LocalFile
+from streamconv.errors import ChangedError, OutputError, SourceError, SourceMissingError, TruncatedError
+from streamconv.files.address import Location
+from streamconv.files.base import ByteRange, File, FileRef
+from streamconv.files.folders import file_in
+from streamconv.files.open import open_file
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_output
 from streamconv.output.hashing import BUFFER_BYTES, BackgroundHash
@@ -39,7 +41,7 @@ REPORT_BYTES = 32 << 20  # read between two progress reports
 
 
 def compare_with_source(
-    folder: Path, plan: Plan, reader: Reader, has_checksums: bool, progress: Progress
+    folder: Location, plan: Plan, reader: Reader, has_checksums: bool, progress: Progress
 ) -> tuple[Check, Mapping[str, WrittenFile]]:
     """Compare every byte of every tensor with the source.
 
@@ -61,7 +63,7 @@ def compare_with_source(
 
 
 def compare_with_manifest(
-    folder: Path, plan: Plan, manifest: Manifest, progress: Progress
+    folder: Location, plan: Plan, manifest: Manifest, progress: Progress
 ) -> tuple[Check, Mapping[str, WrittenFile]]:
     """Compare the weight files with the manifest, for a source whose CRC-32s were checked while it was copied.
 
@@ -108,7 +110,7 @@ class ByteCheck:
     files: Mapping[str, WrittenFile]
 
 
-def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int], None]) -> ByteCheck:
+def check_bytes(folder: Location, plan: Plan, reader: Reader, advance: Callable[[int], None]) -> ByteCheck:
     """Compare every tensor of ``folder`` with what the plan takes from the source.
 
     Each source record that has a CRC-32 is checked on the way, and so are the digests in the folder's own manifest.
@@ -131,25 +133,25 @@ def check_bytes(folder: Path, plan: Plan, reader: Reader, advance: Callable[[int
         wrong += len(shapes)
         problems += shapes + weight_file_problems(folder, written)
         for ref, names in _in_file_order(written).items():
-            file = written.reader.open(ref)
-            evaluator.prefetch([wanted[name] for name in names if name in wanted])
-            _hash(file, 0, written[names[0]].record.range.start, digest)
-            for name in names:
-                source, output = wanted.get(name), written[name]
-                if source is not None and source.info == output.info:
-                    found = _differences(name, source, output, file, evaluator, digest, advance)
-                    problems += found
-                    wrong += bool(found)
-                    compared += source.info.nbytes
-                else:
-                    _hash(file, output.record.range.start, output.record.range.end, digest)
-            files[file.name] = WrittenFile(file.size, digest.hexdigest())
+            with _opened(written, ref) as file:
+                evaluator.prefetch([wanted[name] for name in names if name in wanted])
+                _hash(file, 0, written[names[0]].record.range.start, digest)
+                for name in names:
+                    source, output = wanted.get(name), written[name]
+                    if source is not None and source.info == output.info:
+                        found = _differences(name, source, output, file, evaluator, digest, advance)
+                        problems += found
+                        wrong += bool(found)
+                        compared += source.info.nbytes
+                    else:
+                        _hash(file, output.record.range.start, output.record.range.end, digest)
+                files[file.name] = WrittenFile(file.size, digest.hexdigest())
     checks.verify_pending()
     problems += manifest_problems(folder, files)
     return ByteCheck(compared, len(wanted), wrong, tuple(sorted(set(problems))), files)
 
 
-def check_files(folder: Path, written: Mapping[str, WrittenFile], progress: Progress) -> list[str]:
+def check_files(folder: Location, written: Mapping[str, WrittenFile], progress: Progress) -> list[str]:
     """List the ``written`` files whose size or sha256 has changed.
 
     Raises:
@@ -160,7 +162,7 @@ def check_files(folder: Path, written: Mapping[str, WrittenFile], progress: Prog
     for name, each in written.items():
         try:
             with reading_output():
-                file = LocalFile(folder / name)
+                file = open_file(file_in(folder, name))
         except SourceMissingError as error:
             problems.append(str(error))
             continue
@@ -168,6 +170,7 @@ def check_files(folder: Path, written: Mapping[str, WrittenFile], progress: Prog
             if file.size != each.size:
                 problems.append(f"{name} has {file.size:,} bytes, not {each.size:,}")
                 continue
+            file.prefetch([ByteRange(0, file.size)])
             for start in range(0, file.size, REPORT_BYTES):
                 end = min(start + REPORT_BYTES, file.size)
                 _hash(file, start, end, digest)
@@ -177,6 +180,26 @@ def check_files(folder: Path, written: Mapping[str, WrittenFile], progress: Prog
                 hashes = f"its sha256 is {found[:12]}…, not {each.sha256[:12]}…"
                 problems.append(f"{name} has changed since it was written: {hashes}")
     return sorted(problems)
+
+
+@contextmanager
+def _opened(written: Checkpoint, ref: FileRef) -> Iterator[File]:
+    """Return a file of the output, to be read from its beginning to its end.
+
+    Raises:
+        OutputError: it cannot be opened, or is not the file that ``written`` has the index of.
+    """
+    if isinstance(ref.location, Path):
+        yield written.reader.open(ref)
+        return
+    with Reader(accepts_unversioned=True) as reader:
+        try:
+            with reading_output():
+                file = reader.open(ref)
+        except (ChangedError, SourceMissingError) as error:
+            raise _changed(str(ref.location)) from error
+        file.prefetch([ByteRange(0, file.size)])
+        yield file
 
 
 def _in_file_order(written: Checkpoint) -> dict[FileRef, list[str]]:
@@ -204,7 +227,11 @@ def _read(file: File, at: int, buffer: memoryview) -> None:
         with reading_output():
             file.read_at(at, buffer)
     except TruncatedError as error:
-        raise OutputError(f"{file.where} was changed while it was verified. Run the same command again.") from error
+        raise _changed(file.where) from error
+
+
+def _changed(where: str) -> OutputError:
+    return OutputError(f"{where} was changed while it was verified. Run the same command again.")
 
 
 def _differences(

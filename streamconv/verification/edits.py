@@ -8,11 +8,11 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from streamconv.errors import SourceError
-from streamconv.files.local import read_small
+from streamconv.files.address import Location
+from streamconv.files.folders import file_in, read_small
 from streamconv.formats.limits import parse_small_json
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.output.finished import find_edited
@@ -61,7 +61,7 @@ class Edits:
         return replace(config, proves=f"{config.proves} or was edited later", not_checked="; ".join(notes))
 
 
-def find_edits(folder: Path, plan: Plan, manifest: Manifest | None) -> Edits:
+def find_edits(folder: Location, plan: Plan, manifest: Manifest | None) -> Edits:
     """Return what the user edited in a folder, and the plan with those edits that are the user's decision.
 
     Raises:
@@ -70,7 +70,7 @@ def find_edits(folder: Path, plan: Plan, manifest: Manifest | None) -> Edits:
     values: dict[str, tuple[str, ...]] = {}
     edited = find_edited(folder, manifest.files) if manifest is not None else {}
     for name, file in sorted(edited.items()):
-        have, data = _read(folder / name), plan.small_files.get(name)
+        have, data = _read(file_in(folder, name)), plan.small_files.get(name)
         if data is not None and not file.sha256:  # too large to be an edit; the config check reports it
             continue
         values[name] = ()
@@ -89,7 +89,7 @@ def find_edits(folder: Path, plan: Plan, manifest: Manifest | None) -> Edits:
     return Edits(plan, values)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Location) -> dict[str, Any] | None:
     """Read a file that the config check refuses if it is not a JSON object."""
     with suppress(SourceError, ValueError):
         value = parse_small_json(read_small(path))

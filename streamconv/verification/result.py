@@ -94,19 +94,19 @@ class ModelResults:
 class Verification:
     """The result of verifying an output against ``source``.
 
-    If no source was given, ``source`` is the one that the output's manifest names, and no model ran: ``device`` and
-    ``reference`` are None, and ``memory`` is empty. ``reference`` names the code of the original model. ``output``
-    names the model, its dtype, and its files with their sizes and sha256. ``predictions`` are a classifier's best
-    labels for the image, with their probabilities. ``memory`` is from `memory.MemoryWatch`, in bytes. It is that of
-    the process in which the models ran and torch is imported. If the job started that process, the calling process's
-    own memory, about 50 MB whatever the size of the model, comes on top. ``pictures`` are PNGs as data URLs: the
-    "image" that both models saw, and the patch features of the "original" and the "converted" model. ``not_recorded``
-    is the reason if the result could not be recorded in the output's manifest. ``cast_cost`` is None if nothing was
-    cast or no model ran. ``gpu`` has the name, compute capability, memory in bytes, driver and runtime of the GPU that
-    the models ran on, if they did. ``device_note`` is why a GPU was not used, if "auto" found one that does not work.
-    ``date`` is the end in UTC, in ISO 8601. ``command`` is the command line, without secrets in URLs; empty if a
-    program called the library. ``edited`` are the small files that were changed after the conversion: see the config
-    check for the values.
+    If no source was given, ``source`` is the one that the output's manifest names. Then, and for an output in a store,
+    no model ran: ``device`` and ``reference`` are None, and ``memory`` is empty. ``reference`` names the code of the
+    original model. ``output`` names the model, its dtype, and its files with their sizes and sha256. ``predictions``
+    are a classifier's best labels for the image, with their probabilities. ``memory`` is from `memory.MemoryWatch`, in
+    bytes. It is that of the process in which the models ran and torch is imported. If the job started that process, the
+    calling process's own memory, about 50 MB whatever the size of the model, comes on top. ``pictures`` are PNGs as
+    data URLs: the "image" that both models saw, and the patch features of the "original" and the "converted" model.
+    ``not_recorded`` is the reason if the result could not be recorded in the output's manifest. ``cast_cost`` is None
+    if nothing was cast or no model ran. ``gpu`` has the name, compute capability, memory in bytes, driver and runtime
+    of the GPU that the models ran on, if they did. ``device_note`` is why a GPU was not used, if "auto" found one that
+    does not work. ``date`` is the end in UTC, in ISO 8601. ``command`` is the command line, without secrets in URLs;
+    empty if a program called the library. ``edited`` are the small files that were changed after the conversion: see
+    the config check for the values.
     """
 
     checks: tuple[Check, ...]
@@ -144,7 +144,7 @@ class Verification:
     @property
     def conclusion(self) -> Conclusion:
         """The verdict, in words."""
-        has_source, cost = self.device is not None, self.cast_cost
+        has_source, cost = all(check.name != "files" for check in self.checks), self.cast_cost
         failed = [check.name for check in self.checks if check.passed is False]
         if not self.passed and not failed:
             return Conclusion("incomplete", "Nothing was checked.")
@@ -172,7 +172,7 @@ class Verification:
             return Conclusion("passed", "Looks ok!", cast_cost=costs)
         is_float32_only = any("float32_only" in check.numbers for check in self.checks)
         title = f"Looks ok{' (float32 only)' if is_float32_only else ''}, but not everything was checked:"
-        return Conclusion("incomplete", title, f"{'; '.join(filter(None, gaps))}.", costs)
+        return Conclusion("incomplete", title, f"{'; '.join(dict.fromkeys(filter(None, gaps)))}.", costs)
 
     def as_record(self) -> dict[str, Any]:
         """Return `as_dict` for the manifest: without pictures, since people read it as text, and without the command.

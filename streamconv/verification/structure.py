@@ -6,11 +6,13 @@ load.
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 from streamconv.errors import OutputError, SourceError
-from streamconv.files.local import read_small
+from streamconv.files.address import Location
+from streamconv.files.folders import file_in, read_small
+from streamconv.files.open import open_file
 from streamconv.formats.checkpoint import Checkpoint, open_output
 from streamconv.formats.limits import TooLargeError, parse_small_json
 from streamconv.formats.safetensors import INDEX_NAME, SINGLE_NAME, make_index
@@ -23,7 +25,7 @@ MAX_LISTED = 5  # differences within one mapping, such as an index's weight map
 _ABSENT = object()
 
 
-def header_problems(folder: Path, plan: Plan) -> list[str]:
+def header_problems(folder: Location, plan: Plan) -> list[str]:
     """List everything in which the headers of the weight files differ from the plan.
 
     Raises:
@@ -41,7 +43,7 @@ def planned_tensors(plan: Plan) -> dict[str, Expression]:
     return {name: tensor for shard in plan.shards for name, tensor in shard.tensors}
 
 
-def small_file_problems(folder: Path, plan: Plan) -> list[str]:
+def small_file_problems(folder: Location, plan: Plan) -> list[str]:
     """List the values in which config.json and the like differ from the planned ones."""
     return [p for name, data in plan.small_files.items() for p in _json_differences(folder, name, json.loads(data))]
 
@@ -54,18 +56,18 @@ def tensor_problems(planned: Mapping[str, Expression], written: Checkpoint) -> l
     return problems + [f"{name} is {have}, not {want}" for name, want, have in both if have != want]
 
 
-def weight_file_problems(folder: Path, written: Checkpoint) -> list[str]:
+def weight_file_problems(folder: Location, written: Checkpoint) -> list[str]:
     """List problems in the files' metadata, and weight files that the index does not name."""
-    shards = {path.name for path in written.paths}
+    shards = {*written.names}
     used = shards if shards == {SINGLE_NAME} else {*shards, INDEX_NAME}
     problems = unexpected_weights(folder, used)
-    for path in written.paths:
-        if (metadata := _metadata(path)) != {"format": "pt"}:
-            problems.append(f'{path.name} has the metadata {_as_text(metadata)}, not {{"format": "pt"}}')
+    for name in written.names:
+        if (metadata := _metadata(file_in(folder, name))) != {"format": "pt"}:
+            problems.append(f'{name} has the metadata {_as_text(metadata)}, not {{"format": "pt"}}')
     return problems
 
 
-def index_problems(folder: Path, written: Checkpoint) -> list[str]:
+def index_problems(folder: Location, written: Checkpoint) -> list[str]:
     """List the values in which the index of the shards differs from what they contain."""
     filenames = {name: tensor.record.file.name for name, tensor in written.items()}
     if set(filenames.values()) == {SINGLE_NAME}:
@@ -73,12 +75,12 @@ def index_problems(folder: Path, written: Checkpoint) -> list[str]:
     return _json_differences(folder, INDEX_NAME, make_index(written, filenames))
 
 
-def unexpected_weights(folder: Path, expected: set[str]) -> list[str]:
+def unexpected_weights(folder: Location, expected: set[str]) -> list[str]:
     """List files that transformers would load although they are not among the ``expected`` ones."""
     return [f"{name} is not part of the model" for name in weights_in(folder) - expected]
 
 
-def manifest_problems(folder: Path, files: Mapping[str, WrittenFile]) -> list[str]:
+def manifest_problems(folder: Location, files: Mapping[str, WrittenFile]) -> list[str]:
     """List the weight files whose sha256 is not the one in the folder's own manifest."""
     try:
         manifest = Manifest.read(folder)
@@ -95,11 +97,11 @@ def manifest_problems(folder: Path, files: Mapping[str, WrittenFile]) -> list[st
     return problems
 
 
-def _json_differences(folder: Path, name: str, want: Mapping[str, Any]) -> list[str]:
+def _json_differences(folder: Location, name: str, want: Mapping[str, Any]) -> list[str]:
     """Compare values: whitespace, and the version that transformers adds, do not matter."""
     try:
         with reading_output():
-            have = parse_small_json(read_small(folder / name))
+            have = parse_small_json(read_small(file_in(folder, name)))
     except TooLargeError as error:
         return [f"{name} {error} than any such file"]
     except (SourceError, ValueError) as error:
@@ -130,7 +132,7 @@ def _shortened(value: Any) -> str:
     return text if len(text) < 60 else text[:57] + "…"
 
 
-def _metadata(path: Path) -> Any:
+def _metadata(location: Location) -> Any:
     """Read the metadata of a safetensors file, whose header `open_output` has accepted."""
-    with open(path, "rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")
+    with reading_output(), closing(open_file(location)) as file:
+        return json.loads(file.read(8, int.from_bytes(file.read(0, 8), "little"))).get("__metadata__")

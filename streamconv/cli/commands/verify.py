@@ -14,7 +14,7 @@ from streamconv.errors import UsageError
 
 FOLDER = Argument(
     "folder", metavar="DIR", type=FILE, group="Source",
-    text="A folder that streamconv wrote.",
+    text="A folder that streamconv wrote, or its URL in a store, such as s3://BUCKET/FOLDER.",
 )  # fmt: skip
 
 
