@@ -22,6 +22,7 @@ from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
 from streamconv.logs import logger
 from streamconv.output.journal import is_unfinished
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, is_weights
+from streamconv.output.ownership import refuse_parts
 from streamconv.output.readable import reading_output, require_folder
 from streamconv.output.verdict import has_passed
 from streamconv.progress import Progress, ignore_progress, job
@@ -172,6 +173,7 @@ def _read_verified(folder: Path, push: PushOptions) -> Manifest:
 
 def _read_manifest(folder: Path) -> Manifest:
     require_folder(folder)
+    refuse_parts(folder)
     if is_unfinished(folder):
         raise OutputError(f"{folder} holds an unfinished conversion. Finish it first: run the same command again.")
     manifest = Manifest.read(folder)

@@ -259,7 +259,10 @@ def test_commands_name_the_next_step(work: Path) -> None:
             run("convert", "--plan", "plan.json", "-o", "out", "--part", f"{number}/{COUNT}", "--json", cwd=work).stdout
         )
         assert document["part"] == f"{number}/{COUNT}"
-    assert run("verify", "out", cwd=work).returncode == 4
+    for words in (("verify", "out"), ("verify", "out", "plan.json"), ("push", "out", "me/it")):
+        refused = run(*words, cwd=work)
+        assert refused.returncode == 4
+        assert "is being written in parts" in refused.stderr
     assert run("finish", "out", "--plan", "plan.json", cwd=work).returncode == 0
     assert contents(work / "out") == contents(work / "whole")
     assert files_with_journals(work / "out") == []
