@@ -10,6 +10,7 @@ from streamconv.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from streamconv.jobs.options import VerificationOptions
 from streamconv.output.journal import is_unfinished
 from streamconv.output.manifest import MANIFEST_NAME
+from streamconv.output.ownership import refuse_parts
 from streamconv.output.readable import require_folder, states_in_store
 from streamconv.verification.result import Check, ModelResults
 
@@ -49,6 +50,7 @@ def require_finished(folder: Location) -> None:
     """
     if isinstance(folder, Path):
         require_folder(folder)
+        refuse_parts(folder)
         if is_unfinished(folder):
             raise OutputError(
                 f"{folder} holds an unfinished conversion. Finish it first: run the same convert command again."
