@@ -20,6 +20,7 @@ from torch.nn import functional
 from streamconv._version import __version__
 from streamconv.errors import UsageError
 from streamconv.verification.image import open_image
+from streamconv.verification.machine import is_out_of_gpu_memory
 from streamconv.verification.preflight import check_reference
 
 CPU = torch.device("cpu")
@@ -113,14 +114,16 @@ def prove(device: torch.device) -> None:
             )
             if not is_right:
                 raise GpuFailure(f"{_model_of(device)} computes wrong results")
-    except torch.cuda.OutOfMemoryError as error:
-        raise out_of_memory(error) from error
     except RuntimeError as error:
+        if is_out_of_gpu_memory(error):
+            raise out_of_memory(error) from error
         raise GpuFailure(f"{_model_of(device)} does not compute ({_first_line(error)})") from error
 
 
 def out_of_memory(error: BaseException) -> GpuFailure:
-    return GpuFailure(f"it has too little free memory ({_first_line(error)})", "Free the GPU's memory")
+    # torch's line has ten sentences. The third says how much is free; the others are about settings of its allocator.
+    cause = ". ".join(_first_line(error).split(". ")[:3])
+    return GpuFailure(f"it has too little free memory ({cause})", "Free the GPU's memory")
 
 
 def failure_behind(error: Exception, device: torch.device) -> GpuFailure | None:
@@ -129,7 +132,7 @@ def failure_behind(error: Exception, device: torch.device) -> GpuFailure | None:
     An error of CUDA is usually one of all later calls, too. None means that the GPU works, or that it recovered: then
     only running the same on a CPU can show whether the models caused the error.
     """
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if is_out_of_gpu_memory(error):
         return out_of_memory(error)
     if isinstance(error, GPU_ERRORS):
         return GpuFailure(f"it failed while the models ran ({_first_line(error)})")

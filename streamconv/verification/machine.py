@@ -8,14 +8,30 @@ import errno
 from streamconv.errors import LIMIT_ERRORS, UsageError
 
 AGAIN = "Then run the same command again; a finished conversion is not repeated."
+ALLOCATION_FAILED = 2  # cudaErrorMemoryAllocation of CUDA, hipErrorOutOfMemory of ROCm
+LIBRARY_ALLOCATION_FAILED = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 OUT_OF_MEMORY = f"Close other programs, or use a machine with more memory. {AGAIN}"
+
+
+def is_out_of_gpu_memory(error: Exception) -> bool:
+    """Return whether torch, CUDA or one of its libraries could not allocate memory on a GPU.
+
+    torch raises its own error for tensors only. CUDA, cuBLAS and cuDNN also need memory when they start.
+    """
+    import torch
+
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    # CUDA's own errors have a code, since torch 2.8; those of libraries, only the name of a status in the message.
+    return isinstance(error, RuntimeError) and (
+        getattr(error, "error_code", None) == ALLOCATION_FAILED
+        or any(name in str(error) for name in LIBRARY_ALLOCATION_FAILED)
+    )
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether Python, the system or torch could not allocate memory, on the CPU or a GPU."""
-    import torch
-
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+    if is_out_of_gpu_memory(error) or isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM

@@ -11,9 +11,7 @@ from streamconv import UsageError, VerificationOptions
 from streamconv.verification import devices
 from streamconv.verification.devices import CPU, choose_device, describe_gpu
 from streamconv.verification.memory import MemoryWatch
-from tests.fake_cuda import CONTEXT_BYTES, FakeCuda
-
-CudaError: type[RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)
+from tests.fake_cuda import CONTEXT_BYTES, CudaError, FakeCuda, no_memory_for_cublas, no_memory_for_cuda, two_gpus
 
 
 def failing(operation: str, error: Exception) -> Callable[[str], None]:
@@ -43,7 +41,16 @@ BROKEN = {
     ),
     "no memory": (
         {"fail": failing("aten._to_copy", torch.cuda.OutOfMemoryError("CUDA out of memory"))},
-        "it has too little free memory (CUDA out of memory)",
+        "it has too little free memory (CUDA out of memory). Free the GPU's memory, or use",
+    ),
+    "no memory for CUDA": (
+        {"fail": failing("aten._to_copy", no_memory_for_cuda())},
+        "it has too little free memory (CUDA error: out of memory). Free the GPU's memory, or use",
+    ),
+    "no memory for cuBLAS": (
+        {"fail": failing("aten.mm", no_memory_for_cublas())},
+        "it has too little free memory (CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`). "
+        "Free the GPU's memory, or use",
     ),
     "lost context": (
         {"fail": failing("aten.convolution", CudaError("CUDA error: unspecified launch failure"))},
@@ -77,6 +84,16 @@ def test_broken_gpu_is_an_error_if_named_and_a_note_otherwise(name: str) -> None
     assert "\n" not in choice.note
 
 
+def test_of_torchs_message_about_memory_only_the_sizes_are_shown() -> None:
+    with FakeCuda(memory=100), pytest.raises(UsageError) as caught:
+        choose_device("cuda")
+    sizes = "Tried to allocate 256.00 B. GPU 0 has a total capacity of 100.00 B of which 100.00 B is free"
+    assert str(caught.value) == (
+        f"cuda cannot be used: it has too little free memory (CUDA out of memory. {sizes}). Free the GPU's memory, "
+        "or use --device cpu."
+    )
+
+
 def test_gpu_that_computes_wrong_results_is_not_used() -> None:
     wrong = mock.patch.object(torch, "equal", return_value=False)
     with FakeCuda(), wrong, pytest.raises(UsageError, match="computes wrong results"):
@@ -96,6 +113,7 @@ def test_hidden_gpu_is_named_with_the_variable_that_hides_it(monkeypatch: pytest
         choose_device("cuda")
 
 
+@two_gpus
 def test_index_chooses_a_gpu_at_once() -> None:
     with FakeCuda(count=2) as gpu:
         device = choose_device("cuda:1").device

@@ -20,14 +20,13 @@ from streamconv.verification.originals import dinov2
 from streamconv.verification.weights import MappedWeights
 from tests import api
 from tests.checkpoints import State, alter, make_states, saved
-from tests.fake_cuda import FakeCuda
+from tests.fake_cuda import CudaError, FakeCuda, no_memory_for_cublas, two_gpus
 from tests.models.test_precision import is_exact
 from tests.support import ARCHITECTURES, run, run_process, tiny, verdicts
 
 pytestmark = pytest.mark.transformers
 
 GPU = torch.device("cuda", 0)
-CudaError: type[RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)
 NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))
 ON_BOTH = pytest.mark.parametrize("is_real", [False, pytest.param(True, marks=NEEDS_GPU)], ids=["fake", "real"])
 SMALL = 200 << 10  # bytes: other than weights, what is moved is the image and the numbers of a small computation
@@ -74,6 +73,7 @@ def test_correct_conversion_passes_in_float64(tmp_path: Path, architecture: str,
     assert 0 < found.memory["gpu_peak"] < found.memory["gpu_used_peak"]
 
 
+@two_gpus
 def test_models_run_on_the_gpu_that_was_named(tmp_path: Path) -> None:
     found, gpu = Converted(tmp_path, tiny(swiglu=True, classes=5, registers=4)).verify("cuda:1", count=2)
     assert found.passed
@@ -201,6 +201,11 @@ def test_gpu_that_fails_meanwhile_never_condemns_an_output(converted: Converted,
     assert found.device_note.startswith("verified on the CPU, because the GPU cannot be used: ")
 
 
+def test_library_that_lacks_memory_while_models_run_is_not_a_broken_gpu(converted: Converted) -> None:
+    with pytest.raises(UsageError, match=r"too little free memory \(.*CUBLAS_STATUS_ALLOC_FAILED.*\). Free the GPU's"):
+        converted.verify("cuda", fail=failing_from(300, no_memory_for_cublas(), times=1))
+
+
 @pytest.mark.parametrize("device", ["cuda", "auto"])
 def test_models_that_fail_on_a_cpu_too_are_wrong(converted: Converted, device: str) -> None:
     with mock.patch.object(dinov2.VisionTransformer, "prepare_tokens_with_masks", side_effect=ValueError("wrong")):
@@ -248,7 +253,8 @@ def test_broken_gpu_that_was_named_is_refused_before_the_conversion(converted: C
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_callers_tf32_does_not_change_the_result(converted: Converted) -> None:
+def test_callers_tf32_does_not_change_the_result(tmp_path: Path) -> None:
+    converted = Converted(tmp_path, tiny(swiglu=True, classes=5))
     before = torch.get_float32_matmul_precision()
     exact = converted.verify_on("cuda")
     torch.set_float32_matmul_precision("high")
@@ -257,7 +263,8 @@ def test_callers_tf32_does_not_change_the_result(converted: Converted) -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert found.check("parity").numbers["float32"] == exact.check("parity").numbers["float32"]
+    # Both models round alike with TF32, too, so the differences between them could not show it.
+    assert found.predictions == exact.predictions != ()
 
 
 @pytest.mark.gpu

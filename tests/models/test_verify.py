@@ -28,6 +28,7 @@ from streamconv.verification.originals import dinov2
 from streamconv.verification.pixels import crop, to_pixels
 from tests import api
 from tests.checkpoints import State, alter, make_states, saved
+from tests.fake_cuda import no_memory_for_cublas, no_memory_for_cuda
 from tests.file_server import FileServer
 from tests.support import ARCHITECTURES, Save, byte_problems, flip, problems, run, sha256_of, tiny, verdicts
 
@@ -685,8 +686,15 @@ def test_failure_of_the_machine_is_an_error_and_not_a_failed_check(
 
 @pytest.mark.parametrize(
     "error",
-    [torch.cuda.OutOfMemoryError("x"), MemoryError(), OSError(errno.ENOMEM, "x"), None],
-    ids=["gpu", "python", "system", "torch"],
+    [
+        torch.cuda.OutOfMemoryError("x"),
+        no_memory_for_cuda(),
+        no_memory_for_cublas(),
+        MemoryError(),
+        OSError(errno.ENOMEM, "x"),
+        None,
+    ],
+    ids=["gpu", "cuda", "cublas", "python", "system", "torch"],
 )
 def test_too_little_memory_is_a_failure_of_the_machine(error: Exception | None) -> None:
     if error is None:
