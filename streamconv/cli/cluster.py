@@ -4,12 +4,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from streamconv.progress import Progress
+
 # Those of Dask that have levels of their own, and of what it is built on.
 _LOGGERS = ("distributed", "distributed.client", "tornado.application")
 
 
 @contextmanager
-def cluster_client(scheduler: str | None, workers: int | None) -> Iterator[object]:
+def cluster_client(scheduler: str | None, workers: int | None, progress: Progress) -> Iterator[object]:
     """Yield a client of the cluster until the command ends; None if the user wants none.
 
     Raises:
@@ -26,4 +28,9 @@ def cluster_client(scheduler: str | None, workers: int | None) -> Iterator[objec
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL + 1)
-        yield stack.enter_context(client_of(scheduler) if scheduler is not None else local_client(workers or 1))
+        if scheduler is not None:
+            progress(f"connecting to {scheduler}", 0, 1, "steps")
+            yield stack.enter_context(client_of(scheduler))
+        else:
+            progress(f"starting {workers} workers", 0, 1, "steps")
+            yield stack.enter_context(local_client(workers or 1))

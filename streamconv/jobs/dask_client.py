@@ -1,14 +1,15 @@
 """Connects to a Dask cluster, or starts one on this machine, for the time of a command."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from streamconv.display import printable
 from streamconv.errors import UsageError
+from streamconv.jobs.local_workers import local_workers
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -27,16 +28,18 @@ def client_of(scheduler: str) -> "Iterator[Client]":
     """
     distributed = import_distributed()
     try:
-        client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, TimeoutError) as error:
-        raise UsageError(
-            f"No Dask scheduler answers at {printable(scheduler)} within {CONNECT_SECONDS} s ({_reason(error)}). "
-            "Start one with `dask scheduler`, which prints its address, or check the address and the firewall."
-        ) from None
-    except (ValueError, TypeError, ImportError) as error:
+        import_module("distributed.comm").resolve_address(scheduler)  # a client that fails cannot be closed
+    except (ValueError, OSError, TypeError, ImportError) as error:
         raise UsageError(
             f"{printable(scheduler)} is not the address of a Dask scheduler: {_reason(error)}. Give one such as "
             "tcp://10.0.0.1:8786."
+        ) from None
+    try:
+        client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, TimeoutError):
+        raise UsageError(
+            f"No Dask scheduler answers at {printable(scheduler)} within {CONNECT_SECONDS} s. Start one with "
+            "`dask scheduler`, which prints its address, or check the address and the firewall."
         ) from None
     with client:
         yield client
@@ -56,22 +59,16 @@ def local_client(workers: int) -> "Iterator[Client]":
             f"{workers} workers would have {memory >> 20} MiB of memory each, and need {MIN_WORKER_BYTES >> 20} MiB. "
             f"Start at most {max(1, memory * workers // MIN_WORKER_BYTES)}."
         )
-    with TemporaryDirectory(prefix="streamconv-dask-") as folder:
-        try:
-            cluster = distributed.LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                processes=True,
-                dashboard_address=NO_DASHBOARD,
-                scheduler_kwargs={"dashboard": False},
-                memory_limit=memory,
-                local_directory=folder,
-                silence_logs=logging.CRITICAL,
-            )
-        except (OSError, RuntimeError, TimeoutError) as error:
-            raise UsageError(f"The {workers} local workers cannot be started: {_reason(error)}.") from None
-        with cluster, distributed.Client(cluster, set_as_default=False) as client:
-            yield client
+    with (
+        TemporaryDirectory(prefix="streamconv-dask-", ignore_cleanup_errors=True) as folder,
+        distributed.LocalCluster(
+            n_workers=0, processes=True, dashboard_address=NO_DASHBOARD, silence_logs=False,
+            scheduler_kwargs={"dashboard": False, "local_directory": folder},
+        ) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+        local_workers(client, workers, memory, Path(folder)),
+    ):  # fmt: skip
+        yield client
 
 
 def import_distributed() -> Any:

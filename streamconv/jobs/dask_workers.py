@@ -51,8 +51,7 @@ class UsableWorkers:
             OutputError: none joins in time, or the scheduler is lost.
         """
         self._seen_at = time.monotonic()
-        while not self.plans:
-            progress(f"waiting for a worker of {self._client.scheduler.address}", 0, 1, "steps")
+        while True:
             self.update()
             if self._unusable:
                 problems = [f"{worker}: {reason}" for worker, reason in self._unusable.items()]
@@ -61,8 +60,10 @@ class UsableWorkers:
                     f"streamconv {__version__} and the same files under the same paths. "
                     f"{'; '.join(first_lines(problems, SHOWN_PROBLEMS, len(problems)))}"
                 )
-            if not self.plans:
-                time.sleep(UPDATE_SECONDS / 5)
+            if self.plans:
+                return
+            progress(f"waiting for a worker of {self._client.scheduler.address}", 0, 1, "steps")
+            time.sleep(UPDATE_SECONDS / 5)
 
     def update(self) -> None:
         """Find out which workers have joined or are gone, at most once in `UPDATE_SECONDS`."""

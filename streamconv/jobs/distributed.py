@@ -182,7 +182,7 @@ class _Tasks:
             self._lose(future)
             return
         task = self._tasks.pop(future)
-        _log.warning("%s failed on the worker %s", task.shard.filename, getattr(error, "worker", task.worker))
+        _log.warning("%s failed on the Dask worker %s", task.shard.filename, getattr(error, "worker", task.worker))
         raise error
 
     def _collect_result(self, future: "Future") -> None:
@@ -213,4 +213,4 @@ class _Tasks:
             )
         self._losses[name] = losses
         self._waiting.appendleft(task.shard)
-        _log.warning("the worker %s was lost while it wrote %s; another one resumes it", task.worker, name)
+        _log.warning("the Dask worker %s was lost while it wrote %s; another one resumes it", task.worker, name)

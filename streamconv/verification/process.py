@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from streamconv.child_python import python_command
 from streamconv.errors import UsageError
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress
@@ -132,13 +133,10 @@ class _ModelsInChild:
     def __init__(self, options: ModelOptions):
         import subprocess
 
-        # With this process's path: `python -m` would search the current folder first, and run a torch.py that is there.
-        path = f"import sys; sys.path = {list(map(str, sys.path))!a}"
-        code = f"{path}; from {WORKER} import main; main()"
         self._is_ready = False
         try:
             self._process = subprocess.Popen(
-                [sys.executable, *_isolation(), "-c", code],
+                python_command(f"from {WORKER} import main; main()"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=ENVIRONMENT | os.environ | WITH_DOCSTRINGS,
@@ -202,12 +200,6 @@ class _ModelsInChild:
                 raise error from (RuntimeError(trace) if trace else None)
             else:
                 return value
-
-
-def _isolation() -> list[str]:
-    """Return the options with which this Python ignores its environment, so that the child ignores it, too."""
-    flags = (("-I", sys.flags.isolated), ("-E", sys.flags.ignore_environment), ("-s", sys.flags.no_user_site))
-    return [option for option, is_given in flags if is_given]
 
 
 def _end_message(code: int) -> str:

@@ -97,7 +97,7 @@ def test_error_of_a_task_reaches_the_caller(
     with pytest.raises(CorruptError, match=r"layer\.2\.mlp\.fc1\.weight .* does not match its CRC-32") as caught:
         convert(source, tmp_path / "out", client)
     assert caught.value.location == source
-    (logged,) = (each.getMessage() for each in caplog.records if "failed on the worker" in each.getMessage())
+    (logged,) = (each.getMessage() for each in caplog.records if "failed on the Dask worker" in each.getMessage())
     assert any(worker in logged for worker in client.nthreads())
     assert not list((tmp_path / "out").glob("config.json"))
 
@@ -213,7 +213,7 @@ def test_too_many_local_workers_are_refused() -> None:
 def test_process_keeps_its_dask_settings(client: Client) -> None:
     loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
     levels = [each.level for each in loggers]
-    with cluster_client(client.scheduler.address, None) as other:
+    with cluster_client(client.scheduler.address, None, ignore_progress) as other:
         assert isinstance(other, Client)
         assert all(each.level > logging.CRITICAL for each in loggers)
     assert other.status == "closed"

@@ -59,7 +59,7 @@ def convert(
         return
 
     def job(options: ConversionOptions) -> Conversion:
-        with cluster_client(scheduler, workers) as client, ProgressReport(printer.is_quiet) as progress:
+        with ProgressReport(printer.is_quiet) as progress, cluster_client(scheduler, workers, progress) as client:
             if plan is None:
                 return streamconv.convert(source or "", output, options, client=client, progress=progress)
             repeats, force = options.allow_repeats, options.force
