@@ -1,28 +1,23 @@
 """An output in an object store, written straight from the buffers: no file on this machine.
 
-To resume a file, its bytes are made from the source again, because its sha256 needs them, and only those parts are sent
-that the store does not hold. A file whose record says that it is complete, and whose object still has the recorded size
-and version, is kept without reading the source.
+A file whose record says that it is complete, and whose object still has the recorded size and version, is kept without
+reading the source. Any other is written by `store_writer`.
 """
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
-from streamconv.errors import CorruptError, OutputError
+from streamconv.errors import OutputError
 from streamconv.files.address import Address
 from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.logs import logger
-from streamconv.output.contents import Contents, Segments, batches
-from streamconv.output.hashing import BackgroundHash
 from streamconv.output.identity import differences, is_unidentified
-from streamconv.output.journal import NOT_STARTED
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, is_our_name, is_weights
 from streamconv.output.planned import PlannedConversion
 from streamconv.output.shared import FileState
-from streamconv.output.store import Store, StoredObject, Upload, UploadLostError
+from streamconv.output.store import Store, StoredObject, StoreError, UploadLostError
 from streamconv.output.store_records import (
     CONVERSION,
     RECORDS,
@@ -33,6 +28,7 @@ from streamconv.output.store_records import (
     record_name,
     to_bytes,
 )
+from streamconv.output.store_writer import write_file
 from streamconv.output.writer import Advance
 from streamconv.planning.shards import Shard
 from streamconv.tensors.checksums import RecordChecks
@@ -96,8 +92,8 @@ class StoreOutput:
                 advance(shard.size, True)
                 return written, shard.size
             try:
-                with closing(self._upload(planned, shard, record, part)) as upload:
-                    return self._write(planned, shard, upload, reader, checks, advance, part), upload.kept_bytes
+                begun = FileRecord(provenance=planned.provenance, part=part)
+                return write_file(self._store, shard, record, begun, reader, checks, advance)
             except UploadLostError as error:
                 if not starts_left:
                     raise
@@ -124,7 +120,10 @@ class StoreOutput:
         store.put(MANIFEST_NAME, manifest.to_bytes())
         if index is not None:
             store.put(INDEX_NAME, index)  # last, because it makes the output a model that can be loaded
-        store.abort_uploads([shard.filename for shard in planned.plan.shards])
+        try:
+            store.abort_uploads([shard.filename for shard in planned.plan.shards])
+        except StoreError as error:  # it may not be allowed, or the store cannot; nothing is lost
+            _log.warning("Uploads of killed processes may be left: %s", error)
         self._remove_records()
 
     # What is there
@@ -173,70 +172,6 @@ class StoreOutput:
         if record is None or not record.upload:
             return FileState(0, None, part)
         return FileState(self._store.uploaded_bytes(shard.filename, record.upload), None, part)
-
-    # Writing
-
-    def _upload(self, planned: PlannedConversion, shard: Shard, record: FileRecord | None, part: str) -> Upload:
-        """Resume the recorded upload of a file or, if there is none, begin one and record it."""
-        name = shard.filename
-        if record is not None and record.upload and record.written is None:
-            try:
-                upload = self._store.resume(name, shard.size, record.upload, record.part_bytes)
-                _log.info("resuming the upload of %s", self._where(name))
-                return upload
-            except UploadLostError as error:
-                _log.info("%s Starting over.", error)
-        upload = self._store.start(name, shard.size)
-        if upload.id:
-            begun = FileRecord(provenance=planned.provenance, part=part, upload=upload.id, part_bytes=upload.part_bytes)
-            self._store.put(record_name(name), to_bytes(begun))
-        return upload
-
-    def _write(
-        self,
-        planned: PlannedConversion,
-        shard: Shard,
-        upload: Upload,
-        reader: Reader,
-        checks: RecordChecks,
-        advance: Advance,
-        part: str,
-    ) -> WrittenFile:
-        """Send the file's bytes, check the source's records, and make the object appear."""
-        name = shard.filename
-        try:
-            sha256, overflow_count = self._send(shard, upload, reader, checks, advance)
-        except CorruptError:
-            upload.abort()
-            self._store.delete([record_name(name)])
-            raise
-        stored = upload.complete()
-        written = WrittenFile(shard.size, sha256, overflow_count)
-        record = FileRecord(provenance=planned.provenance, part=part, written=written, version=stored.version)
-        self._store.put(record_name(name), to_bytes(record))
-        _log.info("wrote %s, %d bytes, sha256 %s", self._where(name), shard.size, sha256)
-        return written
-
-    def _send(
-        self, shard: Shard, upload: Upload, reader: Reader, checks: RecordChecks, advance: Advance
-    ) -> tuple[str, int]:
-        """Send the file's bytes to the upload; return their sha256, and how many values a cast made infinite."""
-        segments: Segments = (shard.header, *shard.tensors)
-        contents = Contents(segments, NOT_STARTED, reader, checks, None)
-        with BackgroundHash() as digest, contents.proved_by_records(), contents.evaluator:
-            contents.prefetch()
-            position = 0
-            for batch in batches(segments, NOT_STARTED):
-                buffer = digest.next_buffer()
-                filled, _ = contents.read(batch, buffer)
-                digest.update(buffer[:filled])
-                upload.write(buffer[:filled])
-                position += filled
-                advance(position, position <= upload.held_bytes)
-            checks.verify_pending()
-            for file in contents.files_without_crc():
-                reader.open(file).require_unchanged()
-            return digest.hexdigest(), contents.overflow_count
 
     # Deleting
 
