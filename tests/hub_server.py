@@ -100,7 +100,11 @@ class HubServer:
         self.lock, self.closing = threading.Lock(), threading.Event()
         self._parts: dict[tuple[str, int], bytes] = {}
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, part)) for part in ("hub", "cdn")]
-        self.url, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        # Two host names: huggingface_hub 1.x does not compare ports to decide which redirects leave the Hub.
+        self.url, self.cdn = (
+            f"http://{host}:{server.server_port}"
+            for host, server in zip(("127.0.0.1", "localhost"), self._servers, strict=True)
+        )
 
     def fail(self, pattern: str, **fault: Any) -> None:
         self.faults.append(Fault(pattern, **fault))
