@@ -53,7 +53,8 @@ class SharedFolder:
             make_folder(folder)
 
     def finished(self, planned: PlannedConversion) -> Manifest | None:
-        if files_with_journals(self.location):
+        # Not `find_earlier` while there is no manifest: other processes may begin to write meanwhile, which it refuses.
+        if Manifest.read(self.location) is None or files_with_journals(self.location):
             return None
         plan = planned.plan
         return find_earlier(self.location, planned.provenance, plan.filenames, planned.small_files).finished
@@ -118,10 +119,12 @@ class SharedFolder:
                 raise
 
     def _require_free(self, planned: PlannedConversion) -> None:
+        # Files before journals: each file that another process completes meanwhile has a journal then.
+        present = [name for name in planned.plan.filenames if os.path.lexists(self.location / name)]
         journals = self._journals(planned)
         points = {name: point for each in journals.values() for name, point in each.resume_points.items()}
         merged = Journal(planned.provenance if journals else None, resume_points=points)
-        require_free(self.location, planned.provenance, planned.plan.filenames, merged)
+        require_free(self.location, planned.provenance, present, merged)
 
     def _journals(self, planned: PlannedConversion) -> dict[str, Journal]:
         """Return the journals of all weight files in the folder by name.

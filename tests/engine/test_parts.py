@@ -12,6 +12,7 @@ import torch
 
 import streamconv
 from streamconv import Cancelled, ConversionOptions, OutputError, UsageError
+from streamconv.output import shared_folder
 from streamconv.output.ownership import files_with_journals
 from tests import api
 from tests.checkpoints import make_states
@@ -124,6 +125,22 @@ def test_second_process_on_the_same_part_is_refused(work: Path) -> None:
     assert "is being written by process" in refusals[0]
     write(work, 2)
     write(work, 3)
+    finish(work)
+    assert contents(work / "out") == contents(work / "whole")
+
+
+def test_part_may_begin_at_the_moment_when_another_begins(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = shared_folder.files_with_journals
+
+    def begins_after_listing(folder: Path) -> list[str]:
+        found = listed(folder)
+        monkeypatch.setattr(shared_folder, "files_with_journals", listed)
+        write(work, 2)
+        return found
+
+    monkeypatch.setattr(shared_folder, "files_with_journals", begins_after_listing)
+    for number in (1, 3):
+        write(work, number)
     finish(work)
     assert contents(work / "out") == contents(work / "whole")
 
