@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,10 @@ class Limits:
 
 @dataclass
 class Traffic:
-    """What a server did: ``sent`` and ``received`` are bytes of bodies, ``cpu`` is in seconds."""
+    """What a server did. ``ranges``: the size of each range that was requested. ``cpu`` is in seconds."""
 
     requests: int = 0
+    ranges: list[int] = field(default_factory=list)
     sent: int = 0
     received: int = 0
     cpu: float = 0
@@ -125,6 +127,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.traffic.requests += 1
         time.sleep(self.server.limits.latency)
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         self.begin()
         path = self.server.folder / self.path.partition("?")[0].rpartition("/")[2]
@@ -133,12 +138,15 @@ class Handler(BaseHTTPRequestHandler):
             return
         with path.open("rb") as file:
             state = os.fstat(file.fileno())
-            start, end, status, headers = 0, state.st_size, 200, {"ETag": f'"{state.st_mtime_ns:x}"'}
+            start, end, status = 0, state.st_size, 200
+            headers = {"ETag": f'"{state.st_mtime_ns:x}"', "Last-Modified": formatdate(state.st_mtime, usegmt=True)}
             if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
                 start, end, status = int(match[1]), min(end, int(match[2] or end) + 1), 206
                 headers["Content-Range"] = f"bytes {start}-{end - 1}/{state.st_size}"
+                with self.server.lock:
+                    self.server.traffic.ranges.append(end - start)
             self.answer(status, headers, length=end - start)
-            while start < end:
+            while start < end and self.command == "GET":
                 size = min(end - start, self.piece_bytes)
                 let_pass(size, self.sending)
                 start += (sent := os.sendfile(self.connection.fileno(), file.fileno(), start, size))
@@ -164,13 +172,14 @@ def start_links(folder: Path, limits: Limits, handler: type[Handler] = Handler) 
     return links
 
 
-def main() -> None:
-    links = start_links(Path(sys.argv[1]), Limits(**json.loads(sys.argv[2])))
+def main(handler: type[Handler] = Handler) -> None:
+    links = start_links(Path(sys.argv[1]), Limits(**json.loads(sys.argv[2])), handler)
     print(json.dumps([link.url for link in links]), flush=True)
     sys.stdin.read()
     total = Traffic(cpu=time.process_time())
     for link in links:
         total.requests += link.traffic.requests
+        total.ranges += link.traffic.ranges
         total.sent += link.traffic.sent
         total.received += link.traffic.received
     print(json.dumps(asdict(total)), flush=True)

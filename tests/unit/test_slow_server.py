@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from benchmarks.scale_model import File, Network, Prediction, Worker, predict
+from benchmarks.scale_model import File, Network, Prediction, Upload, Worker, predict
 from benchmarks.slow_server import BURST_SECONDS, Limits, SlowServer, TokenBucket, start_links
 
 DATA = bytes(range(256)) * 2000  # 0.5 MB
@@ -74,6 +74,7 @@ def test_ranges_are_sent_also_to_a_client_that_takes_it_for_its_proxy(tmp_path: 
         assert get(server, "/other")[0] == 404
         assert server.traffic.requests == 3
         assert server.traffic.sent == len(DATA) + 7
+        assert server.traffic.ranges == [7]
 
 
 @pytest.mark.parametrize(
@@ -96,8 +97,8 @@ def test_each_response_begins_after_the_latency_also_if_others_wait(tmp_path: Pa
         assert 0.1 < best_of(servers * 4, 0.19) < 0.19
 
 
-FILE = File(size=100, requests=4)
-WORKER = Worker(rate=100, file_seconds=0.0, cpu_per_byte=0.001, in_flight=2)
+FILE = File(size=100, requests=(25,) * 4)
+WORKER = Worker(rate=100, file_seconds=0.0, cpu_per_byte=0.001, in_flight=2, buffered=10)
 
 
 @pytest.mark.parametrize(
@@ -111,14 +112,24 @@ WORKER = Worker(rate=100, file_seconds=0.0, cpu_per_byte=0.001, in_flight=2)
         (3, Network(links=2, link_rate=50), 1, Prediction(8.0, "link")),  # two share a link
         (4, Network(links=4, store_rate=100), 1, Prediction(8.0, "store")),
         (4, Network(links=4), 0.1, Prediction(8.0, "CPU")),
-        (1, Network(links=1, latency=1), 1, Prediction(2 * (1 + 4 * 1 / 2), "requests in flight")),
-        (1, Network(links=1, connection_rate=25), 1, Prediction(2 * 4 * 1 / 2, "requests in flight")),
+        (1, Network(links=1, latency=1), 1, Prediction(2 * 4 / 2 * 1, "requests in flight")),
+        (1, Network(links=1, connection_rate=5), 1, Prediction(2 * (5 + 3 * 3), "requests in flight")),
+        (1, Network(links=1, connection_rate=5, latency=9), 1, Prediction(2 * (14 + 3 + 11 + 3), "requests in flight")),
     ],
 )
 def test_slowest_resource_decides(workers: int, network: Network, cores: float, expected: Prediction) -> None:
     assert predict([[FILE] * 2] * workers, WORKER, network, cores) == expected
 
 
+def test_upload_begins_when_a_part_is_read_and_waits_for_its_calls() -> None:
+    upload = Upload(part_bytes=50, at_once=1, calls=3)
+    worker = Worker(rate=1e9, file_seconds=0, cpu_per_byte=0, in_flight=9, buffered=1e9, upload=upload)
+    fast = predict([[FILE]], worker, Network(links=1, link_rate=10), 1)
+    assert fast == Prediction(100 / 10 + 50 / 10, "link")
+    slow = predict([[FILE]], worker, Network(links=1, connection_rate=10, latency=2), 1)
+    assert slow == Prediction(2 * (2 + 50 / 10) + 3 * 2 + 50 / 10, "parts in flight")
+
+
 def test_largest_part_and_the_time_between_files_count() -> None:
-    worker = Worker(rate=100, file_seconds=0.5, cpu_per_byte=0, in_flight=2)
+    worker = Worker(rate=100, file_seconds=0.5, cpu_per_byte=0, in_flight=2, buffered=0)
     assert predict([[FILE] * 2, [FILE] * 3, []], worker, Network(links=3), 1) == Prediction(3 * 1.5, "worker")
