@@ -6,7 +6,8 @@ Python's zlib module computes the CRC-32 of a range, but lacks crc32_combine. A 
 
 import zlib
 from bisect import bisect
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 from streamconv.errors import CorruptError, located
 from streamconv.files.base import File
@@ -83,7 +84,21 @@ class RecordChecks:
         if stored is None:
             return
         ranges.add(start, stored)
-        if ranges.crc_of(record.range.length) is not None:
+        self._compare_if_complete(record)
+
+    def add_crc(self, name: str, record: Record, start: int, length: int, crc: int) -> None:
+        """Record the CRC-32 of bytes of a record that did not pass through this process; see `add`.
+
+        None of these bytes may have been added before, since the last time that all bytes of the record were.
+        """
+        ranges = self._read.setdefault(record, _Ranges())
+        self._names.setdefault(record, name)
+        self._pending.add(record)
+        ranges.add_crc(start, start + length, crc)
+        self._compare_if_complete(record)
+
+    def _compare_if_complete(self, record: Record) -> None:
+        if self._read[record].crc_of(record.range.length) is not None:
             self._require_match(record)
             self._pending.remove(record)
             del self._read[record]  # so that a second read of the record is checked, too
@@ -137,7 +152,11 @@ class _Ranges:
     def add(self, start: int, stored: memoryview) -> None:
         """Add the bytes from ``start`` on; those that were added before do not count again."""
         for first, last in self._uncovered(start, start + len(stored)):
-            self._insert(first, last, stored[first - start : last - start])
+            self._insert(first, last, partial(zlib.crc32, stored[first - start : last - start]))
+
+    def add_crc(self, start: int, end: int, crc: int) -> None:
+        """Add bytes that are in none of the ranges, by their CRC-32."""
+        self._insert(start, end, lambda before: combine(before, crc, end - start))
 
     def crc_of(self, length: int) -> int | None:
         """Return the CRC-32 of the first ``length`` bytes; None if some of them were not read."""
@@ -157,14 +176,13 @@ class _Ranges:
             start = max(start, last)
         return [*found, (start, end)] if start < end else found
 
-    def _insert(self, start: int, end: int, data: memoryview) -> None:
-        at = bisect(self._ranges, (start,))
+    def _insert(self, start: int, end: int, continued: Callable[[int], int]) -> None:
+        """Insert a range. ``continued`` returns the CRC-32 of the bytes before it and of its own, given the former."""
+        at, before = bisect(self._ranges, (start,)), 0
         if at and self._ranges[at - 1][1] == start:
             at -= 1
             start, _, before = self._ranges.pop(at)
-            crc = zlib.crc32(data, before)
-        else:
-            crc = zlib.crc32(data)
+        crc = continued(before)
         if at < len(self._ranges) and self._ranges[at][0] == end:
             first, end, after = self._ranges.pop(at)
             crc = combine(crc, after, end - first)

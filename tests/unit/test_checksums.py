@@ -113,3 +113,30 @@ def test_combining_works_for_gigabytes() -> None:
     assert combine(crc, zeros, 1 << 24) == zlib.crc32(bytes(1 << 24), crc)
     for power in range(24, 40):
         assert combine(combine(crc, 0, 1 << power), 0, 1 << power) == combine(crc, 0, 1 << (power + 1))
+
+
+@given(
+    data=st.binary(min_size=1, max_size=300),
+    cuts=st.lists(st.integers(0, 300)),
+    order=st.randoms(),
+    wrong=st.booleans(),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_record_of_which_ranges_are_known_by_their_crcs_is_compared(
+    tmp_path: Path, data: bytes, cuts: list[int], order: Random, wrong: bool
+) -> None:
+    (tmp_path / "x").write_bytes(bytes(len(data)))  # the record itself is not read
+    with closing(LocalFile(tmp_path / "x")) as file:
+        record = Record(file.ref, "x/data/0", ByteRange(0, len(data)), zlib.crc32(data) ^ wrong)
+        checks = RecordChecks(Reader([file]))
+        bounds = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+        ranges = [*pairwise(bounds)]
+        order.shuffle(ranges)
+        with pytest.raises(CorruptError) if wrong else nullcontext():
+            for first, last in ranges:
+                part = data[first:last]
+                if order.random() < 0.5:
+                    checks.add_crc("x", record, first, len(part), zlib.crc32(part))
+                else:
+                    checks.add("x", record, first, memoryview(part))
+        assert wrong or not checks.is_pending(record)
