@@ -4,8 +4,12 @@ What moto does not model, as tried out with version 5.2:
     - Access: any credentials and signatures are accepted, however old, so there is no clock skew, no expired token and
       no bucket that one may not write. Tests inject these refusals.
     - Load: it never throttles, and never answers with 500 or 503 on its own. Tests inject these, too.
-    - Damage: it does not compare a body with x-amz-checksum-*, and gives no CRC-32 of a part that is copied.
-      `S3Server` refuses a body that does not match its Content-MD5, as real stores do.
+    - Damage: it does not compare a body with x-amz-checksum-*. `S3Server` refuses a body that does not match its
+      Content-MD5, as real stores do.
+    - Copies of parts: it gives no CRC-32 of them, and ignores x-amz-copy-source-if-match. `S3Server` does what AWS
+      documents. It computes the CRC-32 from the bytes that moto has stored, so that damage on the way is in it.
+    - Checksums of parts: AWS refuses an upload with CRC-32s if a part comes without one, or the list of parts does.
+      `S3Server` refuses a part without one.
     - A part of an upload that does not exist is an internal error. `S3Server` answers NoSuchUpload, as real stores do.
     - Lifecycle rules never abort an upload. Nothing is ever inconsistent or slow. Encryption does not change ETags.
     - The regions of buckets, redirects to them, addresses of the form BUCKET.HOST, and TLS.
@@ -19,6 +23,7 @@ import hashlib
 import io
 import socket
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,12 +95,13 @@ class S3Server:
     faults: list[Fault] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     released: threading.Event = field(default_factory=threading.Event)
+    reports_copied_crcs: bool = True
 
     def reset(self) -> None:
         """Forget requests and faults, and end the requests that hang."""
         self.released.set()
         self.released = threading.Event()
-        self.requests, self.faults = [], []
+        self.requests, self.faults, self.reports_copied_crcs = [], [], True
 
     def count(self, *operations: str) -> int:
         """Return how many requests of these operations arrived."""
@@ -121,6 +127,8 @@ class S3Server:
             return _refuse(start_response, 400, "BadDigest")
         if request.operation in ("UploadPart", "UploadPartCopy") and not self._has_upload(environ):
             return _refuse(start_response, 404, "NoSuchUpload")
+        if request.operation == "UploadPartCopy":
+            return self._copy(environ, start_response, fault)
         if fault is not None and fault.lost:
             list(self.app(environ, lambda *args: None))
             _reset(environ)
@@ -140,14 +148,54 @@ class S3Server:
         (upload,) = parse_qs(environ["QUERY_STRING"])["uploadId"]
         return upload in Bucket(environ["PATH_INFO"].split("/")[1], self).uploads
 
+    def _copy(
+        self, environ: dict[str, Any], start_response: Callable[..., Any], fault: Fault | None
+    ) -> Iterable[bytes]:
+        """Copy a part, unless its source has changed, and report the CRC-32 of what is stored."""
+        backend, query = _backend(), parse_qs(environ["QUERY_STRING"])
+        bucket, _, key = unquote(environ["HTTP_X_AMZ_COPY_SOURCE"]).lstrip("/").partition("/")
+        expected = environ.get("HTTP_X_AMZ_COPY_SOURCE_IF_MATCH")
+        source = backend.get_object(bucket, key)
+        if expected is not None and source is not None and source.etag != expected:
+            return _refuse(start_response, 412, "PreconditionFailed")
+        answer: list[Any] = []
+        body = b"".join(self.app(environ, lambda status, headers, *rest: answer.extend((status, headers))))
+        upload = backend.get_bucket(unquote(environ["PATH_INFO"]).split("/")[1]).multiparts.get(query["uploadId"][0])
+        part = upload and upload.parts.get(int(query["partNumber"][0]))
+        if part and fault is not None and fault.damages:
+            part.value = bytes([part.value[0] ^ 1]) + part.value[1:]
+        if part and self.reports_copied_crcs and upload.metadata.get("x-amz-checksum-algorithm") == "CRC32":
+            crc = base64.b64encode(zlib.crc32(part.value).to_bytes(4, "big"))
+            end = b"</CopyPartResult>"
+            body = body.replace(end, b"<ChecksumCRC32>" + crc + b"</ChecksumCRC32>" + end)
+        headers = [(name, value) for name, value in answer[1] if name.lower() != "content-length"]
+        start_response(answer[0], [*headers, ("Content-Length", str(len(body)))])
+        return [body]
+
     def _is_sound(self, environ: dict[str, Any], request: S3Request, fault: Fault | None) -> bool:
         """Compare the body with its Content-MD5, as AWS does and moto does not."""
         body = environ["wsgi.input"].read(request.size)
         if fault is not None and fault.damages:
             body = bytes([body[0] ^ 1]) + body[1:]
         environ["wsgi.input"] = io.BytesIO(body)
+        if request.operation == "UploadPart" and "HTTP_X_AMZ_CHECKSUM_CRC32" not in environ and _has_crcs(environ):
+            return False
         expected = environ.get("HTTP_CONTENT_MD5")
         return expected is None or base64.b64decode(expected) == hashlib.md5(body).digest()
+
+
+def _backend() -> Any:
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    return s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+
+
+def _has_crcs(environ: dict[str, Any]) -> bool:
+    """Return whether the upload that a part belongs to was created with CRC-32s."""
+    bucket = unquote(environ["PATH_INFO"]).split("/")[1]
+    upload = _backend().get_bucket(bucket).multiparts.get(parse_qs(environ["QUERY_STRING"])["uploadId"][0])
+    return upload is not None and upload.metadata.get("x-amz-checksum-algorithm") == "CRC32"
 
 
 def _request(environ: dict[str, Any]) -> S3Request:
@@ -211,34 +259,27 @@ class Bucket:
     def url(self) -> str:
         return f"s3://{self.name}"
 
-    @property
-    def _backend(self) -> Any:
-        from moto.core import DEFAULT_ACCOUNT_ID
-        from moto.s3.models import s3_backends
-
-        return s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
-
     def create(self) -> None:
-        self._backend.create_bucket(self.name, "us-east-1")
+        _backend().create_bucket(self.name, "us-east-1")
 
     def put(self, key: str, data: bytes) -> None:
-        self._backend.put_object(self.name, key, data)
+        _backend().put_object(self.name, key, data)
 
     def delete(self, key: str) -> None:
-        self._backend.delete_object(self.name, key)
+        _backend().delete_object(self.name, key)
 
     @property
     def objects(self) -> dict[str, bytes]:
         """The contents of all objects, by key."""
-        return {key: each.value for key, each in self._backend.get_bucket(self.name).keys.items()}
+        return {key: each.value for key, each in _backend().get_bucket(self.name).keys.items()}
 
     @property
     def uploads(self) -> dict[str, str]:
         """The keys of uploads that are neither completed nor aborted, by id."""
-        return {each.id: each.key_name for each in self._backend.get_bucket(self.name).multiparts.values()}
+        return {each.id: each.key_name for each in _backend().get_bucket(self.name).multiparts.values()}
 
     def put_part(self, upload: str, number: int, data: bytes) -> None:
-        self._backend.upload_part(self.name, upload, number, data)
+        _backend().upload_part(self.name, upload, number, data)
 
     def abort(self, upload: str) -> None:
-        self._backend.abort_multipart_upload(self.name, upload)
+        _backend().abort_multipart_upload(self.name, upload)

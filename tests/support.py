@@ -256,7 +256,7 @@ def require_uploaded_folder(hub: HubServer, server: FileServer, tmp_path: Path, 
     manifest = json.loads(arrived["streamconv.json"])
     for name, file in manifest["files"].items():
         sha256 = hashlib.sha256(arrived[name]).hexdigest()
-        assert file == {"size": len(arrived[name]), "sha256": sha256, "overflow_count": 0}
+        assert file == {"size": len(arrived[name]), "sha256": sha256, "overflow_count": 0, "crc32": ""}
 
 
 class SparseFile(io.BufferedRandom):

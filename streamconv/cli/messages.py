@@ -113,6 +113,8 @@ def _work(weights: int, resumed_bytes: int, seconds: float, was_finished: bool =
 
 
 def _file(name: str, nbytes: int, sha256: str, is_recorded: bool = False) -> str:
+    if not sha256:
+        return f"  {name}  {size(nbytes)}  copied by its store, which leaves its sha256 unknown; its CRC-32s match"
     return f"  {name}  {size(nbytes)}  sha256 {sha256[:12]}{' as recorded' if is_recorded else ''}"
 
 

@@ -128,6 +128,10 @@ FORCE = Option(
     "--force", is_flag=True, group="Output",
     help="Replace files that streamconv wrote to DIR earlier. Other files are never replaced.",
 )  # fmt: skip
+NO_SERVER_SIDE_COPY = Option(
+    "--no-server-side-copy", is_flag=True, group="Output",
+    help="From S3 to S3, read all bytes, for the sha256 of each file; by default, S3 copies large tensors itself.",
+)  # fmt: skip
 REPLACE = Option("--force", is_flag=True, group="Output", help="Replace files that exist already.")
 YES = Option(
     "-y", "--yes", is_flag=True, group="General",

@@ -58,7 +58,7 @@ class FsspecFile(RemoteFile):
         self._file_system, self._path = _find_file_system(address)
         # Only asynchronous packages are made for concurrent reads: all reads from tar:// share one position.
         self._threads = ThreadPoolExecutor(MAX_IN_FLIGHT if self._file_system.async_impl else 1, "fsspec")
-        self.size, self._key = self._state()
+        self.size, self._key, self.etag = self._state()
         self._opened_ns = time.time_ns()
 
     @property
@@ -66,7 +66,7 @@ class FsspecFile(RemoteFile):
         return {"key": self._key} if self._key else {UNVERSIONED: self._opened_ns}
 
     def require_unchanged(self) -> None:
-        if self._state() != (self.size, self._key):
+        if self._state()[:2] != (self.size, self._key):
             raise ChangedError(
                 f"{self.where} was changed while it was read. Delete the unfinished output, and run again."
             )
@@ -76,16 +76,16 @@ class FsspecFile(RemoteFile):
         # Do not wait: a store that does not respond may block a thread for long.
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _state(self) -> tuple[int, str]:
-        """Return the file's size and version as they are now. The version is empty if the store reports none."""
+    def _state(self) -> tuple[int, str, str]:
+        """Return the file's size, version and ETag as they are now; those that the store does not report are empty."""
         return _answer(self._query_state, self._threads, self.address)
 
-    def _query_state(self) -> tuple[int, str]:
+    def _query_state(self) -> tuple[int, str, str]:
         self._file_system.invalidate_cache()
         info = self._file_system.info(self._path)
         if info["type"] != "file":
             raise SourceError(f"{self.where} is not a file. Give the URL of a .pth or .safetensors file.")
-        return int(info["size"]), _version(info)
+        return int(info["size"]), _version(info), str(info.get("ETag") or "")
 
     def _request(self, wanted: ByteRange) -> "_FsspecResponse":
         data = self._threads.submit(self._file_system.cat_file, self._path, start=wanted.start, end=wanted.end)

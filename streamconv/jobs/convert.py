@@ -48,7 +48,7 @@ def plan(source: StrPath, options: ConversionOptions = ConversionOptions(), *, s
     options = replace(options, stream=options.stream or save is not None)
     with prepared_source(source, options, ignore_progress, is_exact=save is not None) as prepared:
         if path is not None:
-            write_file(path, plan_file.to_bytes(planned_conversion(prepared)))
+            write_file(path, plan_file.to_bytes(planned_conversion(prepared, options)))
         return prepared.plan
 
 
@@ -101,7 +101,7 @@ def _convert_elsewhere(
     """Convert into a store, or by the workers of ``client``. Remote sources are streamed."""
     options = replace(options, stream=True)
     with prepared_source(source, options, progress) as prepared:
-        planned, reader = planned_conversion(prepared), prepared.source.reader
+        planned, reader = planned_conversion(prepared, options), prepared.source.reader
         location = output_location(output if output is not None else default_folder(prepared))
         refuse_overwriting_source(planned.plan, location, force=options.force)
         write = files_writer(planned, location, reader, client)

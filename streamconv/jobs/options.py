@@ -71,6 +71,8 @@ class ConversionOptions(SourceOptions):
         image_processor: A preprocessor_config.json to write instead; excludes the other three.
         allow_repeats: Write an output that is much larger than the data it is made from, because tensors repeat data.
             Otherwise, `RepeatedDataError` is raised if it is more than 100 MB larger than twice that data.
+        server_side_copy: If source and output are in the same S3, let it copy large tensors itself, and check its
+            CRC-32s of them. The manifest then has a CRC-32 of such a file instead of a sha256.
 
     Raises:
         UsageError: the shard size, the dtype, the number of heads or a number for the image processor is not valid.
@@ -85,6 +87,7 @@ class ConversionOptions(SourceOptions):
     image_size: int | None = None
     image_processor: StrPath | None = None
     allow_repeats: bool = False
+    server_side_copy: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

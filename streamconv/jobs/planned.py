@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from streamconv.display import first_lines
 from streamconv.families.selection import Skipped
+from streamconv.jobs.options import ConversionOptions
 from streamconv.jobs.prepare import PreparedSource
 from streamconv.output.manifest import GivenImageProcessor, Labels, Provenance
 from streamconv.output.planned import PlannedConversion
@@ -12,7 +13,7 @@ from streamconv.tensors.packages import check_packages
 MAX_RECORDED = 100  # skipped parts that a manifest lists
 
 
-def planned_conversion(prepared: PreparedSource) -> PlannedConversion:
+def planned_conversion(prepared: PreparedSource, options: ConversionOptions = ConversionOptions()) -> PlannedConversion:
     """Return the conversion of an open source, wherever it will be written.
 
     Raises:
@@ -36,7 +37,7 @@ def planned_conversion(prepared: PreparedSource) -> PlannedConversion:
         labels=labels if "id2label" in plan.config else None,
         image_processor=_given_image_processor(prepared),
     )
-    return PlannedConversion(plan, provenance, prepared.labels_from, source.has_checksums)
+    return PlannedConversion(plan, provenance, prepared.labels_from, source.has_checksums, options.server_side_copy)
 
 
 def _recorded(skipped: Sequence[Skipped]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamconv.display import first_few
 from streamconv.errors import OutputError, SourceError, UsageError
 from streamconv.files.address import COPY_FOLDER, local_path
 from streamconv.files.local import exists, read_small
@@ -189,6 +190,11 @@ def _read_files(folder: Path, manifest: Manifest, progress: Progress) -> tuple[d
         OutputError: files are missing, cannot be read, or are not as they were verified.
     """
     small, large = {}, {}
+    if unhashed := [name for name, file in manifest.current_files.items() if not file.sha256]:
+        raise OutputError(
+            f"{folder / MANIFEST_NAME} has no sha256 of {first_few(unhashed)}, which a store copied. Verify the folder "
+            f"first, which records it: `{verify_command(folder, manifest)}`."
+        )
     with reading_output():
         present = [name for name in manifest.current_files if exists(folder / name)]
     for name in present:

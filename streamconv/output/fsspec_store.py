@@ -33,6 +33,8 @@ class FsspecOutput(StoreOutput):
 class FsspecStore:
     """A `Store` that fsspec reaches."""
 
+    copier = None  # fsspec copies whole objects only
+
     def __init__(self, address: Address):
         self.address = address
         self._client = FsspecClient(address)

@@ -76,11 +76,21 @@ class GivenImageProcessor:
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A complete file. ``overflow_count`` counts the values that were finite in the source and are infinite in it."""
+    """A complete file. ``overflow_count`` counts the values that were finite in the source and are infinite in it.
+
+    If a store copied some of its bytes, which therefore were not hashed here, ``sha256`` is empty, and ``crc32`` is the
+    CRC-32 of the whole file as 8 hexadecimal digits.
+    """
 
     size: int
     sha256: str
     overflow_count: int = 0
+    crc32: str = ""
+
+    @property
+    def digest(self) -> str:
+        """The checksum that it has, for messages."""
+        return f"sha256 {self.sha256[:12]}" if self.sha256 else f"CRC-32 {self.crc32}"
 
 
 def is_our_name(name: str) -> bool:

@@ -43,6 +43,7 @@ class OpenJournal:
         points = {
             name: ResumePoint(file.size, file.sha256, overflow_count=file.overflow_count)
             for name, file in complete.items()
+            if file.sha256  # a file without one cannot be checked
         }
         journal.resume_points = {**points, **journal.resume_points}
         if journal.provenance is None:

@@ -43,6 +43,7 @@ class _Recorded:
     provenance: Provenance
     labels_from: str | None
     has_checksums: bool
+    server_side_copy: bool
 
 
 def to_bytes(planned: PlannedConversion) -> bytes:
@@ -52,7 +53,7 @@ def to_bytes(planned: PlannedConversion) -> bytes:
         UsageError: a source's URL holds a secret, or nothing would show that the source has changed.
     """
     _refuse_unsafe_sources(planned)
-    recorded = _Recorded(planned.provenance, planned.labels_from, planned.has_checksums)
+    recorded = _Recorded(planned.provenance, planned.labels_from, planned.has_checksums, planned.server_side_copy)
     rest = f"{json.dumps(asdict(recorded))}\n{plan_json.to_json(planned.plan)}\n".encode()
     header = _Header(FORMAT_NAME, FORMAT_VERSION, __version__, sha256(rest).hexdigest())
     return json.dumps(asdict(header)).encode() + b"\n" + rest
@@ -118,4 +119,6 @@ def parse(data: bytes, path: Path) -> PlannedConversion:
             raise ValueError("its plan has another fingerprint")
     except (ValueError, RecursionError, UsageError) as error:
         raise UsageError(f"{path} is damaged: {error} Make the plan again.") from error
-    return PlannedConversion(plan, recorded.provenance, recorded.labels_from, recorded.has_checksums)
+    return PlannedConversion(
+        plan, recorded.provenance, recorded.labels_from, recorded.has_checksums, recorded.server_side_copy
+    )

@@ -16,13 +16,14 @@ class PlannedConversion:
     """A plan, and what the manifest of its output will record.
 
     ``labels_from`` describes the origin of a classifier's labels. ``has_checksums``: every tensor has a CRC-32 in its
-    file.
+    file. ``server_side_copy``: if the source is in the store that is written to, the store may copy ranges of it.
     """
 
     plan: Plan
     provenance: Provenance
     labels_from: str | None
     has_checksums: bool
+    server_side_copy: bool = True
 
     @property
     def small_files(self) -> dict[str, bytes]:

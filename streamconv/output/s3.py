@@ -7,6 +7,7 @@ from streamconv.errors import OutputError
 from streamconv.files.address import Address
 from streamconv.output import s3_upload
 from streamconv.output.s3_client import S3Client
+from streamconv.output.s3_copy import S3Copier
 from streamconv.output.s3_errors import MISSING
 from streamconv.output.s3_upload import PartUpload, SmallUpload, losing, part_bytes_for, plain_etag
 from streamconv.output.store import StoredObject, StoreError, Upload, UploadLostError
@@ -28,6 +29,7 @@ class S3Store:
     def __init__(self, address: Address):
         self.address = address
         self._client = S3Client(address)
+        self.copier = S3Copier(self._client, self._key, self._stored)
 
     def list(self, folder: str = "") -> dict[str, StoredObject]:
         prefix = self._key(f"{folder}/" if folder else "")
@@ -70,8 +72,7 @@ class S3Store:
     def resume(self, name: str, size: int, upload: str, part_bytes: int) -> Upload:
         if part_bytes != part_bytes_for(size):
             raise UploadLostError(f"The upload of {self._client.url_of(self._key(name))} has parts of another size.")
-        stored = {part["PartNumber"]: (part["Size"], plain_etag(part)) for part in self._parts(name, upload)}
-        return PartUpload(self._client, self._key(name), upload, part_bytes, stored)
+        return PartUpload(self._client, self._key(name), upload, part_bytes, self._stored(name, upload))
 
     def uploaded_bytes(self, name: str, upload: str) -> int:
         try:
@@ -88,6 +89,10 @@ class S3Store:
 
     def _key(self, name: str) -> str:
         return f"{self._client.prefix}/{name}" if self._client.prefix else name
+
+    def _stored(self, name: str, upload: str) -> dict[int, tuple[int, str]]:
+        """Return the sizes and ETags of the parts of an upload that arrived; errors as for `_parts`."""
+        return {part["PartNumber"]: (part["Size"], plain_etag(part)) for part in self._parts(name, upload)}
 
     def _parts(self, name: str, upload: str) -> Iterator[dict[str, Any]]:
         """Yield the parts of an upload that arrived.

@@ -12,6 +12,7 @@ MAX_REASON = 300  # characters of the store's own text
 
 MISSING = frozenset({"NoSuchKey", "404"})
 LOST = frozenset({"NoSuchUpload", "InvalidPart"})
+_NOT_IMPLEMENTED = 501
 _THROTTLED = frozenset(
     {"SlowDown", "503", "429", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"}
 )
@@ -39,7 +40,9 @@ class Failure:
         text = redacted(str(details.get("Message") or error), address.secrets)
         reason = f"{code}: {text}" if text and text != code else code
         status = (response.get("ResponseMetadata") or {}).get("HTTPStatusCode", 0)
-        may_pass = code in _MAY_PASS or status >= 500 if response else not _is_final(error)
+        may_pass = (
+            code in _MAY_PASS or (status >= 500 and status != _NOT_IMPLEMENTED) if response else not _is_final(error)
+        )
         return cls(printable(code), shortened(printable(reason), MAX_REASON), may_pass)
 
 

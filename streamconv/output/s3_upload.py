@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import count
 from threading import Event, Lock
@@ -26,6 +27,18 @@ COMPLETE_SECONDS = 300.0
 def part_bytes_for(size: int) -> int:
     """Return the size of the parts of an object: `PART_BYTES`, or whole MiB if there would be too many of them."""
     return PART_BYTES if size <= MAX_PARTS * PART_BYTES else -(-size // MAX_PARTS // _MIB) * _MIB
+
+
+@dataclass(frozen=True)
+class SentPart:
+    """A part that the store has. ``checksums`` are others than its ETag, by S3's names."""
+
+    etag: str
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def described(self) -> dict[str, str]:
+        return {"ETag": self.etag, **self.checksums}
 
 
 class SmallUpload:
@@ -63,7 +76,7 @@ class PartUpload:
         self.id, self.part_bytes, self.held_bytes, self.kept_bytes = id, part_bytes, _held_bytes(stored, part_bytes), 0
         self._client, self._key, self._stored, self._size = client, key, stored, 0
         self._body, self._free = BytesIO(), deque[BytesIO]()
-        self._sent: list[Future[str]] = []
+        self._sent: list[Future[SentPart]] = []
         self._stop, self._lock = Event(), Lock()
         self._threads = ThreadPoolExecutor(PARTS_AT_ONCE, "upload")
 
@@ -79,14 +92,14 @@ class PartUpload:
     def complete(self) -> StoredObject:
         if self._body.tell():
             self._send()
-        etags = [part.result() for part in self._sent]
-        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+        sent = [part.result() for part in self._sent]
+        parts = [{"PartNumber": number, **part.described} for number, part in enumerate(sent, 1)]
         try:
             answer = self._call("complete_multipart_upload", seconds=COMPLETE_SECONDS, MultipartUpload={"Parts": parts})
         except UploadLostError:
             # Another process may have completed it, or this one, if the answer was lost.
             found = find(self._client, self._key)
-            if found is None or found != StoredObject(self._size, _etag_of_parts(etags)):
+            if found is None or found != StoredObject(self._size, _etag_of_parts([part.etag for part in sent])):
                 raise
             return found
         return StoredObject(self._size, plain_etag(answer))
@@ -102,23 +115,32 @@ class PartUpload:
     def _send(self) -> None:
         """Send the part that is filled. Wait until fewer are in flight; the first failure of one is raised here."""
         self._body.truncate()
-        self._sent.append(self._threads.submit(self._send_part, len(self._sent) + 1, self._body))
-        if len(self._sent) > PARTS_AT_ONCE:
-            self._sent[-1 - PARTS_AT_ONCE].result()
+        self._add(self._threads.submit(self._send_part, len(self._sent) + 1, self._body))
         self._body = self._free.popleft() if self._free else BytesIO()
         self._body.seek(0)
 
-    def _send_part(self, number: int, body: BytesIO) -> str:
-        """Send a part, unless the store holds it; return its ETag."""
+    def _add(self, part: "Future[SentPart]") -> None:
+        self._sent.append(part)
+        if len(self._sent) > PARTS_AT_ONCE:
+            self._sent[-1 - PARTS_AT_ONCE].result()
+
+    def _send_part(self, number: int, body: BytesIO) -> SentPart:
+        """Send a part, unless the store holds it."""
         size, md5 = body.tell(), _md5(body)
         if self._stored.get(number) == (size, md5.hex()):
             with self._lock:
                 self.kept_bytes += size
             etag = md5.hex()
         else:
-            etag = plain_etag(self._call("upload_part", PartNumber=number, Body=body, ContentMD5=_base64(md5)))
+            checksums = {"ContentMD5": _base64(md5), **self._checksums(body)}
+            etag = plain_etag(self._call("upload_part", PartNumber=number, Body=body, **checksums))
+        sent = SentPart(etag, self._checksums(body))
         self._free.append(body)
-        return etag
+        return sent
+
+    def _checksums(self, body: BytesIO) -> dict[str, str]:
+        """Return the checksums of a part that the store expects besides the ETag."""
+        return {}
 
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         with losing(self._client, self._key):

@@ -4,11 +4,13 @@ An object is complete or absent: it appears when its upload is completed.
 """
 
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 from streamconv.errors import OutputError
 from streamconv.files.address import Address
+from streamconv.files.base import File, FileRef
 
 
 class StoreError(OutputError):
@@ -21,6 +23,10 @@ class StoreError(OutputError):
 
 class UploadLostError(OutputError):
     """An upload does not exist any more: it was aborted, it expired, or another process completed it."""
+
+
+class CannotCopyError(OutputError):
+    """The store cannot copy ranges of objects, or does not report their CRC-32s."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,53 @@ class Upload(Protocol):
         """Delete what arrived."""
 
 
+class CopyingUpload(Upload, Protocol):
+    """An upload of which the store copies some parts from other objects; see `part_layout`."""
+
+    def copy(self, file: File, start: int, length: int) -> "Future[int]":
+        """Append a part with these bytes of a file; the result is their CRC-32.
+
+        Raises:
+            CannotCopyError: before the first part has been copied.
+            ChangedError: the file is not the one that was opened; also from the result.
+            UploadLostError, StoreError: likewise.
+        """
+
+    def end_part(self) -> None:
+        """End the part of the bytes that were written last: the next ones belong to another part."""
+
+
+class Copier(Protocol):
+    """Makes a store copy ranges of objects."""
+
+    def can_copy(self, file: FileRef) -> bool:
+        """Return whether the store has this file of a source and may be able to copy ranges of it."""
+
+    def part_bytes(self, size: int) -> int:
+        """Return the size of the parts that are uploaded, for an object of ``size`` bytes."""
+
+    def start(self, name: str, size: int) -> CopyingUpload:
+        """Begin an object of ``size`` bytes."""
+
+    def resume(self, name: str, size: int, upload: str) -> CopyingUpload:
+        """Continue an upload; copied parts are copied again.
+
+        Raises:
+            UploadLostError: there is no such upload.
+        """
+
+
 class Store(Protocol):
-    """The objects below a prefix, by name. ``address`` is the URL of the prefix."""
+    """The objects below a prefix, by name. ``address`` is the URL of the prefix.
+
+    ``copier`` is None if the store cannot copy ranges of objects.
+    """
 
     @property
     def address(self) -> Address: ...
+
+    @property
+    def copier(self) -> Copier | None: ...
 
     def list(self, folder: str = "") -> dict[str, StoredObject]:
         """Return the objects directly in the prefix, or in a folder in it, by name.

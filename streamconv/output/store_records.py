@@ -33,12 +33,14 @@ class FileRecord(ConversionRecord):
     """A weight file that is being written, or is complete.
 
     ``part`` is the part of its process, such as "3/16". ``upload`` and ``part_bytes`` are those of the upload to
-    resume. ``written`` is set when the file is complete, and ``version`` is that of its object.
+    resume, and ``has_copies`` records whether the store copies some of its parts. ``written`` is set when the file is
+    complete, and ``version`` is that of its object.
     """
 
     part: str = ""
     upload: str = ""
     part_bytes: int = 0
+    has_copies: bool = False
     written: WrittenFile | None = None
     version: str = ""
 

@@ -1,21 +1,22 @@
 """Writes one weight file to a store, straight from the buffers.
 
 To resume a file, its bytes are made from the source again, because its sha256 needs them, and only those parts are sent
-that the store does not hold.
+that the store does not hold. Large ranges that the store has in the source's file may be copied there; see `stretches`.
 """
 
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 
 from streamconv.errors import CorruptError
 from streamconv.files.reader import Reader
 from streamconv.logs import logger
-from streamconv.output.contents import Contents, Segments, batches
-from streamconv.output.hashing import BackgroundHash
-from streamconv.output.journal import NOT_STARTED
 from streamconv.output.manifest import WrittenFile
-from streamconv.output.store import Store, Upload, UploadLostError
+from streamconv.output.store import CannotCopyError, Copier, CopyingUpload, Store, Upload, UploadLostError
 from streamconv.output.store_records import FileRecord, record_name, to_bytes
+from streamconv.output.store_sender import WrongCopyError, send, send_with_copies
+from streamconv.output.stretches import stretches
 from streamconv.output.writer import Advance
 from streamconv.planning.shards import Shard
 from streamconv.tensors.checksums import RecordChecks
@@ -31,11 +32,14 @@ def write_file(
     reader: Reader,
     checks: RecordChecks,
     advance: Advance,
+    *,
+    server_side_copy: bool,
 ) -> tuple[WrittenFile, int]:
     """Write a weight file, or what is missing of the upload that its ``earlier`` record names.
 
     Args:
         begun: The new record of the file, before anything is written.
+        server_side_copy: Let the store copy what it has in the source's file, if it can.
 
     Returns:
         The complete file, and how many of its bytes an interrupted process had uploaded.
@@ -43,28 +47,44 @@ def write_file(
     Raises:
         UploadLostError: the upload was completed or aborted meanwhile.
         SourceError: the source cannot be read. If it is damaged or was changed, the upload is deleted.
+        WrongCopyError: likewise.
         StoreError
     """
-    name, where = shard.filename, f"{store.address}/{shard.filename}"
-    with closing(_open(store, shard, earlier, begun)) as upload:
+    copier, name = store.copier if server_side_copy else None, shard.filename
+    file = stretches(shard, copier.can_copy, copier.part_bytes(shard.size)) if copier is not None else []
+    if copier is not None and file:
         try:
-            sha256, overflow_count = _send(shard, upload, reader, checks, advance)
-        except CorruptError:
-            upload.abort()
-            store.delete([record_name(name)])
-            raise
-        stored = upload.complete()
-        kept_bytes = upload.kept_bytes
-    written = WrittenFile(shard.size, sha256, overflow_count)
+            with closing(_open_copying(copier, store, shard, earlier, begun)) as copying:
+                sending = partial(send_with_copies, file, copying, reader, checks, advance)
+                return _complete(store, name, begun, copying, sending), 0
+        except CannotCopyError:
+            checks.forget_ranges()
+            earlier = None
+    with closing(_open(store, shard, earlier, begun)) as upload:
+        written = _complete(store, name, begun, upload, partial(send, shard, upload, reader, checks, advance))
+        return written, upload.kept_bytes
+
+
+def _complete(
+    store: Store, name: str, begun: FileRecord, upload: Upload, send_all: Callable[[], WrittenFile]
+) -> WrittenFile:
+    """Send the file's bytes, make the object appear, and record it."""
+    try:
+        written = send_all()
+    except (CorruptError, WrongCopyError, CannotCopyError):
+        upload.abort()
+        store.delete([record_name(name)])
+        raise
+    stored = upload.complete()
     store.put(record_name(name), to_bytes(replace(begun, written=written, version=stored.version)))
-    _log.info("wrote %s, %d bytes, sha256 %s", where, shard.size, sha256)
-    return written, kept_bytes
+    _log.info("wrote %s/%s, %d bytes, %s", store.address, name, written.size, written.digest)
+    return written
 
 
 def _open(store: Store, shard: Shard, earlier: FileRecord | None, begun: FileRecord) -> Upload:
     """Resume the recorded upload of a file or, if there is none, begin one and record it."""
     name, where = shard.filename, f"{store.address}/{shard.filename}"
-    if earlier is not None and earlier.upload and earlier.written is None:
+    if earlier is not None and earlier.upload and earlier.written is None and not earlier.has_copies:
         try:
             upload = store.resume(name, shard.size, earlier.upload, earlier.part_bytes)
             _log.info("resuming the upload of %s", where)
@@ -77,25 +97,14 @@ def _open(store: Store, shard: Shard, earlier: FileRecord | None, begun: FileRec
     return upload
 
 
-def _send(shard: Shard, upload: Upload, reader: Reader, checks: RecordChecks, advance: Advance) -> tuple[str, int]:
-    """Send a file's bytes, and check the source's records.
-
-    Returns:
-        The sha256 of the bytes, and how many values a cast made infinite.
-    """
-    segments: Segments = (shard.header, *shard.tensors)
-    contents = Contents(segments, NOT_STARTED, reader, checks, None)
-    with BackgroundHash() as digest, contents.proved_by_records(), contents.evaluator:
-        contents.prefetch()
-        position = 0
-        for batch in batches(segments, NOT_STARTED):
-            buffer = digest.next_buffer()
-            filled, _ = contents.read(batch, buffer)
-            digest.update(buffer[:filled])
-            upload.write(buffer[:filled])
-            position += filled
-            advance(position, position <= upload.held_bytes)
-        checks.verify_pending()
-        for file in contents.files_without_crc():
-            reader.open(file).require_unchanged()
-        return digest.hexdigest(), contents.overflow_count
+def _open_copying(
+    copier: Copier, store: Store, shard: Shard, earlier: FileRecord | None, begun: FileRecord
+) -> CopyingUpload:
+    """Do the same as `_open` for an upload of which the store copies some parts."""
+    name = shard.filename
+    if earlier is not None and earlier.upload and earlier.written is None and earlier.has_copies:
+        with suppress(UploadLostError):
+            return copier.resume(name, shard.size, earlier.upload)
+    upload = copier.start(name, shard.size)
+    store.put(record_name(name), to_bytes(replace(begun, upload=upload.id, has_copies=True)))
+    return upload

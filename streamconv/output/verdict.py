@@ -53,6 +53,7 @@ def record_verdict(
                 small = {name: file for name, file in files.items() if name in manifest.files and not is_weights(name)}
                 edited = {name: file for name, file in small.items() if file.sha256 != manifest.files[name].sha256}
                 if now is not None:
+                    now = replace(now, files={**now.files, **_newly_hashed(now, verdict, files)})
                     write_file(folder / MANIFEST_NAME, replace(now, verification=verdict, edited=edited).to_bytes())
             finally:
                 journal.remove()
@@ -61,6 +62,16 @@ def record_verdict(
     except OutputError as error:  # another process writes to the folder, or this one may not
         return str(error)
     return ""
+
+
+def _newly_hashed(
+    manifest: Manifest, verdict: Mapping[str, Any], files: Mapping[str, WrittenFile]
+) -> dict[str, WrittenFile]:
+    """Return the files whose sha256 was not known when they were written, with it, if all checks passed."""
+    unhashed = {name: file for name, file in manifest.files.items() if not file.sha256 and name in files}
+    return (
+        {name: replace(file, sha256=files[name].sha256) for name, file in unhashed.items()} if verdict["passed"] else {}
+    )
 
 
 class ChangedOutputError(OutputError):

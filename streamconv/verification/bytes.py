@@ -4,6 +4,7 @@ Both are read from the disk again, including their indexes: nothing that the con
 """
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def check_bytes(folder: Location, plan: Plan, reader: Reader, advance: Callable[
 
 
 def check_files(folder: Location, written: Mapping[str, WrittenFile], progress: Progress) -> list[str]:
-    """List the ``written`` files whose size or sha256 has changed.
+    """List the ``written`` files whose size or sha256 has changed; if the sha256 is not known, whose CRC-32 has.
 
     Raises:
         OutputError: a file cannot be read.
@@ -171,13 +172,17 @@ def check_files(folder: Location, written: Mapping[str, WrittenFile], progress: 
                 problems.append(f"{name} has {file.size:,} bytes, not {each.size:,}")
                 continue
             file.prefetch([ByteRange(0, file.size)])
+            crc = 0
             for start in range(0, file.size, REPORT_BYTES):
                 end = min(start + REPORT_BYTES, file.size)
-                _hash(file, start, end, digest)
+                crc = _hash(file, start, end, digest, None if each.sha256 else crc)
                 done += end - start
                 progress("reading files", done, total, "bytes")
-            if (found := digest.hexdigest()) != each.sha256:
-                hashes = f"its sha256 is {found[:12]}…, not {each.sha256[:12]}…"
+            kind, found, expected = "sha256", digest.hexdigest(), each.sha256
+            if not each.sha256:
+                kind, found, expected = "CRC-32", f"{crc:08x}", each.crc32
+            if found != expected:
+                hashes = f"its {kind} is {found[:12]}…, not {expected[:12]}…"
                 problems.append(f"{name} has changed since it was written: {hashes}")
     return sorted(problems)
 
@@ -210,11 +215,14 @@ def _in_file_order(written: Checkpoint) -> dict[FileRef, list[str]]:
     return files
 
 
-def _hash(file: File, start: int, end: int, digest: BackgroundHash) -> None:
+def _hash(file: File, start: int, end: int, digest: BackgroundHash, crc: int | None = None) -> int:
+    """Hash a range; return the CRC-32 of the file to its end, given that of what is before it, or 0 without one."""
     for at in range(start, end, BUFFER_BYTES):
         part = digest.next_buffer()[: min(BUFFER_BYTES, end - at)]
         _read(file, at, part)
         digest.update(part)
+        crc = None if crc is None else zlib.crc32(part, crc)
+    return crc or 0
 
 
 def _read(file: File, at: int, buffer: memoryview) -> None:

@@ -10,7 +10,15 @@ from streamconv.cli.cluster import cluster_client
 from streamconv.cli.command import JSON, Option, command, values_of
 from streamconv.cli.consent import with_consent
 from streamconv.cli.messages import conversion_lines
-from streamconv.cli.options import CONVERSION_OPTIONS, DRY_RUN, FILE, YES, output_option, source_argument
+from streamconv.cli.options import (
+    CONVERSION_OPTIONS,
+    DRY_RUN,
+    FILE,
+    NO_SERVER_SIDE_COPY,
+    YES,
+    output_option,
+    source_argument,
+)
 from streamconv.cli.previews import show_preview
 from streamconv.cli.progress_bar import ProgressReport
 from streamconv.cli.shown import shown_command
@@ -36,14 +44,15 @@ WORKERS = Option(
 
 
 @command(
-    source_argument("that of --plan", required=False), PLAN, output_option(), *CONVERSION_OPTIONS, DRY_RUN,
-    PART, SCHEDULER, WORKERS, YES, JSON,
+    source_argument("that of --plan", required=False), PLAN, output_option(), *CONVERSION_OPTIONS,
+    NO_SERVER_SIDE_COPY, DRY_RUN, PART, SCHEDULER, WORKERS, YES, JSON,
 )  # fmt: skip
 def convert(
     printer: Printer,
     source: str | None,
     plan: str | None,
     output: str,
+    no_server_side_copy: bool,
     dry_run: bool,
     part: str | None,
     scheduler: str | None,
@@ -52,7 +61,9 @@ def convert(
     **given: Any,
 ) -> None:
     """Convert a checkpoint into a folder that transformers loads."""
-    options = ConversionOptions(**values_of(CONVERSION_OPTIONS, given), allow_repeats=yes)
+    options = ConversionOptions(
+        **values_of(CONVERSION_OPTIONS, given), allow_repeats=yes, server_side_copy=not no_server_side_copy
+    )
     _check_combination(source, plan, options, dry_run, part, scheduler, workers)
     if dry_run and source is not None:
         show_preview(printer, source, output, options)

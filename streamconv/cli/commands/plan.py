@@ -14,6 +14,7 @@ from streamconv.cli.options import (
     HEAD_SELECT,
     IMAGE_PROCESSOR_OPTIONS,
     LABELS,
+    NO_SERVER_SIDE_COPY,
     NUM_HEADS,
     SELECT,
     SHARD_SIZE,
@@ -30,11 +31,14 @@ SAVE = Option(
 
 
 @command(
-    source_argument(), HEAD, HEAD_SELECT, SELECT, NUM_HEADS, LABELS, *IMAGE_PROCESSOR_OPTIONS, SHARD_SIZE, DTYPE, SAVE,
-    MAPPING, JSON,
+    source_argument(), HEAD, HEAD_SELECT, SELECT, NUM_HEADS, LABELS, *IMAGE_PROCESSOR_OPTIONS, SHARD_SIZE, DTYPE,
+    NO_SERVER_SIDE_COPY, SAVE, MAPPING, JSON,
 )  # fmt: skip
-def plan(printer: Printer, source: str, mapping: bool, save: str | None, **conversion: Any) -> None:
+def plan(
+    printer: Printer, source: str, no_server_side_copy: bool, mapping: bool, save: str | None, **conversion: Any
+) -> None:
     """Show what convert would write: parameters, size, files, and what is skipped. No weights are read."""
-    planned = streamconv.plan(source, ConversionOptions(**conversion), save=save)
+    options = ConversionOptions(**conversion, server_side_copy=not no_server_side_copy)
+    planned = streamconv.plan(source, options, save=save)
     saved = [f"saved as {save}, {size(os.path.getsize(save))}"] if save is not None else []
     printer.show(planned.as_dict(), [*plan_lines(planned, with_mapping=mapping), *saved])
