@@ -4,10 +4,7 @@ from pathlib import Path
 
 from streamconv.errors import UsageError
 from streamconv.files.address import Location
-from streamconv.output.fsspec_store import FsspecOutput
-from streamconv.output.s3 import S3Output
 from streamconv.output.shared import SharedOutput
-from streamconv.output.shared_folder import SharedFolder
 
 
 def open_shared_output(location: Location) -> SharedOutput:
@@ -16,7 +13,10 @@ def open_shared_output(location: Location) -> SharedOutput:
     Raises:
         UsageError: nothing can be written to such a URL.
     """
+    # Each is imported only when it is needed, so that a local conversion does not pay for their memory.
     if isinstance(location, Path):
+        from streamconv.output.shared_folder import SharedFolder
+
         return SharedFolder(location)
     if location.scheme == "hf":
         raise UsageError(
@@ -25,4 +25,10 @@ def open_shared_output(location: Location) -> SharedOutput:
         )
     if "::" in location.url:
         raise UsageError(f"{location} is a chain of URLs, which cannot be written to. Give a folder or a store's URL.")
-    return S3Output(location) if location.scheme in ("s3", "s3a") else FsspecOutput(location)
+    if location.scheme in ("s3", "s3a"):
+        from streamconv.output.s3 import S3Output
+
+        return S3Output(location)
+    from streamconv.output.fsspec_store import FsspecOutput
+
+    return FsspecOutput(location)
