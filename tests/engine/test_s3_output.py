@@ -324,6 +324,32 @@ def test_upload_that_was_aborted_is_begun_again(
     assert not bucket.uploads
 
 
+def test_answer_that_is_lost_when_the_upload_was_completed_repeats_nothing(
+    bucket: Bucket, source: Path, whole: dict[str, bytes]
+) -> None:
+    gone = Fault("CompleteMultipartUpload", code="NoSuchUpload", status=404)  # as some stores say the second time
+    bucket.server.faults = [Fault("CompleteMultipartUpload", lost=True), gone]
+    api.convert(source, f"{bucket.url}/a/b")
+    assert objects(bucket) == whole
+    assert bucket.server.count("UploadPart") == parts_of(whole["model.safetensors"])
+
+
+def test_upload_that_vanishes_before_it_is_complete_is_begun_again(
+    bucket: Bucket, source: Path, whole: dict[str, bytes]
+) -> None:
+    """There is another object of the same size, so it must not be taken for this one."""
+
+    def abort(request: S3Request) -> None:
+        bucket.abort(*bucket.uploads)
+        bucket.put("a/b/model.safetensors", bytes(len(whole["model.safetensors"])))
+
+    gone = Fault("CompleteMultipartUpload", code="NoSuchUpload", status=404, then=abort)
+    bucket.server.faults.append(gone)
+    api.convert(source, f"{bucket.url}/a/b")
+    assert objects(bucket) == whole
+    assert bucket.server.count("UploadPart") == 2 * parts_of(whole["model.safetensors"])
+
+
 @pytest.mark.parametrize("operation", ["UploadPart", "CompleteMultipartUpload", "CreateMultipartUpload"])
 def test_two_processes_on_one_file_end_in_the_same_bytes(
     bucket: Bucket, source: Path, whole: dict[str, bytes], operation: str
