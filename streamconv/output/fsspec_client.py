@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
-from streamconv.display import printable, shortened
+from streamconv.display import visible
 from streamconv.errors import OutputError, StreamconvError
 from streamconv.files import retries, slow
 from streamconv.files.address import Address
@@ -74,7 +74,7 @@ class FsspecClient:
     def _explained(self, error: Exception) -> StoreError:
         """Return the error for a failed call. Its code is empty if it makes no sense to call again."""
         name = type(error).__name__
-        reason = shortened(printable(redacted(f"{name}: {error}", self.address.secrets)), MAX_REASON)
+        reason = visible(redacted(f"{name}: {error}", self.address.secrets), MAX_REASON).removesuffix(".")
         if isinstance(error, NotImplementedError):
             return StoreError(f"{self.address} cannot be written: fsspec only reads {self.address.scheme}:// URLs.")
         if isinstance(error, PermissionError):
@@ -91,6 +91,6 @@ def _file_system(address: Address) -> tuple[Any, str]:
 
         file_system, root = url_to_fs(address.url)
     except Exception as error:  # each store's package has its own exceptions
-        reason = printable(redacted(str(error), address.secrets)).removesuffix(".")
+        reason = visible(redacted(str(error), address.secrets), MAX_REASON).removesuffix(".")
         raise OutputError(f"{address} cannot be written: {reason}.") from None
     return file_system, str(root).rstrip("/")

@@ -13,12 +13,12 @@ from threading import Event
 from time import monotonic
 from typing import Any
 
-from streamconv.display import printable
+from streamconv.display import visible
 from streamconv.errors import OutputError
 from streamconv.files import retries, slow
 from streamconv.files.address import Address
 from streamconv.logs import logger
-from streamconv.output.s3_errors import Failure, explained
+from streamconv.output.s3_errors import MAX_REASON, Failure, explained
 from streamconv.redaction import redacted
 
 MAX_TIMEOUTS = 2  # attempts that the store does not answer, one after the other
@@ -159,7 +159,7 @@ def _file_system(address: Address) -> Any:
         # fsspec caches it, by this configuration: the caller's own code has others.
         file_system, _ = url_to_fs(address.url, config_kwargs=config)
     except Exception as error:
-        reason = printable(redacted(f"{type(error).__name__}: {error}", address.secrets))
+        reason = visible(redacted(f"{type(error).__name__}: {error}", address.secrets), MAX_REASON).removesuffix(".")
         raise OutputError(f"{address} cannot be written: {reason}. Check the URL and fsspec's configuration.") from None
     assert isinstance(file_system, s3fs.S3FileSystem)
     file_system.retries = 1

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.display import printable, shortened
+from streamconv.display import visible
 from streamconv.files.address import Address
 from streamconv.output.store import StoreError
 from streamconv.redaction import redacted
@@ -43,7 +43,7 @@ class Failure:
         may_pass = (
             code in _MAY_PASS or (status >= 500 and status != _NOT_IMPLEMENTED) if response else not _is_final(error)
         )
-        return cls(printable(code), shortened(printable(reason), MAX_REASON), may_pass)
+        return cls(visible(code), visible(reason, MAX_REASON).removesuffix("."), may_pass)
 
 
 def _response_of(error: BaseException) -> dict[str, Any]:
@@ -56,10 +56,12 @@ def _response_of(error: BaseException) -> dict[str, Any]:
 
 def _is_final(error: Exception) -> bool:
     """Return whether an error without a response cannot be one of the network's."""
-    from botocore.exceptions import BotoCoreError, HTTPClientError
+    from botocore.exceptions import BotoCoreError, ConnectionError, HTTPClientError
     from botocore.parsers import ResponseParserError
 
-    return isinstance(error, BotoCoreError) and not isinstance(error, (HTTPClientError, ResponseParserError))
+    return isinstance(error, BotoCoreError) and not isinstance(
+        error, (ConnectionError, HTTPClientError, ResponseParserError)
+    )
 
 
 def explained(failure: Failure, operation: str, address: Address, bucket: str, tries: int) -> StoreError:

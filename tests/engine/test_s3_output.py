@@ -187,6 +187,16 @@ def test_request_that_hangs_once_is_sent_again(
     assert objects(bucket) == whole
 
 
+def test_store_that_cannot_be_reached_is_one_message(
+    bucket: Bucket, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(OutputError, match=r"EndpointConnectionError.*127\.0\.0\.1:9.*tried 4 times.*Check the network"):
+        api.convert(source, f"{bucket.url}/a/b")
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
 def test_missing_package_is_named(bucket: Bucket, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(OutputError, match="needs the Python package s3fs"):
