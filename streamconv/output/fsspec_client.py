@@ -73,8 +73,8 @@ class FsspecClient:
 
     def _explained(self, error: Exception) -> StoreError:
         """Return the error for a failed call. Its code is empty if it makes no sense to call again."""
-        name = type(error).__name__
-        reason = visible(redacted(f"{name}: {error}", self.address.secrets), MAX_REASON).removesuffix(".")
+        name, first_line = type(error).__name__, str(error).partition("\n")[0]  # Azure's errors quote the response
+        reason = visible(redacted(f"{name}: {first_line}", self.address.secrets), MAX_REASON).removesuffix(".")
         if isinstance(error, NotImplementedError):
             return StoreError(f"{self.address} cannot be written: fsspec only reads {self.address.scheme}:// URLs.")
         if isinstance(error, PermissionError):
