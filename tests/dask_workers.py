@@ -1,5 +1,6 @@
 """What tests change in the processes of Dask workers, by `Client.run`."""
 
+import os
 import time
 from typing import Any
 
@@ -26,6 +27,11 @@ def write_slowly(pause: float) -> None:
 
 def pretend_version(version: str) -> None:
     _set(_version, "__version__", version)
+
+
+def end_when_writing() -> None:
+    """End the process, as if it were killed, when it begins to write a file."""
+    _set(dask_task._RunningTask, "advance", lambda *args: os._exit(1))
 
 
 def refuse_busy_files() -> None:

@@ -85,6 +85,10 @@ class UsableWorkers:
                 f"{others}. Start workers with `dask worker`, and run the same command again."
             )
 
+    def forget(self, worker: str) -> None:
+        """Give a worker that has lost a task no other before `update` has found it again."""
+        self.plans.pop(worker, None)
+
     def free(self, busy: Mapping[str, int]) -> Iterator[str]:
         """Yield the workers that may write another file, those with the fewest first, until each has its limit.
 

@@ -201,6 +201,7 @@ class _Tasks:
         """Put the file of a lost worker back."""
         task = self._tasks.pop(future)
         future.cancel()
+        self._workers.forget(task.worker)
         name = task.shard.filename
         self._running.discard((name, task.attempt))
         position, before = self._positions.get(name, 0), self._losses.get(name, _Losses())

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from streamconv import Cancelled, Conversion, ConversionOptions, CorruptError, O
 from streamconv.cli.cluster import cluster_client
 from streamconv.jobs import dask_client, dask_workers
 from streamconv.jobs.dask_client import client_of, local_client
+from streamconv.jobs.distributed import STOP_SECONDS
 from streamconv.progress import Progress, ignore_progress
 from tests import dask_workers as on_workers
 from tests.support import Save, contents, flip, tiny
@@ -72,17 +74,20 @@ def test_output_equals_that_of_one_process(client: Client, save: Save, tmp_path:
 def test_cancelled_output_is_resumed_at_once(client: Client, save: Save, tmp_path: Path) -> None:
     source, _ = save(tiny(layers=4))
     convert(source, tmp_path / "expected")
-    client.run(on_workers.write_slowly, 0.02)
-    error = Cancelled()
+    client.run(on_workers.write_slowly, 0.3)  # a file would take 8 s
+    error, times = Cancelled(), []
 
     def cancel(step: str, done: int, total: int, unit: str) -> None:
-        if done > total // 4:
+        if done > 130_000:
+            times.append(time.monotonic())
             raise error
 
     with pytest.raises(Cancelled) as caught:
         convert(source, tmp_path / "out", client, cancel)
     assert caught.value is error
+    assert time.monotonic() - times[0] < STOP_SECONDS
     client.run(on_workers.restore)
+    client.run(on_workers.write_slowly, 0)  # in steps of the same size
     client.run(on_workers.refuse_busy_files)
     assert convert(source, tmp_path / "out", client).resumed_bytes > 0
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
