@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 CONNECT_SECONDS = 10
-MIN_WORKER_BYTES = 512 << 20  # a process with its imports, and the memory that writing a file takes
+MIN_WORKER_BYTES = 256 << 20  # a process with its imports, and the memory that writing a file takes
 NO_DASHBOARD = "127.0.0.1:0"  # None would be a fixed port, which may be taken
 
 

@@ -81,6 +81,33 @@ class _Losses:
     position: int = 0
 
 
+class _Reports:
+    """What the tasks report: the furthest position in each file, and which attempts run.
+
+    The client's thread calls `receive`. The client refers to it even when it has unsubscribed, so this refers to
+    nothing that is large or that the cluster keeps for us.
+    """
+
+    def __init__(self) -> None:
+        self.positions: dict[str, int] = {}
+        self.running: set[tuple[str, int]] = set()
+        self._has_news = Event()
+
+    def receive(self, event: tuple[float, tuple[str, int, int]]) -> None:
+        filename, attempt, position = event[1]
+        if position == ENDED:
+            self.running.discard((filename, attempt))
+        else:
+            self.running.add((filename, attempt))
+            self.positions[filename] = max(position, self.positions.get(filename, 0))
+        self._has_news.set()
+
+    def wait(self) -> None:
+        """Wait a moment, or until there is news."""
+        self._has_news.wait(POLL_SECONDS)
+        self._has_news.clear()
+
+
 class _Tasks:
     """The files that are written, and the tasks that write them."""
 
@@ -93,13 +120,10 @@ class _Tasks:
         self._written: dict[str, WrittenFile] = {}
         self._kept_bytes = 0
         self._losses: dict[str, _Losses] = {}
-        # The client's thread changes these.
-        self._positions: dict[str, int] = {}
-        self._running: set[tuple[str, int]] = set()
-        self._has_news = Event()
+        self._reports = _Reports()
 
     def __enter__(self) -> "_Tasks":
-        self._client.subscribe_topic(self._topic, self._receive)
+        self._client.subscribe_topic(self._topic, self._reports.receive)
         return self
 
     def __exit__(
@@ -110,9 +134,11 @@ class _Tasks:
             if self._tasks and self._client.status == "running":
                 self._client.cancel([*self._tasks])
                 end = time.monotonic() + STOP_SECONDS
-                while self._running and time.monotonic() < end and self._client.status == "running":
-                    self._wait()
+                while self._reports.running and time.monotonic() < end and self._client.status == "running":
+                    self._reports.wait()
         finally:
+            self._tasks.clear()
+            self._workers.plans.clear()
             with suppress(Exception):  # the client may be closed; an error in the block must not be hidden
                 self._client.unsubscribe_topic(self._topic)
 
@@ -120,26 +146,13 @@ class _Tasks:
         total = sum(shard.size for shard in self._shards)
         step = f"writing {len(self._shards)} file{'s' * (len(self._shards) != 1)}"
         while True:
-            progress(step, sum([*self._positions.values()]), total, "bytes")
+            progress(step, sum([*self._reports.positions.values()]), total, "bytes")
             if len(self._written) == len(self._shards):
                 return {shard.filename: self._written[shard.filename] for shard in self._shards}, self._kept_bytes
             self._workers.update()
             self._collect()
             self._submit()
-            self._wait()
-
-    def _wait(self) -> None:
-        self._has_news.wait(POLL_SECONDS)
-        self._has_news.clear()
-
-    def _receive(self, event: tuple[float, tuple[str, int, int]]) -> None:
-        filename, attempt, position = event[1]
-        if position == ENDED:
-            self._running.discard((filename, attempt))
-        else:
-            self._running.add((filename, attempt))
-            self._positions[filename] = max(position, self._positions.get(filename, 0))
-        self._has_news.set()
+            self._reports.wait()
 
     def _submit(self) -> None:
         busy = Counter(task.worker for task in self._tasks.values())
@@ -195,7 +208,7 @@ class _Tasks:
         task = self._tasks.pop(future)
         self._written[task.shard.filename] = written
         self._kept_bytes += kept_bytes
-        self._positions[task.shard.filename] = task.shard.size
+        self._reports.positions[task.shard.filename] = task.shard.size
 
     def _lose(self, future: "Future") -> None:
         """Put the file of a lost worker back."""
@@ -203,8 +216,8 @@ class _Tasks:
         future.cancel()
         self._workers.forget(task.worker)
         name = task.shard.filename
-        self._running.discard((name, task.attempt))
-        position, before = self._positions.get(name, 0), self._losses.get(name, _Losses())
+        self._reports.running.discard((name, task.attempt))
+        position, before = self._reports.positions.get(name, 0), self._losses.get(name, _Losses())
         losses = _Losses(1 if position > before.position else before.count + 1, position)
         if losses.count >= MAX_LOSSES:
             raise OutputError(

@@ -21,7 +21,7 @@ from streamconv.jobs.dask_client import client_of, local_client
 from streamconv.jobs.distributed import STOP_SECONDS
 from streamconv.progress import Progress, ignore_progress
 from tests import dask_workers as on_workers
-from tests.support import Save, contents, flip, tiny
+from tests.support import Save, contents, flip, run, tiny
 
 OPTIONS = ConversionOptions(max_shard_size="500kB")
 
@@ -69,6 +69,7 @@ def test_output_equals_that_of_one_process(client: Client, save: Save, tmp_path:
     assert list(positions) == sorted(positions)
     assert {positions[-1]} == set(totals) == {sum(shard.size for shard in done.plan.shards)}
     assert convert(source, tmp_path / "out", client).was_finished
+    assert list(client.futures) == []  # no plan stays on the cluster
 
 
 def test_cancelled_output_is_resumed_at_once(client: Client, save: Save, tmp_path: Path) -> None:
@@ -193,6 +194,15 @@ def test_missing_workers_are_not_waited_for_forever(
         pytest.raises(OutputError, match=r"inproc://\S+ has had no worker for 0.1 s. Start"),
     ):
         convert(source, tmp_path / "out", client)
+
+
+def test_command_uses_a_running_cluster(client: Client, save: Save, tmp_path: Path) -> None:
+    source, _ = save(tiny())
+    convert(source, tmp_path / "expected")
+    words = ["convert", source, "-o", "out", "--max-shard-size", "500kB", "--scheduler", client.scheduler.address]
+    ran = run(*words, cwd=tmp_path)
+    assert (ran.returncode, ran.stderr.splitlines()[0]) == (0, f"connecting to {client.scheduler.address}")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 def test_addresses_without_a_scheduler_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
