@@ -23,7 +23,7 @@ from streamconv.planning.repeats import refuse_repeats
 from streamconv.planning.shards import Shard
 from streamconv.progress import Progress
 from streamconv.tensors.checksums import RecordChecks
-from streamconv.verification.bytes import check_files
+from streamconv.verification.unchanged import check_files
 
 SHOWN_FILES_OF_PART = 3
 

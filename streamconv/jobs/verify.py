@@ -26,12 +26,13 @@ from streamconv.planning.plan import Plan
 from streamconv.progress import Progress, ignore_progress, job
 from streamconv.source.open import OpenSource
 from streamconv.source.outputs import is_remembered, remember_output, remember_verdict
-from streamconv.verification.bytes import cast_note, compare_with_manifest, compare_with_source
+from streamconv.verification.bytes import cast_note, compare_with_source
 from streamconv.verification.config import check_config, small_files
 from streamconv.verification.edits import find_edits
 from streamconv.verification.process import ModelJob, ModelRunner
 from streamconv.verification.result import Check, ModelResults, Verification
 from streamconv.verification.sparse_folder import write_sparse_folder
+from streamconv.verification.unchanged import compare_with_manifest
 
 _log = logger(__name__)
 

@@ -14,9 +14,9 @@ from streamconv.output.snapshot import Snapshot
 from streamconv.output.verdict import has_passed, require_same
 from streamconv.progress import Progress
 from streamconv.source.outputs import without_foreign_claims
-from streamconv.verification.bytes import check_files
 from streamconv.verification.result import Check, Verification
 from streamconv.verification.structure import unexpected_weights
+from streamconv.verification.unchanged import check_files
 
 _log = logger(__name__)
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from streamconv._version import __version__
 from streamconv.errors import OutputError, UsageError
 from streamconv.files.address import Location
+from streamconv.files.folders import exists, file_in
 from streamconv.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from streamconv.jobs.options import VerificationOptions
 from streamconv.output.journal import is_unfinished
 from streamconv.output.manifest import MANIFEST_NAME
 from streamconv.output.ownership import refuse_parts
-from streamconv.output.readable import require_folder, states_in_store
+from streamconv.output.readable import reading_output, require_folder, states_in_store
+from streamconv.output.store_records import CONVERSION
 from streamconv.verification.result import Check, ModelResults
 
 _REASON = "the output is in a store"
@@ -56,6 +58,13 @@ def require_finished(folder: Location) -> None:
                 f"{folder} holds an unfinished conversion. Finish it first: run the same convert command again."
             )
         return
+    with reading_output():
+        is_being_written = exists(file_in(folder, CONVERSION))
+    if is_being_written:
+        raise OutputError(
+            f"{folder} holds an unfinished conversion. Finish it first: run the same convert command again, or write "
+            "all parts and run `streamconv finish`."
+        )
     names = states_in_store(folder)
     if not names:
         raise OutputError(
@@ -63,6 +72,6 @@ def require_finished(folder: Location) -> None:
         )
     if not names.keys() & {MANIFEST_NAME, SINGLE_NAME, INDEX_NAME}:
         raise OutputError(
-            f"{folder} has neither {MANIFEST_NAME} nor a complete model, so it holds something else or an unfinished "
-            "conversion. Give a folder that streamconv wrote, or finish the conversion first."
+            f"{folder} has neither {MANIFEST_NAME} nor a complete model, so it holds something else. Give a folder "
+            "that streamconv wrote."
         )

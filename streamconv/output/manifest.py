@@ -87,11 +87,6 @@ class WrittenFile:
     overflow_count: int = 0
     crc32: str = ""
 
-    @property
-    def digest(self) -> str:
-        """The checksum that it has, for messages."""
-        return f"sha256 {self.sha256[:12]}" if self.sha256 else f"CRC-32 {self.crc32}"
-
 
 def is_our_name(name: str) -> bool:
     """Return whether streamconv gives this name to a file of an output.

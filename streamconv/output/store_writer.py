@@ -77,7 +77,8 @@ def _complete(
         raise
     stored = upload.complete()
     store.put(record_name(name), to_bytes(replace(begun, written=written, version=stored.version)))
-    _log.info("wrote %s/%s, %d bytes, %s", store.address, name, written.size, written.digest)
+    checksum = f"sha256 {written.sha256}" if written.sha256 else f"CRC-32 {written.crc32}"
+    _log.info("wrote %s/%s, %d bytes, %s", store.address, name, written.size, checksum)
     return written
 
 

@@ -4,21 +4,18 @@ Both are read from the disk again, including their indexes: nothing that the con
 """
 
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.errors import ChangedError, OutputError, SourceError, SourceMissingError, TruncatedError
+from streamconv.errors import ChangedError, SourceError, SourceMissingError
 from streamconv.files.address import Location
 from streamconv.files.base import ByteRange, File, FileRef
-from streamconv.files.folders import file_in
-from streamconv.files.open import open_file
 from streamconv.files.reader import Reader
 from streamconv.formats.checkpoint import Checkpoint, open_output
 from streamconv.output.hashing import BUFFER_BYTES, BackgroundHash
-from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile
+from streamconv.output.manifest import WrittenFile
 from streamconv.output.readable import reading_output
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
@@ -28,17 +25,14 @@ from streamconv.tensors.evaluation import Evaluator
 from streamconv.tensors.expressions import Expression, Read
 from streamconv.tensors.info import DTYPES
 from streamconv.tensors.tiles import parts
+from streamconv.verification.output_files import changed_output, hash_range, read_output
 from streamconv.verification.result import Check
 from streamconv.verification.structure import (
-    header_problems,
     manifest_problems,
     planned_tensors,
     tensor_problems,
     weight_file_problems,
 )
-
-SAFETENSORS = ".safetensors"
-REPORT_BYTES = 32 << 20  # read between two progress reports
 
 
 def compare_with_source(
@@ -61,28 +55,6 @@ def compare_with_source(
     proves = f"every byte of every tensor equals its source's{cast_note(plan)}{_computed_note(plan)}; {crc}"
     numbers = {"tensors": found.tensors, "bytes": found.compared, "wrong": found.wrong}
     return Check("bytes", not found.problems, proves, found.problems, numbers).since(start), found.files
-
-
-def compare_with_manifest(
-    folder: Location, plan: Plan, manifest: Manifest, progress: Progress
-) -> tuple[Check, Mapping[str, WrittenFile]]:
-    """Compare the weight files with the manifest, for a source whose CRC-32s were checked while it was copied.
-
-    Returns:
-        The same as `compare_with_source`, but no files if something is wrong.
-    """
-    start = time.monotonic()
-    weights = {name: file for name, file in manifest.files.items() if name.endswith(SAFETENSORS)}
-    problems = sorted({*check_files(folder, weights, progress), *header_problems(folder, plan)})
-    if not manifest.is_crc_checked:
-        problems.append(f"{MANIFEST_NAME} does not record that the source's CRC-32s were checked")
-    proves = (
-        f"every weight file is as it was written{cast_note(plan)}, according to {MANIFEST_NAME}; every source record "
-        "matched its CRC-32 then"
-    )
-    numbers = {"tensors": sum(len(shard.tensors) for shard in plan.shards), "bytes": plan.weights}
-    check = Check("bytes", not problems, proves, tuple(problems), numbers, "the source's bytes were not read again")
-    return check.since(start), {} if problems else weights
 
 
 def cast_note(plan: Plan) -> str:
@@ -136,7 +108,7 @@ def check_bytes(folder: Location, plan: Plan, reader: Reader, advance: Callable[
         for ref, names in _in_file_order(written).items():
             with _opened(written, ref) as file:
                 evaluator.prefetch([wanted[name] for name in names if name in wanted])
-                _hash(file, 0, written[names[0]].record.range.start, digest)
+                hash_range(file, 0, written[names[0]].record.range.start, digest)
                 for name in names:
                     source, output = wanted.get(name), written[name]
                     if source is not None and source.info == output.info:
@@ -145,46 +117,11 @@ def check_bytes(folder: Location, plan: Plan, reader: Reader, advance: Callable[
                         wrong += bool(found)
                         compared += source.info.nbytes
                     else:
-                        _hash(file, output.record.range.start, output.record.range.end, digest)
+                        hash_range(file, output.record.range.start, output.record.range.end, digest)
                 files[file.name] = WrittenFile(file.size, digest.hexdigest())
     checks.verify_pending()
     problems += manifest_problems(folder, files)
     return ByteCheck(compared, len(wanted), wrong, tuple(sorted(set(problems))), files)
-
-
-def check_files(folder: Location, written: Mapping[str, WrittenFile], progress: Progress) -> list[str]:
-    """List the ``written`` files whose size or sha256 has changed; if the sha256 is not known, whose CRC-32 has.
-
-    Raises:
-        OutputError: a file cannot be read.
-    """
-    problems = []
-    total, done = sum(each.size for each in written.values()), 0
-    for name, each in written.items():
-        try:
-            with reading_output():
-                file = open_file(file_in(folder, name))
-        except SourceMissingError as error:
-            problems.append(str(error))
-            continue
-        with closing(file), BackgroundHash() as digest:
-            if file.size != each.size:
-                problems.append(f"{name} has {file.size:,} bytes, not {each.size:,}")
-                continue
-            file.prefetch([ByteRange(0, file.size)])
-            crc = 0
-            for start in range(0, file.size, REPORT_BYTES):
-                end = min(start + REPORT_BYTES, file.size)
-                crc = _hash(file, start, end, digest, None if each.sha256 else crc)
-                done += end - start
-                progress("reading files", done, total, "bytes")
-            kind, found, expected = "sha256", digest.hexdigest(), each.sha256
-            if not each.sha256:
-                kind, found, expected = "CRC-32", f"{crc:08x}", each.crc32
-            if found != expected:
-                hashes = f"its {kind} is {found[:12]}…, not {expected[:12]}…"
-                problems.append(f"{name} has changed since it was written: {hashes}")
-    return sorted(problems)
 
 
 @contextmanager
@@ -202,7 +139,7 @@ def _opened(written: Checkpoint, ref: FileRef) -> Iterator[File]:
             with reading_output():
                 file = reader.open(ref)
         except (ChangedError, SourceMissingError) as error:
-            raise _changed(str(ref.location)) from error
+            raise changed_output(str(ref.location)) from error
         file.prefetch([ByteRange(0, file.size)])
         yield file
 
@@ -213,33 +150,6 @@ def _in_file_order(written: Checkpoint) -> dict[FileRef, list[str]]:
     for name in sorted(written, key=lambda name: written[name].record.range.start):
         files.setdefault(written[name].record.file, []).append(name)
     return files
-
-
-def _hash(file: File, start: int, end: int, digest: BackgroundHash, crc: int | None = None) -> int:
-    """Hash a range; return the CRC-32 of the file to its end, given that of what is before it, or 0 without one."""
-    for at in range(start, end, BUFFER_BYTES):
-        part = digest.next_buffer()[: min(BUFFER_BYTES, end - at)]
-        _read(file, at, part)
-        digest.update(part)
-        crc = None if crc is None else zlib.crc32(part, crc)
-    return crc or 0
-
-
-def _read(file: File, at: int, buffer: memoryview) -> None:
-    """Read a part of the output.
-
-    Raises:
-        OutputError: it cannot be read, or the file has become shorter.
-    """
-    try:
-        with reading_output():
-            file.read_at(at, buffer)
-    except TruncatedError as error:
-        raise _changed(file.where) from error
-
-
-def _changed(where: str) -> OutputError:
-    return OutputError(f"{where} was changed while it was verified. Run the same command again.")
 
 
 def _differences(
@@ -261,7 +171,7 @@ def _differences(
             wanted = bytearray(size)
         evaluator.evaluate(name, part, memoryview(wanted))
         found = digest.next_buffer()[:size]
-        _read(file, at, found)
+        read_output(file, at, found)
         digest.update(found)
         if not differs and wanted != found:
             differs = True

@@ -11,7 +11,12 @@ import safetensors.torch
 import torch
 
 from streamconv import ChangedError, CorruptError, OutputError
+from streamconv.jobs.publish import _read_files as read_files
+from streamconv.output import contents as contents_module
 from streamconv.output import part_layout, s3_upload
+from streamconv.output.manifest import Manifest
+from streamconv.output.verdict import has_passed
+from streamconv.progress import ignore_progress
 from tests import api
 from tests.checkpoints import make_states
 from tests.s3_server import Bucket, Fault, S3Request
@@ -25,6 +30,7 @@ MODEL = tiny(layers=4, hidden=128)  # its largest matrices have 256 kB
 def _small_parts(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_upload, "PART_BYTES", PART)
     monkeypatch.setattr(part_layout, "MIN_PART_BYTES", MIN_PART)
+    monkeypatch.setattr(contents_module, "BUFFER_BYTES", 1 << 10)
     monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", MIN_PART)
 
 
@@ -205,12 +211,15 @@ def test_verification_of_a_local_copy_records_the_sha256_that_a_push_needs(bucke
     for key, data in bucket.objects.items():
         if key.startswith("out/"):
             (folder / key.removeprefix("out/")).write_bytes(data)
-    pushing = "push", folder, "ada/it", "--push-unverified"
-    done = run(*pushing, cwd=local.parent, HF_TOKEN="hf_x", HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.returncode != 0
+    manifest = Manifest.read(folder)
+    assert manifest is not None
+    with pytest.raises(OutputError, match=r"no sha256 of model\.safetensors.*`streamconv verify"):
+        read_files(folder, manifest, ignore_progress)
     assert api.verify(folder).passed
     assert api.verify(folder, local, parity=False).passed
-    manifest = json.loads((folder / "streamconv.json").read_bytes())
-    assert len(manifest["files"]["model.safetensors"]["sha256"]) == 64
-    assert manifest["verification"]["passed"]
+    manifest = Manifest.read(folder)
+    assert manifest is not None
+    assert has_passed(manifest)
+    _, large = read_files(folder, manifest, ignore_progress)
+    assert manifest.files["model.safetensors"].sha256 == large["model.safetensors"].sha256
     assert api.verify(folder).passed

@@ -194,7 +194,7 @@ def test_what_holds_no_finished_conversion_is_refused(stored: Stored) -> None:
         with pytest.raises(OutputError, match="no file is in it"):
             api.verify(url, stored.source)
     stored.bucket.put("b/notes.txt", b"mine")
-    with pytest.raises(OutputError, match="holds something else or an unfinished conversion"):
+    with pytest.raises(OutputError, match="so it holds something else"):
         api.verify(f"{stored.bucket.url}/b", stored.source)
     stored.delete("streamconv.json")
     with pytest.raises(OutputError, match=r"has no streamconv\.json to check it against"):
@@ -232,6 +232,15 @@ def test_passing_failures_of_the_store_are_retried(stored: Stored) -> None:
     stored.bucket.server.faults += faults
     assert stored.problems() == ""
     assert [fault.times for fault in faults] == [0, 0, 0]
+
+
+def test_unfinished_conversion_is_refused(stored: Stored) -> None:
+    stored.bucket.server.faults.append(Fault("PutObject", skip=3, times=1_000, code="AccessDenied", status=403))
+    with pytest.raises(OutputError, match="refuses put_object"):
+        api.convert(stored.source, f"{stored.bucket.url}/b", max_shard_size="700KB")
+    for source in (stored.source, None):
+        with pytest.raises(OutputError, match="holds an unfinished conversion"):
+            api.verify(f"{stored.bucket.url}/b", source)
 
 
 # What makes no sense for a store

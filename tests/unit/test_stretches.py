@@ -49,6 +49,8 @@ def test_parts_of_a_record_are_copied_if_the_file_takes_all_of_them() -> None:
     assert [length for _, _, length in copied(*chunks, header=b"h" * 96)] == [1_000] * 3
     assert copied(*chunks[:2]) == []  # the CRC-32 of the rest is not known
     assert copied(*chunks, chunks[0]) == []  # nor of what is taken twice
+    half = Cast(TensorInfo("BF16", (250,)), chunks[0])
+    assert copied(*chunks, half) == []  # bytes of it are read, too
 
 
 @pytest.mark.parametrize(
