@@ -43,9 +43,11 @@ class Case:
 ALONE: dict[Scheme, Case] = {scheme: Case(1, scheme=scheme) for scheme in BUFFERED}
 WHOLE: dict[Scheme, Case] = {scheme: Case(1, scheme=scheme, shard_size=ONE_FILE) for scheme in BUFFERED}
 LARGE: dict[Scheme, Case] = {scheme: Case(1, scheme=scheme, shard_size=ONE_FILE, is_large=True) for scheme in BUFFERED}
+EIGHT = Case(8)
 TO_S3 = Case(1, shard_size=ONE_FILE, output="s3")
+CALIBRATION = (*ALONE.values(), *WHOLE.values(), *LARGE.values(), EIGHT, TO_S3)
 SECTIONS: dict[str, list[Case]] = {
-    "No limits": [*(Case(n) for n in (1, 2, 4, 8)), WHOLE["http"], LARGE["http"]],
+    "No limits": [*(Case(n) for n in (1, 2, 4)), EIGHT, WHOLE["http"], LARGE["http"]],
     "No limits, output on the disk": [Case(n, output="disk") for n in (1, 8)],
     "A link for each worker": [Case(n, Limits(links=n, link_rate=LINK)) for n in (1, 2, 4, 8)],
     "One link for all workers": [Case(n, Limits(link_rate=2 * LINK)) for n in (1, 2, 4, 8)],
@@ -69,7 +71,7 @@ SECTIONS: dict[str, list[Case]] = {
     "To S3": [
         TO_S3,
         *(Case(n, Limits(links=n, link_rate=LINK), THREE_BLOCKS, output="s3") for n in (1, 2, 5)),
-        Case(1, Limits(connection_rate=LINK / 4, latency=0.05), ONE_FILE, output="s3", is_large=True),
+        Case(1, Limits(connection_rate=LINK / 4, latency=0.05), ONE_FILE, "s3", "s3", is_large=True),
     ],
 }  # fmt: skip
 
@@ -112,18 +114,23 @@ class Scale:
         return found
 
     def calibrate(self) -> None:
-        """Find out what a worker does without limits: with ``ALONE``, with the same bytes in one file, with others."""
+        """Find out what a worker does without limits.
+
+        Other runs have the same bytes in one file, larger tensors, and eight workers, of which each has to start.
+        """
         for scheme, buffered in BUFFERED.items():
             alone, whole, large = (self._median(cases[scheme]) for cases in (ALONE, WHOLE, LARGE))
             files = len(self.plan(ALONE[scheme])[1].shards)
             file_seconds = max(0.0, alone[0] - whole[0]) / max(1, files - 1)
+            start = max(0.0, self._median(EIGHT)[1] - self._median(ALONE["http"])[1]) / (EIGHT.workers - 1)
             for is_large, (seconds, cpu), case in (
                 (False, (whole[0], alone[1]), ALONE[scheme]),
                 (True, large, LARGE[scheme]),
             ):
                 size = self.bytes_of(case)
+                rate, cpu_per_byte = size / (seconds - file_seconds), (cpu - start) / size
                 self.workers[scheme, is_large] = Worker(
-                    size / (seconds - file_seconds), file_seconds, cpu / size, MAX_IN_FLIGHT, buffered
+                    rate, file_seconds, start, cpu_per_byte, MAX_IN_FLIGHT, buffered
                 )
 
     def _median(self, case: Case) -> tuple[float, float]:
@@ -137,7 +144,8 @@ class Scale:
         worker, limits = self.workers[case.scheme, case.is_large], case.limits
         if case.output == "s3":
             (seconds, cpu), size = self._median(TO_S3), self.bytes_of(TO_S3)
-            worker = replace(worker, upload=UPLOAD, rate=size / seconds, cpu_per_byte=cpu / size)
+            cpu_per_byte = (cpu - worker.cpu_to_start) / size
+            worker = replace(worker, upload=UPLOAD, rate=size / seconds, cpu_per_byte=cpu_per_byte)
         files = self._files(case)
         parts = [
             [files[shard.filename] for shard in shards_of(self.plan(case)[1].shards, Part(number, case.workers))]
@@ -149,7 +157,11 @@ class Scale:
             connection_rate=limits.connection_rate or NO_LIMIT,
             latency=limits.latency,
         )
-        return predict(parts, worker, network, os.cpu_count() or 1)
+        return predict(parts, worker, network, max(0.1, (os.cpu_count() or 1) - self.others(case)))
+
+    def others(self, case: Case) -> float:
+        """Return the number of cores that other processes used."""
+        return statistics.median(run.others for run in self.found[case])
 
     def ranges(self, scheme: Scheme, is_large: bool) -> list[int]:
         """Return the sizes of the requests for a source, in order."""

@@ -38,13 +38,14 @@ class Worker:
     """What a process can do if no network limits it.
 
     ``rate`` is in bytes per second within a file. ``file_seconds``: to open, sync and rename a file, during which no
-    bytes are read. ``cpu_per_byte``: CPU seconds, including those of servers on the same cores. ``in_flight``: requests
-    that have been sent and not been read. Responses are read in order; of each that waits, up to ``buffered`` bytes
-    arrive meanwhile.
+    bytes are read. ``cpu_to_start`` and ``cpu_per_byte``: CPU seconds, including those of servers on the same cores.
+    ``in_flight``: requests that have been sent and not been read. Responses are read in order; of each that waits, up
+    to ``buffered`` bytes arrive meanwhile.
     """
 
     rate: float
     file_seconds: float
+    cpu_to_start: float
     cpu_per_byte: float
     in_flight: int
     buffered: float
@@ -80,7 +81,7 @@ def predict(parts: Sequence[Sequence[File]], worker: Worker, network: Network, c
     shared = [
         Prediction(busiest_link / network.link_rate + edges, "link"),
         Prediction(sum(sizes) / network.store_rate + edges, "store"),
-        Prediction(sum(sizes) * worker.cpu_per_byte / cores, "CPU"),
+        Prediction((sum(sizes) * worker.cpu_per_byte + len(parts) * worker.cpu_to_start) / cores, "CPU"),
     ]
     return max(*(_alone(part, worker, network) for part in parts), *shared, key=lambda each: each.seconds)
 

@@ -98,7 +98,7 @@ def test_each_response_begins_after_the_latency_also_if_others_wait(tmp_path: Pa
 
 
 FILE = File(size=100, requests=(25,) * 4)
-WORKER = Worker(rate=100, file_seconds=0.0, cpu_per_byte=0.001, in_flight=2, buffered=10)
+WORKER = Worker(rate=100, file_seconds=0.0, cpu_to_start=0.1, cpu_per_byte=0.001, in_flight=2, buffered=10)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ WORKER = Worker(rate=100, file_seconds=0.0, cpu_per_byte=0.001, in_flight=2, buf
         (4, Network(links=2, link_rate=50), 1, Prediction(8.0, "link")),
         (3, Network(links=2, link_rate=50), 1, Prediction(8.0, "link")),  # two share a link
         (4, Network(links=4, store_rate=100), 1, Prediction(8.0, "store")),
-        (4, Network(links=4), 0.1, Prediction(8.0, "CPU")),
+        (4, Network(links=4), 0.1, Prediction((0.8 + 0.4) / 0.1, "CPU")),
         (1, Network(links=1, latency=1), 1, Prediction(2 * 4 / 2 * 1, "requests in flight")),
         (1, Network(links=1, connection_rate=5), 1, Prediction(2 * (5 + 3 * 3), "requests in flight")),
         (1, Network(links=1, connection_rate=5, latency=9), 1, Prediction(2 * (14 + 3 + 11 + 3), "requests in flight")),
@@ -123,7 +123,7 @@ def test_slowest_resource_decides(workers: int, network: Network, cores: float, 
 
 def test_upload_begins_when_a_part_is_read_and_waits_for_its_calls() -> None:
     upload = Upload(part_bytes=50, at_once=1, calls=3)
-    worker = Worker(rate=1e9, file_seconds=0, cpu_per_byte=0, in_flight=9, buffered=1e9, upload=upload)
+    worker = Worker(rate=1e9, file_seconds=0, cpu_to_start=0, cpu_per_byte=0, in_flight=9, buffered=1e9, upload=upload)
     fast = predict([[FILE]], worker, Network(links=1, link_rate=10), 1)
     assert fast == Prediction(100 / 10 + 50 / 10, "link")
     slow = predict([[FILE]], worker, Network(links=1, connection_rate=10, latency=2), 1)
@@ -131,5 +131,5 @@ def test_upload_begins_when_a_part_is_read_and_waits_for_its_calls() -> None:
 
 
 def test_largest_part_and_the_time_between_files_count() -> None:
-    worker = Worker(rate=100, file_seconds=0.5, cpu_per_byte=0, in_flight=2, buffered=0)
+    worker = Worker(rate=100, file_seconds=0.5, cpu_to_start=0, cpu_per_byte=0, in_flight=2, buffered=0)
     assert predict([[FILE] * 2, [FILE] * 3, []], worker, Network(links=3), 1) == Prediction(3 * 1.5, "worker")
