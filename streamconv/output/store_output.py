@@ -4,7 +4,7 @@ A file whose record says that it is complete, and whose object still has the rec
 reading the source. Any other is written by `store_writer`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -84,9 +84,7 @@ class StoreOutput:
         part: str = "",
     ) -> tuple[WrittenFile, int]:
         for starts_left in reversed(range(MAX_STARTS)):
-            record = self._record(shard.filename)
-            if record is not None and differences(record.provenance, planned.provenance):
-                raise OutputError(f"{self._where(shard.filename)} is being written by another conversion.")
+            record = self._record(shard.filename, planned.provenance)
             found = self._store.find(shard.filename)
             if found is not None and (written := self._complete(shard, record, found, planned.provenance)):
                 advance(shard.size, True)
@@ -106,7 +104,7 @@ class StoreOutput:
         found, begun = self._store.list(), {file_of(name) for name in self._store.list(RECORDS)}
 
         def state(shard: Shard) -> FileState:
-            record = self._record(shard.filename) if shard.filename in begun else None
+            record = self._record(shard.filename, planned.provenance) if shard.filename in begun else None
             return self._state(shard, record, found, planned)
 
         with ThreadPoolExecutor(READS_AT_ONCE, "records") as threads:
@@ -121,10 +119,7 @@ class StoreOutput:
         store.put(MANIFEST_NAME, manifest.to_bytes())
         if index is not None:
             store.put(INDEX_NAME, index)  # last, because it makes the output a model that can be loaded
-        try:
-            store.abort_uploads([shard.filename for shard in planned.plan.shards])
-        except StoreError as error:  # it may not be allowed, or the store cannot; nothing is lost
-            _log.warning("Uploads of killed processes may be left: %s", error)
+        self._abort_uploads(shard.filename for shard in planned.plan.shards)
         self._remove_records()
 
     # What is there
@@ -140,9 +135,20 @@ class StoreOutput:
         record = parse_record(ConversionRecord, self._store.read(CONVERSION), self._where(CONVERSION))
         return record.provenance if record is not None else None
 
-    def _record(self, file: str) -> FileRecord | None:
+    def _record(self, file: str, provenance: Provenance) -> FileRecord | None:
+        """Return the record of a weight file.
+
+        Raises:
+            OutputError: it is that of another conversion.
+        """
         name = record_name(file)
-        return parse_record(FileRecord, self._store.read(name), self._where(name))
+        record = parse_record(FileRecord, self._store.read(name), self._where(name))
+        if record is not None and (other := differences(record.provenance, provenance)):
+            raise OutputError(
+                f"{self.location} holds parts of another conversion, of {record.provenance.title}: for {file}, the "
+                f"{' and '.join(other)} differ{'s' if len(other) == 1 else ''}. Choose another prefix."
+            )
+        return record
 
     def _complete(
         self, shard: Shard, record: FileRecord | None, found: StoredObject, provenance: Provenance
@@ -208,9 +214,16 @@ class StoreOutput:
         names = {file_of(name) for name in self._store.list(RECORDS)} | {*(manifest.files if manifest else ())}
         owned = sorted(filter(is_our_name, names), key=lambda name: name != INDEX_NAME)
         self._store.delete(owned)
-        self._store.abort_uploads([name for name in owned if is_weights(name)])
+        self._abort_uploads(filter(is_weights, owned))
         self._remove_records()
         self._store.delete([MANIFEST_NAME])
+
+    def _abort_uploads(self, names: Iterable[str]) -> None:
+        """Delete what killed processes left; if that is not allowed, nothing but space is lost."""
+        try:
+            self._store.abort_uploads(names)
+        except StoreError as error:
+            _log.warning("Uploads of killed processes may be left: %s", error)
 
     def _remove_records(self) -> None:
         """Delete the records, and last the one of the conversion."""

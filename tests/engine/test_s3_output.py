@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import s3fs
+import torch
 
 import streamconv
-from streamconv import CorruptError, OutputError
+from streamconv import ConversionOptions, CorruptError, OutputError
 from streamconv.files import slow
 from streamconv.output import s3_upload
 from streamconv.progress import Progress
 from tests import api
+from tests.checkpoints import make_states
 from tests.s3_server import Bucket, Fault, S3Request
 from tests.support import Save, contents, flip, require_cancellable, run, tiny
 
@@ -420,3 +422,74 @@ def test_parts_grow_only_with_the_limit_on_their_number(
     monkeypatch.setattr(s3_upload, "PART_BYTES", 8 << 20)
     assert s3_upload.part_bytes_for(size) == part_bytes
     assert -(-size // part_bytes) <= 10_000
+
+
+# Parts
+
+
+def test_parts_are_written_and_joined_in_a_bucket(bucket: Bucket, source: Path, tmp_path: Path) -> None:
+    options = ConversionOptions(max_shard_size="100KB")
+    plan, url = tmp_path / "plan.json", f"{bucket.url}/a/b"
+    streamconv.plan(source, options, save=plan)
+    with pytest.raises(OutputError, match="is missing"):
+        streamconv.finish(url, plan)
+    streamconv.convert_plan(plan, url, part="3/3")
+    streamconv.convert_plan(plan, url, part="1/3")
+    bucket.server.faults.append(Fault("UploadPart", 1, 1000, code="AccessDenied", status=403))
+    with pytest.raises(OutputError, match="refuses upload_part"):
+        streamconv.convert_plan(plan, url, part="2/3")
+    bucket.server.reset()
+    with pytest.raises(OutputError, match=r"is not complete\. part 2/3: model-\S+ has [\d,]+ of [\d,]+ bytes"):
+        streamconv.finish(url, plan)
+    assert not {"config.json", "streamconv.json", "model.safetensors.index.json"} & objects(bucket).keys()
+    assert streamconv.convert_plan(plan, url, part="2/3").resumed_bytes > 0
+    assert not streamconv.finish(url, plan).was_finished
+    assert objects(bucket) == contents(streamconv.convert(source, tmp_path / "whole", options).output)
+    assert streamconv.finish(url, plan).was_finished
+
+
+def test_joining_finds_an_object_that_was_replaced(bucket: Bucket, source: Path, tmp_path: Path) -> None:
+    plan, url = tmp_path / "plan.json", f"{bucket.url}/a/b"
+    streamconv.plan(source, save=plan)
+    streamconv.convert_plan(plan, url, part="1/1")
+    bucket.put("a/b/model.safetensors", bytes(len(objects(bucket)["model.safetensors"])))
+    with pytest.raises(OutputError, match=r"is not complete.*model\.safetensors"):
+        streamconv.finish(url, plan)
+
+
+def test_part_of_another_plan_is_refused(bucket: Bucket, source: Path, tmp_path: Path) -> None:
+    """Both plans have files of the same names and sizes."""
+    url = f"{bucket.url}/a/b"
+    torch.save(make_states(MODEL, seed=1)[0], tmp_path / "other.pth")
+    for name, path in (("one", source), ("two", tmp_path / "other.pth")):
+        streamconv.plan(path, ConversionOptions(max_shard_size="100KB"), save=tmp_path / name)
+    streamconv.convert_plan(tmp_path / "one", url, part="1/1")
+    before = objects(bucket)
+    with pytest.raises(OutputError, match="holds an unfinished conversion"):
+        streamconv.convert_plan(tmp_path / "two", url, part="2/2")
+    with pytest.raises(OutputError, match="holds parts of another conversion"):
+        streamconv.finish(url, tmp_path / "two")
+    assert objects(bucket) == before
+
+
+def test_commands_write_a_bucket_and_parts_of_it(bucket: Bucket, source: Path, tmp_path: Path) -> None:
+    url = f"{bucket.url}/a/b"
+    words = ["plan", source, "--max-shard-size", "100KB", "--save", "plan.json"]
+    assert run(*words, cwd=tmp_path).returncode == 0
+    for number in (1, 2):
+        done = run("convert", "--plan", "plan.json", "-o", url, "--part", f"{number}/2", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    done = run("finish", url, "--plan", "plan.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert url in done.stdout
+    words = ["convert", source, "-o", url, "--max-shard-size", "100KB"]
+    assert "already" in run(*words, cwd=tmp_path).stdout
+
+
+def test_uploads_that_may_not_be_listed_are_left(
+    bucket: Bucket, source: Path, whole: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    bucket.server.faults.append(Fault("ListMultipartUploads", code="AccessDenied", status=403))
+    api.convert(source, f"{bucket.url}/a/b")
+    assert objects(bucket) == whole
+    assert "Uploads of killed processes may be left" in caplog.text
