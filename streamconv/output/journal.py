@@ -13,10 +13,10 @@ from pathlib import Path
 from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.files.local import read_small
 from streamconv.formats.limits import parse_small_json
+from streamconv.formats.typed_json import parse
 from streamconv.logs import logger
 from streamconv.output.manifest import FORMAT_VERSION, Provenance, WrittenFile
 from streamconv.output.processes import Process
-from streamconv.output.typed_json import parse
 
 _log = logger(__name__)
 

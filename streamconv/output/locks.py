@@ -17,9 +17,9 @@ from pathlib import Path
 from streamconv.errors import SourceError
 from streamconv.files.local import read_small
 from streamconv.formats.limits import parse_small_json
+from streamconv.formats.typed_json import parse
 from streamconv.output.fallbacks import NOT_SUPPORTED, Lack, report
 from streamconv.output.processes import Process
-from streamconv.output.typed_json import parse
 
 _HELD = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES})  # EACCES: CIFS
 _NO_LOCKS = NOT_SUPPORTED | {errno.ENOLCK}  # ENOLCK: NFS without its lock service

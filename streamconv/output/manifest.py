@@ -13,8 +13,8 @@ from streamconv.errors import OutputError, SourceError, SourceMissingError
 from streamconv.files.address import Location
 from streamconv.files.folders import file_in, read_small
 from streamconv.formats.limits import TooLargeError, parse_small_json
+from streamconv.formats.typed_json import parse
 from streamconv.output.readable import reading_output
-from streamconv.output.typed_json import parse
 from streamconv.planning.plan import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 MANIFEST_NAME = "streamconv.json"

@@ -18,14 +18,14 @@ from streamconv.files.base import UNVERSIONED
 from streamconv.files.inline import is_inline
 from streamconv.files.local import read_small
 from streamconv.formats.limits import parse_small_json
+from streamconv.formats.typed_json import parse as parse_fields
 from streamconv.output.manifest import Provenance
 from streamconv.output.planned import PlannedConversion
-from streamconv.output.typed_json import parse as parse_fields
 from streamconv.planning import plan_json
 
 FORMAT_NAME = "streamconv plan"
 FORMAT_VERSION = 1
-MAX_PLAN_BYTES = 128 << 20  # 65,536 tensors, the largest number that is read, take about 30 MB
+MAX_PLAN_BYTES = 64 << 20  # 65,536 tensors, the largest number that is read, take about 30 MB
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def parse(data: bytes, path: Path) -> PlannedConversion:
         plan = plan_json.from_json(plan_line.decode())
         if plan.fingerprint != recorded.provenance.plan:
             raise ValueError("its plan has another fingerprint")
-    except (ValueError, RecursionError, UsageError) as error:
-        raise UsageError(f"{path} is damaged: {error} Make the plan again.") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged: {printable(str(error))}. Make the plan again.") from error
     return PlannedConversion(
         plan, recorded.provenance, recorded.labels_from, recorded.has_checksums, recorded.server_side_copy
     )

@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from streamconv.errors import OutputError
 from streamconv.formats.limits import parse_small_json
+from streamconv.formats.typed_json import parse
 from streamconv.logs import logger
 from streamconv.output.manifest import FORMAT_VERSION, Provenance, WrittenFile
-from streamconv.output.typed_json import parse
 
 _log = logger(__name__)
 

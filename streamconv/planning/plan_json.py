@@ -6,25 +6,46 @@ follow from the rest. Users, passwords and queries of URLs are not stored either
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from streamconv.errors import UsageError
+from streamconv.display import printable
 from streamconv.families.registry import family_named
 from streamconv.families.selection import Skipped
-from streamconv.files.address import Address, Location
-from streamconv.files.base import ByteRange, FileRef
+from streamconv.files.address import Address
+from streamconv.files.base import FileRef
 from streamconv.formats.safetensors import make_index
-from streamconv.planning.plan import CONFIG_NAME, MappedTensor, Plan, with_int_ids
+from streamconv.formats.typed_json import parse
+from streamconv.planning import restored
+from streamconv.planning.plan import CONFIG_NAME, Origin, Plan, with_int_ids
 from streamconv.planning.shards import Shard, make_shard
 from streamconv.planning.shards import to_json as json_bytes
-from streamconv.tensors.computed import Cast, Elementwise
-from streamconv.tensors.concatenation import Concat, concat
+from streamconv.tensors.computed import Elementwise
+from streamconv.tensors.concatenation import Concat
 from streamconv.tensors.expressions import Expression, Read, Record
-from streamconv.tensors.info import TensorInfo
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What a plan has besides its files, records and tensors."""
+
+    family: str
+    model: str | None
+    is_published: bool
+    assumed_heads: int | None
+    dimensions: Mapping[str, Any]
+    architecture: str
+    config: Mapping[str, Any]
+    image_processor: Mapping[str, Any] | None
+    image_processor_from: Origin
+    other_files: Mapping[str, str]
+    notes: tuple[str, ...]
+    unproved: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    filled: Mapping[str, float]
+    block_chunks: int
 
 
 def to_json(plan: Plan) -> str:
@@ -51,7 +72,6 @@ def to_json(plan: Plan) -> str:
         "image_processor": plan.image_processor,
         "image_processor_from": plan.image_processor_from,
         "other_files": {name: data.decode() for name, data in plan.small_files.items() if name != CONFIG_NAME},
-        "has_index": plan.index is not None,
         "notes": plan.notes,
         "unproved": plan.unproved,
         "skipped": [asdict(each) for each in plan.skipped],
@@ -65,57 +85,52 @@ def from_json(text: str) -> Plan:
     """Return the plan that `to_json` wrote.
 
     Raises:
-        UsageError: it is not such a plan, or has another version of the format.
+        ValueError: it is not such a plan, or has another version of the format.
     """
+    restored.check_amount(text)
     try:
         value = json.loads(text)
         if value["format_version"] != FORMAT_VERSION:
-            raise UsageError(
-                f"The plan has format version {value['format_version']}, and this streamconv reads {FORMAT_VERSION}. "
-                "Make it again."
-            )
+            raise ValueError(f"its format is version {printable(value['format_version'])}, not {FORMAT_VERSION}")
         return _plan(value)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"This is not a streamconv plan ({type(error).__name__}: {error}). Make it again.") from error
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it is not a plan: {type(error).__name__}: {error}") from error
 
 
 def _plan(value: dict[str, Any]) -> Plan:
-    files = [_file_from_json(each) for each in value["files"]]
-    records = [
-        Record(files[file], name, ByteRange(start, length), crc32)
-        for file, name, start, length, crc32 in value["records"]
-    ]
-    shards = tuple(
-        make_shard(filename, {name: _tensor_from_json(each, records) for name, each in tensors})
-        for filename, tensors in value["shards"]
-    )
-    config = with_int_ids(value["config"])
-    dimensions = type(family_named(value["family"]).models[0].dimensions)
+    fields: _Fields = parse(_Fields, value)
+    files = restored.files(value["files"])
+    records = [restored.record(files, *each) for each in value["records"]]
+    restored.check_layout(value["shards"])
+    shards = tuple(make_shard(filename, _tensors_from_json(tensors, records)) for filename, tensors in value["shards"])
+    restored.check_shards(shards)
+    index = _index(shards) if len(shards) > 1 else None
+    config = with_int_ids(fields.config)
+    small_files = {
+        CONFIG_NAME: json_bytes(config),
+        **{name: data.encode() for name, data in fields.other_files.items()},
+    }
+    restored.check_small_files(small_files)
+    dimensions = type(family_named(fields.family).models[0].dimensions)
     return Plan(
-        family_name=value["family"],
-        model_name=value["model"],
-        is_published=value["is_published"],
-        assumed_heads=value["assumed_heads"],
-        dimensions=dimensions(**value["dimensions"]),
-        architecture=value["architecture"],
-        mapping=tuple(
-            MappedTensor(source, TensorInfo(dtype, tuple(shape)), tuple(targets))
-            for source, dtype, shape, targets in value["mapping"]
-        ),
+        family_name=fields.family,
+        model_name=fields.model,
+        is_published=fields.is_published,
+        assumed_heads=fields.assumed_heads,
+        dimensions=parse(dimensions, fields.dimensions, "dimensions"),
+        architecture=fields.architecture,
+        mapping=tuple(restored.mapped_tensor(*each) for each in value["mapping"]),
         shards=shards,
         config=config,
-        image_processor=value["image_processor"],
-        image_processor_from=value["image_processor_from"],
-        small_files={
-            CONFIG_NAME: json_bytes(config),
-            **{name: data.encode() for name, data in value["other_files"].items()},
-        },
-        index=_index(shards) if value["has_index"] else None,
-        notes=tuple(value["notes"]),
-        unproved=tuple(value["unproved"]),
-        skipped=tuple(Skipped(**each) for each in value["skipped"]),
-        filled=value["filled"],
-        block_chunks=value["block_chunks"],
+        image_processor=fields.image_processor,
+        image_processor_from=fields.image_processor_from,
+        small_files=small_files,
+        index=index,
+        notes=fields.notes,
+        unproved=fields.unproved,
+        skipped=fields.skipped,
+        filled=fields.filled,
+        block_chunks=fields.block_chunks,
     )
 
 
@@ -129,12 +144,6 @@ def _file_to_json(file: FileRef) -> list[Any]:
     return [kind, str(file.location), file.size, [list(pair) for pair in file.version]]
 
 
-def _file_from_json(value: list[Any]) -> FileRef:
-    kind, location, size, version = value
-    place: Location = Address(location) if kind == "address" else Path(location)
-    return FileRef(place, size, tuple((key, each) for key, each in version))
-
-
 def _tensor_to_json(tensor: Expression, records: Mapping[Record, int]) -> list[Any]:
     info = [tensor.info.dtype, tensor.info.shape]
     if isinstance(tensor, Read):
@@ -145,15 +154,27 @@ def _tensor_to_json(tensor: Expression, records: Mapping[Record, int]) -> list[A
     return [tensor.operator if isinstance(tensor, Elementwise) else "cast", *info, *operands]
 
 
-def _tensor_from_json(value: list[Any], records: Sequence[Record]) -> Expression:
+def _tensors_from_json(tensors: list[Any], records: Sequence[Record]) -> dict[str, Expression]:
+    found = {name: _tensor_from_json(each, records) for name, each in tensors}
+    if len(found) != len(tensors):
+        raise ValueError("a file has two tensors of one name")
+    return found
+
+
+def _tensor_from_json(value: list[Any], records: Sequence[Record], depth: int = 0) -> Expression:
     kind, *rest = value
+    if depth > restored.MAX_DEPTH:
+        raise ValueError("a tensor is nested too deeply")
+
+    def operand(value: list[Any]) -> Expression:
+        return _tensor_from_json(value, records, depth + 1)
+
     if kind == "concat":
         dim, *operands = rest
-        return concat([_tensor_from_json(operand, records) for operand in operands], dim)
+        return restored.concatenation(dim, [*map(operand, operands)])
     dtype, shape, *rest = rest
-    info = TensorInfo(dtype, tuple(shape))
+    info = restored.tensor_info(dtype, shape)
     if kind == "read":
         record, offset, strides = rest
-        return Read(info, records[record], offset, tuple(strides))
-    operands = [_tensor_from_json(operand, records) for operand in rest]
-    return Cast(info, *operands) if kind == "cast" else Elementwise(info, kind, *operands)
+        return restored.read(info, restored.item(records, record), offset, strides)
+    return restored.computed(kind, info, [*map(operand, rest)])

@@ -74,10 +74,15 @@ def lay_out(targets: Mapping[str, Expression], max_bytes: int) -> tuple[tuple[Sh
             f"{len(files):,} weight files are too many; up to {MAX_SHARDS:,} can be written. Give a larger "
             "--max-shard-size."
         )
-    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    names = weight_filenames(len(files))
     shards = tuple(make_shard(name, tensors) for name, tensors in zip(names, files, strict=True))
     weight_map = {key: shard.filename for shard, tensors in zip(shards, files, strict=True) for key in tensors}
     return shards, to_json(make_index(targets, weight_map))
+
+
+def weight_filenames(count: int) -> list[str]:
+    """Return the names of this number of weight files, in order."""
+    return [SINGLE_NAME] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
 def _cut(targets: Mapping[str, Expression], max_bytes: int) -> list[dict[str, Expression]]:

@@ -26,8 +26,8 @@ from streamconv.families.registry import published_files
 from streamconv.files.address import Address, hf_to_https
 from streamconv.files.local import read_small
 from streamconv.formats.limits import parse_small_json
+from streamconv.formats.typed_json import parse
 from streamconv.output.files import as_output_error, make_folder, sync_folder, write_file
-from streamconv.output.typed_json import parse
 
 MAX_VERSIONS = 10  # servers of one file that name its version differently
 _MAX_NAME_BYTES = 150  # file systems allow 255; the names of the journal and the unfinished file are longer

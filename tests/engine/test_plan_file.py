@@ -17,6 +17,7 @@ from streamconv import ChangedError, ConversionOptions, OutputError, UsageError
 from streamconv.files.address import Address
 from streamconv.files.base import UNVERSIONED, FileRef
 from streamconv.output import plan_file
+from streamconv.planning import plan_json
 from tests import api
 from tests.checkpoints import make_states
 from tests.file_server import FileServer
@@ -111,27 +112,108 @@ def test_changed_plan_or_that_of_another_version_is_refused(tmp_path: Path, save
     assert not (tmp_path / "out").exists()
 
 
+def signed(first: bytes, recorded: bytes, plan: bytes) -> bytes:
+    """Return a plan file with the right sha256 of these lines."""
+    rest = b"\n".join([recorded, plan, b""])
+    return json.dumps({**json.loads(first), "sha256": sha256(rest).hexdigest()}).encode() + b"\n" + rest
+
+
 def test_plan_with_a_right_digest_and_wrong_contents_is_refused(tmp_path: Path, save: Save) -> None:
-    """The digest finds mistakes; whoever computes it anew is still not trusted to have written a plan."""
+    """The digest finds mistakes; who computes it again is still not trusted to have written a plan."""
     source, _ = save(tiny())
     path = tmp_path / "plan.json"
     streamconv.plan(source, save=path)
     first, recorded, plan, _ = path.read_bytes().split(b"\n")
     value = json.loads(plan)
-    value["shards"][0][1][0][1][4] += 4  # the offset of a tensor
+    value["shards"][0][1][0][1][4] = 4  # the offset of a tensor that has a part of a record
+    value["shards"][0][1][0][1][2] = [1]
+    value["shards"][0][1][0][1][5] = [1]
     for lines in (
-        [recorded, json.dumps(value).encode()],
-        [recorded, b"{}"],
-        [b"{}", plan],
-        [plan, recorded],
-        [recorded, b"\xff"],
-        [recorded],
+        (recorded, json.dumps(value).encode()),  # another fingerprint
+        (recorded, b"{}"),
+        (b"{}", plan),
+        (plan, recorded),
+        (recorded, b"\xff"),
+        (recorded, b"[" * 100_000),
+        (recorded, b'{"a":' * 100_000),
+        (recorded, b""),
     ):
-        rest = b"\n".join([*lines, b""])
-        header = {**json.loads(first), "sha256": sha256(rest).hexdigest()}
-        path.write_bytes(json.dumps(header).encode() + b"\n" + rest)
-        with pytest.raises(UsageError, match=r"is damaged: .* Make the plan again"):
+        path.write_bytes(signed(first, *lines))
+        with pytest.raises(UsageError, match=r"is damaged: .*\. Make the plan again"):
             streamconv.convert_plan(path, tmp_path / "out")
+
+
+RECORD, TENSOR = ("records", 0), ("shards", 0, 1, 0, 1)
+NOT_SIZES = (-1, 1.5, True, "1", None, 10**30)
+HOSTILE: list[tuple[tuple[str | int, ...], Any]] = [
+    *((("shards", 0, 0), name) for name in (
+        "../../x.safetensors", "/tmp/x.safetensors", "a/x.safetensors", "config.json", "streamconv.json", "..", "",
+        "a\0b", "\x1b[31m", "run.py", 5, None, ["x"], "model-00002-of-00002.safetensors",
+    )),
+    *((("other_files", name), "{}") for name in (
+        "../../x.json", "/tmp/x.json", "streamconv.json", ".bashrc", "modeling.py", "", "a\0b", "model.safetensors",
+    )),
+    (("other_files", "preprocessor_config.json"), "x" * 10**7),
+    (("other_files", "preprocessor_config.json"), 5),
+    (("config", "auto_map"), {"AutoModel": "x.py"}),
+    *(((*RECORD, i), value) for i in (0, 2, 3) for value in (*NOT_SIZES, 2**62)),
+    *(((*RECORD, 4), value) for value in (-1, 1.5, True, "1")),
+    *(((*TENSOR, i), value) for i in (3, 4) for value in (*NOT_SIZES, 2**62)),
+    *(((*TENSOR, i), [value] * 4) for i in (2, 5) for value in (*NOT_SIZES, 2**50)),
+    ((*TENSOR, 5), [1]),
+    *(((*TENSOR, 1), dtype) for dtype in ("F99", "F64", "", 5, None)),
+    *(((*TENSOR, 0), kind) for kind in ("exec", "cast", "concat", "multiply", "", None)),
+    *((("shards", 0, 1, 0, 0), name) for name in ("\x1b[2J", "a\nb", "x" * 2000, "", 5)),
+    *((("files", 0, 0), kind) for kind in ("inline", None)),
+    *((("files", 0, 1), path) for path in ("x.pth", "/a\0b", 5)),
+    *((("files", 0, 2), size) for size in NOT_SIZES),
+    (("files", 0, 3), [["etag", 1.5]]),
+    (("shards",), []),
+    (("dimensions", "hidden"), 1.5),
+    *(((name,), 1.5) for name in (
+        "family", "model", "is_published", "assumed_heads", "architecture", "mapping", "shards", "config", "notes",
+        "image_processor", "image_processor_from", "other_files", "unproved", "skipped", "filled", "block_chunks",
+        "files", "records", "dimensions", "format_version",
+    )),
+]  # fmt: skip
+
+
+def test_hostile_plan_is_refused(tmp_path: Path, save: Save) -> None:
+    """Each entry of a plan, replaced by one that no plan has; the digests are right."""
+    source, _ = save(tiny())
+    path = tmp_path / "plan.json"
+    streamconv.plan(source, save=path)
+    first, recorded, plan, _ = path.read_bytes().split(b"\n")
+    for where, wrong in HOSTILE:
+        value = json.loads(plan)
+        entry = value
+        for key in where[:-1]:
+            entry = entry[key]
+        entry[where[-1]] = wrong
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - each has its own message
+            plan_json.from_json(json.dumps(value))
+        assert "fingerprint" not in str(caught.value), where
+        path.write_bytes(signed(first, recorded, json.dumps(value).encode()))
+        with pytest.raises(UsageError, match="is damaged") as refused:
+            streamconv.convert_plan(path, tmp_path / "out")
+        assert len(str(refused.value)) < 1000, where
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_that_would_take_much_memory_is_refused_before_it_is_parsed(tmp_path: Path, save: Save) -> None:
+    source, _ = save(tiny())
+    plan = json.loads(plan_json.to_json(streamconv.plan(source)))
+    deep = tensor = plan["shards"][0][1][0][1]
+    for _ in range(100):
+        deep = ["concat", 0, deep]
+    changes: list[dict[str, Any]] = [
+        {"shards": [["model.safetensors", [["x", tensor]] * 300_000]]},
+        {"shards": [["model.safetensors", [["x", deep]]]]},
+        {"files": [["path", "/x", 1, []]] * 20_000},
+    ]
+    for text in ("[" * 3_000_000, "," * 7_000_000, ":" * 600_000, *(json.dumps({**plan, **each}) for each in changes)):
+        with pytest.raises(ValueError, match=r"than 65,536 tensors need|300,000 tensors|20,000 files|nested too deep"):
+            plan_json.from_json(text)
 
 
 def test_secrets_are_never_saved(tmp_path: Path, server: FileServer) -> None:
@@ -181,8 +263,6 @@ def test_large_plan_is_compact(tmp_path: Path) -> None:
         f"blocks.{i}.{name.removeprefix('blocks.0.')}": shape for i in range(layers) for name, shape in block.items()
     }
     plan = plan_of_shapes(state, tmp_path, num_heads=2, max_shard_bytes=10**7)
-    from streamconv.planning import plan_json
-
     text = plan_json.to_json(plan)
     targets = sum(len(shard.tensors) for shard in plan.shards)
     assert targets > 15_000

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from streamconv import OutputError
+from streamconv.formats.typed_json import parse
 from streamconv.output.identity import differences
 from streamconv.output.journal import JOURNAL_NAME, Journal, ResumePoint, is_unfinished
 from streamconv.output.manifest import (
@@ -21,7 +22,6 @@ from streamconv.output.manifest import (
     WrittenFile,
     in_order,
 )
-from streamconv.output.typed_json import parse
 
 SOURCE = SourceFile("x.pth", 5, "f00d", version={"changed_ns": (3,), "modified_ns": (2,)})
 PROVENANCE = Provenance(

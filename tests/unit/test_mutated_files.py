@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from streamconv import open_checkpoint
-from streamconv.errors import SourceError, StreamconvError, UsageError
+from streamconv.errors import SourceError, StreamconvError
 from streamconv.families.dinov2 import FAMILY
 from streamconv.families.dinov2_models import IMAGE_PROCESSOR
 from streamconv.families.image_processors import UnknownStepsError, read_pixel_steps
@@ -202,5 +202,5 @@ def test_index_of_too_many_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_plan_that_is_nested_too_deeply_is_refused() -> None:
-    with pytest.raises(UsageError, match="not a streamconv plan"):
+    with pytest.raises(ValueError, match="not a plan: RecursionError"):
         from_json("[" * 100_000)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from streamconv.display import printable
 
@@ -15,7 +15,9 @@ MAX_BITS = 63  # of an integer: file sizes and times in nanoseconds need no more
 
 
 def parse(kind: Any, value: object, name: str = "") -> Any:
-    """Return ``value`` as ``kind``: a dataclass, ``Mapping[str, X]``, ``tuple[X, ...]``, a union, or a type of JSON's.
+    """Return ``value`` as ``kind``.
+
+    That is a dataclass, ``Mapping[str, X]``, ``tuple[X, ...]``, a union, a literal of strings, or a type of JSON's.
 
     Args:
         name: What to call the value in messages; the fields of a dataclass are named from there.
@@ -30,13 +32,17 @@ def parse(kind: Any, value: object, name: str = "") -> Any:
         if kind is int and isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise ValueError(f"its field {printable(name)} is a number of {value.bit_length():,} bits")
         return value
+    if kind is float and type(value) is int and value.bit_length() <= MAX_BITS:
+        return float(value)
+    if get_origin(kind) is Literal and type(value) is str and value in get_args(kind):
+        return value
     if get_origin(kind) in (Union, UnionType):
         return _parse_union(kind, value, name)
     if is_dataclass(kind):
         return _parse_dataclass(kind, _mapping(value, name), name)
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(parse(get_args(kind)[0], each, f"{name}[{i}]") for i, each in enumerate(value))
-    if issubclass(get_origin(kind) or kind, Mapping):
+    if get_origin(kind) is not Literal and issubclass(get_origin(kind) or kind, Mapping):
         item = get_args(kind)[1]
         return {key: parse(item, each, _join(name, key)) for key, each in _mapping(value, name).items()}
     wanted = getattr(kind, "__name__", kind)
