@@ -27,14 +27,14 @@ class Conversion:
     """The result of a conversion.
 
     ``output`` is the folder or, in a store, its URL. ``shards`` maps the names of its weight files to their sha256 in
-    hexadecimal; of one ``part`` of the plan, these are only that part's, and nothing else was written.
-    ``was_finished``: the folder already held the same conversion, and nothing was written. ``resumed_bytes`` counts
-    the bytes that an interrupted run had written and that were kept after a check. ``is_crc_checked``: every byte
-    was compared with a CRC-32 of the source. ``labels_from`` describes where a classifier's labels came from.
-    ``sent_to`` is the repository on the Hub that received the files, if ``output`` keeps none. ``overflow_count``
-    counts values that are finite in the source and infinite in the output, because they are outside the range of
-    the dtype that they were cast to. ``seconds`` is the time spent writing the files, not counting a download; it is
-    0 if the folder was finished.
+    hexadecimal, empty if S3 copied some of the file itself; of one ``part`` of the plan, these are only that part's,
+    and nothing else was written. ``was_finished``: the folder already held the same conversion, and nothing was
+    written. ``resumed_bytes`` counts the bytes that an interrupted run had written and that were kept after a check.
+    ``is_crc_checked``: every byte was compared with a CRC-32 of the source. ``labels_from`` describes where a
+    classifier's labels came from. ``sent_to`` is the repository on the Hub that received the files, if ``output`` keeps
+    none. ``overflow_count`` counts values that are finite in the source and infinite in the output, because they are
+    outside the range of the dtype that they were cast to. ``seconds`` is the time spent writing the files, not counting
+    a download; it is 0 if the folder was finished.
 
     ``edited`` are the names of small files that were changed after an earlier run wrote them, and were kept;
     ``replaced`` are those that ``force`` wrote again. ``restored`` maps the files of a finished conversion that had to
