@@ -13,7 +13,7 @@ from benchmarks.scale_model import NO_LIMIT, File, Network, Prediction, Upload, 
 from benchmarks.scale_runs import Measured, make_source, run_workers, save_plan
 from benchmarks.slow_server import Limits
 from streamconv.files.remote import MAX_IN_FLIGHT
-from streamconv.output.s3_upload import PART_BYTES, PARTS_AT_ONCE
+from streamconv.output.stores.s3_upload import PART_BYTES, PARTS_AT_ONCE
 from streamconv.planning.parts import Part, shards_of
 from streamconv.planning.plan import Plan
 

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from streamconv import _version
-from streamconv.jobs import dask_task
+from streamconv.jobs.dask import task
 from tests.support import SMALL_STEPS
 
 _changed: list[tuple[Any, str, Any]] = []
@@ -15,14 +15,14 @@ def write_slowly(pause: float) -> None:
     """Write in small steps, with a pause after each; progress is reported after every step."""
     for module, name, value in SMALL_STEPS:
         _set(module, name, value)
-    _set(dask_task, "REPORT_SECONDS", 0.0)
-    advance = dask_task._RunningTask.advance
+    _set(task, "REPORT_SECONDS", 0.0)
+    advance = task._RunningTask.advance
 
     def advance_slowly(*args: Any) -> None:
         time.sleep(pause)
         advance(*args)
 
-    _set(dask_task._RunningTask, "advance", advance_slowly)
+    _set(task._RunningTask, "advance", advance_slowly)
 
 
 def pretend_version(version: str) -> None:
@@ -31,12 +31,12 @@ def pretend_version(version: str) -> None:
 
 def end_when_writing() -> None:
     """End the process, as if it were killed, when it begins to write a file."""
-    _set(dask_task._RunningTask, "advance", lambda *args: os._exit(1))
+    _set(task._RunningTask, "advance", lambda *args: os._exit(1))
 
 
 def refuse_busy_files() -> None:
     """Do not wait for a file that another process has locked."""
-    _set(dask_task, "BUSY_SECONDS", 0.0)
+    _set(task, "BUSY_SECONDS", 0.0)
 
 
 def restore() -> None:

@@ -20,7 +20,7 @@ def cluster_client(scheduler: str | None, workers: int | None, progress: Progres
     if scheduler is None and workers is None:
         yield None
         return
-    from streamconv.jobs.dask_client import client_of, import_distributed, local_client  # rarely needed
+    from streamconv.jobs.dask.client import client_of, import_distributed, local_client  # rarely needed
 
     import_distributed()  # sets the levels of its loggers
     with ExitStack() as stack:

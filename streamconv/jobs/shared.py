@@ -72,7 +72,7 @@ def files_writer(
 ) -> WriteFiles:
     """Return what writes weight files: this process or, with a ``client`` (`distributed.Client`), its workers."""
     if client is not None:
-        from streamconv.jobs.distributed import write_files_on  # with a package that only this needs
+        from streamconv.jobs.dask.dispatch import write_files_on  # with a package that only this needs
 
         return partial(write_files_on, client, planned, location)
     return partial(write_files, planned, open_shared_output(location), reader, part=str(part or ""))

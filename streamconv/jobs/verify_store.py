@@ -13,7 +13,7 @@ from streamconv.output.journal import is_unfinished
 from streamconv.output.manifest import MANIFEST_NAME
 from streamconv.output.ownership import refuse_parts
 from streamconv.output.readable import reading_output, require_folder, states_in_store
-from streamconv.output.store_records import CONVERSION
+from streamconv.output.stores.records import CONVERSION
 from streamconv.verification.result import Check, ModelResults
 
 _REASON = "the output is in a store"

@@ -26,9 +26,9 @@ def open_shared_output(location: Location) -> SharedOutput:
     if "::" in location.url:
         raise UsageError(f"{location} is a chain of URLs, which cannot be written to. Give a folder or a store's URL.")
     if location.scheme in ("s3", "s3a"):
-        from streamconv.output.s3 import S3Output
+        from streamconv.output.stores.s3 import S3Output
 
         return S3Output(location)
-    from streamconv.output.fsspec_store import FsspecOutput
+    from streamconv.output.stores.fsspec_store import FsspecOutput
 
     return FsspecOutput(location)

@@ -16,9 +16,10 @@ from distributed.client import default_client
 import streamconv
 from streamconv import Cancelled, Conversion, ConversionOptions, CorruptError, OutputError, UsageError
 from streamconv.cli.cluster import cluster_client
-from streamconv.jobs import dask_client, dask_workers
-from streamconv.jobs.dask_client import client_of, local_client
-from streamconv.jobs.distributed import STOP_SECONDS
+from streamconv.jobs.dask import client as dask_client
+from streamconv.jobs.dask import workers as dask_workers
+from streamconv.jobs.dask.client import client_of, local_client
+from streamconv.jobs.dask.dispatch import STOP_SECONDS
 from streamconv.progress import Progress, ignore_progress
 from tests import dask_workers as on_workers
 from tests.support import Save, contents, flip, run, tiny

@@ -11,7 +11,7 @@ import pytest
 
 from streamconv import Cancelled, OutputError, UsageError
 from streamconv.files import slow
-from streamconv.output import fsspec_store
+from streamconv.output.stores import fsspec_store
 from streamconv.progress import Progress
 from tests import api
 from tests.support import Raising, Save, contents, require_cancellable, tiny

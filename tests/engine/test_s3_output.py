@@ -13,7 +13,7 @@ import torch
 import streamconv
 from streamconv import ConversionOptions, CorruptError, OutputError
 from streamconv.files import slow
-from streamconv.output import s3_upload
+from streamconv.output.stores import s3_upload
 from streamconv.progress import Progress
 from tests import api
 from tests.checkpoints import make_states

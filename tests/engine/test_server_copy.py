@@ -13,8 +13,8 @@ import torch
 from streamconv import ChangedError, CorruptError, OutputError
 from streamconv.jobs.publish import _read_files as read_files
 from streamconv.output import contents as contents_module
-from streamconv.output import part_layout, s3_upload
 from streamconv.output.manifest import Manifest
+from streamconv.output.stores import part_layout, s3_upload
 from streamconv.output.verdict import has_passed
 from streamconv.progress import ignore_progress
 from tests import api

@@ -16,7 +16,7 @@ from distributed import Client, LocalCluster, WorkerPlugin
 
 import streamconv
 from streamconv import Conversion, ConversionOptions, OutputError
-from streamconv.jobs.dask_client import NO_DASHBOARD
+from streamconv.jobs.dask.client import NO_DASHBOARD
 from streamconv.progress import Progress, ignore_progress
 from tests import dask_workers as on_workers
 from tests.support import Save, contents, read_terminal, tiny

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from streamconv.output import s3_upload
+from streamconv.output.stores import s3_upload
 from tests import api
 from tests.s3_server import Bucket, Fault, S3Request
 from tests.support import ROOT, Save, contents, linux, peak_kb, run_python, save_zeros, tiny
@@ -18,7 +18,7 @@ PART = 64 << 10
 KILLS = int(os.environ.get("STREAMCONV_KILLS", "12"))
 CONVERT = """
 import sys, streamconv
-from streamconv.output import s3_upload
+from streamconv.output.stores import s3_upload
 s3_upload.PART_BYTES = {part}
 streamconv.convert({source!r}, {url!r}, streamconv.ConversionOptions(max_shard_size={size!r}))
 """
@@ -83,7 +83,7 @@ def test_forked_process_connects_again(bucket: Bucket) -> None:
     code = f"""
 import os
 from streamconv.files.address import Address
-from streamconv.output.s3 import S3Output
+from streamconv.output.stores.s3 import S3Output
 output = S3Output(Address("{bucket.url}/a"))
 print(*output._store.list(), flush=True)
 child = os.fork()

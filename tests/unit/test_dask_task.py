@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from streamconv._version import __version__
-from streamconv.jobs.dask_task import WRITE_BYTES, inspect_worker
+from streamconv.jobs.dask.task import WRITE_BYTES, inspect_worker
 
 
 def worker(threads: int, memory_limit: int | None) -> SimpleNamespace:

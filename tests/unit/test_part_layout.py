@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamconv.output.part_layout import (
+from streamconv.output.stores.part_layout import (
     ALIGNMENT,
     MAX_COPY_BYTES,
     MAX_PARTS,

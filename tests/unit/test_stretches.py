@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from streamconv.files.base import ByteRange, FileRef
-from streamconv.output import part_layout
-from streamconv.output.stretches import CopiedRange, stretches
+from streamconv.output.stores import part_layout
+from streamconv.output.stores.stretches import CopiedRange, stretches
 from streamconv.planning.shards import Shard
 from streamconv.tensors.computed import Cast
 from streamconv.tensors.expressions import Expression, Read, Record

@@ -17,8 +17,7 @@ from streamconv.output.identity import differences, is_unidentified
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, is_our_name, is_weights
 from streamconv.output.planned import PlannedConversion
 from streamconv.output.shared import FileState
-from streamconv.output.store import Store, StoredObject, StoreError, UploadLostError
-from streamconv.output.store_records import (
+from streamconv.output.stores.records import (
     CONVERSION,
     RECORDS,
     ConversionRecord,
@@ -28,7 +27,8 @@ from streamconv.output.store_records import (
     record_name,
     to_bytes,
 )
-from streamconv.output.store_writer import write_file
+from streamconv.output.stores.store import Store, StoredObject, StoreError, UploadLostError
+from streamconv.output.stores.writer import write_file
 from streamconv.output.writer import Advance
 from streamconv.planning.shards import Shard
 from streamconv.tensors.checksums import RecordChecks

@@ -12,9 +12,9 @@ from itertools import count
 from threading import Event, Lock
 from typing import Any
 
-from streamconv.output.s3_client import S3Client
-from streamconv.output.s3_errors import LOST, MISSING
-from streamconv.output.store import StoredObject, StoreError, UploadLostError
+from streamconv.output.stores.s3_client import S3Client
+from streamconv.output.stores.s3_errors import LOST, MISSING
+from streamconv.output.stores.store import StoredObject, StoreError, UploadLostError
 
 PART_BYTES = 8 << 20
 MAX_PARTS = 10_000

@@ -16,11 +16,11 @@ from streamconv.files.address import Address
 from streamconv.files.base import File, FileRef
 from streamconv.files.fsspec import FsspecFile
 from streamconv.logs import logger
-from streamconv.output.part_layout import uploaded_part_bytes
-from streamconv.output.s3_client import S3Client
-from streamconv.output.s3_errors import MISSING
-from streamconv.output.s3_upload import COMPLETE_SECONDS, PartUpload, SentPart, part_bytes_for, plain_etag
-from streamconv.output.store import CannotCopyError, StoreError
+from streamconv.output.stores.part_layout import uploaded_part_bytes
+from streamconv.output.stores.s3_client import S3Client
+from streamconv.output.stores.s3_errors import MISSING
+from streamconv.output.stores.s3_upload import COMPLETE_SECONDS, PartUpload, SentPart, part_bytes_for, plain_etag
+from streamconv.output.stores.store import CannotCopyError, StoreError
 
 CHECKSUM = "ChecksumCRC32"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.display import printable
 from streamconv.errors import UsageError
-from streamconv.jobs.local_workers import local_workers
+from streamconv.jobs.dask.local_workers import local_workers
 
 if TYPE_CHECKING:
     from distributed import Client

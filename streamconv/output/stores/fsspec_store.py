@@ -12,9 +12,9 @@ from typing import Any
 
 from streamconv.errors import OutputError
 from streamconv.files.address import Address
-from streamconv.output.fsspec_client import FsspecClient
-from streamconv.output.store import StoredObject, StoreError, Upload
-from streamconv.output.store_output import StoreOutput
+from streamconv.output.stores.fsspec_client import FsspecClient
+from streamconv.output.stores.output import StoreOutput
+from streamconv.output.stores.store import StoredObject, StoreError, Upload
 
 APPEARS_WHEN_CLOSED = ("gs", "gcs", "az", "abfs", "abfss")
 BLOCK_BYTES = 8 << 20

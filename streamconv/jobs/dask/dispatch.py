@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import OutputError, UsageError
 from streamconv.files.address import Location
-from streamconv.jobs.dask_task import ENDED, write_file
-from streamconv.jobs.dask_workers import UsableWorkers
+from streamconv.jobs.dask.task import ENDED, write_file
+from streamconv.jobs.dask.workers import UsableWorkers
 from streamconv.logs import logger
 from streamconv.output.manifest import WrittenFile
 from streamconv.output.planned import PlannedConversion

@@ -13,10 +13,10 @@ from streamconv.errors import CorruptError
 from streamconv.files.reader import Reader
 from streamconv.logs import logger
 from streamconv.output.manifest import WrittenFile
-from streamconv.output.store import CannotCopyError, Copier, CopyingUpload, Store, Upload, UploadLostError
-from streamconv.output.store_records import FileRecord, record_name, to_bytes
-from streamconv.output.store_sender import WrongCopyError, send, send_with_copies
-from streamconv.output.stretches import stretches
+from streamconv.output.stores.records import FileRecord, record_name, to_bytes
+from streamconv.output.stores.sender import WrongCopyError, send, send_with_copies
+from streamconv.output.stores.store import CannotCopyError, Copier, CopyingUpload, Store, Upload, UploadLostError
+from streamconv.output.stores.stretches import stretches
 from streamconv.output.writer import Advance
 from streamconv.planning.shards import Shard
 from streamconv.tensors.checksums import RecordChecks

@@ -5,13 +5,13 @@ from typing import Any
 
 from streamconv.errors import OutputError
 from streamconv.files.address import Address
-from streamconv.output import s3_upload
-from streamconv.output.s3_client import S3Client
-from streamconv.output.s3_copy import S3Copier
-from streamconv.output.s3_errors import MISSING
-from streamconv.output.s3_upload import PartUpload, SmallUpload, losing, part_bytes_for, plain_etag
-from streamconv.output.store import StoredObject, StoreError, Upload, UploadLostError
-from streamconv.output.store_output import StoreOutput
+from streamconv.output.stores import s3_upload
+from streamconv.output.stores.output import StoreOutput
+from streamconv.output.stores.s3_client import S3Client
+from streamconv.output.stores.s3_copy import S3Copier
+from streamconv.output.stores.s3_errors import MISSING
+from streamconv.output.stores.s3_upload import PartUpload, SmallUpload, losing, part_bytes_for, plain_etag
+from streamconv.output.stores.store import StoredObject, StoreError, Upload, UploadLostError
 
 MAX_LISTED = 100_000  # objects directly in a prefix; a hundred times those of the largest model
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from streamconv.files.base import FileRef
 from streamconv.output.contents import Segments
-from streamconv.output.part_layout import PartRange, lay_out_parts
+from streamconv.output.stores.part_layout import PartRange, lay_out_parts
 from streamconv.planning.shards import Shard
 from streamconv.tensors.concatenation import reshape
 from streamconv.tensors.expressions import Expression, Read, Record

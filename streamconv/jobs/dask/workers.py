@@ -18,7 +18,7 @@ from streamconv.display import first_lines, printable
 from streamconv.errors import SHOWN_PROBLEMS, OutputError, UsageError
 from streamconv.files.address import Location
 from streamconv.files.inline import is_inline
-from streamconv.jobs.dask_task import inspect_worker
+from streamconv.jobs.dask.task import inspect_worker
 from streamconv.logs import logger
 from streamconv.output.files import as_output_error
 from streamconv.output.planned import PlannedConversion

@@ -18,7 +18,7 @@ from streamconv.errors import OutputError
 from streamconv.files import retries, slow
 from streamconv.files.address import Address
 from streamconv.logs import logger
-from streamconv.output.s3_errors import MAX_REASON, Failure, explained
+from streamconv.output.stores.s3_errors import MAX_REASON, Failure, explained
 from streamconv.redaction import redacted
 
 MAX_TIMEOUTS = 2  # attempts that the store does not answer, one after the other

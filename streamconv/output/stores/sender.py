@@ -13,8 +13,8 @@ from streamconv.output.contents import Contents, Segments, batches
 from streamconv.output.hashing import BUFFER_BYTES, BackgroundHash
 from streamconv.output.journal import NOT_STARTED
 from streamconv.output.manifest import WrittenFile
-from streamconv.output.store import CopyingUpload, Upload
-from streamconv.output.stretches import CopiedRange, Stretch
+from streamconv.output.stores.store import CopyingUpload, Upload
+from streamconv.output.stores.stretches import CopiedRange, Stretch
 from streamconv.output.writer import Advance
 from streamconv.planning.shards import Shard
 from streamconv.tensors.checksums import RecordChecks, combine, read_crc

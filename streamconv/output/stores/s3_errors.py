@@ -5,7 +5,7 @@ from typing import Any
 
 from streamconv.display import visible
 from streamconv.files.address import Address
-from streamconv.output.store import StoreError
+from streamconv.output.stores.store import StoreError
 from streamconv.redaction import redacted
 
 MAX_REASON = 300  # characters of the store's own text

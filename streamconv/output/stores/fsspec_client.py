@@ -10,7 +10,7 @@ from streamconv.errors import OutputError, StreamconvError
 from streamconv.files import retries, slow
 from streamconv.files.address import Address
 from streamconv.logs import logger
-from streamconv.output.store import StoreError
+from streamconv.output.stores.store import StoreError
 from streamconv.redaction import redacted
 
 MAX_REASON = 300  # characters of the store's own text

@@ -1,0 +1,1 @@
+"""Writes weight files on the workers of a Dask cluster."""
