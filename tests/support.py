@@ -42,6 +42,7 @@ from streamconv.tensors import tiles
 from streamconv.tensors.expressions import Read, Record
 from streamconv.tensors.info import TensorInfo, contiguous_strides
 from streamconv.verification import bytes as bytes_check
+from streamconv.verification import output_files
 from streamconv.verification.bytes import check_bytes
 from streamconv.verification.config import check_config
 from tests import api
@@ -287,7 +288,7 @@ def save_zeros(path: Path, geometry: Dimensions, dtype: str = "F32", block_chunk
 
 SMALL_STEPS: list[tuple[ModuleType, str, int]] = [  # see the fixture frequent_journal_entries
     (hashing, "RING_BUFFERS", 2),
-    *((module, "BUFFER_BYTES", 16 << 10) for module in (hashing, file_contents, bytes_check)),
+    *((module, "BUFFER_BYTES", 16 << 10) for module in (hashing, file_contents, bytes_check, output_files)),
     *((module, "PIECE_BYTES", 8 << 10) for module in (file_contents, tiles)),
     (writer, "SYNC_BYTES", 32 << 10),
 ]
