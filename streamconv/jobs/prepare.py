@@ -240,5 +240,13 @@ def refuse_own_output(read: Iterable[Path], folder: Path, names: Iterable[str], 
     paths = (folder / name for name in (*names, *replaced))
     written = [each for path in paths for each in (path, temporary_path(path)) if os.path.exists(each)]
     for path in read:
-        if any(os.path.samefile(path, each) for each in written):
+        if any(_is_same(path, each) for each in written):
             raise UsageError(f"{path} is the source, and output to {folder} would overwrite it. Choose another folder.")
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Return whether both are one file. Another process may have renamed or deleted either meanwhile."""
+    try:
+        return os.path.samefile(path, other)
+    except FileNotFoundError:
+        return False

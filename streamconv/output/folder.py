@@ -122,6 +122,7 @@ def open_output_folder(
                 refuse_parts(folder)
                 require_free(folder, provenance, names, journal.contents, force=force)
                 _start(folder, journal, provenance, force)
+                refuse_parts(folder)  # one that began before `is_unfinished` saw this journal; later ones refuse
                 work = OutputFolder(folder, journal)
                 yield work
                 is_removed = work.is_removed

@@ -43,11 +43,7 @@ class SharedFolder:
         require_writable(folder)
         if force:
             self._remove_earlier(planned)
-        if is_unfinished(folder):
-            raise OutputError(
-                f"{folder} holds a conversion that one process began. Finish it with the same command without --part, "
-                "--workers and --scheduler, or choose another folder."
-            )
+        self._refuse_single_process()
         self._require_free(planned)
         with as_output_error(folder):
             make_folder(folder)
@@ -71,6 +67,7 @@ class SharedFolder:
         file = self.location / shard.filename
         with locked_journal(journal_path((file,)), file) as journal:
             try:
+                self._refuse_single_process()  # again: now that this journal is there, one that begins refuses
                 recorded = self._recorded(shard.filename)
                 self._require_own(journal.contents, shard.filename, planned)
                 if recorded is None and not journal.recorded(file).size and os.path.lexists(file):
@@ -117,6 +114,13 @@ class SharedFolder:
                 with suppress(OSError):
                     journal.abandon(())
                 raise
+
+    def _refuse_single_process(self) -> None:
+        if is_unfinished(self.location):
+            raise OutputError(
+                f"{self.location} holds a conversion that one process began. Finish it with the same command without "
+                "--part, --workers and --scheduler, or choose another folder."
+            )
 
     def _require_free(self, planned: PlannedConversion) -> None:
         # Files before journals: each file that another process completes meanwhile has a journal then.

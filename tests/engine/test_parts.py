@@ -12,7 +12,8 @@ import torch
 
 import streamconv
 from streamconv import Cancelled, ConversionOptions, OutputError, UsageError
-from streamconv.output import shared_folder
+from streamconv.jobs.prepare import refuse_own_output
+from streamconv.output import folder, shared_folder
 from streamconv.output.ownership import files_with_journals
 from tests import api
 from tests.checkpoints import make_states
@@ -143,6 +144,51 @@ def test_part_may_begin_at_the_moment_when_another_begins(work: Path, monkeypatc
         write(work, number)
     finish(work)
     assert contents(work / "out") == contents(work / "whole")
+
+
+def stop_halfway(step: str, done: int, total: int, unit: str) -> None:
+    if done > 0.5 * total:
+        raise Cancelled
+
+
+def test_part_and_one_process_that_begin_at_one_moment_never_both_write(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, begin = folder._start, shared_folder.SharedFolder.begin
+
+    def part_begins_after_check(*args: Any) -> None:
+        write(work, 1)
+        start(*args)
+
+    def process_begins_after_check(*args: Any, **options: Any) -> None:
+        begin(*args, **options)
+        with pytest.raises(Cancelled):
+            streamconv.convert_plan(work / "plan.json", work / "out", progress=stop_halfway)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_start", part_begins_after_check)
+        with pytest.raises(OutputError, match="is being written in parts"):
+            streamconv.convert_plan(work / "plan.json", work / "out")
+    for number in (1, 2, 3):
+        write(work, number)
+    finish(work)
+    assert contents(work / "out") == contents(work / "whole")
+
+    shutil.rmtree(work / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_folder.SharedFolder, "begin", process_begins_after_check)
+        with pytest.raises(OutputError, match="one process began"):
+            write(work, 1)
+    streamconv.convert_plan(work / "plan.json", work / "out")
+    assert contents(work / "out") == contents(work / "whole")
+
+
+def test_file_that_another_part_completes_is_not_taken_for_the_source(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its temporary name is gone once it was renamed, although it was there a moment before."""
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    refuse_own_output([work / "plan.json"], work, ["none.safetensors"], force=False)
 
 
 def test_parts_of_another_plan_are_refused(work: Path) -> None:
