@@ -9,6 +9,7 @@ from streamconv.errors import OutputError
 from streamconv.output.identity import differences, is_unidentified
 from streamconv.output.journal import Journal
 from streamconv.output.manifest import Manifest, Provenance, is_our_name, is_weights
+from streamconv.output.readable import names_in
 
 
 def require_free(
@@ -57,13 +58,8 @@ def files_with_journals(folder: Path) -> list[str]:
     Raises:
         OutputError: the folder cannot be listed.
     """
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be read: {error.strerror}. Choose another folder.") from error
-    return sorted(match[1] for match in map(_JOURNAL_OF_FILE.fullmatch, names) if match is not None)
+    matches = map(_JOURNAL_OF_FILE.fullmatch, names_in(folder))
+    return sorted(match[1] for match in matches if match is not None)
 
 
 def refuse_parts(folder: Path) -> None:

@@ -53,13 +53,29 @@ def require_folder(path: Path) -> None:
         raise OutputError(f"{path} is not a folder. Give a folder that streamconv wrote.")
 
 
+def names_in(folder: Path) -> list[str]:
+    """Return the names of the files in a folder; none if there is no such folder.
+
+    Raises:
+        OutputError: they cannot be read.
+    """
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OutputError(
+            f"The names of the files in {folder} cannot be read: {error.strerror}, so it may hold other weights. {_FIX}"
+        ) from error
+
+
 def weights_in(folder: Location) -> set[str]:
     """Return the names of the files that transformers could load as a model's; none if there is no such folder.
 
     Raises:
         OutputError: the folder cannot be listed.
     """
-    names = _names_in(folder) if isinstance(folder, Path) else states_in_store(folder)
+    names = names_in(folder) if isinstance(folder, Path) else states_in_store(folder)
     return {name for name in names if any(fnmatch(name, pattern) for pattern in CONFLICTING_PATTERNS)}
 
 
@@ -73,14 +89,3 @@ def states_in_store(folder: Address) -> dict[str, tuple[int, str]]:
 
     with reading_output():
         return list_folder(folder)
-
-
-def _names_in(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise OutputError(
-            f"The names of the files in {folder} cannot be read: {error.strerror}, so it may hold other weights. {_FIX}"
-        ) from error

@@ -279,7 +279,7 @@ def test_options_that_the_plan_has_decided_are_refused(tmp_path: Path, save: Sav
     for words, message in (
         (("convert", "--plan", "plan.json", "-o", "out", "--dtype", "bfloat16"), "--plan decides"),
         (("convert", source, "--plan", "plan.json", "-o", "out"), "--plan decides"),
-        (("convert", "--plan", "plan.json", "-o", "out", "--dry-run"), "--dry-run cannot be combined"),
+        (("convert", "--plan", "plan.json", "-o", "out", "--dry-run"), "--dry-run needs SOURCE"),
         (("convert", "-o", "out"), "There is no SOURCE"),
         (("convert", source, "-o", "out", "--part", "1/2"), "--part needs --plan"),
         (("convert", "--plan", "plan.json", "-o", "out", "--part", "1/2", "--force"), "cannot be combined"),

@@ -1,5 +1,6 @@
 """``streamconv convert``."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -24,6 +25,7 @@ from streamconv.cli.progress_bar import ProgressReport
 from streamconv.cli.shown import shown_command
 from streamconv.cli.terminal import Printer
 from streamconv.errors import UsageError
+from streamconv.jobs.output_location import output_location
 
 PLAN = Option(
     "--plan", metavar="FILE", type=FILE, group="Source",
@@ -64,7 +66,13 @@ def convert(
     options = ConversionOptions(
         **values_of(CONVERSION_OPTIONS, given), allow_repeats=yes, server_side_copy=not no_server_side_copy
     )
-    _check_combination(source, plan, options, dry_run, part, scheduler, workers)
+    _check_combination(source, plan, options, part, scheduler, workers)
+    is_local = isinstance(output_location(output), Path)
+    if dry_run and (plan is not None or scheduler is not None or workers is not None or not is_local):
+        raise UsageError(
+            "--dry-run needs SOURCE and a folder on this machine, without --scheduler and --workers. `streamconv plan "
+            "SOURCE` shows what would be written."
+        )
     if dry_run and source is not None:
         show_preview(printer, source, output, options)
         return
@@ -89,7 +97,6 @@ def _check_combination(
     source: str | None,
     plan: str | None,
     options: ConversionOptions,
-    dry_run: bool,
     part: str | None,
     scheduler: str | None,
     workers: int | None,
@@ -115,9 +122,4 @@ def _check_combination(
     if scheduler is not None and workers is not None:
         raise UsageError(
             "--scheduler names a cluster, and --workers starts one on this machine. Give only one of them."
-        )
-    if dry_run and (plan is not None or is_parallel):
-        raise UsageError(
-            "--dry-run cannot be combined with --plan, --scheduler or --workers. `streamconv plan SOURCE` shows what "
-            "would be written."
         )
