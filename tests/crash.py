@@ -32,6 +32,7 @@ from streamconv.output import writer as streaming
 from streamconv.output.files import PAGE_BYTES
 from streamconv.tensors import tiles
 from streamconv.verification import bytes as bytes_check
+from streamconv.verification import output_files
 
 SCALE = 2048
 MAX_REPEATED = (256 << 20) // SCALE
@@ -158,7 +159,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def main(source: Path, place: Path, how: str, tries: int, options: ConversionOptions, parts: int) -> dict[str, Any]:
-    hashing.BUFFER_BYTES = file_contents.BUFFER_BYTES = bytes_check.BUFFER_BYTES = (1 << 20) // SCALE * 2
+    for module in (hashing, file_contents, bytes_check, output_files):
+        module.BUFFER_BYTES = (1 << 20) // SCALE * 2
     file_contents.PIECE_BYTES = tiles.PIECE_BYTES = (512 << 10) // SCALE * 2
     hashing.RING_BUFFERS //= 2  # of buffers, which are scaled by the same factor
     streaming.SYNC_BYTES //= SCALE

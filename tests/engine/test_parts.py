@@ -16,20 +16,29 @@ from streamconv.jobs.prepare import refuse_own_output
 from streamconv.output import folder, shared_folder
 from streamconv.output.ownership import files_with_journals
 from tests import api
-from tests.checkpoints import make_states
+from tests.checkpoints import make_states, saved
 from tests.support import Faults, Save, contents, run, tiny
 
 COUNT = 3
 SHARDS = "100KB"
 
 
-@pytest.fixture
-def work(tmp_path: Path, save: Save) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a source, the plan of its conversion, and "whole", the output of one process."""
-    source, _ = save(tiny())
+    folder = tmp_path_factory.mktemp("made")
+    source = saved(make_states(tiny())[0], folder / "x.pth")
     options = ConversionOptions(max_shard_size=SHARDS)
-    streamconv.convert(source, tmp_path / "whole", options)
-    streamconv.plan(source, options, save=tmp_path / "plan.json")
+    streamconv.convert(source, folder / "whole", options)
+    streamconv.plan(source, options, save=folder / "plan.json")
+    return folder
+
+
+@pytest.fixture
+def work(made: Path, tmp_path: Path) -> Path:
+    """Return a folder with the plan and "whole", for an output of the test's own."""
+    shutil.copy(made / "plan.json", tmp_path)
+    (tmp_path / "whole").symlink_to(made / "whole")
     return tmp_path
 
 
