@@ -1,4 +1,4 @@
-"""The Dask cluster that a command uses: the one that the user names, or processes of this machine."""
+"""The Dask cluster that a command uses: the one that the user names, or worker processes on this machine."""
 
 import logging
 from collections.abc import Iterator
@@ -6,13 +6,13 @@ from contextlib import ExitStack, contextmanager
 
 from streamconv.progress import Progress
 
-# Those of Dask that have levels of their own, and of what it is built on.
+# Loggers with levels of their own: two of Dask's, and tornado's, on which Dask is built.
 _LOGGERS = ("distributed", "distributed.client", "tornado.application")
 
 
 @contextmanager
 def cluster_client(scheduler: str | None, workers: int | None, progress: Progress) -> Iterator[object]:
-    """Yield a client of the cluster until the command ends; None if the user wants none.
+    """Yield a client of the cluster until the command ends; None if neither a scheduler nor workers are wanted.
 
     Raises:
         UsageError: see `client_of` and `local_client`.
@@ -24,7 +24,7 @@ def cluster_client(scheduler: str | None, workers: int | None, progress: Progres
 
     import_distributed()  # sets the levels of its loggers
     with ExitStack() as stack:
-        for name in _LOGGERS:  # what matters, streamconv reports itself
+        for name in _LOGGERS:  # streamconv reports what matters
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL + 1)
@@ -32,5 +32,5 @@ def cluster_client(scheduler: str | None, workers: int | None, progress: Progres
             progress(f"connecting to {scheduler}", 0, 1, "steps")
             yield stack.enter_context(client_of(scheduler))
         else:
-            progress(f"starting {workers} workers", 0, 1, "steps")
+            progress(f"starting {workers} worker{'s' * (workers != 1)}", 0, 1, "steps")
             yield stack.enter_context(local_client(workers or 1))

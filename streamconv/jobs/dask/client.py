@@ -55,9 +55,10 @@ def local_client(workers: int) -> "Iterator[Client]":
     distributed = import_distributed()
     memory = import_module("distributed.system").MEMORY_LIMIT // workers
     if memory < MIN_WORKER_BYTES:
+        possible = memory * workers // MIN_WORKER_BYTES
         raise UsageError(
-            f"{workers} workers would have {memory >> 20} MiB of memory each, and need {MIN_WORKER_BYTES >> 20} MiB. "
-            f"Start at most {max(1, memory * workers // MIN_WORKER_BYTES)}."
+            f"{workers} worker{'s' * (workers != 1)} would have {memory >> 20} MiB of memory each, and need "
+            f"{MIN_WORKER_BYTES >> 20} MiB. {f'Start at most {possible}' if possible else 'Convert without workers'}."
         )
     with (
         TemporaryDirectory(prefix="streamconv-dask-", ignore_cleanup_errors=True) as folder,

@@ -1,7 +1,7 @@
 """Writes the weight files of a plan on the workers of a Dask cluster, one file in each task.
 
-Each task is given to one worker, and no worker has more tasks than it may run at once, so ten thousand files do not
-flood the scheduler, and a file that its worker was lost with can be given to the next one at once. That one resumes it.
+Each task is given to one worker, and no worker has more tasks than it may run at once. So ten thousand files do not
+flood the scheduler, and the file of a lost worker can be given to another one at once, which resumes it.
 """
 
 import os
@@ -47,13 +47,14 @@ def write_files_on(
     Args:
         output: An output that has begun.
         progress: Called with the bytes of all files. The number never falls: if a file must be written again from an
-            earlier point, it stays as it is until that file has caught up.
+            earlier point, it stays the same until that file has caught up.
 
     Returns:
-        The files by name, and how many of their bytes were there already.
+        The files by name, and how many of their bytes interrupted processes had written.
 
     Raises:
-        UsageError: the client is asynchronous, or a worker lacks this version of streamconv or does not see the files.
+        UsageError: the client is asynchronous, or a worker has another version of streamconv or cannot reach the
+            files.
         SourceError, OutputError: as in one process; or the scheduler or all workers are lost, or a file is given up.
     """
     if client.asynchronous:
@@ -84,14 +85,14 @@ class _Losses:
 class _Reports:
     """What the tasks report: the furthest position in each file, and which attempts run.
 
-    The client's thread calls `receive`. The client refers to it even when it has unsubscribed, so this refers to
-    nothing that is large or that the cluster keeps for us.
+    The client's thread calls `receive`. The client keeps a reference to that method even after it has unsubscribed, so
+    this object refers to nothing large, and to nothing that the cluster keeps for us.
     """
 
     def __init__(self) -> None:
         self.positions: dict[str, int] = {}
         self.running: set[tuple[str, int]] = set()
-        self._has_news = Event()
+        self._has_report = Event()
 
     def receive(self, event: tuple[float, tuple[str, int, int]]) -> None:
         filename, attempt, position = event[1]
@@ -100,16 +101,16 @@ class _Reports:
         else:
             self.running.add((filename, attempt))
             self.positions[filename] = max(position, self.positions.get(filename, 0))
-        self._has_news.set()
+        self._has_report.set()
 
     def wait(self) -> None:
-        """Wait a moment, or until there is news."""
-        self._has_news.wait(POLL_SECONDS)
-        self._has_news.clear()
+        """Wait until a task reports something, at most `POLL_SECONDS`."""
+        self._has_report.wait(POLL_SECONDS)
+        self._has_report.clear()
 
 
 class _Tasks:
-    """The files that are written, and the tasks that write them."""
+    """The weight files to write, and the tasks that write them."""
 
     def __init__(self, client: "Client", workers: UsableWorkers, output: Location, shards: Sequence[Shard]):
         self._client, self._workers, self._output, self._shards = client, workers, output, shards
@@ -178,7 +179,7 @@ class _Tasks:
             _log.debug("%s is written by the worker %s", name, worker)
 
     def _collect(self) -> None:
-        """Collect what has ended, and put the files of lost workers back."""
+        """Collect the results of tasks that have ended, and return the files of lost workers to those that wait."""
         for future, task in [*self._tasks.items()]:
             if future.status == "error":
                 self._end(future, future.exception())
@@ -211,7 +212,7 @@ class _Tasks:
         self._reports.positions[task.shard.filename] = task.shard.size
 
     def _lose(self, future: "Future") -> None:
-        """Put the file of a lost worker back."""
+        """Return the file of a lost worker to those that wait."""
         task = self._tasks.pop(future)
         future.cancel()
         self._workers.forget(task.worker)

@@ -1,7 +1,8 @@
-"""Processes of this machine that are Dask workers, with one thread each.
+"""Dask workers on this machine: processes with one thread each.
 
-`distributed.LocalCluster` starts its own by multiprocessing, which imports the caller's main module again, and fails if
-that was read from stdin. They are also interrupted by Ctrl-C in a terminal, and print tracebacks. These are not.
+`distributed.LocalCluster` starts its workers by multiprocessing, which imports the caller's main module again, and
+fails if that was read from stdin. Ctrl-C in a terminal interrupts those workers, and they print tracebacks. These
+workers are in a session of their own, and print into a file.
 """
 
 import subprocess
@@ -23,7 +24,7 @@ _RUN = "from distributed.cli.dask_worker import main; main()"
 
 @contextmanager
 def local_workers(client: Any, number: int, memory: int, folder: Path) -> Iterator[None]:
-    """Start the workers of a scheduler; they end with the block. One that ends before is replaced.
+    """Start the workers of a scheduler; they end with the block. A worker that ends earlier is replaced.
 
     Args:
         memory: The limit of each, in bytes.
@@ -46,6 +47,8 @@ def local_workers(client: Any, number: int, memory: int, folder: Path) -> Iterat
 
 
 class _Workers:
+    """The processes, and a thread that replaces those that have ended."""
+
     def __init__(self, arguments: list[str], folder: Path):
         self._command = [*python_command(_RUN), *arguments]
         self._messages = folder / "log"
@@ -57,7 +60,7 @@ class _Workers:
         try:
             self._processes += [self._process() for _ in range(number)]
         except OSError as error:
-            raise UsageError(f"The {number} local workers cannot be started: {error}.") from error
+            raise UsageError(f"The local workers cannot be started: {error}.") from error
 
     def wait(self, client: Any) -> None:
         """Wait until all have joined."""
@@ -70,7 +73,7 @@ class _Workers:
             self._is_closed.wait(POLL_SECONDS)
         lines = self._messages.read_text(errors="replace").split("\n")
         reason = next((printable(line) for line in reversed(lines) if line), f"none joined in {START_SECONDS:g} s")
-        raise UsageError(f"The {number} local workers cannot be started: {reason}.")
+        raise UsageError(f"The local workers cannot be started: {reason}.")
 
     def replace_lost(self) -> None:
         self._thread.start()

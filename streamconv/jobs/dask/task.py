@@ -1,4 +1,4 @@
-"""What Dask's workers do: report whether they can be used, and write weight files, one in each task."""
+"""The functions that run on Dask workers: report whether a worker can be used, and write one weight file in a task."""
 
 import os
 import socket
@@ -19,7 +19,8 @@ from streamconv.tensors.checksums import RecordChecks
 _log = logger(__name__)
 
 REPORT_SECONDS = 0.5
-# The process of a lost worker may be alive, cut off from the scheduler. It stops, but does not notice at once.
+# How long to wait for the lock of a file. The process of a lost worker may be alive, cut off from the scheduler: it
+# stops, but only when it notices that.
 BUSY_SECONDS = 20.0
 ENDED = -1  # reported instead of a position
 # Memory for writing one file. Measured: 15 MB from a disk to a disk, 20 MB from http, 55 MB to S3; the process has 120.
@@ -62,7 +63,7 @@ def write_file(
         topic: Receives events of the form (filename, attempt, number of bytes done, or `ENDED`).
 
     Returns:
-        The file, and how many of its bytes were there already.
+        The complete file, and how many of its bytes an interrupted process had written.
     """
     (shard,) = (shard for shard in planned.plan.shards if shard.filename == filename)
     task = _RunningTask(filename, topic, attempt)
@@ -116,9 +117,9 @@ class _RunningTask:
         self.worker.log_event(self._topic, (self._filename, self._attempt, position))
 
     def require_wanted(self) -> None:
-        """Check that the client has not cancelled the task, and that neither it nor the scheduler is gone.
+        """Check that the client has not cancelled the task, and that client and scheduler are still there.
 
-        Dask cannot stop a thread, so a cancelled task must find out.
+        Dask cannot stop a thread, so a task must check whether it was cancelled.
 
         Raises:
             Cancelled

@@ -1,8 +1,8 @@
 """The workers of a Dask cluster that can write an output: those with this version that reach its files.
 
-A worker that lacks the package must not be sent a task: the message cannot be unpickled there, and Dask gives up the
-worker. So each worker is inspected before it gets one, by a call that such a worker answers with an error. The plan is
-sent once to each.
+A worker without the package must not be sent a task: it cannot unpickle the message, and Dask then gives up on the
+worker. So each worker is inspected first, by a call that returns an error from such a worker. The plan is sent once to
+each usable worker.
 """
 
 import os
@@ -34,7 +34,7 @@ WAIT_SECONDS = 300.0  # for a worker, if there is none
 
 
 class UsableWorkers:
-    """The usable workers of a cluster. ``plans`` are the copies of the plan that they were sent, by address."""
+    """The usable workers of a cluster. ``plans`` are the copies of the plan that were sent to them, by address."""
 
     def __init__(self, client: "Client", planned: PlannedConversion, output: Location):
         self.plans: dict[str, Future] = {}
@@ -86,7 +86,7 @@ class UsableWorkers:
             )
 
     def forget(self, worker: str) -> None:
-        """Give a worker that has lost a task no other before `update` has found it again."""
+        """Give no task to a worker that has lost one, until `update` finds the worker again."""
         self.plans.pop(worker, None)
 
     def free(self, busy: Mapping[str, int]) -> Iterator[str]:
