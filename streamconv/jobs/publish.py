@@ -18,13 +18,12 @@ from streamconv.hub.destination import PushTarget
 from streamconv.hub.names import published_model
 from streamconv.hub.repository import Repository
 from streamconv.jobs.claims import confirm_claims, verify_command, was_verified_here, without_unconfirmed_claims
+from streamconv.jobs.finished_output import require_finished
 from streamconv.jobs.options import PushOptions, StrPath
 from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
 from streamconv.logs import logger
-from streamconv.output.journal import is_unfinished
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, is_weights
-from streamconv.output.ownership import refuse_parts
-from streamconv.output.readable import reading_output, require_folder
+from streamconv.output.readable import reading_output
 from streamconv.output.verdict import has_passed
 from streamconv.progress import Progress, ignore_progress, job
 
@@ -173,10 +172,7 @@ def _read_verified(folder: Path, push: PushOptions) -> Manifest:
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    require_folder(folder)
-    refuse_parts(folder)
-    if is_unfinished(folder):
-        raise OutputError(f"{folder} holds an unfinished conversion. Finish it first: run the same command again.")
+    require_finished(folder)
     manifest = Manifest.read(folder)
     if manifest is None:
         raise OutputError(f"{folder} has no {MANIFEST_NAME}, which lists the files to push. Convert the model first.")

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from streamconv.files.address import Location, parse_folder
 from streamconv.jobs.beside import beside
+from streamconv.jobs.finished_output import require_finished
 from streamconv.jobs.model_options import check_names, check_options, started_models
 from streamconv.jobs.options import SourceOptions, StrPath, VerificationOptions
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.jobs.recorded import recorded_options, with_recorded_as_unproved
 from streamconv.jobs.verify_alone import log_checks, now, verify_alone
-from streamconv.jobs.verify_store import MODELS_NOT_RUN, refuse_model_options, require_finished
+from streamconv.jobs.verify_store import MODELS_NOT_RUN, refuse_model_options
 from streamconv.logs import logger
 from streamconv.output.files import write_file
 from streamconv.output.manifest import Manifest, WrittenFile, in_order
