@@ -1,5 +1,6 @@
 """Decides whether two conversions are the same, by their options and whatever identifies their sources."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from streamconv.files.base import UNVERSIONED
@@ -20,6 +21,11 @@ def differences(one: Provenance, other: Provenance) -> list[str]:
     if one.image_processor != other.image_processor:
         found.append("image processor")
     return sorted(found)
+
+
+def shown_differences(found: Sequence[str]) -> str:
+    """Return what `differences` found as a clause, such as "backbone and list of labels differ"."""
+    return f"{' and '.join(found)} differ{'s' if len(found) == 1 else ''}"
 
 
 def is_unidentified(one: Provenance, other: Provenance) -> bool:

@@ -13,7 +13,7 @@ def open_shared_output(location: Location) -> SharedOutput:
     Raises:
         UsageError: nothing can be written to such a URL.
     """
-    # Each is imported only when it is needed, so that a local conversion does not pay for their memory.
+    # Imported only when needed, so that a local conversion does not pay for the memory of the other modules.
     if isinstance(location, Path):
         from streamconv.output.shared_folder import SharedFolder
 
@@ -25,10 +25,12 @@ def open_shared_output(location: Location) -> SharedOutput:
         )
     if "::" in location.url:
         raise UsageError(f"{location} is a chain of URLs, which cannot be written to. Give a folder or a store's URL.")
+    from streamconv.output.stores.output import StoreOutput
+
     if location.scheme in ("s3", "s3a"):
-        from streamconv.output.stores.s3 import S3Output
+        from streamconv.output.stores.s3 import S3Store
 
-        return S3Output(location)
-    from streamconv.output.stores.fsspec_store import FsspecOutput
+        return StoreOutput(S3Store(location))
+    from streamconv.output.stores.fsspec_store import FsspecStore
 
-    return FsspecOutput(location)
+    return StoreOutput(FsspecStore(location))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamconv.errors import OutputError
-from streamconv.output.identity import differences, is_unidentified
+from streamconv.output.identity import differences, is_unidentified, shown_differences
 from streamconv.output.journal import Journal
 from streamconv.output.manifest import Manifest, Provenance, is_our_name, is_weights
 from streamconv.output.readable import names_in
@@ -44,7 +44,7 @@ def require_free(
         state = "an unfinished" if manifest is None else "another"
         raise OutputError(
             f"{folder} holds {state} conversion, of {existing.title}: its "
-            f"{' and '.join(other)} differ{'s' if len(other) == 1 else ''}. Choose another folder, or replace it with "
+            f"{shown_differences(other)}. Choose another folder, or replace it with "
             "--force."
         )
 

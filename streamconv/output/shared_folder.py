@@ -19,7 +19,7 @@ from streamconv.output.disk import require_space, require_writable
 from streamconv.output.files import as_output_error, make_folder, sync_folder, write_file
 from streamconv.output.finished import find_earlier, find_edited
 from streamconv.output.folder import remove_conversion
-from streamconv.output.identity import differences
+from streamconv.output.identity import differences, shown_differences
 from streamconv.output.journal import JOURNAL_NAME, Journal, is_unfinished
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, WrittenFile, is_weights
 from streamconv.output.open_journal import OpenJournal, locked_journal, require_unlocked_journal
@@ -149,8 +149,8 @@ class SharedFolder:
         if journal.provenance is None or not (other := differences(journal.provenance, planned.provenance)):
             return
         raise OutputError(
-            f"{self.location} holds parts of another plan, of {journal.provenance.title}: for {name}, the "
-            f"{' and '.join(other)} differ{'s' if len(other) == 1 else ''}. Choose another folder, or delete this one."
+            f"{self.location} holds parts of another conversion, of {journal.provenance.title}: for {name}, the "
+            f"{shown_differences(other)}. Choose another folder, or delete this one."
         )
 
     def _recorded(self, name: str) -> WrittenFile | None:

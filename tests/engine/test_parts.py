@@ -211,7 +211,7 @@ def test_parts_of_another_plan_are_refused(work: Path) -> None:
             lambda plan=plan: streamconv.convert_plan(work / plan, work / "out", part="2/3"),
             lambda plan=plan: streamconv.finish(work / "out", work / plan),
         ):
-            with pytest.raises(OutputError, match="holds parts of another plan"):
+            with pytest.raises(OutputError, match="holds parts of another conversion"):
                 call()
     assert contents(work / "out") == before
 

@@ -243,7 +243,7 @@ def test_another_conversion_is_refused_and_replaced_with_force(
         assert bucket.uploads
     before, uploads = bucket.objects, bucket.uploads
     bucket.server.reset()
-    with pytest.raises(OutputError, match=r"holds an.* conversion, of .*: its plan .* differs.* prefix, or .*--force"):
+    with pytest.raises(OutputError, match=r"holds an.* conversion, of .*: its plan .* differs.* URL, or .*--force"):
         api.convert(source, f"{bucket.url}/a/b", dtype="bfloat16")
     assert (bucket.objects, bucket.uploads) == (before, uploads)
     assert bucket.server.count("PutObject", "CreateMultipartUpload") == 0

@@ -68,7 +68,7 @@ def objects(bucket: Bucket, at: int) -> dict[str, bytes]:
 
 @linux
 def test_memory_does_not_grow_with_the_model(bucket: Bucket, tmp_path: Path) -> None:
-    """It is that of s3fs, and of five parts of 8 MiB."""
+    """The memory is that of s3fs and of five parts of 8 MiB."""
     peaks = []
     for name, layers in (("small", 5), ("large", 24)):  # 63 and 303 MB
         source = save_zeros(tmp_path / f"{name}.pth", tiny(layers=layers, hidden=512))
@@ -83,8 +83,8 @@ def test_forked_process_connects_again(bucket: Bucket) -> None:
     code = f"""
 import os
 from streamconv.files.address import Address
-from streamconv.output.stores.s3 import S3Output
-output = S3Output(Address("{bucket.url}/a"))
+from streamconv.output.open_shared import open_shared_output
+output = open_shared_output(Address("{bucket.url}/a"))
 print(*output._store.list(), flush=True)
 child = os.fork()
 print(*output._store.list(), flush=True)

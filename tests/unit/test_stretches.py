@@ -6,7 +6,7 @@ import pytest
 
 from streamconv.files.base import ByteRange, FileRef
 from streamconv.output.stores import part_layout
-from streamconv.output.stores.stretches import CopiedRange, stretches
+from streamconv.output.stores.stretches import CopiedRange, cut_into_stretches
 from streamconv.planning.shards import Shard
 from streamconv.tensors.computed import Cast
 from streamconv.tensors.expressions import Expression, Read, Record
@@ -33,7 +33,7 @@ def read(of: Record, offset: int = 0, nbytes: int | None = None) -> Read:
 def copied(*tensors: Expression, header: bytes = b"h" * 100) -> list[tuple[str, int, int]]:
     """Return what is copied: names, and offsets and lengths in the records."""
     shard = Shard("model.safetensors", header, tuple((f"t{i}", tensor) for i, tensor in enumerate(tensors)))
-    found = stretches(shard, lambda file: file == SOURCE, PART)
+    found = cut_into_stretches(shard, lambda file: file == SOURCE, PART)
     ranges = [each for each in found if isinstance(each, CopiedRange)]
     return [(each.name, each.read.offset, each.read.info.nbytes) for each in ranges]
 
@@ -73,7 +73,7 @@ def test_stretches_are_the_whole_file_in_order() -> None:
     tensors = [read(record("a", 1_000)), read(record("b", 40)), read(record("c", 500)), read(record("d", 20, None))]
     shard = Shard("m", b"h" * 8, tuple((f"t{i}", tensor) for i, tensor in enumerate(tensors)))
     found, bytes_of = [], {"a": 0, "b": 0, "c": 0, "d": 0}
-    for stretch in stretches(shard, lambda file: True, PART):
+    for stretch in cut_into_stretches(shard, lambda file: True, PART):
         for each in [(stretch.name, stretch.read)] if isinstance(stretch, CopiedRange) else stretch:
             if isinstance(each, tuple):
                 [leaf] = each[1].leaves()

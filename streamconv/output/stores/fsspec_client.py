@@ -10,10 +10,8 @@ from streamconv.errors import OutputError, StreamconvError
 from streamconv.files import retries, slow
 from streamconv.files.address import Address
 from streamconv.logs import logger
-from streamconv.output.stores.store import StoreError
+from streamconv.output.stores.store import MAX_REASON, StoreError
 from streamconv.redaction import redacted
-
-MAX_REASON = 300  # characters of the store's own text
 
 _log = logger(__name__)
 
@@ -40,7 +38,7 @@ class FsspecClient:
         """Return the result of a call that sends ``length`` bytes.
 
         Raises:
-            StoreError: it failed, or takes longer than at `slow.MIN_STORE_RATE`.
+            StoreError: it failed, or took longer than it would at `slow.MIN_STORE_RATE`.
         """
         seconds = slow.RESPONSE_SECONDS + length / slow.MIN_STORE_RATE
         if not wait([future], seconds).done:
@@ -72,7 +70,7 @@ class FsspecClient:
         return self.call(function, *args)
 
     def _explained(self, error: Exception) -> StoreError:
-        """Return the error for a failed call. Its code is empty if it makes no sense to call again."""
+        """Return the error for a failed call. Its code is empty if the same call would fail again."""
         name, first_line = type(error).__name__, str(error).partition("\n")[0]  # Azure's errors quote the response
         reason = visible(redacted(f"{name}: {first_line}", self.address.secrets), MAX_REASON).removesuffix(".")
         if isinstance(error, NotImplementedError):

@@ -1,8 +1,8 @@
-"""Outputs in every other store that fsspec can write to: gs://, az:// and others.
+"""Every other store that fsspec can write to, as a `Store`: gs://, az:// and others.
 
-A file is written from its beginning to its end. It is resumed as a whole: fsspec has no way to continue an upload of
-another process. On Google Cloud Storage and Azure, an object appears when its file is closed, and not before. Anywhere
-else, a file may be visible while it is written, so it has a temporary name, and is renamed.
+A file is written from its beginning to its end. An interrupted file is written again as a whole, because fsspec cannot
+continue an upload of another process. On Google Cloud Storage and Azure, an object appears when its file is closed, and
+not before. Anywhere else, a file may be visible while it is written, so it has a temporary name, and is renamed.
 """
 
 from collections.abc import Iterable
@@ -13,21 +13,13 @@ from typing import Any
 from streamconv.errors import OutputError
 from streamconv.files.address import Address
 from streamconv.output.stores.fsspec_client import FsspecClient
-from streamconv.output.stores.output import StoreOutput
 from streamconv.output.stores.store import StoredObject, StoreError, Upload
 
 APPEARS_WHEN_CLOSED = ("gs", "gcs", "az", "abfs", "abfss")
 BLOCK_BYTES = 8 << 20
-BLOCKS_AT_ONCE = 2  # that wait to be sent; one more is being filled
-# Under these names stores report what changes with the contents of an object; the best first.
+BLOCKS_AT_ONCE = 2  # waiting to be sent; one more is being filled
+# The names under which stores report what changes with an object's contents; the most reliable first.
 _VERSIONS = ("etag", "ETag", "generation", "md5Hash", "content_md5", "last_modified", "mtime", "modified", "created")
-
-
-class FsspecOutput(StoreOutput):
-    """A `SharedOutput` in a store that fsspec can write to."""
-
-    def __init__(self, address: Address):
-        super().__init__(FsspecStore(address))
 
 
 class FsspecStore:

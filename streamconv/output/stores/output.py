@@ -1,7 +1,7 @@
 """An output in an object store, written straight from the buffers: no file on this machine.
 
-A file whose record says that it is complete, and whose object still has the recorded size and version, is kept without
-reading the source. Any other is written by `store_writer`.
+A file that is recorded as complete, and whose object still has the recorded size and version, is kept without reading
+the source. Any other file is written by `writer`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from streamconv.files.address import Address
 from streamconv.files.reader import Reader
 from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.logs import logger
-from streamconv.output.identity import differences, is_unidentified
+from streamconv.output.identity import differences, is_unidentified, shown_differences
 from streamconv.output.manifest import MANIFEST_NAME, Manifest, Provenance, WrittenFile, is_our_name, is_weights
 from streamconv.output.planned import PlannedConversion
 from streamconv.output.shared import FileState
@@ -35,8 +35,8 @@ from streamconv.tensors.checksums import RecordChecks
 
 _log = logger(__name__)
 
-MAX_STARTS = 3  # of an upload that is lost again and again
-READS_AT_ONCE = 8  # of records
+MAX_STARTS = 3  # uploads of one file, if they are lost again and again
+READS_AT_ONCE = 8  # records
 
 
 class StoreOutput:
@@ -57,7 +57,7 @@ class StoreOutput:
         if existing is None and present:
             raise OutputError(
                 f"{self.location} already holds {', '.join(present)}, which streamconv did not write. Choose another "
-                "prefix."
+                "URL."
             )
         if existing is not None and self._is_replaced(existing, manifest, planned.provenance, present, force=force):
             self._remove(manifest)
@@ -83,7 +83,9 @@ class StoreOutput:
         advance: Advance,
         part: str = "",
     ) -> tuple[WrittenFile, int]:
-        for starts_left in reversed(range(MAX_STARTS)):
+        starts = 0
+        while True:
+            starts += 1
             record = self._record(shard.filename, planned.provenance)
             found = self._store.find(shard.filename)
             if found is not None and (written := self._complete(shard, record, found, planned.provenance)):
@@ -94,11 +96,10 @@ class StoreOutput:
                 copies = planned.server_side_copy
                 return write_file(self._store, shard, record, begun, reader, checks, advance, server_side_copy=copies)
             except UploadLostError as error:
-                if not starts_left:
+                if starts == MAX_STARTS:
                     raise
                 _log.warning("%s Trying again.", error)
                 checks.forget_ranges()
-        raise AssertionError("unreachable")
 
     def states(self, planned: PlannedConversion) -> dict[str, FileState]:
         found, begun = self._store.list(), {file_of(name) for name in self._store.list(RECORDS)}
@@ -139,14 +140,14 @@ class StoreOutput:
         """Return the record of a weight file.
 
         Raises:
-            OutputError: it is that of another conversion.
+            OutputError: it belongs to another conversion.
         """
         name = record_name(file)
         record = parse_record(FileRecord, self._store.read(name), self._where(name))
         if record is not None and (other := differences(record.provenance, provenance)):
             raise OutputError(
                 f"{self.location} holds parts of another conversion, of {record.provenance.title}: for {file}, the "
-                f"{' and '.join(other)} differ{'s' if len(other) == 1 else ''}. Choose another prefix."
+                f"{shown_differences(other)}. Choose another URL."
             )
         return record
 
@@ -194,7 +195,7 @@ class StoreOutput:
         """Return whether the conversion that is there must be deleted.
 
         Raises:
-            OutputError: it is another one, and ``force`` is not given.
+            OutputError: it is another conversion, and ``force`` is not set.
         """
         other = differences(existing, provenance)
         if not other:
@@ -204,8 +205,8 @@ class StoreOutput:
             return True
         state = "an unfinished" if manifest is None else "another"
         raise OutputError(
-            f"{self.location} holds {state} conversion, of {existing.title}: its {' and '.join(other)} "
-            f"differ{'s' if len(other) == 1 else ''}. Choose another prefix, or replace it with --force."
+            f"{self.location} holds {state} conversion, of {existing.title}: its {shown_differences(other)}. "
+            "Choose another URL, or replace it with --force."
         )
 
     def _remove(self, manifest: Manifest | None) -> None:
@@ -219,7 +220,7 @@ class StoreOutput:
         self._store.delete([MANIFEST_NAME])
 
     def _abort_uploads(self, names: Iterable[str]) -> None:
-        """Delete what killed processes left; if that is not allowed, nothing but space is lost."""
+        """Delete the uploads of killed processes. If that is not allowed, they only take space."""
         try:
             self._store.abort_uploads(names)
         except StoreError as error:

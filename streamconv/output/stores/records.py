@@ -74,8 +74,8 @@ def parse_record(kind: type[AnyRecord], data: bytes | None, where: str) -> AnyRe
         value = parse_small_json(data)
         if isinstance(value, dict) and value.get("format_version") != FORMAT_VERSION:
             raise OutputError(
-                f"{where} was written by another version of streamconv: delete it and the unfinished files beside it, "
-                "and convert again."
+                f"{where} was written by another version of streamconv. Finish the conversion with that version, or "
+                "choose another URL."
             )
         record: AnyRecord = parse(kind, value)
     except ValueError as error:

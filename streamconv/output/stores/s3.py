@@ -1,4 +1,4 @@
-"""Outputs on S3, and on stores that speak its protocol."""
+"""S3, and stores that speak its protocol, as a `Store`."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -6,25 +6,17 @@ from typing import Any
 from streamconv.errors import OutputError
 from streamconv.files.address import Address
 from streamconv.output.stores import s3_upload
-from streamconv.output.stores.output import StoreOutput
 from streamconv.output.stores.s3_client import S3Client
 from streamconv.output.stores.s3_copy import S3Copier
 from streamconv.output.stores.s3_errors import MISSING
 from streamconv.output.stores.s3_upload import PartUpload, SmallUpload, losing, part_bytes_for, plain_etag
 from streamconv.output.stores.store import StoredObject, StoreError, Upload, UploadLostError
 
-MAX_LISTED = 100_000  # objects directly in a prefix; a hundred times those of the largest model
-
-
-class S3Output(StoreOutput):
-    """A `SharedOutput` below a prefix of a bucket."""
-
-    def __init__(self, address: Address):
-        super().__init__(S3Store(address))
+MAX_LISTED = 100_000  # objects directly in a prefix; the largest model has about a thousand
 
 
 class S3Store:
-    """A `Store` in a bucket."""
+    """A `Store` below a prefix of a bucket."""
 
     def __init__(self, address: Address):
         self.address = address
@@ -38,7 +30,7 @@ class S3Store:
             for each in page.get("Contents", ()):
                 found[each["Key"].removeprefix(prefix)] = StoredObject(each["Size"], plain_etag(each))
             if len(found) > MAX_LISTED:
-                raise OutputError(f"{self.address} holds more than {MAX_LISTED:,} objects. Choose a prefix of its own.")
+                raise OutputError(f"{self.address} holds more than {MAX_LISTED:,} objects. Choose another URL.")
         return found
 
     def find(self, name: str) -> StoredObject | None:

@@ -1,7 +1,7 @@
-"""Sends requests to S3, or a store that speaks its protocol, through s3fs: by the same credentials as reading.
+"""Sends requests to S3, or a store that speaks its protocol, through s3fs: with the credentials that reading uses.
 
-s3fs and botocore would each repeat failed requests. Here, neither does: `S3Client.call` decides what is repeated, when,
-and how long to wait for a silent store, as for files that are read.
+s3fs and botocore would each repeat failed requests. Here, neither does: `S3Client.call` decides what is repeated and
+when, and how long to wait for a store that does not respond, as for files that are read.
 """
 
 import asyncio
@@ -18,11 +18,12 @@ from streamconv.errors import OutputError
 from streamconv.files import retries, slow
 from streamconv.files.address import Address
 from streamconv.logs import logger
-from streamconv.output.stores.s3_errors import MAX_REASON, Failure, explained
+from streamconv.output.stores.s3_errors import Failure, explained
+from streamconv.output.stores.store import MAX_REASON
 from streamconv.redaction import redacted
 
-MAX_TIMEOUTS = 2  # attempts that the store does not answer, one after the other
-MAX_READ_BYTES = 64 << 20  # of an object: only small files and records are read
+MAX_TIMEOUTS = 2  # attempts in a row without a response
+MAX_READ_BYTES = 64 << 20  # only small files and records are read here
 _POLL_SECONDS = 0.2
 
 _log = logger(__name__)
@@ -40,12 +41,12 @@ class S3Client:
         self._file_system: Any = None
         self._process = 0
         self.bucket, self.prefix = self._split()
-        self._has_answered = False
+        self._has_responded = False
 
     def _split(self) -> tuple[str, str]:
         bucket, prefix, _ = self._connected().split_path(self.address.url)
         if not bucket:
-            raise OutputError(f"{self.address} names no bucket. Write it as s3://BUCKET/PREFIX.")
+            raise OutputError(f"{self.address} names no bucket. Write it as s3://BUCKET/FOLDER.")
         return bucket, prefix.strip("/")
 
     def url_of(self, key: str) -> str:
@@ -63,27 +64,27 @@ class S3Client:
         """Return the response to an operation on the bucket, named as in botocore; failures are retried.
 
         Args:
-            stop: If it is set, the request is given up.
-            seconds: How long to wait for an answer while no byte of the body is sent.
+            stop: Set to give up the request.
+            seconds: How long to wait for a response while no byte of the body is sent.
 
         Raises:
-            StoreError: the store refuses it, fails repeatedly, or does not answer.
-            StoppedError
+            StoreError: the store refuses it, fails repeatedly, or does not respond.
+            StoppedError: ``stop`` was set.
         """
         stop, tries, timeouts = stop or Event(), 0, 0
         waits = retries.RETRY_WAITS_SECONDS
         while True:
             tries += 1
             try:
-                answer = self._attempt(operation, stop, seconds or slow.RESPONSE_SECONDS / MAX_TIMEOUTS, arguments)
-                self._has_answered = True
-                return answer
+                response = self._attempt(operation, stop, seconds or slow.RESPONSE_SECONDS / MAX_TIMEOUTS, arguments)
+                self._has_responded = True
+                return response
             except (StoppedError, OutputError):
                 raise
             except Exception as error:  # s3fs, botocore and aiohttp have their own
                 failure = Failure.of(error, self.address)
                 timeouts = timeouts + 1 if isinstance(error, TimeoutError) else 0
-            most = len(waits) if self._has_answered else retries.RETRIES_BEFORE_OPEN
+            most = len(waits) if self._has_responded else retries.RETRIES_BEFORE_OPEN
             if not failure.may_pass or tries > most or timeouts == MAX_TIMEOUTS:
                 raise explained(failure, operation, self.address, self.bucket, tries)
             pause = waits[tries - 1]
@@ -93,7 +94,7 @@ class S3Client:
                 raise StoppedError
 
     def pages(self, operation: str, *markers: str, **arguments: Any) -> Iterator[dict[str, Any]]:
-        """Yield the pages of a list. ``markers`` are the parameters that say where the next page begins."""
+        """Yield the pages of a list. ``markers`` are the parameters for the beginning of the next page."""
         page = self.call(operation, **arguments)
         yield page
         while page.get("IsTruncated"):
@@ -104,7 +105,7 @@ class S3Client:
         file_system, body = self._connected(), arguments.get("Body")
         if isinstance(body, BytesIO):
             body.seek(0)
-        call = _answer(file_system, operation, {"Bucket": self.bucket, **arguments})
+        call = _response(file_system, operation, {"Bucket": self.bucket, **arguments})
         future = asyncio.run_coroutine_threadsafe(call, file_system.loop)
         sent, since = 0, monotonic()
         while not wait([future], _POLL_SECONDS).done:
@@ -125,17 +126,17 @@ class S3Client:
         return self._file_system
 
 
-async def _answer(file_system: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+async def _response(file_system: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the response to an operation, with the contents of an object that is read."""
-    answer: dict[str, Any] = await file_system._call_s3(operation, **arguments)
+    response: dict[str, Any] = await file_system._call_s3(operation, **arguments)
     if operation == "get_object":
-        async with answer["Body"] as body:
-            if answer["ContentLength"] > MAX_READ_BYTES:
+        async with response["Body"] as body:
+            if response["ContentLength"] > MAX_READ_BYTES:
                 raise OutputError(
-                    f"{arguments['Key']} has {answer['ContentLength']:,} bytes, too many for a small file."
+                    f"{arguments['Key']} has {response['ContentLength']:,} bytes, too many for a small file."
                 )
-            answer["Body"] = await body.read()
-    return answer
+            response["Body"] = await body.read()
+    return response
 
 
 def _file_system(address: Address) -> Any:
@@ -143,20 +144,20 @@ def _file_system(address: Address) -> Any:
         import s3fs
     except ModuleNotFoundError as error:
         raise OutputError(
-            f"{address} needs the Python package s3fs, which is not installed. Run `pip install s3fs`."
+            f"{address} needs the Python package s3fs, which is not installed. Run `pip install 'streamconv[s3]'`."
         ) from error
     from fsspec.config import conf
     from fsspec.core import url_to_fs
 
     config = {
-        "request_checksum_calculation": "when_required",  # others than Content-MD5 are refused by some stores
+        "request_checksum_calculation": "when_required",  # some stores refuse checksums other than Content-MD5
         "response_checksum_validation": "when_required",
         "read_timeout": slow.RESPONSE_SECONDS,
         **conf.get("s3", {}).get("config_kwargs", {}),
         "retries": {"total_max_attempts": 1},
     }
     try:
-        # fsspec caches it, by this configuration: the caller's own code has others.
+        # fsspec caches file systems by configuration, so those of the caller's own code are not changed.
         file_system, _ = url_to_fs(address.url, config_kwargs=config)
     except Exception as error:
         reason = visible(redacted(f"{type(error).__name__}: {error}", address.secrets), MAX_REASON).removesuffix(".")

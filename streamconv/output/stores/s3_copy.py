@@ -1,8 +1,8 @@
-"""Multipart uploads to S3 of which the store copies some parts from other objects (UploadPartCopy).
+"""Multipart uploads to S3 in which the store copies some parts from other objects (UploadPartCopy).
 
 The upload is created with CRC-32s: then S3 reports the CRC-32 of each part that it copies, and wants those of the
-others (https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyPartResult.html). Not every store that speaks its
-protocol does, which the first part that it copies shows.
+others (https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyPartResult.html). Other stores that speak its protocol
+may not: the first copied part shows whether they do.
 """
 
 import base64
@@ -63,7 +63,7 @@ class S3Copier:
         return S3CopyingUpload(self, self._client, self._key(name), upload, self.part_bytes(size), stored)
 
     def give_up(self, reason: str) -> CannotCopyError:
-        """Copy nothing any more, because of ``reason``; return the error for the file that is being written."""
+        """Stop copying, because of ``reason``; return the error for the file that is being written."""
         if not self._why_not:
             _log.warning("%s: its store cannot copy from the source (%s): reading it", self._client.address, reason)
         self._why_not = reason
@@ -110,7 +110,7 @@ class S3CopyingUpload(PartUpload):
             raise self._copier.give_up("the source has no ETag")
         bucket, _, key = file.address.url.partition("://")[2].partition("/")
         try:
-            answer = self._call(
+            response = self._call(
                 "upload_part_copy",
                 seconds=COMPLETE_SECONDS,
                 PartNumber=number,
@@ -126,7 +126,7 @@ class S3CopyingUpload(PartUpload):
             if self._copier.has_copied:
                 raise
             raise self._copier.give_up(error.code or str(error)) from error
-        result = answer.get("CopyPartResult", {})
+        result = response.get("CopyPartResult", {})
         if CHECKSUM not in result:
             raise self._copier.give_up("it reports no CRC-32 of what it copies")
         return SentPart(plain_etag(result), {CHECKSUM: result[CHECKSUM]})

@@ -5,10 +5,8 @@ from typing import Any
 
 from streamconv.display import visible
 from streamconv.files.address import Address
-from streamconv.output.stores.store import StoreError
+from streamconv.output.stores.store import MAX_REASON, StoreError
 from streamconv.redaction import redacted
-
-MAX_REASON = 300  # characters of the store's own text
 
 MISSING = frozenset({"NoSuchKey", "404"})
 LOST = frozenset({"NoSuchUpload", "InvalidPart"})

@@ -12,15 +12,15 @@ from itertools import count
 from threading import Event, Lock
 from typing import Any
 
+from streamconv.output.stores.part_layout import MAX_PARTS
 from streamconv.output.stores.s3_client import S3Client
 from streamconv.output.stores.s3_errors import LOST, MISSING
 from streamconv.output.stores.store import StoredObject, StoreError, UploadLostError
 
 PART_BYTES = 8 << 20
-MAX_PARTS = 10_000
-PARTS_AT_ONCE = 4  # in flight; one more is being filled
+PARTS_AT_ONCE = 4  # being sent; one more is being filled
 _MIB = 1 << 20
-# Of the answer to CompleteMultipartUpload: AWS may need minutes for many parts.
+# How long to wait for the response to CompleteMultipartUpload: AWS may need minutes for many parts.
 COMPLETE_SECONDS = 300.0
 
 
@@ -31,18 +31,19 @@ def part_bytes_for(size: int) -> int:
 
 @dataclass(frozen=True)
 class SentPart:
-    """A part that the store has. ``checksums`` are others than its ETag, by S3's names."""
+    """A part that the store has. ``checksums`` are those besides its ETag, by S3's names."""
 
     etag: str
     checksums: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def described(self) -> dict[str, str]:
+        """The part as CompleteMultipartUpload names it, without its number."""
         return {"ETag": self.etag, **self.checksums}
 
 
 class SmallUpload:
-    """An object that is put at once."""
+    """An object that is sent in one request."""
 
     id, part_bytes, held_bytes, kept_bytes = "", 0, 0, 0
 
@@ -54,10 +55,10 @@ class SmallUpload:
 
     def complete(self) -> StoredObject:
         size = self._body.tell()
-        answer = self._client.call(
+        response = self._client.call(
             "put_object", stop=self._stop, Key=self._key, Body=self._body, ContentMD5=_base64(_md5(self._body))
         )
-        return StoredObject(size, plain_etag(answer))
+        return StoredObject(size, plain_etag(response))
 
     def close(self) -> None:
         self._stop.set()
@@ -95,14 +96,16 @@ class PartUpload:
         sent = [part.result() for part in self._sent]
         parts = [{"PartNumber": number, **part.described} for number, part in enumerate(sent, 1)]
         try:
-            answer = self._call("complete_multipart_upload", seconds=COMPLETE_SECONDS, MultipartUpload={"Parts": parts})
+            response = self._call(
+                "complete_multipart_upload", seconds=COMPLETE_SECONDS, MultipartUpload={"Parts": parts}
+            )
         except UploadLostError:
-            # Another process may have completed it, or this one, if the answer was lost.
+            # Another process may have completed it, or this one, if the response was lost.
             found = find(self._client, self._key)
             if found is None or found != StoredObject(self._size, _etag_of_parts([part.etag for part in sent])):
                 raise
             return found
-        return StoredObject(self._size, plain_etag(answer))
+        return StoredObject(self._size, plain_etag(response))
 
     def close(self) -> None:
         self._stop.set()
@@ -150,12 +153,12 @@ class PartUpload:
 def find(client: S3Client, key: str) -> StoredObject | None:
     """Return an object's size and ETag, None if it does not exist."""
     try:
-        answer = client.call("head_object", Key=key)
+        response = client.call("head_object", Key=key)
     except StoreError as error:
         if error.code in MISSING:
             return None
         raise
-    return StoredObject(answer["ContentLength"], plain_etag(answer))
+    return StoredObject(response["ContentLength"], plain_etag(response))
 
 
 def abort(client: S3Client, key: str, upload: str) -> None:
@@ -166,7 +169,7 @@ def abort(client: S3Client, key: str, upload: str) -> None:
 
 @contextmanager
 def losing(client: S3Client, key: str) -> Iterator[None]:
-    """Raise `UploadLostError` if the store knows the upload, or one of its parts, no more."""
+    """Raise `UploadLostError` if the store does not have the upload, or one of its parts, any more."""
     try:
         yield
     except StoreError as error:
@@ -177,8 +180,8 @@ def losing(client: S3Client, key: str) -> Iterator[None]:
         raise
 
 
-def plain_etag(answer: Mapping[str, Any]) -> str:
-    return str(answer.get("ETag", "")).strip('"')
+def plain_etag(response: Mapping[str, Any]) -> str:
+    return str(response.get("ETag", "")).strip('"')
 
 
 def _held_bytes(stored: Mapping[int, tuple[int, str]], part_bytes: int) -> int:
@@ -187,7 +190,7 @@ def _held_bytes(stored: Mapping[int, tuple[int, str]], part_bytes: int) -> int:
 
 
 def _etag_of_parts(etags: Sequence[str]) -> str:
-    """Return the ETag that S3 gives to an object of these parts; of an encrypted one, ETags are no MD5s."""
+    """Return the ETag that S3 gives to an object of these parts; "" if it is encrypted, as its ETags are not MD5s."""
     try:
         return f"{hashlib.md5(b''.join(map(bytes.fromhex, etags)), usedforsecurity=False).hexdigest()}-{len(etags)}"
     except ValueError:

@@ -47,7 +47,7 @@ def send(shard: Shard, upload: Upload, reader: Reader, checks: RecordChecks, adv
 
 
 def send_with_copies(
-    file: list[Stretch], upload: CopyingUpload, reader: Reader, checks: RecordChecks, advance: Advance
+    stretches: list[Stretch], upload: CopyingUpload, reader: Reader, checks: RecordChecks, advance: Advance
 ) -> WrittenFile:
     """Send or copy the stretches of a file, and check the source's records.
 
@@ -57,7 +57,7 @@ def send_with_copies(
         CannotCopyError: before anything was copied.
     """
     checks.forget_ranges()  # of earlier files; a range that was read before would count as this file's
-    segments = [segment for stretch in file if not isinstance(stretch, CopiedRange) for segment in stretch]
+    segments = [segment for stretch in stretches if not isinstance(stretch, CopiedRange) for segment in stretch]
     contents = Contents(segments, NOT_STARTED, reader, checks, None)
     buffer = memoryview(bytearray(BUFFER_BYTES))
     copies: list[tuple[CopiedRange, Future[int]]] = []
@@ -65,7 +65,7 @@ def send_with_copies(
     position = 0
     with contents.proved_by_records(), contents.evaluator:
         contents.prefetch()
-        for stretch in file:
+        for stretch in stretches:
             if isinstance(stretch, CopiedRange):
                 read = stretch.read
                 copy = upload.copy(reader.open(read.record.file), read.range.start, read.info.nbytes)
@@ -107,5 +107,6 @@ def _add_copy(copied: CopiedRange, crc: int, reader: Reader, checks: RecordCheck
             raise
         raise WrongCopyError(
             f"The store's copy of {copied.name} differs from {record.file.location}, by its CRC-32, so it was deleted. "
-            "Run the same command again, or add --no-server-side-copy."
+            "Run the same command again, or convert with --no-server-side-copy (to convert by a plan, save the plan "
+            "again with this option)."
         ) from None

@@ -14,7 +14,7 @@ from streamconv.files.base import File, FileRef
 
 
 class StoreError(OutputError):
-    """A store refuses a request. ``code`` is its own name for the reason, such as "NoSuchUpload"."""
+    """A store refuses a request. ``code`` is the store's name for the reason, such as "NoSuchUpload"."""
 
     def __init__(self, message: str, code: str = ""):
         self.code = code
@@ -29,6 +29,9 @@ class CannotCopyError(OutputError):
     """The store cannot copy ranges of objects, or does not report their CRC-32s."""
 
 
+MAX_REASON = 300  # characters of the store's own text in a message
+
+
 @dataclass(frozen=True)
 class StoredObject:
     """A complete object. ``version`` changes with its contents, such as an ETag; empty if the store reports none."""
@@ -41,8 +44,8 @@ class Upload(Protocol):
     """An object that is being written, from its beginning to its end.
 
     ``id`` and ``part_bytes`` let another process resume it; an empty id means that it cannot. ``held_bytes`` counts the
-    bytes from the beginning on that the store holds from an earlier process, ``kept_bytes`` those that turned out to
-    equal the bytes written now, and were not sent again.
+    bytes from the beginning on that the store holds from an earlier process. ``kept_bytes`` counts those that equal the
+    bytes written now, and were not sent again.
     """
 
     id: str
@@ -68,7 +71,7 @@ class Upload(Protocol):
 
 
 class CopyingUpload(Upload, Protocol):
-    """An upload of which the store copies some parts from other objects; see `part_layout`."""
+    """An upload in which the store copies some parts from other objects; see `part_layout`."""
 
     def copy(self, file: File, start: int, length: int) -> "Future[int]":
         """Append a part with these bytes of a file; the result is their CRC-32.
@@ -76,7 +79,7 @@ class CopyingUpload(Upload, Protocol):
         Raises:
             CannotCopyError: before the first part has been copied.
             ChangedError: the file is not the one that was opened; also from the result.
-            UploadLostError, StoreError: likewise.
+            UploadLostError, StoreError: also from the result.
         """
 
     def end_part(self) -> None:
@@ -123,16 +126,16 @@ class Store(Protocol):
         """
 
     def find(self, name: str) -> StoredObject | None:
-        """Return an object's size and version, None if it does not exist."""
+        """Return an object's size and version; None if it does not exist."""
 
     def read(self, name: str) -> bytes | None:
-        """Return the contents of a small object, None if it does not exist."""
+        """Return the contents of a small object; None if it does not exist."""
 
     def put(self, name: str, data: bytes) -> None:
         """Write a small object, or replace it."""
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects one after the other; those that do not exist are no error."""
+        """Delete objects one after the other; those that do not exist are ignored."""
 
     def start(self, name: str, size: int) -> Upload:
         """Begin an object of ``size`` bytes."""
@@ -148,4 +151,4 @@ class Store(Protocol):
         """Return how many bytes of an upload that is not complete have arrived; 0 if there is no such upload."""
 
     def abort_uploads(self, names: Iterable[str]) -> None:
-        """Delete what arrived of these objects without being completed."""
+        """Delete what has arrived of uploads of these objects that are not complete."""

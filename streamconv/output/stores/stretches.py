@@ -28,8 +28,8 @@ Stretch = Segments | CopiedRange
 """Consecutive bytes of a file: segments to upload, or a part to copy."""
 
 
-def stretches(shard: Shard, can_copy: Callable[[FileRef], bool], part_bytes: int) -> list[Stretch]:
-    """Cut a file into what is uploaded and what is copied; empty if nothing can be copied.
+def cut_into_stretches(shard: Shard, can_copy: Callable[[FileRef], bool], part_bytes: int) -> list[Stretch]:
+    """Cut a file into what is uploaded and what is copied; return nothing if nothing can be copied.
 
     Args:
         can_copy: Returns whether the store has a file of the source.

@@ -1,7 +1,7 @@
 """Writes one weight file to a store, straight from the buffers.
 
-To resume a file, its bytes are made from the source again, because its sha256 needs them, and only those parts are sent
-that the store does not hold. Large ranges that the store has in the source's file may be copied there; see `stretches`.
+A resumed file is read from the source again, because its sha256 needs all bytes, but only the parts that the store
+lacks are sent. Large ranges that the store holds in the source's file may be copied there; see `stretches`.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from streamconv.output.manifest import WrittenFile
 from streamconv.output.stores.records import FileRecord, record_name, to_bytes
 from streamconv.output.stores.sender import WrongCopyError, send, send_with_copies
 from streamconv.output.stores.store import CannotCopyError, Copier, CopyingUpload, Store, Upload, UploadLostError
-from streamconv.output.stores.stretches import stretches
+from streamconv.output.stores.stretches import cut_into_stretches
 from streamconv.output.writer import Advance
 from streamconv.planning.shards import Shard
 from streamconv.tensors.checksums import RecordChecks
@@ -47,15 +47,15 @@ def write_file(
     Raises:
         UploadLostError: the upload was completed or aborted meanwhile.
         SourceError: the source cannot be read. If it is damaged or was changed, the upload is deleted.
-        WrongCopyError: likewise.
+        WrongCopyError: the store copied wrong bytes. The upload is deleted.
         StoreError
     """
     copier, name = store.copier if server_side_copy else None, shard.filename
-    file = stretches(shard, copier.can_copy, copier.part_bytes(shard.size)) if copier is not None else []
-    if copier is not None and file:
+    stretches = cut_into_stretches(shard, copier.can_copy, copier.part_bytes(shard.size)) if copier is not None else []
+    if copier is not None and stretches:
         try:
             with closing(_open_copying(copier, store, shard, earlier, begun)) as copying:
-                sending = partial(send_with_copies, file, copying, reader, checks, advance)
+                sending = partial(send_with_copies, stretches, copying, reader, checks, advance)
                 return _complete(store, name, begun, copying, sending), 0
         except CannotCopyError:
             checks.forget_ranges()
@@ -101,7 +101,7 @@ def _open(store: Store, shard: Shard, earlier: FileRecord | None, begun: FileRec
 def _open_copying(
     copier: Copier, store: Store, shard: Shard, earlier: FileRecord | None, begun: FileRecord
 ) -> CopyingUpload:
-    """Do the same as `_open` for an upload of which the store copies some parts."""
+    """Do the same as `_open` for an upload in which the store copies some parts."""
     name = shard.filename
     if earlier is not None and earlier.upload and earlier.written is None and earlier.has_copies:
         with suppress(UploadLostError):
