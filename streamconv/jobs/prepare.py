@@ -4,20 +4,18 @@ Download, writing, verification and publishing share the result.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from streamconv.errors import ChangedError, NetworkError, NoRangesError, OutputError, UsageError
+from streamconv.errors import ChangedError, NetworkError, NoRangesError, SourceError, UsageError
 from streamconv.families.base import Model
-from streamconv.files.address import Address, Location, local_path
+from streamconv.files.address import Address, Location
 from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.jobs.own_image_processor import own_image_processor
 from streamconv.logs import logger
-from streamconv.output.files import temporary_path
-from streamconv.output.journal import JOURNAL_NAME, Journal
-from streamconv.output.ownership import owned_names
+from streamconv.output.ownership import files_with_journals
 from streamconv.planning.make import make_plan
 from streamconv.planning.plan import Plan
 from streamconv.progress import Progress
@@ -33,8 +31,6 @@ from streamconv.source.small_files import remember_small_files
 from streamconv.tensors.expressions import Record
 
 _log = logger(__name__)
-
-CONVERT_FIRST = "Convert with `streamconv convert -o URL`, then verify with `streamconv verify URL SOURCE`."
 
 
 @dataclass(frozen=True)
@@ -86,6 +82,7 @@ def prepared_source(
     resolved = replace(resolved, head_select=options.head_select)
     if synthetic is not None:
         resolved = replace(resolved, model=synthetic, is_synthetic=True)
+    _refuse_parts(resolved)
     with ExitStack() as stack:
         try:
             opened = _open_indexes(resolved, options, progress, stack, is_exact=is_exact)
@@ -99,6 +96,17 @@ def prepared_source(
             digests = compute_digests(opened.checkpoints, progress)
             opened = replace(opened, source=replace(opened.source, digests=digests))
         yield _plan(opened, options, labels_of, progress)
+
+
+def _refuse_parts(source: Source) -> None:
+    """Refuse a folder as a source that is still being written in parts.
+
+    Raises:
+        SourceError
+    """
+    folder = source.backbone
+    if isinstance(folder, Path) and os.path.isdir(folder) and files_with_journals(folder):
+        raise SourceError(f"{folder} is being written in parts. Finish it first: `streamconv finish DIR --plan FILE`.")
 
 
 def _open_indexes(
@@ -192,61 +200,3 @@ def _plan(
     plan = replace(plan, notes=(*chosen, *plan.notes, *source.notes))
     origin = own_processor.origin if own_processor is not None else None
     return PreparedSource(source, plan, labels_from, options.labels is None, origin)
-
-
-def output_folder(folder: StrPath | None, prepared: PreparedSource, *, force: bool) -> Path:
-    """Return the folder to write into: the user's, or else one with the model's published name.
-
-    Args:
-        force: The files of a conversion in it will be deleted.
-
-    Raises:
-        UsageError: the name is empty or a URL, the model has no published name, or the output would overwrite the
-            source.
-        OutputError: a file has this name.
-    """
-    path = local_path(folder if folder is not None else default_folder(prepared), "output folder", CONVERT_FIRST)
-    read = [path for checkpoint in prepared.source.checkpoints.values() for path in checkpoint.paths]
-    refuse_own_output(read, path, prepared.plan.filenames, force=force)
-    return path
-
-
-def default_folder(prepared: PreparedSource) -> str:
-    """Return the model's published name, for a folder in the current one.
-
-    Raises:
-        UsageError: it has none.
-    """
-    if prepared.named_model is None:
-        file = prepared.source.source.backbone
-        raise UsageError(f"{file} is not a published model, so the output needs a name. Give -o DIR.")
-    return prepared.named_model.published_name
-
-
-def refuse_own_output(read: Iterable[Path], folder: Path, names: Iterable[str], *, force: bool) -> None:
-    """Refuse to overwrite the source.
-
-    Args:
-        read: The files of the source.
-        names: The files to be written. With ``force``, those of a conversion in the folder will be deleted, too.
-
-    Raises:
-        UsageError: the source would be overwritten.
-        OutputError: a file has the folder's name.
-    """
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise OutputError(f"{folder} is a file. Name a folder for the output.")
-    replaced = owned_names(folder, Journal.read(folder / JOURNAL_NAME)) if force else ()
-    paths = (folder / name for name in (*names, *replaced))
-    written = [each for path in paths for each in (path, temporary_path(path)) if os.path.exists(each)]
-    for path in read:
-        if any(_is_same(path, each) for each in written):
-            raise UsageError(f"{path} is the source, and output to {folder} would overwrite it. Choose another folder.")
-
-
-def _is_same(path: Path, other: Path) -> bool:
-    """Return whether both are one file. Another process may have renamed or deleted either meanwhile."""
-    try:
-        return os.path.samefile(path, other)
-    except FileNotFoundError:
-        return False

@@ -15,7 +15,8 @@ from streamconv.jobs.convert import convert_prepared
 from streamconv.jobs.convert_to_hub import Verify, convert_to_hub
 from streamconv.jobs.model_options import check_options, started_models
 from streamconv.jobs.options import ConversionOptions, PushOptions, StrPath, VerificationOptions
-from streamconv.jobs.prepare import CONVERT_FIRST, PreparedSource, local_copy, prepared_source
+from streamconv.jobs.output_location import CONVERT_FIRST
+from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
 from streamconv.jobs.publish import Published, publish_folder
 from streamconv.jobs.push_target import OnPush, ignore_target, open_repository
 from streamconv.jobs.synth import synthetic_model, temporary_checkpoint

@@ -119,6 +119,11 @@ def finish_output(planned: PlannedConversion, location: Location, progress: Prog
         written = {shard.filename: manifest.files[shard.filename] for shard in planned.plan.shards}
         return _result(planned, location, written, was_finished=True)
     states = output.states(planned)
+    if not any(state.size or state.part for state in states.values()):
+        raise OutputError(
+            f"{location} holds none of the {len(states):,} weight files of the plan. Write them with `streamconv "
+            "convert --plan FILE --part I/N`, or give the folder that they were written to."
+        )
     if missing := _missing(planned, states):
         raise OutputError(
             f"{location} is not complete. {'; '.join(first_lines(missing, SHOWN_PROBLEMS, len(missing)))}. Write "

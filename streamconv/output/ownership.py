@@ -71,8 +71,8 @@ def refuse_parts(folder: Path) -> None:
     if names := files_with_journals(folder):
         raise OutputError(
             f"{folder} is being written in parts, such as {names[0]}. Write the others with `streamconv convert --plan "
-            "FILE --part I/N` (or with the same --workers or --scheduler as before), then run `streamconv finish "
-            f"{folder} --plan FILE`. To start over, delete the folder."
+            f"FILE --part I/N -o {folder}` (or with the same --workers or --scheduler as before), then run "
+            f"`streamconv finish {folder} --plan FILE`. To start over, delete the folder."
         )
 
 

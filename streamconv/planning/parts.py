@@ -11,10 +11,23 @@ from streamconv.planning.shards import MAX_SHARDS, Shard
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A share of a plan's weight files: number ``number``, from 1 on, of ``count`` shares."""
+    """A share of a plan's weight files: number ``number``, from 1 on, of ``count`` shares.
+
+    Raises:
+        UsageError: there is no such part.
+    """
 
     number: int
     count: int
+
+    def __post_init__(self) -> None:
+        if not all(type(each) is int for each in (self.number, self.count)):
+            raise UsageError(f"{shown_value((self.number, self.count))} is not a part. Give two ints, as 3 and 16.")
+        if not 1 <= self.number <= self.count <= MAX_SHARDS:
+            raise UsageError(
+                f"{self.number}/{self.count} is not a part. Write it as 3/16, for the third of sixteen parts; the "
+                f"first is 1/16, and the last 16/16. There are at most {MAX_SHARDS:,}."
+            )
 
     @classmethod
     def parse(cls, text: "str | Part") -> "Part":
@@ -26,13 +39,9 @@ class Part:
         if isinstance(text, Part):
             return text
         match = re.fullmatch(r"0*([0-9]{1,9})/0*([0-9]{1,9})", text.strip(), re.ASCII)
-        number, count = map(int, match.groups()) if match is not None else (0, 0)
-        if not 1 <= number <= count <= MAX_SHARDS:
-            raise UsageError(
-                f"{shown_value(text)} is not a part. Write it as 3/16, for the third of sixteen parts; the first is "
-                "1/16, and the last 16/16."
-            )
-        return cls(number, count)
+        if match is None:
+            raise UsageError(f"{shown_value(text)} is not a part. Write it as 3/16, for the third of sixteen parts.")
+        return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"

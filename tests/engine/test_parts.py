@@ -12,7 +12,7 @@ import torch
 
 import streamconv
 from streamconv import Cancelled, ConversionOptions, OutputError, UsageError
-from streamconv.jobs.prepare import refuse_own_output
+from streamconv.jobs.output_location import refuse_own_output
 from streamconv.output import folder, shared_folder
 from streamconv.output.ownership import files_with_journals
 from tests import api
@@ -69,7 +69,7 @@ def test_parts_in_any_order_give_the_folder_of_one_process(work: Path) -> None:
 
 
 def test_missing_parts_are_named(work: Path) -> None:
-    with pytest.raises(OutputError, match=r"is not complete.*is missing"):
+    with pytest.raises(OutputError, match=r"out holds none of the \d+ weight files of the plan\."):
         finish(work)
     assert not (work / "out").exists()
     write(work, 1)
@@ -331,9 +331,15 @@ def test_commands_name_the_next_step(work: Path) -> None:
             run("convert", "--plan", "plan.json", "-o", "out", "--part", f"{number}/{COUNT}", "--json", cwd=work).stdout
         )
         assert document["part"] == f"{number}/{COUNT}"
-    for words in (("verify", "out"), ("verify", "out", "plan.json"), ("push", "out", "me/it")):
+    for words, code in (
+        (("verify", "out"), 4),
+        (("verify", "out", "plan.json"), 4),
+        (("push", "out", "me/it"), 4),
+        (("convert", "out", "-o", "other"), 3),
+        (("plan", "out"), 3),
+    ):
         refused = run(*words, cwd=work)
-        assert refused.returncode == 4
+        assert refused.returncode == code
         assert "is being written in parts" in refused.stderr
     assert run("finish", "out", "--plan", "plan.json", cwd=work).returncode == 0
     assert contents(work / "out") == contents(work / "whole")

@@ -1,5 +1,7 @@
 """A plan's weight files are divided into parts of about equal size, and each file belongs to one part."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,8 +50,14 @@ def test_part_is_parsed_and_shown_in_one_spelling(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "3", "0/16", "17/16", "-1/16", "3/0", "3:16", "1/10001", "٣/16", "3/16/1", "1.5/2"]
+    "text", ["", "3", "0/16", "17/16", "-1/16", "3/0", "3:16", "1/10001", "1/999999999", "٣/16", "3/16/1", "1.5/2"]
 )
 def test_what_is_not_a_part_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not a part. Write it as 3/16"):
         Part.parse(text)
+
+
+@pytest.mark.parametrize("numbers", [(0, 2), (5, 3), (-1, 2), (1, 10**9), ("a", 2), (1, 2.0), (True, 2)])
+def test_part_that_does_not_exist_cannot_be_made(numbers: tuple[Any, Any]) -> None:
+    with pytest.raises(UsageError, match="is not a part"):
+        Part(*numbers)
