@@ -78,7 +78,7 @@ class FsspecFile(RemoteFile):
 
     def _state(self) -> tuple[int, str, str]:
         """Return the file's size, version and ETag as they are now; those that the store does not report are empty."""
-        return _answer(self._query_state, self._threads, self.address)
+        return _result_of(self._query_state, self._threads, self.address)
 
     def _query_state(self) -> tuple[int, str, str]:
         self._file_system.invalidate_cache()
@@ -131,12 +131,12 @@ def list_folder(folder: Address) -> dict[str, tuple[int, str]]:
 
     threads = ThreadPoolExecutor(1, "fsspec")
     try:
-        return _answer(query, threads, folder)
+        return _result_of(query, threads, folder)
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _answer(query: "Callable[[], Result]", threads: ThreadPoolExecutor, address: Address) -> "Result":
+def _result_of(query: "Callable[[], Result]", threads: ThreadPoolExecutor, address: Address) -> "Result":
     """Return the result of a query about a file or folder; failures are retried a few times."""
     for pause in (*retries.RETRY_WAITS_SECONDS[: retries.RETRIES_BEFORE_OPEN], None):
         try:

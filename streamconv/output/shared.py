@@ -1,7 +1,8 @@
 """The interface of an output into which several processes write, on one machine or many.
 
-Each weight file has a record of its own, so that each can be written, interrupted and resumed independently. Then one
-process checks that all are there, and writes what makes them a model: the small files, the manifest and the index.
+Each weight file has a record of its own (a journal in a folder, a small object in a store), so that each can be
+written, interrupted and resumed independently. Then one process checks that all are there, and writes what makes them a
+model: the small files, the manifest and the index.
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from streamconv.tensors.checksums import RecordChecks
 class FileState:
     """What an output holds of a weight file.
 
-    ``size`` counts the bytes that are there. ``written`` is the complete file, None if it is not complete. ``part`` is
-    the part of its process, such as "3/16"; empty if that writes all files, or has not begun.
+    ``size`` counts the bytes that are there. ``written`` describes the file if it is complete; otherwise it is None.
+    ``part`` is the part that its process was given, such as "3/16"; empty if it was given none, or has not begun.
     """
 
     size: int = 0
@@ -63,7 +64,7 @@ class SharedOutput(Protocol):
     def states(self, planned: PlannedConversion) -> dict[str, FileState]:
         """Return what is there of each weight file, by name.
 
-        A complete file has the size that its record says and, in a store, the ETag.
+        A complete file has the size that is recorded and, in a store, the recorded version (ETag).
         """
 
     def finish(self, planned: PlannedConversion, manifest: Manifest) -> None:

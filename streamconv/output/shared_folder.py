@@ -134,7 +134,7 @@ class SharedFolder:
         """Return the journals of all weight files in the folder by name.
 
         Raises:
-            OutputError: one is that of another conversion.
+            OutputError: one belongs to another conversion.
         """
         journals = {}
         for name in files_with_journals(self.location):
@@ -171,7 +171,7 @@ class SharedFolder:
         return FileState(point.size, point.written if is_complete else None, journal.part)
 
     def _remove_earlier(self, planned: PlannedConversion) -> None:
-        """Delete the conversion in the folder, unless it is this very one and is not finished."""
+        """Delete the conversion in the folder, unless it is this same one, unfinished."""
         folder, names = self.location, files_with_journals(self.location)
         if not os.path.isdir(folder):
             return

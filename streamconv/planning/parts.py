@@ -11,7 +11,7 @@ from streamconv.planning.shards import MAX_SHARDS, Shard
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A share of a plan's weight files: number ``number``, from 1 on, of ``count`` shares.
+    """A part of a plan's weight files: number ``number``, from 1 on, of ``count`` parts.
 
     Raises:
         UsageError: there is no such part.
@@ -50,7 +50,7 @@ class Part:
 def shards_of(shards: Sequence[Shard], part: Part) -> tuple[Shard, ...]:
     """Return the files of a part, in the plan's order. Each file belongs to one part; some parts may have none.
 
-    The largest files are given away first, each to the part that has the fewest bytes so far.
+    The largest files are assigned first, each to the part that has the fewest bytes so far.
     """
     sizes = [0] * part.count
     chosen = []

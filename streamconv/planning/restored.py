@@ -1,4 +1,4 @@
-"""Makes the parts of a plan from JSON, each only if a plan that was made here could have it.
+"""Restores the elements of a plan from JSON, and refuses those that no plan made by streamconv could have.
 
 A plan file may be edited, damaged or hostile. It must not name a file outside of the output's folder, read outside of a
 record, or take more time or memory than the plan of a model. Each function raises a ValueError.

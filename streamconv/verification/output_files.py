@@ -9,7 +9,7 @@ from streamconv.output.readable import reading_output
 
 
 def hash_range(file: File, start: int, end: int, digest: BackgroundHash, crc: int | None = None) -> int:
-    """Hash a range; return the CRC-32 of the file to its end, given that of what is before it, or 0 without one."""
+    """Hash a range. Given the CRC-32 ``crc`` of the bytes before it, return that of the file up to ``end``; else 0."""
     for at in range(start, end, BUFFER_BYTES):
         part = digest.next_buffer()[: min(BUFFER_BYTES, end - at)]
         read_output(file, at, part)

@@ -104,7 +104,7 @@ def test_another_conversion_is_refused_and_replaced_with_force(memory: Any, sour
         ("reference://a/b", "cannot be written"),
     ],
 )
-def test_what_cannot_be_written_is_refused_by_name(source: Path, url: str, message: str) -> None:
+def test_urls_that_cannot_be_written_to_are_refused(source: Path, url: str, message: str) -> None:
     with pytest.raises((OutputError, UsageError), match=message):
         api.convert(source, url)
 

@@ -263,7 +263,7 @@ def test_changed_file_of_a_part_is_found_before_the_model_can_be_loaded(work: Pa
     assert contents(work / "out") == contents(work / "whole")
 
 
-def test_one_process_does_not_continue_parts_nor_parts_one_process(work: Path, save: Save) -> None:
+def test_parts_and_one_process_do_not_continue_each_other(work: Path, save: Save) -> None:
     write(work, 1)
     source = work / "whole"
     with pytest.raises(OutputError, match="is being written in parts"):

@@ -119,7 +119,7 @@ def signed(first: bytes, recorded: bytes, plan: bytes) -> bytes:
 
 
 def test_plan_with_a_right_digest_and_wrong_contents_is_refused(tmp_path: Path, save: Save) -> None:
-    """The digest finds mistakes; who computes it again is still not trusted to have written a plan."""
+    """The digest finds mistakes only: a plan with a digest that was computed again is checked, too."""
     source, _ = save(tiny())
     path = tmp_path / "plan.json"
     streamconv.plan(source, save=path)
@@ -179,7 +179,7 @@ HOSTILE: list[tuple[tuple[str | int, ...], Any]] = [
 
 
 def test_hostile_plan_is_refused(tmp_path: Path, save: Save) -> None:
-    """Each entry of a plan, replaced by one that no plan has; the digests are right."""
+    """Each entry of a plan is replaced by one that no plan has; the digests are right."""
     source, _ = save(tiny())
     path = tmp_path / "plan.json"
     streamconv.plan(source, save=path)

@@ -55,7 +55,7 @@ def parts_of(data: bytes) -> int:
 
 
 def interrupted(source: Path, bucket: Bucket, parts: int, **options: Any) -> None:
-    """Convert until so many parts have arrived, and no further one."""
+    """Convert until this number of parts has arrived."""
     fault = Fault("UploadPart", parts, 1000, code="AccessDenied", status=403)
     bucket.server.faults.append(fault)
     with pytest.raises(OutputError, match="refuses upload_part"):
@@ -337,9 +337,7 @@ def test_upload_that_was_aborted_is_begun_again(
     assert not bucket.uploads
 
 
-def test_answer_that_is_lost_when_the_upload_was_completed_repeats_nothing(
-    bucket: Bucket, source: Path, whole: dict[str, bytes]
-) -> None:
+def test_lost_response_to_the_completion_repeats_nothing(bucket: Bucket, source: Path, whole: dict[str, bytes]) -> None:
     gone = Fault("CompleteMultipartUpload", code="NoSuchUpload", status=404)  # as some stores say the second time
     bucket.server.faults = [Fault("CompleteMultipartUpload", lost=True), gone]
     api.convert(source, f"{bucket.url}/a/b")
@@ -448,7 +446,7 @@ def test_parts_are_written_and_joined_in_a_bucket(bucket: Bucket, source: Path, 
     assert streamconv.finish(url, plan).was_finished
 
 
-def test_joining_finds_an_object_that_was_replaced(bucket: Bucket, source: Path, tmp_path: Path) -> None:
+def test_finish_detects_an_object_that_was_replaced(bucket: Bucket, source: Path, tmp_path: Path) -> None:
     plan, url = tmp_path / "plan.json", f"{bucket.url}/a/b"
     streamconv.plan(source, save=plan)
     streamconv.convert_plan(plan, url, part="1/1")

@@ -80,7 +80,7 @@ def test_copied_output_equals_a_local_one(bucket: Bucket, local: Path, options: 
             assert files[name]["crc32"] == f"{zlib.crc32(data):08x}"
 
 
-def test_result_says_what_was_copied(bucket: Bucket, local: Path) -> None:
+def test_result_reports_what_was_copied(bucket: Bucket, local: Path) -> None:
     words = ["convert", f"{bucket.url}/in/x.pth", "-o", f"{bucket.url}/out"]
     assert "MB  copied by its store" in run(*words, cwd=local.parent).stdout
     assert "was already converted" in run(*words, cwd=local.parent).stdout

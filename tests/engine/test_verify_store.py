@@ -189,7 +189,7 @@ def test_changed_and_missing_files_are_found(stored: Stored, change: Callable[[S
 # What proves nothing about the output
 
 
-def test_what_holds_no_finished_conversion_is_refused(stored: Stored) -> None:
+def test_folder_without_a_finished_conversion_is_refused(stored: Stored) -> None:
     for url in (f"{stored.bucket.url}/b", "s3://there-is-no-such-bucket/a"):
         with pytest.raises(OutputError, match="no file is in it"):
             api.verify(url, stored.source)

@@ -97,7 +97,7 @@ def test_killed_workers_lose_nothing(
     assert done.resumed_bytes > 0  # these files were not begun again
 
 
-def test_file_that_ends_its_workers_is_given_up(save: Save, tmp_path: Path) -> None:
+def test_file_that_kills_its_workers_is_given_up(save: Save, tmp_path: Path) -> None:
     source, _ = save(tiny())
     with processes(on_workers.end_when_writing) as client:
         expected = r"^4 workers in a row were lost while they wrote model.*, and none of them got further than byte 0;"

@@ -52,7 +52,7 @@ def test_part_is_parsed_and_shown_in_one_spelling(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "3", "0/16", "17/16", "-1/16", "3/0", "3:16", "1/10001", "1/999999999", "٣/16", "3/16/1", "1.5/2"]
 )
-def test_what_is_not_a_part_is_refused(text: str) -> None:
+def test_invalid_parts_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not a part. Write it as 3/16"):
         Part.parse(text)
 

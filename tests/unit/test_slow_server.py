@@ -1,4 +1,4 @@
-"""The server that stands for a network in benchmarks keeps its limits, and the formula for workers is what it says."""
+"""The server that stands for a network in benchmarks keeps its limits; the formula for workers is right."""
 
 import http.client
 import threading
@@ -67,7 +67,7 @@ def test_bucket_does_not_save_up_while_it_is_idle() -> None:
     assert TokenBucket(0).reserve(10**9, now=60) == 0
 
 
-def test_ranges_are_sent_also_to_a_client_that_takes_it_for_its_proxy(tmp_path: Path) -> None:
+def test_ranges_are_sent_to_a_client_that_uses_it_as_a_proxy(tmp_path: Path) -> None:
     with links(tmp_path, Limits()) as (server,):
         assert get(server) == (200, DATA)
         assert get(server, "http://elsewhere.test/file?x=1", Range="bytes=3-9") == (206, DATA[3:10])

@@ -29,7 +29,7 @@ from streamconv.jobs.output_location import output_location
 
 PLAN = Option(
     "--plan", metavar="FILE", type=FILE, group="Source",
-    help="Convert as this file says, which `streamconv plan --save` wrote; instead of SOURCE and its options.",
+    help="Convert by a plan that `streamconv plan --save` wrote, instead of SOURCE and its options.",
 )  # fmt: skip
 PART = Option(
     "--part", metavar="I/N", group="Parallel",
@@ -37,11 +37,11 @@ PART = Option(
 )  # fmt: skip
 SCHEDULER = Option(
     "--scheduler", metavar="ADDRESS", group="Parallel",
-    help="Let the workers of this Dask scheduler write the files, such as tcp://HOST:8786.",
+    help="Let the workers of a Dask scheduler write the files; its address is such as tcp://HOST:8786.",
 )  # fmt: skip
 WORKERS = Option(
     "--workers", metavar="N", type=click.IntRange(min=1), group="Parallel",
-    help="Let N processes on this machine write the files, by Dask.",
+    help="Let N Dask workers on this machine write the files.",
 )  # fmt: skip
 
 

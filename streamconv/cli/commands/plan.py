@@ -26,7 +26,7 @@ from streamconv.cli.units import size
 MAPPING = Option("--mapping", is_flag=True, group="General", help="Also show the mapping of every tensor.")
 SAVE = Option(
     "--save", metavar="FILE", type=FILE, group="Output",
-    help="Write the plan to a file, by which `streamconv convert --plan` converts, on one machine or several.",
+    help="Save the plan to a file for `streamconv convert --plan`, on one machine or several.",
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The records of an output in a store that is not finished: small objects in the folder ``.streamconv`` of its prefix.
 
-``.streamconv/conversion.json`` records what is written from what. Each weight file has a record of its own, such as
+``.streamconv/conversion.json`` records the source and the plan. Each weight file has a record of its own, such as
 ``.streamconv/model-00001-of-00128.safetensors.json``: how to resume its upload or, once it is complete, its sha256 and
 the version (ETag) of its object. A record is replaced as a whole.
 """
@@ -32,9 +32,9 @@ class ConversionRecord:
 class FileRecord(ConversionRecord):
     """A weight file that is being written, or is complete.
 
-    ``part`` is the part of its process, such as "3/16". ``upload`` and ``part_bytes`` are those of the upload to
-    resume, and ``has_copies`` records whether the store copies some of its parts. ``written`` is set when the file is
-    complete, and ``version`` is that of its object.
+    ``part`` is the part that its process was given, such as "3/16". ``upload`` and ``part_bytes`` are the id and the
+    part size of the upload to resume, and ``has_copies`` records whether the store copies some of its parts.
+    ``written`` is set when the file is complete, and ``version`` is the version of its object.
     """
 
     part: str = ""
