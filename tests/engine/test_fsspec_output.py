@@ -11,7 +11,9 @@ import pytest
 
 from streamconv import Cancelled, OutputError, UsageError
 from streamconv.files import slow
+from streamconv.files.address import Address
 from streamconv.output.stores import fsspec_store
+from streamconv.output.stores.records import CONVERSION
 from streamconv.progress import Progress
 from tests import api
 from tests.support import Raising, Save, contents, require_cancellable, tiny
@@ -81,6 +83,21 @@ def test_exceptions_of_callbacks_leave_an_output_that_is_resumed(memory: Any, so
 
     require_cancellable(job, tmp_path / "jobs", outputs)
     assert not [path for path in memory.store if "incomplete" in path]
+
+
+def test_two_processes_may_write_the_same_object(memory: Any) -> None:
+    stores = [fsspec_store.FsspecStore(Address(URL)) for _ in range(2)]
+    for name in (CONVERSION, "model.safetensors"):
+        uploads = [store.start(name, 5) for store in stores]
+        for upload in uploads:
+            upload.write(memoryview(b"bytes"))
+        for upload in uploads:
+            assert upload.complete().size == 5
+        assert objects(memory)[name] == b"bytes"
+    stores[0].start("model.safetensors", 5)  # its process is killed
+    assert len(objects(memory)) == 3
+    stores[1].abort_uploads(["model.safetensors"])
+    assert objects(memory).keys() == {CONVERSION, "model.safetensors"}
 
 
 def test_another_conversion_is_refused_and_replaced_with_force(memory: Any, source: Path, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 A file is written from its beginning to its end. An interrupted file is written again as a whole, because fsspec cannot
 continue an upload of another process. On Google Cloud Storage and Azure, an object appears when its file is closed, and
-not before. Anywhere else, a file may be visible while it is written, so it has a temporary name, and is renamed.
+not before. Anywhere else, a file may be visible while it is written, so it has a temporary name, and is renamed. Each
+process chooses its own name, because several may write the same file, such as the conversion's record.
 """
 
+import re
+import secrets
 from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -18,6 +21,7 @@ from streamconv.output.stores.store import StoredObject, StoreError, Upload
 APPEARS_WHEN_CLOSED = ("gs", "gcs", "az", "abfs", "abfss")
 BLOCK_BYTES = 8 << 20
 BLOCKS_AT_ONCE = 2  # waiting to be sent; one more is being filled
+_INCOMPLETE = ".streamconv-incomplete"
 # The names under which stores report what changes with an object's contents; the most reliable first.
 _VERSIONS = ("etag", "ETag", "generation", "md5Hash", "content_md5", "last_modified", "mtime", "modified", "created")
 
@@ -82,8 +86,8 @@ class FsspecStore:
 
     def abort_uploads(self, names: Iterable[str]) -> None:
         """Delete the temporary files."""
-        wanted = {_temporary(name) for name in names}
-        self.delete(name for name in self.list() if name in wanted)
+        wanted = {*names}
+        self.delete(name for name in self.list() if _written_under(name) in wanted)
 
 
 class _Upload:
@@ -94,7 +98,8 @@ class _Upload:
     def __init__(self, store: FsspecStore, client: FsspecClient, name: str):
         self._store, self._client, self._name, self._block = store, client, name, bytearray()
         self._appears_when_closed = store.address.scheme in APPEARS_WHEN_CLOSED
-        self._path = client.path(name if self._appears_when_closed else _temporary(name))
+        self._temporary = _temporary(name)
+        self._path = client.path(name if self._appears_when_closed else self._temporary)
         self._file: Any = client.call(self._open)
         self._writes: list[Future[int]] = []
 
@@ -155,7 +160,7 @@ class _Upload:
                 self._file.discard()
         else:
             self._file.close()
-            _delete(self._client, _temporary(self._name))
+            _delete(self._client, self._temporary)
 
 
 def _delete(client: FsspecClient, name: str) -> None:
@@ -164,8 +169,15 @@ def _delete(client: FsspecClient, name: str) -> None:
 
 
 def _temporary(name: str) -> str:
+    """Return a name beside ``name`` that no other process uses."""
     folder, slash, file = name.rpartition("/")
-    return f"{folder}{slash}.{file}.streamconv-incomplete"
+    return f"{folder}{slash}.{file}.{secrets.token_hex(8)}{_INCOMPLETE}"
+
+
+def _written_under(name: str) -> str | None:
+    """Return the file whose temporary name in the same folder is ``name``."""
+    match = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{16}}{re.escape(_INCOMPLETE)}", name)
+    return match[1] if match else None
 
 
 def _stored(info: dict[str, Any]) -> StoredObject:
