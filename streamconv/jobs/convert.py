@@ -37,7 +37,7 @@ def plan(source: StrPath, options: ConversionOptions = ConversionOptions(), *, s
     Args:
         source: A model's name, or the path or URL of a checkpoint (https://, hf://, s3://, …).
         options: The options that `convert` will be called with.
-        save: A file to write the plan to, for `convert_plan`. It is replaced if it exists. It holds everything that
+        save: A file to write the plan to, for `convert_plan`. An earlier plan is replaced. It holds everything that
             the conversion needs except the weights: the source's files by absolute path or URL, size and version.
 
     Raises:
@@ -45,6 +45,8 @@ def plan(source: StrPath, options: ConversionOptions = ConversionOptions(), *, s
         OutputError: the file cannot be written.
     """
     path = local_path(save, "plan") if save is not None else None
+    if path is not None:
+        plan_file.require_free(path)
     options = replace(options, stream=options.stream or save is not None)
     with prepared_source(source, options, ignore_progress, is_exact=save is not None) as prepared:
         if path is not None:

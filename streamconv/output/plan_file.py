@@ -6,25 +6,28 @@ size and version, so a source that was changed since is refused when it is opene
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from streamconv._version import __version__
 from streamconv.display import printable
-from streamconv.errors import SourceError, SourceMissingError, UnreadableError, UsageError
+from streamconv.errors import OutputError, SourceError, SourceMissingError, UnreadableError, UsageError
 from streamconv.files.address import Address
 from streamconv.files.base import UNVERSIONED
 from streamconv.files.inline import is_inline
 from streamconv.files.local import read_small
 from streamconv.formats.limits import parse_small_json
 from streamconv.formats.typed_json import parse as parse_fields
+from streamconv.output.files import as_output_error
 from streamconv.output.manifest import Provenance
 from streamconv.output.planned import PlannedConversion
 from streamconv.planning import plan_json
 
 FORMAT_NAME = "streamconv plan"
 FORMAT_VERSION = 1
+_START = f'{{"format": "{FORMAT_NAME}"'.encode()
 MAX_PLAN_BYTES = 64 << 20  # 65,536 tensors, the largest number that is read, take about 30 MB
 
 
@@ -74,6 +77,25 @@ def _refuse_unsafe_sources(planned: PlannedConversion) -> None:
                 f"The server of {location} names no version of the file, so a later change could not be noticed. Copy "
                 "the file, and plan the conversion of the copy."
             )
+
+
+def require_free(path: Path) -> None:
+    """Check, before anything is planned, that a plan can be saved at ``path``. An earlier plan is replaced.
+
+    Raises:
+        OutputError: its folder does not exist, or another file, such as a checkpoint, is there.
+    """
+    if not os.path.isdir(path.parent):
+        raise OutputError(f"{path} cannot be written: there is no folder {path.parent}. Create it, or name another.")
+    with as_output_error(path):
+        if os.path.lexists(path) and not (path.is_file() and _may_be_replaced(path)):
+            raise OutputError(f"{path} is not a plan, and is not replaced. Choose another name for the plan.")
+
+
+def _may_be_replaced(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(len(_START))
+    return start in (_START, b"")
 
 
 def read(path: Path) -> PlannedConversion:

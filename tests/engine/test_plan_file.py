@@ -241,14 +241,26 @@ def test_source_that_nothing_identifies_is_not_saved(tmp_path: Path, save: Save)
 
 def test_plan_file_is_complete_or_absent(tmp_path: Path, save: Save) -> None:
     source, _ = save(tiny())
-    (tmp_path / "plan.json").write_text("mine")
-    with pytest.raises(OutputError):
+    streamconv.plan(source, OPTIONS, save=tmp_path / "plan.json")
+    with pytest.raises(OutputError, match=r"there is no folder .*none\. Create it"):
         streamconv.plan(source, save=tmp_path / "none" / "plan.json")
     with pytest.raises(UsageError, match="must be on this machine"):
         streamconv.plan(source, save="s3://bucket/plan.json")
     streamconv.plan(source, save=tmp_path / "plan.json")
     assert sorted(os.listdir(tmp_path)) == sorted({*os.listdir(tmp_path)} - {".plan.json.streamconv-incomplete"})
     assert plan_file.read(tmp_path / "plan.json").plan.shards
+
+
+def test_plan_replaces_only_a_plan(tmp_path: Path, save: Save) -> None:
+    source, _ = save(tiny())
+    before = source.read_bytes()
+    (tmp_path / "link.json").symlink_to(source)
+    for path in (source, tmp_path, tmp_path / "link.json"):
+        with pytest.raises(OutputError, match="is not a plan, and is not replaced"):
+            streamconv.plan(source, save=path)
+    assert source.read_bytes() == before
+    (tmp_path / "empty.json").touch()  # by mktemp
+    streamconv.plan(source, save=tmp_path / "empty.json")
 
 
 def test_large_plan_is_compact(tmp_path: Path) -> None:
