@@ -1,6 +1,7 @@
 """Where an output goes: a folder on this machine, or a URL in a store."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from streamconv.output.ownership import owned_names
 from streamconv.planning.plan import Plan
 
 CONVERT_FIRST = "Convert with `streamconv convert -o URL`, then verify with `streamconv verify URL SOURCE`."
+_ONE_SLASH = re.compile("([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 
 
 def output_folder(folder: StrPath | None, prepared: PreparedSource, *, force: bool) -> Path:
@@ -80,7 +82,18 @@ def output_location(output: StrPath) -> Location:
     Raises:
         UsageError: the name is empty, or the URL is not valid.
     """
-    return parse_folder(output, "output folder")
+    if isinstance(output, str) and (misspelt := _ONE_SLASH.match(output)):
+        scheme = misspelt[1]
+        raise UsageError(
+            f"The output has one slash after {scheme}:. Write {scheme}://BUCKET/FOLDER, or ./{scheme}:/… for a folder "
+            "on this machine."
+        )
+    location = parse_folder(output, "output folder")
+    if isinstance(location, Address) and "?" in location.url:
+        raise UsageError(
+            f"{location} was given with a query, which an output cannot have. Omit the question mark and what follows."
+        )
+    return location
 
 
 def refuse_overwriting_source(plan: Plan, location: Location, *, force: bool) -> None:

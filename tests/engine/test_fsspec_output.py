@@ -119,6 +119,9 @@ def test_another_conversion_is_refused_and_replaced_with_force(memory: Any, sour
         ("zip://a::memory://x.zip", "chain of URLs"),
         ("nosuch://a/b", "Protocol not known"),
         ("reference://a/b", "cannot be written"),
+        ("s3://bucket/a?key=SECRET", r"^s3://bucket/a was given with a query"),
+        ("s3://bucket/a?b#c", "with a query"),  # messages would name another folder
+        ("s3:/SECRET@bucket/a", r"^The output has one slash after s3:\. Write s3://BUCKET/FOLDER"),
     ],
 )
 def test_urls_that_cannot_be_written_to_are_refused(source: Path, url: str, message: str) -> None:
