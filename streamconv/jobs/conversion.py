@@ -7,8 +7,8 @@ from typing import Any
 
 from streamconv.jobs.options import StrPath
 from streamconv.jobs.output_location import output_folder
-from streamconv.jobs.planned import planned_conversion
 from streamconv.jobs.prepare import PreparedSource
+from streamconv.jobs.recorded_plan import planned_conversion
 from streamconv.output.disk import require_space, require_writable
 from streamconv.output.fallbacks import lacks_of
 from streamconv.output.finished import NOTHING, EarlierOutput, Loss, find_earlier, find_edited

@@ -11,9 +11,9 @@ from streamconv.formats.safetensors import INDEX_NAME
 from streamconv.jobs.conversion import Conversion, PreparedConversion
 from streamconv.jobs.options import ConversionOptions, StrPath
 from streamconv.jobs.output_location import default_folder, output_location, refuse_overwriting_source
-from streamconv.jobs.planned import planned_conversion
 from streamconv.jobs.prepare import PreparedSource, local_copy, prepared_source
-from streamconv.jobs.shared import check_client, convert_shared, files_writer
+from streamconv.jobs.recorded_plan import planned_conversion
+from streamconv.jobs.shared_output import check_client, convert_shared, files_writer
 from streamconv.output import plan_file
 from streamconv.output.files import write_file
 from streamconv.output.folder import OutputFolder, open_output_folder

@@ -10,7 +10,7 @@ from streamconv.jobs.conversion import Conversion, PreparedConversion
 from streamconv.jobs.convert import write_folder
 from streamconv.jobs.options import StrPath
 from streamconv.jobs.output_location import output_location, refuse_overwriting_source
-from streamconv.jobs.shared import check_client, convert_shared, files_writer, finish_output
+from streamconv.jobs.shared_output import check_client, convert_shared, files_writer, finish_output
 from streamconv.output import plan_file
 from streamconv.planning.parts import Part
 from streamconv.planning.repeats import refuse_repeats

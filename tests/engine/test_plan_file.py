@@ -87,7 +87,7 @@ def edited(data: bytes, change: Any) -> bytes:
     return json.dumps(header).encode() + b"\n" + rest
 
 
-def test_changed_plan_or_that_of_another_version_is_refused(tmp_path: Path, save: Save) -> None:
+def test_changed_plan_and_plan_of_another_version_are_refused(tmp_path: Path, save: Save) -> None:
     source, _ = save(tiny())
     path = tmp_path / "plan.json"
     streamconv.plan(source, save=path)

@@ -140,7 +140,7 @@ def test_source_that_changes_meanwhile_is_not_copied(bucket: Bucket, local: Path
 
 
 @pytest.mark.parametrize("reason", ["no CRC-32s", "NotImplemented", "AccessDenied"])
-def test_store_that_cannot_copy_is_written_to_without(
+def test_store_that_cannot_copy_receives_uploads(
     bucket: Bucket, local: Path, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     status = {"NotImplemented": 501, "AccessDenied": 403}

@@ -162,6 +162,8 @@ def _file_system(address: Address) -> Any:
     except Exception as error:
         reason = visible(redacted(f"{type(error).__name__}: {error}", address.secrets), MAX_REASON).removesuffix(".")
         raise OutputError(f"{address} cannot be written: {reason}. Check the URL and fsspec's configuration.") from None
-    assert isinstance(file_system, s3fs.S3FileSystem)
+    if not isinstance(file_system, s3fs.S3FileSystem):
+        kind = type(file_system).__name__
+        raise OutputError(f"{address} cannot be written: fsspec uses {kind} for it, not s3fs. Register s3fs for it.")
     file_system.retries = 1
     return file_system
