@@ -83,7 +83,8 @@ def make_source(path: Path, hidden: int, layers: int) -> Path:
 
 def save_plan(source: Path, scheme: str, path: Path, shard_size: str) -> PlannedConversion:
     """Plan the conversion of a source that is served at one of `SOURCES`, save the plan, and return it."""
-    options = ["--num-heads", "7", "--max-shard-size", shard_size, "--save", str(path)]
+    # The sink of the benchmark cannot copy.
+    options = ["--num-heads", "7", "--max-shard-size", shard_size, "--no-server-side-copy", "--save", str(path)]
     words = [sys.executable, "-m", "streamconv", "plan", f"{SOURCES[scheme]}/{source.name}", *options]
     with served(source.parent, Limits()) as server:
         subprocess.run(words, check=True, stdout=sys.stderr, env=server.environment(0))
