@@ -179,11 +179,13 @@ def local_path(path: str | PathLike[str], role: str, fix: str = "Give a path.") 
         fix: What they advise to do with a URL.
 
     Raises:
-        UsageError: it is empty, or a URL.
+        UsageError: it is empty, a URL, or not a path.
     """
     text = fspath(path)
     if not text:
         raise UsageError(f"The {role}'s name is empty. Give a path.")
+    if "\0" in text:
+        raise UsageError(f"{printable(text)} cannot be the {role}: no path contains a null byte.")
     if isinstance(path, str) and _ADDRESS.match(text):
         shown = printable(str(Address(text)))
         raise UsageError(f"{shown} is a URL, and the {role} must be on this machine. {fix}")

@@ -9,7 +9,7 @@ from streamconv.files.reader import Reader
 from streamconv.jobs.conversion import Conversion, PreparedConversion
 from streamconv.jobs.convert import write_folder
 from streamconv.jobs.options import StrPath
-from streamconv.jobs.output_location import output_location, refuse_overwriting_source
+from streamconv.jobs.output_location import output_location, refuse_file, refuse_overwriting_source
 from streamconv.jobs.shared_output import check_client, convert_shared, files_writer, finish_output
 from streamconv.output import plan_file
 from streamconv.planning.parts import Part
@@ -94,4 +94,7 @@ def finish(output: StrPath, plan: StrPath, *, progress: Progress = ignore_progre
         OutputError: a part is missing, or a file has changed; the message names all of them.
     """
     planned = plan_file.read(local_path(plan, "plan"))
-    return finish_output(planned, output_location(output), progress)
+    location = output_location(output)
+    if isinstance(location, Path):
+        refuse_file(location)
+    return finish_output(planned, location, progress)

@@ -47,6 +47,16 @@ def default_folder(prepared: PreparedSource) -> str:
     return prepared.named_model.published_name
 
 
+def refuse_file(folder: Path) -> None:
+    """Refuse the path of a file as that of an output folder.
+
+    Raises:
+        OutputError
+    """
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise OutputError(f"{folder} is a file. Name a folder for the output.")
+
+
 def refuse_own_output(read: Iterable[Path], folder: Path, names: Iterable[str], *, force: bool) -> None:
     """Refuse to overwrite the source.
 
@@ -58,8 +68,7 @@ def refuse_own_output(read: Iterable[Path], folder: Path, names: Iterable[str], 
         UsageError: the source would be overwritten.
         OutputError: a file has the folder's name.
     """
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise OutputError(f"{folder} is a file. Name a folder for the output.")
+    refuse_file(folder)
     replaced = owned_names(folder, Journal.read(folder / JOURNAL_NAME)) if force else ()
     paths = (folder / name for name in (*names, *replaced))
     written = [each for path in paths for each in (path, temporary_path(path)) if os.path.exists(each)]

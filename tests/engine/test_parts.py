@@ -68,6 +68,14 @@ def test_parts_in_any_order_give_the_folder_of_one_process(work: Path) -> None:
     assert contents(work / "out") == contents(work / "whole")
 
 
+def test_output_that_is_a_file_is_refused(work: Path) -> None:
+    (work / "out").write_text("mine")
+    for call in (lambda: write(work, 1), lambda: finish(work)):
+        with pytest.raises(OutputError, match="out is a file"):
+            call()
+    assert (work / "out").read_text() == "mine"
+
+
 def test_missing_parts_are_named(work: Path) -> None:
     with pytest.raises(OutputError, match=r"out holds none of the \d+ weight files of the plan\."):
         finish(work)

@@ -244,6 +244,8 @@ def test_plan_file_is_complete_or_absent(tmp_path: Path, save: Save) -> None:
     streamconv.plan(source, OPTIONS, save=tmp_path / "plan.json")
     with pytest.raises(OutputError, match=r"there is no folder .*none\. Create it"):
         streamconv.plan(source, save=tmp_path / "none" / "plan.json")
+    with pytest.raises(UsageError, match="no path contains a null byte"):
+        streamconv.plan(source, save="plan\0.json")
     with pytest.raises(UsageError, match="must be on this machine"):
         streamconv.plan(source, save="s3://bucket/plan.json")
     streamconv.plan(source, save=tmp_path / "plan.json")
