@@ -20,6 +20,7 @@ SETTINGS: dict[str, Any] = {
     "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_shard_size is --max-shard-size
 }
 _ALIAS = re.compile(r", --[a-z]+_[a-z_]+")  # a name in the original conversion script
+_RANGE = re.compile(r"; x>=\d(?=\])|  \[x>=\d\]")  # as click shows the least value of a number
 
 
 class Option(click.Option):
@@ -34,7 +35,9 @@ class Option(click.Option):
         if record is None:
             return None
         names, text = record
-        text = text.replace("[default: (", "[default: ").replace(")]", "]").replace("; x>=0]", "]")
+        text = (
+            text.replace("[default: (", "[default: ").replace(")]", "]").replace("; x>=0]", "]").replace("  [x>=1]", "")
+        )
         return _ALIAS.sub("", names), text
 
 

@@ -62,11 +62,12 @@ def model_argument() -> Argument:
     return Argument("model", metavar="MODEL", group="Source", text="A model's name.", shell_complete=_models)
 
 
-def output_option(default: str | None = None, *aliases: str) -> Option:
+def output_option(default: str | None = None, *aliases: str, may_be_url: bool = False) -> Option:
     """Return the option --output; ``default`` describes the folder if none is given."""
+    url = ", or its URL in a store, such as s3://BUCKET/FOLDER" if may_be_url else ""
     return Option(
         "-o", "--output", *aliases, metavar="DIR", shell_complete=_folders, required=default is None, group="Output",
-        help="The folder to write to.", show_default=default or False,
+        help=f"The folder to write to{url}.", show_default=default or False,
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ WORKERS = Option(
 
 
 @command(
-    source_argument("that of --plan", required=False), PLAN, output_option(), *CONVERSION_OPTIONS,
+    source_argument("that of --plan", required=False), PLAN, output_option(may_be_url=True), *CONVERSION_OPTIONS,
     NO_SERVER_SIDE_COPY, DRY_RUN, PART, SCHEDULER, WORKERS, YES, JSON,
 )  # fmt: skip
 def convert(
