@@ -86,7 +86,7 @@ def test_every_path_may_be_a_string_or_a_path(save: Save, tmp_path: Path, kind: 
         ("", "name is empty. Give a path"),
         (
             "hf://ada/x.pth?token=1",
-            "hf://ada/x.pth is a (URL, and .* on this machine|repository on the Hub)",
+            "hf://ada/x.pth (is a URL, and .* on this machine|was given with a query, which an output cannot)",
         ),
     ],
 )
