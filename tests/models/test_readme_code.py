@@ -99,7 +99,7 @@ def test_the_commands_print_what_the_readme_shows(tmp_path: Path) -> None:
     """The README leaves out parts of the output, and shows … instead."""
     _save_training_checkpoint(tmp_path / "teacher_checkpoint.pth")
     blocks, differing = _blocks("console"), []
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     for block in blocks:
         line, _, shown = block.partition("\n")
         done = run(*shlex.split(line.removeprefix("$ streamconv")), cwd=tmp_path)
