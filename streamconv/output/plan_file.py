@@ -86,7 +86,7 @@ def require_free(path: Path) -> None:
         OutputError: its folder does not exist, or another file, such as a checkpoint, is there.
     """
     if not os.path.isdir(path.parent):
-        raise OutputError(f"{path} cannot be written: there is no folder {path.parent}. Create it, or name another.")
+        raise OutputError(f"{path} cannot be written: its folder does not exist. Create it, or choose another name.")
     with as_output_error(path):
         if os.path.lexists(path) and not (path.is_file() and _may_be_replaced(path)):
             raise OutputError(f"{path} is not a plan, and is not replaced. Choose another name for the plan.")

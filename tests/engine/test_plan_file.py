@@ -242,7 +242,7 @@ def test_source_that_nothing_identifies_is_not_saved(tmp_path: Path, save: Save)
 def test_plan_file_is_complete_or_absent(tmp_path: Path, save: Save) -> None:
     source, _ = save(tiny())
     streamconv.plan(source, OPTIONS, save=tmp_path / "plan.json")
-    with pytest.raises(OutputError, match=r"there is no folder .*none\. Create it"):
+    with pytest.raises(OutputError, match=r"its folder does not exist\. Create it"):
         streamconv.plan(source, save=tmp_path / "none" / "plan.json")
     with pytest.raises(UsageError, match="no path contains a null byte"):
         streamconv.plan(source, save="plan\0.json")

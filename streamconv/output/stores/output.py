@@ -51,7 +51,7 @@ class StoreOutput:
 
     def begin(self, planned: PlannedConversion, *, force: bool = False) -> None:
         found = self._store.list()
-        manifest, begun = self._manifest(found), self._conversion()
+        manifest, begun = self._manifest(), self._conversion()
         existing = begun or manifest
         present = [name for name in planned.plan.filenames if name in found]
         if existing is None and present:
@@ -66,7 +66,7 @@ class StoreOutput:
 
     def finished(self, planned: PlannedConversion) -> Manifest | None:
         found = self._store.list()
-        manifest = self._manifest(found)
+        manifest = self._manifest()
         if manifest is None or differences(manifest, planned.provenance) or self._conversion() is not None:
             return None
         is_whole = manifest.files.keys() == {*planned.plan.filenames} and all(
@@ -128,8 +128,8 @@ class StoreOutput:
     def _where(self, name: str) -> str:
         return f"{self.location}/{name}"
 
-    def _manifest(self, found: Mapping[str, StoredObject]) -> Manifest | None:
-        data = self._store.read(MANIFEST_NAME) if MANIFEST_NAME in found else None
+    def _manifest(self) -> Manifest | None:
+        data = self._store.read(MANIFEST_NAME)
         return Manifest.parse(data, Path(self._where(MANIFEST_NAME))) if data is not None else None
 
     def _conversion(self) -> Provenance | None:
@@ -158,8 +158,7 @@ class StoreOutput:
         if record is not None:
             written, version = record.written, record.version
         else:
-            data = self._store.read(MANIFEST_NAME)
-            manifest = Manifest.parse(data, Path(self._where(MANIFEST_NAME))) if data is not None else None
+            manifest = self._manifest()
             is_same = manifest is not None and not differences(manifest, provenance)
             written, version = (manifest.files.get(shard.filename) if manifest and is_same else None), found.version
         is_there = written is not None and (written.size, version) == (found.size, found.version)
