@@ -34,9 +34,9 @@ _ONE_NORM = "the file has no norms.3, as the authors' files have, so it may be a
 class Dimensions:
     """The numbers of blocks and of channels of each stage, and of an image's channels.
 
-    ``has_norms``: the file has the last norm under a second name, norms.3, as Meta's code saves it; ``are_norms_equal``
-    is false if their values differ. ``epsilon`` is that of the norms; only a config.json can show another one than the
-    authors'.
+    ``has_last_norm``: the file has the last norm under its name, norm. ``has_norms``: it has it under a second name,
+    norms.3, as Meta's code saves it; ``are_norms_equal`` is false if their values differ. ``epsilon`` is that of the
+    norms; only a config.json can show another one than the authors'.
     """
 
     depths: tuple[int, ...]
